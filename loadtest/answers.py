@@ -1,0 +1,188 @@
+"""Every answer that clients got, as the check of the books and the outcome table read it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from loadtest.wire import Response
+
+
+class Asked(Protocol):
+    """What the book needs to know of a request."""
+
+    @property
+    def card(self) -> str:
+        """Card number of the asker."""
+
+    @property
+    def key(self) -> str:
+        """Idempotency key."""
+
+    @property
+    def showing(self) -> str:
+        """Showing asked for."""
+
+    @property
+    def quantity(self) -> int:
+        """Tickets asked for."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One request and what the client was told. Status 0: nothing."""
+
+    card: str
+    key: str
+    showing: str
+    quantity: int
+    status: int
+    code: str = ""
+    order_no: str = ""
+    told_showing: str = ""
+    told_quantity: int = 0
+    amount_fen: int = 0
+    tickets: tuple[str, ...] = ()
+    replayed: bool = False
+    remaining: int | None = None
+    sent_at: float = 0.0
+    received_at: float = 0.0
+
+    @property
+    def sold(self) -> bool:
+        """Whether the client was told that it has an order."""
+        return self.status in (200, 201)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the client was told that it has none (503 and 429 leave that open)."""
+        return 400 <= self.status < 500 and self.code != "rate-limited"
+
+
+class _TicketBody(msgspec.Struct):
+    code: str
+
+
+class _Body(msgspec.Struct):
+    """The parts of an order, or of a problem, that are compared."""
+
+    order_no: str = ""
+    showing: str = ""
+    quantity: int = 0
+    amount_fen: int = 0
+    tickets: tuple[_TicketBody, ...] = ()
+    code: str = ""
+    remaining: int | None = None
+
+
+class AnswerBook:
+    """Every answer of a run. Bodies are kept as they came and read when the run is over."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Asked, int, bytes, bool, float, float]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, asked: Asked, response: Response) -> None:
+        """Take down one answer; quick, so that it may be called in the midst of the load."""
+        replayed = response.status == 201 and b"dempotency-" in response.head
+        self._rows.append(
+            (
+                asked,
+                response.status,
+                response.body,
+                replayed and response.header("idempotency-replayed") == "true",
+                response.sent_at,
+                response.received_at,
+            )
+        )
+
+    def __iter__(self) -> Iterator[Answer]:
+        for asked, status, body, replayed, sent_at, received_at in self._rows:
+            yield read_answer(
+                asked, status, body, replayed=replayed, sent_at=sent_at, received_at=received_at
+            )
+
+
+def read_answer(
+    asked: Asked,
+    status: int,
+    body: bytes,
+    *,
+    replayed: bool = False,
+    sent_at: float = 0.0,
+    received_at: float = 0.0,
+) -> Answer:
+    """Read one answer from the wire; a body that is not understood is an order of no number."""
+    try:
+        told = _BODY.decode(body) if status else _Body()
+    except msgspec.DecodeError:
+        told = _Body(code="unreadable")
+    return Answer(
+        card=asked.card,
+        key=asked.key,
+        showing=asked.showing,
+        quantity=asked.quantity,
+        status=status,
+        code=told.code,
+        order_no=told.order_no,
+        told_showing=told.showing,
+        told_quantity=told.quantity,
+        amount_fen=told.amount_fen,
+        tickets=tuple(ticket.code for ticket in told.tickets),
+        replayed=replayed,
+        remaining=told.remaining,
+        sent_at=sent_at,
+        received_at=received_at,
+    )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run came to, by the answers alone."""
+
+    offered: int = 0
+    sold_orders: int = 0
+    sold_tickets: int = 0
+    replayed: int = 0
+    unknown: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+def outcome(answers: Iterable[Answer]) -> Outcome:
+    """Count what clients were told."""
+    total = Outcome()
+    for answer in answers:
+        total.offered += 1
+        if answer.sold and answer.replayed:
+            total.replayed += 1
+        elif answer.sold:
+            total.sold_orders += 1
+            total.sold_tickets += answer.told_quantity
+        elif answer.status == 0:
+            total.unknown += 1
+        else:
+            code = answer.code or f"HTTP {answer.status}"
+            total.refused[code] = total.refused.get(code, 0) + 1
+    return total
+
+
+def write_answers(answers: Iterable[Answer], path: Path) -> None:
+    """Write answers as JSON lines, readable by the owner alone (they hold card numbers)."""
+    path.touch(mode=0o600)
+    with path.open("wb") as stream:
+        stream.writelines(msgspec.json.encode(answer) + b"\n" for answer in answers)
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read what ``write_answers`` wrote. Raises ValueError in words."""
+    try:
+        lines = path.read_bytes().splitlines()
+        return [msgspec.json.decode(line, type=Answer) for line in lines]
+    except (OSError, msgspec.DecodeError) as error:
+        raise ValueError(f"answers file {path}: {error}") from None
+
+
+_BODY: Final[msgspec.json.Decoder[_Body]] = msgspec.json.Decoder(_Body)

@@ -1,0 +1,248 @@
+"""The benchmark's engine: its parts as separate processes, so that each can be pinned and measured.
+
+API and Redis share one core; PostgreSQL, writer, scheduler and client have the other.
+"""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+import redis.asyncio
+
+from loadtest.client import Client
+from loadtest.engine import EngineError, environment, free_address, stop
+from loadtest.members import Mint
+from loadtest.wire import get_request
+from sale.embedded import EmbeddedServers, running
+from sale.embedded.servers import launch_command
+from sale.identity import SigningKey, issue_member_token
+from sale.stock.keys import campaign_keys
+
+READY_S: Final = 60.0
+WRITTEN_S: Final = 120.0
+POLL_S: Final = 0.01
+SHOWING: Final = "general"
+PATTERN_CARD: Final = "6222000000000000"
+SIGNING_KEY: Final = "only-for-the-benchmark-" + "0" * 32
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(slots=True)
+class Rig:
+    """Everything that runs, with process numbers."""
+
+    folder: Path
+    server_cores: set[int]
+    servers: EmbeddedServers
+    redis: Any
+    postgres: Any
+    address: str = ""
+    constant_address: str = ""
+    processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mint(self) -> Mint:
+        """Signs member tokens of the key that the engine runs with."""
+        key = SigningKey(SIGNING_KEY.encode())
+        pattern = issue_member_token(key, PATTERN_CARD, "district", now_s=int(time.time()))
+        return Mint(pattern, PATTERN_CARD, key.secret)
+
+    def pid(self, name: str) -> int:
+        """Process number of ``serve``, ``writer``, ``redis`` …"""
+        return self.processes[name].pid if name in self.processes else self.servers.pids[name]
+
+    async def spawn(self, name: str, *program: str, cores: set[int]) -> None:
+        """Start ``python -m PROGRAM`` pinned to some cores; it ends with us, however we end."""
+        log = (self.folder / f"{name}.log").open("wb")
+        with log:
+            process = await asyncio.create_subprocess_exec(
+                *launch_command("TERM", program=[sys.executable, "-m", *program]),
+                env=environment(**self.settings),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.processes[name] = process
+        pin(process.pid, cores)
+
+    async def start_constant(self, body_bytes: int) -> None:
+        """Start the constant peer on the engine's core. Raises EngineError."""
+        port = self.constant_address.rpartition(":")[2]
+        peer = ("loadtest.peers.constant", "--port", port, "--body-bytes", str(body_bytes))
+        await self.spawn("constant", *peer, cores=self.server_cores)
+        await _ready(self, self.constant_address, "constant", "/", 404)
+
+    async def sale(self, *arguments: str) -> None:
+        """Run a command of ``sale`` to its end. Raises EngineError."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "sale", *arguments),
+            env=environment(**self.settings),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(READY_S):
+                out, _ = await process.communicate()
+        finally:
+            await stop(process)
+        if process.returncode:
+            raise EngineError(f"sale {' '.join(arguments)}: {out.decode('utf-8', 'replace')}")
+
+    async def campaign(self, name: str, tickets: int, opens_at: datetime | None = None) -> None:
+        """Create a campaign of one showing; every card may buy up to three."""
+        file = self.folder / f"{name}.toml"
+        moment = (opens_at or datetime.now(UTC)).isoformat()
+        file.write_text(
+            f'id = "{name}"\ntitle = "benchmark"\ncategory = "culture"\nprice_fen = 500\n'
+            f'payment = "counter"\ncard_limit = 3\nopens_at = {moment}\n'
+            f'[[showings]]\nid = "{SHOWING}"\ntitle = "tickets"\ntickets = {tickets}\n',
+            "utf-8",
+        )
+        await self.sale("campaign", "create", str(file))
+
+    async def applied(self, campaign: str) -> int:
+        """Number of the last event of a campaign in PostgreSQL."""
+        query = "SELECT applied FROM campaign WHERE campaign_id = $1"
+        return int(await self.postgres.fetchval(query, campaign) or 0)
+
+    async def sold(self, campaign: str) -> int:
+        """Orders of a campaign in PostgreSQL."""
+        query = "SELECT count(*) FROM orders WHERE campaign_id = $1"
+        return int(await self.postgres.fetchval(query, campaign))
+
+    async def head(self, campaign: str) -> int:
+        """Number of the last event of a campaign in Redis."""
+        return int(await self.redis.hget(campaign_keys(campaign).head, "seq") or 0)
+
+    async def written(self, campaign: str) -> None:
+        """Wait until PostgreSQL has all of a campaign. Raises EngineError."""
+        deadline = time.perf_counter() + WRITTEN_S
+        while await self.applied(campaign) < await self.head(campaign):
+            if time.perf_counter() > deadline:
+                raise EngineError(f"{campaign}: not written after {WRITTEN_S:.0f} s")
+            await asyncio.sleep(POLL_S)
+
+    async def trimmed(self, campaign: str) -> int:
+        """Wait until the stream has been trimmed (bounded); return the entries that are left."""
+        stream, left = campaign_keys(campaign).stream, -1
+        for _ in range(100):
+            left = int(await self.redis.xlen(stream))
+            if left <= 2:
+                break
+            await asyncio.sleep(0.1)
+        return left
+
+    async def used_memory(self) -> int:
+        """Bytes that Redis has allocated."""
+        return int((await self.redis.info("memory"))["used_memory"])
+
+
+@contextlib.asynccontextmanager
+async def rig_up(
+    folder: Path, *, server_cores: set[int], client_cores: set[int]
+) -> AsyncIterator[Rig]:
+    """Run the engine in parts. Raises EngineError."""
+    async with contextlib.AsyncExitStack() as stack:
+        servers = await stack.enter_async_context(
+            running(folder / "data", redis=True, postgres=True)
+        )
+        endpoints = servers.endpoints
+        if endpoints.redis_url is None or endpoints.database_url is None:
+            raise EngineError("the embedded servers gave no URLs")
+        pin(servers.pids["redis"], server_cores)
+        pin(servers.pids["postgresql"], client_cores)
+        stock = redis.asyncio.Redis.from_url(endpoints.redis_url)
+        stack.push_async_callback(stock.aclose)
+        books = await asyncpg.connect(endpoints.database_url, timeout=10)
+        stack.push_async_callback(books.close)
+        rig = Rig(folder, server_cores, servers, stock, books)
+        stack.push_async_callback(_stop_all, rig)
+        rig.address = free_address(18_080)
+        rig.constant_address = free_address(18_180)
+        rig.settings = {
+            "SALE_REDIS_URL": endpoints.redis_url,
+            "SALE_DATABASE_URL": endpoints.database_url,
+            "SALE_DATA_DIR": str(folder / "data"),
+            "SALE_SIGNING_KEY": SIGNING_KEY,
+            "SALE_LEDGER_RETENTION_EVENTS": "0",
+            "SALE_LEDGER_RETENTION_S": "0",
+        }
+        await rig.sale("migrate")
+        for name, cores in (
+            ("scheduler", client_cores),
+            ("writer", client_cores),
+            ("serve", server_cores),
+        ):
+            rig.settings["SALE_LISTEN"] = rig.address
+            socket = f"unix:{servers.sockets}/bench-{name}"
+            await rig.spawn(name, "sale", name, "--metrics-listen", socket, cores=cores)
+        await _ready(rig, rig.address, "serve", "/readyz", 200)
+        yield rig
+
+
+async def _stop_all(rig: Rig) -> None:
+    await asyncio.gather(*(stop(process) for process in rig.processes.values()))
+
+
+async def _ready(rig: Rig, address: str, name: str, path: str, status: int) -> None:
+    deadline, why = time.perf_counter() + READY_S, "no answer"
+    while time.perf_counter() < deadline and rig.processes[name].returncode is None:
+        with contextlib.suppress(OSError):
+            async with Client(address, timeout_s=2.0) as client:
+                answer = await client.request(get_request(address, path))
+            if answer.status == status:
+                return
+            why = f"{answer.status} {answer.body[:300].decode('utf-8', 'replace')}"
+        await asyncio.sleep(0.1)
+    said = (rig.folder / f"{name}.log").read_text("utf-8", "replace")[-1_500:]
+    raise EngineError(f"{name} is not ready ({why}); it said last:\n{said}")
+
+
+def pin(pid: int, cores: set[int]) -> None:
+    """Pin a process, its threads and its children; what it starts later inherits that."""
+    for each in (pid, *_children(pid)):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            for thread in Path(f"/proc/{each}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), cores)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds that a process and its threads have used, its children not counted."""
+    total_ns = 0
+    try:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            total_ns += int((thread / "schedstat").read_text().split()[0])
+    except FileNotFoundError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+    return total_ns / 1e9
+
+
+def tree_cpu_s(pid: int) -> float:
+    """CPU seconds of a process and its living children, in clock ticks."""
+    total = 0.0
+    for each in (pid, *_children(pid)):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            total += cpu_s(each)
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    children = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                if int(parent) == pid:
+                    children.append(int(entry.name))
+    return children

@@ -1,0 +1,134 @@
+"""HTTP/1.1 on the wire: requests as bytes, answers cut out of a byte stream.
+
+It reads what this engine and its peers send, an answer with a length, and fails loudly at anything
+else, because a client that guesses where an answer ends gives one member another's order.
+"""
+
+import json
+from typing import Any, Final
+
+UNKNOWN: Final = 0
+"""Status of an answer that never came."""
+
+ANSWER_MAX_BYTES: Final = 16 * 1024 * 1024
+_END: Final = b"\r\n\r\n"
+_BODILESS: Final = (204, 304)
+
+
+class ProtocolError(Exception):
+    """The server sent what this client does not read (chunked, no length, not HTTP/1.1)."""
+
+
+class Response:
+    """One answer. ``latency_s`` counts from the write of the request to the answer's last byte."""
+
+    __slots__ = ("body", "head", "received_at", "sent_at", "status", "why")
+
+    def __init__(self, status: int, head: bytes, body: bytes, why: str = "") -> None:
+        self.status = status
+        self.head = head
+        self.body = body
+        self.why = why
+        self.sent_at = 0.0
+        self.received_at = 0.0
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from request to answer."""
+        return self.received_at - self.sent_at
+
+    def header(self, name: str) -> str | None:
+        """Value of a header, or None. Headers are searched only when asked for."""
+        return _header(self.head.lower(), self.head, name.lower().encode())
+
+    def json(self) -> Any:  # noqa: ANN401 - whatever the server says
+        """Body as JSON. Raises ValueError."""
+        return json.loads(self.body)
+
+
+def _header(lowered: bytes, head: bytes, name: bytes) -> str | None:
+    start = lowered.find(b"\r\n" + name + b":")
+    if start < 0:
+        return None
+    start += len(name) + 3
+    end = head.find(b"\r\n", start)
+    return head[start : end if end >= 0 else len(head)].strip().decode("latin-1")
+
+
+class ResponseParser:
+    """Cuts HTTP/1.1 answers out of a byte stream that may be split anywhere."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a further answer has come."""
+        return not self._buffer
+
+    def feed(self, data: bytes, most: int = 1_000) -> list[Response]:
+        """Take in bytes; return the answers that they complete.
+
+        Raises:
+            ProtocolError: not understood, or more than ``most`` answers.
+
+        """
+        buffer = self._buffer + data if self._buffer else data
+        answers: list[Response] = []
+        at = 0
+        while at < len(buffer):
+            end = buffer.find(_END, at)
+            if end < 0:
+                break
+            head = buffer[at:end]
+            status = _status(head)
+            length = 0 if status < 200 or status in _BODILESS else _length(head)
+            stop = end + 4 + length
+            if len(buffer) < stop:
+                break
+            if status >= 200:
+                answers.append(Response(status, head, buffer[end + 4 : stop]))
+            at = stop
+        if len(answers) > most:
+            raise ProtocolError("an answer that nobody asked for")
+        self._buffer = buffer[at:]
+        if len(self._buffer) > ANSWER_MAX_BYTES:
+            raise ProtocolError(f"an answer of more than {ANSWER_MAX_BYTES} bytes")
+        return answers
+
+
+def _status(head: bytes) -> int:
+    if not head.startswith(b"HTTP/1.1 ") or not head[9:12].isdigit():
+        raise ProtocolError(f"not an HTTP/1.1 answer: {head[:40]!r}")
+    return int(head[9:12])
+
+
+def _length(head: bytes) -> int:
+    lowered = head.lower()
+    if b"\r\ntransfer-encoding:" in lowered:
+        raise ProtocolError("a chunked answer")
+    text = _header(lowered, head, b"content-length")
+    if text is None or not text.isdigit():
+        raise ProtocolError("an answer without a content-length")
+    return int(text)
+
+
+def get_request(host: str, path: str, token: str | None = None) -> bytes:
+    """Bytes of a GET; with a token, as that member or operator."""
+    authorization = f"Authorization: Bearer {token}\r\n" if token else ""
+    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{authorization}\r\n".encode()
+
+
+def purchase_request(
+    host: str, campaign: str, token: str, key: str, quantity: int, showing: str | None
+) -> bytes:
+    """Bytes of a purchase of ``quantity`` tickets under the idempotency key ``key``."""
+    content = f'{{"quantity":{quantity}' + (f',"showing":"{showing}"}}' if showing else "}")
+    return (
+        f"POST /api/v1/campaigns/{campaign}/orders HTTP/1.1\r\n"
+        f"Host: {host}\r\n"
+        f"Authorization: Bearer {token}\r\n"
+        f"Idempotency-Key: {key}\r\n"
+        f"Content-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n{content}"
+    ).encode()

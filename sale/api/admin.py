@@ -1,0 +1,221 @@
+"""What operators call. Every step asks who, and most ask why; a key makes a repeat harmless."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+from aiohttp import web
+
+from sale.api.member import (
+    ENGINE,
+    bearer,
+    campaign_view,
+    decode_cursor,
+    encode_cursor,
+    idempotency_key,
+    json_response,
+    page_limit,
+    read_body,
+    remaining_views,
+)
+from sale.api.schemas import (
+    AuditEntryView,
+    CampaignView,
+    ListView,
+    LiveView,
+    ReasonRequest,
+    ScheduleRequest,
+    StockRequest,
+)
+from sale.db import ledger
+from sale.domain import CampaignState, InvalidCampaign, Problem, Refused, parse_campaign, rfc3339
+from sale.stock.catalogue import CampaignNow
+from sale.usecases.campaigns import ACTIONS, Actor, moment_ms
+from sale.usecases.operators import authenticate_operator
+
+NO_STORE: Final = {"Cache-Control": "no-store"}
+AUDIT_READERS: Final = frozenset({"admin", "auditor", "operator"})
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def add_admin_routes(app: web.Application) -> None:
+    """Register ``/api/v1/admin``."""
+    base = "/api/v1/admin/campaigns"
+    app.router.add_get(base, list_campaigns)
+    app.router.add_post(base, create_campaign)
+    app.router.add_get(f"{base}/{{id}}", show_campaign)
+    app.router.add_delete(f"{base}/{{id}}", delete_campaign)
+    app.router.add_get(f"{base}/{{id}}/live", show_live)
+    app.router.add_post(f"{base}/{{id}}/stock", add_stock)
+    for action in ACTIONS:
+        app.router.add_post(f"{base}/{{id}}/{action}", _step_handler(action))
+    app.router.add_get("/api/v1/admin/audit-log", show_audit_log)
+
+
+async def list_campaigns(request: web.Request) -> web.Response:
+    """GET /api/v1/admin/campaigns: drafts too."""
+    actor = await actor_of(request)
+    limit, start = page_limit(request), decode_cursor(request, int) or 0
+    campaigns = [
+        now
+        for now in await request.app[ENGINE].catalogue.read_all()
+        if now.state is not CampaignState.DELETED
+        and (now.visible or actor.role != "operator" or actor.may_run(now.campaign.owner))
+    ]
+    page = campaigns[start : start + limit]
+    following = encode_cursor(start + limit) if len(campaigns) > start + limit else None
+    return json_response(
+        ListView[CampaignView]([campaign_view(now) for now in page], following), headers=NO_STORE
+    )
+
+
+async def create_campaign(request: web.Request) -> web.Response:
+    """POST /api/v1/admin/campaigns: the fields of a campaign file as JSON."""
+    actor = await actor_of(request)
+    engine = request.app[ENGINE]
+    table = await read_body(request, _TABLE)
+    try:
+        campaign = parse_campaign(table, frozenset(engine.stores.unions))
+    except InvalidCampaign as wrong:
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            str(wrong),
+            field=next(iter(wrong.problems)),
+            fields=wrong.problems,
+        ) from None
+    now = await engine.campaigns.create(campaign, actor, None, _key(request))
+    return web.Response(
+        status=201,
+        body=_ENCODER.encode(campaign_view(now)),
+        content_type="application/json",
+        headers={"Location": f"/api/v1/admin/campaigns/{campaign.id}", **NO_STORE},
+    )
+
+
+async def show_campaign(request: web.Request) -> web.Response:
+    """GET /api/v1/admin/campaigns/{id}."""
+    return json_response(campaign_view(await _now(request)), headers=NO_STORE)
+
+
+async def delete_campaign(request: web.Request) -> web.Response:
+    """DELETE /api/v1/admin/campaigns/{id}: drafts only."""
+    actor = await actor_of(request)
+    campaign_id = request.match_info["id"]
+    await request.app[ENGINE].campaigns.delete(campaign_id, actor, None, _key(request))
+    return web.Response(status=204)
+
+
+async def show_live(request: web.Request) -> web.Response:
+    """GET /api/v1/admin/campaigns/{id}/live."""
+    now = await _now(request)
+    async with request.app[ENGINE].stores.pool.acquire() as connection:
+        applied, _ = await ledger.position(connection, now.campaign.id)
+    return json_response(
+        LiveView(
+            id=now.campaign.id,
+            state=now.state.value,
+            showings=remaining_views(now),
+            ledger_seq=now.seq,
+            ledger_applied=applied,
+            as_of=rfc3339(now.as_of_ms),
+        ),
+        headers=NO_STORE,
+    )
+
+
+async def add_stock(request: web.Request) -> web.Response:
+    """POST /api/v1/admin/campaigns/{id}/stock."""
+    actor = await actor_of(request)
+    wish = await read_body(request, _STOCK)
+    now = await request.app[ENGINE].campaigns.add_stock(
+        request.match_info["id"], wish.showing, wish.add, actor, wish.reason, _key(request)
+    )
+    return json_response(campaign_view(now), headers=NO_STORE)
+
+
+async def show_audit_log(request: web.Request) -> web.Response:
+    """GET /api/v1/admin/audit-log, newest first; ``?campaign=`` narrows it."""
+    actor = await actor_of(request)
+    if actor.role not in AUDIT_READERS:
+        raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not read the audit log")
+    limit = page_limit(request)
+    async with request.app[ENGINE].stores.pool.acquire() as connection:
+        rows = await ledger.audit_log(
+            connection,
+            limit=limit + 1,
+            before_id=decode_cursor(request, int),
+            campaign=request.query.get("campaign"),
+        )
+    page = rows[:limit]
+    following = encode_cursor(page[-1].id) if len(rows) > limit else None
+    return json_response(
+        ListView([_audit_view(row) for row in page], following), headers=NO_STORE
+    )
+
+
+async def actor_of(request: web.Request) -> Actor:
+    """Give who this operator is. Raises Refused: 401 for nobody, 403 for a member."""
+    engine = request.app[ENGINE]
+    token = bearer(request) or ""
+    try:
+        operator = await authenticate_operator(engine.stores.pool, token)
+    except Refused:
+        if _is_member(request, token):
+            raise Refused(Problem.FORBIDDEN, "a member's token does not open this") from None
+        raise
+    return Actor(operator.name, operator.role, operator.union_code)
+
+
+def _is_member(request: web.Request, token: str) -> bool:
+    try:
+        request.app[ENGINE].tokens.verify(token, time.time())
+    except Refused:
+        return False
+    return True
+
+
+def _step_handler(action: str) -> Handler:
+    async def take_step(request: web.Request) -> web.Response:
+        actor = await actor_of(request)
+        opens_at_ms = None
+        reason: str | None = None
+        if action == "schedule":
+            wish = await read_body(request, _SCHEDULE) if request.can_read_body else None
+            reason = wish and wish.reason
+            opens_at_ms = moment_ms(wish.at) if wish and wish.at else None
+        elif request.can_read_body:
+            reason = (await read_body(request, _REASON)).reason
+        now = await request.app[ENGINE].campaigns.step(
+            request.match_info["id"], action, actor, reason, _key(request), opens_at_ms
+        )
+        return json_response(campaign_view(now), headers=NO_STORE)
+
+    return take_step
+
+
+async def _now(request: web.Request) -> CampaignNow:
+    actor = await actor_of(request)
+    return await request.app[ENGINE].campaigns.show(request.match_info["id"], actor)
+
+
+def _key(request: web.Request) -> str | None:
+    return idempotency_key(request) if "Idempotency-Key" in request.headers else None
+
+
+def _audit_view(row: ledger.AuditRow) -> AuditEntryView:
+    return AuditEntryView(
+        id=row.id,
+        at=rfc3339(row.at_ms),
+        actor=row.actor,
+        action=row.action,
+        campaign=row.campaign_id,
+        reason=row.reason,
+    )
+
+
+_ENCODER: Final = msgspec.json.Encoder()
+_TABLE: Final = msgspec.json.Decoder(dict[str, object])
+_REASON: Final = msgspec.json.Decoder(ReasonRequest)
+_SCHEDULE: Final = msgspec.json.Decoder(ScheduleRequest)
+_STOCK: Final = msgspec.json.Decoder(StockRequest)

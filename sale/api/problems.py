@@ -1,0 +1,375 @@
+"""What each refusal says: HTTP status, words in Chinese and English, when to try again (RFC 9457).
+
+Members read these on a phone in the middle of a rush, many of them older: one short sentence says
+what happened, a second says what to do next. Chinese stands in ``title`` and ``detail``, English in
+``title_en`` and ``detail_en``. Figures come from the members of the refusal ("仅剩 1 张"). Codes
+that only developers and operators meet show the text given where they were raised.
+
+A rush is mostly refusals, and most of them are the same few, so those bodies are kept encoded: a
+memo with a bound, filled only by codes whose members are few (never by what a client sent).
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from aiohttp import web
+
+from sale.domain import LOCAL_ZONE, Problem, Refused
+
+CONTENT_TYPE: Final = "application/problem+json"
+RETRY_AFTER_MAX_S: Final = 86_400
+"""Someone who comes days too early is told to come back tomorrow, when plans may have changed."""
+
+_MEMO_BODIES: Final = 2_048
+
+
+class Text(NamedTuple):
+    """The same words in both languages."""
+
+    zh: str
+    en: str
+
+
+class Wording(NamedTuple):
+    """How one problem is told: ``happened``, then ``next_step``; ``retry_after_s`` if it passes."""
+
+    status: int
+    title: Text
+    happened: Text
+    next_step: Text
+    retry_after_s: int | None = None
+
+
+WORDINGS: Final[Mapping[Problem, Wording]] = {
+    Problem.INVALID_REQUEST: Wording(
+        400,
+        Text("请求有误", "Invalid request"),
+        Text("提交的内容有一处不对。", "Something in the request is wrong."),
+        Text("请按提示改好后再试。", "Please correct what is named and try again."),
+    ),
+    Problem.MISSING_IDEMPOTENCY_KEY: Wording(
+        400,
+        Text("缺少请求编号", "Idempotency-Key is missing"),
+        Text(
+            "购票请求没有带编号（Idempotency-Key）。",
+            "A purchase needs the header Idempotency-Key (1 to 64 of A-Z, a-z, 0-9, _ and -).",
+        ),
+        Text(
+            "每次购票用一个新编号，重试时用原来的编号，就不会多买。",
+            "Use a new key for each purchase and the same key for its retries: nothing is bought "
+            "twice.",
+        ),
+    ),
+    Problem.UNAUTHENTICATED: Wording(
+        401,
+        Text("请先登录", "Please sign in"),
+        Text("您还没有登录，或者登录已过期。", "You are not signed in, or it has expired."),
+        Text("请登录后再试一次。", "Please sign in and try again."),
+    ),
+    Problem.NOT_ELIGIBLE: Wording(
+        403,
+        Text("不在本活动范围", "Not open to your union"),
+        Text(
+            "本活动只面向指定工会的会员，您的卡不在其中。",
+            "This is for members of certain unions, and your card is not among them.",
+        ),
+        Text(
+            "请看看其他活动，或问一问您的工会服务站。",
+            "Please look at the others, or ask your union's service station.",
+        ),
+    ),
+    Problem.CARD_REVOKED: Wording(
+        403,
+        Text("这张卡暂不能购票", "This card cannot buy"),
+        Text(
+            "您的卡已停用或注销，现在不能购票。",
+            "Your card is suspended or cancelled and cannot buy now.",
+        ),
+        Text(
+            "请带上卡，到您的街道工会服务站办理。",
+            "Please take the card to your subdistrict union's service station.",
+        ),
+    ),
+    Problem.FORBIDDEN: Wording(
+        403,
+        Text("没有权限", "Not allowed"),
+        Text("您的账号不能做这项操作。", "Your account may not do this."),
+        Text("如有需要，请找管理员开通。", "If you need to, ask an administrator."),
+    ),
+    Problem.NOT_FOUND: Wording(
+        404,
+        Text("没有找到", "Not found"),
+        Text("这里没有您要找的内容。", "There is nothing here under this name."),
+        Text("请检查地址，或回到首页。", "Please check the address, or go to the first page."),
+    ),
+    Problem.METHOD_NOT_ALLOWED: Wording(
+        405,
+        Text("请求方式不对", "Method not allowed"),
+        Text("这个地址不接受这种请求方式。", "This address does not take this method."),
+        Text("可用的方式见 Allow。", "The header Allow names those it takes."),
+    ),
+    Problem.NOT_OPEN: Wording(
+        409,
+        Text("尚未开始", "Not open yet"),
+        Text("尚未开始。", "It has not opened yet."),
+        Text("请等到开抢时间再来。", "Please come back when it opens."),
+        retry_after_s=5,
+    ),
+    Problem.PAUSED: Wording(
+        409,
+        Text("暂停售票", "Paused"),
+        Text(
+            "暂停售票，已买到的票不受影响。", "Sales are paused. Tickets already bought are safe."
+        ),
+        Text("请过一会儿再试。", "Please try again in a little while."),
+        retry_after_s=10,
+    ),
+    Problem.CLOSED: Wording(
+        409,
+        Text("已结束", "Closed"),
+        Text("本活动已结束。", "This sale has ended."),
+        Text("欢迎看看其他活动。", "Please have a look at the others."),
+    ),
+    Problem.SOLD_OUT: Wording(
+        409,
+        Text("已售完", "Sold out"),
+        Text("已售完。", "Sold out."),
+        Text(
+            "有退票会马上放出，您可以过一会儿再来看看。",
+            "Returned tickets go on sale at once: do look in again.",
+        ),
+    ),
+    Problem.LIMIT_EXCEEDED: Wording(
+        409,
+        Text("超过每卡限购", "Over the limit per card"),
+        Text("您的卡已买满。", "Your card has all the tickets it may have."),
+        Text(
+            "已买到的票，可以在订单里查看。",
+            "You can see the tickets you have among your orders.",
+        ),
+    ),
+    Problem.WRONG_STATE: Wording(
+        409,
+        Text("当前状态不能这样做", "Not possible in this state"),
+        Text("活动现在的状态不允许这项操作。", "The campaign is not in a state that allows this."),
+        Text("请先查看活动状态。", "Please look at its state first."),
+    ),
+    Problem.IDEMPOTENCY_MISMATCH: Wording(
+        422,
+        Text("请求编号已用过", "Key already used"),
+        Text(
+            "这个请求编号已用于另一份内容。",
+            "This Idempotency-Key was used before with other content.",
+        ),
+        Text("新的购票请换一个新编号。", "Please use a new key for a new purchase."),
+    ),
+    Problem.PAYLOAD_TOO_LARGE: Wording(
+        413,
+        Text("内容太大", "Too large"),
+        Text("提交的内容超过 16 KiB。", "The body is over 16 KiB."),
+        Text("请缩短后再试。", "Please send less."),
+    ),
+    Problem.UNSUPPORTED_MEDIA_TYPE: Wording(
+        415,
+        Text("内容格式不支持", "Unsupported media type"),
+        Text("这里只接受 JSON。", "Only JSON is taken here."),
+        Text("请使用 application/json。", "Please send application/json."),
+    ),
+    Problem.RATE_LIMITED: Wording(
+        429,
+        Text("操作太快", "Too fast"),
+        Text("您点得太快了。", "That was a little too fast."),
+        Text("请等几秒再试。", "Please wait a few seconds and try again."),
+        retry_after_s=2,
+    ),
+    Problem.OVERLOADED: Wording(
+        503,
+        Text("现在人很多", "Very busy"),
+        Text("现在人很多，这次没有买成。", "It is very busy, and this attempt bought nothing."),
+        Text(
+            "请等几秒，按原请求再试一次，不会多买。",
+            "Please retry in a few seconds with the same request: nothing is bought twice.",
+        ),
+        retry_after_s=1,
+    ),
+    Problem.UNAVAILABLE: Wording(
+        503,
+        Text("暂时无法确认", "Cannot say just now"),
+        Text("系统暂时无法确认结果。", "The outcome is not certain just now."),
+        Text(
+            "请等几秒，按原请求再试一次，不会多买。",
+            "Please retry in a few seconds with the same request: nothing is bought twice.",
+        ),
+        retry_after_s=2,
+    ),
+}
+
+MEMBER_FACING: Final = frozenset(
+    {
+        Problem.UNAUTHENTICATED,
+        Problem.NOT_ELIGIBLE,
+        Problem.CARD_REVOKED,
+        Problem.NOT_OPEN,
+        Problem.PAUSED,
+        Problem.CLOSED,
+        Problem.SOLD_OUT,
+        Problem.LIMIT_EXCEEDED,
+        Problem.RATE_LIMITED,
+        Problem.OVERLOADED,
+        Problem.UNAVAILABLE,
+    }
+)
+"""Codes that members read: the words above are shown, whatever detail the engine gave."""
+
+
+def problem_body(problem: Problem, detail: str = "", /, **members: object) -> bytes:
+    """Encode the problem document. ``members`` are its extra fields, as the contract names them.
+
+    ``detail`` replaces the default sentence, except for codes that members read. The members of
+    those must be hashable (numbers and texts): equal members give the same bytes object.
+    """
+    if problem in MEMBER_FACING:
+        return _memoised(problem, **members)
+    # What a client sent may be quoted in a detail, and need not be well-formed.
+    given = detail.encode(errors="replace").decode()
+    return _encode(problem, Text(given, given) if given else _default(problem), members)
+
+
+def problem_response(refused: Refused, *, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Answer a refusal as ``application/problem+json`` with the headers that its code calls for.
+
+    A member ``allow`` (a text, or method names) becomes the header ``Allow`` and is not shown.
+    """
+    problem, members = refused.problem, refused.members
+    if "allow" in members:
+        members = {name: value for name, value in members.items() if name != "allow"}
+    response = web.Response(
+        status=WORDINGS[problem].status,
+        body=problem_body(problem, refused.detail, **members),
+        content_type=CONTENT_TYPE,
+        headers=problem_headers(refused),
+    )
+    if headers:
+        response.headers.update(headers)
+    return response
+
+
+def problem_headers(refused: Refused) -> dict[str, str]:
+    """Headers of a refusal beside its content type: Retry-After, Allow, WWW-Authenticate."""
+    headers = {"Cache-Control": "no-store"}
+    wait_s = retry_after_s(refused)
+    if wait_s is not None:
+        headers["Retry-After"] = str(wait_s)
+    if refused.problem is Problem.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
+    allow = refused.members.get("allow")
+    if isinstance(allow, str):
+        headers["Allow"] = allow
+    elif isinstance(allow, Iterable):
+        headers["Allow"] = ", ".join(sorted(str(method) for method in allow))
+    return headers
+
+
+def retry_after_s(refused: Refused) -> int | None:
+    """Whole seconds until trying again makes sense, or None where it never does.
+
+    Where the engine gave none, the seconds to ``opens_at`` by this host's clock, else the default
+    of the code. The host's clock decides nothing but this hint.
+    """
+    wait_s = refused.retry_after_s
+    if wait_s is None and refused.problem is Problem.NOT_OPEN:
+        opens_at = _moment(refused.members.get("opens_at"))
+        if opens_at is not None:
+            wait_s = math.ceil(opens_at.timestamp() - time.time())
+    if wait_s is None:
+        wait_s = WORDINGS[refused.problem].retry_after_s
+    return None if wait_s is None else min(max(wait_s, 1), RETRY_AFTER_MAX_S)
+
+
+# typed: 1 and True are equal, and would otherwise share an entry.
+@lru_cache(maxsize=_MEMO_BODIES, typed=True)
+def _memoised(problem: Problem, **members: object) -> bytes:
+    return _encode(problem, _in_figures(problem, members) or _default(problem), members)
+
+
+def _encode(problem: Problem, detail: Text, members: Mapping[str, object]) -> bytes:
+    wording = WORDINGS[problem]
+    document: dict[str, Any] = {
+        "type": f"/problems/{problem.value}",
+        "title": wording.title.zh,
+        "status": wording.status,
+        "detail": detail.zh,
+        "code": problem.value,
+        "title_en": wording.title.en,
+        "detail_en": detail.en,
+    }
+    # Twice, so that it stands first and no member overrides it.
+    return msgspec.json.encode({**document, **members, **document})
+
+
+def _default(problem: Problem) -> Text:
+    wording = WORDINGS[problem]
+    return Text(
+        wording.happened.zh + wording.next_step.zh,
+        f"{wording.happened.en} {wording.next_step.en}",
+    )
+
+
+def _in_figures(problem: Problem, members: Mapping[str, object]) -> Text | None:
+    """The sentence with the figures of this refusal, or None where it has none to tell."""
+    if problem is Problem.SOLD_OUT:
+        return _only_so_many_left(members.get("remaining"))
+    if problem is Problem.LIMIT_EXCEEDED:
+        return _card_may_have(members.get("card_remaining"), members.get("card_limit"))
+    if problem is Problem.NOT_OPEN:
+        return _opens_at(_moment(members.get("opens_at")))
+    return None
+
+
+def _only_so_many_left(remaining: object) -> Text | None:
+    if not isinstance(remaining, int) or remaining < 1:
+        return None
+    return Text(
+        f"仅剩 {remaining} 张，不够您要的张数。请减少张数再试。",
+        f"Only {remaining} left, fewer than you asked for. Please ask for fewer.",
+    )
+
+
+def _card_may_have(card_remaining: object, card_limit: object) -> Text | None:
+    if isinstance(card_remaining, int) and card_remaining > 0:
+        return Text(
+            f"您的卡还可以买 {card_remaining} 张。请减少张数再试。",
+            f"Your card may have {card_remaining} more. Please ask for fewer.",
+        )
+    if not isinstance(card_limit, int):
+        return None
+    next_step = WORDINGS[Problem.LIMIT_EXCEEDED].next_step
+    return Text(
+        f"您的卡已买满 {card_limit} 张。{next_step.zh}",
+        f"Your card has all {card_limit} tickets it may have. {next_step.en}",
+    )
+
+
+def _opens_at(opens_at: datetime | None) -> Text | None:
+    if opens_at is None:
+        return None
+    local = opens_at.astimezone(LOCAL_ZONE)
+    clock = local.strftime("%H:%M:%S" if local.second else "%H:%M")
+    return Text(
+        f"尚未开始，{local.month}月{local.day}日 {clock} 开抢。请到时再来。",
+        f"Not open yet. It opens on {local.day} {local:%B} at {clock} (Beijing time).",
+    )
+
+
+def _moment(value: object) -> datetime | None:
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, datetime) and value.tzinfo is not None else None

@@ -1,0 +1,238 @@
+"""Bodies that come in and go out, with the field names of the contract.
+
+What comes in refuses unknown fields and wrong types (``true`` is not a number, nor is ``"2"``);
+ranges that depend on a campaign are checked by the use cases. What goes out is encoded as it
+stands. The same types describe the API in ``/openapi.json``. Times are RFC 3339 texts with offset,
+money is fen.
+"""
+
+from typing import Annotated, Generic, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from sale.domain import (
+    CARD_LIMIT_MAX,
+    CATEGORIES,
+    PRICE_MAX_FEN,
+    REASON_MAX,
+    SHOWINGS_MAX,
+    STOCK_MAX,
+    TITLE_MAX,
+)
+
+Item = TypeVar("Item")
+
+# What goes out is described, not checked, so its choices and formats stand in extra_json_schema.
+Time = Annotated[
+    str,
+    Meta(extra_json_schema={"format": "date-time", "examples": ["2015-05-01T09:00:00.000+08:00"]}),
+]
+State = Annotated[
+    str,
+    Meta(
+        extra_json_schema={"enum": ["draft", "scheduled", "open", "paused", "closed", "recovering"]}
+    ),
+]
+OrderState = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "enum": ["held", "confirmed", "cancelled", "expired", "refunded", "collected"]
+        }
+    ),
+]
+Fen = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+Count = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+
+# What comes in.
+Reason = Annotated[str, Meta(min_length=1, max_length=REASON_MAX)]
+Identifier = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,48}$")]
+Title = Annotated[str, Meta(min_length=1, max_length=TITLE_MAX)]
+
+
+class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A purchase. ``showing`` may be left out where the campaign has one."""
+
+    quantity: int
+    showing: str | None = None
+
+
+class ReasonRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An operator's action; pausing and reopening need the reason."""
+
+    reason: Reason | None = None
+
+
+class ScheduleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When to open; without ``at``, at the campaign's ``opens_at``."""
+
+    reason: Reason | None = None
+    at: Time | None = None
+
+
+class StockRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tickets to add to a showing while it sells or before."""
+
+    showing: Identifier
+    add: Annotated[int, Meta(ge=1, le=STOCK_MAX)]
+    reason: Reason
+
+
+class ShowingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A date, class, or simply the tickets of a new campaign."""
+
+    id: Identifier
+    title: Title
+    tickets: Annotated[int, Meta(ge=0, le=STOCK_MAX)]
+    starts_at: Time | None = None
+
+
+class CampaignRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A new campaign: the fields of the campaign file.
+
+    It describes the body; ``sale.domain.parse_campaign`` reads it, because that names every wrong
+    field in one go.
+    """
+
+    id: Identifier
+    title: Title
+    category: Annotated[str, Meta(extra_json_schema={"enum": list(CATEGORIES)})]
+    price_fen: Annotated[int, Meta(ge=0, le=PRICE_MAX_FEN)]
+    payment: Annotated[str, Meta(extra_json_schema={"enum": ["none", "counter"]})]
+    card_limit: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
+    showings: Annotated[list[ShowingRequest], Meta(min_length=1, max_length=SHOWINGS_MAX)]
+    order_max: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)] | None = None
+    opens_at: Time | None = None
+    closes_at: Time | None = None
+    unions: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    owner: str = "district"
+    draft: bool = False
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """One ticket of an order. The code is what is shown at the counter, and cannot be guessed."""
+
+    no: int
+    code: str
+    state: str = "valid"
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """A card's order. ``card_remaining`` is what the card may still buy in the campaign."""
+
+    order_no: str
+    campaign: str
+    showing: str
+    quantity: Count
+    state: OrderState
+    amount_fen: Fen
+    pay_before: Time | None = None
+    created_at: Time
+    tickets: list[Ticket]
+    card_remaining: Count
+
+
+class ShowingView(msgspec.Struct, frozen=True, kw_only=True):
+    """A showing with its stock; what remains of it is told by the availability."""
+
+    id: str
+    title: str
+    starts_at: Time | None = None
+    tickets: Count
+
+
+class CampaignView(msgspec.Struct, frozen=True, kw_only=True):
+    """A campaign as everyone may see it. ``unions`` is ``["*"]`` or the codes that may buy."""
+
+    id: str
+    title: str
+    category: str
+    price_fen: Fen
+    payment: str
+    card_limit: Count
+    order_max: Count
+    state: State
+    opens_at: Time | None = None
+    closes_at: Time | None = None
+    unions: list[str]
+    owner: str
+    showings: list[ShowingView]
+
+
+class RemainingView(msgspec.Struct, frozen=True):
+    """Stock of a showing, and what is left of it."""
+
+    id: str
+    tickets: Count
+    remaining: Count
+
+
+class AvailabilityView(msgspec.Struct, frozen=True):
+    """What remains, at most one second old."""
+
+    showings: list[RemainingView]
+    as_of: Time
+
+
+class AllowanceView(msgspec.Struct, frozen=True):
+    """What the card may still buy; ``reason`` is a problem code where it may not buy at all."""
+
+    eligible: bool
+    reason: str | None
+    card_limit: Count
+    card_remaining: Count
+
+
+class LiveView(msgspec.Struct, frozen=True, kw_only=True):
+    """A campaign as its operators watch it, straight from the engine."""
+
+    id: str
+    state: State
+    showings: list[RemainingView]
+    ledger_seq: Count
+    ledger_applied: Count
+    as_of: Time
+
+
+class AuditEntryView(msgspec.Struct, frozen=True, kw_only=True):
+    """One operator action: who, when, what, why (INV-10)."""
+
+    id: int
+    at: Time
+    actor: str
+    action: str
+    campaign: str | None = None
+    reason: str | None = None
+
+
+class TimeView(msgspec.Struct, frozen=True):
+    """The clock that decides openings."""
+
+    now: Time
+
+
+class HealthView(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``ok``, or what is not."""
+
+    status: str
+    reasons: list[str] = []
+
+
+class ListView(msgspec.Struct, Generic[Item], frozen=True):
+    """One page of a list; ``next`` is the cursor of the following one."""
+
+    items: list[Item]
+    next: str | None = None
+
+
+class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
+    """RFC 9457 problem document. Some codes carry further members (``remaining`` …)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    title_en: str
+    detail_en: str

@@ -1,0 +1,191 @@
+"""Opens and closes what a process needs; the one place where parts are put together."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import asyncpg
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from sale import embedded
+from sale.config import Settings, SettingsError
+from sale.db import deployment
+from sale.db.pool import open_pool
+from sale.domain import default_unions_path, load_unions
+from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
+from sale.metrics import PurchaseMetrics
+from sale.stock.batcher import Batchers
+from sale.stock.catalogue import Catalogue
+from sale.stock.connection import open_redis
+from sale.stock.scripts import Scripts
+from sale.usecases.campaigns import CampaignDesk
+from sale.usecases.orders import OwnOrders, TicketCodes
+from sale.usecases.purchase import PurchaseDesk
+
+START_PATIENCE_S: Final = 30.0
+START_PAUSE_S: Final = 0.2
+
+log = structlog.get_logger()
+
+
+class Stores(msgspec.Struct, frozen=True):
+    """Redis and PostgreSQL of a deployment, and what both know of it."""
+
+    settings: Settings
+    redis: Redis
+    pool: asyncpg.Pool
+    scripts: Scripts
+    unions: dict[str, str]
+    nonce: str
+    ticket_secret: bytes
+
+
+class Engine(msgspec.Struct, frozen=True):
+    """Everything an API process serves from."""
+
+    stores: Stores
+    key: SigningKey
+    tokens: MemberTokens
+    catalogue: Catalogue
+    batchers: Batchers
+    desk: PurchaseDesk
+    orders: OwnOrders
+    campaigns: CampaignDesk
+    metrics: PurchaseMetrics
+    registry: CollectorRegistry
+
+
+def set_up_logging(settings: Settings) -> None:
+    """One JSON object a line on stderr: time, level, a fixed action name, fields."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("action"),
+            structlog.processors.JSONRenderer(ensure_ascii=False),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.getLevelNamesMapping()[settings.log_level.upper()]
+        ),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def store_urls(settings: Settings) -> tuple[str, str]:
+    """Give the URLs of Redis and PostgreSQL: the settings', else the embedded ones that run.
+
+    Raises SettingsError where neither is there.
+    """
+    redis_url, database_url = settings.redis_url, settings.database_url
+    if redis_url is None or database_url is None:
+        found = embedded.find(settings.data_dir)
+        redis_url = redis_url or (found and found.redis_url)
+        database_url = database_url or (found and found.database_url)
+    if redis_url is None or database_url is None:
+        raise SettingsError(
+            f"no engine is running on {settings.data_dir}: start `sale up` there, "
+            "or set SALE_REDIS_URL and SALE_DATABASE_URL"
+        )
+    return redis_url, database_url
+
+
+@asynccontextmanager
+async def open_stores(
+    settings: Settings, *, patience_s: float = 0.0, pool_size: int = 8
+) -> AsyncIterator[Stores]:
+    """Open Redis and PostgreSQL, waiting for them up to ``patience_s``.
+
+    Raises SettingsError, or the stores' own errors once the patience is spent.
+    """
+    redis_url, database_url = store_urls(settings)
+    unions = load_unions(default_unions_path())
+    async with contextlib.AsyncExitStack() as stack:
+        redis = open_redis(redis_url)
+        stack.push_async_callback(redis.aclose)
+        pool = await _patiently(
+            lambda: open_pool(database_url, min_size=1, max_size=pool_size), patience_s
+        )
+        stack.push_async_callback(_close_pool, pool)
+        await _patiently(redis.ping, patience_s)
+        nonce, ticket_secret = await _patiently(lambda: deployment.read(pool), patience_s)
+        yield Stores(
+            settings=settings,
+            redis=redis,
+            pool=pool,
+            scripts=Scripts(redis, nonce),
+            unions=unions,
+            nonce=nonce,
+            ticket_secret=ticket_secret,
+        )
+
+
+@asynccontextmanager
+async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
+    """Open everything an API process needs; on the way out, answer what waits first."""
+    async with open_stores(settings, patience_s=START_PATIENCE_S) as stores:
+        key = load_or_create_signing_key(settings)
+        metrics = PurchaseMetrics()
+        registry = CollectorRegistry()
+        registry.register(metrics)
+        tokens = MemberTokens(key)
+        codes = TicketCodes(stores.ticket_secret)
+        catalogue = Catalogue(stores.redis)
+        batchers = Batchers(
+            stores.scripts,
+            f"{int(time.time() * 1000):x}-{secrets.token_hex(6)}",
+            metrics,
+            batch_max=settings.batch_max,
+            queue_max=settings.queue_max,
+            deadline_s=settings.purchase_deadline_ms / 1000,
+        )
+        try:
+            yield Engine(
+                stores=stores,
+                key=key,
+                tokens=tokens,
+                catalogue=catalogue,
+                batchers=batchers,
+                desk=PurchaseDesk(catalogue, batchers, tokens, codes),
+                orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
+                campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool),
+                metrics=metrics,
+                registry=registry,
+            )
+        finally:
+            await batchers.close()
+
+
+async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """Await ``attempt()`` until it works or the patience is spent."""
+    deadline = time.monotonic() + patience_s
+    told = False
+    while True:
+        try:
+            return await attempt()
+        except (RedisError, asyncpg.PostgresError, OSError, TimeoutError) as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                log.info("store.awaited", error=type(error).__name__)
+                told = True
+        await asyncio.sleep(START_PAUSE_S)
+
+
+async def _close_pool(pool: asyncpg.Pool) -> None:
+    try:
+        await asyncio.wait_for(pool.close(), 3.0)
+    except TimeoutError:
+        pool.terminate()

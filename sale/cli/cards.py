@@ -1,0 +1,281 @@
+"""`sale cards …` and `sale tokens`."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Final
+
+import click
+import msgspec
+
+from sale.cli.runtime import (
+    CommandContext,
+    card_number,
+    command_context,
+    echo,
+    echo_fields,
+    echo_table,
+    note,
+    run,
+)
+from sale.domain import default_unions_path, load_unions, mask_card, rfc3339, to_ms
+from sale.identity import SigningKey, card_tag, load_or_create_signing_key
+from sale.usecases import roster
+from sale.usecases.roster import Card, ImportReport
+from sale.usecases.sample_roster import SAMPLE_MAX, sample
+
+COUNT: Final = click.IntRange(1, SAMPLE_MAX)
+OUT: Final = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group()
+def cards() -> None:
+    """The roster: who holds a card, and whose card may buy."""
+
+
+@cards.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Check everything, change nothing.")
+@command_context
+def import_(context: CommandContext, file: Path, *, dry_run: bool) -> None:
+    """Take a roster file in, all of it or nothing.
+
+    FILE is CSV in UTF-8 with the header card_no,name,union,phone,pin,status. Exit status 1 where a
+    line is bad; then nothing has changed.
+    """
+    unions = frozenset(load_unions(default_unions_path()))
+    key = load_or_create_signing_key(context.settings)
+
+    async def work() -> ImportReport:
+        async with context.pool() as pool:
+            with _progress(quiet=context.as_json) as on_progress:
+                return await roster.import_cards(
+                    pool,
+                    key,
+                    unions,
+                    file,
+                    actor=context.actor,
+                    dry_run=dry_run,
+                    on_progress=on_progress,
+                    after_change=_after_change(context, pool),
+                )
+
+    report = run(work())
+    echo(context, report, lambda: _show_report(report))
+    if report.bad_count:
+        lines = "line is" if report.bad_count == 1 else "lines are"
+        raise click.ClickException(f"{file}: {report.bad_count} {lines} bad, nothing has changed")
+
+
+@cards.command()
+@click.argument("card_no", callback=card_number)
+@click.option("--reason", required=True, help="Why, for the audit log.")
+@command_context
+def revoke(context: CommandContext, card_no: str, reason: str) -> None:
+    """Cancel a card: it buys nothing from now on."""
+    key = load_or_create_signing_key(context.settings)
+
+    async def work() -> Card:
+        async with context.pool() as pool:
+            return await roster.revoke(
+                pool,
+                key,
+                card_no,
+                actor=context.actor,
+                reason=reason,
+                after_change=_after_change(context, pool),
+            )
+
+    _show_card(context, key, run(work()))
+
+
+@cards.command()
+@click.argument("card_no", callback=card_number)
+@click.option("--reason", required=True, help="Why, for the audit log.")
+@command_context
+def restore(context: CommandContext, card_no: str, reason: str) -> None:
+    """Make a suspended or cancelled card active again."""
+    key = load_or_create_signing_key(context.settings)
+
+    async def work() -> Card:
+        async with context.pool() as pool:
+            return await roster.restore(
+                pool,
+                key,
+                card_no,
+                actor=context.actor,
+                reason=reason,
+                after_change=_after_change(context, pool),
+            )
+
+    _show_card(context, key, run(work()))
+
+
+@cards.command()
+@click.argument("card_no", callback=card_number)
+@command_context
+def show(context: CommandContext, card_no: str) -> None:
+    """Show a card; its number is masked."""
+    key = load_or_create_signing_key(context.settings)
+
+    async def work() -> Card:
+        async with context.pool() as pool:
+            return await roster.show(pool, card_no)
+
+    _show_card(context, key, run(work()))
+
+
+@cards.command("sample")
+@click.argument("count", metavar="N", type=click.IntRange(0, SAMPLE_MAX))
+@click.option(
+    "--seed", type=int, default=1, show_default=True, help="The same seed, the same roster."
+)
+@click.option("--out", type=OUT, help="Where to (default stdout).")
+@command_context
+def sample_(context: CommandContext, count: int, seed: int, out: Path | None) -> None:
+    """Write a made-up roster of N cards as CSV; no real people."""
+    if context.as_json and out is None:
+        raise click.UsageError("--json needs --out: the roster itself goes to stdout")
+    unions = load_unions(default_unions_path())
+    with _text_out(out) as file:
+        file.write(",".join(roster.HEADER) + "\n")
+        # No field of a sample holds a comma or a quote, so joining is all that CSV asks for.
+        file.writelines(",".join(card) + "\n" for card in sample(count, seed, unions))
+    if out is not None:
+        echo(
+            context,
+            {"cards": count, "seed": seed, "file": str(out)},
+            lambda: note(f"{count} cards written to {out}"),
+        )
+
+
+@click.command()
+@click.option("--cards", "count", type=COUNT, required=True, help="How many cards, by number.")
+@click.option("--status", type=click.Choice(roster.STATUSES), default="active", show_default=True)
+@click.option("--out", type=OUT, help="Where to (default stdout). Made readable by you alone.")
+@command_context
+def tokens(context: CommandContext, count: int, status: str, out: Path | None) -> None:
+    """Print member tokens for load tests, a JSON object a line: card_no, token, union.
+
+    They are as good as the cards themselves for thirty days: keep them where nobody else reads.
+    """
+    key = load_or_create_signing_key(context.settings)
+
+    async def work() -> int:
+        written = 0
+        async with context.pool() as pool:
+            with _text_out(out) as file:
+                async for entry in roster.tokens(pool, key, count, status, now_s=int(time.time())):
+                    file.write(msgspec.json.encode(entry).decode() + "\n")
+                    written += 1
+        return written
+
+    written = run(work())
+    if written == 0:
+        raise click.ClickException(f"the roster has no {status} card")
+    if written < count:
+        note(f"the roster has only {written} {status} cards")
+    if out is not None:
+        echo(
+            context,
+            {"tokens": written, "file": str(out)},
+            lambda: note(f"{written} tokens written to {out}"),
+        )
+
+
+def _after_change(context: CommandContext, pool: Any) -> roster.AfterChange:  # noqa: ANN401
+    """Tell Redis at once; should that fail, the scheduler does it within a second (INV-9)."""
+
+    async def tell() -> None:
+        from sale.bootstrap import store_urls
+        from sale.db import deployment
+        from sale.stock.connection import open_redis
+        from sale.stock.scripts import Scripts
+        from sale.usecases.revocation import sync_all
+
+        redis = open_redis(store_urls(context.settings)[0], max_connections=2)
+        try:
+            nonce = (await deployment.read(pool)).nonce
+            await sync_all(redis, Scripts(redis, nonce), pool)
+        finally:
+            await redis.aclose()
+
+    return tell
+
+
+def _show_card(context: CommandContext, key: SigningKey, card: Card) -> None:
+    fields = {
+        "card_no": mask_card(card.card_no),
+        "tag": card_tag(key, card.card_no),
+        "name": card.name,
+        "union": card.union_code,
+        "phone": _mask_phone(card.phone),
+        "has_pin": card.has_pin,
+        "status": card.status,
+        "updated_at": rfc3339(to_ms(card.updated_at)),
+    }
+    echo(context, fields, lambda: echo_fields(list(fields.items())))
+
+
+def _mask_phone(phone: str) -> str:
+    return (
+        f"{phone[:3]}{'*' * (len(phone) - 7)}{phone[-4:]}" if len(phone) > 7 else "*" * len(phone)
+    )
+
+
+def _show_report(report: ImportReport) -> None:
+    if report.bad:
+        title = f"Bad lines: {report.bad_count}"
+        if report.bad_count > len(report.bad):
+            title += f", the first {len(report.bad)} of them"
+        echo_table(["line", "why"], [(bad.line, bad.reason) for bad in report.bad], title=title)
+        return
+    verb = "would be imported" if report.dry_run else "imported"
+    click.echo(
+        f"{report.imported} cards {verb}: {report.added} new, {report.changed} changed, "
+        f"{report.unchanged} unchanged"
+    )
+
+
+@contextmanager
+def _text_out(path: Path | None) -> Iterator[IO[str]]:
+    """Stdout, or a file that appears whole under its name, mode 0600, or not at all."""
+    if path is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    if path.exists() and not path.is_file():  # /dev/stdout, a pipe
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Any]:
+    """A bar on stderr where that is a terminal; yields the function that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("importing"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("import", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

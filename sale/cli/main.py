@@ -1,0 +1,42 @@
+"""The command ``sale``: its groups, and nothing else."""
+
+import sys
+
+import click
+
+from sale import __version__
+from sale.cli.campaigns import campaign
+from sale.cli.cards import cards, tokens
+from sale.cli.checks import audit, doctor, recover
+from sale.cli.operators import operator
+from sale.cli.processes import migrate, scheduler, serve, up, writer
+from sale.cli.runtime import main_entry, remember_options
+
+
+@click.group()
+@click.version_option(__version__, prog_name="sale")
+@remember_options
+def sale() -> None:
+    """Sell tickets in a rush: never oversold, durable once answered, proven by an audit."""
+
+
+for command in (
+    up,
+    serve,
+    writer,
+    scheduler,
+    migrate,
+    campaign,
+    cards,
+    tokens,
+    operator,
+    audit,
+    recover,
+    doctor,
+):
+    sale.add_command(command)
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    sys.exit(main_entry(sale))

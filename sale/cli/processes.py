@@ -1,0 +1,136 @@
+"""`sale up`, and the parts it is made of: `serve`, `writer`, `scheduler`, `migrate`."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import click
+
+from sale.cli.runtime import CommandContext, echo, overriding, run
+from sale.config import Settings
+
+LISTEN = click.option("--listen", metavar="H:P", help="Address of the API (port 0: a free one).")
+METRICS = click.option("--metrics-listen", metavar="H:P", help="Address of /metrics.")
+
+
+@click.command()
+@LISTEN
+@METRICS
+@click.option("--workers", type=int, metavar="N", help="API processes.")
+@overriding("listen", "metrics_listen", "workers")
+def up(context: CommandContext) -> None:
+    """Run everything on this machine, with servers of its own where no URL is given."""
+    from sale.workers import supervisor
+
+    _log(context.settings)
+    run(
+        supervisor.run(
+            context.settings, on_ready=lambda address: click.echo(f"ready {address}")
+        )
+    )
+
+
+@click.command()
+@LISTEN
+@METRICS
+@overriding("listen", "metrics_listen")
+def serve(context: CommandContext) -> None:
+    """Run one API process; any number of them share one address."""
+    from sale.api.app import serve as serve_http
+    from sale.bootstrap import open_engine
+    from sale.workers.metrics_server import serving_metrics
+
+    async def work(settings: Settings, stop: asyncio.Event) -> None:
+        async with (
+            open_engine(settings) as engine,
+            serving_metrics(settings.metrics_listen, engine.registry),
+        ):
+            await serve_http(engine, stop)
+
+    _run_part(context.settings, work)
+
+
+@click.command()
+@METRICS
+@overriding("metrics_listen")
+def writer(context: CommandContext) -> None:
+    """Run the ledger writer; a second one stands by."""
+    from prometheus_client import CollectorRegistry
+
+    from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
+    from sale.usecases.campaigns import CampaignDesk
+    from sale.workers.ledger_writer import LedgerMetrics, LedgerWriter
+    from sale.workers.metrics_server import serving_metrics
+
+    async def work(settings: Settings, stop: asyncio.Event) -> None:
+        registry = CollectorRegistry()
+        async with (
+            open_stores(settings, patience_s=START_PATIENCE_S, pool_size=2) as stores,
+            serving_metrics(settings.metrics_listen, registry),
+        ):
+            desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
+            carrier = LedgerWriter(
+                stores.redis,
+                store_urls(settings)[1],
+                settings,
+                pause_campaign=desk.pause_for,
+                metrics=LedgerMetrics(registry),
+            )
+            await carrier.run(stop)
+
+    _run_part(context.settings, work)
+
+
+@click.command()
+@METRICS
+@overriding("metrics_listen")
+def scheduler(context: CommandContext) -> None:
+    """Run the scheduler: openings, closings, verification, audits."""
+    from prometheus_client import CollectorRegistry
+
+    from sale.bootstrap import START_PATIENCE_S, open_stores
+    from sale.workers.metrics_server import serving_metrics
+    from sale.workers.scheduler import Scheduler
+
+    async def work(settings: Settings, stop: asyncio.Event) -> None:
+        registry = CollectorRegistry()
+        async with (
+            open_stores(settings, patience_s=START_PATIENCE_S, pool_size=3) as stores,
+            serving_metrics(settings.metrics_listen, registry),
+        ):
+            await Scheduler(stores, registry).run(stop)
+
+    _run_part(context.settings, work)
+
+
+@click.command()
+@overriding()
+def migrate(context: CommandContext) -> None:
+    """Bring the database to this version's schema; may run any number of times at once."""
+    from sale.db.migrate import migrate as run_migrations
+
+    applied = run(run_migrations(context.database_url()))
+    echo(
+        context,
+        {"applied": applied},
+        lambda: click.echo("\n".join(applied) if applied else "nothing to do"),
+    )
+
+
+def _run_part(
+    settings: Settings, work: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]
+) -> None:
+    from sale.workers.lifetime import told_to_stop
+
+    async def part() -> None:
+        with told_to_stop() as stop:
+            await work(settings, stop)
+
+    _log(settings)
+    run(part())
+
+
+def _log(settings: Settings) -> None:
+    from sale.bootstrap import set_up_logging
+
+    set_up_logging(settings)

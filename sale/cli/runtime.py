@@ -1,0 +1,295 @@
+"""What every command shares: options, output, the database, and errors as one clear line.
+
+``--data-dir``, ``--config``, ``--as`` and ``--json`` are taken by the root command and by each
+subcommand, so people may write them where they come to mind; the later one counts.
+"""
+
+import getpass
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import click
+import msgspec
+import structlog
+
+from sale import config
+from sale.config import Settings, SettingsError
+from sale.domain import CARD_NO, Refused
+
+EXIT_FAILED: Final = 1
+EXIT_INTERRUPTED: Final = 130
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command runs with. ``actor`` is who acts, for the audit log (INV-10)."""
+
+    settings: Settings
+    as_json: bool
+    actor: str
+
+    def database_url(self) -> str:
+        """The database of the settings, or of the engine that runs on the data directory.
+
+        Raises click.ClickException where neither is there.
+        """
+        if self.settings.database_url is not None:
+            return self.settings.database_url
+        from sale import embedded
+
+        endpoints = embedded.find(self.settings.data_dir)
+        if endpoints is None or endpoints.database_url is None:
+            raise click.ClickException(
+                f"no engine is running on {self.settings.data_dir}: start `sale up`, "
+                "or set SALE_DATABASE_URL"
+            )
+        return endpoints.database_url
+
+    @asynccontextmanager
+    async def pool(self) -> AsyncIterator[Any]:
+        """A small pool on that database, closed at the end."""
+        from sale.db.pool import CONNECT_TIMEOUT_S, open_pool
+
+        url = self.database_url()
+        try:
+            pool = await open_pool(url, min_size=1, max_size=2)
+        except (OSError, TimeoutError) as error:
+            what = str(error) or f"no answer in {CONNECT_TIMEOUT_S:g} s"
+            raise click.ClickException(f"PostgreSQL cannot be reached: {what}") from None
+        try:
+            yield pool
+        finally:
+            await pool.close()
+
+
+def card_number(_context: click.Context, _param: click.Parameter, value: str) -> str:
+    """Check a card number given on the command line (a callback of click).
+
+    A wrong one is not repeated in the complaint: it may be a real one mistyped.
+    """
+    if not CARD_NO.fullmatch(value):
+        raise click.BadParameter("a card number is 12 to 19 digits")
+    return value
+
+
+def shared_options(function: Callable[..., T]) -> Callable[..., T]:
+    """Add the options that every command takes; the function gets them as keyword arguments."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def remember_options(function: Callable[..., T]) -> Callable[..., T]:
+    """For the root command: take the shared options and keep them for the subcommands."""
+
+    @wraps(function)
+    def wrapper(*args: Any, **options: Any) -> T:  # noqa: ANN401 - click's options
+        context = click.get_current_context()
+        context.ensure_object(dict)
+        for name in _OPTION_NAMES:
+            value = options.pop(name)
+            if value is not None:
+                context.obj[name] = value
+        return function(*args, **options)
+
+    return shared_options(wrapper)
+
+
+def command_context(
+    function: Callable[Concatenate[CommandContext, P], T],
+) -> Callable[..., T]:
+    """For a subcommand: take the shared options, read the settings, pass a CommandContext first.
+
+    Options that are settings too (``data_dir``, ``listen``, ``metrics_listen``, ``workers``) reach
+    the settings where a command names them in ``overriding``.
+    """
+    return overriding()(function)
+
+
+def overriding(
+    *names: str,
+) -> Callable[[Callable[Concatenate[CommandContext, P], T]], Callable[..., T]]:
+    """Like ``command_context``; options of these names override settings and are not passed on."""
+
+    def decorate(function: Callable[Concatenate[CommandContext, P], T]) -> Callable[..., T]:
+        @wraps(function)
+        def wrapper(*args: Any, **options: Any) -> T:  # noqa: ANN401 - click's options
+            shared = dict(click.get_current_context().obj or {})
+            for name in _OPTION_NAMES:
+                value = options.pop(name)
+                if value is not None:
+                    shared[name] = value
+            overrides = {name: options.pop(name) for name in names}
+            return function(_context(shared, overrides), *args, **options)
+
+        return shared_options(wrapper)
+
+    return decorate
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a command's work on an event loop. Errors become click.ClickException in one line."""
+    import uvloop
+
+    try:
+        return uvloop.run(coroutine)
+    except (click.ClickException, BrokenPipeError):
+        raise
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        raise click.ClickException(line) from error
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell people of an error that they can act on; None for a fault of the program."""
+    import asyncpg
+    import redis
+
+    from sale.db.migrate import MigrationError
+    from sale.embedded import EmbeddedError
+
+    if isinstance(error, Refused):
+        return error.detail or error.problem.value
+    if isinstance(error, asyncpg.UndefinedTableError):
+        return "the database has no schema yet, or an old one: run `sale migrate`"
+    if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+        return f"PostgreSQL: {_first_line(error)}"
+    if isinstance(error, redis.RedisError):
+        return f"Redis: {_first_line(error)}"
+    if isinstance(error, TimeoutError):
+        return f"no answer in time {_first_line(error)}".strip()
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, SettingsError | EmbeddedError | MigrationError | OSError | ValueError):
+        return _first_line(error)
+    return None
+
+
+def echo(context: CommandContext, value: object, show: Callable[[], None]) -> None:
+    """Print ``value`` as one JSON value with ``--json``, else call ``show``."""
+    if context.as_json:
+        echo_json(value)
+    else:
+        show()
+
+
+def echo_json(value: object) -> None:
+    """Print one JSON value on stdout."""
+    click.echo(msgspec.json.encode(value).decode())
+
+
+def echo_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
+) -> None:
+    """Print a table on stdout; without a terminal it is as wide as it needs to be."""
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(Text("" if value is None else str(value)) for value in row))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDE)
+        console.width = Measurement.get(console, console.options, table).maximum
+    console.print(table)
+
+
+def echo_fields(fields: Sequence[tuple[str, object]]) -> None:
+    """Print names and values, a line each."""
+    width = max(len(name) for name, _ in fields)
+    for name, value in fields:
+        click.echo(f"{name:<{width}}  {'' if value is None else value}")
+
+
+def note(text: str) -> None:
+    """Tell people something beside the result, on stderr."""
+    click.echo(text, err=True)
+
+
+def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run the root command; return the exit status. Every error is one line on stderr."""
+    # Stdout is for results alone. Services set their own logging up when they start.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        status = command.main(
+            list(arguments) if arguments is not None else None,
+            prog_name="sale",
+            standalone_mode=False,
+        )
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        note(f"sale: {' '.join(error.format_message().split())}")
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (`| head`); Python would complain once more at the last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        note(f"sale: {line}")
+        return EXIT_FAILED
+    return status if isinstance(status, int) else 0
+
+
+def _context(shared: dict[str, Any], overrides: dict[str, Any]) -> CommandContext:
+    try:
+        settings = config.load(
+            shared.get("config_file"), data_dir=shared.get("data_dir"), **overrides
+        )
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from None
+    return CommandContext(
+        settings=settings,
+        as_json=bool(shared.get("as_json")),
+        actor=shared.get("actor") or f"cli:{_login_name()}",
+    )
+
+
+def _login_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user without an entry
+        return f"uid-{os.getuid()}"
+
+
+def _actor(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not (1 <= len(value) <= 64 and value.isprintable() and value.strip()):
+        raise click.BadParameter("a name is 1 to 64 printable characters")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+_WIDE: Final = 10_000
+_PATH: Final = click.Path(path_type=Path)
+_OPTIONS: Final = (
+    click.option("--data-dir", type=_PATH, help="Data directory (default .sale)."),
+    click.option("--config", "config_file", type=_PATH, help="Settings file, TOML."),
+    click.option(
+        "--as", "actor", metavar="NAME", callback=_actor, help="Who acts, for the audit log."
+    ),
+    click.option("--json", "as_json", is_flag=True, default=None, help="One JSON value on stdout."),
+)
+_OPTION_NAMES: Final = ("data_dir", "config_file", "actor", "as_json")

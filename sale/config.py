@@ -1,0 +1,187 @@
+"""Settings: read once, at start, into one frozen struct.
+
+A TOML file (``--config``, default ``config/sale.toml`` if it is there) is overridden by the
+environment. An unknown key or a bad value is refused by name, all of them in one go, because an
+operator who mends one setting at a time restarts a service many times.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+DEFAULT_FILE = Path("config/sale.toml")
+ENVIRONMENT = {
+    "SALE_REDIS_URL": "redis_url",
+    "SALE_DATABASE_URL": "database_url",
+    "SALE_DATA_DIR": "data_dir",
+    "SALE_LISTEN": "listen",
+    "SALE_METRICS_LISTEN": "metrics_listen",
+    "SALE_WORKERS": "workers",
+    "SALE_SIGNING_KEY": "signing_key",
+    "SALE_SIGNING_KEY_FILE": "signing_key_file",
+    "SALE_LOG_LEVEL": "log_level",
+    "SALE_AUDIT_INTERVAL_S": "audit_interval_s",
+    "SALE_LEDGER_RETENTION_EVENTS": "ledger_retention_events",
+    "SALE_LEDGER_RETENTION_S": "ledger_retention_s",
+    "SALE_BATCH_MAX": "batch_max",
+    "SALE_QUEUE_MAX": "queue_max",
+    "SALE_PURCHASE_DEADLINE_MS": "purchase_deadline_ms",
+    "SALE_WRITER_BATCH_EVENTS": "writer_batch_events",
+    "SALE_TICK_INTERVAL_MS": "tick_interval_ms",
+}
+UNIX_PREFIX = "unix:"
+SIGNING_KEY_MIN_BYTES = 32
+
+
+class SettingsError(ValueError):
+    """One or more settings are wrong; the message names each."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of a deployment. Units stand last in each name."""
+
+    redis_url: str | None = None
+    database_url: str | None = None
+    data_dir: Path = Path(".sale")
+    listen: str = "127.0.0.1:8080"
+    metrics_listen: str = "127.0.0.1:9108"
+    workers: int = 1
+    signing_key: str | None = None
+    signing_key_file: Path | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    # The batcher. A batch above 256 holds Redis longer than it saves; the queue bound is about one
+    # second of work, beyond which an honest 503 is kinder than a late answer.
+    batch_max: int = 256
+    queue_max: int = 16_384
+    purchase_deadline_ms: int = 5_000
+
+    # The writer. Retention keeps applied entries in Redis so that a PostgreSQL restored from a
+    # backup can be filled up again; both bounds must be passed before an entry is trimmed.
+    writer_batch_events: int = 8_192
+    ledger_retention_events: int = 10_000
+    ledger_retention_s: int = 600
+
+    # The scheduler.
+    audit_interval_s: int = 60
+    tick_interval_ms: int = 250
+
+
+def load(
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    **overrides: Any,  # noqa: ANN401 - command-line options, checked by the struct like the rest
+) -> Settings:
+    """Read the settings: file, then environment, then ``overrides`` that are not None.
+
+    Raises:
+        SettingsError: an unknown key or a bad value, by name; all of them in one message.
+
+    """
+    environment = os.environ if environment is None else environment
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    source: dict[str, str] = {}
+
+    chosen = file or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
+    if chosen is not None:
+        try:
+            table = tomllib.loads(chosen.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"settings file {chosen}: {error}") from None
+        for key, value in table.items():
+            values[key], source[key] = value, f"{key} in {chosen}"
+
+    for name, value in environment.items():
+        if not name.startswith("SALE_"):
+            continue
+        if name not in ENVIRONMENT:
+            problems.append(f"{name}: no such setting")
+            continue
+        key = ENVIRONMENT[name]
+        values[key], source[key] = value, name
+    for key, value in overrides.items():
+        if value is not None:
+            values[key], source[key] = value, f"--{key.replace('_', '-')}"
+
+    clean: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in _FIELD_TYPES:
+            problems.append(f"{source[key]}: no such setting")
+            continue
+        try:
+            clean[key] = msgspec.convert(
+                value, _FIELD_TYPES[key], strict=False, dec_hook=lambda _type, text: Path(text)
+            )
+        except (msgspec.ValidationError, TypeError) as error:
+            problems.append(f"{source[key]}: {value!r}: {_plain(str(error))}")
+            continue
+        complaint = _complaint(key, clean[key])
+        if complaint:
+            problems.append(f"{source[key]}: {complaint}")
+    if clean.get("signing_key") and clean.get("signing_key_file"):
+        problems.append("SALE_SIGNING_KEY and SALE_SIGNING_KEY_FILE: give one of the two")
+    if problems:
+        raise SettingsError("bad settings: " + "; ".join(sorted(problems)))
+    return Settings(**clean)
+
+
+def as_environment(settings: Settings) -> dict[str, str]:
+    """Give the settings as environment variables, for a child process that must have the same."""
+    values = {name: getattr(settings, key) for name, key in ENVIRONMENT.items()}
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Split ``host:port`` (``[::1]:80`` too). Raises ValueError in words."""
+    host, colon, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ValueError(f"{address!r} is not HOST:PORT")
+    return host, int(port)
+
+
+_FIELD_TYPES: dict[str, Any] = {
+    field.name: field.type for field in msgspec.structs.fields(Settings)
+}
+_BOUNDS = {
+    "workers": (1, 256),
+    "batch_max": (1, 256),
+    "queue_max": (1, 1_000_000),
+    "purchase_deadline_ms": (100, 60_000),
+    "writer_batch_events": (256, 100_000),
+    "ledger_retention_events": (0, 100_000_000),
+    "ledger_retention_s": (0, 30 * 86_400),
+    "audit_interval_s": (1, 86_400),
+    "tick_interval_ms": (10, 10_000),
+}
+
+
+def _complaint(key: str, value: Any) -> str | None:  # noqa: ANN401 - any field's value
+    """Say what is wrong with a value of the right type, or None."""
+    if key in _BOUNDS:
+        low, high = _BOUNDS[key]
+        return None if low <= value <= high else f"{value} is not between {low} and {high}"
+    if key == "metrics_listen" and value.startswith(UNIX_PREFIX):
+        path = value.removeprefix(UNIX_PREFIX)
+        return None if path.startswith("/") else f"{value!r} is not unix:/PATH"
+    if key in {"listen", "metrics_listen"}:
+        try:
+            split_address(value)
+        except ValueError as error:
+            return str(error)
+    if key == "redis_url" and not value.startswith(("redis://", "rediss://", "unix://")):
+        return "not a redis://, rediss:// or unix:// URL"
+    if key == "database_url" and not value.startswith(("postgresql://", "postgres://")):
+        return "not a postgresql:// URL"
+    if key == "signing_key" and len(value.encode()) < SIGNING_KEY_MIN_BYTES:
+        return f"shorter than {SIGNING_KEY_MIN_BYTES} bytes"
+    return None
+
+
+def _plain(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,1 @@
+"""PostgreSQL: the ledger made readable, the roster, the accounts."""

@@ -1,0 +1,154 @@
+"""Bring the schema up to date: ``migrations/NNNN_name.sql``, in order, each once.
+
+A migration that was released is immutable: its SHA-256 is recorded, and a database that ran
+another text under the same name is refused. Migrators may start together (every host of a
+deployment does): one holds an advisory lock and the others wait, then find nothing to do. Each
+file runs in a transaction together with its record, so a crash leaves either all of it or nothing.
+There is no way down: a schema is mended by the next migration.
+"""
+
+import hashlib
+import re
+from importlib import resources
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+import structlog
+
+from sale.db.pool import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from sale.db.queries import load
+
+MIGRATION_LOCK: Final = 0x53414C45_0001
+"""Advisory lock number ("SALE", 1) that serialises migrators."""
+
+LOCK_WAIT_S: Final = 120
+MIGRATION_TIMEOUT_S: Final = 600.0
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+class MigrationError(Exception):
+    """The schema cannot be brought up to date."""
+
+
+class DatabaseNewer(MigrationError):  # noqa: N818 - reads as a sentence where it is raised
+    """The database ran migrations that this version does not know."""
+
+
+class MigrationChanged(MigrationError):  # noqa: N818 - reads as a sentence where it is raised
+    """A migration that the database ran reads differently now."""
+
+
+class Migration(msgspec.Struct, frozen=True):
+    """One file: ``name`` without the ending, its text and the SHA-256 of it in hex."""
+
+    name: str
+    text: str
+    sha256: str
+
+
+def migrations() -> tuple[Migration, ...]:
+    """All migrations of this version, in order. Raises MigrationError for a badly named file."""
+    folder = resources.files("sale.db").joinpath("migrations")
+    files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
+    found: list[Migration] = []
+    for file in files:
+        if not file.name.endswith(".sql"):
+            continue
+        if not _FILE_NAME.fullmatch(file.name):
+            raise MigrationError(f"{file.name}: a migration is named NNNN_name.sql")
+        text = file.read_text("utf-8")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        found.append(Migration(file.name.removesuffix(".sql"), text, digest))
+    numbers = [migration.name[:4] for migration in found]
+    if len(set(numbers)) != len(numbers):
+        raise MigrationError("two migrations have the same number")
+    return tuple(found)
+
+
+async def migrate(database_url: str, known: tuple[Migration, ...] | None = None) -> list[str]:
+    """Apply what is missing; return the names applied, in order.
+
+    ``known`` are the migrations of this version; other ones are for tests.
+
+    Raises:
+        DatabaseNewer, MigrationChanged: nothing was changed.
+        MigrationError: another migrator held the lock for LOCK_WAIT_S.
+        asyncpg.PostgresError, OSError, TimeoutError: what was applied before it stays.
+
+    """
+    known = migrations() if known is None else known
+    connection = await asyncpg.connect(
+        database_url,
+        timeout=CONNECT_TIMEOUT_S,
+        command_timeout=COMMAND_TIMEOUT_S,
+        server_settings={"application_name": "sale migrate", "client_min_messages": "warning"},
+    )
+    try:
+        await _lock(connection)
+        return await _apply_missing(connection, known)
+    finally:
+        # Closing the session frees the advisory lock, also after an error in mid-transaction.
+        await connection.close(timeout=CONNECT_TIMEOUT_S)
+
+
+async def pending(connection: Any) -> list[str]:  # noqa: ANN401 - a connection or a pool
+    """Names of this version's migrations that the database has not run. Changes nothing.
+
+    Raises DatabaseNewer and MigrationChanged.
+    """
+    if await connection.fetchval(_SQL["find_table"]) is None:
+        return [migration.name for migration in migrations()]
+    recorded = {row["name"]: row["sha256"] for row in await connection.fetch(_SQL["recorded"])}
+    return [migration.name for migration in _missing(migrations(), recorded)]
+
+
+async def _lock(connection: Any) -> None:  # noqa: ANN401 - asyncpg has no common interface
+    await connection.execute(f"set lock_timeout = '{LOCK_WAIT_S}s'")
+    try:
+        await connection.execute(
+            f"select pg_advisory_lock({MIGRATION_LOCK})", timeout=LOCK_WAIT_S + CONNECT_TIMEOUT_S
+        )
+    except asyncpg.LockNotAvailableError:
+        raise MigrationError(
+            f"another migration of this database has been running for {LOCK_WAIT_S} s: "
+            "wait for it or end it, then migrate again"
+        ) from None
+    await connection.execute("reset lock_timeout")
+
+
+async def _apply_missing(
+    connection: Any,  # noqa: ANN401 - asyncpg has no common interface
+    known: tuple[Migration, ...],
+) -> list[str]:
+    await connection.execute(_SQL["create_table"])
+    recorded = {row["name"]: row["sha256"] for row in await connection.fetch(_SQL["recorded"])}
+    missing = _missing(known, recorded)
+    for migration in missing:
+        async with connection.transaction():
+            await connection.execute(migration.text, timeout=MIGRATION_TIMEOUT_S)
+            await connection.execute(_SQL["record"], migration.name, migration.sha256)
+        log.info("schema.migrated", migration=migration.name)
+    return [migration.name for migration in missing]
+
+
+def _missing(known: tuple[Migration, ...], recorded: dict[str, str]) -> list[Migration]:
+    names = {migration.name for migration in known}
+    unknown = sorted(set(recorded) - names)
+    if unknown:
+        raise DatabaseNewer(
+            f"the database is newer than this version: it ran {', '.join(unknown)}, which are not "
+            "known here; use the version that made it"
+        )
+    for migration in known:
+        if recorded.get(migration.name, migration.sha256) != migration.sha256:
+            raise MigrationChanged(
+                f"migration {migration.name} reads differently from the one this database ran: "
+                "a released migration is never edited, write a new one"
+            )
+    return [migration for migration in known if migration.name not in recorded]
+
+
+_FILE_NAME: Final = re.compile(r"[0-9]{4}_[a-z0-9_]+\.sql")
+_SQL: Final = load("migrate")

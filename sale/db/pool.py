@@ -1,0 +1,33 @@
+"""Connections to PostgreSQL, with a bound on every wait."""
+
+from typing import Any, Final
+
+import asyncpg
+
+CONNECT_TIMEOUT_S: Final = 5.0
+COMMAND_TIMEOUT_S: Final = 30.0
+IDLE_CONNECTION_S: Final = 300.0
+"""A connection that lay idle this long is closed; balancers forget it silently otherwise."""
+
+
+async def open_pool(
+    database_url: str,
+    *,
+    min_size: int = 1,
+    max_size: int = 4,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    command_timeout_s: float = COMMAND_TIMEOUT_S,
+) -> "asyncpg.Pool[Any]":
+    """Open a pool; the caller closes it.
+
+    Raises OSError, TimeoutError or asyncpg.PostgresError where the server cannot be reached.
+    """
+    return await asyncpg.create_pool(
+        database_url,
+        min_size=min_size,
+        max_size=max_size,
+        timeout=connect_timeout_s,
+        command_timeout=command_timeout_s,
+        max_inactive_connection_lifetime=IDLE_CONNECTION_S,
+        server_settings={"application_name": "sale"},
+    )

@@ -1,0 +1,120 @@
+"""Statements on the roster. Each takes a connection, so that the caller sets the transaction."""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from sale.db.queries import load
+
+IMPORT_TIMEOUT_S: Final = 3_600.0
+"""Bound of each statement of an import, which may be of any size."""
+
+INCOMING_COLUMNS: Final = ("line", "card_no", "name", "union_code", "phone", "pin_mac", "status")
+CURSOR_ROWS: Final = 2_000
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """A card as the roster holds it, without its PIN."""
+
+    card_no: str
+    name: str
+    union_code: str
+    phone: str
+    has_pin: bool
+    status: str
+    updated_at: datetime
+
+
+class CardChange(NamedTuple):
+    """One revision of the feed: the card became active, or ceased to be."""
+
+    rev: int
+    card_no: str
+    active: bool
+
+
+class Duplicates(NamedTuple):
+    """Lines whose card stands on an earlier line: all of them counted, the first ones listed."""
+
+    total: int
+    lines: list[tuple[int, int]]
+
+
+async def copy_incoming(connection: Any, source: AsyncIterator[bytes]) -> None:  # noqa: ANN401
+    """Fill a temporary table, dropped at the commit, from lines in COPY's text format."""
+    await connection.execute(_SQL["create_incoming"])
+    await connection.copy_to_table(
+        "incoming_card", source=source, columns=INCOMING_COLUMNS, timeout=IMPORT_TIMEOUT_S
+    )
+    await connection.execute(_SQL["analyze_incoming"], timeout=IMPORT_TIMEOUT_S)
+
+
+async def find_duplicates(connection: Any, limit: int) -> Duplicates:  # noqa: ANN401
+    """Lines of the incoming table whose card stands on an earlier one, as (line, earlier line)."""
+    rows = await connection.fetch(_SQL["twice"], limit, timeout=IMPORT_TIMEOUT_S)
+    total = rows[0]["total"] if rows else 0
+    return Duplicates(total, [(row["line"], row["first_line"]) for row in rows])
+
+
+async def count_incoming(connection: Any) -> tuple[int, int]:  # noqa: ANN401
+    """How many incoming cards are new, and how many read differently from the roster."""
+    await connection.execute(_SQL["lock_import"], timeout=IMPORT_TIMEOUT_S)
+    row = await connection.fetchrow(_SQL["count_incoming"], timeout=IMPORT_TIMEOUT_S)
+    return row["added"], row["changed"]
+
+
+async def apply_incoming(connection: Any) -> None:  # noqa: ANN401
+    """Write what differs. The feed of changes is kept by triggers."""
+    await connection.execute(_SQL["upsert_incoming"], timeout=IMPORT_TIMEOUT_S)
+
+
+async def find_card(connection: Any, card_no: str) -> Card | None:  # noqa: ANN401
+    """One card, or None."""
+    row = await connection.fetchrow(_SQL["find_card"], card_no)
+    return None if row is None else Card(**dict(row))
+
+
+async def set_status(connection: Any, card_no: str, status: str) -> str | None:  # noqa: ANN401
+    """Set a card's status; return the one before, or None where there is no such card."""
+    before: str | None = await connection.fetchval(_SQL["lock_card"], card_no)
+    if before is not None and before != status:
+        await connection.execute(_SQL["set_status"], card_no, status)
+    return before
+
+
+async def changes_since(connection: Any, rev: int, limit: int) -> list[CardChange]:  # noqa: ANN401
+    """The feed after ``rev``, oldest first. Revisions come in the order of commits."""
+    rows = await connection.fetch(_SQL["changes_since"], rev, limit)
+    return [CardChange(row["rev"], row["card_no"], row["active"]) for row in rows]
+
+
+async def current_rev(connection: Any) -> int:  # noqa: ANN401
+    """The feed's last revision, 0 where it is empty.
+
+    In a REPEATABLE READ transaction this and ``inactive_cards`` show the same moment.
+    """
+    rev: int = await connection.fetchval(_SQL["current_rev"])
+    return rev
+
+
+async def inactive_cards(connection: Any, after_card_no: str, limit: int) -> list[str]:  # noqa: ANN401
+    """Cards that may not buy, in order, after ``after_card_no`` ("" for the first ones)."""
+    rows = await connection.fetch(_SQL["inactive_cards"], after_card_no, limit)
+    return [row["card_no"] for row in rows]
+
+
+async def cards_of_status(
+    connection: Any,  # noqa: ANN401
+    status: str,
+    limit: int,
+) -> AsyncIterator[tuple[str, str]]:
+    """Stream (card number, union) of the roster's first cards. Needs a transaction."""
+    async for row in connection.cursor(
+        _SQL["cards_of_status"], status, limit, prefetch=CURSOR_ROWS
+    ):
+        yield row["card_no"], row["union_code"]
+
+
+_SQL: Final = load("roster")

@@ -1,0 +1,72 @@
+-- name: create_incoming -- Where a file's lines wait until all of them are known to be good.
+create temporary table incoming_card (
+    line       bigint not null,
+    card_no    text not null,
+    name       text not null,
+    union_code text not null,
+    phone      text not null,
+    pin_mac    bytea null,
+    status     text not null
+) on commit drop;
+
+-- name: analyze_incoming -- Without figures the planner takes nested loops for the joins below.
+analyze incoming_card;
+
+-- name: twice -- Lines whose card stands on an earlier line too: the first $1, and how many.
+with twice as (
+    select card_no, min(line) as first_line
+      from incoming_card group by card_no having count(*) > 1
+)
+select i.line, t.first_line, count(*) over () as total
+  from incoming_card i
+  join twice t using (card_no)
+ where i.line > t.first_line
+ order by i.line
+ limit $1;
+
+-- name: lock_import -- One import at a time; two that wrote the same cards would deadlock.
+select pg_advisory_xact_lock(x'53414C450003'::bigint);
+
+-- name: count_incoming -- How many cards are new, and how many read differently from the roster.
+select count(*) filter (where c.card_no is null) as added,
+       count(*) filter (where c.card_no is not null
+           and (c.name, c.union_code, c.phone, c.pin_mac, c.status)
+               is distinct from (i.name, i.union_code, i.phone, i.pin_mac, i.status)) as changed
+  from incoming_card i
+  left join card c using (card_no);
+
+-- name: upsert_incoming -- Only what differs is written: a repeated import touches no row.
+-- In order of the key, so that the indexes grow at one end and two imports lock alike.
+insert into card as c (card_no, name, union_code, phone, pin_mac, status)
+select i.card_no, i.name, i.union_code, i.phone, i.pin_mac, i.status
+  from incoming_card i
+  left join card o using (card_no)
+ where o.card_no is null
+    or (o.name, o.union_code, o.phone, o.pin_mac, o.status)
+       is distinct from (i.name, i.union_code, i.phone, i.pin_mac, i.status)
+ order by i.card_no
+    on conflict (card_no) do update
+   set name = excluded.name, union_code = excluded.union_code, phone = excluded.phone,
+       pin_mac = excluded.pin_mac, status = excluded.status, updated_at = now();
+
+-- name: find_card -- One card by its number.
+select card_no, name, union_code, phone, pin_mac is not null as has_pin, status, updated_at
+  from card where card_no = $1;
+
+-- name: lock_card -- Status of a card, held until the commit.
+select status from card where card_no = $1 for update;
+
+-- name: set_status -- A card's new status; the triggers tell the feed.
+update card set status = $2, updated_at = now() where card_no = $1;
+
+-- name: changes_since -- The feed after revision $1, oldest first.
+select rev, card_no, active from card_change where rev > $1 order by rev limit $2;
+
+-- name: current_rev -- The feed's last revision; 0 where it is empty.
+select coalesce(max(rev), 0) from card_change;
+
+-- name: inactive_cards -- Cards that may not buy, after card number $1, in order.
+select card_no from card where status <> 'active' and card_no > $1 order by card_no limit $2;
+
+-- name: cards_of_status -- The roster's first $2 cards of a status.
+select card_no, union_code from card where status = $1 order by card_no limit $2;

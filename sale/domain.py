@@ -1,0 +1,444 @@
+"""What the engine talks about: campaigns, showings, orders, and why a purchase is refused.
+
+Plain data and the rules that need no store. Rules that decide a sale stand in
+``stock/lua/purchase.lua`` and nowhere else; what is checked here is what can be wrong with input.
+"""
+
+import re
+import tomllib
+from datetime import UTC, datetime, timedelta, timezone
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+CAMPAIGN_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
+SHOWING_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
+CARD_NO: Final = re.compile(r"[0-9]{12,19}")
+IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+STOCK_MAX: Final = 10_000_000
+CARD_LIMIT_MAX: Final = 1_000
+SHOWINGS_MAX: Final = 500
+PRICE_MAX_FEN: Final = 10_000_000
+TITLE_MAX: Final = 200
+REASON_MAX: Final = 500
+DISTRICT: Final = "district"
+
+LOCAL_ZONE: Final = timezone(timedelta(hours=8))
+"""Beijing time: what members and operators read. Stored times are UTC milliseconds."""
+
+
+class CampaignState(StrEnum):
+    """States of a campaign. Sold out is not one: tickets come back."""
+
+    DRAFT = "draft"
+    SCHEDULED = "scheduled"
+    OPEN = "open"
+    PAUSED = "paused"
+    CLOSED = "closed"
+    RECOVERING = "recovering"
+    DELETED = "deleted"
+
+
+class Problem(StrEnum):
+    """Why a request was not done: the ``code`` of the answer (RFC 9457)."""
+
+    INVALID_REQUEST = "invalid-request"
+    MISSING_IDEMPOTENCY_KEY = "missing-idempotency-key"
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_ELIGIBLE = "not-eligible"
+    CARD_REVOKED = "card-revoked"
+    FORBIDDEN = "forbidden"
+    NOT_FOUND = "not-found"
+    METHOD_NOT_ALLOWED = "method-not-allowed"
+    NOT_OPEN = "not-open"
+    PAUSED = "paused"
+    CLOSED = "closed"
+    SOLD_OUT = "sold-out"
+    LIMIT_EXCEEDED = "limit-exceeded"
+    WRONG_STATE = "wrong-state"
+    IDEMPOTENCY_MISMATCH = "idempotency-mismatch"
+    PAYLOAD_TOO_LARGE = "payload-too-large"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
+    RATE_LIMITED = "rate-limited"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+
+
+class Refused(Exception):  # noqa: N818 - the domain's word
+    """A request that is not done, with the code and the members of the problem document.
+
+    ``detail`` is one sentence for people; ``members`` are the extra fields of the contract
+    (``remaining``, ``card_remaining``, ``opens_at``, ``field`` …); ``retry_after_s`` becomes the
+    header.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        detail: str = "",
+        *,
+        retry_after_s: int | None = None,
+        **members: object,
+    ) -> None:
+        super().__init__(f"{problem.value}: {detail}" if detail else problem.value)
+        self.problem = problem
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.members = members
+
+
+class Showing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One date, class, or simply "the tickets" of a campaign."""
+
+    id: str
+    title: str
+    tickets: int
+    starts_at: datetime | None = None
+
+
+class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
+    """A campaign as its file describes it. ``tickets`` of a showing is the stock at creation."""
+
+    id: str
+    title: str
+    category: str
+    price_fen: int
+    payment: str
+    card_limit: int
+    order_max: int
+    unions: tuple[str, ...]
+    owner: str
+    showings: tuple[Showing, ...]
+    opens_at: datetime | None = None
+    closes_at: datetime | None = None
+    draft: bool = False
+
+    @cached_property
+    def showing_numbers(self) -> dict[str, int]:
+        """Number of each showing, by its ID: what the stock and the ledger know it by."""
+        return {showing.id: number for number, showing in enumerate(self.showings)}
+
+    @property
+    def opens_at_ms(self) -> int | None:
+        """Opening moment, UTC milliseconds, or None where it is opened by hand."""
+        return None if self.opens_at is None else to_ms(self.opens_at)
+
+    @property
+    def closes_at_ms(self) -> int | None:
+        """Closing moment, UTC milliseconds, or None where it is closed by hand."""
+        return None if self.closes_at is None else to_ms(self.closes_at)
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """One ticket of an order. The code is what is shown at the counter, and cannot be guessed."""
+
+    no: int
+    code: str
+    state: str = "valid"
+
+
+class Order(msgspec.Struct, frozen=True):
+    """A card's order. ``card_remaining`` is what the card may still buy in the campaign."""
+
+    order_no: str
+    campaign: str
+    showing: str
+    quantity: int
+    state: str
+    amount_fen: int
+    pay_before: str | None
+    created_at: str
+    tickets: list[Ticket]
+    card_remaining: int
+
+
+class InvalidCampaign(ValueError):  # noqa: N818 - reads as a sentence where it is raised
+    """A campaign file or body is wrong; ``problems`` maps each field to what is wrong with it."""
+
+    def __init__(self, problems: dict[str, str]) -> None:
+        super().__init__("; ".join(f"{field}: {what}" for field, what in problems.items()))
+        self.problems = problems
+
+
+def to_ms(moment: datetime) -> int:
+    """UTC milliseconds of an aware datetime, exactly (no float on the way)."""
+    return (moment - _EPOCH) // timedelta(milliseconds=1)
+
+
+def from_ms(ms: int) -> datetime:
+    """Aware datetime in Beijing time of UTC milliseconds."""
+    return (_EPOCH + timedelta(milliseconds=ms)).astimezone(LOCAL_ZONE)
+
+
+def rfc3339(ms: int) -> str:
+    """RFC 3339 with offset and milliseconds, in Beijing time."""
+    return from_ms(ms).isoformat(timespec="milliseconds")
+
+
+def mask_card(card_no: str) -> str:
+    """A card number as it may be shown: only the last four digits."""
+    return "*" * max(len(card_no) - 4, 0) + card_no[-4:]
+
+
+def order_number(campaign_id: str, seq: int, at_ms: int) -> str:
+    """Public number of an order, at most 64 characters.
+
+    The event's number alone would be unique, but a Redis that went back in time could give the
+    same number twice before it is caught; the moment of the sale tells such two apart.
+    """
+    return f"{campaign_id}.{seq:x}.{at_ms & 0xFFFFFF:06x}"
+
+
+def parse_order_number(order_no: str) -> tuple[str, int, int] | None:
+    """Campaign, event number and last 24 bits of the moment (ms) of an order number, or None."""
+    match = _ORDER_NO.fullmatch(order_no)
+    if match is None:
+        return None
+    return match[1], int(match[2], 16), int(match[3], 16)
+
+
+def parse_campaign_toml(text: str, unions: frozenset[str]) -> Campaign:
+    """Read a campaign file. Raises InvalidCampaign naming every wrong field in one go."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidCampaign({"file": f"not TOML: {error}"}) from None
+    return parse_campaign(table, unions)
+
+
+def parse_campaign(table: object, unions: frozenset[str]) -> Campaign:
+    """Check a campaign given as a table (TOML, or JSON with RFC 3339 strings for times).
+
+    ``unions`` are the known union codes. Raises InvalidCampaign naming every wrong field at once.
+    """
+    reader = _Reader(table if isinstance(table, dict) else {"": None})
+    if not isinstance(table, dict):
+        raise InvalidCampaign({"campaign": "must be an object"})
+    reader.no_others(
+        [
+            "id",
+            "title",
+            "category",
+            "price_fen",
+            "payment",
+            "card_limit",
+            "order_max",
+            "opens_at",
+            "closes_at",
+            "unions",
+            "owner",
+            "draft",
+            "showings",
+        ]
+    )
+    identifier = reader.text("id", pattern=CAMPAIGN_ID, says="1 to 48 of a-z, 0-9 and -")
+    title = reader.text("title")
+    category = reader.choice("category", CATEGORIES)
+    price_fen = reader.integer("price_fen", 0, PRICE_MAX_FEN)
+    payment = reader.choice("payment", ("none", "counter", "online"))
+    if payment == "online":
+        reader.wrong("payment", "online is not built yet: use none or counter")
+    if payment == "none" and price_fen > 0:
+        reader.wrong("payment", "none needs price_fen = 0")
+    card_limit = reader.integer("card_limit", 1, CARD_LIMIT_MAX)
+    order_max = reader.integer("order_max", 1, card_limit or CARD_LIMIT_MAX, default=card_limit)
+    opens_at = reader.moment("opens_at")
+    closes_at = reader.moment("closes_at")
+    if opens_at and closes_at and closes_at <= opens_at:
+        reader.wrong("closes_at", "must be after opens_at")
+    codes = reader.codes("unions", unions)
+    owner = reader.text("owner", default=DISTRICT)
+    if owner and owner not in unions:
+        reader.wrong("owner", f"{owner!r} is not a known union")
+    draft = reader.flag("draft")
+    showings = _showings(reader)
+    if reader.problems:
+        raise InvalidCampaign(reader.problems)
+    return Campaign(
+        id=identifier,
+        title=title,
+        category=category,
+        price_fen=price_fen,
+        payment=payment,
+        card_limit=card_limit,
+        order_max=order_max,
+        opens_at=opens_at,
+        closes_at=closes_at,
+        unions=codes,
+        owner=owner,
+        draft=draft,
+        showings=showings,
+    )
+
+
+def load_unions(path: Path) -> dict[str, str]:
+    """Read ``config/unions.toml``: code to name. Raises ValueError in words."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+        unions = {str(row["code"]): str(row["name"]) for row in table["unions"]}
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"unions file {path}: {error}") from None
+    if DISTRICT not in unions:
+        raise ValueError(f"unions file {path}: no union with the code {DISTRICT!r}")
+    return unions
+
+
+def default_unions_path() -> Path:
+    """Where the union codes stand: ``./config``, else the source tree's, else the package's own.
+
+    Raises ValueError in words where there is none.
+    """
+    package = Path(__file__).resolve().parent
+    places = (
+        Path("config/unions.toml"),
+        package.parent / "config" / "unions.toml",
+        package / "unions.toml",
+    )
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(f"no unions file: looked for {', '.join(map(str, places))}")
+
+
+CATEGORIES: Final = ("education", "culture", "sport", "health", "living")
+_ORDER_NO: Final = re.compile(r"([a-z0-9-]{1,48})\.([0-9a-f]{1,8})\.([0-9a-f]{6})")
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MISSING: Final = object()
+
+
+def _showings(reader: "_Reader") -> tuple[Showing, ...]:
+    rows = reader.take("showings")
+    if not isinstance(rows, list) or not 1 <= len(rows) <= SHOWINGS_MAX:
+        reader.wrong("showings", f"must be a list of 1 to {SHOWINGS_MAX} showings")
+        return ()
+    showings: list[Showing] = []
+    seen: set[str] = set()
+    for number, row in enumerate(rows):
+        prefix = f"showings[{number}]"
+        if not isinstance(row, dict):
+            reader.wrong(prefix, "must be a table")
+            continue
+        inner = _Reader(row, f"{prefix}.")
+        inner.no_others(["id", "title", "starts_at", "tickets"])
+        identifier = inner.text("id", pattern=SHOWING_ID, says="1 to 48 of a-z, 0-9 and -")
+        if identifier in seen:
+            inner.wrong("id", f"{identifier!r} stands twice")
+        seen.add(identifier)
+        title = inner.text("title")
+        starts_at = inner.moment("starts_at")
+        tickets = inner.integer("tickets", 0, STOCK_MAX)
+        reader.problems.update(inner.problems)
+        showings.append(Showing(id=identifier, title=title, starts_at=starts_at, tickets=tickets))
+    return tuple(showings)
+
+
+class _Reader:
+    """Reads a table field by field and gathers every complaint instead of stopping at one.
+
+    A field that is wrong is read as a harmless value, so that the rest can still be checked; the
+    caller raises when there are problems and never uses those values.
+    """
+
+    def __init__(self, table: dict[Any, Any], prefix: str = "") -> None:
+        self.table = table
+        self.prefix = prefix
+        self.problems: dict[str, str] = {}
+
+    def wrong(self, field: str, what: str) -> None:
+        self.problems.setdefault(self.prefix + field, what)
+
+    def take(self, field: str) -> object:
+        return self.table.get(field, _MISSING)
+
+    def no_others(self, known: list[str]) -> None:
+        for field in self.table:
+            if field not in known:
+                self.wrong(str(field), "is not a known field")
+
+    def text(
+        self,
+        field: str,
+        *,
+        pattern: re.Pattern[str] | None = None,
+        says: str = "",
+        default: str | None = None,
+    ) -> str:
+        value = self.take(field)
+        if value is _MISSING and default is not None:
+            return default
+        if value is _MISSING:
+            self.wrong(field, "is missing")
+        elif not isinstance(value, str) or not value.strip() or len(value) > TITLE_MAX:
+            self.wrong(field, f"must be a text of 1 to {TITLE_MAX} characters")
+        elif not value.isprintable():
+            self.wrong(field, "must not hold control characters")
+        elif pattern and not pattern.fullmatch(value):
+            self.wrong(field, f"must be {says}")
+        else:
+            return value
+        return ""
+
+    def choice(self, field: str, choices: tuple[str, ...]) -> str:
+        value = self.take(field)
+        if value is _MISSING:
+            self.wrong(field, "is missing")
+        elif not isinstance(value, str) or value not in choices:
+            self.wrong(field, f"must be one of {', '.join(choices)}")
+        else:
+            return value
+        return ""
+
+    def integer(self, field: str, low: int, high: int, default: int | None = None) -> int:
+        value = self.take(field)
+        if value is _MISSING and default is not None:
+            return default
+        if value is _MISSING:
+            self.wrong(field, "is missing")
+        elif not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            self.wrong(field, f"must be a whole number from {low} to {high}")
+        else:
+            return value
+        return 0
+
+    def flag(self, field: str) -> bool:
+        value = self.take(field)
+        if value is _MISSING:
+            return False
+        if not isinstance(value, bool):
+            self.wrong(field, "must be true or false")
+        return value is True
+
+    def moment(self, field: str) -> datetime | None:
+        value = self.take(field)
+        if value is _MISSING or value is None:
+            return None
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value)
+            except ValueError:
+                value = None
+        if not isinstance(value, datetime) or value.tzinfo is None:
+            self.wrong(field, "must be a date and time with an offset (RFC 3339)")
+            return None
+        if not 2000 <= value.year <= 2200:
+            self.wrong(field, "must be between the years 2000 and 2200")
+            return None
+        return value
+
+    def codes(self, field: str, known: frozenset[str]) -> tuple[str, ...]:
+        value = self.take(field)
+        if value is _MISSING:
+            return ("*",)
+        if not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
+            self.wrong(field, 'must be ["*"] or a list of union codes')
+            return ()
+        if value == ["*"]:
+            return ("*",)
+        unknown = sorted(set(value) - known)
+        if unknown:
+            self.wrong(field, f"unknown union: {', '.join(unknown)}")
+        return tuple(dict.fromkeys(value))

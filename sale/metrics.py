@@ -1,0 +1,73 @@
+"""Counting what the purchase path does, at a cost that the path does not feel.
+
+prometheus-client takes about 1 µs for each counter and 2 µs for each observation; a purchase has
+about 50 µs in all. So the batcher adds up plain integers, a batch at a time, and this collector
+turns them into metrics when somebody asks.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+LATENCY_BOUNDS_S: Final = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+BATCH_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+class Distribution:
+    """A histogram's counts: ``observe`` costs a bisection and two additions."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value, in the unit of the bounds."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative buckets as Prometheus wants them."""
+        running, rows = 0, []
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            running += count
+            rows.append(("+Inf" if bound == float("inf") else repr(float(bound)), float(running)))
+        return rows
+
+
+class PurchaseMetrics(Collector):
+    """Purchases by campaign and outcome, their latency (s), and batch sizes of one process."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.seconds = Distribution(LATENCY_BOUNDS_S)
+        self.batch_size = Distribution(BATCH_BOUNDS)
+
+    def collect(self) -> Iterator[Metric]:
+        """Give what was counted so far."""
+        purchases = CounterMetricFamily(
+            "sale_purchases",
+            "Purchase requests answered, by outcome.",
+            labels=("campaign", "outcome"),
+        )
+        for labels, count in list(self.outcomes.items()):
+            purchases.add_metric(labels, count)
+        yield purchases
+        yield HistogramMetricFamily(
+            "sale_purchase_seconds",
+            "From the decoded request to its answer.",
+            buckets=self.seconds.buckets(),
+            sum_value=self.seconds.total,
+        )
+        yield HistogramMetricFamily(
+            "sale_batch_size",
+            "Purchases in one call of purchase.lua.",
+            buckets=self.batch_size.buckets(),
+            sum_value=self.batch_size.total,
+        )

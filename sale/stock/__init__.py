@@ -1,0 +1,1 @@
+"""The stock in Redis: keys, scripts and the batcher. Lua decides, Python translates."""

@@ -1,0 +1,376 @@
+"""Group commit for purchases: what arrived while the last call was under way goes into one call.
+
+One batcher a campaign and process. A purchase waits in a bounded queue; a single task takes up to
+``batch_max`` of them, runs ``purchase.lua`` once, and answers each. One call is under way at a
+time: a second one was no faster with Redis on the same core, and made smaller batches.
+
+A call whose connection is lost has an unknown outcome. It is asked again, with the same keys and
+a higher call number, until the deadline: INV-4 makes the repeat harmless, and the script refuses
+the delayed first attempt. A purchase that cannot be resolved is answered "unavailable", which says
+so, and never "sold out" (INV-8).
+
+When the last answers were all refusals for state or stock, the next call is one ``peek`` that
+refuses everybody whom it can refuse; who may have an order already, or might get a ticket, goes in
+as a purchase.
+
+Rejected: one EVALSHA a request (a third of the rate, and redis-py's pool raises under a rush);
+pipelining single EVALSHAs (one fsync each under ``appendfsync always``).
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import structlog
+from redis.exceptions import RedisError, ResponseError
+
+from sale.domain import Campaign, Problem
+from sale.metrics import PurchaseMetrics
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
+from sale.stock.suspects import Suspects
+
+RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+UNTRUSTED_PATIENCE_S: Final = 2.0
+PEEKED_MAX: Final = 4_096
+
+log = structlog.get_logger()
+
+
+class Answer(NamedTuple):
+    """What became of a purchase.
+
+    ``decision`` is None where the outcome is unknown or the state cannot be trusted. ``value`` is
+    the event number of an order, the tickets left, the tickets the card may still buy, or the
+    opening moment (ms): see the header of ``purchase.lua``.
+    """
+
+    decision: Decision | None
+    value: int = 0
+    card_remaining: int = 0
+    sold_at_ms: int = 0
+    now_ms: int = 0
+    price_fen: int = 0
+
+
+UNKNOWN: Final = Answer(None)
+OUTCOMES: Final[dict[Decision | None, str]] = {
+    Decision.SOLD: "sold",
+    Decision.REPLAYED: "replayed",
+    Decision.CARD_REVOKED: Problem.CARD_REVOKED,
+    Decision.NOT_ELIGIBLE: Problem.NOT_ELIGIBLE,
+    Decision.KEY_MISMATCH: Problem.IDEMPOTENCY_MISMATCH,
+    Decision.NOT_OPEN: Problem.NOT_OPEN,
+    Decision.PAUSED: Problem.PAUSED,
+    Decision.CLOSED: Problem.CLOSED,
+    Decision.RECOVERING: Problem.UNAVAILABLE,
+    Decision.DRAFT: Problem.NOT_FOUND,
+    Decision.LIMIT_EXCEEDED: Problem.LIMIT_EXCEEDED,
+    Decision.SOLD_OUT: Problem.SOLD_OUT,
+    Decision.NO_SUCH_SHOWING: Problem.INVALID_REQUEST,
+    None: Problem.UNAVAILABLE,
+}
+_BY_PEEK: Final = frozenset(
+    {Decision.SOLD_OUT, Decision.NOT_OPEN, Decision.PAUSED, Decision.CLOSED, Decision.CARD_REVOKED}
+)
+_DECISIONS: Final = {int(decision): decision for decision in Decision}
+
+
+class Purchase:
+    """One purchase on its way to the script; ``asked_at`` in seconds of the loop's clock."""
+
+    __slots__ = ("answer", "asked_at", "card_no", "key_hash", "quantity", "showing", "union")
+
+    def __init__(  # noqa: PLR0913 - the six facts of a purchase
+        self,
+        card_no: str,
+        union: str,
+        showing: int,
+        quantity: int,
+        key_hash: str,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.card_no = card_no
+        self.union = union
+        self.showing = showing
+        self.quantity = quantity
+        self.key_hash = key_hash
+        self.asked_at = loop.time()
+        self.answer: asyncio.Future[Answer] = loop.create_future()
+
+
+class Batcher:
+    """Gathers the purchases of one campaign in this process. See the module's docstring."""
+
+    def __init__(  # noqa: PLR0913 - wired once, by Batchers
+        self,
+        campaign: Campaign,
+        scripts: Scripts,
+        process: str,
+        metrics: PurchaseMetrics,
+        *,
+        batch_max: int,
+        queue_max: int,
+        deadline_s: float,
+        next_call: Callable[[], int],
+    ) -> None:
+        self._campaign = campaign
+        self._keys = campaign_keys(campaign.id)
+        self._scripts = scripts
+        self._process = process
+        self._metrics = metrics
+        self._batch_max = batch_max
+        self._queue_max = queue_max
+        self._deadline_s = deadline_s
+        self._next_call = next_call
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[Purchase] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._suspects: Suspects | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._all_refused = False
+        self.mark = (0, 0)
+        """Epoch and highest event number this process has seen: a head behind it has lost
+        something that somebody was told (INV-8)."""
+
+    def submit(self, purchase: Purchase) -> bool:
+        """Queue a purchase; its ``answer`` will be set. False where the queue is full."""
+        if len(self._queue) >= self._queue_max:
+            self._metrics.outcomes[self._campaign.id, Problem.OVERLOADED] += 1
+            return False
+        self._queue.append(purchase)
+        if self._task is None:
+            self._task = self._loop.create_task(self._drain())
+        return True
+
+    @property
+    def waiting(self) -> int:
+        """Purchases in the queue."""
+        return len(self._queue)
+
+    async def close(self) -> None:
+        """Answer what is queued, bounded by the deadline, then stop."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=self._deadline_s)
+        for task in (self._task, self._loading):
+            if task is not None and not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        while self._queue:
+            self._settle(self._queue.popleft(), UNKNOWN)
+
+    async def _drain(self) -> None:
+        try:
+            while self._queue:
+                if self._all_refused:
+                    batch = await self._refuse_by_peek()
+                else:
+                    batch = self._take(self._batch_max)
+                if batch:
+                    await self._decide(batch)
+        except Exception:
+            # A fault of ours must not leave anybody waiting: unknown is an honest answer.
+            log.exception("batcher.failed", campaign=self._campaign.id)
+            while self._queue:
+                self._settle(self._queue.popleft(), UNKNOWN)
+        finally:
+            self._task = None
+
+    def _take(self, most: int) -> list[Purchase]:
+        queue = self._queue
+        return [queue.popleft() for _ in range(min(len(queue), most))]
+
+    async def _decide(self, batch: list[Purchase]) -> None:
+        """Run the script for a batch until each is answered or past its deadline."""
+        attempt = 0
+        first_asked_at = self._loop.time()
+        while batch:
+            arguments: list[str | int] = []
+            for p in batch:
+                arguments += (p.card_no, p.union, p.showing, p.quantity, p.key_hash)
+            try:
+                reply = await self._scripts.purchase(
+                    self._keys, self._process, self._next_call(), self.mark, arguments
+                )
+            except ResponseError as error:
+                # Rejected before its first write (out of memory, read-only, not loaded yet).
+                log.error("purchase.rejected", campaign=self._campaign.id, error=str(error)[:200])
+                if not str(error).startswith("LOADING"):
+                    break
+            except (RedisError, OSError, TimeoutError) as error:
+                if attempt == 0:
+                    log.warning(
+                        "purchase.unknown", campaign=self._campaign.id, error=type(error).__name__
+                    )
+            else:
+                if reply[0] == CallReply.OK:
+                    self._answer(batch, reply)
+                    return
+                if reply[0] not in {CallReply.LATE, CallReply.UNVERIFIED}:
+                    log.error(
+                        "purchase.untrusted",
+                        campaign=self._campaign.id,
+                        why=CallReply(reply[0]).name.lower(),
+                    )
+                    break
+                if self._loop.time() - first_asked_at > UNTRUSTED_PATIENCE_S:
+                    break
+            await asyncio.sleep(RETRY_PAUSES_S[min(attempt, len(RETRY_PAUSES_S) - 1)])
+            attempt += 1
+            batch = self._drop_overdue(batch)
+        for purchase in batch:
+            self._settle(purchase, UNKNOWN)
+
+    def _answer(self, batch: list[Purchase], reply: list[int]) -> None:
+        now_ms, seq, epoch, price_fen = reply[1:5]
+        self.mark = (epoch, seq)
+        self._all_refused = True
+        at = 5
+        for purchase in batch:
+            decision = _DECISIONS[reply[at]]
+            if decision not in _BY_PEEK:
+                self._all_refused = False
+            self._settle(
+                purchase,
+                Answer(
+                    decision, reply[at + 1], reply[at + 2], reply[at + 3] or now_ms, now_ms,
+                    price_fen,
+                ),
+            )  # fmt: skip
+            at += 4
+        self._metrics.batch_size.observe(len(batch))
+
+    def _settle(self, purchase: Purchase, answer: Answer) -> None:
+        metrics = self._metrics
+        metrics.outcomes[self._campaign.id, OUTCOMES[answer.decision]] += 1
+        metrics.seconds.observe(self._loop.time() - purchase.asked_at)
+        # A client that hung up has cancelled its future; its order stands (HOLES.md row 23).
+        if not purchase.answer.done():
+            purchase.answer.set_result(answer)
+
+    def _drop_overdue(self, batch: list[Purchase]) -> list[Purchase]:
+        overdue_before = self._loop.time() - self._deadline_s
+        for purchase in batch:
+            if purchase.asked_at < overdue_before:
+                self._settle(purchase, UNKNOWN)
+        return [p for p in batch if p.asked_at >= overdue_before]
+
+    async def _refuse_by_peek(self) -> list[Purchase]:
+        """Refuse whom one peek can refuse; return who must be decided by the script."""
+        try:
+            peek = await self._scripts.peek(self._keys, self.mark, len(self._campaign.showings))
+            suspects = await self._suspects_at(peek)
+        except (Untrusted, RedisError, OSError, TimeoutError):
+            suspects = None
+        if suspects is None:
+            return self._take(self._batch_max)
+        self.mark = (peek.epoch, peek.seq)
+        refusal = _closed_by(peek)
+        sold_out = [Answer(Decision.SOLD_OUT, left, now_ms=peek.now_ms) for left in peek.remaining]
+        unions = None if "*" in self._campaign.unions else self._campaign.unions
+        undecided: list[Purchase] = []
+        for _ in range(min(len(self._queue), PEEKED_MAX)):
+            purchase = self._queue.popleft()
+            if (
+                purchase.card_no in suspects
+                or (unions is not None and purchase.union not in unions)
+                or (refusal is None and purchase.quantity <= peek.remaining[purchase.showing])
+            ):
+                undecided.append(purchase)
+                if len(undecided) == self._batch_max:
+                    break
+            else:
+                self._settle(purchase, refusal or sold_out[purchase.showing])
+        if len(undecided) > self._batch_max // 2:
+            self._all_refused = False
+        return undecided
+
+    async def _suspects_at(self, peek: Peek) -> Suspects | None:
+        """Give the filter if it is complete up to what the peek saw, and see to it otherwise."""
+        suspects = self._suspects
+        if suspects is None:
+            suspects = self._suspects = Suspects(self._scripts.redis, self._keys)
+        if not suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+            if 0 <= suspects.seq < peek.seq and suspects.epoch == peek.epoch:
+                await suspects.catch_up(peek.seq)
+            if suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+                return suspects
+            if self._loading is None or self._loading.done():
+                self._loading = self._loop.create_task(self._load(suspects))
+            return None
+        return suspects
+
+    async def _load(self, suspects: Suspects) -> None:
+        try:
+            await suspects.load()
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning(
+                "suspects.not_loaded", campaign=self._campaign.id, error=type(error).__name__
+            )
+
+
+class Batchers:
+    """The batchers of this process, one a campaign, made when first asked for."""
+
+    def __init__(  # noqa: PLR0913 - wired once, at start
+        self,
+        scripts: Scripts,
+        process: str,
+        metrics: PurchaseMetrics,
+        *,
+        batch_max: int,
+        queue_max: int,
+        deadline_s: float,
+    ) -> None:
+        self._scripts = scripts
+        self._process = process
+        self._metrics = metrics
+        self._batch_max = batch_max
+        self._queue_max = queue_max
+        self._deadline_s = deadline_s
+        self._by_campaign: dict[str, Batcher] = {}
+        self._calls = 0
+
+    def of(self, campaign: Campaign) -> Batcher:
+        """Give the batcher of a campaign that is known to exist."""
+        batcher = self._by_campaign.get(campaign.id)
+        if batcher is None:
+            batcher = self._by_campaign[campaign.id] = Batcher(
+                campaign,
+                self._scripts,
+                self._process,
+                self._metrics,
+                batch_max=self._batch_max,
+                queue_max=self._queue_max,
+                deadline_s=self._deadline_s,
+                next_call=self._next_call,
+            )
+        return batcher
+
+    def forget(self, campaign_id: str) -> None:
+        """Drop an idle batcher, so that a campaign made anew is read anew."""
+        batcher = self._by_campaign.get(campaign_id)
+        if batcher is not None and not batcher.waiting:
+            del self._by_campaign[campaign_id]
+
+    async def close(self) -> None:
+        """Answer everything that waits, then stop."""
+        await asyncio.gather(*(batcher.close() for batcher in self._by_campaign.values()))
+
+    def _next_call(self) -> int:
+        self._calls += 1
+        return self._calls
+
+
+def _closed_by(peek: Peek) -> Answer | None:
+    """Give the refusal that a campaign's state gives everybody, or None where it sells."""
+    if peek.state == "scheduled":
+        return Answer(Decision.NOT_OPEN, peek.opens_at_ms, now_ms=peek.now_ms)
+    decision = {
+        "open": None,
+        "paused": Decision.PAUSED,
+        "closed": Decision.CLOSED,
+        "recovering": Decision.RECOVERING,
+    }.get(peek.state, Decision.DRAFT)
+    return None if decision is None else Answer(decision, now_ms=peek.now_ms)

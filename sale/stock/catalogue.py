@@ -1,0 +1,202 @@
+"""What this process knows of the campaigns: read from Redis, kept for a moment, never guessed.
+
+A campaign's configuration cannot change once it has left the draft, so it is kept for good; state
+and stock are kept for at most ``FRESH_S``, and everybody who asks meanwhile shares one read. A
+draft is never kept: it may be deleted and made anew with other showings.
+"""
+
+import asyncio
+import time
+from typing import Final
+
+import msgspec
+from redis.asyncio import Redis
+
+from sale.domain import Campaign, CampaignState
+from sale.events import SaleRecord
+from sale.stock.keys import CAMPAIGNS, campaign_keys
+from sale.stock.records import parse_records
+
+FRESH_S: Final = 0.8
+"""Below the second that the contract allows, so that the answer is still fresh on arrival."""
+UNKNOWN_MAX: Final = 1_000
+
+
+class CampaignNow(msgspec.Struct, frozen=True):
+    """A campaign at a moment. ``tickets`` and ``remaining`` by showing number.
+
+    ``state`` counts what the clock has changed; ``recorded`` is what the ledger says so far.
+    """
+
+    campaign: Campaign
+    state: CampaignState
+    recorded: CampaignState
+    opens_at_ms: int | None
+    closes_at_ms: int | None
+    recovering: str
+    seq: int
+    chain: str
+    epoch: int
+    roster_rev: int
+    tickets: tuple[int, ...]
+    remaining: tuple[int, ...]
+    as_of_ms: int
+
+    @property
+    def visible(self) -> bool:
+        """Whether members may know of it."""
+        return self.state not in {CampaignState.DRAFT, CampaignState.DELETED}
+
+
+class Catalogue:
+    """The campaigns in one Redis, as this process last read them."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._known: dict[str, Campaign] = {}
+        self._now: dict[str, tuple[float, CampaignNow | None]] = {}
+        self._all: tuple[float, list[CampaignNow]] | None = None
+        self._reading: dict[str, asyncio.Task[CampaignNow | None]] = {}
+        self._reading_all: asyncio.Task[list[CampaignNow]] | None = None
+
+    async def for_sale(self, campaign_id: str) -> Campaign | None:
+        """Give the configuration of a campaign that members may know of. No I/O once known."""
+        campaign = self._known.get(campaign_id)
+        if campaign is not None:
+            return campaign
+        now = await self.now(campaign_id)
+        return now.campaign if now is not None and now.visible else None
+
+    async def now(self, campaign_id: str) -> CampaignNow | None:
+        """Give a campaign as it was at most ``FRESH_S`` ago; None where there is none."""
+        kept = self._now.get(campaign_id)
+        if kept is not None and time.monotonic() - kept[0] < FRESH_S:
+            return kept[1]
+        task = self._reading.get(campaign_id)
+        if task is None:
+            task = asyncio.create_task(self.read(campaign_id))
+            self._reading[campaign_id] = task
+            task.add_done_callback(lambda _: self._reading.pop(campaign_id, None))
+        return await asyncio.shield(task)
+
+    async def all(self) -> list[CampaignNow]:
+        """Give every campaign, as at most ``FRESH_S`` ago, latest opening first."""
+        if self._all is not None and time.monotonic() - self._all[0] < FRESH_S:
+            return self._all[1]
+        if self._reading_all is None or self._reading_all.done():
+            self._reading_all = asyncio.create_task(self.read_all())
+        return await asyncio.shield(self._reading_all)
+
+    async def read(self, campaign_id: str) -> CampaignNow | None:
+        """Read a campaign at once."""
+        asked_at = time.monotonic()
+        found = await read_campaign(self._redis, campaign_id)
+        if found is None and len(self._now) >= UNKNOWN_MAX:
+            self._now.clear()
+        self._keep(campaign_id, found, asked_at)
+        return found
+
+    async def read_all(self) -> list[CampaignNow]:
+        """Read every campaign at once."""
+        asked_at = time.monotonic()
+        found = [
+            now
+            for campaign_id in await campaign_ids(self._redis)
+            if (now := await read_campaign(self._redis, campaign_id)) is not None
+        ]
+        for now in found:
+            self._keep(now.campaign.id, now, asked_at)
+        found.sort(key=lambda now: (-(now.opens_at_ms or 0), now.campaign.id))
+        self._all = (asked_at, found)
+        return found
+
+    def _keep(self, campaign_id: str, found: CampaignNow | None, asked_at: float) -> None:
+        self._now[campaign_id] = (asked_at, found)
+        if found is not None and found.visible:
+            self._known.setdefault(campaign_id, found.campaign)
+
+
+async def campaign_ids(redis: Redis) -> list[str]:
+    """Give the IDs of all campaigns that have, or had, a head; sorted."""
+    return sorted(member.decode() for member in await redis.smembers(CAMPAIGNS))
+
+
+async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:
+    """Read a campaign's head and stock in one atomic step; None where there is none."""
+    keys = campaign_keys(campaign_id)
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.time()
+        pipe.hmget(
+            keys.head,
+            [
+                "config", "state", "opens_at", "closes_at", "recovering", "seq", "chain", "epoch",
+                "roster_rev", "clock",
+            ],
+        )  # fmt: skip
+        pipe.hgetall(keys.stock)
+        clock, head, stock = await pipe.execute()
+    if head[0] is None:
+        return None
+    campaign = _CONFIG.decode(head[0])
+    now_ms = max(clock[0] * 1000 + clock[1] // 1000, int(head[9]))
+    opens_at_ms, closes_at_ms = _moment(head[2]), _moment(head[3])
+    showings = range(len(campaign.showings))
+    return CampaignNow(
+        campaign=campaign,
+        state=_state_at(now_ms, head[1].decode(), opens_at_ms, closes_at_ms, head[4]),
+        recorded=CampaignState(head[1].decode()),
+        opens_at_ms=opens_at_ms,
+        closes_at_ms=closes_at_ms,
+        recovering=(head[4] or b"").decode(),
+        seq=int(head[5]),
+        chain=head[6].decode(),
+        epoch=int(head[7]),
+        roster_rev=-1 if head[8] is None else int(head[8]),
+        tickets=tuple(int(stock.get(b"t%d" % number, 0)) for number in showings),
+        remaining=tuple(int(stock.get(b"r%d" % number, 0)) for number in showings),
+        as_of_ms=now_ms,
+    )
+
+
+async def read_card(redis: Redis, campaign_id: str, card_no: str) -> tuple[list[SaleRecord], bool]:
+    """Read a card's orders in a campaign, oldest first, and whether it may not buy."""
+    keys = campaign_keys(campaign_id)
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.hget(keys.cards, card_no)
+        pipe.sismember(keys.revoked, card_no)
+        value, revoked = await pipe.execute()
+    return parse_records(value or b""), bool(revoked)
+
+
+async def redis_now_ms(redis: Redis) -> int:
+    """Milliseconds of the clock that decides openings."""
+    seconds, micros = await redis.time()
+    return seconds * 1000 + micros // 1000
+
+
+def _state_at(
+    now_ms: int,
+    state: str,
+    opens_at_ms: int | None,
+    closes_at_ms: int | None,
+    recovering: bytes | None,
+) -> CampaignState:
+    """Give the state as the next script will find it: what the clock has changed counts."""
+    if recovering:
+        return CampaignState.RECOVERING
+    if state == "scheduled" and opens_at_ms is not None and now_ms >= opens_at_ms:
+        state = "open"
+    if (
+        state in {"scheduled", "open", "paused"}
+        and closes_at_ms is not None
+        and now_ms >= closes_at_ms
+    ):
+        state = "closed"
+    return CampaignState(state)
+
+
+def _moment(value: bytes | None) -> int | None:
+    return int(value) if value else None
+
+
+_CONFIG: Final = msgspec.json.Decoder(Campaign)

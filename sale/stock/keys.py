@@ -1,0 +1,41 @@
+"""Every Redis key, and nothing else holds one.
+
+All keys of a campaign share the hash tag ``{id}``, so they live in one slot of a cluster and one
+script may touch them all. The layout of each value stands in the header of the script that writes
+it.
+
+========== ======== =================================================================
+key        type     holds
+========== ======== =================================================================
+head       hash     number, chain hash, epoch, state, window, limits, clock, identity
+stock      hash     ``t<n>`` tickets and ``r<n>`` remaining of showing number n
+cards      hash     card number → its orders here, 31 bytes each
+revoked    set      cards that may not buy (derived from the roster, not from the ledger)
+calls      hash     process → number of its last call, so that a delayed call cannot sell
+operations hash     operator's idempotency key → event number and content
+stream     stream   the ledger, one entry a call, ID ``<number of the last event>-0``
+========== ======== =================================================================
+"""
+
+from typing import Final, NamedTuple
+
+CAMPAIGNS: Final = "sale:campaigns"
+"""Set of campaign IDs that have, or had, a head."""
+
+
+class CampaignKeys(NamedTuple):
+    """The keys of one campaign, in the order in which every script takes them as KEYS."""
+
+    head: str
+    stream: str
+    stock: str
+    cards: str
+    revoked: str
+    calls: str
+    operations: str
+
+
+def campaign_keys(campaign_id: str) -> CampaignKeys:
+    """Keys of a campaign."""
+    tag = f"sale:{{{campaign_id}}}:"
+    return CampaignKeys(*(tag + field for field in CampaignKeys._fields))

@@ -1,0 +1,53 @@
+-- create.lua: makes a campaign, as a draft or scheduled.
+--
+-- Guarantee: a campaign is made once; over a deleted draft the ledger goes on with the next number
+-- (INV-5). It sells nothing before `revoked` follows the roster (roster_rev, see sync_cards.lua).
+--
+-- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
+--        config (JSON object) · opens_at · closes_at (ms or '') · card_limit · order_max ·
+--        price_fen · unions ('*' or ',code,code,') · '1' to schedule at once · tickets of showing
+--        0, 1, 2 …
+-- Reply  {0, event number, state} · {REPLAYED or MISMATCH, event number} · {EXISTS}
+-- Idempotency  by op. Cost about 30 µs.
+
+local done = replay(ARGV[1], ARGV[2])
+if done then
+  return done
+end
+local head = read_head()
+if head and head.state ~= 'deleted' then
+  return { EXISTS }
+end
+local run_id, replid = identity()
+if head then
+  local refusal = distrust(head, ARGV[5], 0, 0)
+  if refusal then
+    return { refusal }
+  end
+elseif redis.call('EXISTS', STREAM) == 1 then
+  return { BROKEN }
+else
+  local time = redis.call('TIME')
+  head = { seq = 0, chain = string.rep('0', 40), epoch = 1,
+    now = time[1] * 1000 + math.floor(time[2] / 1000) }
+end
+head.opens_at, head.closes_at = tonumber(ARGV[7]), tonumber(ARGV[8])
+head.state = ARGV[13] == '1' and 'scheduled' or 'draft'
+
+local who = '"actor":' .. ARGV[3] .. ',"reason":' .. ARGV[4]
+local events = { '["created",{' .. who .. ',"op":"' .. ARGV[1] .. '","content":"' .. ARGV[2]
+  .. '","config":' .. ARGV[6] .. ',"opens_at":' .. json_ms(head.opens_at)
+  .. ',"closes_at":' .. json_ms(head.closes_at) .. '}]' }
+if head.state == 'scheduled' then
+  events[2] = '["scheduled",{' .. who .. ',"opens_at":' .. json_ms(head.opens_at) .. '}]'
+end
+
+append(head, events)
+redis.call('HSET', HEAD, 'config', ARGV[6], 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
+  'price_fen', ARGV[11], 'unions', ARGV[12], 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
+redis.call('DEL', STOCK, CARDS)
+for i = 14, #ARGV do
+  redis.call('HSET', STOCK, 't' .. (i - 14), ARGV[i], 'r' .. (i - 14), ARGV[i])
+end
+redis.call('HSET', OPERATIONS, ARGV[1], head.seq .. ':' .. ARGV[2])
+return { OK, head.seq, head.state }

@@ -1,0 +1,26 @@
+-- peek.lua: what a campaign would answer now, without a purchase and without a write.
+--
+-- Guarantee: says of state and stock what purchase.lua would say in this very moment, on a Redis
+-- that was verified. It lets the batcher refuse a thousand askers of a sold-out campaign with one
+-- small call, and no stale answer (INV-8).
+--
+-- ARGV   epoch and event number that this process has seen · nonce · showing numbers …
+-- Reply  {0, now ms, seq, epoch, state, opens_at ms or 0, roster revision, left of each showing …}
+--        or {code}: MISSING UNVERIFIED STALE BROKEN
+-- Idempotency  reads only. Cost about 10 µs.
+
+local head = read_head()
+if not head then
+  return { MISSING }
+end
+local refusal = distrust(head, ARGV[3], tonumber(ARGV[1]), tonumber(ARGV[2]))
+if refusal then
+  return { refusal }
+end
+cross(head, {})
+local reply = { OK, head.now, head.seq, head.epoch, head.recovering and 'recovering' or head.state,
+  head.opens_at or 0, head.roster_rev or -1 }
+for i = 4, #ARGV do
+  reply[i + 4] = tonumber(redis.call('HGET', STOCK, 'r' .. ARGV[i])) or -1
+end
+return reply

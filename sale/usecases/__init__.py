@@ -1,0 +1,1 @@
+"""What members, operators and the engine itself want done; one purpose a module."""

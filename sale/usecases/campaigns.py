@@ -1,0 +1,294 @@
+"""What operators do with campaigns. Each step is one script, one event, one audit-log row.
+
+The script decides whether the step is allowed; here stands who may ask for it, and the wording of
+a no. The writer turns the event into the row of the audit log (INV-10), so an action that happened
+cannot be missing there.
+"""
+
+import asyncio
+import hashlib
+import secrets
+from datetime import datetime
+from typing import Final
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+
+from sale.db import ledger
+from sale.domain import (
+    DISTRICT,
+    REASON_MAX,
+    STOCK_MAX,
+    Campaign,
+    CampaignState,
+    Problem,
+    Refused,
+    to_ms,
+)
+from sale.stock.catalogue import CampaignNow, read_campaign
+from sale.stock.keys import CAMPAIGNS
+from sale.stock.scripts import CallReply, Operation, OperationReply, Scripts
+from sale.usecases.revocation import sync_campaign
+
+APPLIED_WAIT_S: Final = 1.0
+APPLIED_PAUSE_S: Final = 0.02
+REASON_REQUIRED: Final = frozenset({"pause", "reopen"})
+ACTIONS: Final = ("schedule", "open", "pause", "resume", "close", "reopen")
+_INSTEAD: Final = {
+    ("open", "paused"): "resume it instead",
+    ("open", "open"): "it is open already",
+    ("open", "closed"): "reopen it instead",
+    ("resume", "open"): "it is open already",
+    ("resume", "closed"): "reopen it instead",
+    ("resume", "scheduled"): "open it instead",
+    ("pause", "scheduled"): "it does not sell yet: close it, or schedule it for later",
+    ("pause", "paused"): "it is paused already",
+    ("close", "closed"): "it is closed already",
+    ("close", "draft"): "delete the draft instead",
+    ("reopen", "paused"): "resume it instead",
+    ("reopen", "open"): "it is open already",
+    ("schedule", "open"): "it is open already",
+}
+
+
+class Actor(msgspec.Struct, frozen=True):
+    """Who acts: the name in the audit log, the role, and the union whose campaigns are theirs."""
+
+    name: str
+    role: str = "admin"
+    union: str | None = None
+
+    def may_run(self, owner: str) -> bool:
+        """Whether this actor may change campaigns of that union."""
+        if self.role == "admin":
+            return True
+        return self.role == "operator" and self.union in {None, DISTRICT, owner}
+
+
+class CampaignDesk:
+    """The operators' steps. Each takes a key; the same key again does nothing twice (INV-4)."""
+
+    def __init__(self, redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> None:
+        self._redis = redis
+        self._scripts = scripts
+        self._pool = pool
+
+    async def create(
+        self, campaign: Campaign, actor: Actor, reason: str | None, key: str | None
+    ) -> CampaignNow:
+        """Make a campaign: scheduled where it has an opening moment, else a draft."""
+        _check_may(actor, campaign.owner)
+        _check_reason("create", reason)
+        config = msgspec.json.encode(campaign)
+        operation = _operation(actor, reason, key, "create", config.decode())
+        await self._check_not_lost(campaign.id)
+        scheduled = campaign.opens_at is not None and not campaign.draft
+        unions = "*" if "*" in campaign.unions else f",{','.join(campaign.unions)},"
+        # Registered first: an ID without a head is passed over, a head without its ID is not seen.
+        await self._redis.sadd(CAMPAIGNS, campaign.id)
+        reply = await self._scripts.create(
+            campaign.id,
+            operation,
+            config,
+            [
+                _text(campaign.opens_at_ms),
+                _text(campaign.closes_at_ms),
+                campaign.card_limit,
+                campaign.order_max,
+                campaign.price_fen,
+                unions,
+                "1" if scheduled else "0",
+                *(showing.tickets for showing in campaign.showings),
+            ],
+        )
+        if reply.reply is CallReply.EXISTS:
+            raise Refused(Problem.WRONG_STATE, f"there is a campaign {campaign.id!r} already")
+        _check_reply(reply, "create")
+        await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
+        await self._applied(campaign.id, reply.seq)
+        return await self.show(campaign.id, actor)
+
+    async def show(self, campaign_id: str, actor: Actor) -> CampaignNow:
+        """Give a campaign as it is now, drafts too. Raises Refused."""
+        now = await read_campaign(self._redis, campaign_id)
+        if now is None or now.state is CampaignState.DELETED:
+            raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
+        if actor.role == "operator" and not actor.may_run(now.campaign.owner) and not now.visible:
+            raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
+        return now
+
+    async def step(  # noqa: PLR0913 - who, what, when, why
+        self,
+        campaign_id: str,
+        action: str,
+        actor: Actor,
+        reason: str | None,
+        key: str | None,
+        opens_at_ms: int | None = None,
+    ) -> CampaignNow:
+        """Take one step: one of ``ACTIONS``. Raises Refused."""
+        now = await self.show(campaign_id, actor)
+        _check_may(actor, now.campaign.owner)
+        _check_reason(action, reason)
+        operation = _operation(actor, reason, key, action, f"{campaign_id}|{opens_at_ms}")
+        reply = await self._scripts.transition(campaign_id, action, operation, opens_at_ms)
+        if reply.reply is CallReply.INVALID:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                "at: give an opening moment that is before closes_at",
+                field="at",
+            )
+        _check_reply(reply, action)
+        await self._applied(campaign_id, reply.seq)
+        return await self.show(campaign_id, actor)
+
+    async def delete(
+        self, campaign_id: str, actor: Actor, reason: str | None, key: str | None
+    ) -> None:
+        """Delete a draft. Raises Refused."""
+        now = await self.show(campaign_id, actor)
+        _check_may(actor, now.campaign.owner)
+        operation = _operation(actor, reason, key, "delete", campaign_id)
+        reply = await self._scripts.transition(campaign_id, "delete", operation)
+        _check_reply(reply, "delete")
+        await self._applied(campaign_id, reply.seq)
+
+    async def add_stock(  # noqa: PLR0913 - who, what, how many, why
+        self,
+        campaign_id: str,
+        showing_id: str,
+        add: int,
+        actor: Actor,
+        reason: str | None,
+        key: str | None,
+    ) -> CampaignNow:
+        """Add tickets to a showing, once a key. Raises Refused."""
+        now = await self.show(campaign_id, actor)
+        _check_may(actor, now.campaign.owner)
+        _check_reason("stock", reason)
+        showing = now.campaign.showing_numbers.get(showing_id)
+        if showing is None:
+            raise Refused(
+                Problem.INVALID_REQUEST, f"showing: there is no {showing_id!r}", field="showing"
+            )
+        if not 1 <= add <= STOCK_MAX:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                f"add: must be a whole number from 1 to {STOCK_MAX}",
+                field="add",
+            )
+        operation = _operation(actor, reason, key, "stock", f"{campaign_id}|{showing_id}|{add}")
+        reply = await self._scripts.add_stock(campaign_id, operation, showing, add)
+        if reply.reply is CallReply.INVALID:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                f"add: the showing would pass {STOCK_MAX} tickets",
+                field="add",
+            )
+        _check_reply(reply, "stock")
+        await self._applied(campaign_id, reply.seq)
+        return await self.show(campaign_id, actor)
+
+    async def pause_for(self, campaign_id: str, reason: str) -> None:
+        """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8)."""
+        operation = _operation(Actor("engine"), reason, None, "pause", campaign_id)
+        await self._scripts.transition(campaign_id, "pause", operation)
+
+    async def _check_not_lost(self, campaign_id: str) -> None:
+        """Refuse to make anew what PostgreSQL knows and this Redis has lost (INV-8)."""
+        async with self._pool.acquire() as connection:
+            applied, _ = await ledger.position(connection, campaign_id)
+        if applied and await read_campaign(self._redis, campaign_id) is None:
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"{campaign_id!r} stands in PostgreSQL but not in Redis: recover it first",
+            )
+
+    async def _applied(self, campaign_id: str, seq: int) -> None:
+        """Wait a moment for the writer, so that what was done can be read in the audit log."""
+        deadline = asyncio.get_running_loop().time() + APPLIED_WAIT_S
+        while asyncio.get_running_loop().time() < deadline:
+            try:
+                async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
+                    applied, _ = await ledger.position(connection, campaign_id)
+            except (asyncpg.PostgresError, OSError, TimeoutError):
+                return
+            if applied >= seq:
+                return
+            await asyncio.sleep(APPLIED_PAUSE_S)
+
+
+def _text(moment_ms: int | None) -> str | int:
+    return "" if moment_ms is None else moment_ms
+
+
+def _operation(
+    actor: Actor, reason: str | None, key: str | None, action: str, what: str
+) -> Operation:
+    """Name an operation by who and which key, so that a repeat of it is recognised."""
+    named = f"{actor.name}|{key or secrets.token_hex(16)}"
+    content = f"{action}|{what}|{reason}"
+    return Operation(
+        op=hashlib.blake2b(named.encode(), digest_size=12).hexdigest(),
+        content=hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
+        actor=actor.name,
+        reason=reason,
+    )
+
+
+def _check_may(actor: Actor, owner: str) -> None:
+    if not actor.may_run(owner):
+        raise Refused(
+            Problem.FORBIDDEN, f"the role {actor.role!r} may not change campaigns of {owner!r}"
+        )
+
+
+def _check_reason(action: str, reason: str | None) -> None:
+    if reason is not None and not 1 <= len(reason.strip()) <= REASON_MAX:
+        raise Refused(
+            Problem.INVALID_REQUEST, f"reason: 1 to {REASON_MAX} characters", field="reason"
+        )
+    if reason is None and (action in REASON_REQUIRED or action == "stock"):
+        raise Refused(Problem.INVALID_REQUEST, "reason: say why", field="reason")
+
+
+def _check_reply(reply: OperationReply, action: str) -> None:
+    """Raise Refused for everything but done and done before."""
+    match reply.reply:
+        case CallReply.OK | CallReply.REPLAYED:
+            return
+        case CallReply.MISMATCH:
+            raise Refused(
+                Problem.IDEMPOTENCY_MISMATCH, "this key was used for something else before"
+            )
+        case CallReply.WRONG_STATE:
+            instead = _INSTEAD.get((action, reply.state))
+            raise Refused(
+                Problem.WRONG_STATE,
+                f"cannot {action} a campaign that is {reply.state}"
+                + (f": {instead}" if instead else ""),
+                state=reply.state,
+            )
+        case CallReply.MISSING:
+            raise Refused(Problem.NOT_FOUND, "no such campaign")
+        case _:
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"the state in Redis is not trusted ({reply.reply.name.lower()}); try again",
+            )
+
+
+def moment_ms(moment: object) -> int:
+    """UTC milliseconds of an RFC 3339 text. Raises Refused."""
+    try:
+        parsed = datetime.fromisoformat(str(moment))
+    except ValueError:
+        parsed = None
+    if parsed is None or parsed.tzinfo is None:
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            "at: must be a date and time with an offset, as 2015-05-01T09:00:00+08:00",
+            field="at",
+        )
+    return to_ms(parsed)

@@ -1,0 +1,120 @@
+"""The purchase, on one screen: ask the batcher, word the answer.
+
+What decides stands in ``stock/lua/purchase.lua``; here is only what needs no store (is the request
+whole, whose token is it) and the wording. The order of the checks is the contract's: request,
+token, campaign, then everything that the script decides.
+"""
+
+import asyncio
+import time
+from typing import Final, NamedTuple
+
+from sale.domain import Campaign, Order, Problem, Refused, rfc3339
+from sale.identity import MemberTokens
+from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.catalogue import Catalogue
+from sale.stock.scripts import Decision
+from sale.usecases.orders import TicketCodes, key_hash, placed_order
+
+OVERLOADED_RETRY_S: Final = 1
+
+
+class Placed(NamedTuple):
+    """An order that stands, and whether this answer repeats an earlier one."""
+
+    order: Order
+    replayed: bool
+
+
+class PurchaseDesk:
+    """Takes purchases of this process."""
+
+    def __init__(
+        self, catalogue: Catalogue, batchers: Batchers, tokens: MemberTokens, codes: TicketCodes
+    ) -> None:
+        self._catalogue = catalogue
+        self._batchers = batchers
+        self._tokens = tokens
+        self._codes = codes
+        self._loop = asyncio.get_running_loop()
+
+    async def purchase(
+        self, campaign_id: str, quantity: int, showing_id: str | None, key: str, token: str | None
+    ) -> Placed:
+        """Buy ``quantity`` tickets of a showing, once a card and key. Raises Refused."""
+        campaign = await self._catalogue.for_sale(campaign_id)
+        showing = 0 if campaign is None else _check_request(campaign, quantity, showing_id)
+        member = self._tokens.verify(token or "", time.time())
+        if campaign is None:
+            raise Refused(Problem.NOT_FOUND, "no such campaign")
+        purchase = Purchase(
+            member.card_no, member.union, showing, quantity, key_hash(key), self._loop
+        )
+        if not self._batchers.of(campaign).submit(purchase):
+            raise Refused(Problem.OVERLOADED, retry_after_s=OVERLOADED_RETRY_S)
+        answer = await purchase.answer
+        if answer.decision is Decision.SOLD or answer.decision is Decision.REPLAYED:
+            order = placed_order(
+                self._codes, campaign, showing, quantity, answer.value, answer.sold_at_ms,
+                answer.price_fen, answer.card_remaining,
+            )  # fmt: skip
+            return Placed(order, answer.decision is Decision.REPLAYED)
+        raise _refusal(campaign, answer)
+
+
+def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) -> int:
+    """Give the showing's number. Raises Refused for what is wrong with the request itself."""
+    if not 1 <= quantity <= campaign.order_max:
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            f"quantity: must be a whole number from 1 to {campaign.order_max}",
+            field="quantity",
+        )
+    if showing_id is None:
+        if len(campaign.showings) == 1:
+            return 0
+        raise Refused(
+            Problem.INVALID_REQUEST, "showing: say which one, there are several", field="showing"
+        )
+    number = campaign.showing_numbers.get(showing_id)
+    if number is None:
+        raise Refused(Problem.INVALID_REQUEST, "showing: there is no such one", field="showing")
+    return number
+
+
+def _refusal(campaign: Campaign, answer: Answer) -> Refused:  # noqa: PLR0911 - one a decision
+    """Put a decision into the problem that the member is told."""
+    match answer.decision:
+        case Decision.SOLD_OUT:
+            return Refused(Problem.SOLD_OUT, remaining=answer.value)
+        case Decision.LIMIT_EXCEEDED:
+            return Refused(
+                Problem.LIMIT_EXCEEDED,
+                card_remaining=answer.value,
+                card_limit=campaign.card_limit,
+            )
+        case Decision.NOT_OPEN:
+            wait_ms = max(answer.value - answer.now_ms, 1)
+            return Refused(
+                Problem.NOT_OPEN,
+                retry_after_s=-(-wait_ms // 1000),
+                opens_at=rfc3339(answer.value),
+            )
+        case Decision.PAUSED:
+            return Refused(Problem.PAUSED)
+        case Decision.CLOSED:
+            return Refused(Problem.CLOSED)
+        case Decision.CARD_REVOKED:
+            return Refused(Problem.CARD_REVOKED)
+        case Decision.NOT_ELIGIBLE:
+            return Refused(Problem.NOT_ELIGIBLE)
+        case Decision.KEY_MISMATCH:
+            return Refused(
+                Problem.IDEMPOTENCY_MISMATCH, "this key was used for another showing or quantity"
+            )
+        case Decision.NO_SUCH_SHOWING:
+            return Refused(Problem.INVALID_REQUEST, "showing: there is no such one", field="showing")
+        case Decision.DRAFT:
+            return Refused(Problem.NOT_FOUND, "no such campaign")
+        case _:
+            return Refused(Problem.UNAVAILABLE)

@@ -1,0 +1,214 @@
+"""``GET /metrics``: of one process, or of all a supervisor's processes as one.
+
+Every process serves its own metrics; the supervisor's children do so on unix sockets, where it
+reads them and adds them up. ``prometheus_client``'s multiprocess mode was rejected: it keeps files
+of dead processes for ever and needs an environment variable before the first import.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import structlog
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.utils import floatToGoString
+
+from sale.config import UNIX_PREFIX, split_address
+
+POLL_INTERVAL_S = 1.0
+SCRAPE_TIMEOUT_S = 0.8
+SCRAPE_MAX_BYTES = 8 * 1024 * 1024
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+log = structlog.get_logger()
+
+Source = CollectorRegistry | Callable[[], Awaitable[str]] | Callable[[], str]
+
+
+class MetricsAddressError(Exception):
+    """The metrics address cannot be listened on; the message is one line for people."""
+
+
+@contextlib.asynccontextmanager
+async def serving_metrics(address: str, source: Source) -> AsyncIterator[str]:
+    """Serve ``GET /metrics`` on ``host:port`` or ``unix:/path`` while the block runs.
+
+    ``source`` is a registry, or a function (async or not) that returns the text. Yields the real
+    address: port 0 picks a free one.
+
+    Raises:
+        MetricsAddressError: the address is in use or not ours to take.
+
+    """
+    app = web.Application()
+    app.router.add_get("/metrics", _handler(source))
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        try:
+            real = await _listen(runner, address)
+        except (OSError, ValueError) as error:
+            raise MetricsAddressError(f"metrics address {address}: {error}") from None
+        yield real
+    finally:
+        await runner.cleanup()
+
+
+class MergedMetrics:
+    """The metrics of several child processes, added up.
+
+    Counters and histograms are summed by name and labels, and those of a child that died are kept
+    as last read, so that they never fall; gauges are the highest of those alive, except that of
+    names ending in ``_up`` the lowest counts.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[str, Path] = {}
+        self._latest: dict[str, _Snapshot] = {}
+        self._buried = _Snapshot()
+
+    def follow(self, child: str, socket: Path) -> None:
+        """Read ``child``'s metrics from ``socket``; an earlier process of that name is dead."""
+        self.bury(child)
+        self._sockets[child] = socket
+
+    def bury(self, child: str) -> None:
+        """Keep what ``child`` last counted and read it no more."""
+        self._sockets.pop(child, None)
+        last = self._latest.pop(child, None)
+        if last is not None:
+            self._buried.add(last, gauges=False)
+
+    async def poll(self) -> None:
+        """Read the children every second until cancelled: a death loses a second at most."""
+        while True:
+            await self._read_all()
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def render(self) -> str:
+        """All children's metrics as one text; a child that does not answer stands as last read."""
+        await self._read_all()
+        total = _Snapshot()
+        total.add(self._buried, gauges=False)
+        for snapshot in self._latest.values():
+            total.add(snapshot, gauges=True)
+        return total.text()
+
+    async def _read_all(self) -> None:
+        await asyncio.gather(*(self._read(child) for child in list(self._sockets)))
+
+    async def _read(self, child: str) -> None:
+        socket = self._sockets[child]
+        timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
+        try:
+            connector = aiohttp.UnixConnector(str(socket))
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.get("http://child/metrics") as answer,
+            ):
+                answer.raise_for_status()
+                body = b""
+                while len(body) < SCRAPE_MAX_BYTES and (part := await answer.content.readany()):
+                    body += part
+            snapshot = _Snapshot.parse(body.decode())
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            log.debug("metrics.unread", child=child, error=repr(error))
+            return
+        if self._sockets.get(child) == socket:
+            self._latest[child] = snapshot
+
+
+class _Family(msgspec.Struct):
+    """One metric: samples by (name, labels)."""
+
+    kind: str
+    help: str
+    samples: dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+class _Snapshot:
+    """Metrics of one process at one moment, or of several added up."""
+
+    def __init__(self) -> None:
+        self.families: dict[str, _Family] = {}
+
+    @classmethod
+    def parse(cls, text: str) -> "_Snapshot":
+        """Read the text format. Raises ValueError."""
+        snapshot = cls()
+        for family in text_string_to_metric_families(text):
+            samples = {
+                (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+                for sample in family.samples
+            }
+            snapshot.families[family.name] = _Family(family.type, family.documentation, samples)
+        return snapshot
+
+    def add(self, other: "_Snapshot", *, gauges: bool) -> None:
+        """Add another's counters and histograms, and merge its ``gauges`` where asked."""
+        for name, theirs in other.families.items():
+            summed = theirs.kind in {"counter", "histogram", "summary"}
+            if not summed and not gauges:
+                continue
+            ours = self.families.setdefault(name, _Family(theirs.kind, theirs.help, {}))
+            for key, value in theirs.samples.items():
+                if key not in ours.samples:
+                    ours.samples[key] = value
+                elif summed:
+                    ours.samples[key] += value
+                else:
+                    choose = min if name.endswith("_up") else max
+                    ours.samples[key] = choose(ours.samples[key], value)
+
+    def text(self) -> str:
+        """Render in the text format, families and samples in a steady order."""
+        lines: list[str] = []
+        for name, family in sorted(self.families.items()):
+            shown = f"{name}_total" if family.kind == "counter" else name
+            kind = "untyped" if family.kind == "unknown" else family.kind
+            lines.append(f"# HELP {shown} {_escape(family.help)}")
+            lines.append(f"# TYPE {shown} {kind}")
+            for (sample, labels), value in family.samples.items():
+                shown_labels = ",".join(f'{key}="{_escape_label(text)}"' for key, text in labels)
+                braces = f"{{{shown_labels}}}" if labels else ""
+                lines.append(f"{sample}{braces} {_number(value)}")
+        return "\n".join(lines) + "\n"
+
+
+def _handler(source: Source) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def metrics(_request: web.Request) -> web.Response:
+        if isinstance(source, CollectorRegistry):
+            body = generate_latest(source)
+        else:
+            text = source()
+            body = (text if isinstance(text, str) else await text).encode()
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    return metrics
+
+
+async def _listen(runner: web.AppRunner, address: str) -> str:
+    if address.startswith(UNIX_PREFIX):
+        await web.UnixSite(runner, address.removeprefix(UNIX_PREFIX)).start()
+        return address
+    host, port = split_address(address)
+    await web.TCPSite(runner, host, port).start()
+    bound = runner.addresses[0][1]
+    return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+
+
+def _number(value: float) -> str:
+    return str(floatToGoString(value))  # type: ignore[no-untyped-call]
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", r"\\").replace("\n", r"\n")
+
+
+def _escape_label(text: str) -> str:
+    return _escape(text).replace('"', r"\"")

@@ -1,0 +1,385 @@
+"""``sale up``: everything on one machine, under one parent that restarts what dies.
+
+The parts are the same commands that a real deployment runs (``serve``, ``writer``, ``scheduler``,
+``migrate``), as child processes that end with this one however it ends. The API's port is bound
+here once and held without listening, so that it stays ours while the API processes, which share
+it by SO_REUSEPORT, come and go.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import structlog
+
+from sale import config, identity
+from sale.config import Settings
+from sale.embedded import EmbeddedServers, Endpoints, running
+from sale.embedded.servers import end, launch_command, spawn
+from sale.workers.metrics_server import MergedMetrics, serving_metrics
+
+COMMAND = (sys.executable, "-m", "sale")
+MIGRATE_TIMEOUT_S = 300
+READY_TIMEOUT_S = 120
+READY_POLL_S = 0.05
+REST_GRACE_S = 10  # for the parts beside the first API process, once that is ready
+STOP_TIMEOUT_S = 15
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 5.0
+STABLE_S = 30
+RESTARTS_MAX = 50  # in a row, without a stable time between
+UNREADY_RESTARTS_MAX = 3  # in a row, before the first ready: a wrong setting, not an accident
+STDERR = 2  # stdout is for the one line that says ready
+
+log = structlog.get_logger()
+
+
+class SupervisorError(Exception):
+    """The system cannot be run; the message is one line for people."""
+
+
+async def run(
+    settings: Settings,
+    *,
+    on_ready: Callable[[str], None],
+    command: Sequence[str] = COMMAND,
+) -> None:
+    """Run the whole system until SIGTERM or SIGINT; then stop all of it and return.
+
+    ``on_ready`` is called once with ``http://host:port`` when the API answers ready. ``command``
+    is put before ``serve``, ``writer``, ``scheduler`` and ``migrate``.
+
+    Raises:
+        SupervisorError: an address is in use, the migrations failed, or a part keeps dying.
+        EmbeddedError: the data directory or an embedded server cannot be used.
+        MetricsAddressError: the metrics address cannot be listened on.
+
+    """
+    with _told_to_stop() as told:
+        work = asyncio.ensure_future(_run(settings, on_ready, tuple(command)))
+        waiting = asyncio.ensure_future(told.wait())
+        try:
+            await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            work.cancel()
+            await asyncio.wait({work, waiting})
+    if not work.cancelled():
+        _raise_first(work.exception())
+
+
+async def _run(
+    settings: Settings, on_ready: Callable[[str], None], command: tuple[str, ...]
+) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        address = stack.enter_context(_reserved(settings.listen))
+        metrics = MergedMetrics()
+        metrics_address = await stack.enter_async_context(
+            serving_metrics(settings.metrics_listen, metrics.render)
+        )
+        servers = await stack.enter_async_context(
+            running(
+                settings.data_dir,
+                redis=settings.redis_url is None,
+                postgres=settings.database_url is None,
+            )
+        )
+        settings = _complete(settings, address, servers.endpoints)
+        register = _Register(settings.data_dir, servers, address, metrics_address)
+        stack.callback(register.remove)
+        await _migrate(settings, command)
+        children = _children(settings, command, servers.sockets, metrics, register)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(servers.watch())
+            group.create_task(metrics.poll())
+            group.create_task(register.refresh())
+            group.create_task(_supervise(children))
+            await _until_ready(address, children)
+            log.info("supervisor.ready", listen=address, metrics=metrics_address)
+            on_ready(f"http://{address}")
+
+
+def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Settings:
+    """Settings as the children get them: real address, real URLs, a signing key."""
+    settings = msgspec.structs.replace(
+        settings,
+        listen=address,
+        data_dir=settings.data_dir.absolute(),
+        redis_url=settings.redis_url or endpoints.redis_url,
+        database_url=settings.database_url or endpoints.database_url,
+    )
+    if settings.signing_key is None and settings.signing_key_file is None:
+        identity.load_or_create_signing_key(settings, create=True)
+        settings = msgspec.structs.replace(
+            settings, signing_key_file=settings.data_dir / "signing.key"
+        )
+    return settings
+
+
+async def _migrate(settings: Settings, command: tuple[str, ...]) -> None:
+    process = await spawn(
+        launch_command("KILL", program=[*command, "migrate"]), STDERR, _environment(settings)
+    )
+    try:
+        async with asyncio.timeout(MIGRATE_TIMEOUT_S):
+            status = await process.wait()
+    except TimeoutError:
+        raise SupervisorError(f"migrations took longer than {MIGRATE_TIMEOUT_S} s") from None
+    finally:
+        await end(process, signal.SIGTERM, STOP_TIMEOUT_S)
+    if status != 0:
+        raise SupervisorError(f"migrations failed (exit status {status})")
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("SALE_")}
+    return ours | config.as_environment(settings)
+
+
+class _Child:
+    """One part, started again when it dies."""
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        environment: dict[str, str],
+        *,
+        sockets: Path,
+        metrics: MergedMetrics,
+        register: "_Register",
+    ) -> None:
+        self.name = name
+        self.failures = 0
+        self.process: asyncio.subprocess.Process | None = None
+        self._command = command
+        self._environment = environment
+        self._sockets = sockets
+        self._metrics = metrics
+        self._register = register
+        self._starts = 0
+        self._listen = sockets / "none"
+
+    @property
+    def listening(self) -> bool:
+        """Whether it has come as far as serving its metrics."""
+        return self._listen.exists()
+
+    async def keep_running(self) -> None:
+        """Start it again and again until cancelled. Raises SupervisorError if it keeps dying."""
+        while True:
+            started = time.monotonic()
+            status = await self._live()
+            self.failures = 0 if time.monotonic() - started > STABLE_S else self.failures + 1
+            log.error(
+                "supervisor.child_died", child=self.name, status=status, failures=self.failures
+            )
+            if self.failures > RESTARTS_MAX:
+                raise SupervisorError(f"{self.name} died {self.failures} times in a row")
+            await asyncio.sleep(min(BACKOFF_FIRST_S * 2**self.failures, BACKOFF_MAX_S))
+
+    async def _live(self) -> int:
+        """One life: its exit status."""
+        self._starts += 1
+        # A new socket each time, so that what is read from it can only be this life's.
+        self._listen = listen = self._sockets / f"m-{self.name}-{self._starts}"
+        listen.unlink(missing_ok=True)
+        program = [*self._command, "--metrics-listen", f"unix:{listen}"]
+        self.process = await spawn(
+            launch_command("KILL", program=program), STDERR, self._environment
+        )
+        self._register.put(self.name, self.process.pid)
+        self._metrics.follow(self.name, listen)
+        try:
+            return await self.process.wait()
+        finally:
+            if self.process.returncode is not None:
+                self.forget()
+
+    async def stop(self) -> None:
+        """End it gently, bounded; returns when it is gone."""
+        if self.process is not None:
+            await end(self.process, signal.SIGTERM, STOP_TIMEOUT_S)
+            self.forget()
+
+    def forget(self) -> None:
+        """Take it off the register, keeping what it counted."""
+        self._listen.unlink(missing_ok=True)
+        self._register.drop(self.name)
+        self._metrics.bury(self.name)
+
+
+def _children(
+    settings: Settings,
+    command: tuple[str, ...],
+    sockets: Path,
+    metrics: MergedMetrics,
+    register: "_Register",
+) -> list[_Child]:
+    """The parts in the order in which they are stopped: the API first."""
+    parts = [(f"serve-{number}", "serve") for number in range(1, settings.workers + 1)]
+    parts += [("writer", "writer"), ("scheduler", "scheduler")]
+    environment = _environment(settings)
+    return [
+        _Child(
+            name,
+            [*command, part],
+            environment,
+            sockets=sockets,
+            metrics=metrics,
+            register=register,
+        )
+        for name, part in parts
+    ]
+
+
+async def _supervise(children: list[_Child]) -> None:
+    """Keep all running until cancelled, then stop the API, and after it the rest."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for child in children:
+                group.create_task(child.keep_running())
+    finally:
+        api = [child for child in children if child.name.startswith("serve-")]
+        rest = [child for child in children if child not in api]
+        for some in (api, rest):
+            await asyncio.gather(*(child.stop() for child in some))
+
+
+async def _until_ready(address: str, children: list[_Child]) -> None:
+    """Wait until the API answers ready, and a little longer for the other parts.
+
+    Raises SupervisorError when it cannot get there.
+    """
+    host, port = config.split_address(address)
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared
+    url = f"http://{_join(reached, port)}/readyz"
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    ready_since: float | None = None
+    said = "no answer"
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
+        while time.monotonic() < deadline:
+            for child in children:
+                if child.failures >= UNREADY_RESTARTS_MAX:
+                    raise SupervisorError(f"{child.name} does not start; its error stands above")
+            try:
+                async with session.get(url) as answer:
+                    if answer.status == 200:
+                        ready_since = ready_since or time.monotonic()
+                        late = time.monotonic() - ready_since > REST_GRACE_S
+                        if late or all(child.listening for child in children):
+                            return
+                    said = f"{answer.status} {(await answer.text())[:300]}"
+            except (aiohttp.ClientError, TimeoutError, OSError) as error:
+                said = str(error)
+            await asyncio.sleep(READY_POLL_S)
+    raise SupervisorError(f"not ready after {READY_TIMEOUT_S} s: {said}")
+
+
+class _Register:
+    """``run/processes.json``: who runs, for ``sale doctor`` and the fault tests."""
+
+    def __init__(
+        self, data_dir: Path, servers: EmbeddedServers, listen: str, metrics_listen: str
+    ) -> None:
+        self._file = data_dir / "run" / "processes.json"
+        self._servers = servers
+        self._addresses = {"listen": listen, "metrics_listen": metrics_listen}
+        self._children: dict[str, int] = {}
+        self._written = b""
+
+    def put(self, name: str, pid: int) -> None:
+        """A child was started."""
+        self._children[name] = pid
+        self._write()
+
+    def drop(self, name: str) -> None:
+        """A child is gone."""
+        if self._children.pop(name, None) is not None:
+            self._write()
+
+    def remove(self) -> None:
+        """All is over."""
+        self._file.unlink(missing_ok=True)
+
+    async def refresh(self) -> None:
+        """Write down restarted servers too, within a second, until cancelled."""
+        while True:
+            self._write()
+            await asyncio.sleep(0.5)
+
+    def _write(self) -> None:
+        content = msgspec.json.encode(
+            {
+                "supervisor": os.getpid(),
+                **self._addresses,
+                "processes": self._servers.pids | self._children,
+            }
+        )
+        if content != self._written:
+            new = self._file.with_name(".processes.json.new")
+            new.write_bytes(content)
+            new.replace(self._file)
+            self._written = content
+
+
+@contextlib.contextmanager
+def _reserved(listen: str) -> Iterator[str]:
+    """Hold the API's port: bound so that the children may share it, but not listening.
+
+    Yields the real ``host:port``. Raises SupervisorError where someone else has it.
+    """
+    host, port = config.split_address(listen)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # Another system of the same user shares its port too, so sharing alone would succeed
+            # and take half of its requests.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen(1)
+        holder = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SupervisorError(f"address {listen}: {error.strerror or error}") from None
+    with holder:
+        try:
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            holder.bind(where)
+        except OSError as error:
+            raise SupervisorError(f"address {listen}: {error.strerror or error}") from None
+        yield _join(host, holder.getsockname()[1])
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[asyncio.Event]:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    try:
+        yield told
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _raise_first(error: BaseException | None) -> None:
+    """Raise the first error of a group as itself: people want one line, not a tree."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if error is not None:
+        raise error

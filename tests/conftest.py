@@ -1,0 +1,143 @@
+"""Fixtures: one real Redis and PostgreSQL for the whole run, a fresh database for each test."""
+
+import asyncio
+import os
+import random
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+import redis.asyncio
+
+from sale import embedded
+from sale.db.migrate import migrate
+
+SEED = int(os.environ.pop("SALE_TEST_SEED", 0)) or secrets.randbits(32)
+TEMPLATE = "template_sale"
+LEAK_GRACE_S = 2.0
+
+
+def pytest_report_header() -> str:
+    return f"seed: SALE_TEST_SEED={SEED} repeats this run's random choices"
+
+
+def pytest_configure() -> None:
+    """Settings of the caller's environment are no test's business."""
+    for name in list(os.environ):
+        if name.startswith("SALE_"):
+            del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    return SEED
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Random choices that depend on the seed and the test alone, not on the order of tests."""
+    return random.Random(f"{SEED} {request.node.nodeid}")
+
+
+@pytest.fixture(scope="session")
+async def servers(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[embedded.EmbeddedServers]:
+    data_dir = tmp_path_factory.mktemp("servers") / "data"
+    async with embedded.running(data_dir, redis=True, postgres=True) as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def redis_url(servers: embedded.EmbeddedServers) -> str:
+    assert servers.endpoints.redis_url is not None
+    return servers.endpoints.redis_url
+
+
+@pytest.fixture
+async def redis_client(redis_url: str) -> AsyncIterator["redis.asyncio.Redis"]:
+    """A client of the tests' Redis, empty (and its script cache with it)."""
+    async with redis.asyncio.from_url(redis_url) as client:
+        await client.flushall()
+        await client.script_flush()
+        yield client
+
+
+@pytest.fixture(name="redis")
+def redis_fixture(redis_client: "redis.asyncio.Redis") -> "redis.asyncio.Redis":
+    return redis_client
+
+
+@pytest.fixture(scope="session")
+def server_database_url(servers: embedded.EmbeddedServers) -> str:
+    assert servers.endpoints.database_url is not None
+    return servers.endpoints.database_url
+
+
+@pytest.fixture
+async def fresh_database(
+    server_database_url: str,
+) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """``await fresh_database()``: the URL of a new empty database (or a copy of ``template``)."""
+    made: list[str] = []
+
+    async def make(template: str = "template0") -> str:
+        name = f"test_{secrets.token_hex(6)}"
+        await _execute(server_database_url, f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        made.append(name)
+        return _with_database(server_database_url, name)
+
+    yield make
+    for name in made:
+        await _execute(server_database_url, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="session")
+async def migrated_template(server_database_url: str) -> str:
+    """Name of a database with all migrations, to be copied."""
+    await _execute(server_database_url, f'CREATE DATABASE "{TEMPLATE}" TEMPLATE template0')
+    await migrate(_with_database(server_database_url, TEMPLATE))
+    return TEMPLATE
+
+
+@pytest.fixture
+async def database_url(
+    fresh_database: Callable[..., Awaitable[str]], migrated_template: str
+) -> str:
+    """URL of this test's own database, migrated and empty."""
+    return await fresh_database(migrated_template)
+
+
+@pytest.fixture(scope="module", autouse=True)
+async def no_leaked_tasks() -> AsyncIterator[None]:
+    """A module that leaves a task behind fails."""
+    before = asyncio.all_tasks()
+    yield
+    deadline = asyncio.get_running_loop().time() + LEAK_GRACE_S
+    while leaked := asyncio.all_tasks() - before - {asyncio.current_task()}:
+        if asyncio.get_running_loop().time() > deadline:
+            pytest.fail(f"tasks left behind: {leaked}")
+        await asyncio.sleep(0.01)
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def _with_database(url: str, name: str) -> str:
+    # urlunsplit drops the empty host and PostgreSQL's URLs need its slashes.
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=f"/{name}"))
+
+
+@pytest.fixture
+def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this test whose path is short enough for sockets."""
+    return tmp_path_factory.mktemp("d")

@@ -1,0 +1,322 @@
+"""The embedded servers: durable, alone in their directory, gone with their parent."""
+
+# ruff: noqa: ASYNC240 - small local files
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+import redis.asyncio as redis_lib
+
+from sale import embedded
+from sale.embedded import binaries, launch
+from sale.embedded.binaries import EmbeddedError, Program
+
+HOLD = """
+import asyncio, sys
+from pathlib import Path
+from sale import embedded
+
+async def main():
+    async with embedded.running(Path(sys.argv[1]), redis=True, postgres=True) as servers:
+        print(servers.endpoints.redis_url, servers.endpoints.database_url,
+              *servers.pids.values(), flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+AS_ROOT = os.geteuid() == 0
+
+
+@contextlib.asynccontextmanager
+async def another_process(data_dir: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOLD, str(data_dir)),
+        stdout=asyncio.subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def facts(process: asyncio.subprocess.Process) -> tuple[str, str, list[int]]:
+    assert process.stdout is not None
+    async for line in process.stdout:
+        if line.startswith(b"unix://"):
+            redis_url, database_url, *pids = line.decode().split()
+            return redis_url, database_url, [int(pid) for pid in pids]
+    raise AssertionError("the other process said nothing")
+
+
+async def gone(pids: list[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not any(_runs(pid) for pid in pids):
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+def _runs(pid: int) -> bool:
+    """Whether it still runs; one that nobody reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def test_given_the_defaults_then_writes_are_durable_and_nothing_listens_on_a_network(
+    servers: embedded.EmbeddedServers, redis: redis_lib.Redis, server_database_url: str
+) -> None:
+    settings = await redis.config_get("*")
+    connection = await asyncpg.connect(server_database_url)
+    try:
+        shown = {
+            name: await connection.fetchval(f"SHOW {name}")
+            for name in ("fsync", "synchronous_commit", "listen_addresses", "server_encoding")
+        }
+    finally:
+        await connection.close()
+
+    assert settings["appendonly"] == "yes"
+    assert settings["appendfsync"] == "always"
+    assert settings["no-appendfsync-on-rewrite"] == "no"
+    assert settings["maxmemory-policy"] == "noeviction"
+    assert settings["save"] == ""
+    assert settings["port"] == "0"
+    if (await redis.info("server"))["redis_version"].startswith("6."):
+        assert settings["lua-time-limit"] == "0"
+        assert settings["io-threads"] == "1"
+    assert shown == {
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "listen_addresses": "",
+        "server_encoding": "UTF8",
+    }
+    assert set(servers.pids) == {"redis", "postgresql"}
+
+
+@pytest.mark.fault
+async def test_given_the_parent_killed_then_both_stop_and_the_next_start_has_the_data(
+    short_path: Path,
+) -> None:
+    data_dir = short_path / "data"
+    async with another_process(data_dir) as parent:
+        redis_url, database_url, pids = await facts(parent)
+        async with redis_lib.from_url(redis_url) as client:
+            await client.set("kept", "yes")
+        connection = await asyncpg.connect(database_url)
+        await connection.execute("CREATE TABLE kept (n int); INSERT INTO kept VALUES (7)")
+        await connection.close()
+        assert embedded.find(data_dir) == embedded.Endpoints(redis_url, database_url)
+
+        parent.kill()
+        await parent.wait()
+
+        async with embedded.running(data_dir, redis=True, postgres=True) as again:
+            assert await gone(pids, 0.1), "the successor waits until its predecessor is gone"
+            async with redis_lib.from_url(redis_url) as client:
+                assert await client.get("kept") == b"yes"
+            connection = await asyncpg.connect(database_url)
+            assert await connection.fetchval("SELECT n FROM kept") == 7
+            await connection.close()
+            last = list(again.pids.values())
+    assert await gone(last, 0.1)
+    assert embedded.find(data_dir) is None
+
+
+@pytest.mark.fault
+async def test_given_a_server_killed_when_watched_then_it_comes_back_with_its_data(
+    short_path: Path,
+) -> None:
+    async with embedded.running(short_path / "data", redis=True, postgres=True) as servers:
+        assert servers.endpoints.redis_url
+        watching = asyncio.create_task(servers.watch())
+        before = servers.pids
+        async with redis_lib.from_url(servers.endpoints.redis_url) as client:
+            await client.set("kept", "yes")
+        for pid in before.values():
+            os.kill(pid, signal.SIGKILL)
+
+        async with asyncio.timeout(20):
+            while any(  # noqa: ASYNC110 - there is no event to wait for
+                servers.pids.get(name) in {None, pid} for name, pid in before.items()
+            ):
+                await asyncio.sleep(0.02)
+            await servers.restart("postgresql")
+            await servers.restart("redis")
+
+        async with redis_lib.from_url(servers.endpoints.redis_url) as client:
+            assert await client.get("kept") == b"yes"
+        watching.cancel()
+        await asyncio.wait([watching])
+
+
+async def test_given_a_directory_in_use_then_a_second_user_is_told_by_whom(
+    short_path: Path,
+) -> None:
+    async with embedded.running(short_path / "data", redis=False, postgres=False):
+        with pytest.raises(EmbeddedError, match=rf"in use by pid {os.getpid()}"):
+            async with embedded.running(short_path / "data", redis=False, postgres=False):
+                pass
+    async with embedded.running(short_path / "data", redis=False, postgres=False):
+        pass
+
+
+async def test_given_two_directories_then_their_servers_run_side_by_side(
+    short_path: Path, redis: redis_lib.Redis
+) -> None:
+    async with embedded.running(short_path / "other", redis=True, postgres=False) as other:
+        assert other.endpoints.redis_url
+        assert other.endpoints.database_url is None
+        async with redis_lib.from_url(other.endpoints.redis_url) as client:
+            await client.set("mine", "1")
+        assert await redis.get("mine") is None
+
+
+async def test_given_a_path_too_long_for_sockets_then_a_short_private_directory_is_used(
+    tmp_path: Path,
+) -> None:
+    data_dir = tmp_path / "长 目录" / ("x" * 90)
+    async with embedded.running(data_dir, redis=True, postgres=True) as servers:
+        sockets = servers.sockets
+        assert not sockets.is_relative_to(data_dir)
+        assert stat.S_IMODE(sockets.stat().st_mode) == 0o700
+        assert embedded.find(data_dir) == servers.endpoints
+        assert servers.endpoints.database_url
+        connection = await asyncpg.connect(servers.endpoints.database_url)
+        assert await connection.fetchval("SELECT 1") == 1
+        await connection.close()
+    assert not sockets.exists()
+
+
+async def test_given_a_new_directory_then_it_is_private_and_stamped(short_path: Path) -> None:
+    async with embedded.running(short_path / "data", redis=True, postgres=False):
+        versions = json.loads((short_path / "data" / "versions.json").read_text())
+    assert re.fullmatch(r"\d+\.\d+", versions["redis"])
+    assert "engine" in versions
+    assert stat.S_IMODE((short_path / "data").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("versions", "says"),
+    [
+        ({"redis": "5.0"}, "made by Redis 5.0"),
+        ({"redis": "99.1"}, "made by Redis 99.1"),
+        ({"postgresql": "9"}, "made by PostgreSQL 9"),
+    ],
+)
+async def test_given_data_of_another_version_then_it_is_refused_in_words(
+    short_path: Path, versions: dict[str, str], says: str
+) -> None:
+    (short_path / "versions.json").write_text(json.dumps(versions))
+    with pytest.raises(EmbeddedError, match=says):
+        async with embedded.running(short_path, redis=True, postgres=True):
+            pass
+
+
+async def test_given_data_without_a_stamp_then_it_is_refused(short_path: Path) -> None:
+    (short_path / "redis").mkdir()
+    (short_path / "redis" / "appendonly.aof").touch()
+    with pytest.raises(EmbeddedError, match=r"versions.json is missing"):
+        async with embedded.running(short_path, redis=True, postgres=False):
+            pass
+
+
+async def test_given_a_directory_of_something_else_then_it_is_left_alone(short_path: Path) -> None:
+    (short_path / "holiday.jpg").touch()
+    short_path.chmod(0o755)
+    with pytest.raises(EmbeddedError, match="holds nothing of ours"):
+        async with embedded.running(short_path, redis=True, postgres=False):
+            pass
+    assert stat.S_IMODE(short_path.stat().st_mode) == 0o755
+
+
+async def test_given_a_file_in_its_place_then_the_directory_is_called_not_writable(
+    short_path: Path,
+) -> None:
+    (short_path / "data").touch()
+    with pytest.raises(EmbeddedError, match="not writable"):
+        async with embedded.running(short_path / "data", redis=True, postgres=False):
+            pass
+
+
+@pytest.mark.skipif(AS_ROOT, reason="root writes everywhere")
+async def test_given_a_read_only_directory_then_the_error_says_so(short_path: Path) -> None:
+    short_path.chmod(0o500)
+    with pytest.raises(EmbeddedError, match="not writable"):
+        async with embedded.running(short_path / "data", redis=True, postgres=False):
+            pass
+
+
+async def test_given_a_half_made_cluster_then_it_is_made_anew(short_path: Path) -> None:
+    half = short_path / "postgresql.new-1"
+    half.mkdir()
+    (half / "PG_VERSION").write_text("18\n")
+    (short_path / "versions.json").write_text("{}")
+    async with embedded.running(short_path, redis=False, postgres=True) as servers:
+        assert servers.endpoints.database_url
+    assert not half.exists()
+
+
+async def test_given_no_binary_then_the_error_says_how_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(binaries, "_working", lambda *_: [])
+    with pytest.raises(EmbeddedError, match="SALE_REDIS_URL"):
+        binaries.find_redis(None)
+    with pytest.raises(EmbeddedError, match="SALE_DATABASE_URL"):
+        binaries.find_postgresql(None)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "expected"), [(None, (6, 2)), ("6.2", (6, 2)), ("7.0", (7, 2)), ("7.4", None)]
+)
+def test_given_several_redis_then_the_one_that_fits_the_data_is_taken(
+    monkeypatch: pytest.MonkeyPatch, stamp: str | None, expected: tuple[int, int] | None
+) -> None:
+    here = [Program(Path("/wheel"), (6, 2)), Program(Path("/system"), (7, 2))]
+    monkeypatch.setattr(binaries, "_working", lambda *_: here)
+    if expected is None:
+        with pytest.raises(EmbeddedError, match=r"Redis 7\.4"):
+            binaries.find_redis(stamp)
+    else:
+        assert binaries.find_redis(stamp).version == expected
+
+
+async def test_given_a_program_that_is_not_there_then_the_launcher_says_so() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", launch.__file__, "--parent", str(os.getpid())),
+        *("--signal", "KILL", "--", "/nowhere/redis-server"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate()
+    assert process.returncode == launch.EXIT_FAILED
+    assert said.startswith(b"cannot start /nowhere/redis-server")
+    assert b"Traceback" not in said
+
+
+async def test_given_a_dead_parent_then_the_launcher_starts_nothing() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-S", launch.__file__, "--parent", "1", "--signal", "KILL"),
+        *("--", shutil.which("echo") or "echo", "started"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode == launch.EXIT_FAILED
+    assert said == b""

@@ -1,0 +1,374 @@
+"""The ledger in PostgreSQL: what it refuses by itself, and how batches are applied."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+from ledger_maker import CAMPAIGN, NOW_MS, Ledger, card, created, operation, sold
+
+from sale.db import ledger
+from sale.db.ledger import Position, PositionMoved
+from sale.events import GENESIS, CorruptLedger, Entry
+
+Refused = asyncpg.IntegrityConstraintViolationError
+
+
+@pytest.fixture(scope="module")
+async def shared_url(server_database_url: str, migrated_template: str) -> AsyncIterator[str]:
+    """One database for this module: copying the template for each test takes most of a second."""
+    server = await asyncpg.connect(server_database_url)
+    await server.execute(f'CREATE DATABASE test_ledger TEMPLATE "{migrated_template}"')
+    yield urlunsplit(urlsplit(server_database_url)._replace(path="/test_ledger"))
+    await server.execute("DROP DATABASE test_ledger WITH (FORCE)")
+    await server.close()
+
+
+@pytest.fixture
+async def conn(shared_url: str) -> AsyncIterator[Any]:
+    """A connection whose work is rolled back after the test."""
+    connection = await asyncpg.connect(shared_url)
+    transaction = connection.transaction()
+    await transaction.start()
+    yield connection
+    await transaction.rollback()
+    await connection.close()
+
+
+@pytest.fixture
+async def book(conn: Any) -> Ledger:
+    """A campaign of 10 and 2 tickets, opened, with one order of card 1; four events."""
+    made = Ledger()
+    first = made.entry(created(10, 2))
+    await ledger.apply(conn, CAMPAIGN, [first, made.entry(operation("opened"), sold(1))])
+    return made
+
+
+async def count(conn: Any, table: str) -> int:
+    return await conn.fetchval(f"SELECT count(*) FROM {table}")
+
+
+async def raw_event(conn: Any, seq: int, *, applied: int | None = None, **columns: Any) -> None:
+    """Add a sale by hand, moving the position first as the writer would."""
+    row = {
+        "campaign_id": CAMPAIGN, "seq": seq, "epoch": 1, "kind": "sold", "card_no": card(1),
+        "showing_no": 0, "quantity": 1, "price_fen": 500, "key_hash": "f" * 16, **columns,
+    }  # fmt: skip
+    await conn.execute("UPDATE campaign SET applied = $1", seq if applied is None else applied)
+    marks = ", ".join(f"${n}" for n in range(1, len(row) + 1))
+    await conn.execute(
+        f"INSERT INTO event ({', '.join(row)}, at) VALUES ({marks}, now())", *row.values()
+    )
+
+
+async def raw_order(conn: Any, seq: int, **columns: Any) -> None:
+    """Add the order of a sale by hand, other than the sale says where ``columns`` differ."""
+    row = {
+        "campaign_id": CAMPAIGN, "seq": seq, "card_no": card(1), "showing_no": 0, "quantity": 1,
+        "price_fen": 500, "key_hash": "f" * 16, **columns,
+    }  # fmt: skip
+    marks = ", ".join(f"${n}" for n in range(1, len(row) + 1))
+    await conn.execute(
+        f"INSERT INTO orders ({', '.join(row)}, created_at) SELECT {marks}, max(at) FROM event"
+        f" WHERE seq = {seq}",
+        *row.values(),
+    )
+
+
+# What the constraints refuse, by raw SQL ---------------------------------------------------------
+
+
+async def test_given_raw_sql_when_sale_and_order_agree_then_they_count(conn: Any, book: Ledger):
+    await raw_event(conn, 4)
+    await raw_order(conn, 4)
+    assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == 2
+    assert await conn.fetchval("SELECT live FROM card_use") == 2
+
+
+async def test_given_two_tickets_when_three_are_sold_then_inv_1_refuses(conn: Any, book: Ledger):
+    await raw_event(conn, 4, showing_no=1, quantity=3, card_no=card(2))
+    with pytest.raises(Refused, match="showing_never_oversold"):
+        await raw_order(conn, 4, showing_no=1, quantity=3, card_no=card(2))
+
+
+async def test_given_a_card_with_one_when_three_more_then_inv_2_refuses(conn: Any, book: Ledger):
+    await raw_event(conn, 4, quantity=3)
+    with pytest.raises(Refused, match="card_use_within_limit"):
+        await raw_order(conn, 4, quantity=3)
+
+
+async def test_given_a_new_card_when_over_its_limit_then_inv_2_refuses(conn: Any, book: Ledger):
+    await raw_event(conn, 4, quantity=4, card_no=card(2))
+    with pytest.raises(Refused, match="card_use_within_limit"):
+        await raw_order(conn, 4, quantity=4, card_no=card(2))
+
+
+async def test_given_an_order_when_its_key_comes_again_then_inv_4_refuses(conn: Any, book: Ledger):
+    await raw_event(conn, 4, key_hash=f"{1:016x}")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await raw_order(conn, 4, key_hash=f"{1:016x}")
+
+
+@pytest.mark.parametrize(
+    ("seq", "applied"),
+    [(5, 5), (4, 5), (3, 3), (0, 0), (4, 3)],
+    ids=["gap", "position ahead", "same number", "number 0", "position behind"],
+)
+async def test_given_three_events_when_the_next_does_not_follow_then_inv_5_refuses(
+    conn: Any, book: Ledger, seq: int, applied: int
+):
+    with pytest.raises(Refused):
+        await raw_event(conn, seq, applied=applied)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE event SET quantity = 2",
+        "DELETE FROM event",
+        "TRUNCATE event",
+        "UPDATE audit_log SET actor = 'nobody'",
+        "DELETE FROM audit_log",
+        "TRUNCATE audit_log",
+        "DELETE FROM orders",
+        "TRUNCATE orders",
+        "UPDATE orders SET quantity = 2",
+        "UPDATE orders SET card_no = '999999999999'",
+        "UPDATE orders SET price_fen = 1",
+        "UPDATE orders SET state = 'lost'",
+        "UPDATE showing SET live = live + 1",
+        "UPDATE showing SET stock = 0 WHERE showing_no = 0",
+        "DELETE FROM showing WHERE showing_no = 0",
+        "UPDATE card_use SET live = 0",
+        "DELETE FROM card_use",
+        "INSERT INTO card_use VALUES ('five-yuan-films', '999999999999', 1, 3)",
+        "INSERT INTO showing VALUES ('five-yuan-films', 7, 's7', 't', null, 5, 1)",
+        "INSERT INTO deployment (ticket_secret) SELECT ticket_secret FROM deployment",
+        "UPDATE campaign SET applied = -1",
+    ],
+)
+async def test_given_the_books_when_they_are_falsified_then_it_is_refused(
+    conn: Any, book: Ledger, statement: str
+):
+    with pytest.raises(Refused):
+        await conn.execute(statement)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"quantity": 2},
+        {"card_no": card(2)},
+        {"showing_no": 1},
+        {"price_fen": 1},
+        {"key_hash": "e" * 16},
+        {"seq": 2},
+        {"seq": 5},
+    ],
+    ids=str,
+)
+async def test_given_a_sale_when_its_order_says_otherwise_then_it_is_refused(
+    conn: Any, book: Ledger, lie: dict[str, Any]
+):
+    await raw_event(conn, 4)
+    with pytest.raises(Refused):
+        await raw_order(conn, **{"seq": 4, **lie})
+
+
+async def test_given_an_order_when_it_ends_then_it_gives_back_exactly_once(conn: Any, book: Ledger):
+    for state, live in (("collected", 1), ("cancelled", 0), ("refunded", 0)):
+        await conn.execute("UPDATE orders SET state = $1", state)
+        assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == live
+        assert await conn.fetchval("SELECT live FROM card_use") == live
+    with pytest.raises(Refused, match="stays ended"):
+        await conn.execute("UPDATE orders SET state = 'confirmed'")
+
+
+# Batches -----------------------------------------------------------------------------------------
+
+
+async def test_given_nothing_when_position_is_read_then_genesis(conn: Any):
+    assert await ledger.position(conn, CAMPAIGN) == (0, GENESIS)
+
+
+async def test_given_entries_when_applied_then_events_orders_and_counters_agree(conn: Any):
+    book = Ledger()
+    entries = [
+        book.entry(created(2, 5)),
+        book.entry(operation("opened", opens_at=NOW_MS), sold(1), sold(2, quantity=1)),
+        book.entry(operation("stock_added", showing=0, add=3), sold(3, quantity=3)),
+        book.entry(sold(1, key=2, showing=1), operation("paused"), at_ms=NOW_MS + 5),
+    ]
+    done = await ledger.apply(conn, CAMPAIGN, entries)
+    assert done == ledger.Applied(Position(8, book.chain), 8, [])
+    assert await ledger.position(conn, CAMPAIGN) == (8, book.chain)
+    assert await count(conn, "event") == 8
+    assert await count(conn, "orders") == 4
+
+    (campaign,) = await ledger.campaigns(conn)
+    assert (campaign.state, campaign.applied, campaign.opens_at_ms) == ("paused", 8, NOW_MS)
+    assert [(s.showing_id, s.stock, s.live) for s in campaign.showings] == [
+        ("s0", 5, 5),
+        ("s1", 5, 1),
+    ]
+    assert campaign.config["title"] == "五元看大片"
+
+    log = await ledger.audit_log(conn, campaign=CAMPAIGN)
+    assert [(row.action, row.data["seq"]) for row in log] == [
+        ("campaign.paused", 8),
+        ("campaign.stock_added", 5),
+        ("campaign.opened", 2),
+        ("campaign.created", 1),
+    ]
+    assert (log[0].actor, log[0].reason, log[0].at_ms) == ("cli:me", "wanted", NOW_MS + 5)
+    assert await ledger.audit_log(conn, before_id=log[-1].id) == []
+
+
+async def test_given_orders_when_read_back_then_newest_first_by_pages(conn: Any, book: Ledger):
+    later = book.entry(sold(1, key=2), sold(9), sold(1, key=3, showing=1), at_ms=NOW_MS + 1)
+    await ledger.apply(conn, CAMPAIGN, [later])
+    newest = await ledger.orders_of_card(conn, card(1), limit=2)
+    assert [row.seq for row in newest] == [6, 4]
+    rest = await ledger.orders_of_card(conn, card(1), before=newest[-1].cursor, limit=2)
+    assert [row.seq for row in rest] == [3]
+    one = await ledger.order(conn, CAMPAIGN, 6)
+    assert one == newest[0]
+    assert one is not None
+    assert (one.showing_id, one.amount_fen, one.state) == ("s1", 500, "confirmed")
+    assert (one.created_at_ms, one.card_remaining) == (NOW_MS + 1, 0)
+    assert await ledger.order(conn, CAMPAIGN, 2) is None
+
+
+async def test_given_a_batch_when_applied_twice_then_position_moved(conn: Any, book: Ledger):
+    before = await ledger.position(conn, CAMPAIGN)
+    entry = book.entry(sold(2))
+    await ledger.apply(conn, CAMPAIGN, [entry], after=before)
+    for after in (before, None):
+        with pytest.raises(PositionMoved):
+            await ledger.apply(conn, CAMPAIGN, [entry], after=after)
+    assert await count(conn, "orders") == 2
+
+
+async def test_given_two_writers_when_they_apply_at_once_then_one_does(
+    database_url: str,
+):
+    writers = [await asyncpg.connect(database_url) for _ in range(2)]
+    book = Ledger()
+    for entry in (book.entry(created(10), operation("opened")), book.entry(sold(2), sold(3))):
+        before = await ledger.position(writers[0], CAMPAIGN)
+        outcomes = await asyncio.gather(
+            *(ledger.apply(conn, CAMPAIGN, [entry], after=before) for conn in writers),
+            return_exceptions=True,
+        )
+        assert sorted(type(done).__name__ for done in outcomes) == ["Applied", "PositionMoved"]
+    assert await count(writers[0], "event") == 4
+    for conn in writers:
+        await conn.close()
+
+
+async def test_given_a_fork_when_applied_then_the_chain_refuses(conn: Any, book: Ledger):
+    position = await ledger.position(conn, CAMPAIGN)
+    fork = Ledger()
+    fork.seq, fork.chain = position.applied, "1" * 40
+    with pytest.raises(CorruptLedger, match="chain breaks"):
+        await ledger.apply(conn, CAMPAIGN, [fork.entry(sold(2))])
+    forked = Position(position.applied, "1" * 40)
+    fork.seq, fork.chain = forked
+    with pytest.raises(PositionMoved):
+        await ledger.apply(conn, CAMPAIGN, [fork.entry(sold(2))], after=forked)
+    assert await count(conn, "event") == 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["sold", 110101000000, 0, 1, "0" * 16, 500],
+        ["sold", card(2), "0", 1, "0" * 16, 500],
+        ["sold", card(2)],
+        ["edited", {}],
+    ],
+    ids=str,
+)
+async def test_given_an_impossible_event_when_applied_then_nothing_is_done(
+    conn: Any, book: Ledger, row: list[Any]
+):
+    before = await ledger.position(conn, CAMPAIGN)
+    with pytest.raises(CorruptLedger):
+        await ledger.apply(conn, CAMPAIGN, [book.entry(sold(5), row)])
+    assert await ledger.position(conn, CAMPAIGN) == before
+    assert await count(conn, "event") == 3
+
+
+async def test_given_a_gap_when_applied_then_nothing_is_done(conn: Any, book: Ledger):
+    book.entry(sold(2))
+    with pytest.raises(CorruptLedger, match="event 4 is missing"):
+        await ledger.apply(conn, CAMPAIGN, [book.entry(sold(3))])
+
+
+async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_conflicts(
+    conn: Any, book: Ledger
+):
+    rows = [sold(n) for n in range(2, 9)]
+    rows[3] = sold(1, key=1)
+    rows[5] = sold(20, quantity=4)
+    rows += [sold(30, showing=9), operation("stock_added", showing=7, add=1), sold(31)]
+    done = await ledger.apply(conn, CAMPAIGN, [book.entry(*rows), book.entry(sold(32, quantity=0))])
+    assert [conflict.seq for conflict in done.conflicts] == [7, 9, 11, 12, 14]
+    assert not any(card(1) in conflict.why for conflict in done.conflicts)
+    assert done.position == (14, book.chain)
+    assert await count(conn, "event") == 14
+    assert await count(conn, "orders") == 1 + 5 + 1
+    assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == 7
+    assert await count(conn, "conflict") == 5
+    assert list(await ledger.conflicts_to_pause(conn)) == [CAMPAIGN]
+    await ledger.mark_paused(conn, CAMPAIGN)
+    assert await ledger.conflicts_to_pause(conn) == {}
+
+
+async def test_given_a_deleted_draft_when_made_anew_then_config_and_showings_are_new(conn: Any):
+    book = Ledger()
+    entry = book.entry(created(5, 5), operation("deleted"), created(7, card_limit=1))
+    await ledger.apply(conn, CAMPAIGN, [entry])
+    (campaign,) = await ledger.campaigns(conn)
+    assert (campaign.state, campaign.card_limit) == ("draft", 1)
+    assert [showing.stock for showing in campaign.showings] == [7]
+
+
+async def test_given_every_table_and_column_then_each_has_a_comment(conn: Any):
+    bare = await conn.fetch(
+        """SELECT c.relname, a.attname FROM pg_class c
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+        WHERE c.relkind = 'r' AND c.relname = ANY($1)
+            AND (col_description(c.oid, a.attnum) IS NULL OR obj_description(c.oid) IS NULL)""",
+        ["deployment", "campaign", "showing", "event", "orders", "card_use", "conflict",
+         "audit_log"],
+    )  # fmt: skip
+    assert bare == []
+
+
+async def test_given_small_plans_when_tables_grow_then_a_batch_costs_the_same(database_url: str):
+    """Plans that the session keeps from when the tables were empty must not scan them later."""
+    conn = await asyncpg.connect(database_url)
+    book, position = Ledger(), Position(0, GENESIS)
+
+    async def put(entries: list[Entry]) -> None:
+        nonlocal position
+        position = (await ledger.apply(conn, CAMPAIGN, entries, after=position)).position
+
+    await put([book.entry(created(1_000_000))])
+    for n in range(8):
+        await put([book.entry(sold(n))])
+    for n in range(10):
+        await put([book.entry(*(sold(100 + n * 1_000 + i) for i in range(1_000)))])
+    await conn.execute("SELECT pg_stat_force_next_flush()")
+    scanned = await conn.fetchval(
+        "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'event'"
+    )
+    probed = await conn.fetchval(
+        "SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'event'"
+    )
+    await conn.close()
+    assert scanned == 0
+    assert probed < 3 * 10_100

@@ -1,0 +1,268 @@
+"""The ledger writer, from a real stream to a real database."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import pytest
+from ledger_maker import CAMPAIGN, Ledger, created, operation, sold
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+
+from sale.config import Settings
+from sale.db import ledger
+from sale.domain import Problem, Refused
+from sale.stock.keys import campaign_keys
+from sale.workers import ledger_writer
+from sale.workers.ledger_writer import LedgerMetrics, LedgerWriter
+
+DEADLINE_S = 8.0
+STREAM = campaign_keys(CAMPAIGN).stream
+
+
+class Rig:
+    """Writers over one Redis and one database, and what they asked to be paused."""
+
+    def __init__(self, redis: Redis, database_url: str, conn: Any) -> None:
+        self.redis, self.database_url, self.conn = redis, database_url, conn
+        self.paused: list[str] = []
+        self.pausing: Callable[[], None] = lambda: None
+
+    async def pause(self, campaign_id: str, reason: str) -> None:
+        self.pausing()
+        self.paused.append(campaign_id)
+
+    @contextlib.asynccontextmanager
+    async def writing(self, **settings: Any) -> AsyncIterator[LedgerWriter]:
+        registry = CollectorRegistry()
+        writer = LedgerWriter(
+            self.redis,
+            self.database_url,
+            Settings(**settings),
+            pause_campaign=self.pause,
+            metrics=LedgerMetrics(registry),
+        )
+        writer.metrics.registry = registry  # type: ignore[attr-defined]
+        stop = asyncio.Event()
+        task = asyncio.create_task(writer.run(stop))
+        try:
+            yield writer
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, DEADLINE_S)
+
+    async def applied(self, campaign_id: str = CAMPAIGN) -> int:
+        return (await ledger.position(self.conn, campaign_id)).applied
+
+
+def sample(writer: LedgerWriter, name: str, **labels: str) -> float | None:
+    registry: CollectorRegistry = writer.metrics.registry  # type: ignore[attr-defined]
+    return registry.get_sample_value(name, labels)
+
+
+async def until(check: Callable[[], Awaitable[bool] | bool]) -> None:
+    """Wait until ``check`` holds, but not for ever."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            held = check()
+            if held is True or (not isinstance(held, bool) and await held):
+                return
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def rig(redis: Redis, database_url: str) -> AsyncIterator[Rig]:
+    conn = await asyncpg.connect(database_url)
+    yield Rig(redis, database_url, conn)
+    await conn.close()
+
+
+async def test_given_a_stream_when_the_writer_runs_then_postgres_has_it_all(rig: Rig):
+    book, other = Ledger(), Ledger("green-gift")
+    await book.append(rig.redis, created(10_000), operation("opened"))
+    async with rig.writing() as writer:
+        for n in range(40):
+            await book.append(rig.redis, *(sold(100 * n + i) for i in range(100)))
+        await other.append(rig.redis, created(5, campaign_id="green-gift"))
+
+        async def all_there() -> bool:
+            return await rig.applied() == 4_002 and await rig.applied("green-gift") == 1
+
+        await until(all_there)
+        await until(lambda: sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 0)
+        assert sample(writer, "sale_ledger_lag_seconds", campaign=CAMPAIGN) == 0
+        assert sample(writer, "sale_ledger_written_total") == 4_003
+    assert await rig.conn.fetchval("SELECT count(*) FROM orders") == 4_000
+    assert await rig.conn.fetchval("SELECT live FROM showing WHERE stock = 10000") == 4_000
+
+
+async def test_given_a_backlog_over_the_batch_when_it_starts_then_it_catches_up(rig: Rig):
+    book = Ledger()
+    await book.append(rig.redis, created(10_000))
+    for n in range(10):
+        await book.append(rig.redis, *(sold(256 * n + i) for i in range(256)))
+    async with rig.writing(writer_batch_events=256):
+        await until(lambda: _is(rig.applied(), 2_561))
+
+
+async def test_given_two_writers_when_the_first_ends_then_the_second_goes_on(rig: Rig):
+    book = Ledger()
+    await book.append(rig.redis, created(100))
+    async with rig.writing() as second_outer:
+        await until(lambda: second_outer.active)
+        async with rig.writing() as waiting:
+            await asyncio.sleep(0.4)
+            assert not waiting.active
+            # The first loses its lock's connection, as a stopped process does.
+            await rig.conn.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'sale-writer' AND datname = current_database()"
+                " AND EXISTS (SELECT FROM pg_locks l WHERE l.pid = pg_stat_activity.pid"
+                " AND l.locktype = 'advisory' AND l.granted)"
+            )
+            await book.append(rig.redis, sold(1))
+            await until(lambda: _is(rig.applied(), 2))
+            await until(lambda: waiting.active != second_outer.active)
+    assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
+
+
+async def test_given_a_holder_that_stops_when_its_heart_is_still_then_another_takes_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    book = Ledger()
+    await book.append(rig.redis, created(100))
+
+    async def still(conn: object) -> None:
+        await asyncio.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger_writer, "_heartbeat", still)
+        async with rig.writing() as stopped:
+            await until(lambda: stopped.active)
+            patched.undo()
+            async with rig.writing() as other:
+                await until(lambda: other.active)
+                await book.append(rig.redis, sold(1))
+                await until(lambda: _is(rig.applied(), 2))
+                # Both believe that they are the writer: the compare-and-set keeps the books.
+                assert stopped.active
+    assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
+
+
+async def test_given_a_conflict_when_written_then_the_campaign_is_paused_and_goes_on(rig: Rig):
+    def refuse_once() -> None:
+        rig.pausing = lambda: None
+        raise Refused(Problem.UNAVAILABLE)
+
+    rig.pausing = refuse_once
+    book = Ledger()
+    await book.append(rig.redis, created(2), operation("opened"))
+    await book.append(rig.redis, sold(1), sold(2), sold(3))
+    async with rig.writing() as writer:
+        await until(lambda: rig.paused == [CAMPAIGN])
+        await book.append(rig.redis, operation("stock_added", showing=0, add=5), sold(4))
+        await until(lambda: _is(rig.applied(), 7))
+        assert sample(writer, "sale_ledger_conflicts_total", campaign=CAMPAIGN) == 1
+    assert await rig.conn.fetchval("SELECT count(*) FROM orders") == 3
+    assert await rig.conn.fetchval("SELECT seq FROM conflict WHERE paused_at IS NOT NULL") == 5
+    assert rig.paused == [CAMPAIGN]
+
+
+async def test_given_a_conflict_not_yet_paused_when_the_writer_starts_then_it_pauses(rig: Rig):
+    book = Ledger()
+    entry = await book.append(rig.redis, created(0), sold(1))
+    await ledger.apply(rig.conn, CAMPAIGN, [entry])
+    async with rig.writing():
+        await until(lambda: rig.paused == [CAMPAIGN])
+
+
+async def test_given_a_gap_when_written_then_that_campaign_alone_is_stuck(rig: Rig):
+    broken, sound = Ledger(), Ledger("green-gift")
+    await broken.append(rig.redis, created(10))
+    lost = await broken.append(rig.redis, sold(1))
+    await broken.append(rig.redis, sold(2))
+    await rig.redis.xdel(STREAM, f"{lost.last}-0")
+    async with rig.writing() as writer:
+        await until(lambda: CAMPAIGN in writer.stuck)
+        await sound.append(rig.redis, created(5, campaign_id="green-gift"))
+        await until(lambda: _is(rig.applied("green-gift"), 1))
+        assert sample(writer, "sale_ledger_stuck", campaign=CAMPAIGN) == 1
+        assert "event 2 is missing" in writer.stuck[CAMPAIGN]
+    assert await rig.applied() < 2
+
+
+async def test_given_all_entries_gone_when_written_then_it_is_stuck(rig: Rig):
+    book = Ledger()
+    await book.append(rig.redis, created(10))
+    await rig.redis.delete(STREAM)
+    async with rig.writing() as writer:
+        await until(lambda: CAMPAIGN in writer.stuck)
+
+
+async def test_given_redis_behind_postgres_when_watched_then_stuck_until_it_agrees(rig: Rig):
+    book = Ledger()
+    entries = [await book.append(rig.redis, created(10)), await book.append(rig.redis, sold(1))]
+    await ledger.apply(rig.conn, CAMPAIGN, entries)
+    await rig.redis.hset(campaign_keys(CAMPAIGN).head, "seq", 1)
+    async with rig.writing() as writer:
+        await until(lambda: CAMPAIGN in writer.stuck)
+        await rig.redis.hset(campaign_keys(CAMPAIGN).head, "seq", 2)
+        await until(lambda: not writer.stuck)
+        assert sample(writer, "sale_ledger_stuck", campaign=CAMPAIGN) == 0
+
+
+async def test_given_no_retention_when_applied_then_only_the_last_entry_stays(rig: Rig):
+    book = Ledger()
+    await book.append(rig.redis, created(10))
+    async with rig.writing(ledger_retention_events=0, ledger_retention_s=0):
+        for n in range(5):
+            await book.append(rig.redis, sold(n))
+        await until(lambda: _is(rig.redis.xlen(STREAM), 1))
+        assert (await rig.redis.xrange(STREAM))[0][0] == b"6-0"
+        await book.append(rig.redis, sold(9))
+        await until(lambda: _is(rig.applied(), 7))
+
+
+@pytest.mark.parametrize(
+    ("events", "seconds"), [(1_000, 0), (0, 600), (3, 0)], ids=["events", "age", "three"]
+)
+async def test_given_retention_when_applied_then_entries_stay_until_both_bounds_pass(
+    rig: Rig, events: int, seconds: int
+):
+    book = Ledger()
+    await book.append(rig.redis, created(10))
+    async with rig.writing(ledger_retention_events=events, ledger_retention_s=seconds):
+        for n in range(6):
+            await book.append(rig.redis, sold(n))
+            await until(lambda: _is(rig.applied(), book.seq))
+        await asyncio.sleep(0.15)
+    left = await rig.redis.xlen(STREAM)
+    assert left == (4 if events == 3 else 7)
+
+
+async def test_given_postgres_away_when_events_come_then_lag_tells_and_nothing_is_lost(rig: Rig):
+    book = Ledger()
+    await book.append(rig.redis, created(100))
+    async with rig.writing() as writer:
+        await until(lambda: _is(rig.applied(), 1))
+        locking = rig.conn.transaction()
+        await locking.start()
+        await rig.conn.execute("LOCK TABLE campaign IN ACCESS EXCLUSIVE MODE")
+        await book.append(rig.redis, sold(1), sold(2))
+        await asyncio.sleep(0.35)
+        assert sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 2
+        assert (sample(writer, "sale_ledger_lag_seconds", campaign=CAMPAIGN) or 0) > 0.1
+        await locking.rollback()
+        await rig.conn.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name LIKE 'sale-writer%' AND datname = current_database()"
+        )
+        await book.append(rig.redis, sold(3))
+        await until(lambda: _is(rig.applied(), 4))
+        await until(lambda: sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 0)
+
+
+async def _is(found: Awaitable[Any], wanted: object) -> bool:
+    return bool(await found == wanted)

@@ -1,0 +1,453 @@
+"""The load tests' own tests: the client against a small server, the check of the books by hand."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from loadtest import books as bookkeeping
+from loadtest.answers import Answer, AnswerBook, outcome, read_answers, write_answers
+from loadtest.books import Books, OrderRow, check, key_hash
+from loadtest.client import Client, Unreachable
+from loadtest.members import Attempt, Kind, Member, Mint, gather
+from loadtest.rush import metric
+from loadtest.wire import (
+    UNKNOWN,
+    ProtocolError,
+    Response,
+    ResponseParser,
+    get_request,
+    purchase_request,
+)
+from sale.identity import MemberTokens, SigningKey, issue_member_token
+
+ROOT = Path(__file__).parents[1]
+CARD, OTHER_CARD = "6222020000000001", "6222020000000002"
+ANSWERS = (
+    b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\nIdempotency-Replayed: true\r\n\r\n{}"
+    b"HTTP/1.1 100 Continue\r\n\r\n"
+    b'HTTP/1.1 304 Not Modified\r\nETag: "1"\r\n\r\n'
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after:  3 \r\nCONTENT-LENGTH: 0\r\n\r\n"
+)
+
+
+# The wire ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", range(len(ANSWERS)))
+def test_given_answers_split_anywhere_when_fed_then_the_same_come_out(cut: int) -> None:
+    parser = ResponseParser()
+    got = parser.feed(ANSWERS[:cut]) + parser.feed(ANSWERS[cut:])
+    assert [(answer.status, answer.body) for answer in got] == [
+        (201, b"{}"),
+        (304, b""),
+        (503, b""),
+    ]
+    assert got[0].header("idempotency-replayed") == "true"
+    assert got[1].header("etag") == '"1"'
+    assert got[2].header("Retry-After") == "3"
+    assert got[2].header("location") is None
+    assert parser.idle
+
+
+def test_given_answers_byte_by_byte_when_fed_then_all_come_out() -> None:
+    parser = ResponseParser()
+    assert sum(len(parser.feed(bytes([byte]))) for byte in ANSWERS) == 3
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n",
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+    ],
+)
+def test_given_what_it_does_not_read_when_fed_then_it_fails_loudly(raw: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        ResponseParser().feed(raw)
+
+
+def test_given_an_answer_nobody_asked_for_when_fed_then_it_fails_loudly() -> None:
+    with pytest.raises(ProtocolError):
+        ResponseParser().feed(ANSWERS, most=1)
+
+
+def test_given_a_purchase_when_built_then_it_is_the_contract_s_request() -> None:
+    raw = purchase_request("h:1", "films", "t.o.k", "key-1", 2, "general")
+    head, _, body = raw.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /api/v1/campaigns/films/orders HTTP/1.1\r\n")
+    assert b"\r\nIdempotency-Key: key-1\r\n" in head
+    assert body == b'{"quantity":2,"showing":"general"}'
+    assert purchase_request("h:1", "films", "t", "k", 1, None).endswith(b'{"quantity":1}')
+
+
+# The client --------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def server_of(handler: Callable[[web.Request], object], folder: Path) -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)  # type: ignore[arg-type]
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    path = folder / "s"
+    try:
+        await web.UnixSite(runner, str(path)).start()
+        yield f"unix:{path}"
+    finally:
+        await runner.cleanup()
+
+
+async def test_given_a_plan_when_played_then_each_request_is_answered_once(tmp_path: Path) -> None:
+    async def echo(request: web.Request) -> web.Response:
+        return web.Response(status=201, body=await request.read())
+
+    got: dict[int, bytes] = {}
+    async with server_of(echo, tmp_path) as address, Client(address, 8) as client:
+        plan = ((purchase_request("h", "c", "t", "k", n, None), n) for n in range(500))
+        result = await client.run(plan, lambda n, answer: got.update({n: answer.body}))
+        again = await client.request(get_request("h", "/x"))
+    assert got == {n: b'{"quantity":%d}' % n for n in range(500)}
+    assert result.requests == result.statuses[201] == len(result.latencies_s) == 500
+    assert result.rate > 0
+    assert again.status == 201
+    assert again.latency_s > 0
+
+
+async def test_given_lost_connections_when_played_then_the_outcome_is_unknown_and_it_goes_on(
+    tmp_path: Path,
+) -> None:
+    seen = 0
+
+    async def cut_every_fifth(request: web.Request) -> web.Response:
+        nonlocal seen
+        seen += 1
+        if seen % 5 == 0 and request.transport is not None:
+            request.transport.abort()
+        return web.Response(body=b"{}")
+
+    answers: list[Response] = []
+    async with server_of(cut_every_fifth, tmp_path) as address, Client(address, 4) as client:
+        plan = [(get_request("h", "/"), None)] * 50
+        result = await client.run(plan, lambda _, answer: answers.append(answer))
+    assert len(answers) == result.requests == 50
+    assert result.unknown == 10
+    assert result.statuses[200] == 40
+
+
+async def test_given_no_answer_in_time_when_asked_then_unknown(tmp_path: Path) -> None:
+    async def sleep(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.8)
+        return web.Response()
+
+    async with server_of(sleep, tmp_path) as address, Client(address, timeout_s=0.2) as client:
+        answer = await client.request(get_request("h", "/"))
+    assert answer.status == UNKNOWN
+    assert "in time" in answer.why
+
+
+async def test_given_a_server_that_closes_when_played_then_nothing_is_lost(tmp_path: Path) -> None:
+    async def refuse(request: web.Request) -> web.Response:
+        return web.Response(status=413, headers={"Connection": "close"}, body=b"{}")
+
+    async with server_of(refuse, tmp_path) as address, Client(address, 2) as client:
+        result = await client.run([(get_request("h", "/"), None)] * 10, lambda *_: None)
+    assert result.statuses == {413: 10}
+
+
+async def test_given_a_chunked_answer_when_played_then_the_run_fails(tmp_path: Path) -> None:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"x")
+        return response
+
+    async with server_of(stream, tmp_path) as address, Client(address, 2) as client:
+        with pytest.raises(ProtocolError, match="chunked"):
+            await client.run([(get_request("h", "/"), None)] * 4, lambda *_: None)
+
+
+async def test_given_no_server_when_opened_then_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        async with Client(f"unix:{tmp_path}/nothing"):
+            pass
+
+
+async def test_given_a_server_that_goes_away_when_played_then_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadtest.client.RECONNECT_S", 0.2)
+
+    async def die(request: web.Request) -> web.Response:
+        (tmp_path / "s").unlink(missing_ok=True)
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
+
+    async with server_of(die, tmp_path) as address, Client(address, 1) as client:
+        with pytest.raises(Unreachable):
+            await client.run([(get_request("h", "/"), None)] * 4, lambda *_: None)
+
+
+# The crowd ---------------------------------------------------------------------------------------
+
+
+def members(count: int) -> list[Member]:
+    return [Member(f"6222{n:012d}", "token", "donghuamen") for n in range(count)]
+
+
+def test_given_a_seed_when_gathered_then_the_same_crowd_with_all_kinds() -> None:
+    def crowd(seed: int) -> tuple[list[Attempt], list[Attempt]]:
+        made = gather(
+            members(2_000), members(50), showings=["a", "b"], card_limit=3, order_max=3, seed=seed
+        )
+        return made.early, made.rush
+
+    early, rush = crowd(7)
+    assert (early, rush) == crowd(7) != crowd(8)
+    kinds = {attempt.kind for attempt in early + rush}
+    assert kinds == set(Kind)
+    firsts = {a.card: a for a in rush if a.kind is Kind.ORDINARY}
+    assert len(firsts) == 2_000
+    for attempt in rush:
+        if attempt.kind in (Kind.RETRY, Kind.EARLY):
+            first = firsts[attempt.card]
+            assert (attempt.key, attempt.quantity) == (first.key, first.quantity)
+
+
+def test_given_a_pattern_when_minted_then_the_engine_accepts_the_tokens() -> None:
+    key = SigningKey(b"k" * 32)
+    pattern = issue_member_token(key, "6222000000000000", "district", now_s=1_000)
+    mint = Mint(pattern, "6222000000000000", key.secret)
+    member = MemberTokens(key).verify(mint.token("6222000000000042"), 1_001.0)
+    assert (member.card_no, member.union) == ("6222000000000042", "district")
+    sizes = {len(raw) for raw in mint.requests("h", "c", "s", range(0, 10**6, 99_999))}
+    assert len(sizes) == 1
+    with pytest.raises(ValueError, match="this key"):
+        Mint(pattern, "6222000000000000", b"x" * 32)
+
+
+# The books ---------------------------------------------------------------------------------------
+
+
+def order(seq: int = 5, **changes: Any) -> OrderRow:
+    row: dict[str, Any] = {
+        "order_no": f"films.{seq:x}.000001",
+        "card": CARD,
+        "showing": "general",
+        "quantity": 2,
+        "price_fen": 500,
+        "state": "confirmed",
+        "key_hash": key_hash("k1"),
+        "created_at_ms": 1,
+    }
+    return OrderRow(**(row | changes))
+
+
+def told(seq: int = 5, **changes: Any) -> Answer:
+    row: dict[str, Any] = {
+        "card": CARD,
+        "key": "k1",
+        "showing": "general",
+        "quantity": 2,
+        "status": 201,
+        "order_no": f"films.{seq:x}.000001",
+        "told_showing": "general",
+        "told_quantity": 2,
+        "amount_fen": 1_000,
+        "tickets": (f"a{seq}", f"b{seq}"),
+    }
+    return Answer(**(row | changes))
+
+
+def refused(code: str, status: int = 409, **changes: Any) -> Answer:
+    nothing: dict[str, Any] = {"order_no": "", "told_quantity": 0, "tickets": (), "amount_fen": 0}
+    return told(**(nothing | {"status": status, "code": code} | changes))
+
+
+def kinds(answers: list[Answer], *orders: OrderRow, stock: int = 10, limit: int = 3) -> list[str]:
+    books = Books(orders, {"general": stock}, limit)
+    return [finding.kind for finding in check(answers, books, alone=True, only_falls=True)]
+
+
+def test_given_agreement_when_checked_then_clean() -> None:
+    replay = told(replayed=True)
+    unknown = refused("", 0, key="k2", card=OTHER_CARD)
+    assert kinds([told(), replay, refused("", 0), unknown], order()) == []
+    assert kinds([refused("sold-out"), told()], order()) == ["untrue-sold-out"]
+    assert kinds([refused("sold-out")], stock=1) == []
+
+
+def test_given_a_retry_after_a_refusal_when_it_sold_then_clean() -> None:
+    assert kinds([refused("not-open"), told()], order()) == []
+
+
+def test_given_an_unknown_outcome_when_it_stands_then_clean() -> None:
+    assert kinds([refused("unavailable", 503)], order()) == []
+
+
+BROKEN: dict[str, tuple[list[Answer], list[OrderRow]]] = {
+    "lost": ([told()], []),
+    "doubled": ([told()], [order(5), order(6)]),
+    "number-twice": (
+        [told(), told(5, key="k2")],
+        [order(), order(5, key_hash=key_hash("k2"), quantity=1)],
+    ),
+    "wrong-content": ([told(told_quantity=1)], [order()]),
+    "key-two-orders": ([told(5), told(6)], [order(5)]),
+    "refused-but-sold": ([refused("sold-out", quantity=20)], [order()]),
+    "unasked": ([], [order()]),
+    "not-replayed": ([told(), told()], [order()]),
+    "tickets-changed": ([told(), told(replayed=True, tickets=("x", "y"))], [order()]),
+    "code-twice": ([told(tickets=("x", "x"))], [order()]),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_given_books_that_are_broken_when_checked_then_it_is_found(kind: str) -> None:
+    answers, orders = BROKEN[kind]
+    assert kind in kinds(answers, *orders)
+
+
+def test_given_two_orders_with_one_ticket_code_when_checked_then_it_is_found() -> None:
+    answers = [told(5), told(6, card=OTHER_CARD, tickets=("a5", "b6"))]
+    assert kinds(answers, order(5), order(6, card=OTHER_CARD)) == ["code-twice"]
+
+
+def test_given_more_sold_than_there_is_when_checked_then_oversold() -> None:
+    assert kinds([told()], order(), stock=1) == ["oversold"]
+    assert kinds([told()], order(), stock=2) == []
+
+
+def test_given_a_card_past_its_limit_when_checked_then_it_is_found() -> None:
+    second = order(6, key_hash=key_hash("k2"))
+    assert kinds([told(), told(6, key="k2")], order(), second) == ["limit-passed"]
+    assert kinds([told(), told(6, key="k2")], order(), second, limit=4) == []
+    returned = order(6, key_hash=key_hash("k2"), state="cancelled")
+    assert kinds([told(), told(6, key="k2")], order(), returned) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"showing": "other"},
+        {"quantity": 1},
+        {"price_fen": 400},
+        {"card": OTHER_CARD},
+        {"key_hash": key_hash("k2")},
+    ],
+)
+def test_given_other_content_in_the_books_when_checked_then_it_is_found(
+    change: dict[str, Any],
+) -> None:
+    assert "wrong-content" in kinds([told()], order(**change), stock=100)
+
+
+def test_given_an_unknown_outcome_of_other_content_when_checked_then_it_is_found() -> None:
+    assert kinds([refused("", 0, quantity=1)], order()) == ["wrong-content"]
+
+
+def test_given_an_order_before_the_opening_when_checked_then_it_is_found() -> None:
+    books = Books((order(),), {"general": 10}, 3, opens_at_ms=2)
+    assert [finding.kind for finding in check([told()], books)] == ["too-early"]
+
+
+def test_given_findings_when_told_then_cards_are_masked() -> None:
+    books = Books((), {"general": 10}, 3)
+    (finding,) = check([told()], books)
+    assert CARD not in finding.what
+    assert CARD[-4:] in finding.what
+
+
+def test_given_a_broken_run_when_checked_then_the_findings_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bookkeeping, "FINDINGS_MAX", 3)
+    assert len(kinds([told(n, key=f"k{n}") for n in range(10)])) == 3
+
+
+def test_given_answers_from_the_wire_when_kept_then_they_are_read_and_counted(
+    tmp_path: Path,
+) -> None:
+    book = AnswerBook()
+    attempt = Attempt(Member(CARD, "t", "u"), "k1", "general", 2, Kind.ORDINARY)
+    body = (
+        b'{"order_no":"films.5.000001","campaign":"films","showing":"general","quantity":2,'
+        b'"state":"confirmed","amount_fen":1000,"pay_before":null,"card_remaining":1,'
+        b'"tickets":[{"no":1,"code":"a5","state":"valid"},{"no":2,"code":"b5","state":"valid"}]}'
+    )
+    replayed = b"HTTP/1.1 201 Created\r\nIdempotency-Replayed: true"
+    book.record(attempt, Response(201, b"HTTP/1.1 201 Created", body))
+    book.record(attempt, Response(201, replayed, body))
+    book.record(attempt, Response(409, b"", b'{"code":"sold-out","remaining":1}'))
+    book.record(attempt, Response(UNKNOWN, b"", b""))
+    book.record(attempt, Response(502, b"", b"<html>"))
+    answers = list(book)
+    assert answers[0] == told()
+    assert answers[1].replayed
+    assert answers[2].remaining == 1
+    total = outcome(answers)
+    assert (total.sold_orders, total.sold_tickets, total.replayed, total.unknown) == (1, 2, 1, 1)
+    assert total.refused == {"sold-out": 1, "unreadable": 1}
+    write_answers(answers, tmp_path / "answers")
+    assert read_answers(tmp_path / "answers") == answers
+    assert (tmp_path / "answers").stat().st_mode & 0o077 == 0
+
+
+def test_given_a_metrics_page_when_read_then_the_campaign_s_highest_value() -> None:
+    page = (
+        b'# HELP x\nx{campaign="a",pid="1"} 3.0\nx{campaign="a",pid="2"} 5.0\nx{campaign="b"} 9\n'
+    )
+    assert metric(page, "x", "a") == 5.0
+    assert metric(page, "y", "a") is None
+
+
+# The whole ---------------------------------------------------------------------------------------
+
+
+async def run_program(*arguments: str, within_s: float = 110) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        *arguments,
+        cwd=ROOT,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(within_s):
+            out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            await process.wait()
+    return process.returncode or 0, out.decode()
+
+
+@pytest.mark.load
+async def test_given_a_small_crowd_when_the_demo_runs_then_books_and_audit_are_clean(
+    tmp_path: Path,
+) -> None:
+    size = ["--members", "4000", "--cards", "6000", "--data-dir", str(tmp_path / "d")]
+    status, out = await run_program("loadtest.demo", "--exit", *size)
+    assert status == 0, out
+    assert out.count("clean") == 2
+    assert "nothing is left running" in out
+
+
+@pytest.mark.load
+async def test_given_the_tiny_benchmark_when_run_then_it_prints_every_row() -> None:
+    status, out = await run_program("loadtest.bench", "--tiny", "--json")
+    assert status == 0, out
+    for row in ("constant", "purchases", "replays", "sold_out", "not_open", "redis_bytes_an_order"):
+        assert row in out, out

@@ -1,0 +1,120 @@
+"""Migrations run once even when many start together, and refuse what they cannot trust."""
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+import pytest
+
+from sale.db.migrate import (
+    DatabaseNewer,
+    Migration,
+    MigrationChanged,
+    MigrationError,
+    migrate,
+    migrations,
+    pending,
+)
+from sale.db.queries import load
+
+FreshDatabase = Callable[..., Awaitable[str]]
+NAMES = [migration.name for migration in migrations()]
+
+
+def migration(name: str, text: str) -> Migration:
+    return Migration(name, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+async def fetchval(url: str, statement: str) -> object:
+    connection = await asyncpg.connect(url)
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()
+
+
+async def test_given_twenty_migrators_at_once_then_each_migration_runs_once(
+    fresh_database: FreshDatabase,
+) -> None:
+    url = await fresh_database()
+    applied = await asyncio.gather(*(migrate(url) for _ in range(20)))
+    assert sorted(name for names in applied for name in names) == NAMES
+    assert await fetchval(url, "select count(*) from schema_migration") == len(NAMES)
+
+
+async def test_given_a_migrated_database_when_migrated_again_then_nothing_happens(
+    database_url: str,
+) -> None:
+    assert await migrate(database_url) == []
+
+
+async def test_given_a_newer_database_then_it_is_refused(database_url: str) -> None:
+    future = migration("9999_future", "create table future (x int)")
+    assert await migrate(database_url, (*migrations(), future)) == ["9999_future"]
+    with pytest.raises(DatabaseNewer, match="9999_future"):
+        await migrate(database_url)
+
+
+async def test_given_an_edited_migration_then_it_is_refused_and_nothing_runs(
+    database_url: str,
+) -> None:
+    first, *others = migrations()
+    edited = migration(first.name, first.text + "-- edited")
+    new = migration("9999_new", "create table never_made (x int)")
+    with pytest.raises(MigrationChanged, match=first.name):
+        await migrate(database_url, (edited, *others, new))
+    assert await fetchval(database_url, "select to_regclass('never_made')") is None
+
+
+async def test_given_a_migration_that_fails_then_all_of_it_is_undone_and_it_can_be_mended(
+    database_url: str,
+) -> None:
+    broken = migration("9998_broken", "create table half (x int); select 1 / 0")
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await migrate(database_url, (*migrations(), broken))
+    assert await fetchval(database_url, "select to_regclass('half')") is None
+    mended = migration("9998_broken", "create table half (x int)")
+    assert await migrate(database_url, (*migrations(), mended)) == ["9998_broken"]
+
+
+async def test_pending_names_what_is_missing_and_changes_nothing(
+    fresh_database: FreshDatabase,
+) -> None:
+    url = await fresh_database()
+    connection = await asyncpg.connect(url)
+    try:
+        assert await pending(connection) == NAMES
+        assert await fetchval(url, "select to_regclass('schema_migration')") is None
+        await migrate(url)
+        assert await pending(connection) == []
+    finally:
+        await connection.close()
+
+
+async def test_every_table_and_every_column_that_needs_it_has_a_comment(database_url: str) -> None:
+    bare = await fetchval(
+        database_url,
+        """
+        select array_agg(c.relname::text) from pg_class c
+         where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p')
+           and c.relname <> 'schema_migration' and obj_description(c.oid, 'pg_class') is null
+        """,
+    )
+    assert bare is None
+
+
+def test_migrations_are_named_and_in_order() -> None:
+    assert sorted(NAMES) == NAMES
+    assert len({name[:4] for name in NAMES}) == len(NAMES)
+
+
+def test_named_sql_is_loaded_and_a_missing_topic_is_an_error() -> None:
+    assert load("migrate")["record"].startswith("insert into schema_migration")
+    with pytest.raises(FileNotFoundError):
+        load("no_such_topic")
+
+
+def test_migration_errors_are_one_family() -> None:
+    assert issubclass(DatabaseNewer, MigrationError)
+    assert issubclass(MigrationChanged, MigrationError)

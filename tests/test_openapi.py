@@ -1,0 +1,140 @@
+"""The description of the API is valid and covers the contract, and nothing that is not there."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from sale.api import schemas
+from sale.api.openapi import build_document
+from sale.api.pages import add_page_routes
+
+ADMIN = "/api/v1/admin/campaigns"
+CONTRACT = {
+    "get /healthz",
+    "get /readyz",
+    "get /api/v1/time",
+    "get /api/v1/campaigns",
+    "get /api/v1/campaigns/{id}",
+    "get /api/v1/campaigns/{id}/availability",
+    "get /api/v1/campaigns/{id}/allowance",
+    "post /api/v1/campaigns/{id}/orders",
+    "get /api/v1/orders",
+    "get /api/v1/orders/{order_no}",
+    f"get {ADMIN}",
+    f"post {ADMIN}",
+    f"get {ADMIN}/{{id}}",
+    f"delete {ADMIN}/{{id}}",
+    *(
+        f"post {ADMIN}/{{id}}/{verb}"
+        for verb in ("schedule", "open", "pause", "resume", "close", "reopen", "stock")
+    ),
+    f"get {ADMIN}/{{id}}/live",
+    "get /api/v1/admin/audit-log",
+}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    decoded: dict[str, Any] = msgspec.json.decode(build_document())
+    return decoded
+
+
+def test_given_the_document_when_validated_then_it_is_openapi_3_1(
+    document: dict[str, Any],
+) -> None:
+    OpenAPIV31SpecValidator(document).validate()
+
+
+def test_given_the_contract_when_compared_then_each_call_is_described_and_no_other(
+    document: dict[str, Any],
+) -> None:
+    described = {
+        f"{method} {path}" for path, methods in document["paths"].items() for method in methods
+    }
+
+    assert described == CONTRACT
+
+
+def test_given_a_purchase_when_read_up_then_all_its_answers_are_there(
+    document: dict[str, Any],
+) -> None:
+    purchase = document["paths"]["/api/v1/campaigns/{id}/orders"]["post"]
+
+    answers = set(purchase["responses"])
+    expected = (201, 400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
+    assert answers == {str(status) for status in expected}
+    assert {"Location", "Idempotency-Replayed"} == set(purchase["responses"]["201"]["headers"])
+    key = next(p for p in purchase["parameters"] if p["name"] == "Idempotency-Key")
+    assert key["required"] is True
+    assert purchase["security"] == [{"member": []}]
+
+
+def test_given_an_encoded_order_when_checked_then_it_fits_its_schema_and_the_contract(
+    document: dict[str, Any],
+) -> None:
+    order = schemas.Order(
+        order_no="film.1.0a0b0c",
+        campaign="film",
+        showing="general",
+        quantity=1,
+        state="confirmed",
+        amount_fen=500,
+        created_at="2015-05-01T09:00:00.000+08:00",
+        tickets=[schemas.Ticket(1, "c" * 22)],
+        card_remaining=2,
+    )
+
+    encoded = msgspec.json.decode(msgspec.json.encode(order))
+
+    schema = {"$ref": "#/components/schemas/Order", "components": document["components"]}
+    Draft202012Validator(schema).validate(encoded)
+    assert list(encoded) == (
+        [
+            "order_no",
+            "campaign",
+            "showing",
+            "quantity",
+            "state",
+            "amount_fen",
+            "pay_before",
+            "created_at",
+            "tickets",
+            "card_remaining",
+        ]
+    )
+    assert encoded["tickets"] == [{"no": 1, "code": "c" * 22, "state": "valid"}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"quantity":true}',
+        b'{"quantity":1.0}',
+        b'{"quantity":"1"}',
+        b'{"quantity":1,"price_fen":1}',
+        b'{"quantity":1,"showing":2}',
+        b"{}",
+        b"[]",
+        b"",
+        b'{"quantity":1',
+        b'{"quantity":1,"showing":"\xff"}',
+    ],
+)
+def test_given_a_wrong_order_when_decoded_then_it_is_refused(body: bytes) -> None:
+    with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
+        msgspec.json.decode(body, type=schemas.OrderRequest)
+
+
+async def test_given_the_service_when_asked_then_it_describes_itself() -> None:
+    app = web.Application()
+    add_page_routes(app)
+    async with TestClient(TestServer(app)) as client:
+        response = await client.get("/openapi.json")
+
+        assert response.content_type == "application/json"
+        assert (await response.json())["openapi"] == "3.1.0"

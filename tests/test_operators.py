@@ -1,0 +1,107 @@
+"""Accounts: made, given a token, disabled; all of it in the audit log."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from sale.db.pool import open_pool
+from sale.domain import Problem, Refused
+from sale.identity import operator_token_hash
+from sale.usecases.operators import (
+    add_operator,
+    authenticate_operator,
+    disable_operator,
+    give_token,
+    list_operators,
+)
+
+UNIONS = frozenset({"district", "longtan"})
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[Any]:
+    pool = await open_pool(database_url, min_size=1, max_size=4)
+    yield pool
+    await pool.close()
+
+
+async def add(pool: Any, name: str, **changes: Any) -> None:
+    values = {"role": "operator", "union": None} | changes
+    await add_operator(
+        pool, name, values["role"], union=values["union"], unions=UNIONS, actor="cli:test"
+    )
+
+
+async def test_given_an_account_when_given_a_token_then_the_token_is_its(pool: Any) -> None:
+    await add(pool, "ann", role="clerk", union="longtan")
+    token = await give_token(pool, "ann", actor="cli:test")
+    operator = await authenticate_operator(pool, token)
+    assert (operator.name, operator.role, operator.union_code) == ("ann", "clerk", "longtan")
+    assert await pool.fetchval("select token_hash from operator") == operator_token_hash(token)
+    assert token not in str(await pool.fetch("select * from operator")) + str(
+        await pool.fetch("select * from audit_log")
+    )
+
+
+async def test_given_a_new_token_then_the_one_before_ends(pool: Any) -> None:
+    await add(pool, "ann")
+    old = await give_token(pool, "ann", actor="cli:test")
+    new = await give_token(pool, "ann", actor="cli:test")
+    with pytest.raises(Refused, match="unauthenticated"):
+        await authenticate_operator(pool, old)
+    assert (await authenticate_operator(pool, new)).name == "ann"
+
+
+async def test_given_a_disabled_account_then_its_token_ends_and_it_gets_no_other(pool: Any) -> None:
+    await add(pool, "ann")
+    token = await give_token(pool, "ann", actor="cli:test")
+    await disable_operator(pool, "ann", actor="boss")
+    await disable_operator(pool, "ann", actor="boss")
+    with pytest.raises(Refused, match="unauthenticated"):
+        await authenticate_operator(pool, token)
+    with pytest.raises(Refused, match="wrong-state"):
+        await give_token(pool, "ann", actor="cli:test")
+    assert [(entry.name, entry.disabled) for entry in await list_operators(pool)] == [("ann", True)]
+
+
+async def test_every_action_stands_in_the_audit_log(pool: Any) -> None:
+    await add(pool, "ann")
+    await give_token(pool, "ann", actor="boss")
+    await disable_operator(pool, "ann", actor="boss")
+    rows = await pool.fetch("select actor, action, target from audit_log order by id")
+    assert [tuple(row) for row in rows] == [
+        ("cli:test", "operator.add", "operator ann"),
+        ("boss", "operator.token", "operator ann"),
+        ("boss", "operator.disable", "operator ann"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("", {}, "name"),
+        ("a b", {}, "name"),
+        ("a\n", {}, "name"),
+        ("x" * 65, {}, "name"),
+        ("ann", {"role": "king"}, "role"),
+        ("ann", {"union": "atlantis"}, "union"),
+    ],
+)
+async def test_given_wrong_input_then_the_field_is_named(
+    pool: Any, name: str, changes: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(Refused) as caught:
+        await add(pool, name, **changes)
+    assert caught.value.problem is Problem.INVALID_REQUEST
+    assert caught.value.members["field"] == field
+    assert await pool.fetchval("select count(*) from audit_log") == 0
+
+
+async def test_given_a_taken_or_unknown_name_then_it_is_refused(pool: Any) -> None:
+    await add(pool, "ann")
+    with pytest.raises(Refused, match="already"):
+        await add(pool, "ann")
+    for call in (give_token, disable_operator):
+        with pytest.raises(Refused, match="no operator 'bob'"):
+            await call(pool, "bob", actor="cli:test")

@@ -1,0 +1,246 @@
+"""What refusals say, and their pages."""
+
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from sale.api.pages import add_page_routes
+from sale.api.problems import WORDINGS, problem_body, problem_headers, problem_response
+from sale.domain import LOCAL_ZONE, Problem, Refused
+
+STATUS = {
+    "invalid-request": 400,
+    "missing-idempotency-key": 400,
+    "unauthenticated": 401,
+    "not-eligible": 403,
+    "card-revoked": 403,
+    "forbidden": 403,
+    "not-found": 404,
+    "method-not-allowed": 405,
+    "not-open": 409,
+    "paused": 409,
+    "closed": 409,
+    "sold-out": 409,
+    "limit-exceeded": 409,
+    "wrong-state": 409,
+    "idempotency-mismatch": 422,
+    "payload-too-large": 413,
+    "unsupported-media-type": 415,
+    "rate-limited": 429,
+    "overloaded": 503,
+    "unavailable": 503,
+}
+
+
+@pytest.fixture(scope="module")
+async def client() -> AsyncIterator[TestClient[Any, Any]]:
+    app = web.Application()
+    add_page_routes(app)
+    async with TestClient(TestServer(app)) as running:
+        yield running
+
+
+def document(problem: Problem, detail: str = "", **members: object) -> dict[str, Any]:
+    decoded: dict[str, Any] = msgspec.json.decode(problem_body(problem, detail, **members))
+    return decoded
+
+
+def test_given_the_contract_when_compared_then_every_code_has_its_status() -> None:
+    assert {problem.value: wording.status for problem, wording in WORDINGS.items()} == STATUS
+
+
+@pytest.mark.parametrize("problem", Problem)
+def test_given_any_code_when_told_then_it_is_a_whole_problem_document(problem: Problem) -> None:
+    response = problem_response(Refused(problem))
+
+    assert response.status == STATUS[problem.value]
+    assert response.content_type == "application/problem+json"
+    told = msgspec.json.decode(response.body)  # type: ignore[arg-type]
+    assert told["type"] == f"/problems/{problem.value}"
+    assert told["code"] == problem.value
+    assert told["status"] == response.status
+    assert all(told[field] for field in ("title", "detail", "title_en", "detail_en"))
+
+
+def test_given_fewer_left_than_asked_when_sold_out_then_it_says_how_many() -> None:
+    told = document(Problem.SOLD_OUT, remaining=1)
+
+    assert told["remaining"] == 1
+    assert told["detail"].startswith("仅剩 1 张")
+    assert told["detail_en"].startswith("Only 1 left")
+    assert document(Problem.SOLD_OUT, remaining=0)["detail"].startswith("已售完")
+
+
+def test_given_a_card_at_its_limit_when_refused_then_it_says_the_limit() -> None:
+    full = document(Problem.LIMIT_EXCEEDED, card_remaining=0, card_limit=3)
+    partly = document(Problem.LIMIT_EXCEEDED, card_remaining=2, card_limit=3)
+
+    assert full["detail"].startswith("您的卡已买满 3 张")
+    assert partly["detail"].startswith("您的卡还可以买 2 张")
+    assert partly["card_remaining"] == 2
+
+
+@pytest.mark.parametrize(
+    ("opens_at", "says"),
+    [
+        ("2015-05-01T09:00:00.000+08:00", "尚未开始，5月1日 09:00 开抢"),
+        ("2015-05-01T01:00:05Z", "尚未开始，5月1日 09:00:05 开抢"),
+        (None, "尚未开始。"),
+        ("soon", "尚未开始。"),
+    ],
+)
+def test_given_an_opening_when_too_early_then_it_says_when(opens_at: str | None, says: str) -> None:
+    assert document(Problem.NOT_OPEN, opens_at=opens_at)["detail"].startswith(says)
+
+
+def test_given_a_developer_facing_detail_when_told_then_it_is_shown() -> None:
+    detail = "quantity: must be a whole number from 1 to 3"
+
+    told = document(Problem.INVALID_REQUEST, detail, field="quantity")
+
+    assert told["detail"] == told["detail_en"] == detail
+    assert told["field"] == "quantity"
+
+
+def test_given_a_detail_for_members_when_told_then_the_worded_sentence_stays() -> None:
+    assert "NOSCRIPT" not in str(document(Problem.UNAVAILABLE, "NOSCRIPT No matching script"))
+
+
+def test_given_a_detail_that_is_not_well_formed_when_told_then_it_is_still_json() -> None:
+    assert document(Problem.NOT_FOUND, "no \udcff here")["detail"] == "no ? here"
+
+
+def test_given_a_member_named_like_a_field_when_told_then_the_field_stays() -> None:
+    assert document(Problem.NOT_FOUND, status=200)["status"] == 404
+
+
+def test_given_the_same_refusal_twice_when_encoded_then_the_bytes_are_shared() -> None:
+    first = problem_body(Problem.SOLD_OUT, remaining=0)
+
+    assert problem_body(Problem.SOLD_OUT, remaining=0) is first
+    assert b'"remaining":false' in problem_body(Problem.SOLD_OUT, remaining=False)
+
+
+def test_given_a_rush_of_refusals_when_encoded_then_one_costs_microseconds() -> None:
+    began = time.perf_counter()
+    for _ in range(10_000):
+        problem_body(Problem.SOLD_OUT, remaining=0)
+
+    assert time.perf_counter() - began < 0.1  # 10 us each; 0.5 us measured
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem.NOT_OPEN,
+        Problem.PAUSED,
+        Problem.RATE_LIMITED,
+        Problem.OVERLOADED,
+        Problem.UNAVAILABLE,
+    ],
+)
+def test_given_a_refusal_that_passes_when_told_then_it_says_when_to_retry(
+    problem: Problem,
+) -> None:
+    assert int(problem_headers(Refused(problem))["Retry-After"]) >= 1
+    assert problem_headers(Refused(problem, retry_after_s=7))["Retry-After"] == "7"
+
+
+def test_given_a_final_refusal_when_told_then_it_does_not_ask_to_retry() -> None:
+    for problem in (Problem.SOLD_OUT, Problem.LIMIT_EXCEEDED, Problem.CLOSED, Problem.NOT_FOUND):
+        assert "Retry-After" not in problem_headers(Refused(problem))
+
+
+def test_given_an_opening_when_too_early_then_retry_after_is_the_seconds_to_it() -> None:
+    def wait_s(**delta: float) -> int:
+        opens_at = datetime.now(LOCAL_ZONE) + timedelta(**delta)
+        refused = Refused(Problem.NOT_OPEN, opens_at=opens_at.isoformat())
+        return int(problem_headers(refused)["Retry-After"])
+
+    assert 29 <= wait_s(seconds=30) <= 30
+    assert wait_s(seconds=-30) == 1
+    assert wait_s(days=300) == 86_400
+
+
+def test_given_a_wrong_method_when_told_then_allow_is_a_header_and_no_member() -> None:
+    response = problem_response(Refused(Problem.METHOD_NOT_ALLOWED, allow={"POST", "GET"}))
+
+    assert response.headers["Allow"] == "GET, POST"
+    assert b'"allow"' not in response.body  # type: ignore[operator]
+
+
+def test_given_no_token_when_told_then_the_scheme_is_named() -> None:
+    assert problem_headers(Refused(Problem.UNAUTHENTICATED))["WWW-Authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("problem", Problem)
+async def test_given_a_code_when_its_page_is_opened_then_it_explains_in_both_languages(
+    client: TestClient[Any, Any], problem: Problem
+) -> None:
+    response = await client.get(f"/problems/{problem.value}")
+
+    text = await response.text()
+    assert response.status == 200
+    assert response.content_type == "text/html"
+    assert WORDINGS[problem].title.zh in text
+    assert WORDINGS[problem].title.en in text
+    assert "$" not in text
+
+
+async def test_given_an_unknown_code_when_opened_then_it_is_a_404_problem(
+    client: TestClient[Any, Any],
+) -> None:
+    response = await client.get("/problems/nonsense")
+
+    assert response.status == 404
+    assert response.content_type == "application/problem+json"
+
+
+async def test_given_the_page_when_asked_for_again_then_it_is_not_sent_again(
+    client: TestClient[Any, Any],
+) -> None:
+    first = await client.get("/")
+    again = await client.get("/", headers={"If-None-Match": first.headers["ETag"]})
+
+    assert first.status == 200
+    assert first.headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert "unsafe" not in first.headers["Content-Security-Policy"]
+    assert again.status == 304
+    assert await again.read() == b""
+
+
+async def test_given_the_page_when_read_then_it_loads_only_own_files_that_may_be_kept(
+    client: TestClient[Any, Any],
+) -> None:
+    text = await (await client.get("/")).text()
+    places = [part.split('"')[0] for part in text.replace("src=", "href=").split('href="')[1:]]
+
+    assert len(places) >= 3
+    assert "style=" not in text
+    assert "<script>" not in text
+    for place in places:
+        assert place.startswith("/assets/")
+        response = await client.get(place)
+        assert response.status == 200
+        assert "immutable" in response.headers["Cache-Control"]
+
+
+async def test_given_an_old_address_of_a_file_when_read_then_it_is_not_kept(
+    client: TestClient[Any, Any],
+) -> None:
+    response = await client.get("/assets/page.css?v=old")
+    plain = await client.get("/assets/page.css", headers={"Accept-Encoding": "identity"})
+    missing = await client.get("/assets/page.py")
+
+    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert "Content-Encoding" not in plain.headers
+    assert await plain.read() == await response.read()
+    assert missing.status == 404
+    assert (await client.get("/favicon.ico")).content_type == "image/svg+xml"

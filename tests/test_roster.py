@@ -1,0 +1,380 @@
+"""The roster: imports are checked line by line and all or nothing; the feed misses no change."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sale.db.pool import open_pool
+from sale.db.roster import changes_since, current_rev, inactive_cards
+from sale.domain import Refused, default_unions_path, load_unions, parse_campaign_toml
+from sale.identity import MemberTokens, SigningKey, card_tag
+from sale.usecases.roster import (
+    HEADER,
+    ImportReport,
+    import_cards,
+    restore,
+    revoke,
+    show,
+    tokens,
+)
+from sale.usecases.sample_roster import sample
+
+KEY = SigningKey(b"k" * 32)
+UNIONS = load_unions(default_unions_path())
+CODES = frozenset(UNIONS)
+CARD = "622100000001"
+OTHER = "622100000002"
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[Any]:
+    pool = await open_pool(database_url, min_size=1, max_size=8)
+    yield pool
+    await pool.close()
+
+
+def write(path: Path, *lines: str | bytes, header: str = ",".join(HEADER)) -> Path:
+    encoded = (line if isinstance(line, bytes) else line.encode() for line in (header, *lines))
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+async def take(pool: Any, file: Path, **options: Any) -> ImportReport:
+    return await import_cards(pool, KEY, CODES, file, actor="cli:test", **options)
+
+
+async def feed(pool: Any) -> list[tuple[int, str, bool]]:
+    return [tuple(change) for change in await changes_since(pool, 0, 1_000)]  # type: ignore[misc]
+
+
+async def count(pool: Any, table: str) -> int:
+    found: int = await pool.fetchval(f"select count(*) from {table}")
+    return found
+
+
+async def test_given_a_good_file_then_all_of_it_is_in_the_roster(pool: Any, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "r.csv",
+        f'{CARD},"王, ""小""\\ 明",dongsi,13800001234,123456,active\r',
+        f"{OTHER},李四,longtan,,,suspended",
+        "",
+    )
+    seen: list[tuple[int, int]] = []
+    report = await take(pool, file, on_progress=lambda done, total: seen.append((done, total)))
+    assert (report.lines, report.imported, report.added, report.bad_count) == (2, 2, 2, 0)
+    assert seen[-1] == (file.stat().st_size, file.stat().st_size)
+    card = await show(pool, CARD)
+    assert (card.name, card.union_code, card.has_pin) == ('王, "小"\\ 明', "dongsi", True)
+    assert not (await show(pool, OTHER)).has_pin
+    rows = await pool.fetch("select * from card")
+    assert "123456" not in str(rows)
+    assert await feed(pool) == [(1, OTHER, False)]
+
+
+async def test_given_the_same_file_again_then_no_row_is_touched(pool: Any, tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "r.csv", f"{CARD},甲,dongsi,,1234,active", f"{OTHER},乙,dongsi,,,active"
+    )
+    await take(pool, file)
+    before = await pool.fetch("select xmin, ctid, * from card order by card_no")
+    report = await take(pool, file)
+    assert (report.added, report.changed, report.unchanged) == (0, 0, 2)
+    assert await pool.fetch("select xmin, ctid, * from card order by card_no") == before
+    assert await feed(pool) == []
+
+
+async def test_given_a_dry_run_then_it_tells_what_it_would_do_and_changes_nothing(
+    pool: Any, tmp_path: Path
+) -> None:
+    await take(pool, write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active"))
+    file = write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,suspended", f"{OTHER},乙,dongsi,,,active")
+    report = await take(pool, file, dry_run=True)
+    assert (report.added, report.changed, report.unchanged) == (1, 1, 0)
+    assert (await show(pool, CARD)).status == "active"
+    assert await count(pool, "card") == 1
+    assert await count(pool, "audit_log") == 1
+    assert await feed(pool) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("12345678901,甲,dongsi,,,active", "card_no: must be 12 to 19 digits"),
+        ("6221000000x2,甲,dongsi,,,active", "card_no"),
+        (" 622100000002,甲,dongsi,,,active", "card_no"),
+        ("٦٢٢١٠٠٠٠٠٠٠٠,甲,dongsi,,,active", "card_no"),
+        (f"{OTHER},,dongsi,,,active", "name"),
+        (f"{OTHER},甲\x00,dongsi,,,active", "name"),
+        (f"{OTHER},甲\t乙,dongsi,,,active", "name"),
+        (f"{OTHER},{'x' * 65},dongsi,,,active", "name"),
+        (f"{OTHER},甲,atlantis,,,active", "union: 'atlantis' is not a known union"),
+        (f"{OTHER},甲,dongsi,1380000x,,active", "phone"),
+        (f"{OTHER},甲,dongsi,,123,active", "pin: must be empty or 4 to 12 digits"),
+        (f"{OTHER},甲,dongsi,,12345678901234,active", "pin"),
+        (f"{OTHER},甲,dongsi,,,Active", "status"),
+        (f"{OTHER},甲,dongsi,,active", "has 5 fields, must have 6"),
+        (f"{OTHER},甲,dongsi,,,active,", "has 7 fields"),
+        (f'{OTHER},"甲,dongsi,,,active', "is not CSV"),
+        (b"622100000002,\xff,dongsi,,,active", "is not UTF-8 at byte 14"),
+        (f"{OTHER},{'x' * 20_000},dongsi,,,active", "is longer than 4096 bytes"),
+        (f"{CARD},甲,dongsi,,,active", "card_no: stands on line 2 already"),
+    ],
+)
+async def test_given_one_bad_line_then_it_is_named_and_nothing_changes(
+    pool: Any, tmp_path: Path, line: str | bytes, reason: str
+) -> None:
+    first, last = f"{CARD},甲,dongsi,,,active", "622100000009,乙,dongsi,,,cancelled"
+    report = await take(pool, write(tmp_path / "r.csv", first, line, last))
+    assert report.bad_count == 1
+    assert report.bad[0].line == 3
+    assert report.bad[0].reason.startswith(reason)
+    assert (report.lines, report.imported) == (3, 0)
+    assert [await count(pool, table) for table in ("card", "audit_log", "card_change")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("text", ["", "card_no,name\n1,2\n", "622100000001,甲,dongsi,,,active\n"])
+async def test_given_no_header_then_one_complaint_says_so(
+    pool: Any, tmp_path: Path, text: str
+) -> None:
+    file = tmp_path / "r.csv"
+    file.write_text(text)
+    report = await take(pool, file)
+    assert [(bad.line, "header" in bad.reason) for bad in report.bad] == [(1, True)]
+
+
+async def test_given_a_byte_order_mark_then_the_header_is_still_known(
+    pool: Any, tmp_path: Path
+) -> None:
+    file = write(
+        tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active", header="\ufeff" + ",".join(HEADER)
+    )
+    assert (await take(pool, file)).imported == 1
+
+
+async def test_given_many_bad_lines_then_the_first_hundred_are_listed_in_order(
+    pool: Any, tmp_path: Path
+) -> None:
+    lines = [f"{CARD},甲,dongsi,,,active", "x"] * 150
+    report = await take(pool, write(tmp_path / "r.csv", *lines))
+    assert (report.bad_count, len(report.bad)) == (299, 100)
+    assert [bad.line for bad in report.bad] == list(range(3, 103))
+
+
+async def test_given_a_revoked_card_then_feed_and_audit_tell_and_restoring_undoes_it(
+    pool: Any, tmp_path: Path
+) -> None:
+    await take(pool, write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active"))
+    told: list[str] = []
+
+    async def after_change() -> None:
+        told.append("changed")
+
+    options: dict[str, Any] = {"actor": "ann", "after_change": after_change}
+    assert (await revoke(pool, KEY, CARD, reason="lost", **options)).status == "cancelled"
+    await revoke(pool, KEY, CARD, reason="lost twice", **options)
+    assert (await restore(pool, KEY, CARD, reason="found", **options)).status == "active"
+    assert await feed(pool) == [(1, CARD, False), (2, CARD, True)]
+    assert told == ["changed"] * 3
+    rows = await pool.fetch("select actor, action, target, reason from audit_log order by id")
+    target = f"card ********0001 {card_tag(KEY, CARD)}"
+    assert [tuple(row) for row in rows[1:]] == [
+        ("ann", "card.revoke", target, "lost"),
+        ("ann", "card.revoke", target, "lost twice"),
+        ("ann", "card.restore", target, "found"),
+    ]
+    assert CARD not in str(await pool.fetch("select * from audit_log"))
+
+
+async def test_given_an_unknown_card_or_no_reason_then_it_is_refused_masked(pool: Any) -> None:
+    with pytest.raises(Refused, match=r"\*{8}0001") as caught:
+        await revoke(pool, KEY, CARD, actor="ann", reason="lost")
+    assert CARD not in str(caught.value)
+    with pytest.raises(Refused, match="reason"):
+        await revoke(pool, KEY, CARD, actor="ann", reason="  ")
+    assert await count(pool, "audit_log") == 0
+
+
+async def test_whatever_changes_the_table_by_hand_stands_in_the_feed(
+    pool: Any, tmp_path: Path
+) -> None:
+    cards = [f"62210000000{digit}" for digit in range(4)]
+    await take(pool, write(tmp_path / "r.csv", *(f"{card},甲,dongsi,,,active" for card in cards)))
+    await pool.execute("update card set status = 'suspended' where card_no < $1", cards[2])
+    await pool.execute("update card set status = 'cancelled' where card_no < $1", cards[2])
+    await pool.execute("delete from card where card_no = $1", cards[3])
+    await take(pool, write(tmp_path / "r.csv", f"{cards[3]},甲,dongsi,,,active"))
+    assert await feed(pool) == [
+        (1, cards[0], False),
+        (2, cards[1], False),
+        (3, cards[3], False),
+        (4, cards[3], True),
+    ]
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError, match="cannot change"):
+        await pool.execute("update card set card_no = '999999999999' where card_no = $1", cards[2])
+
+
+async def test_given_many_writers_then_a_reader_of_the_feed_misses_no_revision(
+    pool: Any, tmp_path: Path
+) -> None:
+    cards = [f"6221000000{number:02d}" for number in range(30)]
+    await take(pool, write(tmp_path / "r.csv", *(f"{card},甲,dongsi,,,active" for card in cards)))
+    done = asyncio.Event()
+    read: list[int] = []
+
+    async def reader() -> None:
+        while True:
+            last = done.is_set()
+            read.extend(change.rev for change in await changes_since(pool, len(read), 7))
+            if last and len(read) == await current_rev(pool):
+                return
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(reader())
+        async with asyncio.TaskGroup() as writers:
+            for card in cards:
+                writers.create_task(revoke(pool, KEY, card, actor="ann", reason="test"))
+        done.set()
+    assert read == list(range(1, 31))
+
+
+async def test_given_two_imports_at_once_then_both_are_done_one_after_the_other(
+    pool: Any, tmp_path: Path
+) -> None:
+    rows = [",".join(card) for card in sample(500, 1, UNIONS)]
+    forward = write(tmp_path / "a.csv", *rows)
+    backward = write(tmp_path / "b.csv", *reversed(rows))
+    reports = await asyncio.gather(take(pool, forward), take(pool, backward))
+    assert sorted(report.added for report in reports) == [0, 500]
+
+
+async def test_inactive_cards_and_revision_can_be_read_in_one_snapshot(
+    pool: Any, tmp_path: Path
+) -> None:
+    cards = [",".join(card) for card in sample(400, 7, UNIONS)]
+    expected = sorted(row.split(",")[0] for row in cards if not row.endswith(",active"))
+    await take(pool, write(tmp_path / "r.csv", *cards))
+    async with pool.acquire() as reader, reader.transaction(isolation="repeatable_read"):
+        rev = await current_rev(reader)
+        await revoke(
+            pool,
+            KEY,
+            await pool.fetchval("select card_no from card where status = 'active' limit 1"),
+            actor="ann",
+            reason="meanwhile",
+        )
+        found: list[str] = []
+        while page := await inactive_cards(reader, found[-1] if found else "", 3):
+            found += page
+    assert found == expected
+    assert rev == len(expected)
+    assert await current_rev(pool) == rev + 1
+
+
+async def test_tokens_are_those_of_the_first_cards_of_the_status(pool: Any, tmp_path: Path) -> None:
+    await take(
+        pool, write(tmp_path / "r.csv", *(",".join(card) for card in sample(300, 3, UNIONS)))
+    )
+    entries = [entry async for entry in tokens(pool, KEY, 20, now_s=1_000)]
+    expected = await pool.fetch(
+        "select card_no, union_code from card where status = 'active' order by card_no limit 20"
+    )
+    assert [(entry["card_no"], entry["union"]) for entry in entries] == [tuple(r) for r in expected]
+    verify = MemberTokens(KEY).verify
+    assert all(verify(entry["token"], 1_001).card_no == entry["card_no"] for entry in entries)
+    assert [entry async for entry in tokens(pool, KEY, 5_000, "cancelled", now_s=1_000)]
+
+
+def test_a_sample_is_the_same_for_the_same_seed_and_looks_like_the_district() -> None:
+    cards = list(sample(20_000, 1, UNIONS))
+    assert cards[:50] == list(sample(50, 1, UNIONS)) != list(sample(50, 2, UNIONS))
+    assert len({card.card_no for card in cards}) == len(cards)
+    assert {card.union for card in cards} == CODES - {"district"}
+    share = {
+        status: sum(card.status == status for card in cards) / len(cards)
+        for status in ("suspended", "cancelled")
+    }
+    assert 0.008 < share["suspended"] < 0.016
+    assert 0.005 < share["cancelled"] < 0.011
+    assert all(len(card.card_no) == 16 and len(card.phone) == 11 for card in cards)
+
+
+def test_every_sample_campaign_is_valid_and_has_the_figures_of_the_facts() -> None:
+    files = sorted((default_unions_path().parent / "campaigns").glob("*.toml"))
+    campaigns = [parse_campaign_toml(file.read_text(), CODES) for file in files]
+    assert {one.id: sum(showing.tickets for showing in one.showings) for one in campaigns} == {
+        "children-theatre-may": 2_000,
+        "five-yuan-films": 20_000,
+        "green-gift": 8_000,
+        "ice-snow-carnival": 6_400,
+        "illusion-art": 2_400,
+        "interest-classes": 990,
+    }
+    assert [file.stem for file in files] == [campaign.id for campaign in campaigns]
+    assert len(UNIONS) == 18
+
+
+def sale(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-m", "sale", *arguments],
+        env=path | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_the_command_line_gives_one_json_value_or_one_line_of_error(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    environment = {
+        "SALE_DATABASE_URL": database_url,
+        "SALE_REDIS_URL": redis_url,
+        "SALE_SIGNING_KEY": "k" * 32,
+    }
+
+    async def call(*arguments: str, **others: str) -> subprocess.CompletedProcess[str]:
+        return await asyncio.to_thread(sale, list(arguments), **(environment | others))
+
+    good = write(tmp_path / "good.csv", f"{CARD},甲,dongsi,13800001234,1234,active")
+    bad = write(tmp_path / "bad.csv", "1,甲,dongsi,,,active")
+    result = await call("cards", "import", str(good), "--json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["imported"] == 1
+    result = await call("cards", "import", str(bad), "--json")
+    assert json.loads(result.stdout)["bad_count"] == 1
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    result = await call("--json", "cards", "show", CARD)
+    assert json.loads(result.stdout)["card_no"] == "********0001"
+    await call("cards", "revoke", CARD, "--reason", "lost", "--as", "ann")
+    connection = await asyncpg.connect(database_url)
+    try:
+        assert await connection.fetchval("select actor from audit_log order by id desc") == "ann"
+    finally:
+        await connection.close()
+    cases = [
+        (["cards", "show", OTHER], 1),
+        (["cards", "show", "12"], 2),
+        (["cards", "revoke", CARD], 2),
+        (["cards", "import", str(tmp_path / "none.csv")], 1),
+        (["tokens", "--cards", "0"], 2),
+        (["operator", "token", "nobody"], 1),
+    ]
+    results = await asyncio.gather(*(call(*arguments) for arguments, _ in cases))
+    for (arguments, status), result in zip(cases, results, strict=True):
+        assert (result.returncode, result.stdout) == (status, ""), arguments
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert OTHER not in result.stderr
+    data_dir = str(tmp_path / "nothing")
+    no_engine = await asyncio.to_thread(sale, ["operator", "list", "--data-dir", data_dir])
+    assert no_engine.returncode == 1
+    assert "no engine is running" in no_engine.stderr

@@ -1,0 +1,241 @@
+"""The supervisor with stub parts: ready line, restarts, merged metrics, a clean end."""
+
+# ruff: noqa: ASYNC240 - small local files
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from sale import config
+from sale.workers import supervisor
+from sale.workers.metrics_server import MergedMetrics, MetricsAddressError, serving_metrics
+from sale.workers.supervisor import SupervisorError
+
+STUB = (sys.executable, str(Path(__file__).with_name("stub_part.py")))
+
+
+@pytest.fixture(autouse=True)
+def importable_by_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+
+
+@pytest.fixture
+async def system(
+    short_path: Path, redis_url: str, server_database_url: str
+) -> AsyncIterator["System"]:
+    system = System(short_path / "data", redis_url, server_database_url)
+    yield system
+    await system.stop()
+
+
+class System:
+    """A supervisor in this process, on the tests' servers."""
+
+    def __init__(self, data_dir: Path, redis_url: str, database_url: str) -> None:
+        self.data_dir = data_dir
+        self.settings = config.load(
+            environment={},
+            redis_url=redis_url,
+            database_url=database_url,
+            data_dir=data_dir,
+            listen="127.0.0.1:0",
+            metrics_listen="127.0.0.1:0",
+            workers=2,
+        )
+        self.task: asyncio.Task[None] | None = None
+
+    async def start(self, **changes: str) -> str:
+        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        settings = config.load(
+            environment={}, **{**{f: getattr(self.settings, f) for f in FIELDS}, **changes}
+        )
+        self.task = asyncio.create_task(
+            supervisor.run(settings, on_ready=ready.set_result, command=STUB)
+        )
+        await asyncio.wait({self.task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if self.task.done():
+            await self.task
+        return ready.result()
+
+    async def stop(self) -> None:
+        if self.task is not None and not self.task.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(self.task, 20)
+
+    def told(self) -> dict[str, object]:
+        return json.loads((self.data_dir / "run" / "processes.json").read_text())
+
+    def pids(self) -> dict[str, int]:
+        return self.told()["processes"]  # type: ignore[return-value]
+
+    async def metrics(self) -> str:
+        return await get(f"http://{self.told()['metrics_listen']}/metrics")
+
+
+FIELDS = ("redis_url", "database_url", "data_dir", "listen", "metrics_listen", "workers")
+
+
+async def get(url: str) -> str:
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return await answer.text()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not await condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        await asyncio.sleep(0.02)
+
+
+def value(text: str, sample: str) -> float:
+    return sum(
+        float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(sample)
+    )
+
+
+async def test_given_two_urls_when_it_runs_then_all_parts_run_and_end_in_order(
+    system: System,
+) -> None:
+    url = await system.start()
+
+    pids = system.pids()
+    assert set(pids) == {"serve-1", "serve-2", "writer", "scheduler"}
+    assert (system.data_dir / "migrated").exists()
+    assert (system.data_dir / "signing.key").stat().st_mode & 0o777 == 0o600
+    answered = {json.loads(await get(f"{url}/ping"))["pid"] for _ in range(40)}
+    assert answered == {pids["serve-1"], pids["serve-2"]}
+
+    await system.stop()
+    stopped = (system.data_dir / "stopped").read_text().split()
+    assert stopped[:2] == ["serve", "serve"]
+    assert sorted(stopped[2:]) == ["scheduler", "writer"]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
+    assert not (system.data_dir / "run" / "processes.json").exists()
+
+
+@pytest.mark.fault
+async def test_given_a_part_killed_then_it_is_started_again_and_counters_do_not_fall(
+    system: System,
+) -> None:
+    url = await system.start()
+    for _ in range(20):
+        await get(f"{url}/ping")
+    text = await system.metrics()
+    assert value(text, 'sale_pings_total{part="serve"}') == 20
+    assert value(text, "sale_redis_up") == 0, "the lowest counts"
+    before = system.pids()
+
+    for name in ("serve-1", "writer"):
+        os.kill(before[name], signal.SIGKILL)
+
+    async def replaced() -> bool:
+        now = system.pids()
+        return now.keys() == before.keys() and all(
+            now[name] != before[name] for name in ("serve-1", "writer")
+        )
+
+    await until(replaced)
+    assert value(await system.metrics(), 'sale_pings_total{part="serve"}') == 20
+    await get(f"{url}/ping")
+    assert value(await system.metrics(), 'sale_pings_total{part="serve"}') == 21
+
+
+async def test_given_an_address_in_use_then_it_says_so(system: System) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(SupervisorError, match=rf"{address}.*in use"):
+            await system.start(listen=address)
+        with pytest.raises(MetricsAddressError, match=rf"{address}.*in use"):
+            await system.start(metrics_listen=address)
+
+
+async def test_given_a_port_just_left_then_it_can_be_taken_again(system: System) -> None:
+    url = await system.start()
+    await get(f"{url}/ping")
+    await system.stop()
+    assert await system.start(listen=url.removeprefix("http://")) == url
+
+
+async def test_given_failing_migrations_then_nothing_is_started(system: System) -> None:
+    system.data_dir.mkdir()
+    (system.data_dir / "run").mkdir()
+    (system.data_dir / "broken").touch()
+    with pytest.raises(SupervisorError, match="migrations failed"):
+        await system.start()
+    assert not (system.data_dir / "stopped").exists()
+
+
+async def test_given_a_part_that_never_starts_then_it_is_named(system: System) -> None:
+    system.data_dir.mkdir()
+    (system.data_dir / "run").mkdir()
+    (system.data_dir / "dies-serve").touch()
+    with pytest.raises(SupervisorError, match=r"serve-[12] does not start"):
+        await system.start()
+
+
+@pytest.mark.fault
+async def test_given_the_supervisor_killed_then_nothing_is_left_running(short_path: Path) -> None:
+    program = (
+        "import asyncio, sys; from pathlib import Path; from sale import config;"
+        "from sale.workers import supervisor; import uvloop;"
+        "settings = config.load(environment={}, data_dir=Path(sys.argv[1]),"
+        " listen='127.0.0.1:0', metrics_listen='127.0.0.1:0');"
+        "uvloop.run(supervisor.run(settings, on_ready=lambda url: print('ready', url, flush=True),"
+        " command=sys.argv[2:]))"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program, str(short_path / "data"), *STUB),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        async for line in process.stdout:
+            if line.startswith(b"ready http://127.0.0.1:"):
+                break
+        told = json.loads((short_path / "data" / "run" / "processes.json").read_text())
+        pids = told["processes"]
+        assert set(pids) == {"serve-1", "writer", "scheduler", "redis", "postgresql"}
+    finally:
+        process.kill()
+        await process.communicate()
+
+    async def all_gone() -> bool:
+        return not any(_runs(pid) for pid in pids.values())
+
+    await until(all_gone, 5)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def test_given_several_lives_then_sums_are_kept_and_labels_survive(short_path: Path) -> None:
+    merged = MergedMetrics()
+    awkward = 'a "quoted" \\ back\nnew 电影'
+    for life in (1, 2):
+        registry = CollectorRegistry()
+        Counter("sale_x", "X.", ["what"], registry=registry).labels(awkward).inc(life)
+        Histogram("sale_y", "Y.", buckets=(1, 2), registry=registry).observe(1.5)
+        path = short_path / f"m{life}"
+        async with serving_metrics(f"unix:{path}", registry):
+            merged.follow("child", path)
+            text = await merged.render()
+    assert value(text, "sale_x_total{") == 3
+    assert r'what="a \"quoted\" \\ back\nnew 电影"' in text
+    assert value(text, 'sale_y_bucket{le="2.0"}') == 2
+    assert value(text, "sale_y_count") == 2
+    assert "# TYPE sale_x_total counter" in text
+    assert value(await merged.render(), "sale_x_total{") == 3, "one that is away counts as read"

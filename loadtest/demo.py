@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import re
 import shutil
-import signal
 import sys
 import time
 import tomllib
@@ -27,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loadtest.answers import Outcome, outcome
 from loadtest.books import Finding, check
 from loadtest.client import Client, Unreachable
-from loadtest.engine import Engine, EngineError, engine_up, free_address
+from loadtest.engine import Engine, EngineError, cancelled_by_signals, engine_up, free_address
 from loadtest.ledger import BooksError, highest, load_books, wait_applied
 from loadtest.members import Crowd, gather, read_members
 from loadtest.report import Figures, books_table, look_next, outcome_table
@@ -194,7 +193,7 @@ def fresh(data_dir: Path) -> None:
 async def demo(options: argparse.Namespace) -> int:
     """Run the demo; return the exit status."""
     console = Console()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, _cancel, asyncio.current_task())
+    cancelled_by_signals()
     data_dir = options.data_dir.absolute()
     fresh(data_dir)
     show = Show(console, members=options.members, cards=options.cards, seed=options.seed)
@@ -205,14 +204,10 @@ async def demo(options: argparse.Namespace) -> int:
         clean = await show.run(engine)
         if not options.exit:
             console.print("[bold]Ctrl-C stops everything.[/]")
-            await engine.ended()
+            with contextlib.suppress(asyncio.CancelledError):
+                await engine.ended()
     console.print("Stopped; nothing is left running.")
     return 0 if clean else 1
-
-
-def _cancel(task: "asyncio.Task[Any] | None") -> None:
-    if task is not None:
-        task.cancel()
 
 
 def main() -> None:

@@ -112,6 +112,17 @@ def free_address(preferred: int) -> str:
     raise EngineError(f"no free port from {preferred} to {preferred + PORTS_TRIED - 1}")
 
 
+def cancelled_by_signals() -> None:
+    """Have Ctrl-C and SIGTERM cancel the running task, so that its children are stopped in order.
+
+    Also where SIGINT was ignored when we were started, as a shell does for a background job.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    if task is not None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, task.cancel)
+
+
 async def stop(process: asyncio.subprocess.Process, *, within_s: float = STOP_S) -> None:
     """End a child: SIGTERM, a bounded wait, then SIGKILL."""
     for number, wait_s in ((signal.SIGTERM, within_s), (signal.SIGKILL, KILL_S)):

@@ -18,7 +18,7 @@ import asyncpg
 import redis.asyncio
 
 from loadtest.client import Client
-from loadtest.engine import EngineError, environment, free_address, stop
+from loadtest.engine import COMMAND_S, EngineError, environment, free_address, stop
 from loadtest.members import Mint
 from loadtest.wire import get_request
 from sale.embedded import EmbeddedServers, running
@@ -91,8 +91,10 @@ class Rig:
             stderr=asyncio.subprocess.STDOUT,
         )
         try:
-            async with asyncio.timeout(READY_S):
+            async with asyncio.timeout(COMMAND_S):
                 out, _ = await process.communicate()
+        except TimeoutError:
+            raise EngineError(f"sale {arguments[0]}: not done in {COMMAND_S:.0f} s") from None
         finally:
             await stop(process)
         if process.returncode:

@@ -92,8 +92,9 @@ def store_urls(settings: Settings) -> tuple[str, str]:
     redis_url, database_url = settings.redis_url, settings.database_url
     if redis_url is None or database_url is None:
         found = embedded.find(settings.data_dir)
-        redis_url = redis_url or (found and found.redis_url)
-        database_url = database_url or (found and found.database_url)
+        if found is not None:
+            redis_url = redis_url or found.redis_url
+            database_url = database_url or found.database_url
     if redis_url is None or database_url is None:
         raise SettingsError(
             f"no engine is running on {settings.data_dir}: start `sale up` there, "

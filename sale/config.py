@@ -9,7 +9,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -82,47 +82,22 @@ def load(
         SettingsError: an unknown key or a bad value, by name; all of them in one message.
 
     """
-    environment = os.environ if environment is None else environment
     problems: list[str] = []
-    values: dict[str, Any] = {}
-    source: dict[str, str] = {}
-
+    values: dict[str, _Given] = {}
     chosen = file or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
     if chosen is not None:
-        try:
-            table = tomllib.loads(chosen.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise SettingsError(f"settings file {chosen}: {error}") from None
-        for key, value in table.items():
-            values[key], source[key] = value, f"{key} in {chosen}"
-
-    for name, value in environment.items():
-        if not name.startswith("SALE_"):
-            continue
-        if name not in ENVIRONMENT:
+        for key, value in _read_table(chosen).items():
+            values[key] = _Given(value, f"{key} in {chosen}")
+    for name, text in (os.environ if environment is None else environment).items():
+        if name in ENVIRONMENT:
+            values[ENVIRONMENT[name]] = _Given(text, name)
+        elif name.startswith("SALE_"):
             problems.append(f"{name}: no such setting")
-            continue
-        key = ENVIRONMENT[name]
-        values[key], source[key] = value, name
     for key, value in overrides.items():
         if value is not None:
-            values[key], source[key] = value, f"--{key.replace('_', '-')}"
+            values[key] = _Given(value, f"--{key.replace('_', '-')}")
 
-    clean: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in _FIELD_TYPES:
-            problems.append(f"{source[key]}: no such setting")
-            continue
-        try:
-            clean[key] = msgspec.convert(
-                value, _FIELD_TYPES[key], strict=False, dec_hook=lambda _type, text: Path(text)
-            )
-        except (msgspec.ValidationError, TypeError) as error:
-            problems.append(f"{source[key]}: {value!r}: {_plain(str(error))}")
-            continue
-        complaint = _complaint(key, clean[key])
-        if complaint:
-            problems.append(f"{source[key]}: {complaint}")
+    clean = {key: _checked(key, given, problems) for key, given in values.items()}
     if clean.get("signing_key") and clean.get("signing_key_file"):
         problems.append("SALE_SIGNING_KEY and SALE_SIGNING_KEY_FILE: give one of the two")
     if problems:
@@ -159,6 +134,38 @@ _BOUNDS = {
     "audit_interval_s": (1, 86_400),
     "tick_interval_ms": (10, 10_000),
 }
+
+
+class _Given(NamedTuple):
+    """A value as it was given, and where."""
+
+    value: Any
+    source: str
+
+
+def _read_table(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"settings file {file}: {error}") from None
+
+
+def _checked(key: str, given: _Given, problems: list[str]) -> Any:  # noqa: ANN401 - any field's
+    """Give the value in its type, or None and one more problem."""
+    if key not in _FIELD_TYPES:
+        problems.append(f"{given.source}: no such setting")
+        return None
+    try:
+        value = msgspec.convert(
+            given.value, _FIELD_TYPES[key], strict=False, dec_hook=lambda _type, text: Path(text)
+        )
+    except (msgspec.ValidationError, TypeError) as error:
+        problems.append(f"{given.source}: {given.value!r}: {_plain(str(error))}")
+        return None
+    complaint = _complaint(key, value)
+    if complaint:
+        problems.append(f"{given.source}: {complaint}")
+    return value
 
 
 def _complaint(key: str, value: Any) -> str | None:  # noqa: ANN401 - any field's value

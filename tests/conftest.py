@@ -11,6 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 import redis.asyncio
+from service import client, crowd, service  # noqa: F401 - fixtures
 
 from sale import embedded
 from sale.db.migrate import migrate

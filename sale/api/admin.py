@@ -1,7 +1,6 @@
 """What operators call. Every step asks who, and most ask why; a key makes a repeat harmless."""
 
 import time
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -19,6 +18,7 @@ from sale.api.member import (
     read_body,
     remaining_views,
 )
+from sale.api.routing import Handler, guarded
 from sale.api.schemas import (
     AuditEntryView,
     CampaignView,
@@ -36,21 +36,20 @@ from sale.usecases.operators import authenticate_operator
 
 NO_STORE: Final = {"Cache-Control": "no-store"}
 AUDIT_READERS: Final = frozenset({"admin", "auditor", "operator"})
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def add_admin_routes(app: web.Application) -> None:
     """Register ``/api/v1/admin``."""
-    base = "/api/v1/admin/campaigns"
-    app.router.add_get(base, list_campaigns)
-    app.router.add_post(base, create_campaign)
-    app.router.add_get(f"{base}/{{id}}", show_campaign)
-    app.router.add_delete(f"{base}/{{id}}", delete_campaign)
-    app.router.add_get(f"{base}/{{id}}/live", show_live)
-    app.router.add_post(f"{base}/{{id}}/stock", add_stock)
+    base, one = "/api/v1/admin/campaigns", "/api/v1/admin/campaigns/{id}"
+    app.router.add_get(base, guarded(list_campaigns))
+    app.router.add_post(base, guarded(create_campaign))
+    app.router.add_get(one, guarded(show_campaign))
+    app.router.add_delete(one, guarded(delete_campaign))
+    app.router.add_get(f"{one}/live", guarded(show_live))
+    app.router.add_post(f"{one}/stock", guarded(add_stock))
     for action in ACTIONS:
-        app.router.add_post(f"{base}/{{id}}/{action}", _step_handler(action))
-    app.router.add_get("/api/v1/admin/audit-log", show_audit_log)
+        app.router.add_post(f"{one}/{action}", guarded(_step_handler(action)))
+    app.router.add_get("/api/v1/admin/audit-log", guarded(show_audit_log))
 
 
 async def list_campaigns(request: web.Request) -> web.Response:
@@ -149,9 +148,7 @@ async def show_audit_log(request: web.Request) -> web.Response:
         )
     page = rows[:limit]
     following = encode_cursor(page[-1].id) if len(rows) > limit else None
-    return json_response(
-        ListView([_audit_view(row) for row in page], following), headers=NO_STORE
-    )
+    return json_response(ListView([_audit_view(row) for row in page], following), headers=NO_STORE)
 
 
 async def actor_of(request: web.Request) -> Actor:
@@ -181,9 +178,11 @@ def _step_handler(action: str) -> Handler:
         opens_at_ms = None
         reason: str | None = None
         if action == "schedule":
-            wish = await read_body(request, _SCHEDULE) if request.can_read_body else None
-            reason = wish and wish.reason
-            opens_at_ms = moment_ms(wish.at) if wish and wish.at else None
+            wish = ScheduleRequest()
+            if request.can_read_body:
+                wish = await read_body(request, _SCHEDULE)
+            reason = wish.reason
+            opens_at_ms = None if wish.at is None else moment_ms(wish.at)
         elif request.can_read_body:
             reason = (await read_body(request, _REASON)).reason
         now = await request.app[ENGINE].campaigns.step(

@@ -9,6 +9,7 @@ from aiohttp import web
 from redis.exceptions import RedisError
 
 from sale.api.member import ENGINE, json_response
+from sale.api.routing import guarded
 from sale.api.schemas import HealthView
 from sale.bootstrap import Stores
 from sale.db.migrate import pending
@@ -31,16 +32,14 @@ def add_health_routes(app: web.Application) -> None:
         if not kept or time.monotonic() - kept[0][0] > FRESH_S:
             kept[:] = [(time.monotonic(), await reasons(request.app[ENGINE].stores))]
         why = kept[0][1]
-        response = json_response(
-            HealthView("unavailable" if why else "ok", why), headers=NO_STORE
-        )
+        response = json_response(HealthView("unavailable" if why else "ok", why), headers=NO_STORE)
         if why:
             response.set_status(503)
             response.headers["Retry-After"] = "1"
         return response
 
-    app.router.add_get("/healthz", healthz)
-    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/healthz", guarded(healthz))
+    app.router.add_get("/readyz", guarded(readyz))
 
 
 async def reasons(stores: Stores) -> list[str]:

@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 
 from sale.api.problems import problem_response
+from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import (
     AllowanceView,
     AvailabilityView,
@@ -26,6 +27,7 @@ from sale.domain import IDEMPOTENCY_KEY, CampaignState, Order, Problem, Refused,
 from sale.identity import Member
 from sale.stock.catalogue import CampaignNow, read_card, redis_now_ms
 from sale.usecases.orders import Cursor, live_tickets
+from sale.usecases.purchase import PurchaseDesk
 
 ENGINE: Final = web.AppKey("engine", Engine)
 BODY_MAX: Final = 16 * 1024
@@ -36,40 +38,48 @@ UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]{1,64})`")
 Body = TypeVar("Body")
 
 
-def add_member_routes(app: web.Application) -> None:
+def add_member_routes(app: web.Application, desk: PurchaseDesk) -> None:
     """Register the members' part of ``/api/v1``."""
-    app.router.add_post("/api/v1/campaigns/{id}/orders", place_order)
-    app.router.add_get("/api/v1/time", tell_time)
-    app.router.add_get("/api/v1/campaigns", list_campaigns)
-    app.router.add_get("/api/v1/campaigns/{id}", show_campaign)
-    app.router.add_get("/api/v1/campaigns/{id}/availability", show_availability)
-    app.router.add_get("/api/v1/campaigns/{id}/allowance", show_allowance)
-    app.router.add_get("/api/v1/orders", list_orders)
-    app.router.add_get("/api/v1/orders/{order_no}", show_order)
+    app.router.register_resource(PurchaseResource(order_handler(desk)))
+    for path, handler in (
+        ("time", tell_time),
+        ("campaigns", list_campaigns),
+        ("campaigns/{id}", show_campaign),
+        ("campaigns/{id}/availability", show_availability),
+        ("campaigns/{id}/allowance", show_allowance),
+        ("orders", list_orders),
+        ("orders/{order_no}", show_order),
+    ):
+        app.router.add_get(f"/api/v1/{path}", guarded(handler))
 
 
-async def place_order(request: web.Request) -> web.Response:
-    """POST /api/v1/campaigns/{id}/orders."""
-    try:
-        wish = await read_body(request, _ORDER_REQUEST)
-        placed = await request.app[ENGINE].desk.purchase(
-            request.match_info["id"],
-            wish.quantity,
-            wish.showing,
-            idempotency_key(request),
-            bearer(request),
-        )
-    except Refused as refused:
-        return problem_response(refused)
-    headers = {"Location": f"/api/v1/orders/{placed.order.order_no}", "Cache-Control": "no-store"}
-    if placed.replayed:
-        headers["Idempotency-Replayed"] = "true"
-    return web.Response(
-        status=201,
-        body=_ENCODER.encode(placed.order),
-        content_type="application/json",
-        headers=headers,
-    )
+def order_handler(desk: PurchaseDesk) -> Handler:
+    """Give the handler of POST /api/v1/campaigns/{id}/orders."""
+
+    async def place_order(request: web.Request) -> web.StreamResponse:
+        try:
+            wish = await read_body(request, _ORDER_REQUEST)
+            placed = await desk.purchase(
+                request.match_info["id"],
+                wish.quantity,
+                wish.showing,
+                idempotency_key(request),
+                bearer(request),
+            )
+        except Exception as error:  # noqa: BLE001 - guarded here: a wrapper is one coroutine more
+            return failed(request, error)
+        if isinstance(placed, Refused):
+            return problem_response(placed)
+        headers = {
+            "Location": f"/api/v1/orders/{placed.order.order_no}",
+            "Cache-Control": "no-store",
+            "Content-Type": "application/json",
+        }
+        if placed.replayed:
+            headers["Idempotency-Replayed"] = "true"
+        return web.Response(status=201, body=_ENCODER.encode(placed.order), headers=headers)
+
+    return place_order
 
 
 async def tell_time(request: web.Request) -> web.Response:
@@ -189,7 +199,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
         message = str(error)
         field = FIELD.search(message) or UNKNOWN_FIELD.search(message)
         name = field[1] if field else "body"
-        what = message.split(" - at ")[0].replace("`", "'")
+        what = message.split(" - at ", maxsplit=1)[0].replace("`", "'")
         raise Refused(Problem.INVALID_REQUEST, f"{name}: {what}", field=name) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise Refused(Problem.INVALID_REQUEST, "the body is not JSON", field="body") from None
@@ -313,9 +323,7 @@ def _is_json(media_type: str) -> bool:
 def _offset_cursor(request: web.Request) -> int:
     start = decode_cursor(request, int)
     if start is not None and start < 0:
-        raise Refused(
-            Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor"
-        )
+        raise Refused(Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor")
     return start or 0
 
 

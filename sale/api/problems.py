@@ -240,28 +240,38 @@ def problem_body(problem: Problem, detail: str = "", /, **members: object) -> by
     return _encode(problem, Text(given, given) if given else _default(problem), members)
 
 
-def problem_response(refused: Refused, *, headers: Mapping[str, str] | None = None) -> web.Response:
+def problem_response(refused: Refused) -> web.Response:
     """Answer a refusal as ``application/problem+json`` with the headers that its code calls for.
 
     A member ``allow`` (a text, or method names) becomes the header ``Allow`` and is not shown.
     """
-    problem, members = refused.problem, refused.members
-    if "allow" in members:
-        members = {name: value for name, value in members.items() if name != "allow"}
-    response = web.Response(
+    problem = refused.problem
+    if problem in MEMBER_FACING:
+        status, body, known = _member_answer(
+            problem, retry_after_s(refused), tuple(refused.members.items())
+        )
+        return web.Response(status=status, body=body, headers=known)
+    members = {name: value for name, value in refused.members.items() if name != "allow"}
+    return web.Response(
         status=WORDINGS[problem].status,
         body=problem_body(problem, refused.detail, **members),
-        content_type=CONTENT_TYPE,
         headers=problem_headers(refused),
     )
-    if headers:
-        response.headers.update(headers)
-    return response
+
+
+@lru_cache(maxsize=_MEMO_BODIES, typed=True)
+def _member_answer(
+    problem: Problem, wait_s: int | None, members: tuple[tuple[str, object], ...]
+) -> tuple[int, bytes, dict[str, str]]:
+    """Give status, body and headers of what a rush refuses by the hundred thousand."""
+    refused = Refused(problem, "", retry_after_s=wait_s, **dict(members))
+    body = problem_body(problem, **dict(members))
+    return WORDINGS[problem].status, body, problem_headers(refused)
 
 
 def problem_headers(refused: Refused) -> dict[str, str]:
-    """Headers of a refusal beside its content type: Retry-After, Allow, WWW-Authenticate."""
-    headers = {"Cache-Control": "no-store"}
+    """Headers of a refusal: its type, Retry-After, Allow, WWW-Authenticate."""
+    headers = {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"}
     wait_s = retry_after_s(refused)
     if wait_s is not None:
         headers["Retry-After"] = str(wait_s)

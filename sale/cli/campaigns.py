@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from sale.cli.runtime import CommandContext, command_context, echo, echo_fields, echo_table, note, run
+from sale.cli.runtime import (
+    CommandContext,
+    command_context,
+    echo,
+    echo_fields,
+    echo_table,
+    note,
+    run,
+)
 from sale.domain import CampaignState, InvalidCampaign, parse_campaign_toml, rfc3339
 from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign
 from sale.usecases.campaigns import Actor, CampaignDesk, moment_ms
@@ -88,9 +96,7 @@ def show(context: CommandContext, campaign_id: str) -> None:
 @click.option("--at", metavar="TIME", help="Opening moment, RFC 3339 with offset.")
 @REASON
 @command_context
-def schedule(
-    context: CommandContext, campaign_id: str, at: str | None, reason: str | None
-) -> None:
+def schedule(context: CommandContext, campaign_id: str, at: str | None, reason: str | None) -> None:
     """Let it open by itself, at its opens_at or at TIME."""
     _step(context, campaign_id, "schedule", reason, at)
 
@@ -153,9 +159,7 @@ def add_stock(
 
     async def work() -> CampaignNow:
         async with _desk(context) as (desk, _, _):
-            return await desk.add_stock(
-                campaign_id, showing, count, _actor(context), reason, None
-            )
+            return await desk.add_stock(campaign_id, showing, count, _actor(context), reason, None)
 
     _show(context, run(work()))
 
@@ -201,9 +205,7 @@ def _step(
 
     async def work() -> CampaignNow:
         async with _desk(context) as (desk, _, _):
-            return await desk.step(
-                campaign_id, action, _actor(context), reason, None, opens_at_ms
-            )
+            return await desk.step(campaign_id, action, _actor(context), reason, None, opens_at_ms)
 
     _show(context, run(work()))
 

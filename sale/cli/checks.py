@@ -5,7 +5,15 @@ from typing import Any
 
 import click
 
-from sale.cli.runtime import CommandContext, command_context, echo, echo_fields, echo_table, note, run
+from sale.cli.runtime import (
+    CommandContext,
+    command_context,
+    echo,
+    echo_fields,
+    echo_table,
+    note,
+    run,
+)
 from sale.usecases.audit import AuditReport, CouldNotCheck
 
 EXIT_FINDING = 1
@@ -17,17 +25,27 @@ EXIT_COULD_NOT_CHECK = 3
 @command_context
 def audit(context: CommandContext, campaign_id: str | None) -> int:
     """Check every invariant across Redis and PostgreSQL. Exit: 0 clean, 1 a finding, 3 unchecked."""
+    import asyncpg
     from redis.exceptions import RedisError
 
     from sale.bootstrap import open_stores
     from sale.config import SettingsError
+    from sale.embedded import EmbeddedError
     from sale.usecases.audit import audit as check
 
     async def work() -> AuditReport:
         try:
             async with open_stores(context.settings, pool_size=3) as stores:
                 return await check(stores.redis, stores.pool, campaign_id)
-        except (RedisError, OSError, TimeoutError, SettingsError) as error:
+        except (
+            RedisError,
+            asyncpg.PostgresError,
+            asyncpg.InterfaceError,
+            OSError,
+            TimeoutError,
+            SettingsError,
+            EmbeddedError,
+        ) as error:
             raise CouldNotCheck(str(error) or type(error).__name__) from None
 
     try:
@@ -61,7 +79,13 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
             )
 
     done = run(work())
-    echo(context, done, lambda: click.echo(done.says))
+
+    def in_words() -> None:
+        click.echo(done.says)
+        for difference in done.differences:
+            click.echo(f"  {difference}")
+
+    echo(context, done, in_words)
 
 
 @click.command()

@@ -23,11 +23,7 @@ def up(context: CommandContext) -> None:
     from sale.workers import supervisor
 
     _log(context.settings)
-    run(
-        supervisor.run(
-            context.settings, on_ready=lambda address: click.echo(f"ready {address}")
-        )
-    )
+    run(supervisor.run(context.settings, on_ready=lambda address: click.echo(f"ready {address}")))
 
 
 @click.command()

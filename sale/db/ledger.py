@@ -136,6 +136,11 @@ async def positions(conn: Connection) -> dict[str, Position]:
     return {row["campaign_id"]: Position(row["applied"], row["chain"]) for row in rows}
 
 
+async def living(conn: Connection) -> list[str]:
+    """IDs of the campaigns that have events and are not deleted drafts, sorted."""
+    return [row["campaign_id"] for row in await conn.fetch(_SQL["living"])]
+
+
 async def apply(
     conn: Connection,
     campaign_id: str,

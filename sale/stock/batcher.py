@@ -18,10 +18,12 @@ pipelining single EVALSHAs (one fsync each under ``appendfsync always``).
 """
 
 import asyncio
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
+import msgspec
 import structlog
 from redis.exceptions import RedisError, ResponseError
 
@@ -38,7 +40,7 @@ PEEKED_MAX: Final = 4_096
 log = structlog.get_logger()
 
 
-class Answer(NamedTuple):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What became of a purchase.
 
     ``decision`` is None where the outcome is unknown or the state cannot be trusted. ``value`` is
@@ -78,11 +80,11 @@ _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
 
 class Purchase:
-    """One purchase on its way to the script; ``asked_at`` in seconds of the loop's clock."""
+    """One purchase on its way to the script; ``asked_at`` in seconds of the monotonic clock."""
 
     __slots__ = ("answer", "asked_at", "card_no", "key_hash", "quantity", "showing", "union")
 
-    def __init__(  # noqa: PLR0913 - the six facts of a purchase
+    def __init__(
         self,
         card_no: str,
         union: str,
@@ -96,14 +98,14 @@ class Purchase:
         self.showing = showing
         self.quantity = quantity
         self.key_hash = key_hash
-        self.asked_at = loop.time()
+        self.asked_at = time.monotonic()
         self.answer: asyncio.Future[Answer] = loop.create_future()
 
 
 class Batcher:
     """Gathers the purchases of one campaign in this process. See the module's docstring."""
 
-    def __init__(  # noqa: PLR0913 - wired once, by Batchers
+    def __init__(
         self,
         campaign: Campaign,
         scripts: Scripts,
@@ -157,10 +159,10 @@ class Batcher:
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        while self._queue:
-            self._settle(self._queue.popleft(), UNKNOWN)
+        self._give_up(self._take(len(self._queue)))
 
     async def _drain(self) -> None:
+        batch: list[Purchase] = []
         try:
             while self._queue:
                 if self._all_refused:
@@ -172,8 +174,7 @@ class Batcher:
         except Exception:
             # A fault of ours must not leave anybody waiting: unknown is an honest answer.
             log.exception("batcher.failed", campaign=self._campaign.id)
-            while self._queue:
-                self._settle(self._queue.popleft(), UNKNOWN)
+            self._give_up(batch + self._take(len(self._queue)))
         finally:
             self._task = None
 
@@ -181,10 +182,10 @@ class Batcher:
         queue = self._queue
         return [queue.popleft() for _ in range(min(len(queue), most))]
 
-    async def _decide(self, batch: list[Purchase]) -> None:
+    async def _decide(self, batch: list[Purchase]) -> None:  # noqa: C901 - one branch an outcome
         """Run the script for a batch until each is answered or past its deadline."""
         attempt = 0
-        first_asked_at = self._loop.time()
+        first_asked_at = time.monotonic()
         while batch:
             arguments: list[str | int] = []
             for p in batch:
@@ -195,7 +196,9 @@ class Batcher:
                 )
             except ResponseError as error:
                 # Rejected before its first write (out of memory, read-only, not loaded yet).
-                log.error("purchase.rejected", campaign=self._campaign.id, error=str(error)[:200])
+                log.error(  # noqa: TRY400 - the error's text is all there is to tell
+                    "purchase.rejected", campaign=self._campaign.id, error=str(error)[:200]
+                )
                 if not str(error).startswith("LOADING"):
                     break
             except (RedisError, OSError, TimeoutError) as error:
@@ -214,46 +217,42 @@ class Batcher:
                         why=CallReply(reply[0]).name.lower(),
                     )
                     break
-                if self._loop.time() - first_asked_at > UNTRUSTED_PATIENCE_S:
+                if time.monotonic() - first_asked_at > UNTRUSTED_PATIENCE_S:
                     break
             await asyncio.sleep(RETRY_PAUSES_S[min(attempt, len(RETRY_PAUSES_S) - 1)])
             attempt += 1
             batch = self._drop_overdue(batch)
-        for purchase in batch:
-            self._settle(purchase, UNKNOWN)
+        self._give_up(batch)
+
+    def _give_up(self, purchases: list[Purchase]) -> None:
+        self._settle(purchases, [UNKNOWN] * len(purchases))
 
     def _answer(self, batch: list[Purchase], reply: list[int]) -> None:
         now_ms, seq, epoch, price_fen = reply[1:5]
         self.mark = (epoch, seq)
-        self._all_refused = True
-        at = 5
-        for purchase in batch:
-            decision = _DECISIONS[reply[at]]
-            if decision not in _BY_PEEK:
-                self._all_refused = False
-            self._settle(
-                purchase,
-                Answer(
-                    decision, reply[at + 1], reply[at + 2], reply[at + 3] or now_ms, now_ms,
-                    price_fen,
-                ),
-            )  # fmt: skip
-            at += 4
+        answers = [
+            Answer(_DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen)
+            for code, value, left, sold_at_ms in zip(
+                reply[5::4], reply[6::4], reply[7::4], reply[8::4], strict=True
+            )
+        ]
+        self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
+        self._settle(batch, answers)
         self._metrics.batch_size.observe(len(batch))
 
-    def _settle(self, purchase: Purchase, answer: Answer) -> None:
-        metrics = self._metrics
-        metrics.outcomes[self._campaign.id, OUTCOMES[answer.decision]] += 1
-        metrics.seconds.observe(self._loop.time() - purchase.asked_at)
-        # A client that hung up has cancelled its future; its order stands (HOLES.md row 23).
-        if not purchase.answer.done():
-            purchase.answer.set_result(answer)
+    def _settle(self, purchases: list[Purchase], answers: list[Answer]) -> None:
+        now = time.monotonic()
+        for decision, count in Counter([answer.decision for answer in answers]).items():
+            self._metrics.outcomes[self._campaign.id, OUTCOMES[decision]] += count
+        self._metrics.seconds.observe_all([now - purchase.asked_at for purchase in purchases])
+        for purchase, answer in zip(purchases, answers, strict=True):
+            # A client that hung up has cancelled its future; its order stands (HOLES.md row 23).
+            if not purchase.answer.done():
+                purchase.answer.set_result(answer)
 
     def _drop_overdue(self, batch: list[Purchase]) -> list[Purchase]:
-        overdue_before = self._loop.time() - self._deadline_s
-        for purchase in batch:
-            if purchase.asked_at < overdue_before:
-                self._settle(purchase, UNKNOWN)
+        overdue_before = time.monotonic() - self._deadline_s
+        self._give_up([p for p in batch if p.asked_at < overdue_before])
         return [p for p in batch if p.asked_at >= overdue_before]
 
     async def _refuse_by_peek(self) -> list[Purchase]:
@@ -270,6 +269,8 @@ class Batcher:
         sold_out = [Answer(Decision.SOLD_OUT, left, now_ms=peek.now_ms) for left in peek.remaining]
         unions = None if "*" in self._campaign.unions else self._campaign.unions
         undecided: list[Purchase] = []
+        refused: list[Purchase] = []
+        answers: list[Answer] = []
         for _ in range(min(len(self._queue), PEEKED_MAX)):
             purchase = self._queue.popleft()
             if (
@@ -281,7 +282,9 @@ class Batcher:
                 if len(undecided) == self._batch_max:
                     break
             else:
-                self._settle(purchase, refusal or sold_out[purchase.showing])
+                refused.append(purchase)
+                answers.append(refusal or sold_out[purchase.showing])
+        self._settle(refused, answers)
         if len(undecided) > self._batch_max // 2:
             self._all_refused = False
         return undecided
@@ -313,7 +316,7 @@ class Batcher:
 class Batchers:
     """The batchers of this process, one a campaign, made when first asked for."""
 
-    def __init__(  # noqa: PLR0913 - wired once, at start
+    def __init__(
         self,
         scripts: Scripts,
         process: str,

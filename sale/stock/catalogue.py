@@ -59,11 +59,12 @@ class Catalogue:
         self._reading: dict[str, asyncio.Task[CampaignNow | None]] = {}
         self._reading_all: asyncio.Task[list[CampaignNow]] | None = None
 
+    def known(self, campaign_id: str) -> Campaign | None:
+        """Give the configuration of a campaign that was for sale once; no I/O."""
+        return self._known.get(campaign_id)
+
     async def for_sale(self, campaign_id: str) -> Campaign | None:
-        """Give the configuration of a campaign that members may know of. No I/O once known."""
-        campaign = self._known.get(campaign_id)
-        if campaign is not None:
-            return campaign
+        """Give the configuration of a campaign that members may know of."""
         now = await self.now(campaign_id)
         return now.campaign if now is not None and now.visible else None
 
@@ -118,7 +119,8 @@ class Catalogue:
 
 async def campaign_ids(redis: Redis) -> list[str]:
     """Give the IDs of all campaigns that have, or had, a head; sorted."""
-    return sorted(member.decode() for member in await redis.smembers(CAMPAIGNS))
+    members: set[bytes] = await redis.smembers(CAMPAIGNS)  # type: ignore[assignment]
+    return sorted(member.decode() for member in members)
 
 
 async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:

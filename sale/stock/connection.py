@@ -23,7 +23,8 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
         protocol=2,
         retry=Retry(NoBackoff(), 0),
     )
-    return Redis(connection_pool=pool)
+    # The pool is this client's own: closing the client closes its connections.
+    return Redis.from_pool(pool)
 
 
 async def durability_faults(redis: Redis) -> list[str]:
@@ -35,7 +36,7 @@ async def durability_faults(redis: Redis) -> list[str]:
     memory = await redis.info("memory")
     stats = await redis.info("stats")
     server = await redis.info("server")
-    config: dict[str, str] = {}
+    config: dict[str | None, str | None] = {}
     # One name a call: Redis 6.2 takes no more.
     for name in ("appendfsync", "no-appendfsync-on-rewrite", "io-threads", "lua-time-limit"):
         config.update(await redis.config_get(name))

@@ -39,3 +39,9 @@ def campaign_keys(campaign_id: str) -> CampaignKeys:
     """Keys of a campaign."""
     tag = f"sale:{{{campaign_id}}}:"
     return CampaignKeys(*(tag + field for field in CampaignKeys._fields))
+
+
+def rebuilt_keys(campaign_id: str) -> CampaignKeys:
+    """Where a recovery writes a campaign beside the old one: the same slot, so RENAME moves it."""
+    tag = f"sale:{{{campaign_id}}}:new:"
+    return CampaignKeys(*(tag + field for field in CampaignKeys._fields))

@@ -1,5 +1,6 @@
 """A card's value in the hash ``cards``: one record of 31 bytes an order, see ``purchase.lua``."""
 
+from collections.abc import Iterable
 from typing import Final
 
 from sale.events import SaleRecord
@@ -21,3 +22,15 @@ def parse_records(value: bytes) -> list[SaleRecord]:
         )
         for at in range(0, len(value), RECORD_BYTES)
     ]
+
+
+def pack_records(records: Iterable[SaleRecord]) -> bytes:
+    """Write a card's orders as ``purchase.lua`` does. The reverse of ``parse_records``."""
+    return b"".join(
+        record.key_hash.encode("ascii")
+        + record.seq.to_bytes(5, "big")
+        + record.at_ms.to_bytes(6, "big")
+        + record.showing.to_bytes(2, "big")
+        + record.quantity.to_bytes(2, "big")
+        for record in records
+    )

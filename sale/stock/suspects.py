@@ -59,7 +59,7 @@ class Suspects:
 
     async def catch_up(self, seq: int) -> None:
         """Read the ledger from where this filter stands, at most 64 entries."""
-        rows = await self._redis.xrange(
+        rows: list[tuple[bytes, dict[bytes, bytes]]] = await self._redis.xrange(  # type: ignore[assignment]
             self._keys.stream, f"({self.seq}-0", f"{seq}-0", count=CATCH_UP_ENTRIES
         )
         for entry_id, fields in rows:

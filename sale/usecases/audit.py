@@ -3,51 +3,60 @@
 1. Redis is read in chunks, each in one atomic step with the event number it was read at.
 2. The writer is given time to apply as far as the highest of those numbers.
 3. PostgreSQL is read in one snapshot: its ledger is folded by ``events.Books``, which shares no
-   code with the scripts; window, limit and stock are checked after each event; the orders and
+   code with the scripts; window, limit and stock are checked before each event; the orders and
    counters are compared with what the ledger says.
 4. What Redis held at each number must be what the fold says for that number.
-
-A card's records carry event numbers, so one fold to the end tells what the card held at any number
-before; only the stock needs the fold at exactly the number it was read at.
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import asyncpg
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from sale.db import queries
-from sale.domain import CampaignState, Problem, Refused, mask_card, rfc3339, to_ms
-from sale.events import SOLD, Books, CorruptLedger, Event, SaleRecord, check_chain, parse_entry
-from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, redis_now_ms
+from sale.domain import CampaignState, Problem, Refused, from_ms, mask_card, rfc3339, to_ms
+from sale.events import GENESIS, SOLD, Books, CorruptLedger, Entry, Event, check_chain, parse_entry
+from sale.stock.catalogue import campaign_ids, redis_now_ms
 from sale.stock.connection import durability_faults
 from sale.stock.keys import campaign_keys
-from sale.stock.records import parse_records
+from sale.usecases.comparison import (
+    DAMAGED,
+    INVARIANTS,
+    QUERY_TIMEOUT_S,
+    Finding,
+    Findings,
+    RedisView,
+    compare_cards,
+    compare_operations,
+    compare_revoked,
+    compare_rules,
+    compare_state,
+    ledger_events,
+    read_redis,
+    revoked_at,
+)
 
-SCAN_COUNT: Final = 1_000
-EVENTS_CHUNK: Final = 20_000
+__all__ = ["INVARIANTS", "AuditReport", "CampaignAudit", "CouldNotCheck", "Finding", "audit"]
+
 STREAM_CHUNK: Final = 200
 APPLIED_WAIT_S: Final = 20.0
-FINDINGS_MAX: Final = 100
-INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
+"""The writer may need longer, as long as it gets ahead."""
+APPLIED_WAIT_MAX_S: Final = 600.0
+APPLIED_PAUSE_S: Final = 0.05
+ROSTER_PATIENCE_MS: Final = 2_000
+"""A second that INV-9 allows, and one for the commit that follows the moment of a change."""
 
 
 class CouldNotCheck(Exception):  # noqa: N818 - says what happened
     """The audit could not be done; nothing is said about the books."""
 
 
-class Finding(msgspec.Struct, frozen=True, order=True):
-    """One breach: which invariant, and what was found. No card number in full."""
-
-    invariant: str
-    what: str
-
-
 class CampaignAudit(msgspec.Struct, frozen=True):
-    """What was found in one campaign, at most 100 findings."""
+    """What was found in one campaign, at most ten findings of each invariant."""
 
     id: str
     clean: bool
@@ -62,178 +71,346 @@ class AuditReport(msgspec.Struct, frozen=True):
     campaigns: list[CampaignAudit]
 
 
-class RedisView(msgspec.Struct):
-    """What Redis held: ``cards`` with the number each was read at."""
+async def audit(
+    redis: Redis,
+    pool: asyncpg.Pool,
+    campaign_id: str | None = None,
+    *,
+    applied_wait_s: float = APPLIED_WAIT_S,
+) -> AuditReport:
+    """Check one campaign or all. Raises CouldNotCheck, and Refused for an unknown ID.
 
-    now: CampaignNow
-    cards: dict[str, tuple[int, list[SaleRecord]]]
-    revoked: set[str]
-    highest: int
-
-
-async def audit(redis: Redis, pool: asyncpg.Pool, campaign_id: str | None = None) -> AuditReport:
-    """Check one campaign or all. Raises CouldNotCheck, and Refused for an unknown ID."""
+    ``applied_wait_s`` is how long the writer may stand still before the audit gives up. Where one
+    campaign cannot be checked and another has a finding, the report is given, and says both.
+    """
     try:
-        async with pool.acquire() as connection:
-            stored = [row[0] for row in await connection.fetch("SELECT campaign_id FROM campaign")]
-        ids = sorted({*await campaign_ids(redis), *stored})
+        stored = [row[0] for row in await pool.fetch("SELECT campaign_id FROM campaign")]
+        registered = await campaign_ids(redis)
+        ids = sorted({*registered, *stored})
         if campaign_id is not None:
             if campaign_id not in ids:
                 raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
             ids = [campaign_id]
-        faults = [Finding("INV-3", fault) for fault in await durability_faults(redis)]
-        audits = [await _audit_campaign(redis, pool, each, faults) for each in ids]
-        checked_at = rfc3339(await redis_now_ms(redis))
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
-        raise CouldNotCheck(f"{type(error).__name__}: {error}") from None
-    done = [each for each in audits if each is not None]
-    return AuditReport(all(each.clean for each in done), checked_at, done)
-
-
-async def _audit_campaign(
-    redis: Redis, pool: asyncpg.Pool, campaign_id: str, faults: list[Finding]
-) -> CampaignAudit | None:
-    findings = list(faults)
-    view = await _read_redis(redis, campaign_id, findings)
-    if view is None:
-        async with pool.acquire() as connection:
-            applied = await connection.fetchval(
-                "SELECT applied FROM campaign WHERE campaign_id = $1 AND state <> 'deleted'",
-                campaign_id,
-            )
-        if applied is None:
-            return None
-        lost = Finding("INV-8", f"Redis does not hold it, PostgreSQL has {applied} events")
-        return CampaignAudit(campaign_id, clean=False, findings=[lost])
-    await _wait_applied(pool, campaign_id, view.highest)
-    async with (
-        pool.acquire() as connection,
-        connection.transaction(isolation="repeatable_read", readonly=True),
-    ):
-        await connection.execute("SET LOCAL statement_timeout = '300s'")
-        position = await connection.fetchrow(_SQL["applied"], campaign_id)
-        await _check_chain(redis, campaign_id, position, findings)
-        books = await _fold(connection, campaign_id, view, findings)
-        await _check_postgres(connection, campaign_id, view.now, findings)
-        revoked = {row[0] for row in await connection.fetch(_SQL["revoked_at"], view.now.roster_rev)}
-    _compare_cards(view, books, findings)
-    _compare_revoked(view, revoked, findings)
-    kept = sorted(set(findings))[:FINDINGS_MAX]
-    return CampaignAudit(campaign_id, clean=not kept, findings=kept)
-
-
-async def _read_redis(redis: Redis, campaign_id: str, findings: list[Finding]) -> RedisView | None:
-    now = await read_campaign(redis, campaign_id)
-    if now is None:
-        return None
-    keys = campaign_keys(campaign_id)
-    last = await redis.xrevrange(keys.stream, count=1)
-    head_seq = int(await redis.hget(keys.head, "seq") or 0)
-    # Read after each other, so the stream may only be behind what the head says later.
-    if not last or not now.seq <= int(last[0][0].split(b"-")[0]) <= max(head_seq, now.seq):
-        findings.append(Finding("INV-5", f"head says event {now.seq}, the stream ends elsewhere"))
-    cards: dict[str, tuple[int, list[SaleRecord]]] = {}
-    cursor, highest = 0, now.seq
-    while True:
-        async with redis.pipeline(transaction=True) as pipe:
-            pipe.hget(keys.head, "seq")
-            pipe.hscan(keys.cards, cursor, count=SCAN_COUNT)
-            seq, (cursor, chunk) = await pipe.execute()
-        highest = max(highest, int(seq))
-        for card, value in chunk.items():
+        faults = await durability_faults(redis)
+        audits: list[CampaignAudit] = []
+        unchecked: list[CampaignAudit] = []
+        for each in ids:
+            findings = Findings()
+            for fault in faults:
+                findings.add("INV-3", fault)
+            check = _Check(redis, pool, each, findings, applied_wait_s)
             try:
-                cards[card.decode()] = (int(seq), parse_records(value))
-            except (ValueError, UnicodeDecodeError) as error:
-                findings.append(Finding("INV-5", f"a card's value in Redis is damaged: {error}"))
-        if int(cursor) == 0:
-            break
-    revoked = {card.decode() async for card in redis.sscan_iter(keys.revoked, count=SCAN_COUNT)}
-    after = await read_campaign(redis, campaign_id)
-    if after is None or after.roster_rev != now.roster_rev:
-        revoked = set()  # it moved meanwhile: the next audit compares it
-    return RedisView(now, cards, revoked, highest)
+                if not await check.run(registered=each in registered):
+                    continue
+            except CouldNotCheck as error:
+                lagging = Finding("INV-5", f"could not check: {error}")
+                unchecked.append(CampaignAudit(each, clean=False, findings=[lagging]))
+                continue
+            told = findings.told()
+            audits.append(CampaignAudit(each, clean=not told, findings=told))
+        checked_at = rfc3339(await redis_now_ms(redis))
+    except (
+        RedisError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        OSError,
+        TimeoutError,
+    ) as error:
+        raise CouldNotCheck(f"{type(error).__name__}: {error}") from None
+    clean = all(each.clean for each in audits)
+    if clean and unchecked:
+        raise CouldNotCheck("; ".join(each.findings[0].what for each in unchecked))
+    done = sorted(audits + unchecked, key=lambda each: each.id)
+    return AuditReport(clean, checked_at, done)
 
 
-async def _wait_applied(pool: asyncpg.Pool, campaign_id: str, seq: int) -> None:
-    deadline = asyncio.get_running_loop().time() + APPLIED_WAIT_S
-    while True:
-        async with pool.acquire() as connection:
-            position = await connection.fetchrow(_SQL["applied"], campaign_id)
-        applied = 0 if position is None else position["applied"]
-        if applied >= seq:
-            return
-        if asyncio.get_running_loop().time() > deadline:
-            raise CouldNotCheck(
-                f"{campaign_id}: PostgreSQL has applied {applied} of {seq} events: "
-                "is the writer running?"
-            )
-        await asyncio.sleep(0.05)
+class _Check:
+    """The audit of one campaign."""
 
+    def __init__(
+        self,
+        redis: Redis,
+        pool: asyncpg.Pool,
+        campaign_id: str,
+        findings: Findings,
+        applied_wait_s: float,
+    ) -> None:
+        self._redis = redis
+        self._pool = pool
+        self._id = campaign_id
+        self._keys = campaign_keys(campaign_id)
+        self._findings = findings
+        self._applied_wait_s = applied_wait_s
 
-async def _check_chain(
-    redis: Redis, campaign_id: str, position: Mapping[str, Any], findings: list[Finding]
-) -> None:
-    """Check that what the stream still holds is one chain that passes through PostgreSQL's."""
-    after: tuple[int, str] | None = None
-    start, met = "-", False
-    stream = campaign_keys(campaign_id).stream
-    while rows := await redis.xrange(stream, start, "+", count=STREAM_CHUNK):
+    async def run(self, *, registered: bool) -> bool:
+        """Check it; False where there is nothing to check. Raises CouldNotCheck."""
         try:
-            for entry_id, fields in rows:
-                entry = parse_entry(entry_id, fields)
-                after = check_chain([entry], *after) if after else (entry.last, entry.chain)
-                if entry.last == position["applied"]:
-                    met = entry.chain == position["chain"]
-                elif entry.first <= position["applied"] < entry.last:
-                    met = True  # applied meanwhile in the middle of our reading: next time
-        except CorruptLedger as error:
-            findings.append(Finding("INV-5", f"the stream: {error}"))
-            return
-        start = f"({rows[-1][0].decode()}"
-    if not met and after is not None:
-        findings.append(
-            Finding("INV-5", "the chain in Redis does not pass through PostgreSQL's position")
+            view = await read_redis(self._redis, self._id)
+        except DAMAGED as error:
+            self._findings.add("INV-8", f"what Redis holds cannot be read: {type(error).__name__}")
+            return True
+        if view is None:
+            return await self._lost()
+        if not registered:
+            self._findings.add("INV-5", "it is not registered: the writer does not see it")
+        if view.now.recovering:
+            self._findings.add("INV-8", f"it is recovering: {view.now.recovering}")
+        await self._check_stream_end(view)
+        if not await self._wait_applied(view.highest):
+            return True
+        async with (
+            self._pool.acquire() as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            await connection.execute(f"SET LOCAL statement_timeout = '{QUERY_TIMEOUT_S:.0f}s'")
+            position = await connection.fetchrow(_SQL["applied"], self._id)
+            if position is None:
+                return True
+            await self._check_chain(position["applied"], position["chain"], view.highest)
+            books = await self._fold(connection, position, view)
+            await self._check_postgres(connection, view)
+            await self._check_roster(connection, view)
+        await compare_cards(view, books, self._findings)
+        compare_operations(view, books, self._findings)
+        return True
+
+    async def _lost(self) -> bool:
+        applied = await self._pool.fetchval(
+            "SELECT applied FROM campaign WHERE campaign_id = $1 AND state <> 'deleted'", self._id
+        )
+        if applied is None:
+            return False
+        # Made in this moment, perhaps: a campaign is in Redis first.
+        if await self._redis.hexists(self._keys.head, "seq"):
+            return False
+        self._findings.add("INV-8", f"Redis does not hold it, PostgreSQL has {applied} events")
+        return True
+
+    async def _check_stream_end(self, view: RedisView) -> None:
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hmget(self._keys.head, ["seq", "chain"])
+            pipe.xrevrange(self._keys.stream, count=1)
+            (number, chain), last = await pipe.execute()
+        seq = int(number or 0)
+        ends = int(last[0][0].split(b"-")[0]) if last else 0
+        if ends != seq:
+            self._findings.add("INV-5", f"head says event {seq}, the stream ends at {ends}")
+        elif last[0][1].get(b"h") != chain:
+            self._findings.add("INV-5", f"head and stream have another chain hash at event {seq}")
+        if seq < view.now.seq:
+            self._findings.add("INV-8", f"Redis went back from event {view.now.seq} to {seq}")
+
+    async def _wait_applied(self, seq: int) -> bool:
+        """Wait for the writer; False where the ledger itself is what it cannot apply."""
+        clock = asyncio.get_running_loop().time
+        end, patience_until, before = clock() + APPLIED_WAIT_MAX_S, clock(), -1
+        while True:
+            position = await self._pool.fetchrow(_SQL["applied"], self._id)
+            applied = 0 if position is None else position["applied"]
+            if applied >= seq:
+                return True
+            if applied > before:
+                before, patience_until = applied, clock() + self._applied_wait_s
+            if clock() > min(patience_until, end):
+                break
+            await asyncio.sleep(APPLIED_PAUSE_S)
+        chain = GENESIS if position is None else position["chain"]
+        found = len(self._findings.told())
+        await self._check_chain(applied, chain, seq)
+        if len(self._findings.told()) > found:
+            return False
+        raise CouldNotCheck(
+            f"{self._id}: PostgreSQL has applied {applied} of {seq} events: is the writer running?"
         )
 
+    async def _check_chain(self, applied: int, chain: str, to: int) -> None:
+        """Check that the stream up to ``to`` is one chain that passes through PostgreSQL's.
 
-async def _fold(
-    connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
-    campaign_id: str,
-    view: RedisView,
-    findings: list[Finding],
-) -> Books:
-    """Fold PostgreSQL's ledger as far as Redis was read; check each event on the way."""
-    books, compared = Books(), False
-    rules = _Rules(findings)
-    after = 0
-    while rows := await connection.fetch(
-        _SQL["events"], campaign_id, after, view.highest, EVENTS_CHUNK
-    ):
-        for row in rows:
-            event = _event(row)
+        The writer may trim the stream while it is read: what is gone then was applied.
+        """
+        if await self._head_seq() < applied:
+            self._findings.add(
+                "INV-8", f"Redis is behind PostgreSQL, which has applied event {applied}"
+            )
+        after: tuple[int, str] | None = None
+        met, start, end = False, "-", f"{max(applied, to)}-0"
+        while rows := await self._rows(start, end):
             try:
-                rules.check(books, event)
-                books.apply(event)
-            except (CorruptLedger, KeyError) as error:
-                findings.append(Finding("INV-5", f"PostgreSQL's ledger: {error}"))
-                return books
-            if event.seq == view.now.seq:
-                _compare_state(view.now, books, findings)
-                compared = True
-        after = rows[-1]["seq"]
-        await asyncio.sleep(0)
-    if not compared:
-        findings.append(Finding("INV-5", f"PostgreSQL's ledger does not reach {view.now.seq}"))
-    return books
+                for row in rows:
+                    entry = parse_entry(*row)
+                    if after and entry.first > after[0] + 1 and await self._trimmed(entry.first):
+                        after = None
+                    if after is None:
+                        after = await self._anchor(entry, applied, chain)
+                        met = met or entry.first > applied
+                    after = (
+                        (entry.last, entry.chain)
+                        if after == _UNKNOWN
+                        else check_chain([entry], *after)
+                    )
+                    met = met or after == (applied, chain)
+            except CorruptLedger as error:
+                self._findings.add("INV-5", f"the stream: {error}")
+                return
+            start = f"({rows[-1][0].decode()}"
+        if not met and not await self._trimmed(applied + 1):
+            self._findings.add("INV-5", "the chain in Redis does not pass through PostgreSQL's")
+
+    async def _anchor(self, entry: Entry, applied: int, chain: str) -> tuple[int, str]:
+        """Give what the stream's first entry must follow. Raises CorruptLedger for a gap."""
+        if entry.first == 1:
+            return 0, GENESIS
+        if entry.first == applied + 1:
+            return applied, chain
+        if entry.first > applied and not await self._trimmed(entry.first):
+            raise CorruptLedger(f"event {applied + 1} is missing: next is {entry.first}")
+        return _UNKNOWN
+
+    async def _trimmed(self, first: int) -> bool:
+        """Whether all before event ``first`` is gone from the stream, and PostgreSQL has it."""
+        rows = await self._rows("-", "+", 1)
+        begins = parse_entry(*rows[0]).first if rows else 0
+        applied = await self._pool.fetchval(
+            "SELECT applied FROM campaign WHERE campaign_id = $1", self._id
+        )
+        return first <= begins <= int(applied or 0) + 1
+
+    async def _rows(self, start: str, end: str, count: int = STREAM_CHUNK) -> list[Any]:
+        rows: Any = await self._redis.xrange(self._keys.stream, start, end, count=count)
+        return list(rows)
+
+    async def _head_seq(self) -> int:
+        return int(await self._redis.hget(self._keys.head, "seq") or 0)
+
+    async def _fold(
+        self,
+        connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
+        position: Mapping[str, Any],
+        view: RedisView,
+    ) -> Books:
+        """Fold PostgreSQL's ledger to the end of the snapshot; check each event on the way."""
+        books, rules, compared = Books(), _Rules(self._findings), False
+        async for events in ledger_events(connection, self._id):
+            for event in events:
+                try:
+                    rules.check(books, event)
+                    books.apply(event)
+                except (CorruptLedger, *DAMAGED) as error:
+                    self._findings.add("INV-5", f"PostgreSQL's ledger: {error}")
+                    return books
+                if event.seq == view.now.seq:
+                    compare_state(view.now, books, self._findings)
+                    compare_rules(view.rules, books, self._findings)
+                    compared = True
+        if not compared:
+            self._findings.add("INV-5", f"PostgreSQL's ledger does not reach {view.now.seq}")
+        if books.seq != position["applied"]:
+            self._findings.add(
+                "INV-5",
+                f"PostgreSQL has applied {position['applied']}, its ledger ends at {books.seq}",
+            )
+        self._compare_campaign(position, books)
+        await self._compare_showings(connection, books)
+        return books
+
+    def _compare_campaign(self, position: Mapping[str, Any], books: Books) -> None:
+        """Compare PostgreSQL's campaign with its own ledger."""
+        opens_at, closes_at = position["opens_at"], position["closes_at"]
+        for invariant, name, held, told in (
+            ("INV-7", "state", position["state"], books.state),
+            ("INV-7", "opening", opens_at and to_ms(opens_at), books.opens_at_ms),
+            ("INV-7", "closing", closes_at and to_ms(closes_at), books.closes_at_ms),
+            ("INV-2", "card limit", position["card_limit"], books.config.get("card_limit")),
+            ("INV-5", "price", position["price_fen"], books.config.get("price_fen")),
+            ("INV-5", "epoch", position["epoch"], books.epoch),
+        ):
+            if held != told:
+                self._findings.add(invariant, f"PostgreSQL: {name} {held}, the ledger says {told}")
+
+    async def _compare_showings(
+        self,
+        connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
+        books: Books,
+    ) -> None:
+        for row in await connection.fetch(_SQL["showings"], self._id, timeout=QUERY_TIMEOUT_S):
+            name, number = f"showing {row['showing_id']}", row["showing_no"]
+            stock = books.tickets.get(number, 0)
+            if row["really"] > row["stock"]:
+                self._findings.add("INV-1", f"{name}: {row['really']} sold of {row['stock']}")
+            if row["stock"] != stock:
+                self._findings.add(
+                    "INV-1", f"{name}: PostgreSQL has {row['stock']}, the ledger says {stock}"
+                )
+            if row["live"] != row["really"]:
+                self._findings.add(
+                    "INV-6",
+                    f"{name}: counted {row['live']} live, orders add up to {row['really']}",
+                )
+            sold = stock - books.remaining.get(number, 0)
+            if row["really"] != sold:
+                self._findings.add(
+                    "INV-6", f"{name}: orders add up to {row['really']}, the ledger to {sold}"
+                )
+
+    async def _check_postgres(
+        self,
+        connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
+        view: RedisView,
+    ) -> None:
+        """Compare orders, counters and audit log with the ledger, all in one snapshot."""
+        campaign = view.now.campaign
+
+        async def each(invariant: str, query: str, says: str, *args: object) -> None:
+            rows = await connection.fetch(_SQL[query], self._id, *args, timeout=QUERY_TIMEOUT_S)
+            for row in rows:
+                self._findings.add(invariant, says.format(**row))
+
+        limit = campaign.card_limit
+        miscounted = await connection.fetch(
+            _SQL["cards_miscounted"], self._id, limit, timeout=QUERY_TIMEOUT_S
+        )
+        for row in miscounted:
+            self._findings.add(
+                "INV-2" if row["really"] > limit else "INV-6",
+                f"card {mask_card(row['card_no'])}: orders add up to {row['really']}, "
+                f"counted {row['live']}, limit {limit}",
+            )
+        await each("INV-3", "sales_without_order", "event {seq}: sold, and no order like it")
+        await each("INV-3", "orders_without_sale", "order {seq}: no sale in the ledger")
+        await each("INV-5", "conflicts", "event {seq}: refused by PostgreSQL: {why}")
+        await each("INV-9", "sold_to_revoked", "event {seq}: sold to a card that was not active")
+        await each(
+            "INV-10", "steps_unaccounted", "event {seq} ({kind}): not in the audit log, or no why"
+        )
+        if "*" not in campaign.unions:
+            await each(
+                "INV-9",
+                "sold_to_others",
+                "event {seq}: sold to a card of a union that may not buy",
+                list(campaign.unions),
+            )
+
+    async def _check_roster(
+        self,
+        connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
+        view: RedisView,
+    ) -> None:
+        """Check that Redis follows the roster, and holds what the roster says."""
+        rev = view.now.roster_rev
+        if rev < 0 or view.now.state is CampaignState.DELETED:
+            return
+        due = from_ms(view.now.as_of_ms - ROSTER_PATIENCE_MS)
+        behind = await connection.fetchval(_SQL["roster_ahead"], rev, due)
+        if behind:
+            self._findings.add("INV-9", f"Redis has not followed {behind} changes of the roster")
+        compare_revoked(view, await revoked_at(connection, rev), self._findings)
 
 
 class _Rules:
-    """What must hold after each event, written down anew: not a line is shared with the Lua."""
+    """What must hold before each event, written down anew: not a line is shared with the Lua."""
 
-    def __init__(self, findings: list[Finding]) -> None:
-        self._findings = findings
-        self._sold: dict[str, int] = {}
-        self._keys: set[tuple[str, str]] = set()
+    def __init__(self, findings: Findings) -> None:
+        self._find = findings.add
         self._clock_ms = 0
 
     def check(self, books: Books, event: Event) -> None:
@@ -241,12 +418,13 @@ class _Rules:
         if event.at_ms < self._clock_ms:
             self._find("INV-7", f"event {event.seq}: the clock went back")
         self._clock_ms = max(self._clock_ms, event.at_ms)
-        if event.kind != SOLD:
-            if event.kind == "created":
-                self._sold.clear()
-                self._keys.clear()
-            return
-        card, quantity, key = event.card_no or "", event.quantity or 0, event.key_hash or ""
+        if event.epoch < books.epoch or (event.epoch > books.epoch and event.kind != "recovered"):
+            self._find("INV-8", f"event {event.seq}: epoch {event.epoch} after {books.epoch}")
+        if event.kind == SOLD:
+            self._check_sale(books, event)
+
+    def _check_sale(self, books: Books, event: Event) -> None:
+        quantity = event.quantity or 0
         if books.state != "open":
             self._find("INV-7", f"event {event.seq}: sold while {books.state or 'nothing'}")
         if (books.opens_at_ms is not None and event.at_ms < books.opens_at_ms) or (
@@ -255,157 +433,16 @@ class _Rules:
             self._find("INV-7", f"event {event.seq}: sold outside the window")
         if books.remaining.get(event.showing or 0, 0) < quantity or quantity < 1:
             self._find("INV-1", f"event {event.seq}: {quantity} sold, fewer were left")
-        self._sold[card] = self._sold.get(card, 0) + quantity
-        if self._sold[card] > books.config.get("card_limit", 0):
-            self._find("INV-2", f"event {event.seq}: card {mask_card(card)} passed its limit")
-        if (card, key) in self._keys:
-            self._find("INV-4", f"event {event.seq}: a key of {mask_card(card)} sold twice")
-        self._keys.add((card, key))
+        held = books.cards.get(event.card_no or "", ())
+        masked = mask_card(event.card_no or "")
+        if sum(record.quantity for record in held) + quantity > books.config.get("card_limit", 0):
+            self._find("INV-2", f"event {event.seq}: card {masked} passed its limit")
+        if any(record.key_hash == event.key_hash for record in held):
+            self._find("INV-4", f"event {event.seq}: a key of {masked} sold twice")
         if event.price_fen != books.config.get("price_fen"):
             self._find("INV-5", f"event {event.seq}: not the campaign's price")
 
-    def _find(self, invariant: str, what: str) -> None:
-        if len(self._findings) < FINDINGS_MAX:
-            self._findings.append(Finding(invariant, what))
 
-
-def _compare_state(now: CampaignNow, books: Books, findings: list[Finding]) -> None:
-    """Compare head and stock with the fold at the same number."""
-    for number, showing in enumerate(now.campaign.showings):
-        if books.remaining.get(number) != now.remaining[number]:
-            findings.append(
-                Finding(
-                    "INV-1",
-                    f"showing {showing.id}: Redis has {now.remaining[number]} left, "
-                    f"the ledger says {books.remaining.get(number)}",
-                )
-            )
-        if books.tickets.get(number) != now.tickets[number]:
-            findings.append(
-                Finding(
-                    "INV-1",
-                    f"showing {showing.id}: Redis has a stock of {now.tickets[number]}, "
-                    f"the ledger says {books.tickets.get(number)}",
-                )
-            )
-    window = (books.opens_at_ms, books.closes_at_ms)
-    if window != (now.opens_at_ms, now.closes_at_ms):
-        findings.append(Finding("INV-7", "Redis has another window than the ledger says"))
-    if books.state != now.recorded.value:
-        findings.append(
-            Finding("INV-7", f"Redis says {now.recorded.value}, the ledger says {books.state}")
-        )
-    if now.epoch != books.epoch:
-        findings.append(Finding("INV-5", f"epoch {now.epoch} in Redis, {books.epoch} in the ledger"))
-
-
-def _compare_cards(view: RedisView, books: Books, findings: list[Finding]) -> None:
-    """Compare each card's orders with the fold, up to the number the card was read at."""
-    for card in view.cards.keys() | books.cards.keys():
-        if len(findings) >= FINDINGS_MAX:
-            return
-        # A card that the scan did not meet had no order when it began.
-        at, held = view.cards.get(card, (view.now.seq, []))
-        told = [record for record in books.cards.get(card, []) if record.seq <= at]
-        if held != told:
-            missing, extra = _difference(told, held), _difference(held, told)
-            if missing:
-                findings.append(
-                    Finding("INV-3", f"card {mask_card(card)}: Redis lacks event {missing}")
-                )
-            if extra:
-                findings.append(
-                    Finding("INV-5", f"card {mask_card(card)}: Redis has {extra} without an event")
-                )
-
-
-def _difference(these: Iterable[SaleRecord], those: list[SaleRecord]) -> str:
-    return ", ".join(str(record.seq) for record in these if record not in those)
-
-
-def _compare_revoked(view: RedisView, revoked: set[str], findings: list[Finding]) -> None:
-    if view.now.roster_rev < 0:
-        if view.now.state is CampaignState.OPEN:
-            findings.append(Finding("INV-9", "it is open, and the revoked cards are not loaded"))
-        return
-    if not view.revoked and revoked:
-        missing = revoked
-    else:
-        missing = revoked - view.revoked
-    for card in sorted(missing)[:10]:
-        findings.append(Finding("INV-9", f"card {mask_card(card)} is not active and may buy"))
-    for card in sorted(view.revoked - revoked)[:10]:
-        findings.append(Finding("INV-9", f"card {mask_card(card)} is active and may not buy"))
-
-
-async def _check_postgres(
-    connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
-    campaign_id: str,
-    now: CampaignNow,
-    findings: list[Finding],
-) -> None:
-    """Compare orders, counters, audit log and roster with the ledger, all in one snapshot."""
-
-    async def each(invariant: str, query: str, says: str, *args: object) -> None:
-        findings.extend(
-            Finding(invariant, says.format(**row))
-            for row in await connection.fetch(_SQL[query], campaign_id, *args)
-        )
-
-    for row in await connection.fetch(_SQL["showings"], campaign_id):
-        if row["really"] > row["stock"]:
-            findings.append(
-                Finding(
-                    "INV-1",
-                    f"showing {row['showing_id']}: {row['really']} sold of {row['stock']}",
-                )
-            )
-        if row["live"] != row["really"]:
-            findings.append(
-                Finding(
-                    "INV-6",
-                    f"showing {row['showing_id']}: counted {row['live']} live, "
-                    f"orders add up to {row['really']}",
-                )
-            )
-    limit = now.campaign.card_limit
-    for row in await connection.fetch(_SQL["cards_miscounted"], campaign_id, limit):
-        card = mask_card(row["card_no"])
-        over = row["really"] > limit
-        findings.append(
-            Finding(
-                "INV-2" if over else "INV-6",
-                f"card {card}: orders add up to {row['really']}, counted {row['live']}, "
-                f"limit {limit}",
-            )
-        )
-    await each("INV-3", "sales_without_order", "event {seq}: sold, and no order like it")
-    await each("INV-3", "orders_without_sale", "order {seq}: no sale in the ledger")
-    await each("INV-5", "conflicts", "event {seq}: refused by PostgreSQL: {why}")
-    await each("INV-9", "sold_to_revoked", "event {seq}: sold to a card that was not active")
-    await each("INV-10", "steps_unaccounted", "event {seq} ({kind}): not in the audit log, or no why")
-    if "*" not in now.campaign.unions:
-        await each(
-            "INV-9",
-            "sold_to_others",
-            "event {seq}: sold to a card of a union that may not buy",
-            list(now.campaign.unions),
-        )
-
-
-def _event(row: Mapping[str, Any]) -> Event:
-    return Event(
-        seq=row["seq"],
-        at_ms=to_ms(row["at"]),
-        epoch=row["epoch"],
-        kind=row["kind"],
-        card_no=row["card_no"],
-        showing=row["showing_no"],
-        quantity=row["quantity"],
-        key_hash=row["key_hash"],
-        price_fen=row["price_fen"],
-        data=msgspec.json.decode(row["data"]) if row["data"] else {},
-    )
-
-
+_UNKNOWN: Final = (-1, "")
+"""What is before the stream's first entry, where that is long applied and trimmed."""
 _SQL: Final = queries.load("audit")

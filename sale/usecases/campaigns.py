@@ -118,7 +118,7 @@ class CampaignDesk:
             raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
         return now
 
-    async def step(  # noqa: PLR0913 - who, what, when, why
+    async def step(
         self,
         campaign_id: str,
         action: str,
@@ -154,7 +154,7 @@ class CampaignDesk:
         _check_reply(reply, "delete")
         await self._applied(campaign_id, reply.seq)
 
-    async def add_stock(  # noqa: PLR0913 - who, what, how many, why
+    async def add_stock(
         self,
         campaign_id: str,
         showing_id: str,

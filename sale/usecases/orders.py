@@ -5,27 +5,22 @@ the card's record in Redis, everything else from PostgreSQL.
 """
 
 import hashlib
-import hmac
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Final
 
 import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from sale.db import ledger
 from sale.domain import (
     Campaign,
     Order,
     Problem,
     Refused,
     Ticket,
-    from_ms,
     order_number,
     parse_order_number,
     rfc3339,
-    to_ms,
 )
 from sale.events import SaleRecord
 from sale.stock.catalogue import Catalogue, read_card
@@ -42,14 +37,16 @@ class TicketCodes:
     """
 
     def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+        self._keyed = hashlib.blake2b(key=secret, digest_size=CODE_BYTES)
 
     def of(self, order_no: str, quantity: int) -> list[Ticket]:
-        """Give the tickets of an order."""
-        return [
-            Ticket(no, hmac.digest(self._secret, f"{order_no}/{no}".encode(), "sha256")[:CODE_BYTES].hex())
-            for no in range(1, quantity + 1)
-        ]  # fmt: skip
+        """Give the tickets of an order. Copying a keyed state costs a third of an HMAC."""
+        tickets = []
+        for no in range(1, quantity + 1):
+            code = self._keyed.copy()
+            code.update(f"{order_no}/{no}".encode())
+            tickets.append(Ticket(no, code.hexdigest()))
+        return tickets
 
 
 def key_hash(idempotency_key: str) -> str:
@@ -132,7 +129,7 @@ class OwnOrders:
         )
 
 
-def placed_order(  # noqa: PLR0913 - the facts of an order
+def placed_order(
     codes: TicketCodes,
     campaign: Campaign,
     showing: int,

@@ -6,11 +6,12 @@ chain hash with PostgreSQL, along the chain of what the writer has not applied y
 fit is marked ``recovering`` and stays shut.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from sale.db import ledger
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
@@ -25,9 +26,12 @@ log = structlog.get_logger()
 
 
 async def verify_all(redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> list[str]:
-    """Verify every campaign whose head names another Redis; give those that do not fit."""
+    """Verify every campaign whose head names another Redis; give those that do not sell for it.
+
+    These are: those that do not fit, and those that PostgreSQL knows and this Redis has lost.
+    """
     server, replication = await redis.info("server"), await redis.info("replication")
-    identity = (str(server["run_id"]), str(replication["master_replid"]))
+    identity = (str(server["run_id"]), str(replication["master_replid"]), scripts.nonce)
     ids = await campaign_ids(redis)
     async with redis.pipeline(transaction=False) as pipe:
         for campaign_id in ids:
@@ -36,27 +40,39 @@ async def verify_all(redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> list
                 ["run_id", "replid", "nonce", "recovering", "seq"],
             )
         heads = await pipe.execute()
-    unfit = []
-    for campaign_id, (run_id, replid, nonce, recovering, seq) in zip(ids, heads, strict=True):
+    unfit, held = [], set()
+    for campaign_id, (*marks, recovering, seq) in zip(ids, heads, strict=True):
         if seq is None:
             continue
-        known = tuple((value or b"").decode() for value in (run_id, replid))
-        if known != identity or (nonce or b"").decode() != scripts.nonce:
-            if await verify(redis, scripts, pool, campaign_id):
-                continue
-            unfit.append(campaign_id)
+        held.add(campaign_id)
+        if tuple((mark or b"").decode() for mark in marks) != identity:
+            if not await _verify_one(redis, scripts, pool, campaign_id):
+                unfit.append(campaign_id)
         elif recovering:
             unfit.append(campaign_id)
-    return unfit
+    async with pool.acquire() as connection:
+        lost = [each for each in await ledger.living(connection) if each not in held]
+    return sorted(unfit + lost)
+
+
+async def _verify_one(redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> bool:
+    """Verify one of many: what is wrong with it must not keep the others shut."""
+    try:
+        return await verify(redis, scripts, pool, campaign_id)
+    except (ResponseError, ValueError) as error:
+        log.warning("campaign.unreadable", campaign=campaign_id, why=str(error)[:200])
+        return False
 
 
 async def verify(redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> bool:
     """Compare one campaign with PostgreSQL and mark it. True where it fits."""
     for _ in range(TRIES):
-        seq, chain = await _head(redis, campaign_id)
+        seq, chain, before = await _head(redis, campaign_id)
         async with pool.acquire() as connection:
             applied, applied_chain = await ledger.position(connection, campaign_id)
         why = await _misfit(redis, campaign_id, seq, chain, applied, applied_chain)
+        if why and why == before:
+            return False  # it is marked, and somebody was told
         reply = await scripts.verify(campaign_id, seq, chain, why)
         if reply.reply is CallReply.STALE:
             continue  # the head has moved meanwhile
@@ -68,17 +84,19 @@ async def verify(redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id
     return False
 
 
-async def _misfit(  # noqa: PLR0913 - two positions to compare
+async def _misfit(
     redis: Redis, campaign_id: str, seq: int, chain: str, applied: int, applied_chain: str
 ) -> str:
     """Say in words why the head does not fit PostgreSQL's position; '' where it does."""
     if seq < applied:
         return f"Redis knows {seq} events, PostgreSQL has applied {applied}"
+    keys = campaign_keys(campaign_id)
+    last: Any = await redis.xrevrange(keys.stream, count=1)
+    if not last or int(last[0][0].split(b"-")[0]) < seq:
+        return f"the stream in Redis has lost event {seq}"
     position, start = (applied, applied_chain or GENESIS), f"({applied}-0" if applied else "-"
     try:
-        while rows := await redis.xrange(
-            campaign_keys(campaign_id).stream, start, f"{seq}-0", count=STREAM_CHUNK
-        ):
+        while rows := await _rows(redis, keys.stream, start, f"{seq}-0"):
             position = check_chain((parse_entry(*row) for row in rows), *position)
             start = f"({rows[-1][0].decode()}"
     except CorruptLedger as error:
@@ -88,6 +106,15 @@ async def _misfit(  # noqa: PLR0913 - two positions to compare
     return ""
 
 
-async def _head(redis: Redis, campaign_id: str) -> tuple[int, str]:
-    seq, chain = await redis.hmget(campaign_keys(campaign_id).head, ["seq", "chain"])
-    return int(seq or 0), (chain or b"").decode()
+async def _rows(redis: Redis, stream: str, start: str, end: str) -> list[Any]:
+    rows: Any = await redis.xrange(stream, start, end, count=STREAM_CHUNK)
+    return list(rows)
+
+
+async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, str]:
+    """Number, chain hash, and why it was found to be recovering ('' where it was not)."""
+    values: list[Any] = await redis.hmget(
+        campaign_keys(campaign_id).head, ["seq", "chain", "recovering"]
+    )
+    seq, chain, recovering = ((value or b"").decode() for value in values)
+    return int(seq or 0), chain, recovering

@@ -41,7 +41,7 @@ PauseCampaign: TypeAlias = Callable[[str, str], Awaitable[object]]
 """``pause_campaign(campaign_id, reason)``; Refused(WRONG_STATE) counts as done."""
 
 LOCK: Final = 0x53414C45_0004
-"""Advisory lock number ("SALE", 4; 1 to 3 are the migrations' and the roster's) of the active writer."""
+"""Advisory lock number of the active writer; ("SALE", 1 to 3) are the migrations' and roster's."""
 
 APPLICATION: Final = "sale-writer"
 APPLY: Final = "sale-writer-apply"

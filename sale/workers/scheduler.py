@@ -90,9 +90,7 @@ class Scheduler:
         await self._try("health", self._health)
         await self._try("verify", self._verify)
         await self._try("clock", self._clock)
-        await self._try(
-            "roster", lambda: sync_all(stores.redis, stores.scripts, stores.pool)
-        )
+        await self._try("roster", lambda: sync_all(stores.redis, stores.scripts, stores.pool))
 
     async def _try(self, step: str, work: Callable[[], Awaitable[object]]) -> None:
         """Do one step; what fails is told once and tried again next round, for ever."""
@@ -155,7 +153,10 @@ class Scheduler:
                 self._metrics.findings.labels(each.id, invariant).set(len(found))
             for finding in each.findings[:10]:
                 log.error(
-                    "audit.finding", campaign=each.id, invariant=finding.invariant, what=finding.what
+                    "audit.finding",
+                    campaign=each.id,
+                    invariant=finding.invariant,
+                    what=finding.what,
                 )
         self._metrics.audited_at.set_to_current_time()
         log.info("audit.done", clean=report.clean, campaigns=len(report.campaigns))

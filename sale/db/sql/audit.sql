@@ -1,26 +1,27 @@
--- name: applied -- How far a campaign is applied, and what its configuration says.
-SELECT applied, chain, state, card_limit FROM campaign WHERE campaign_id = $1;
+-- name: applied -- How far a campaign is applied, and what it has come to.
+SELECT applied, chain, state, opens_at, closes_at, price_fen, card_limit, epoch
+FROM campaign WHERE campaign_id = $1;
 
--- name: events -- The ledger after number $2 up to number $3, at most $4 events.
+-- name: events -- The ledger after number $2, at most $3 events.
 SELECT seq, at, epoch, kind, card_no, showing_no, quantity, key_hash, price_fen, data
-FROM event WHERE campaign_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4;
+FROM event WHERE campaign_id = $1 AND seq > $2 ORDER BY seq LIMIT $3;
 
 -- name: conflicts -- Sales that the constraints refused.
-SELECT seq, why FROM conflict WHERE campaign_id = $1 ORDER BY seq LIMIT 100;
+SELECT seq, why FROM conflict WHERE campaign_id = $1 ORDER BY seq LIMIT 10;
 
 -- name: sales_without_order -- Sales of the ledger that have neither an order nor a conflict.
 SELECT e.seq FROM event e
 LEFT JOIN orders o ON o.campaign_id = e.campaign_id AND o.seq = e.seq
 WHERE e.campaign_id = $1 AND e.kind = 'sold'
-  AND (o.seq IS NULL OR (o.card_no, o.showing_no, o.quantity, o.key_hash, o.price_fen)
-       IS DISTINCT FROM (e.card_no, e.showing_no, e.quantity, e.key_hash, e.price_fen))
+  AND (o.seq IS NULL OR (o.card_no, o.showing_no, o.quantity, o.key_hash, o.price_fen, o.created_at)
+       IS DISTINCT FROM (e.card_no, e.showing_no, e.quantity, e.key_hash, e.price_fen, e.at))
   AND NOT EXISTS (SELECT FROM conflict c WHERE c.campaign_id = e.campaign_id AND c.seq = e.seq)
-ORDER BY e.seq LIMIT 100;
+ORDER BY e.seq LIMIT 10;
 
 -- name: orders_without_sale -- Orders that no sale of the ledger made.
 SELECT o.seq FROM orders o
 LEFT JOIN event e ON e.campaign_id = o.campaign_id AND e.seq = o.seq AND e.kind = 'sold'
-WHERE o.campaign_id = $1 AND e.seq IS NULL ORDER BY o.seq LIMIT 100;
+WHERE o.campaign_id = $1 AND e.seq IS NULL ORDER BY o.seq LIMIT 10;
 
 -- name: showings -- Stock, the counter, and what the live orders really add up to.
 SELECT s.showing_no, s.showing_id, s.stock, s.live, coalesce(o.live, 0)::bigint AS really
@@ -38,26 +39,27 @@ FROM (
     WHERE campaign_id = $1 AND state IN ('held', 'confirmed', 'collected') GROUP BY card_no
 ) o FULL JOIN (SELECT card_no, live FROM card_use WHERE campaign_id = $1) u USING (card_no)
 WHERE coalesce(u.live, 0) <> coalesce(o.live, 0) OR coalesce(o.live, 0) > $2
-LIMIT 100;
+LIMIT 10;
 
 -- name: sold_to_revoked -- Sales later than a second after the card was taken out.
-SELECT e.seq FROM event e
-CROSS JOIN LATERAL (
-    SELECT active, at FROM card_change c
-    WHERE c.card_no = e.card_no AND c.at < e.at - interval '1 second'
-    ORDER BY c.rev DESC LIMIT 1
-) last
-WHERE e.campaign_id = $1 AND e.kind = 'sold' AND NOT last.active
-  AND NOT EXISTS (
-    SELECT FROM card_change c
-    WHERE c.card_no = e.card_no AND c.active AND c.at >= last.at AND c.at <= e.at)
-ORDER BY e.seq LIMIT 100;
+-- The feed's moment is before its commit, so a second is allowed for that. The feed is small beside
+-- the ledger and stands first: asking it for each sale took four times as long.
+SELECT e.seq FROM card_change c
+JOIN event e ON e.card_no = c.card_no AND e.campaign_id = $1 AND e.kind = 'sold'
+  AND e.at > c.at + interval '2 seconds'
+WHERE NOT c.active AND NOT EXISTS (
+    SELECT FROM card_change later
+    WHERE later.card_no = c.card_no AND later.rev > c.rev AND later.at <= e.at)
+ORDER BY e.seq LIMIT 10;
+
+-- name: roster_ahead -- Changes after revision $1 that were made before $2.
+SELECT count(*) FROM card_change WHERE rev > $1 AND at < $2;
 
 -- name: sold_to_others -- Sales to cards of the roster whose union may not buy; $2 are the codes.
 SELECT e.seq FROM event e JOIN card USING (card_no)
-WHERE e.campaign_id = $1 AND e.kind = 'sold' AND card.updated_at < e.at
+WHERE e.campaign_id = $1 AND e.kind = 'sold' AND card.updated_at < e.at - interval '2 seconds'
   AND card.union_code <> ALL ($2::text[])
-ORDER BY e.seq LIMIT 100;
+ORDER BY e.seq LIMIT 10;
 
 -- name: steps_unaccounted -- Operators' steps that the audit log does not tell, or without a why.
 SELECT e.seq, e.kind FROM event e
@@ -66,7 +68,7 @@ WHERE e.campaign_id = $1 AND e.kind <> 'sold'
   AND (l.id IS NULL OR l.actor IS DISTINCT FROM coalesce(e.actor, 'engine')
        OR l.reason IS DISTINCT FROM e.reason
        OR (e.kind IN ('paused', 'reopened', 'stock_added') AND e.reason IS NULL))
-ORDER BY e.seq LIMIT 100;
+ORDER BY e.seq LIMIT 10;
 
 -- name: revoked_at -- Cards that were not active at revision $1.
 SELECT card_no FROM (

@@ -4,6 +4,9 @@ SELECT applied, chain FROM campaign WHERE campaign_id = $1;
 -- name: positions -- How far each campaign's ledger is applied.
 SELECT campaign_id, applied, chain FROM campaign;
 
+-- name: living -- Campaigns that have events and are not deleted drafts.
+SELECT campaign_id FROM campaign WHERE applied > 0 AND state <> 'deleted' ORDER BY campaign_id;
+
 -- name: begin_campaign -- A campaign before its first event.
 INSERT INTO campaign (campaign_id, chain) VALUES ($1, $2)
 ON CONFLICT (campaign_id) DO NOTHING;

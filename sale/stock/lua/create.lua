@@ -34,9 +34,11 @@ end
 head.opens_at, head.closes_at = tonumber(ARGV[7]), tonumber(ARGV[8])
 head.state = ARGV[13] == '1' and 'scheduled' or 'draft'
 
+-- Both events name the operation: the fold, too, knows it by the number that is answered.
 local who = '"actor":' .. ARGV[3] .. ',"reason":' .. ARGV[4]
-local events = { '["created",{' .. who .. ',"op":"' .. ARGV[1] .. '","content":"' .. ARGV[2]
-  .. '","config":' .. ARGV[6] .. ',"opens_at":' .. json_ms(head.opens_at)
+  .. ',"op":"' .. ARGV[1] .. '","content":"' .. ARGV[2] .. '"'
+local events = { '["created",{' .. who
+  .. ',"config":' .. ARGV[6] .. ',"opens_at":' .. json_ms(head.opens_at)
   .. ',"closes_at":' .. json_ms(head.closes_at) .. '}]' }
 if head.state == 'scheduled' then
   events[2] = '["scheduled",{' .. who .. ',"opens_at":' .. json_ms(head.opens_at) .. '}]'

@@ -1,0 +1,61 @@
+-- recover.lua: puts a campaign that was built anew beside the old one in its place, in one step.
+--
+-- Guarantee: the old state is replaced only where it is still what was compared (number, chain
+-- hash) and cannot sell: no head, or one that is marked as recovering. The `recovered` event takes
+-- the next number under the next epoch, so Redis refuses every earlier number (INV-5) and no
+-- process's mark of the old epoch is believed to be newer (INV-8). It sells nothing before
+-- `revoked` is loaded again (roster_rev, see sync_cards.lua). Calls' numbers stay (INV-4).
+--
+-- KEYS   the seven, then the new stream stock cards operations
+-- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash that
+--        the new state stands at · epoch · clock ms · '1' to keep the stream that is there ·
+--        state · opens_at · closes_at (ms or '') · card_limit · order_max · price_fen · unions ·
+--        config · nonce · cards, stock fields, operations and stream entries written beside ·
+--        actor · reason (JSON strings)
+-- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
+--        {BROKEN} (what stands beside is not whole)
+-- Idempotency  by the old head's number. Cost about 50 µs, however large: keys are renamed, and
+--        the old ones freed in the background.
+
+local NEW_STREAM, NEW_STOCK, NEW_CARDS, NEW_OPERATIONS = KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+
+-- Not read_head: a damaged head must be replaceable too.
+local old = redis.call('HMGET', HEAD, 'seq', 'chain', 'recovering')
+if (old[1] or '') ~= ARGV[1] or (old[2] or '') ~= ARGV[2] or (old[1] and not old[3]) then
+  return { STALE }
+end
+local base, keep = ARGV[3], ARGV[7] == '1'
+local last = redis.call('XREVRANGE', keep and STREAM or NEW_STREAM, '+', '-', 'COUNT', 1)[1]
+if (keep and not last) or (last and last[1] ~= base .. '-0')
+  or redis.call('HLEN', NEW_CARDS) ~= tonumber(ARGV[17])
+  or redis.call('HLEN', NEW_STOCK) ~= tonumber(ARGV[18])
+  or redis.call('HLEN', NEW_OPERATIONS) ~= tonumber(ARGV[19])
+  or redis.call('XLEN', NEW_STREAM) ~= tonumber(ARGV[20]) then
+  return { BROKEN }
+end
+local run_id, replid = identity()
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local head = { seq = tonumber(base), chain = ARGV[4], epoch = tonumber(ARGV[5]),
+  now = math.max(now, tonumber(ARGV[6])), state = ARGV[8],
+  opens_at = tonumber(ARGV[9]), closes_at = tonumber(ARGV[10]) }
+
+local function replace(key, by)
+  redis.call('UNLINK', key)
+  if redis.call('EXISTS', by) == 1 then
+    redis.call('RENAME', by, key)
+  end
+end
+if not keep then
+  replace(STREAM, NEW_STREAM)
+end
+replace(STOCK, NEW_STOCK)
+replace(CARDS, NEW_CARDS)
+replace(OPERATIONS, NEW_OPERATIONS)
+redis.call('UNLINK', REVOKED, HEAD)
+append(head, { '["recovered",{"actor":' .. ARGV[21] .. ',"reason":' .. ARGV[22]
+  .. ',"epoch":' .. ARGV[5] .. '}]' })
+redis.call('HSET', HEAD, 'config', ARGV[15], 'epoch', ARGV[5], 'card_limit', ARGV[11],
+  'order_max', ARGV[12], 'price_fen', ARGV[13], 'unions', ARGV[14],
+  'nonce', ARGV[16], 'run_id', run_id, 'replid', replid)
+return { OK, head.seq, head.state }

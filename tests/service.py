@@ -1,0 +1,381 @@
+"""A whole system, started once for all tests that look at it from outside, and ways to talk to it.
+
+``service`` is the real ``sale up`` with two API workers on servers of its own. Each test makes
+campaigns of its own in it, so tests do not meet. At the end the whole of it must pass the audit.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+import redis.asyncio
+import structlog
+
+from sale import embedded
+from sale.cli.main import sale as root_command
+from sale.cli.runtime import main_entry
+from sale.config import Settings
+from sale.domain import LOCAL_ZONE
+from sale.identity import SigningKey, issue_member_token, load_or_create_signing_key
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKERS = 2
+CARDS = 3_000
+READY_LIMIT_S = 60
+STOP_LIMIT_S = 30
+PAST = "2020-01-01T00:00:00+08:00"
+ORDERS = "/api/v1/orders"
+CAMPAIGNS = "/api/v1/campaigns"
+ADMIN = "/api/v1/admin/campaigns"
+
+
+class Ran(NamedTuple):
+    """How a command went: exit status, and what it wrote."""
+
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        """The one JSON value on stdout; fails where there is anything else."""
+        return json.loads(self.out)
+
+
+class Seen(NamedTuple):
+    """An HTTP answer."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """Code of a problem document; '' where it is none."""
+        if self.headers["Content-Type"] != "application/problem+json":
+            return ""
+        return str(self.json()["code"])
+
+
+class Card(NamedTuple):
+    """A card of the roster, with a token."""
+
+    no: str
+    union: str
+    token: str
+
+
+def command(*arguments: object, data_dir: Path | None = None) -> Ran:
+    """Run ``sale`` in this process, as the console script does."""
+    out, err = io.StringIO(), io.StringIO()
+    words = [str(argument) for argument in arguments]
+    if data_dir is not None:
+        words = ["--data-dir", str(data_dir), *words]
+    kept = structlog.get_config()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = main_entry(root_command, words)
+            except SystemExit as end:  # as at the console: sys.exit from a command
+                status = int(end.code or 0)
+    finally:
+        structlog.configure(**kept)
+    return Ran(status, out.getvalue(), err.getvalue())
+
+
+@dataclasses.dataclass
+class Service:
+    """The running system."""
+
+    url: str
+    data_dir: Path
+    log_file: Path
+    process: "subprocess.Popen[str]"
+    redis_url: str
+    database_url: str
+    key: SigningKey
+    admin_token: str = ""
+
+    def __post_init__(self) -> None:
+        self._ids = itertools.count(1)
+        self._names = itertools.count(1)
+        self._cards: Iterator[Card] = iter(())
+
+    def sale(self, *arguments: object) -> Ran:
+        """Run a command beside the system."""
+        return command(*arguments, data_dir=self.data_dir)
+
+    async def asale(self, *arguments: object) -> Ran:
+        """Like ``sale``, from a coroutine."""
+        return await asyncio.to_thread(self.sale, *arguments)
+
+    def told(self) -> dict[str, Any]:
+        """Give what the supervisor tells of itself: addresses, and process numbers by name."""
+        told: dict[str, Any] = json.loads(
+            (self.data_dir / "run" / "processes.json").read_text("utf-8")
+        )
+        return told
+
+    def new_id(self, prefix: str = "c") -> str:
+        """Give a campaign ID that no other test has."""
+        return f"{prefix}-{next(self._ids)}-{random.randrange(16**6):06x}"
+
+    def card(self) -> Card:
+        """Give an active card that no other test has had."""
+        return next(self._cards)
+
+    def cards(self, count: int) -> list[Card]:
+        """Give several of them."""
+        return [self.card() for _ in range(count)]
+
+    def take_roster(self) -> None:
+        """Import a sample, and deal its active cards from now on."""
+        file = self.data_dir / "roster.csv"
+        assert self.sale("cards", "sample", CARDS, "--out", file).status == 0
+        assert self.sale("cards", "import", file).status == 0
+        self._cards = iter(self.members())
+
+    def members(self, status: str = "active") -> list[Card]:
+        """Give all cards of a status, with tokens."""
+        file = self.data_dir / f"{status}.jsonl"
+        done = self.sale("tokens", "--cards", CARDS, "--status", status, "--out", file)
+        assert done.status == 0, done
+        rows = map(json.loads, file.read_text("utf-8").splitlines())
+        return [Card(row["card_no"], row["union"], row["token"]) for row in rows]
+
+    def token(self, card_no: str, union: str = "district", **times: int) -> str:
+        """Make a member's token, by default one that is good for an hour from now."""
+        times = {"now_s": int(time.time()), "ttl_s": 3_600, **times}
+        return issue_member_token(self.key, card_no, union, **times)
+
+    def operator(self, role: str, union: str | None = None) -> tuple[str, str]:
+        """Make an account; give its name and its token."""
+        name = f"{role}-{next(self._names)}"
+        for_union = () if union is None else ("--union", union)
+        added = self.sale("operator", "add", name, "--role", role, *for_union)
+        assert added.status == 0, added
+        return name, str(self.sale("operator", "token", name, "--json").json()["token"])
+
+    @contextlib.contextmanager
+    def stopped(self, part: str) -> Iterator[None]:
+        """Freeze one process of the system while the block runs."""
+        pid = self.told()["processes"][part]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    @contextlib.asynccontextmanager
+    async def redis(self) -> AsyncIterator["redis.asyncio.Redis"]:
+        """Give a client of the system's Redis."""
+        async with redis.asyncio.from_url(self.redis_url) as client:
+            yield client
+
+
+class Client:
+    """Talks HTTP to the system; ``spread`` opens a connection a request, over all workers."""
+
+    def __init__(self, service: Service, *, spread: bool = False) -> None:
+        self.service = service
+        connector = aiohttp.TCPConnector(limit=0, force_close=spread)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=aiohttp.ClientTimeout(total=20)
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def ask(
+        self, method: str, path: str, token: str | None = None, **options: Any
+    ) -> Seen:
+        """Send one request as it is given."""
+        headers = dict(options.pop("headers", {}))
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        url = self.service.url + path
+        async with self._session.request(method, url, headers=headers, **options) as answer:
+            return Seen(answer.status, answer.headers, await answer.read())
+
+    async def get(self, path: str, token: str | None = None, **options: Any) -> Seen:
+        return await self.ask("GET", path, token, **options)
+
+    async def buy(
+        self,
+        campaign: str,
+        token: str | None,
+        quantity: Any = 1,
+        *,
+        key: str | None = None,
+        **fields: Any,
+    ) -> Seen:
+        """Buy, under a new key where none is given."""
+        return await self.ask(
+            "POST",
+            f"{CAMPAIGNS}/{campaign}/orders",
+            token,
+            json={"quantity": quantity, **fields},
+            headers={"Idempotency-Key": key or new_key()},
+        )
+
+    async def step(
+        self, campaign: str, action: str, reason: str | None = "a test", **fields: Any
+    ) -> Seen:
+        """Take an operator's step as the administrator."""
+        told = {} if reason is None else {"reason": reason}
+        return await self.ask(
+            "POST", f"{ADMIN}/{campaign}/{action}", self.service.admin_token, json=told | fields
+        )
+
+    async def campaign(self, tickets: int = 100, **changes: Any) -> str:
+        """Make a campaign that sells, unless ``changes`` say otherwise; give its ID."""
+        table = campaign_table(self.service.new_id(), tickets, **changes)
+        made = await self.ask("POST", ADMIN, self.service.admin_token, json=table)
+        assert made.status == 201, made
+        return str(table["id"])
+
+    async def remaining(self, campaign: str) -> list[int]:
+        """Give what is left of each showing at this moment."""
+        live = await self.get(f"{ADMIN}/{campaign}/live", self.service.admin_token)
+        assert live.status == 200, live
+        return [showing["remaining"] for showing in live.json()["showings"]]
+
+
+def campaign_table(identifier: str, tickets: int = 100, **changes: Any) -> dict[str, Any]:
+    """Give a campaign's fields: open, three tickets a card; None in ``changes`` leaves one out."""
+    table = {
+        "id": identifier,
+        "title": "五元看大片",
+        "category": "culture",
+        "price_fen": 500,
+        "payment": "counter",
+        "card_limit": 3,
+        "opens_at": PAST,
+        "unions": ["*"],
+        "owner": "district",
+        "showings": [{"id": "general", "title": "通用券", "tickets": tickets}],
+    }
+    return {field: value for field, value in (table | changes).items() if value is not None}
+
+
+def showings(*tickets: int) -> list[dict[str, Any]]:
+    """Give showings a, b, c … with these tickets."""
+    return [
+        {"id": "abcdefgh"[number], "title": f"第{number + 1}场", "tickets": count}
+        for number, count in enumerate(tickets)
+    ]
+
+
+def new_key() -> str:
+    """Give an idempotency key that nobody has used."""
+    return f"k{random.randrange(16**24):024x}"
+
+
+def in_s(seconds: float) -> str:
+    """Give the moment so many seconds from now, RFC 3339."""
+    return (datetime.now(LOCAL_ZONE) + timedelta(seconds=seconds)).isoformat()
+
+
+async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10) -> None:
+    """Wait for a condition, bounded."""
+    deadline = time.monotonic() + within_s
+    while not await condition():
+        assert time.monotonic() < deadline, "did not come true in time"
+        await asyncio.sleep(0.02)
+
+
+def free_port() -> int:
+    """Give a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running_service(data_dir: Path, **environment: str) -> Iterator[Service]:
+    """Run ``sale up`` on a data directory until the block ends; it must end cleanly."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    log_file = data_dir.with_name("up.log")
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sale", "up", "--data-dir", str(data_dir)]
+            + ["--listen", "127.0.0.1:0", "--metrics-listen", f"127.0.0.1:{free_port()}"]
+            + ["--workers", str(WORKERS)],
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    with process:
+        assert process.stdout is not None
+        try:
+            ready = process.stdout.readline()
+            assert ready.startswith("ready http://"), log_file.read_text("utf-8")[-3_000:]
+            endpoints = embedded.find(data_dir)
+            assert endpoints is not None
+            assert endpoints.redis_url is not None
+            assert endpoints.database_url is not None
+            yield Service(
+                url=ready.split()[1],
+                data_dir=data_dir,
+                log_file=log_file,
+                process=process,
+                redis_url=endpoints.redis_url,
+                database_url=endpoints.database_url,
+                key=load_or_create_signing_key(Settings(data_dir=data_dir)),
+            )
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                status = process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert status == 0, log_file.read_text("utf-8")[-3_000:]
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The system, with a roster and an administrator; its books are audited at the end."""
+    with running_service(tmp_path_factory.mktemp("service") / "data") as service:
+        service.admin_token = service.operator("admin")[1]
+        service.take_roster()
+        yield service
+        audit = service.sale("audit", "--json")
+        assert audit.status == 0, audit
+        assert audit.json()["clean"]
+
+
+@pytest.fixture
+async def client(service: Service) -> AsyncIterator[Client]:
+    client = Client(service)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def crowd(service: Service) -> AsyncIterator[Client]:
+    """A client whose requests go to all workers."""
+    client = Client(service, spread=True)
+    yield client
+    await client.close()

@@ -1,0 +1,219 @@
+"""Makers for tests of the stock: a campaign in a real Redis, operations, calls, and its books."""
+
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from redis.asyncio import Redis
+
+from sale.domain import Campaign, Showing, from_ms
+from sale.events import GENESIS, Books, Entry, check_chain, parse_entry
+from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
+from sale.stock.records import parse_records
+from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Scripts
+
+CAMPAIGN = "five-yuan-films"
+NONCE = "0123456789abcdef"
+PROCESS = "p1"
+
+
+def card(n: int) -> str:
+    return f"1101010{n:08d}"
+
+
+def key(n: int) -> str:
+    """A hash of an idempotency key: 16 hex digits."""
+    return f"{n:016x}"
+
+
+def operation(
+    op: str | None = None, content: str = "same", *, actor: str = "cli:me", reason: str = "wanted"
+) -> Operation:
+    return Operation(op or secrets.token_hex(12), content, actor, reason)
+
+
+def campaign(
+    *tickets: int,
+    campaign_id: str = CAMPAIGN,
+    card_limit: int = 3,
+    order_max: int | None = None,
+    unions: Sequence[str] = ("*",),
+    opens_at_ms: int | None = None,
+    closes_at_ms: int | None = None,
+) -> Campaign:
+    return Campaign(
+        id=campaign_id,
+        title="五元看大片",
+        category="culture",
+        price_fen=500,
+        payment="counter",
+        card_limit=card_limit,
+        order_max=order_max or card_limit,
+        unions=tuple(unions),
+        owner="district",
+        showings=tuple(
+            Showing(id=f"s{n}", title=f"第{n}场", tickets=count) for n, count in enumerate(tickets)
+        ),
+        opens_at=None if opens_at_ms is None else from_ms(opens_at_ms),
+        closes_at=None if closes_at_ms is None else from_ms(closes_at_ms),
+    )
+
+
+class Bid(NamedTuple):
+    """What one purchase asks of the script."""
+
+    card_no: str
+    key_hash: str
+    quantity: int = 1
+    showing: int = 0
+    union: str = "district"
+
+
+class Told(NamedTuple):
+    """What the script said of one purchase: the code and its three numbers."""
+
+    decision: Decision
+    a: int
+    b: int
+    c: int
+
+
+class Stock:
+    """A campaign in a real Redis, reached through the scripts alone."""
+
+    def __init__(self, redis: Redis, campaign_id: str = CAMPAIGN, nonce: str = NONCE) -> None:
+        self.redis = redis
+        self.id = campaign_id
+        self.keys: CampaignKeys = campaign_keys(campaign_id)
+        self.scripts = Scripts(redis, nonce)
+        self.calls = 0
+        self.mark = (0, 0)
+
+    async def create(
+        self, made: Campaign, *, schedule: bool = False, by: Operation | None = None
+    ) -> OperationReply:
+        unions = "*" if "*" in made.unions else f",{','.join(made.unions)},"
+        await self.redis.sadd(CAMPAIGNS, made.id)
+        return await self.scripts.create(
+            made.id,
+            by or operation(),
+            msgspec.json.encode(made),
+            [
+                "" if made.opens_at_ms is None else made.opens_at_ms,
+                "" if made.closes_at_ms is None else made.closes_at_ms,
+                made.card_limit,
+                made.order_max,
+                made.price_fen,
+                unions,
+                "1" if schedule else "0",
+                *(showing.tickets for showing in made.showings),
+            ],
+        )
+
+    async def load_roster(self, *revoked: str, rev: int = 0) -> None:
+        reply = await self.scripts.sync_cards(self.id, -1, rev, [(card, False) for card in revoked])
+        assert reply.reply is CallReply.OK
+
+    async def step(
+        self, action: str, by: Operation | None = None, opens_at_ms: int | None = None
+    ) -> OperationReply:
+        return await self.scripts.transition(self.id, action, by or operation(), opens_at_ms)
+
+    async def call(
+        self, *bids: Bid, process: str = PROCESS, call: int | None = None, mark: Any = None
+    ) -> list[int]:
+        """Run purchase.lua once; the raw reply. Call numbers go up by themselves."""
+        if call is None:
+            self.calls += 1
+            call = self.calls
+        arguments: list[str | int] = []
+        for bid in bids:
+            arguments += (bid.card_no, bid.union, bid.showing, bid.quantity, bid.key_hash)
+        return await self.scripts.purchase(
+            self.keys, process, call, mark or self.mark, arguments
+        )
+
+    async def buy(self, *bids: Bid, **how: Any) -> list[Told]:
+        """Run purchase.lua once, which must be believed; what it said of each."""
+        reply = await self.call(*bids, **how)
+        assert reply[0] == CallReply.OK, CallReply(reply[0]).name
+        return told(reply)
+
+    async def buy_one(self, *args: Any, **kwargs: Any) -> Told:
+        return (await self.buy(Bid(*args, **kwargs)))[0]
+
+    async def head(self, *fields: str) -> list[Any]:
+        return [value.decode() for value in await self.redis.hmget(self.keys.head, list(fields))]
+
+    async def set_clock(self, ms: int) -> None:
+        """Let the campaign's clock stand at a moment that this machine's has not reached."""
+        await self.redis.hset(self.keys.head, "clock", str(ms))
+
+    async def left(self) -> list[int]:
+        stock = await self.redis.hgetall(self.keys.stock)
+        return [int(stock[b"r%d" % n]) for n in range(len(stock) // 2)]
+
+    async def entries(self) -> list[Entry]:
+        return [parse_entry(*row) for row in await self.redis.xrange(self.keys.stream)]
+
+    async def everything(self) -> dict[str, Any]:
+        """All that Redis holds of the campaign, to see that nothing has changed."""
+        return {name: await self.redis.dump(name) for name in self.keys}
+
+    async def check_books(self) -> Books:
+        """The chain is whole, and its fold is what Redis holds, exactly (INV-5)."""
+        entries = await self.entries()
+        seq, chain = check_chain(entries, 0, GENESIS)
+        books = Books()
+        for entry in entries:
+            for event in entry.events():
+                books.apply(event)
+        head = await self.head("seq", "chain", "epoch", "state", "opens_at", "closes_at")
+        assert head[:2] == [str(seq), chain]
+        assert head[2:4] == [str(books.epoch), books.state]
+        assert head[4:] == [_text(books.opens_at_ms), _text(books.closes_at_ms)]
+        stock = {f"t{n}".encode(): count for n, count in books.tickets.items()}
+        stock |= {f"r{n}".encode(): count for n, count in books.remaining.items()}
+        held = {name: int(count) for name, count in (await self.redis.hgetall(self.keys.stock)).items()}
+        assert held == stock
+        cards = await self.redis.hgetall(self.keys.cards)
+        assert {name.decode(): parse_records(value) for name, value in cards.items()} == books.cards
+        done = await self.redis.hgetall(self.keys.operations)
+        assert {op.decode(): what.decode() for op, what in done.items()} == books.operations
+        return books
+
+
+def told(reply: list[int]) -> list[Told]:
+    return [
+        Told(Decision(reply[at]), reply[at + 1], reply[at + 2], reply[at + 3])
+        for at in range(5, len(reply), 4)
+    ]
+
+
+async def open_stock(redis: Redis, *tickets: int, **how: Any) -> Stock:
+    """A campaign that sells: created, opened by hand, its revoked cards loaded."""
+    made = campaign(*tickets, **how)
+    stock = Stock(redis, made.id)
+    assert (await stock.create(made)).reply is CallReply.OK
+    await stock.load_roster()
+    assert (await stock.step("open")).reply is CallReply.OK
+    return stock
+
+
+async def now_ms(redis: Redis) -> int:
+    seconds, micros = await redis.time()
+    return int(seconds * 1000 + micros // 1000)
+
+
+async def memory_kept_tiny(redis: Redis) -> AsyncIterator[None]:
+    """For as long as it is open, Redis has no memory left for a write."""
+    await redis.config_set("maxmemory", 1)
+    try:
+        yield
+    finally:
+        await redis.config_set("maxmemory", 0)
+
+
+def _text(moment_ms: int | None) -> str:
+    return "" if moment_ms is None else str(moment_ms)

@@ -1,0 +1,731 @@
+"""The batcher on a real Redis: gathering, lost connections, refusing by peek, and giving up."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio as redis_asyncio
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from stock_maker import (
+    NONCE,
+    Bid,
+    Stock,
+    campaign,
+    card,
+    key,
+    memory_kept_tiny,
+    now_ms,
+    open_stock,
+    operation,
+)
+
+from sale import embedded
+from sale.domain import Campaign
+from sale.metrics import PurchaseMetrics
+from sale.stock import batcher as batcher_module
+from sale.stock.batcher import Answer, Batcher, Batchers, Purchase
+from sale.stock.connection import open_redis
+from sale.stock.scripts import CallReply, Decision, Peek, Scripts
+from sale.stock.suspects import Suspects
+
+HOUR_MS = 3_600_000
+ANSWER_WITHIN_S = 15.0
+UNIX_PREFIX = "unix://"
+no_memory = asynccontextmanager(memory_kept_tiny)
+
+
+class Line:
+    """A wire to Redis that can be cut: what happens to the next scripts on it is listed."""
+
+    def __init__(self, upstream: str) -> None:
+        self._upstream = upstream
+        self.faults: list[str] = []
+        self.held: list[bytes] = []
+        self.seen = 0
+        self._open: set[asyncio.Task[Any]] = set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
+        up_reader, up_writer = await asyncio.open_unix_connection(self._upstream)
+        try:
+            while request := await reader.read(1 << 20):
+                fault = ""
+                if b"EVAL" in request:
+                    self.seen += 1
+                    fault = self.faults.pop(0) if self.faults else ""
+                if fault == "cut before":
+                    return
+                if fault == "hold":
+                    self.held.append(request)
+                    return
+                if fault == "hang":
+                    await reader.read(1 << 20)
+                    return
+                up_writer.write(request)
+                reply = await up_reader.read(1 << 20)
+                if fault == "lose reply":
+                    return
+                writer.write(reply)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._open.discard(task)
+            up_writer.close()
+            writer.close()
+
+    async def release(self) -> list[bytes]:
+        """Let Redis have what was held back; its replies."""
+        replies = []
+        for request in self.held:
+            reader, writer = await asyncio.open_unix_connection(self._upstream)
+            writer.write(request)
+            replies.append(await reader.read(1 << 20))
+            writer.close()
+        return replies
+
+    async def close(self) -> None:
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+
+
+@pytest.fixture
+async def line(redis_url: str, short_path: Path) -> AsyncIterator[Line]:
+    """The line that ``far`` reaches Redis by."""
+    assert redis_url.startswith(UNIX_PREFIX)
+    line = Line(redis_url.removeprefix(UNIX_PREFIX).split("?")[0])
+    server = await asyncio.start_unix_server(line.serve, short_path / "line")
+    yield line
+    server.close()
+    await line.close()
+
+
+@pytest.fixture
+async def far(line: Line, redis: Redis, short_path: Path) -> AsyncIterator[Redis]:
+    client = open_redis(f"{UNIX_PREFIX}{short_path / 'line'}")
+    yield client
+    await client.aclose()
+
+
+def impatient(url: str) -> Redis:
+    """A client like the engine's, that gives Redis only a tenth of a second."""
+    return redis_asyncio.from_url(
+        url, socket_timeout=0.1, protocol=2, retry=Retry(NoBackoff(), 0)
+    )
+
+
+class Shop:
+    """One process' batcher of one campaign."""
+
+    def __init__(self, batchers: Batchers, made: Campaign, metrics: PurchaseMetrics) -> None:
+        self.batchers = batchers
+        self.metrics = metrics
+        self.batcher: Batcher = batchers.of(made)
+
+    def submit(self, bid: Bid) -> Purchase | None:
+        purchase = Purchase(
+            bid.card_no, bid.union, bid.showing, bid.quantity, bid.key_hash,
+            asyncio.get_running_loop(),
+        )  # fmt: skip
+        return purchase if self.batcher.submit(purchase) else None
+
+    async def ask(self, *bids: Bid) -> list[Answer]:
+        purchases = [self.submit(bid) for bid in bids]
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            return [await purchase.answer for purchase in purchases if purchase]
+
+    async def one(self, *args: Any, **kwargs: Any) -> Answer:
+        return (await self.ask(Bid(*args, **kwargs)))[0]
+
+    async def until_it_peeks(self) -> None:
+        """Ask until the filter of buyers is loaded and refusals cost a peek only."""
+        for n in range(100):
+            await self.one(card(90_000_000 + n), key(1))
+            suspects = self.batcher._suspects
+            if suspects is not None and suspects.seq >= self.batcher.mark[1]:
+                return
+            await asyncio.sleep(0.01)
+        pytest.fail("the filter of buyers was never loaded")
+
+
+OpenShop = Callable[..., Shop]
+
+
+@pytest.fixture
+async def open_shop() -> AsyncIterator[OpenShop]:
+    opened: list[Batchers] = []
+
+    def make(
+        client: Redis, made: Campaign, process: str = "shop-1", *, scripts: Any = None, **bounds: Any
+    ) -> Shop:
+        metrics = PurchaseMetrics()
+        batchers = Batchers(
+            scripts or Scripts(client, NONCE),
+            process,
+            metrics,
+            **{"batch_max": 256, "queue_max": 4_096, "deadline_s": 5.0, **bounds},
+        )
+        opened.append(batchers)
+        return Shop(batchers, made, metrics)
+
+    yield make
+    for batchers in opened:
+        await batchers.close()
+
+
+def decisions(answers: list[Answer]) -> list[Decision | None]:
+    return [answer.decision for answer in answers]
+
+
+async def calls_of(stock: Stock, process: str = "shop-1") -> int:
+    return int(await stock.redis.hget(stock.keys.calls, process) or 0)
+
+
+# Gathering --------------------------------------------------------------------------------------
+
+
+async def test_purchases_that_wait_together_go_in_one_call(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 1_000)
+    shop = open_shop(redis, campaign(1_000))
+    answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(600)))
+    assert set(decisions(answers)) == {Decision.SOLD}
+    sizes = [entry.last - entry.first + 1 for entry in await stock.entries()][2:]
+    assert sizes == [256, 256, 88]
+    assert sum(shop.metrics.batch_size.counts) == 3
+    assert len({answer.value for answer in answers}) == 600
+    assert {answer.price_fen for answer in answers} == {500}
+    await stock.check_books()
+
+
+async def test_queue_is_bounded_and_says_so(redis: Redis, open_shop: OpenShop) -> None:
+    stock = await open_stock(redis, 100)
+    shop = open_shop(redis, campaign(100), queue_max=5)
+    taken = [shop.submit(Bid(card(n), key(1))) for n in range(8)]
+    assert [purchase is not None for purchase in taken] == [True] * 5 + [False] * 3
+    for purchase in taken[:5]:
+        assert purchase is not None
+        assert (await purchase.answer).decision is Decision.SOLD
+    assert await stock.left() == [95]
+    assert shop.metrics.outcomes[stock.id, "overloaded"] == 3
+    assert (await shop.one(card(7), key(1))).decision is Decision.SOLD
+
+
+async def test_client_that_hung_up_has_its_order_all_the_same(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    """HOLES.md row 23."""
+    stock = await open_stock(redis, 10)
+    shop = open_shop(redis, campaign(10))
+    purchase, other = shop.submit(Bid(card(1), key(1))), shop.submit(Bid(card(2), key(1)))
+    assert purchase is not None
+    assert other is not None
+    purchase.answer.cancel()
+    assert (await other.answer).decision is Decision.SOLD
+    again = await shop.one(card(1), key(1))
+    assert again.decision is Decision.REPLAYED
+    assert again.sold_at_ms == (await stock.entries())[-1].at_ms
+    assert await stock.left() == [8]
+
+
+# Lost connections: INV-3, INV-4 -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["cut before", "lose reply"])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_connection_lost_in_mid_call_neither_loses_nor_doubles(
+    redis: Redis, far: Redis, line: Line, open_shop: OpenShop, fault: str, times: int
+) -> None:
+    """HOLES.md row 4: the ticket was taken, the retry said "purchased", and there was no order."""
+    stock = await open_stock(redis, 6)
+    shop = open_shop(far, campaign(6))
+    await shop.one(card(0), key(1))
+    line.faults = [fault] * times
+    answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(1, 8)))
+    expected = Decision.SOLD if fault == "cut before" else Decision.REPLAYED
+    assert decisions(answers) == [expected] * 5 + [Decision.SOLD_OUT] * 2
+    assert [answer.value for answer in answers[:5]] == [4, 5, 6, 7, 8]
+    assert line.faults == []
+    assert await stock.left() == [0]
+    books = await stock.check_books()
+    assert len(books.cards) == 6
+
+
+async def test_delayed_call_sells_nothing_after_its_retry_was_refused(
+    redis: Redis, far: Redis, line: Line, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 1)
+    shop = open_shop(far, campaign(1))
+    await shop.one(card(0), key(1))
+    line.faults = ["hold"]
+    assert (await shop.one(card(1), key(1))).decision is Decision.SOLD_OUT
+    await stock.scripts.add_stock(stock.id, operation(), 0, 5)
+    assert await line.release() == [b"*1\r\n:%d\r\n" % CallReply.LATE]
+    assert await stock.left() == [5]
+    assert card(1) not in (await stock.check_books()).cards
+
+
+async def test_delayed_call_sells_nothing_after_its_retry_was_sold(
+    redis: Redis, far: Redis, line: Line, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 9)
+    shop = open_shop(far, campaign(9))
+    await shop.one(card(0), key(1))
+    line.faults = ["hold", "hold"]
+    assert (await shop.one(card(1), key(1))).decision is Decision.SOLD
+    assert await line.release() == [b"*1\r\n:%d\r\n" % CallReply.LATE] * 2
+    assert await stock.left() == [7]
+    await stock.check_books()
+
+
+async def test_random_cuts_leave_one_order_a_key(
+    redis: Redis, far: Redis, line: Line, open_shop: OpenShop, rng: random.Random
+) -> None:
+    stock = await open_stock(redis, 150, card_limit=2)
+    shop = open_shop(far, campaign(150, card_limit=2), batch_max=16)
+    await shop.one(card(0), key(1))
+    bids = [Bid(card(rng.randint(1, 60)), key(rng.randint(1, 3))) for _ in range(300)]
+    told: dict[tuple[str, str], int] = {}
+    for at in range(0, 300, 50):
+        line.faults += rng.choices(["", "cut before", "lose reply", "hold"], k=5)
+        for bid, answer in zip(bids[at : at + 50], await shop.ask(*bids[at : at + 50]), strict=True):
+            assert answer.decision in {
+                Decision.SOLD, Decision.REPLAYED, Decision.LIMIT_EXCEEDED,
+            }  # fmt: skip
+            if answer.decision is not Decision.LIMIT_EXCEEDED:
+                assert told.setdefault((bid.card_no, bid.key_hash), answer.value) == answer.value
+    line.faults = []
+    await line.release()
+    books = await stock.check_books()
+    del books.cards[card(0)]
+    held = {(c, r.key_hash): r.seq for c, records in books.cards.items() for r in records}
+    assert held == told
+
+
+async def test_killed_clients_lose_and_double_nothing(
+    redis: Redis, open_shop: OpenShop, redis_url: str, rng: random.Random
+) -> None:
+    stock = await open_stock(redis, 1_000)
+    client = open_redis(redis_url)
+    shop = open_shop(client, campaign(1_000), batch_max=8)
+    asking = asyncio.create_task(shop.ask(*(Bid(card(n), key(1)) for n in range(800))))
+    while not asking.done():
+        await redis.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.sleep(rng.uniform(0.005, 0.02))
+    answers = await asking
+    assert set(decisions(answers)) <= {Decision.SOLD, Decision.REPLAYED}
+    assert len({answer.value for answer in answers}) == 800
+    assert await stock.left() == [200]
+    await stock.check_books()
+    await client.aclose()
+
+
+# Giving up: INV-8 -------------------------------------------------------------------------------
+
+
+async def test_unresolved_purchase_is_unknown_at_its_deadline_and_never_sold_out(
+    redis: Redis, line: Line, short_path: Path, open_shop: OpenShop
+) -> None:
+    """HOLES.md rows 2 and 7: an error was told as "sold out", a timeout gave the stock back."""
+    stock = await open_stock(redis, 10)
+    url = f"{UNIX_PREFIX}{short_path / 'line'}"
+    async with impatient(url) as client:
+        shop = open_shop(client, campaign(10), deadline_s=0.3)
+        await shop.one(card(0), key(1))
+        line.faults = ["lose reply", *["hang"] * 100]
+        began = asyncio.get_running_loop().time()
+        answer = await shop.one(card(1), key(1))
+        assert answer.decision is None
+        assert asyncio.get_running_loop().time() - began < 1.5
+        assert shop.metrics.outcomes[stock.id, "unavailable"] == 1
+        line.faults = []
+        again = await shop.one(card(1), key(1))
+        assert again.decision is Decision.REPLAYED
+        assert await stock.left() == [8]
+
+
+async def test_out_of_memory_is_unknown_and_changes_nothing(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 10)
+    shop = open_shop(redis, campaign(10))
+    async with no_memory(redis):
+        answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(3)))
+    assert decisions(answers) == [None] * 3
+    assert await stock.left() == [10]
+    assert (await shop.one(card(1), key(1))).decision is Decision.SOLD
+
+
+async def test_head_that_went_back_sells_nothing(redis: Redis, open_shop: OpenShop) -> None:
+    stock = await open_stock(redis, 10)
+    shop = open_shop(redis, campaign(10))
+    await shop.one(card(1), key(1))
+    old = await stock.everything()
+    await shop.one(card(2), key(1))
+    for name, value in old.items():
+        await redis.delete(name)
+        if value is not None:
+            await redis.restore(name, 0, value)
+    answer = await shop.one(card(3), key(1))
+    assert answer.decision is None
+    assert (await stock.check_books()).cards.keys() == {card(1)}
+
+
+async def test_peeking_batcher_does_not_believe_a_head_that_went_back(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 1)
+    shop = open_shop(redis, campaign(1))
+    old = await stock.everything()
+    await shop.one(card(1), key(1))
+    await shop.until_it_peeks()
+    for name, value in old.items():
+        await redis.delete(name)
+        if value is not None:
+            await redis.restore(name, 0, value)
+    assert (await shop.one(card(3), key(1))).decision is None
+    await redis.delete(stock.keys.head)
+    assert (await shop.one(card(3), key(1))).decision is None
+
+
+async def test_unverified_redis_is_waited_for_and_then_sells(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 10)
+    shop = open_shop(redis, campaign(10))
+    await redis.hset(stock.keys.head, "run_id", "f" * 40)
+    asking = asyncio.create_task(shop.one(card(1), key(1)))
+    await asyncio.sleep(0.1)
+    assert not asking.done()
+    seq, chain = await stock.head("seq", "chain")
+    await stock.scripts.verify(stock.id, int(seq), chain)
+    assert (await asking).decision is Decision.SOLD
+
+
+async def test_restarted_redis_is_unknown_within_patience_and_sells_after_verification(
+    open_shop: OpenShop, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "UNTRUSTED_PATIENCE_S", 0.3)
+    async with embedded.running(short_path / "d", redis=True, postgres=False) as servers:
+        url = servers.endpoints.redis_url
+        assert url is not None
+        client = open_redis(url)
+        stock = await open_stock(client, 10)
+        shop = open_shop(client, campaign(10))
+        sold = await shop.one(card(1), key(1))
+    async with embedded.running(short_path / "d", redis=True, postgres=False):
+        began = asyncio.get_running_loop().time()
+        assert (await shop.one(card(1), key(1))).decision is None
+        assert asyncio.get_running_loop().time() - began < 2.0
+        seq, chain = await stock.head("seq", "chain")
+        await stock.scripts.verify(stock.id, int(seq), chain)
+        again = await shop.one(card(1), key(1))
+        assert (again.decision, again.value) == (Decision.REPLAYED, sold.value)
+        assert (await shop.one(card(2), key(1))).decision is Decision.SOLD
+        await stock.check_books()
+        await shop.batchers.close()
+        await client.aclose()
+
+
+class FaultyScripts(Scripts):
+    """Scripts with a fault of ours in them."""
+
+    faults = 1
+
+    async def purchase(self, *args: Any, **kwargs: Any) -> list[int]:
+        if self.faults:
+            self.faults -= 1
+            raise ZeroDivisionError
+        return await super().purchase(*args, **kwargs)
+
+
+async def test_fault_of_ours_leaves_nobody_waiting(redis: Redis, open_shop: OpenShop) -> None:
+    stock = await open_stock(redis, 10)
+    shop = open_shop(
+        redis, campaign(10), scripts=FaultyScripts(redis, NONCE), batch_max=2
+    )
+    answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(5)))
+    assert decisions(answers) == [None] * 5
+    assert (await shop.one(card(1), key(1))).decision is Decision.SOLD
+    await stock.check_books()
+
+
+async def test_close_answers_everybody_even_where_redis_does_not(
+    redis: Redis, far: Redis, line: Line, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 10)
+    shop = open_shop(far, campaign(10), deadline_s=0.2, batch_max=2)
+    await shop.one(card(0), key(1))
+    line.faults = ["hang"]
+    waiting = [shop.submit(Bid(card(n), key(1))) for n in range(1, 6)]
+    await asyncio.sleep(0.05)
+    await shop.batchers.close()
+    for purchase in waiting:
+        assert purchase is not None
+        async with asyncio.timeout(1.0):
+            assert (await purchase.answer).decision is None
+
+
+async def test_close_finishes_what_waits(redis: Redis, open_shop: OpenShop) -> None:
+    stock = await open_stock(redis, 100)
+    shop = open_shop(redis, campaign(100), batch_max=4)
+    waiting = [shop.submit(Bid(card(n), key(1))) for n in range(50)]
+    await shop.batchers.close()
+    assert [p.answer.result().decision for p in waiting if p] == [Decision.SOLD] * 50
+    assert await stock.left() == [50]
+
+
+async def test_batcher_is_forgotten_only_while_nobody_waits(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 10)
+    made = campaign(10)
+    shop = open_shop(redis, made)
+    purchase = shop.submit(Bid(card(1), key(1)))
+    assert purchase is not None
+    shop.batchers.forget(made.id)
+    assert shop.batchers.of(made) is shop.batcher
+    await purchase.answer
+    shop.batchers.forget(made.id)
+    assert shop.batchers.of(made) is not shop.batcher
+
+
+# Refusing by peek -------------------------------------------------------------------------------
+
+
+async def test_sold_out_is_told_by_a_peek_without_a_purchase(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 3)
+    shop = open_shop(redis, campaign(3))
+    await shop.ask(*(Bid(card(n), key(1)) for n in range(4)))
+    await shop.until_it_peeks()
+    calls = await calls_of(stock)
+    answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(100, 700)))
+    assert {(a.decision, a.value) for a in answers} == {(Decision.SOLD_OUT, 0)}
+    assert await calls_of(stock) == calls
+    assert shop.metrics.outcomes[stock.id, "sold-out"] >= 600
+
+
+async def test_buyer_is_answered_as_ever_while_others_are_refused(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 3, card_limit=2)
+    shop = open_shop(redis, campaign(3, card_limit=2))
+    sold = await shop.ask(Bid(card(1), key(1), 2), Bid(card(2), key(1)))
+    await shop.ask(Bid(card(3), key(1)))
+    await shop.until_it_peeks()
+    answers = await shop.ask(
+        Bid(card(4), key(1)), Bid(card(1), key(1), 2), Bid(card(1), key(1), 1),
+        Bid(card(1), key(2)), Bid(card(2), key(2)), Bid(card(2), key(1)), Bid(card(5), key(1)),
+    )  # fmt: skip
+    assert decisions(answers) == [
+        Decision.SOLD_OUT, Decision.REPLAYED, Decision.KEY_MISMATCH,
+        Decision.LIMIT_EXCEEDED, Decision.SOLD_OUT, Decision.REPLAYED, Decision.SOLD_OUT,
+    ]  # fmt: skip
+    assert [answers[1].value, answers[5].value] == [answer.value for answer in sold]
+    await stock.check_books()
+
+
+async def test_buyers_of_other_processes_are_known(redis: Redis, open_shop: OpenShop) -> None:
+    stock = await open_stock(redis, 1)
+    here, there = open_shop(redis, campaign(1)), open_shop(redis, campaign(1), "shop-2")
+    await here.one(card(1), key(1))
+    await here.one(card(2), key(1))
+    await here.until_it_peeks()
+    await stock.scripts.add_stock(stock.id, operation(), 0, 2)
+    sold = await there.ask(Bid(card(3), key(1)), Bid(card(4), key(1)))
+    answers = await here.ask(
+        Bid(card(3), key(1)), Bid(card(4), key(1)), Bid(card(1), key(1)), Bid(card(5), key(1))
+    )
+    assert decisions(answers) == [Decision.REPLAYED] * 3 + [Decision.SOLD_OUT]
+    assert [a.value for a in answers[:2]] == [a.value for a in sold]
+
+
+async def test_returned_tickets_are_sold_at_once(redis: Redis, open_shop: OpenShop) -> None:
+    stock = await open_stock(redis, 1, 0)
+    shop = open_shop(redis, campaign(1, 0))
+    await shop.one(card(1), key(1))
+    await shop.until_it_peeks()
+    await stock.scripts.add_stock(stock.id, operation(), 0, 2)
+    answers = await shop.ask(
+        Bid(card(2), key(1), 3), Bid(card(3), key(1)), Bid(card(4), key(1), 1, 1),
+        Bid(card(5), key(1)), Bid(card(6), key(1)),
+    )  # fmt: skip
+    assert decisions(answers) == [
+        Decision.SOLD_OUT, Decision.SOLD, Decision.SOLD_OUT, Decision.SOLD, Decision.SOLD_OUT,
+    ]  # fmt: skip
+    assert answers[0].value == 2
+    await stock.check_books()
+
+
+async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    how: dict[str, Any] = {"unions": ("dhm",)}
+    stock = await open_stock(redis, 1, **how)
+    await stock.scripts.sync_cards(stock.id, 0, 1, [(card(2), False)])
+    shop = open_shop(redis, campaign(1, **how))
+    await shop.one(card(1), key(1), union="dhm")
+    for n in range(100):  # the filter loads meanwhile
+        await shop.one(card(50 + n), key(1), union="dhm")
+        await asyncio.sleep(0)
+    answers = await shop.ask(
+        Bid(card(2), key(1), union="dhm"), Bid(card(3), key(1), union="x"),
+        Bid(card(4), key(1), union="dhm"),
+    )  # fmt: skip
+    expected = [Decision.CARD_REVOKED, Decision.NOT_ELIGIBLE, Decision.SOLD_OUT]
+    assert decisions(answers) == expected
+    # Revoked after the filter was loaded.
+    await stock.scripts.sync_cards(stock.id, 1, 2, [(card(4), False), (card(2), True)])
+    answers = await shop.ask(
+        Bid(card(2), key(1), union="dhm"), Bid(card(4), key(1), union="dhm")
+    )
+    assert decisions(answers) == [Decision.SOLD_OUT, Decision.CARD_REVOKED]
+
+
+async def test_paused_closed_and_not_open_are_told_by_a_peek_until_it_sells_again(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    opens = await now_ms(redis) + HOUR_MS
+    made = campaign(50, opens_at_ms=opens, closes_at_ms=opens + 1_000)
+    stock = Stock(redis)
+    await stock.create(made, schedule=True)
+    await stock.load_roster()
+    shop = open_shop(redis, made)
+
+    async def told(n: int) -> Answer:
+        await shop.until_it_peeks()
+        calls = await calls_of(stock)
+        answers = await shop.ask(*(Bid(card(n + extra), key(1)) for extra in range(20)))
+        assert len({answer.decision for answer in answers}) == 1
+        assert await calls_of(stock) == calls
+        return answers[0]
+
+    not_open = await told(100)
+    assert (not_open.decision, not_open.value) == (Decision.NOT_OPEN, opens)
+    assert not_open.now_ms < opens
+    await stock.set_clock(opens)
+    assert (await shop.one(card(1), key(1))).decision is Decision.SOLD
+    await stock.step("pause")
+    assert (await shop.one(card(2), key(1))).decision is Decision.PAUSED
+    assert (await told(200)).decision is Decision.PAUSED
+    await stock.step("resume")
+    assert (await shop.one(card(2), key(1))).decision is Decision.SOLD
+    await stock.set_clock(opens + 1_000)
+    assert (await shop.one(card(3), key(1))).decision is Decision.CLOSED
+    assert (await told(300)).decision is Decision.CLOSED
+    assert (await shop.one(card(2), key(1))).decision is Decision.REPLAYED
+    await stock.check_books()
+
+
+class SlowPeeks(Scripts):
+    """Holds back each peek's reply until it is let through."""
+
+    def __init__(self, redis: Redis, nonce: str) -> None:
+        super().__init__(redis, nonce)
+        self.peeked = asyncio.Event()
+        self.through = asyncio.Event()
+        self.through.set()
+
+    async def peek(self, *args: Any, **kwargs: Any) -> Peek:
+        peek = await super().peek(*args, **kwargs)
+        self.peeked.set()
+        await self.through.wait()
+        return peek
+
+
+async def test_peek_decides_nothing_that_was_asked_after_it(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    """An answer is never older than its question: else stock that came back is "sold out"."""
+    stock = await open_stock(redis, 1)
+    scripts = SlowPeeks(redis, NONCE)
+    shop = open_shop(redis, campaign(1), scripts=scripts)
+    await shop.one(card(1), key(1))
+    await shop.until_it_peeks()
+    scripts.peeked.clear()
+    scripts.through.clear()
+    early = shop.submit(Bid(card(2), key(1)))
+    assert early is not None
+    await scripts.peeked.wait()
+    await stock.scripts.add_stock(stock.id, operation(), 0, 1)
+    late = shop.submit(Bid(card(3), key(1)))
+    assert late is not None
+    scripts.through.set()
+    assert (await early.answer).decision is Decision.SOLD_OUT
+    assert (await late.answer).decision is Decision.SOLD
+
+
+# The filter of buyers ---------------------------------------------------------------------------
+
+
+async def test_filter_never_misses_a_buyer_or_a_revoked_card(
+    redis: Redis, rng: random.Random
+) -> None:
+    stock = await open_stock(redis, 2_000, card_limit=5)
+    suspects = Suspects(redis, stock.keys)
+    bought: set[str] = set()
+    revoked: set[str] = set()
+    rev, complete = 0, 0
+    for _ in range(300):
+        dice = rng.random()
+        if dice < 0.5:
+            bids = [Bid(card(rng.randint(1, 500)), key(rng.randint(1, 9))) for _ in range(4)]
+            for bid, told in zip(bids, await stock.buy(*bids), strict=True):
+                if told.decision is Decision.SOLD:
+                    bought.add(bid.card_no)
+        elif dice < 0.6:
+            changed = card(rng.randint(400, 600))
+            revoked ^= {changed}
+            await stock.scripts.sync_cards(stock.id, rev, rev + 1, [(changed, changed not in revoked)])
+            rev += 1
+        elif dice < 0.65:
+            await redis.xtrim(stock.keys.stream, maxlen=rng.randint(1, 5), approximate=False)
+        elif dice < 0.7:
+            await suspects.load()
+        else:
+            seq = int((await stock.head("seq"))[0])
+            if 0 <= suspects.seq < seq:
+                await suspects.catch_up(seq)
+            if suspects.complete_for(seq, 1, rev):
+                complete += 1
+                assert all(each in suspects for each in bought | revoked)
+    assert complete > 5
+    assert sum(card(n) in suspects for n in range(10_000, 20_000)) < 10
+
+
+async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
+    stock = await open_stock(redis, 100_000)
+    for at in range(0, 5_000, 250):
+        await stock.buy(*(Bid(card(n), key(1)) for n in range(at, at + 250)))
+    suspects = Suspects(redis, stock.keys)
+    loading = asyncio.create_task(suspects.load())
+    at = 5_000
+    while not loading.done():
+        await stock.buy(*(Bid(card(n), key(1)) for n in range(at, at + 50)))
+        at += 50
+    seq = int((await stock.head("seq"))[0])
+    while suspects.seq < seq:
+        await suspects.catch_up(seq)
+    assert suspects.complete_for(seq, 1, 0)
+    assert all(card(n) in suspects for n in range(at))
+
+
+async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redis) -> None:
+    stock = Stock(redis)
+    suspects = Suspects(redis, stock.keys)
+    await suspects.load()
+    assert suspects.seq == -1
+    await stock.create(campaign(1))
+    await suspects.load()  # no roster_rev yet
+    assert not suspects.complete_for(1, 1, 0)

@@ -1,0 +1,263 @@
+"""What the documentation names exists, and what must be documented is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from sale import config
+from sale.cli.main import sale
+from sale.metrics import PurchaseMetrics
+from sale.workers.ledger_writer import LedgerMetrics
+from sale.workers.scheduler import SchedulerMetrics
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+OPERATIONS = (ROOT / "docs/OPERATIONS.md").read_text("utf-8")
+README = (ROOT / "README.md").read_text("utf-8")
+INVARIANTS = (ROOT / "docs/INVARIANTS.md").read_text("utf-8")
+SOURCES = {path: path.read_text("utf-8") for path in sorted((ROOT / "sale").rglob("*.py"))}
+MIGRATIONS = "\n".join(
+    path.read_text("utf-8") for path in sorted((ROOT / "sale/db/migrations").glob("*.sql"))
+)
+ENGINE_SERVICES = {"migrate", "api", "writer", "scheduler", "cli"}
+
+# The metrics of the contract: names that others rely on.
+CONTRACT_METRICS = {
+    "sale_purchases_total",
+    "sale_purchase_seconds",
+    "sale_batch_size",
+    "sale_stock_remaining",
+    "sale_ledger_lag_events",
+    "sale_ledger_lag_seconds",
+    "sale_ledger_written_total",
+    "sale_audit_findings",
+    "sale_redis_up",
+    "sale_postgres_up",
+}
+
+
+def _outside_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_given_a_document_when_its_links_are_followed_then_each_leads_somewhere(doc: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", _outside_code(doc.read_text("utf-8"))):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (doc.parent / target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_given_a_document_when_it_names_a_file_then_the_file_exists(doc: Path) -> None:
+    text = doc.read_text("utf-8")
+    named = re.findall(
+        r"(?<![\w/.])((?:sale|loadtest|tests|docs|scripts|config)/[\w./-]+[\w])(?![\w/]*\{)", text
+    )
+    for name in named:
+        if name == "config/sale.toml":  # the operator's own
+            continue
+        assert (ROOT / name).exists(), name
+
+
+def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        found[f"{prefix}{name}"] = command
+        if isinstance(command, click.Group):
+            found |= _commands(command, f"{prefix}{name} ")
+    return found
+
+
+def test_given_the_documents_when_they_call_a_command_then_it_and_its_options_exist() -> None:
+    commands = _commands(sale)
+    shared = {option for parameter in sale.params for option in parameter.opts}
+    seen = set()
+    for doc in DOCS:
+        for call in re.findall(
+            r"(?:`|^|\$\()sale ([a-z][^`\n#]*)", doc.read_text("utf-8"), re.MULTILINE
+        ):
+            words = call.split()
+            name = " ".join(words[:2]) if " ".join(words[:2]) in commands else words[0]
+            assert name in commands, f"{doc.name}: sale {call}"
+            command = commands[name]
+            if isinstance(command, click.Group) and len(words) > 1:
+                assert words[1].startswith("-"), f"{doc.name}: sale {call}"
+            options = {option for parameter in command.params for option in parameter.opts}
+            for option in re.findall(r"(?<!\S)--[a-z-]+", call):
+                assert option in options | shared | {"--help"}, f"{doc.name}: sale {call}"
+            seen.add(name)
+    assert {"up", "serve", "writer", "scheduler", "migrate", "audit", "doctor"} <= seen
+
+
+def test_given_the_settings_when_compared_with_the_table_then_it_is_complete_and_true() -> None:
+    rows = {
+        key: (name, default)
+        for key, name, default in re.findall(
+            r"^\| `(\w+)` \| `(SALE_\w+)` \| ([^|]+?) \|", OPERATIONS, re.MULTILINE
+        )
+    }
+    assert {name: key for key, (name, _) in rows.items()} == config.ENVIRONMENT
+    defaults = config.Settings()
+    assert set(rows) == set(defaults.__struct_fields__)
+    for key, (_, told) in rows.items():
+        value = getattr(defaults, key)
+        if value is not None:
+            assert told.strip("`") == str(value), key
+
+
+def test_given_the_example_of_the_settings_when_uncommented_then_it_is_accepted(
+    tmp_path: Path,
+) -> None:
+    text = (ROOT / "config/sale.toml.example").read_text("utf-8")
+    lines = re.findall(r"^# (\w+ = .+)$", text, re.MULTILINE)
+    assert {line.split(" = ")[0] for line in lines} == set(config.ENVIRONMENT.values())
+    file = tmp_path / "sale.toml"
+    file.write_text("\n".join(line for line in lines if "signing_key =" not in line), "utf-8")
+    loaded = config.load(file, environment={})
+    assert loaded.batch_max == config.Settings().batch_max
+
+
+@pytest.mark.parametrize("place", ["Dockerfile", "docker-compose.yml", *map(str, DOCS)])
+def test_given_a_file_when_it_names_a_setting_then_there_is_one(place: str) -> None:
+    text = (ROOT / place).read_text("utf-8")
+    assert set(re.findall(r"\bSALE_[A-Z_]*[A-Z]\b", text)) <= set(config.ENVIRONMENT)
+
+
+def _metrics_in_code() -> set[str]:
+    registry = CollectorRegistry()
+    registry.register(PurchaseMetrics())
+    LedgerMetrics(registry)
+    SchedulerMetrics(registry)
+    return {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in registry.collect()
+    }
+
+
+def test_given_the_metrics_when_compared_with_contract_and_documents_then_they_agree() -> None:
+    in_code = _metrics_in_code()
+    section = OPERATIONS.partition("## Metrics")[2].partition("\n## ")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("| `"))
+    assert in_code >= CONTRACT_METRICS
+    assert set(re.findall(r"\bsale_\w+", table)) == in_code
+
+
+def test_given_the_alerts_when_read_then_they_use_real_metrics_and_are_explained() -> None:
+    text = (ROOT / "config/deploy/alerts.yml").read_text("utf-8")
+    rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+    for rule in rules:
+        for name in re.findall(r"\bsale_\w+", rule["expr"]):
+            assert name.removesuffix("_bucket") in _metrics_in_code(), rule["alert"]
+        assert re.search(rf"^\| .*\b{rule['alert']}\b", OPERATIONS, re.MULTILINE), rule["alert"]
+    prometheus = yaml.safe_load((ROOT / "config/deploy/prometheus.yml").read_text("utf-8"))
+    assert prometheus["rule_files"] == ["alerts.yml"]
+
+
+def test_given_the_logs_when_compared_with_their_table_then_each_action_is_listed() -> None:
+    in_code = set()
+    for text in SOURCES.values():
+        in_code |= set(
+            re.findall(
+                r"log\.(?:debug|info|warning|error|exception)\(\s*(?:#[^\n]*\s*)?\"([\w.]+)\"", text
+            )
+        )
+        # Actions that are looked up in a table before they are logged.
+        if re.search(r"log\.\w+\(_(?:LOST|BACK)\[", text):
+            in_code |= set(re.findall(r"\"\w+\": \"(ledger\.\w+)\"", text))
+    section = OPERATIONS.partition("## Logs")[2]
+    listed = set()
+    for row in re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE):
+        listed |= set(re.findall(r"`([\w.]+)`", row))
+    assert len(in_code) > 30
+    assert listed == in_code
+
+
+def test_given_the_invariants_when_read_then_all_ten_have_keeper_audit_and_tests() -> None:
+    sections = re.split(r"^## (INV-\d+) ", INVARIANTS, flags=re.MULTILINE)
+    assert sections[1::2] == [f"INV-{number}" for number in range(1, 11)]
+    for name, text in zip(sections[1::2], sections[2::2], strict=True):
+        assert "\n- Kept by" in text or name == "INV-6", name
+        assert "\n- Audit: " in text, name
+        assert re.search(r"\n- Tests: `tests/test_\w+\.py`", text), name
+
+
+def test_given_the_invariants_when_they_name_a_rule_of_the_database_then_it_exists() -> None:
+    named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", INVARIANTS)) - {
+        "synchronous_commit", "opens_at", "closes_at", "card_limit",
+    }  # fmt: skip
+    assert {"showing_never_oversold", "card_use_within_limit", "orders_one_per_key"} <= named
+    for name in named:
+        rule = rf"(?i)\b(?:constraint|trigger|index)\s+{name}\b"
+        assert re.search(rule, MIGRATIONS), name
+
+
+def test_given_the_tables_when_compared_with_the_architecture_then_each_is_described() -> None:
+    text = (ROOT / "docs/ARCHITECTURE.md").read_text("utf-8")
+    section = text.partition("## PostgreSQL")[2].partition("\n## ")[0]
+    made = set(re.findall(r"(?im)^create table (\w+)", MIGRATIONS))
+    described = set()
+    for row in re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE):
+        described |= set(re.findall(r"`(\w+)`", row))
+    assert described == made
+
+
+def _compose() -> Any:
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
+
+
+def test_given_the_deployment_when_read_then_its_commands_are_real() -> None:
+    services = _compose()["services"]
+    assert {"redis", "postgres", "balancer", "prometheus"} | ENGINE_SERVICES == set(services)
+    for name in ENGINE_SERVICES:
+        assert services[name]["command"][0] in sale.commands
+        assert set(services[name]["environment"]) <= set(config.ENVIRONMENT)
+    for name in ("api", "writer", "scheduler"):
+        assert services[name]["deploy"]["replicas"] == 2
+        assert services[name]["restart"] == "unless-stopped"
+    assert 'ENTRYPOINT ["sale"]' in (ROOT / "Dockerfile").read_text("utf-8")
+
+
+def test_given_the_deployment_when_read_then_what_it_refers_to_exists() -> None:
+    compose = _compose()
+    for name, service in compose["services"].items():
+        assert "healthcheck" in service or name in {"migrate", "cli", "prometheus"}, name
+        assert set(service.get("depends_on", {})) <= set(compose["services"]), name
+        assert set(service.get("networks", [])) <= set(compose["networks"]), name
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in compose["volumes"] or (ROOT / source).exists(), volume
+    assert set(compose["volumes"]) == {"redis", "postgres", "prometheus"}
+
+
+def test_given_the_redis_of_the_deployment_then_it_is_durable_and_evicts_nothing() -> None:
+    text = (ROOT / "config/deploy/redis.conf").read_text("utf-8")
+    settings = dict(
+        line.split(" ", 1) for line in text.splitlines() if line and not line.startswith("#")
+    )
+    assert settings["appendonly"] == "yes"
+    assert settings["appendfsync"] == "always"
+    assert settings["no-appendfsync-on-rewrite"] == "no"
+    assert settings["maxmemory-policy"] == "noeviction"
+
+
+def test_given_the_balancer_then_no_request_is_sent_twice() -> None:
+    text = (ROOT / "config/deploy/haproxy.cfg").read_text("utf-8")
+    assert re.findall(r"^\s*retry-on (.+)$", text, re.MULTILINE) == ["conn-failure"]
+    assert "/readyz" in text
+
+
+def test_given_the_readme_then_it_names_both_commands_and_the_places_of_the_figures() -> None:
+    for place in ("demo-output", "bench-output"):
+        assert README.index(f"<!-- {place} -->") < README.index(f"<!-- /{place} -->")
+    for command in ("./scripts/demo", "./scripts/test"):
+        assert f"\n{command}\n" in README
+
+
+def test_given_the_documents_then_they_name_no_machine() -> None:
+    for doc in [*DOCS, *(ROOT / "config").rglob("*.*"), ROOT / "docker-compose.yml"]:
+        assert not re.search(r"/(?:work|root|tmp/w)/", doc.read_text("utf-8")), doc

@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+from msgspec import Meta
 
 CAMPAIGN_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
 SHOWING_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
@@ -68,7 +69,7 @@ class Problem(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-class Refused(Exception):  # noqa: N818 - the domain's word
+class Refused(Exception):
     """A request that is not done, with the code and the members of the problem document.
 
     ``detail`` is one sentence for people; ``members`` are the extra fields of the contract
@@ -133,6 +134,23 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return None if self.closes_at is None else to_ms(self.closes_at)
 
 
+# What goes out is described, not checked, so its choices and formats stand in extra_json_schema.
+Time = Annotated[
+    str,
+    Meta(extra_json_schema={"format": "date-time", "examples": ["2015-05-01T09:00:00.000+08:00"]}),
+]
+OrderState = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "enum": ["held", "confirmed", "cancelled", "expired", "refunded", "collected"]
+        }
+    ),
+]
+Fen = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+Count = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+
+
 class Ticket(msgspec.Struct, frozen=True):
     """One ticket of an order. The code is what is shown at the counter, and cannot be guessed."""
 
@@ -147,16 +165,16 @@ class Order(msgspec.Struct, frozen=True):
     order_no: str
     campaign: str
     showing: str
-    quantity: int
-    state: str
-    amount_fen: int
-    pay_before: str | None
-    created_at: str
+    quantity: Count
+    state: OrderState
+    amount_fen: Fen
+    pay_before: Time | None
+    created_at: Time
     tickets: list[Ticket]
-    card_remaining: int
+    card_remaining: Count
 
 
-class InvalidCampaign(ValueError):  # noqa: N818 - reads as a sentence where it is raised
+class InvalidCampaign(ValueError):
     """A campaign file or body is wrong; ``problems`` maps each field to what is wrong with it."""
 
     def __init__(self, problems: dict[str, str]) -> None:

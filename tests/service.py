@@ -7,16 +7,19 @@ campaigns of its own in it, so tests do not meet. At the end the whole of it mus
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -26,6 +29,7 @@ import aiohttp
 import pytest
 import redis.asyncio
 import structlog
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from sale import embedded
 from sale.cli.main import sale as root_command
@@ -184,11 +188,61 @@ class Service:
         finally:
             os.kill(pid, signal.SIGCONT)
 
+    async def purchases_by_worker(self, campaign: str) -> list[float]:
+        """Give how many purchases of a campaign each API process has answered."""
+        counts = []
+        for path in sorted((self.data_dir / "run").glob("m-serve-*")):
+            async with (
+                aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+                session.get("http://worker/metrics") as answer,
+            ):
+                counts.append(metric(await answer.text(), "sale_purchases_total", campaign))
+        assert len(counts) == WORKERS
+        return counts
+
     @contextlib.asynccontextmanager
     async def redis(self) -> AsyncIterator["redis.asyncio.Redis"]:
         """Give a client of the system's Redis."""
         async with redis.asyncio.from_url(self.redis_url) as client:
             yield client
+
+
+class Described:
+    """The API as it describes itself."""
+
+    UNDESCRIBED = frozenset({304, 405})
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._paths = [
+            (re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), methods)
+            for path, methods in document["paths"].items()
+        ]
+        self._components = document["components"]
+
+    @classmethod
+    @functools.cache
+    def of(cls, url: str) -> "Described":
+        """Read the description of a running system."""
+        with urllib.request.urlopen(f"{url}/openapi.json", timeout=10) as answer:
+            return cls(json.load(answer))
+
+    def check(self, method: str, path: str, seen: Seen) -> None:
+        """Fail where an answer is not as described. Other paths than the API's pass."""
+        called = [
+            methods[method.lower()]
+            for pattern, methods in self._paths
+            if pattern.fullmatch(path.partition("?")[0]) and method.lower() in methods
+        ]
+        if not called or seen.status in self.UNDESCRIBED:
+            return
+        response = called[0]["responses"].get(str(seen.status))
+        assert response is not None, f"{method} {path} does not describe its {seen}"
+        if "content" not in response:
+            assert not seen.body, seen
+            return
+        kind = seen.headers["Content-Type"].partition(";")[0]
+        schema = {**response["content"][kind]["schema"], "components": self._components}
+        Draft202012Validator(schema).validate(seen.json())
 
 
 class Client:
@@ -200,6 +254,7 @@ class Client:
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=aiohttp.ClientTimeout(total=20)
         )
+        self._described = Described.of(service.url)
 
     async def close(self) -> None:
         await self._session.close()
@@ -207,13 +262,15 @@ class Client:
     async def ask(
         self, method: str, path: str, token: str | None = None, **options: Any
     ) -> Seen:
-        """Send one request as it is given."""
+        """Send one request as it is given; its answer must be as ``/openapi.json`` describes it."""
         headers = dict(options.pop("headers", {}))
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
         url = self.service.url + path
         async with self._session.request(method, url, headers=headers, **options) as answer:
-            return Seen(answer.status, answer.headers, await answer.read())
+            seen = Seen(answer.status, answer.headers, await answer.read())
+        self._described.check(method, path, seen)
+        return seen
 
     async def get(self, path: str, token: str | None = None, **options: Any) -> Seen:
         return await self.ask("GET", path, token, **options)
@@ -292,6 +349,15 @@ def new_key() -> str:
 def in_s(seconds: float) -> str:
     """Give the moment so many seconds from now, RFC 3339."""
     return (datetime.now(LOCAL_ZONE) + timedelta(seconds=seconds)).isoformat()
+
+
+def metric(text: str, name: str, *labels: str) -> float:
+    """Sum the samples of a name that have these label values."""
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if re.match(rf"{name}(\{{|\s)", line) and all(f'="{label}"' in line for label in labels)
+    )
 
 
 async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10) -> None:

@@ -130,9 +130,7 @@ class Stock:
         arguments: list[str | int] = []
         for bid in bids:
             arguments += (bid.card_no, bid.union, bid.showing, bid.quantity, bid.key_hash)
-        return await self.scripts.purchase(
-            self.keys, process, call, mark or self.mark, arguments
-        )
+        return await self.scripts.purchase(self.keys, process, call, mark or self.mark, arguments)
 
     async def buy(self, *bids: Bid, **how: Any) -> list[Told]:
         """Run purchase.lua once, which must be believed; what it said of each."""
@@ -175,7 +173,9 @@ class Stock:
         assert head[4:] == [_text(books.opens_at_ms), _text(books.closes_at_ms)]
         stock = {f"t{n}".encode(): count for n, count in books.tickets.items()}
         stock |= {f"r{n}".encode(): count for n, count in books.remaining.items()}
-        held = {name: int(count) for name, count in (await self.redis.hgetall(self.keys.stock)).items()}
+        held = {
+            name: int(count) for name, count in (await self.redis.hgetall(self.keys.stock)).items()
+        }
         assert held == stock
         cards = await self.redis.hgetall(self.keys.cards)
         assert {name.decode(): parse_records(value) for name, value in cards.items()} == books.cards

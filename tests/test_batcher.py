@@ -117,9 +117,7 @@ async def far(line: Line, redis: Redis, short_path: Path) -> AsyncIterator[Redis
 
 def impatient(url: str) -> Redis:
     """A client like the engine's, that gives Redis only a tenth of a second."""
-    return redis_asyncio.from_url(
-        url, socket_timeout=0.1, protocol=2, retry=Retry(NoBackoff(), 0)
-    )
+    return redis_asyncio.from_url(url, socket_timeout=0.1, protocol=2, retry=Retry(NoBackoff(), 0))
 
 
 class Shop:
@@ -164,7 +162,12 @@ async def open_shop() -> AsyncIterator[OpenShop]:
     opened: list[Batchers] = []
 
     def make(
-        client: Redis, made: Campaign, process: str = "shop-1", *, scripts: Any = None, **bounds: Any
+        client: Redis,
+        made: Campaign,
+        process: str = "shop-1",
+        *,
+        scripts: Any = None,
+        **bounds: Any,
     ) -> Shop:
         metrics = PurchaseMetrics()
         batchers = Batchers(
@@ -297,7 +300,9 @@ async def test_random_cuts_leave_one_order_a_key(
     told: dict[tuple[str, str], int] = {}
     for at in range(0, 300, 50):
         line.faults += rng.choices(["", "cut before", "lose reply", "hold"], k=5)
-        for bid, answer in zip(bids[at : at + 50], await shop.ask(*bids[at : at + 50]), strict=True):
+        for bid, answer in zip(
+            bids[at : at + 50], await shop.ask(*bids[at : at + 50]), strict=True
+        ):
             assert answer.decision in {
                 Decision.SOLD, Decision.REPLAYED, Decision.LIMIT_EXCEEDED,
             }  # fmt: skip
@@ -450,9 +455,7 @@ class FaultyScripts(Scripts):
 
 async def test_fault_of_ours_leaves_nobody_waiting(redis: Redis, open_shop: OpenShop) -> None:
     stock = await open_stock(redis, 10)
-    shop = open_shop(
-        redis, campaign(10), scripts=FaultyScripts(redis, NONCE), batch_max=2
-    )
+    shop = open_shop(redis, campaign(10), scripts=FaultyScripts(redis, NONCE), batch_max=2)
     answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(5)))
     assert decisions(answers) == [None] * 5
     assert (await shop.one(card(1), key(1))).decision is Decision.SOLD
@@ -587,9 +590,7 @@ async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
     assert decisions(answers) == expected
     # Revoked after the filter was loaded.
     await stock.scripts.sync_cards(stock.id, 1, 2, [(card(4), False), (card(2), True)])
-    answers = await shop.ask(
-        Bid(card(2), key(1), union="dhm"), Bid(card(4), key(1), union="dhm")
-    )
+    answers = await shop.ask(Bid(card(2), key(1), union="dhm"), Bid(card(4), key(1), union="dhm"))
     assert decisions(answers) == [Decision.SOLD_OUT, Decision.CARD_REVOKED]
 
 
@@ -687,7 +688,9 @@ async def test_filter_never_misses_a_buyer_or_a_revoked_card(
         elif dice < 0.6:
             changed = card(rng.randint(400, 600))
             revoked ^= {changed}
-            await stock.scripts.sync_cards(stock.id, rev, rev + 1, [(changed, changed not in revoked)])
+            await stock.scripts.sync_cards(
+                stock.id, rev, rev + 1, [(changed, changed not in revoked)]
+            )
             rev += 1
         elif dice < 0.65:
             await redis.xtrim(stock.keys.stream, maxlen=rng.randint(1, 5), approximate=False)

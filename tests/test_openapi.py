@@ -12,6 +12,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from sale.api import schemas
 from sale.api.openapi import build_document
 from sale.api.pages import add_page_routes
+from sale.domain import Order, Ticket
 
 ADMIN = "/api/v1/admin/campaigns"
 CONTRACT = {
@@ -77,15 +78,16 @@ def test_given_a_purchase_when_read_up_then_all_its_answers_are_there(
 def test_given_an_encoded_order_when_checked_then_it_fits_its_schema_and_the_contract(
     document: dict[str, Any],
 ) -> None:
-    order = schemas.Order(
+    order = Order(
         order_no="film.1.0a0b0c",
         campaign="film",
         showing="general",
         quantity=1,
         state="confirmed",
+        pay_before=None,
         amount_fen=500,
         created_at="2015-05-01T09:00:00.000+08:00",
-        tickets=[schemas.Ticket(1, "c" * 22)],
+        tickets=[Ticket(1, "c" * 22)],
         card_remaining=2,
     )
 

@@ -197,9 +197,7 @@ async def test_replay_and_mismatch_are_told_whatever_has_happened_since(
 # Window: INV-7 ----------------------------------------------------------------------------------
 
 
-async def scheduled_stock(
-    redis: Redis, opens_at_ms: int, closes_at_ms: int | None = None
-) -> Stock:
+async def scheduled_stock(redis: Redis, opens_at_ms: int, closes_at_ms: int | None = None) -> Stock:
     stock = Stock(redis)
     made = campaign(9, opens_at_ms=opens_at_ms, closes_at_ms=closes_at_ms)
     assert (await stock.create(made, schedule=True)).state == "scheduled"
@@ -296,9 +294,7 @@ async def test_revoked_card_buys_nothing_until_it_is_restored(redis: Redis) -> N
 @pytest.mark.parametrize(
     ("union", "allowed"), [("dhm", True), ("jsm", True), ("dh", False), ("m", False), ("", False)]
 )
-async def test_only_the_unions_of_the_campaign_buy(
-    redis: Redis, union: str, allowed: bool
-) -> None:
+async def test_only_the_unions_of_the_campaign_buy(redis: Redis, union: str, allowed: bool) -> None:
     stock = await open_stock(redis, 9, unions=("dhm", "jsm"))
     answer = await stock.buy_one(card(1), key(1), union=union)
     assert answer.decision is (Decision.SOLD if allowed else Decision.NOT_ELIGIBLE)
@@ -871,7 +867,10 @@ async def random_turn(stock: Stock, rng: random.Random, showings: int, order_max
         ))  # fmt: skip
     elif dice < 0.7:
         await stock.scripts.add_stock(
-            stock.id, operation(f"op{rng.randint(1, 9)}"), rng.randrange(showings), rng.randint(1, 3)
+            stock.id,
+            operation(f"op{rng.randint(1, 9)}"),
+            rng.randrange(showings),
+            rng.randint(1, 3),
         )
     elif dice < 0.75:
         await stock.scripts.tick(stock.id)

@@ -44,6 +44,7 @@ ANSWER_WITHIN_S = 20.0
 CARDS = 5
 UNIONS = ("dhm", "jsm")
 PROCESSES = (0, 1)
+GO_ON = {"draft": "open", "scheduled": "open", "paused": "resume", "closed": "reopen"}
 T = TypeVar("T")
 
 asked = st.tuples(
@@ -135,12 +136,12 @@ class Sale(RuleBasedStateMachine):
     # A campaign -----------------------------------------------------------------------------------
 
     @initialize(
-        tickets=st.lists(st.integers(0, 6), min_size=1, max_size=2),
+        tickets=st.lists(st.integers(0, 4), min_size=1, max_size=2),
         limit=st.integers(1, 4),
         everyone=st.booleans(),
-        opens=st.none() | offsets_ms,
-        closes=st.none() | st.sampled_from([1, 2, 1_000, 120_000]),
-        draft=st.booleans(),
+        opens=st.sampled_from([0, -1, 1, -1_000, 1_000, None]),
+        closes=st.sampled_from([None, None, 1, 1_000, 120_000]),
+        draft=st.sampled_from([False, False, False, True]),
     )
     def begin(self, **how: Any) -> None:
         self._create("create", **how)
@@ -183,6 +184,10 @@ class Sale(RuleBasedStateMachine):
     @rule(place=st.sampled_from(PROCESSES), wanted=st.lists(asked, min_size=1, max_size=5))
     def purchase(self, place: int, wanted: list[tuple[int, int, int, int]]) -> None:
         self._buy(place, [self._asked(*each) for each in wanted])
+
+    @rule(showing=st.integers(0, 1), key_no=st.integers(0, 2))
+    def everybody_wants_one(self, showing: int, key_no: int) -> None:
+        self._buy(PROCESSES[0], [self._asked(who, showing, 1, key_no) for who in range(CARDS)])
 
     @precondition(lambda self: self.model.orders)
     @rule(place=st.sampled_from(PROCESSES), data=st.data(), other=st.booleans())
@@ -260,6 +265,15 @@ class Sale(RuleBasedStateMachine):
         if reply.reply in {CallReply.OK, CallReply.REPLAYED}:
             assert reply.seq == self.model.operations[by.op][1]
 
+    @precondition(lambda self: self.model.state_now() in GO_ON)
+    @rule()
+    def go_on(self) -> None:
+        """Back to selling, so that a life is not spent closed."""
+        action = GO_ON[self.model.state_now()]
+        by = operation()
+        assert self.run(self.scripts.transition(self.id, action, by)).reply is CallReply.OK
+        assert self.model.step(action, by.op, by.content, None) == "ok"
+
     @rule(op=st.integers(0, 20), showing=st.integers(0, 1), add=st.integers(1, 3))
     def add_stock(self, op: int, showing: int, add: int) -> None:
         showing %= len(self.made.showings)
@@ -320,9 +334,7 @@ class Sale(RuleBasedStateMachine):
         by = operation()
         reply = self.run(self.scripts.transition(self.id, "close", by))
         assert reply.reply is CallReply.UNVERIFIED
-        assert self.run(
-            verification.verify(self.rig.redis, self.scripts, self.rig.pool, self.id)
-        )
+        assert self.run(verification.verify(self.rig.redis, self.scripts, self.rig.pool, self.id))
 
     # The writer -----------------------------------------------------------------------------------
 
@@ -332,7 +344,7 @@ class Sale(RuleBasedStateMachine):
 
     @rule()
     def applied_entries_are_trimmed(self) -> None:
-        if 0 < self.applied:
+        if self.applied > 0:
             # The last entry stays: the head's number is checked against it.
             self.run(self.rig.redis.execute_command(
                 "XTRIM", self.stock.keys.stream, "MINID", f"{self.applied}-0"

@@ -23,10 +23,11 @@ from sale.api.schemas import (
     TimeView,
 )
 from sale.bootstrap import Engine
+from sale.db.ledger import OrderCursor
 from sale.domain import IDEMPOTENCY_KEY, CampaignState, Order, Problem, Refused, rfc3339
 from sale.identity import Member
 from sale.stock.catalogue import CampaignNow, read_card, redis_now_ms
-from sale.usecases.orders import Cursor, live_tickets
+from sale.usecases.orders import live_tickets
 from sale.usecases.purchase import PurchaseDesk
 
 ENGINE: Final = web.AppKey("engine", Engine)
@@ -66,7 +67,9 @@ def order_handler(desk: PurchaseDesk) -> Handler:
                 idempotency_key(request),
                 bearer(request),
             )
-        except Exception as error:  # noqa: BLE001 - guarded here: a wrapper is one coroutine more
+        except Exception as error:
+            problem = error.problem if isinstance(error, Refused) else Problem.UNAVAILABLE
+            desk.count_refused(request.match_info["id"], problem)
             return failed(request, error)
         if isinstance(placed, Refused):
             return problem_response(placed)
@@ -327,8 +330,8 @@ def _offset_cursor(request: web.Request) -> int:
     return start or 0
 
 
-def _order_cursor(request: web.Request) -> Cursor | None:
-    return decode_cursor(request, Cursor)
+def _order_cursor(request: web.Request) -> OrderCursor | None:
+    return decode_cursor(request, OrderCursor)
 
 
 _ENCODER: Final = msgspec.json.Encoder()

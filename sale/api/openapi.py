@@ -11,7 +11,7 @@ import msgspec
 
 from sale.api import schemas
 from sale.api.problems import CONTENT_TYPE, WORDINGS
-from sale.domain import Problem
+from sale.domain import Order, Problem
 
 _LIMIT: Final = {
     "name": "limit",
@@ -107,7 +107,7 @@ _MEMBER_CALLS: Final = (
         "post",
         f"{_CAMPAIGN}/orders",
         "Buy tickets",
-        schemas.Order,
+        Order,
         _PURCHASE_PROBLEMS,
         body=schemas.OrderRequest,
         status=201,
@@ -118,7 +118,7 @@ _MEMBER_CALLS: Final = (
         "get",
         "/api/v1/orders",
         "The card's own orders, newest first",
-        schemas.ListView[schemas.Order],
+        schemas.ListView[Order],
         (Problem.INVALID_REQUEST, Problem.UNAUTHENTICATED),
         who="member",
         listed=True,
@@ -127,14 +127,14 @@ _MEMBER_CALLS: Final = (
         "get",
         "/api/v1/orders/{order_no}",
         "One of the card's own orders",
-        schemas.Order,
+        Order,
         (Problem.UNAUTHENTICATED, Problem.NOT_FOUND),
         who="member",
     ),
 )
 
 
-def _operation_call(verb: str, summary: str, body: Any = schemas.ReasonRequest) -> _Call:  # noqa: ANN401 - a type form
+def _operation_call(verb: str, summary: str, body: Any = schemas.ReasonRequest) -> _Call:
     return _Call(
         "post",
         f"{_ADMIN}/campaigns/{{id}}/{verb}",

@@ -19,32 +19,19 @@ from sale.domain import (
     SHOWINGS_MAX,
     STOCK_MAX,
     TITLE_MAX,
+    Count,
+    Fen,
+    Time,
 )
 
 Item = TypeVar("Item")
 
-# What goes out is described, not checked, so its choices and formats stand in extra_json_schema.
-Time = Annotated[
-    str,
-    Meta(extra_json_schema={"format": "date-time", "examples": ["2015-05-01T09:00:00.000+08:00"]}),
-]
 State = Annotated[
     str,
     Meta(
         extra_json_schema={"enum": ["draft", "scheduled", "open", "paused", "closed", "recovering"]}
     ),
 ]
-OrderState = Annotated[
-    str,
-    Meta(
-        extra_json_schema={
-            "enum": ["held", "confirmed", "cancelled", "expired", "refunded", "collected"]
-        }
-    ),
-]
-Fen = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
-Count = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
-
 # What comes in.
 Reason = Annotated[str, Meta(min_length=1, max_length=REASON_MAX)]
 Identifier = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,48}$")]
@@ -108,29 +95,6 @@ class CampaignRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     unions: list[str] = msgspec.field(default_factory=lambda: ["*"])
     owner: str = "district"
     draft: bool = False
-
-
-class Ticket(msgspec.Struct, frozen=True):
-    """One ticket of an order. The code is what is shown at the counter, and cannot be guessed."""
-
-    no: int
-    code: str
-    state: str = "valid"
-
-
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """A card's order. ``card_remaining`` is what the card may still buy in the campaign."""
-
-    order_no: str
-    campaign: str
-    showing: str
-    quantity: Count
-    state: OrderState
-    amount_fen: Fen
-    pay_before: Time | None = None
-    created_at: Time
-    tickets: list[Ticket]
-    card_remaining: Count
 
 
 class ShowingView(msgspec.Struct, frozen=True, kw_only=True):

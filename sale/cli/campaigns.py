@@ -17,7 +17,7 @@ from sale.cli.runtime import (
     run,
 )
 from sale.domain import CampaignState, InvalidCampaign, parse_campaign_toml, rfc3339
-from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign
+from sale.stock.catalogue import CampaignNow, read_campaigns
 from sale.usecases.campaigns import Actor, CampaignDesk, moment_ms
 
 REASON = click.option("--reason", help="Why, for the audit log.")
@@ -54,8 +54,9 @@ def list_(context: CommandContext) -> None:
 
     async def work() -> list[CampaignNow]:
         async with _desk(context) as (_, _, redis):
-            read = [await read_campaign(redis, each) for each in await campaign_ids(redis)]
-            return [now for now in read if now and now.state is not CampaignState.DELETED]
+            return [
+                now for now in await read_campaigns(redis) if now.state is not CampaignState.DELETED
+            ]
 
     campaigns = run(work())
     echo(

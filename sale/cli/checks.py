@@ -24,7 +24,7 @@ EXIT_COULD_NOT_CHECK = 3
 @click.argument("campaign_id", metavar="[ID]", required=False)
 @command_context
 def audit(context: CommandContext, campaign_id: str | None) -> int:
-    """Check every invariant across Redis and PostgreSQL. Exit: 0 clean, 1 a finding, 3 unchecked."""
+    """Check every invariant, in both stores. Exit: 0 clean, 1 a finding, 3 could not check."""
     import asyncpg
     from redis.exceptions import RedisError
 

@@ -139,7 +139,6 @@ class Batcher:
     def submit(self, purchase: Purchase) -> bool:
         """Queue a purchase; its ``answer`` will be set. False where the queue is full."""
         if len(self._queue) >= self._queue_max:
-            self._metrics.outcomes[self._campaign.id, Problem.OVERLOADED] += 1
             return False
         self._queue.append(purchase)
         if self._task is None:
@@ -182,7 +181,7 @@ class Batcher:
         queue = self._queue
         return [queue.popleft() for _ in range(min(len(queue), most))]
 
-    async def _decide(self, batch: list[Purchase]) -> None:  # noqa: C901 - one branch an outcome
+    async def _decide(self, batch: list[Purchase]) -> None:
         """Run the script for a batch until each is answered or past its deadline."""
         attempt = 0
         first_asked_at = time.monotonic()
@@ -196,9 +195,7 @@ class Batcher:
                 )
             except ResponseError as error:
                 # Rejected before its first write (out of memory, read-only, not loaded yet).
-                log.error(  # noqa: TRY400 - the error's text is all there is to tell
-                    "purchase.rejected", campaign=self._campaign.id, error=str(error)[:200]
-                )
+                log.error("purchase.rejected", campaign=self._campaign.id, error=str(error)[:200])
                 if not str(error).startswith("LOADING"):
                     break
             except (RedisError, OSError, TimeoutError) as error:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Final
 
 import asyncpg
-import msgspec
+import structlog
 from redis.asyncio import Redis
 
+from sale.db import ledger
+from sale.db.ledger import OrderCursor, OrderRow
 from sale.domain import (
     Campaign,
     Order,
@@ -23,10 +25,14 @@ from sale.domain import (
     rfc3339,
 )
 from sale.events import SaleRecord
-from sale.stock.catalogue import Catalogue, read_card
+from sale.stock.catalogue import Catalogue, read_card, read_card_everywhere
 
 CODE_BYTES: Final = 16
 CONFIRMED: Final = "confirmed"
+LOW_BITS: Final = 0xFFFFFF
+POSTGRES_PATIENCE_S: Final = 2.0
+
+log = structlog.get_logger()
 
 
 class TicketCodes:
@@ -59,14 +65,6 @@ def live_tickets(records: Sequence[SaleRecord]) -> int:
     return sum(record.quantity for record in records)
 
 
-class Cursor(msgspec.Struct, array_like=True, frozen=True):
-    """Where a page of orders ended: moment (UTC ms), campaign, event number."""
-
-    at_ms: int
-    campaign: str
-    seq: int
-
-
 class OwnOrders:
     """A card's own orders; other people's do not exist for it."""
 
@@ -81,42 +79,54 @@ class OwnOrders:
     async def one(self, card_no: str, order_no: str) -> Order:
         """Give one order. Raises Refused (not-found) for anybody else's, like for none."""
         place = parse_order_number(order_no)
-        now = None if place is None else await self._catalogue.now(place[0])
-        if place is None or now is None:
+        if place is None:
             raise Refused(Problem.NOT_FOUND, "no such order")
         campaign_id, seq, low_bits = place
-        records, _ = await read_card(self._redis, campaign_id, card_no)
-        for record in records:
-            if record.seq == seq and record.at_ms & 0xFFFFFF == low_bits:
-                left = now.campaign.card_limit - live_tickets(records)
-                return self._worded(now.campaign, record, left)
-        raise Refused(Problem.NOT_FOUND, "no such order")
+        now = await self._catalogue.now(campaign_id)
+        if now is not None:
+            records, _ = await read_card(self._redis, campaign_id, card_no)
+            for record in records:
+                if record.seq == seq and record.at_ms & LOW_BITS == low_bits:
+                    return self._from_redis(now.campaign, record, records)
+        async with self._pool.acquire() as connection:
+            row = await ledger.order(connection, campaign_id, seq)
+        if row is None or row.card_no != card_no or row.created_at_ms & LOW_BITS != low_bits:
+            raise Refused(Problem.NOT_FOUND, "no such order")
+        return self._from_postgres(row)
 
     async def page(
-        self, card_no: str, before: Cursor | None, limit: int
-    ) -> tuple[list[Order], Cursor | None]:
-        """Give up to ``limit`` orders, newest first, and where to go on."""
-        found: dict[tuple[str, int], tuple[Campaign, SaleRecord, int]] = {}
-        for now in await self._catalogue.all():
-            records, _ = await read_card(self._redis, now.campaign.id, card_no)
-            left = now.campaign.card_limit - live_tickets(records)
-            for record in records:
-                found[now.campaign.id, record.seq] = (now.campaign, record, left)
-        rows = sorted(
-            found.values(), key=lambda row: (row[1].at_ms, row[0].id, row[1].seq), reverse=True
-        )
-        if before is not None:
-            mark = (before.at_ms, before.campaign, before.seq)
-            rows = [row for row in rows if (row[1].at_ms, row[0].id, row[1].seq) < mark]
-        page = rows[:limit]
-        more = (
-            Cursor(page[-1][1].at_ms, page[-1][0].id, page[-1][1].seq)
-            if len(rows) > limit
-            else None
-        )
-        return [self._worded(*row) for row in page], more
+        self, card_no: str, before: OrderCursor | None, limit: int
+    ) -> tuple[list[Order], OrderCursor | None]:
+        """Give up to ``limit`` orders, newest first, and where to go on.
 
-    def _worded(self, campaign: Campaign, record: SaleRecord, left: int) -> Order:
+        With PostgreSQL away, those of the campaigns in Redis, which are all that a rush is about.
+        """
+        found: dict[OrderCursor, Order] = {}
+        try:
+            async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
+                rows = await ledger.orders_of_card(
+                    connection, card_no, before=before, limit=limit + 1
+                )
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            log.warning("orders.without_postgres", error=type(error).__name__)
+            rows = []
+        found.update({row.cursor: self._from_postgres(row) for row in rows})
+        campaigns = [now.campaign for now in await self._catalogue.all()]
+        by_campaign = await read_card_everywhere(
+            self._redis, [campaign.id for campaign in campaigns], card_no
+        )
+        for campaign, records in zip(campaigns, by_campaign, strict=True):
+            for record in records:
+                cursor = OrderCursor(record.at_ms, campaign.id, record.seq)
+                if before is None or cursor < before:
+                    found[cursor] = self._from_redis(campaign, record, records)
+        page = sorted(found, reverse=True)[: limit + 1]
+        following = page[limit - 1] if len(page) > limit else None
+        return [found[cursor] for cursor in page[:limit]], following
+
+    def _from_redis(
+        self, campaign: Campaign, record: SaleRecord, records: Sequence[SaleRecord]
+    ) -> Order:
         return placed_order(
             self._codes,
             campaign,
@@ -125,7 +135,22 @@ class OwnOrders:
             record.seq,
             record.at_ms,
             campaign.price_fen,
-            left,
+            campaign.card_limit - live_tickets(records),
+        )
+
+    def _from_postgres(self, row: OrderRow) -> Order:
+        order_no = order_number(row.campaign_id, row.seq, row.created_at_ms)
+        return Order(
+            order_no=order_no,
+            campaign=row.campaign_id,
+            showing=row.showing_id,
+            quantity=row.quantity,
+            state=row.state,
+            amount_fen=row.amount_fen,
+            pay_before=None,
+            created_at=rfc3339(row.created_at_ms),
+            tickets=self._codes.of(order_no, row.quantity),
+            card_remaining=row.card_remaining,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from sale.domain import Campaign, Order, Problem, Refused, rfc3339
 from sale.identity import MemberTokens
+from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, Batchers, Purchase
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
@@ -32,8 +33,14 @@ class PurchaseDesk:
     """Takes purchases of this process."""
 
     def __init__(
-        self, catalogue: Catalogue, batchers: Batchers, tokens: MemberTokens, codes: TicketCodes
+        self,
+        catalogue: Catalogue,
+        batchers: Batchers,
+        tokens: MemberTokens,
+        codes: TicketCodes,
+        metrics: PurchaseMetrics,
     ) -> None:
+        self._metrics = metrics
         self._catalogue = catalogue
         self._batchers = batchers
         self._tokens = tokens
@@ -69,6 +76,11 @@ class PurchaseDesk:
             return Placed(order, answer.decision is Decision.REPLAYED)
         return _refusal(answer, campaign.card_limit)
 
+    def count_refused(self, campaign_id: str, problem: Problem) -> None:
+        """Count a request that never came to the script; only known campaigns are a label."""
+        known = "" if self._catalogue.known(campaign_id) is None else campaign_id
+        self._metrics.outcomes[known, problem.value] += 1
+
 
 def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) -> int:
     """Give the showing's number. Raises Refused for what is wrong with the request itself."""
@@ -91,7 +103,7 @@ def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) ->
 
 
 @lru_cache(maxsize=1_024)
-def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one branch a decision
+def _refusal(answer: Answer, card_limit: int) -> Refused:
     """Put a decision into the problem that the member is told; a batch shares one."""
     match answer.decision:
         case Decision.SOLD_OUT:

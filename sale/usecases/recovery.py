@@ -202,20 +202,7 @@ async def _examine(
             "nothing was changed"
         )
     case.keep_stream = not trail.wrong and trail.ends == case.seq and not trail.overlaps
-    if case.old == _NO_HEAD:
-        case.differences.append("Redis does not hold it")
-    elif case.redis_seq < case.applied:
-        case.differences.append(
-            f"Redis knows {case.redis_seq} events, PostgreSQL has applied {case.applied}"
-        )
-    elif trail.wrong or trail.ends < case.redis_seq:
-        case.differences.append(f"the stream: {trail.wrong or 'it lacks its last event'}")
-    elif still and (case.redis_seq, case.old[1]) != (case.seq, case.chain):
-        case.differences.append(
-            f"the head says event {case.redis_seq}, the ledger ends at {case.seq}"
-            if case.redis_seq != case.seq
-            else "the head has another chain hash than the ledger"
-        )
+    case.differences += _misfit(case, trail, still=still)
     if view is not None and case.redis_seq >= case.applied:
         await compare_cards(view, case.books, findings)
         compare_operations(view, case.books, findings)
@@ -226,6 +213,21 @@ async def _examine(
         case.differences += [finding.what for finding in findings.told()]
     case.differences = case.differences[:DIFFERENCES_MAX]
     return case
+
+
+def _misfit(case: _Case, trail: _Trail, *, still: bool) -> list[str]:
+    """Say how head and stream differ from the ledger; ``still``: nothing was sold meanwhile."""
+    if case.old == _NO_HEAD:
+        return ["Redis does not hold it"]
+    if case.redis_seq < case.applied:
+        return [f"Redis knows {case.redis_seq} events, PostgreSQL has applied {case.applied}"]
+    if trail.wrong or trail.ends < case.redis_seq:
+        return [f"the stream: {trail.wrong or 'it lacks its last event'}"]
+    if still and case.redis_seq != case.seq:
+        return [f"the head says event {case.redis_seq}, the ledger ends at {case.seq}"]
+    if still and case.old[1] != case.chain:
+        return ["the head has another chain hash than the ledger"]
+    return []
 
 
 async def _view(redis: Redis, campaign_id: str, findings: Findings) -> RedisView | None:

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 
 from sale.bootstrap import Stores
 from sale.domain import CampaignState, Refused
-from sale.stock.catalogue import campaign_ids, read_campaign
+from sale.stock.catalogue import read_campaigns
 from sale.stock.scripts import CallReply
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
 from sale.usecases.revocation import sync_all
@@ -118,10 +118,10 @@ class Scheduler:
         self._metrics.recovering.set(len(unfit))
 
     async def _clock(self) -> None:
-        for campaign_id in await campaign_ids(self._stores.redis):
-            now = await read_campaign(self._stores.redis, campaign_id)
-            if now is None or now.state is CampaignState.DELETED:
+        for now in await read_campaigns(self._stores.redis):
+            if now.state is CampaignState.DELETED:
                 continue
+            campaign_id = now.campaign.id
             for showing, remaining in zip(now.campaign.showings, now.remaining, strict=True):
                 self._metrics.remaining.labels(campaign_id, showing.id).set(remaining)
             if not now.recovering and now.state is not now.recorded:

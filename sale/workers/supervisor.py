@@ -24,6 +24,7 @@ from sale import config, identity
 from sale.config import Settings
 from sale.embedded import EmbeddedServers, Endpoints, running
 from sale.embedded.servers import end, launch_command, spawn
+from sale.workers.lifetime import told_to_stop
 from sale.workers.metrics_server import MergedMetrics, serving_metrics
 
 COMMAND = (sys.executable, "-m", "sale")
@@ -63,7 +64,7 @@ async def run(
         MetricsAddressError: the metrics address cannot be listened on.
 
     """
-    with _told_to_stop() as told:
+    with told_to_stop() as told:
         work = asyncio.ensure_future(_run(settings, on_ready, tuple(command)))
         waiting = asyncio.ensure_future(told.wait())
         try:
@@ -260,7 +261,7 @@ async def _until_ready(address: str, children: list[_Child]) -> None:
     Raises SupervisorError when it cannot get there.
     """
     host, port = config.split_address(address)
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{_join(reached, port)}/readyz"
     deadline = time.monotonic() + READY_TIMEOUT_S
     ready_since: float | None = None
@@ -362,19 +363,6 @@ def _reserved(listen: str) -> Iterator[str]:
 
 def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[asyncio.Event]:
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
-    try:
-        yield told
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 def _raise_first(error: BaseException | None) -> None:

@@ -1,0 +1,143 @@
+"""A whole campaign in one process: Redis, PostgreSQL, the writer and the scheduler's steps."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import asyncpg
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from stock_maker import CAMPAIGN, Bid, Stock, campaign, card, key
+
+from sale.bootstrap import Stores
+from sale.config import Settings
+from sale.db import deployment, ledger
+from sale.db.pool import open_pool
+from sale.domain import Campaign
+from sale.stock.connection import open_redis
+from sale.stock.scripts import Scripts
+from sale.usecases.audit import AuditReport, audit
+from sale.usecases.campaigns import Actor, CampaignDesk
+from sale.usecases.recovery import Recovery, recover
+from sale.workers.ledger_writer import LedgerWriter
+from sale.workers.scheduler import Scheduler
+
+DEADLINE_S = 10.0
+ME = Actor("cli:me")
+
+
+class Shop:
+    """Stores and one campaign, with a writer that can be stopped."""
+
+    def __init__(self, redis: Redis, pool: asyncpg.Pool, database_url: str, nonce: str) -> None:
+        self.redis, self.pool, self.database_url = redis, pool, database_url
+        self.scripts = Scripts(redis, nonce)
+        self.desk = CampaignDesk(redis, self.scripts, pool)
+        self.stock = Stock(redis, nonce=nonce)
+        self.nonce = nonce
+        self._writing: tuple[asyncio.Event, asyncio.Task[None]] | None = None
+
+    async def start_writer(self, **settings: Any) -> None:
+        stop = asyncio.Event()
+        writer = LedgerWriter(
+            self.redis, self.database_url, Settings(**settings), pause_campaign=self.desk.pause_for
+        )
+        self._writing = (stop, asyncio.create_task(writer.run(stop)))
+
+    async def stop_writer(self) -> None:
+        if self._writing is not None:
+            stop, task = self._writing
+            self._writing = None
+            stop.set()
+            await asyncio.wait_for(task, DEADLINE_S)
+
+    @contextlib.asynccontextmanager
+    async def scheduling(self, **settings: Any) -> AsyncIterator[CollectorRegistry]:
+        registry, stop = CollectorRegistry(), asyncio.Event()
+        stores = Stores(
+            settings=Settings(**{"tick_interval_ms": 50, **settings}),
+            redis=self.redis,
+            pool=self.pool,
+            scripts=self.scripts,
+            unions={},
+            nonce=self.nonce,
+            ticket_secret=b"",
+        )
+        task = asyncio.create_task(Scheduler(stores, registry).run(stop))
+        try:
+            yield registry
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, DEADLINE_S)
+
+    async def create(self, made: Campaign | None = None) -> None:
+        await self.desk.create(made or campaign(10, 5), ME, None, None)
+
+    async def step(self, action: str, reason: str | None = "wanted") -> None:
+        await self.desk.step(self.stock.id, action, ME, reason, None)
+
+    async def buy(self, *numbers: int, key_no: int = 1, quantity: int = 1) -> list[int]:
+        """Each card buys; the event numbers."""
+        bids = [Bid(card(n), key(key_no), quantity) for n in numbers]
+        return [told.a for told in await self.stock.buy(*bids)]
+
+    async def applied(self) -> None:
+        """Wait until PostgreSQL has everything."""
+        (seq,) = await self.stock.head("seq")
+
+        async def there() -> bool:
+            async with self.pool.acquire() as connection:
+                return (await ledger.position(connection, self.stock.id)).applied >= int(seq)
+
+        await until(there)
+
+    async def audit(self, **how: Any) -> AuditReport:
+        return await audit(self.redis, self.pool, **how)
+
+    async def recover(self, *, dry_run: bool = False) -> Recovery:
+        return await recover(
+            self.redis,
+            self.scripts,
+            self.pool,
+            self.stock.id,
+            actor="cli:me",
+            dry_run=dry_run,
+        )
+
+    async def damage(self, *statements: str) -> None:
+        """Change PostgreSQL behind the back of its triggers."""
+        async with self.pool.acquire() as connection, connection.transaction():
+            await connection.execute("SET LOCAL session_replication_role = replica")
+            for statement in statements:
+                await connection.execute(statement)
+
+    async def add_cards(self, *numbers: int, status: str = "active") -> None:
+        await self.pool.executemany(
+            "INSERT INTO card (card_no, name, union_code, phone, status)"
+            " VALUES ($1, '王小明', 'donghuamen', '', $2)",
+            [(card(n), status) for n in numbers],
+        )
+
+
+@contextlib.asynccontextmanager
+async def open_shop(redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    redis = open_redis(redis_url)
+    pool = await open_pool(database_url, max_size=6)
+    nonce, _ = await deployment.read(pool)
+    shop = Shop(redis, pool, database_url, nonce)
+    try:
+        yield shop
+    finally:
+        await shop.stop_writer()
+        await redis.aclose()
+        await pool.close()
+
+
+async def until(check: Callable[[], Awaitable[bool]], within_s: float = DEADLINE_S) -> None:
+    async with asyncio.timeout(within_s):
+        while not await check():
+            await asyncio.sleep(0.01)
+
+
+__all__ = ["CAMPAIGN", "ME", "Shop", "open_shop", "until"]

@@ -1,0 +1,309 @@
+"""Recovery: from every loss that the ledger can heal, and refused where it cannot."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from redis.asyncio import Redis
+from shop import CAMPAIGN, Shop, open_shop, until
+from stock_maker import Bid, campaign, card, key
+
+from sale.domain import Problem, Refused
+from sale.stock.catalogue import read_card
+from sale.stock.keys import CAMPAIGNS, rebuilt_keys
+from sale.stock.scripts import CallReply, Decision, Scripts
+from sale.usecases.verification import verify_all
+
+
+@pytest.fixture
+async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    """A campaign that sells: cards 1 to 4 have bought, card 1 all it may; card 9 is revoked."""
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        await shop.add_cards(*range(1, 9))
+        await shop.add_cards(9, status="cancelled")
+        await shop.create(campaign(20, 5))
+        await shop.step("open")
+        await shop.buy(1, 2, quantity=2)
+        await shop.buy(1, key_no=2)
+        await shop.desk.add_stock(CAMPAIGN, "s1", 4, *_who(), None)
+        await shop.buy(3, 4)
+        await shop.applied()
+        yield shop
+
+
+def _who():  # type: ignore[no-untyped-def]
+    from sale.usecases.campaigns import Actor
+
+    return Actor("cli:me"), "wanted"
+
+
+async def lose_everything(shop: Shop) -> None:
+    await shop.redis.flushall()
+
+
+async def lose_head(shop: Shop) -> None:
+    await shop.redis.delete(shop.stock.keys.head)
+
+
+async def lose_stock(shop: Shop) -> None:
+    await shop.redis.hset(shop.stock.keys.stock, "r0", 20)
+
+
+async def lose_a_card(shop: Shop) -> None:
+    await shop.redis.hdel(shop.stock.keys.cards, card(1))
+
+
+async def lose_the_cards(shop: Shop) -> None:
+    await shop.redis.delete(shop.stock.keys.cards)
+
+
+async def lose_the_stream(shop: Shop) -> None:
+    await shop.redis.delete(shop.stock.keys.stream)
+
+
+async def lose_the_last_entry(shop: Shop) -> None:
+    (row,) = await shop.redis.xrevrange(shop.stock.keys.stream, count=1)
+    await shop.redis.xdel(shop.stock.keys.stream, row[0])
+
+
+async def lose_an_old_entry(shop: Shop) -> None:
+    row = (await shop.redis.xrange(shop.stock.keys.stream, count=2))[1]
+    await shop.redis.xdel(shop.stock.keys.stream, row[0])
+
+
+async def lose_the_revoked(shop: Shop) -> None:
+    await shop.redis.delete(shop.stock.keys.revoked)
+
+
+async def lose_an_operation(shop: Shop) -> None:
+    await shop.redis.delete(shop.stock.keys.operations)
+
+
+async def garble_the_head(shop: Shop) -> None:
+    await shop.redis.hset(shop.stock.keys.head, mapping={"clock": "", "config": "{"})
+
+
+async def garble_the_limit(shop: Shop) -> None:
+    await shop.redis.hset(shop.stock.keys.head, "card_limit", 30)
+
+
+DAMAGES = [
+    lose_everything,
+    lose_head,
+    lose_stock,
+    lose_a_card,
+    lose_the_cards,
+    lose_the_stream,
+    lose_the_last_entry,
+    lose_an_old_entry,
+    lose_the_revoked,
+    lose_an_operation,
+    garble_the_head,
+    garble_the_limit,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
+    shop: Shop, damage: Callable[[Shop], Awaitable[None]]
+):
+    before = await shop.stock.head("seq", "state", "opens_at", "closes_at", "unions")
+    orders = {n: await read_card(shop.redis, CAMPAIGN, card(n)) for n in range(1, 10)}
+    left, operations = await shop.stock.left(), await shop.redis.hgetall(shop.stock.keys.operations)
+    await damage(shop)
+
+    seen = await shop.stock.everything()
+    told = await shop.recover(dry_run=True)
+    assert told.differences
+    assert not told.changed
+    assert await shop.stock.everything() == seen
+
+    done = await shop.recover()
+    assert done.changed
+    assert done.differences
+    assert await shop.stock.head("state", "opens_at", "closes_at", "unions") == before[1:]
+    assert await shop.stock.head("seq", "epoch") == [str(int(before[0]) + 1), "2"]
+    assert {n: await read_card(shop.redis, CAMPAIGN, card(n)) for n in range(1, 10)} == orders
+    assert await shop.stock.left() == left
+    assert await shop.redis.hgetall(shop.stock.keys.operations) == operations
+    assert await shop.redis.sismember(CAMPAIGNS, CAMPAIGN)
+    assert await shop.redis.exists(*rebuilt_keys(CAMPAIGN)) == 0
+
+    # It sells on, within the limits, and remembers its keys; the marks of before are not believed.
+    replayed, over, sold, revoked = await shop.stock.buy(
+        Bid(card(1), key(2)), Bid(card(1), key(3)), Bid(card(5), key(1)), Bid(card(9), key(1)),
+        mark=(1, int(before[0]) + 100),
+    )  # fmt: skip
+    assert replayed.decision is Decision.REPLAYED
+    assert over.decision is Decision.LIMIT_EXCEEDED
+    assert sold.decision is Decision.SOLD
+    assert revoked.decision is Decision.CARD_REVOKED
+    await shop.applied()
+    report = await shop.audit()
+    assert report.clean, report
+    row = await shop.pool.fetchrow("SELECT actor, reason FROM audit_log WHERE action LIKE '%recov%'")
+    assert row["actor"] == "cli:me"
+    assert row["reason"]
+    assert (await shop.recover()).says.endswith("nothing is wrong")
+
+
+async def test_given_a_sound_campaign_when_recovered_then_nothing_is_done(shop: Shop):
+    before = await shop.stock.everything()
+    for dry_run in (True, False):
+        done = await shop.recover(dry_run=dry_run)
+        assert not done.changed
+        assert done.differences == []
+    assert await shop.stock.everything() == before
+
+
+async def test_given_sales_going_on_when_recovered_then_they_are_not_disturbed(shop: Shop):
+    await shop.desk.add_stock(CAMPAIGN, "s0", 5_000, *_who(), None)
+    selling = True
+
+    async def sell() -> int:
+        n = 100
+        while selling:
+            await shop.buy(*range(n, n + 20))
+            n += 20
+            await asyncio.sleep(0)
+        return n - 100
+
+    task = asyncio.create_task(sell())
+    for _ in range(10):
+        done = await shop.recover()
+        assert (done.changed, done.differences) == (False, [])
+    selling = False
+    assert await task > 0
+
+
+async def test_given_an_unverified_redis_when_recovered_then_it_is_verified(shop: Shop):
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    assert (await shop.stock.call(Bid(card(5), key(1))))[0] == CallReply.UNVERIFIED
+    assert (await shop.recover(dry_run=True)).differences == []
+    done = await shop.recover()
+    assert done.changed
+    assert "verified" in done.says
+    assert await shop.stock.head("epoch") == ["1"]
+    await shop.buy(5)
+
+
+async def test_given_the_id_is_not_registered_when_recovered_then_it_is_again(shop: Shop):
+    await shop.redis.srem(CAMPAIGNS, CAMPAIGN)
+    assert "not registered" in str(await shop.audit())
+    assert (await shop.recover()).changed
+    assert (await shop.audit()).clean
+
+
+async def test_given_an_old_copy_of_redis_when_recovered_then_what_is_newer_comes_back(shop: Shop):
+    copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
+    await shop.buy(6, quantity=3)
+    await shop.applied()
+    await _restore(shop, copy)
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    assert (await shop.stock.call(Bid(card(6), key(2))))[0] == CallReply.UNVERIFIED
+    done = await shop.recover()
+    assert done.redis_seq < done.applied
+    assert (await shop.stock.buy_one(card(6), key(2))).decision is Decision.LIMIT_EXCEEDED
+    await shop.applied()
+    assert (await shop.audit()).clean
+
+
+async def test_given_a_writer_behind_when_recovered_then_the_stream_adds_what_it_has(shop: Shop):
+    await shop.stop_writer()
+    await shop.buy(6, quantity=3)
+    await shop.buy(7)
+    for damage in (lose_head, lose_the_cards):
+        await damage(shop)
+        assert (await shop.recover()).changed
+        assert (await shop.stock.buy_one(card(6), key(2))).decision is Decision.LIMIT_EXCEEDED
+        assert (await shop.stock.buy_one(card(7), key(1))).decision is Decision.REPLAYED
+    await shop.start_writer()
+    await shop.applied()
+    assert (await shop.audit()).clean
+    assert await shop.stock.head("epoch") == ["3"]
+
+
+async def test_given_two_stories_when_recovered_then_it_is_refused_in_words(shop: Shop):
+    copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
+    (forked_at,) = await shop.buy(6)
+    await shop.applied()
+    await shop.stop_writer()
+    await _restore(shop, copy)
+    await shop.buy(7)
+    await shop.buy(8)
+    before = await shop.stock.everything()
+    with pytest.raises(Refused) as refused:
+        await shop.recover()
+    assert refused.value.problem is Problem.UNAVAILABLE
+    assert f"different stories from event {forked_at}" in str(refused.value)
+    assert await shop.stock.everything() == before
+
+
+async def test_given_events_that_are_nowhere_when_recovered_then_it_is_refused(shop: Shop):
+    await shop.stop_writer()
+    first, second = await shop.buy(6, 7)
+    (third,) = await shop.buy(8)
+    await shop.redis.xdel(shop.stock.keys.stream, f"{second}-0")
+    with pytest.raises(Refused, match=f"events {first} to {third} were given out"):
+        await shop.recover()
+
+
+async def test_given_an_unknown_id_when_recovered_then_it_is_refused(shop: Shop):
+    shop.stock.id = "no-such"
+    with pytest.raises(Refused) as refused:
+        await shop.recover()
+    assert refused.value.problem is Problem.NOT_FOUND
+
+
+async def test_given_two_recoveries_at_once_then_one_does_it(shop: Shop):
+    await lose_everything(shop)
+    done = await asyncio.gather(shop.recover(), shop.recover(), return_exceptions=True)
+    assert sum(isinstance(each, Refused) or not each.changed for each in done) == 1
+    assert await shop.stock.head("epoch") == ["2"]
+
+
+async def test_given_a_paused_or_deleted_one_when_lost_then_it_comes_back_so(shop: Shop):
+    await shop.step("pause")
+    draft = campaign(3, campaign_id="green-gift")
+    await shop.create(draft)
+    await shop.desk.delete("green-gift", *_who(), None)
+    await shop.applied()
+    await until(lambda: _deleted(shop))
+    await lose_everything(shop)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    await shop.recover()
+    assert (await shop.stock.buy_one(card(5), key(1))).decision is Decision.PAUSED
+    with pytest.raises(Refused, match="recover it first"):
+        await shop.create(draft)
+    shop.stock.id = "green-gift"
+    await shop.recover()
+    await shop.create(draft)
+    shop.stock.id = CAMPAIGN
+    await shop.applied()
+
+
+async def test_given_another_deployments_redis_when_verified_then_the_nonce_is_not_believed(
+    shop: Shop,
+):
+    other = Scripts(shop.redis, "another")
+    reply = await other.purchase(
+        shop.stock.keys, "p9", 1, (0, 0), [card(5), "district", 0, 1, key(1)]
+    )
+    assert reply[0] == CallReply.UNVERIFIED
+
+
+async def _restore(shop: Shop, copy: dict[str, bytes | None]) -> None:
+    for key_name, value in copy.items():
+        await shop.redis.delete(key_name)
+        if value is not None:
+            await shop.redis.restore(key_name, 0, value)
+
+
+async def _deleted(shop: Shop) -> bool:
+    return bool(
+        await shop.pool.fetchval(
+            "SELECT state = 'deleted' FROM campaign WHERE campaign_id = 'green-gift'"
+        )
+    )

@@ -447,6 +447,7 @@ def rig(redis_url: str, database_url: str, redis: Redis) -> Iterator[Rig]:
     rig.close()
 
 
+@pytest.mark.timeout(600)  # about 10 s; a failure is shrunk first, and that takes its time
 def test_engine_and_model_agree(rig: Rig, seed: int) -> None:
     """A failure prints the steps; SALE_TEST_SEED of the report's head repeats them."""
     machine = hypothesis.seed(seed)(type("Sale", (Sale,), {"rig": rig}))

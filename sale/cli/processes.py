@@ -105,6 +105,7 @@ def migrate(context: CommandContext) -> None:
     """Bring the database to this version's schema; may run any number of times at once."""
     from sale.db.migrate import migrate as run_migrations
 
+    _log(context.settings)
     applied = run(run_migrations(context.database_url()))
     echo(
         context,

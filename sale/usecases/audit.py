@@ -76,13 +76,14 @@ async def audit(
     pool: asyncpg.Pool,
     campaign_id: str | None = None,
     *,
-    applied_wait_s: float = APPLIED_WAIT_S,
+    applied_wait_s: float | None = None,
 ) -> AuditReport:
     """Check one campaign or all. Raises CouldNotCheck, and Refused for an unknown ID.
 
-    ``applied_wait_s`` is how long the writer may stand still before the audit gives up. Where one
+    ``applied_wait_s`` is how long the writer may stand still (None: 20). Where one
     campaign cannot be checked and another has a finding, the report is given, and says both.
     """
+    wait_s = APPLIED_WAIT_S if applied_wait_s is None else applied_wait_s
     try:
         stored = [row[0] for row in await pool.fetch("SELECT campaign_id FROM campaign")]
         registered = await campaign_ids(redis)
@@ -98,7 +99,7 @@ async def audit(
             findings = Findings()
             for fault in faults:
                 findings.add("INV-3", fault)
-            check = _Check(redis, pool, each, findings, applied_wait_s)
+            check = _Check(redis, pool, each, findings, wait_s)
             try:
                 if not await check.run(registered=each in registered):
                     continue

@@ -69,7 +69,7 @@ class Problem(StrEnum):
     UNAVAILABLE = "unavailable"
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - the domain's word
     """A request that is not done, with the code and the members of the problem document.
 
     ``detail`` is one sentence for people; ``members`` are the extra fields of the contract
@@ -174,7 +174,7 @@ class Order(msgspec.Struct, frozen=True):
     card_remaining: Count
 
 
-class InvalidCampaign(ValueError):
+class InvalidCampaign(ValueError):  # noqa: N818 - reads as a sentence where it is raised
     """A campaign file or body is wrong; ``problems`` maps each field to what is wrong with it."""
 
     def __init__(self, problems: dict[str, str]) -> None:

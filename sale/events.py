@@ -117,7 +117,7 @@ def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
 
 
 def check_chain(entries: Iterable[Entry], applied: int, chain: str) -> tuple[int, str]:
-    """Follow ``entries`` from ``applied``; return the last number and hash. Raises CorruptLedger."""
+    """Follow ``entries`` from ``applied``; give the last number and hash. Raises CorruptLedger."""
     for entry in entries:
         if entry.first != applied + 1:
             raise CorruptLedger(f"event {applied + 1} is missing: next is {entry.first}")

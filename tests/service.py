@@ -259,9 +259,7 @@ class Client:
     async def close(self) -> None:
         await self._session.close()
 
-    async def ask(
-        self, method: str, path: str, token: str | None = None, **options: Any
-    ) -> Seen:
+    async def ask(self, method: str, path: str, token: str | None = None, **options: Any) -> Seen:
         """Send one request as it is given; its answer must be as ``/openapi.json`` describes it."""
         headers = dict(options.pop("headers", {}))
         if token is not None:
@@ -382,9 +380,11 @@ def running_service(data_dir: Path, **environment: str) -> Iterator[Service]:
     log_file = data_dir.with_name("up.log")
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sale", "up", "--data-dir", str(data_dir)]
-            + ["--listen", "127.0.0.1:0", "--metrics-listen", f"127.0.0.1:{free_port()}"]
-            + ["--workers", str(WORKERS)],
+            [
+                *(sys.executable, "-m", "sale", "up", "--data-dir", str(data_dir)),
+                *("--listen", "127.0.0.1:0", "--metrics-listen", f"127.0.0.1:{free_port()}"),
+                *("--workers", str(WORKERS)),
+            ],
             env={**os.environ, **environment},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.domain import Campaign, Showing, from_ms
-from sale.events import GENESIS, Books, Entry, check_chain, parse_entry
+from sale.events import GENESIS, Books, Entry, SaleRecord, check_chain, parse_entry
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
 from sale.stock.records import parse_records
 from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Scripts
@@ -141,8 +141,9 @@ class Stock:
     async def buy_one(self, *args: Any, **kwargs: Any) -> Told:
         return (await self.buy(Bid(*args, **kwargs)))[0]
 
-    async def head(self, *fields: str) -> list[Any]:
-        return [value.decode() for value in await self.redis.hmget(self.keys.head, list(fields))]
+    async def head(self, *fields: str) -> list[str]:
+        values: list[Any] = await self.redis.hmget(self.keys.head, list(fields))
+        return [value.decode() for value in values]
 
     async def set_clock(self, ms: int) -> None:
         """Let the campaign's clock stand at a moment that this machine's has not reached."""
@@ -153,7 +154,13 @@ class Stock:
         return [int(stock[b"r%d" % n]) for n in range(len(stock) // 2)]
 
     async def entries(self) -> list[Entry]:
-        return [parse_entry(*row) for row in await self.redis.xrange(self.keys.stream)]
+        rows: Any = await self.redis.xrange(self.keys.stream)
+        return [parse_entry(*row) for row in rows]
+
+    async def records(self) -> dict[str, list[SaleRecord]]:
+        """What each card holds."""
+        held: dict[Any, Any] = await self.redis.hgetall(self.keys.cards)
+        return {name.decode(): parse_records(value) for name, value in held.items()}
 
     async def everything(self) -> dict[str, Any]:
         """All that Redis holds of the campaign, to see that nothing has changed."""
@@ -177,9 +184,8 @@ class Stock:
             name: int(count) for name, count in (await self.redis.hgetall(self.keys.stock)).items()
         }
         assert held == stock
-        cards = await self.redis.hgetall(self.keys.cards)
-        assert {name.decode(): parse_records(value) for name, value in cards.items()} == books.cards
-        done = await self.redis.hgetall(self.keys.operations)
+        assert await self.records() == books.cards
+        done: dict[Any, Any] = await self.redis.hgetall(self.keys.operations)
         assert {op.decode(): what.decode() for op, what in done.items()} == books.operations
         return books
 

@@ -244,7 +244,7 @@ async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop:
                 Bid(card(first + n % 40), key(n), 1 + n % 2, 0, "donghuamen") for n in range(80)
             ]
             await shop.stock.call(*bids, process=process, call=call)
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
             if not going:
                 return call
         return 0

@@ -56,6 +56,19 @@ def unverified(header: dict[str, Any], claims: dict[str, Any], signature: str = 
     return ".".join([*(part.decode().rstrip("=") for part in parts), signature])
 
 
+async def all_pages(client: Client, path: str, token: str | None = None) -> list[Any]:
+    """The items of each page of a list."""
+    pages: list[Any] = []
+    cursor = ""
+    while len(pages) < 1_000:
+        page = (await client.get(path + cursor, token)).json()
+        pages.append(page["items"])
+        if page["next"] is None:
+            return pages
+        cursor = f"&cursor={page['next']}"
+    raise AssertionError("no end")
+
+
 # The purchase.
 
 
@@ -204,9 +217,7 @@ async def test_given_one_showing_then_an_unknown_one_is_400(
     assert (seen.status, seen.json()["field"]) == (400, "showing")
 
 
-async def test_given_stock_is_added_then_it_sells_at_once(
-    service: Service, client: Client
-) -> None:
+async def test_given_stock_is_added_then_it_sells_at_once(service: Service, client: Client) -> None:
     campaign, card = await client.campaign(tickets=0), service.card()
     for _ in range(3):
         assert (await client.buy(campaign, card.token)).code == "sold-out"
@@ -362,14 +373,17 @@ async def test_given_a_card_is_revoked_then_it_buys_nothing_one_second_later_and
 async def test_given_an_order_when_read_then_it_is_there_at_once_with_the_writer_stopped_too(
     service: Service, client: Client, crowd: Client
 ) -> None:
+    for _ in range(10):
+        await crowd.get(CAMPAIGNS)  # every worker has just read which campaigns there are
     campaign, card = await client.campaign(), service.card()
     with service.stopped("writer"):
         order = (await client.buy(campaign, card.token)).json()
-        one = await crowd.get(f"{ORDERS}/{order['order_no']}", card.token)
-        listed = await crowd.get(ORDERS, card.token)
-    assert (one.status, one.json()) == (200, order)
-    assert listed.json() == {"items": [order], "next": None}
-    assert one.headers["Cache-Control"] == "no-store"
+        for _ in range(10):
+            one = await crowd.get(f"{ORDERS}/{order['order_no']}", card.token)
+            assert (one.status, one.json()) == (200, order)
+            assert one.headers["Cache-Control"] == "no-store"
+            listed = await crowd.get(ORDERS, card.token)
+            assert listed.json() == {"items": [order], "next": None}
 
 
 async def test_given_somebody_elses_order_then_it_does_not_exist(
@@ -397,21 +411,15 @@ async def test_given_many_orders_then_pages_have_each_once_newest_first(
 ) -> None:
     card = service.card()
     campaigns = [await client.campaign(card_limit=9) for _ in range(2)]
-    bought = [
-        (await client.buy(campaign, card.token)).json()["order_no"]
-        for campaign in campaigns * 3
-        if not await asyncio.sleep(0.002)
-    ]
-    found: list[str] = []
-    cursor = ""
-    for pages in range(1, 5):
-        page = (await client.get(f"{ORDERS}?limit=2{cursor}", card.token)).json()
-        assert len(page["items"]) <= 2
-        found += [order["order_no"] for order in page["items"]]
-        if page["next"] is None:
-            break
-        cursor = f"&cursor={page['next']}"
-    assert (found, pages) == (bought[::-1], 3)
+    bought = []
+    for campaign in campaigns * 3:
+        bought.append((await client.buy(campaign, card.token)).json()["order_no"])
+        await asyncio.sleep(0.002)
+
+    pages = await all_pages(client, f"{ORDERS}?limit=2", card.token)
+
+    assert [len(page) for page in pages] == [2, 2, 2]
+    assert [order["order_no"] for page in pages for order in page] == bought[::-1]
 
 
 @pytest.mark.parametrize(
@@ -437,12 +445,8 @@ async def test_given_campaigns_when_listed_then_all_but_drafts_stand_there_once(
     made = {await client.campaign() for _ in range(3)}
     draft = await client.campaign(draft=True)
     await asyncio.sleep(1)  # a list is at most a second old
-    found: list[str] = []
-    cursor = ""
-    while cursor is not None:
-        page = (await client.get(f"{CAMPAIGNS}?limit=2{cursor}")).json()
-        found += [campaign["id"] for campaign in page["items"]]
-        cursor = page["next"] and f"&cursor={page['next']}"
+    pages = await all_pages(client, f"{CAMPAIGNS}?limit=2")
+    found = [each["id"] for page in pages for each in page]
     assert made <= set(found)
     assert draft not in found
     assert len(found) == len(set(found))
@@ -527,30 +531,31 @@ async def test_given_an_allowance_then_it_tells_the_first_reason_that_holds(
 ) -> None:
     card = service.card()
 
-    async def allowance(campaign: str) -> tuple[Any, ...]:
-        await asyncio.sleep(0.9)  # state is kept for a moment
-        body = (await client.get(f"{CAMPAIGNS}/{campaign}/allowance", card.token)).json()
-        assert list(body) == ["eligible", "reason", "card_limit", "card_remaining"]
-        return tuple(body.values())
+    async def allows(campaign: str, *expected: object) -> None:
+        async def told() -> bool:
+            body = (await client.get(f"{CAMPAIGNS}/{campaign}/allowance", card.token)).json()
+            return list(body.items()) == list(
+                zip(("eligible", "reason", "card_limit", "card_remaining"), expected, strict=True)
+            )
+
+        await until(told, within_s=1.2)  # a campaign's state is kept for a moment
 
     campaign = await client.campaign(tickets=2, card_limit=2)
-    assert await allowance(campaign) == (True, None, 2, 2)
+    await allows(campaign, True, None, 2, 2)
     await client.buy(campaign, card.token)
-    assert await allowance(campaign) == (True, None, 2, 1)
+    await allows(campaign, True, None, 2, 1)
     await client.buy(campaign, card.token)
-    assert await allowance(campaign) == (False, "limit-exceeded", 2, 0)
+    await allows(campaign, False, "limit-exceeded", 2, 0)
     await client.step(campaign, "pause")
-    assert await allowance(campaign) == (False, "paused", 2, 0)
+    await allows(campaign, False, "paused", 2, 0)
     await client.step(campaign, "close")
-    assert await allowance(campaign) == (False, "closed", 2, 0)
+    await allows(campaign, False, "closed", 2, 0)
 
-    assert await allowance(await client.campaign(tickets=0)) == (False, "sold-out", 3, 3)
-    assert await allowance(await client.campaign(opens_at=in_s(99))) == (False, "not-open", 3, 3)
+    await allows(await client.campaign(tickets=0), False, "sold-out", 3, 3)
+    await allows(await client.campaign(opens_at=in_s(99)), False, "not-open", 3, 3)
     foreign = "dongsi" if card.union != "dongsi" else "longtan"
-    assert await allowance(await client.campaign(tickets=0, unions=[foreign])) == (
-        *(False, "not-eligible"),
-        *(3, 3),
-    )
+    campaign = await client.campaign(tickets=0, unions=[foreign])
+    await allows(campaign, False, "not-eligible", 3, 3)
     assert (await client.get(f"{CAMPAIGNS}/{campaign}/allowance")).status == 401
 
 
@@ -595,7 +600,7 @@ async def open_campaign(service: Service) -> AsyncIterator[str]:
         (b"\xff\xfe{", "body"),
         (b"\x00", "body"),
         (b"[" * 10_000, "body"),
-        (b'{"a":' * 3_000, "body"),
+        (b'{"a":' * 3_000, "a"),
         (b'{"quantity":0}', "quantity"),
         (b'{"quantity":-1}', "quantity"),
         (b'{"quantity":4}', "quantity"),
@@ -625,8 +630,7 @@ async def test_given_a_bad_body_then_400_names_the_field_and_nothing_is_sold(
 ) -> None:
     seen = await post_raw(client, open_campaign, service.card().token, body)
     assert (seen.status, seen.code) == (400, "invalid-request"), seen
-    assert seen.json()["field"] in {field, "body", "quantity" if field == "Quantity" else field}
-    assert seen.json()["field"] == field or field in {"body", "Quantity"}
+    assert seen.json()["field"] == field
 
 
 @pytest.mark.parametrize(
@@ -762,7 +766,7 @@ async def test_given_an_unknown_campaign_then_404(
         ("PUT", "/api/v1/admin/campaigns/x", {"GET", "HEAD", "DELETE"}),
         ("GET", "/api/v1/admin/campaigns/x/pause", {"POST"}),
         ("POST", "/readyz", {"GET", "HEAD"}),
-        ("BREW", "/api/v1/orders", {"GET", "HEAD"}),
+        ("PROPFIND", "/api/v1/orders", {"GET", "HEAD"}),
     ],
 )
 async def test_given_a_wrong_method_then_405_tells_the_right_ones(
@@ -788,19 +792,21 @@ async def test_given_an_unknown_path_then_404_is_a_problem_document(
     assert (seen.status, seen.code) == (404, "not-found")
 
 
+HEAD = b"GET /api/v1/time HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /api/v1/campaigns/x/orders HTTP/1.1\r\nHost: x\r\n"
+
+
 @pytest.mark.parametrize(
     "request_head",
     [
-        b"GET /api/v1/time HTTP/1.1\r\nHost: x\r\nno colon here\r\n\r\n",
-        b"GET /api/v1/time HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n",
-        b"GET /api/v1/time HTTP/1.1\r\nHost: x\r\n" + b"X-Many: 1\r\n" * 2_000 + b"\r\n",
+        HEAD + b"no colon here\r\n\r\n",
+        HEAD + b"X-Long: " + b"a" * 20_000 + b"\r\n\r\n",
+        HEAD + b"X-Many: 1\r\n" * 2_000 + b"\r\n",
         b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"POST /api/v1/time HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /api/v1/time HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST /api/v1/campaigns/x/orders HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /api/v1/campaigns/x/orders HTTP/1.1\r\nHost: x\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+        POST + b"Content-Length: -1\r\n\r\n",
+        POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
         b"\x00\x01\x02\x03\r\n\r\n",
         b"HELLO\r\n\r\n",
         b"GET  HTTP/1.1\r\n\r\n",

@@ -537,7 +537,7 @@ async def test_records_hold_the_largest_values(redis: Redis) -> None:
     showings = [0] * 499 + [STOCK_MAX]
     stock = await open_stock(redis, *showings, card_limit=1_000)
     sold = await stock.buy_one(card(1), "f" * 16, 1_000, 499)
-    value = await redis.hget(stock.keys.cards, card(1))
+    value: Any = await redis.hget(stock.keys.cards, card(1))
     assert len(value) == RECORD_BYTES
     [record] = parse_records(value)
     assert (record.seq, record.showing, record.quantity) == (sold.a, 499, 1_000)

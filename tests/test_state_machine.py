@@ -6,9 +6,8 @@ and moves when a rule moves it, so that openings and closings are met to the mil
 
 import asyncio
 from collections.abc import Awaitable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import asyncpg
 import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -33,11 +32,13 @@ from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, Batchers, Purchase
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
-from sale.stock.records import parse_records
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.usecases import verification
 from sale.usecases.audit import audit
 from sale.usecases.revocation import sync_campaign
+
+if TYPE_CHECKING:
+    import asyncpg
 
 HOUR_MS = 3_600_000
 ANSWER_WITHIN_S = 20.0
@@ -328,8 +329,8 @@ class Sale(RuleBasedStateMachine):
     @rule()
     def redis_gets_another_identity(self) -> None:
         self.run(self.rig.redis.hset(self.stock.keys.head, "run_id", "f" * 40))
-        bid = (card(0), UNIONS[0], 0, 1, key(9))
-        call = (self.stock.keys, "stranger", self.model.seq, (0, 0), list(bid))
+        bid: list[str | int] = [card(0), UNIONS[0], 0, 1, key(9)]
+        call = (self.stock.keys, "stranger", self.model.seq, (0, 0), bid)
         assert self.run(Scripts.purchase(self.scripts, *call)) == [CallReply.UNVERIFIED]
         by = operation()
         reply = self.run(self.scripts.transition(self.id, "close", by))
@@ -346,12 +347,14 @@ class Sale(RuleBasedStateMachine):
     def applied_entries_are_trimmed(self) -> None:
         if self.applied > 0:
             # The last entry stays: the head's number is checked against it.
-            self.run(self.rig.redis.execute_command(
-                "XTRIM", self.stock.keys.stream, "MINID", f"{self.applied}-0"
-            ))  # fmt: skip
+            self.run(
+                self.rig.redis.xtrim(
+                    self.stock.keys.stream, minid=f"{self.applied}-0", approximate=False
+                )
+            )
 
     async def _apply(self, entries: int | None) -> None:
-        rows = await self.rig.redis.xrange(
+        rows: Any = await self.rig.redis.xrange(
             self.stock.keys.stream, f"({self.applied}-0", "+", count=entries
         )
         async with self.rig.pool.acquire() as conn:
@@ -389,21 +392,21 @@ class Sale(RuleBasedStateMachine):
         assert list(now.remaining) == [model.left(n) for n in range(len(model.tickets))]
         assert min(now.remaining) >= 0
         held: dict[tuple[str, str], dict[str, int]] = {}
-        for who, value in (await redis.hgetall(keys.cards)).items():
-            for r in parse_records(value):
-                held[who.decode(), r.key_hash] = {
+        for who, records in (await self.stock.records()).items():
+            assert model.held(who) <= model.limit
+            for r in records:
+                held[who, r.key_hash] = {
                     "seq": r.seq, "showing": r.showing, "quantity": r.quantity,
                 }  # fmt: skip
-            assert model.held(who.decode()) <= model.limit
         assert held == model.orders
         if model.state != "deleted":
-            revoked = await redis.smembers(keys.revoked)
+            revoked: Any = await redis.smembers(keys.revoked)
             assert {each.decode() for each in revoked} == model.revoked
         await self._check_ledger()
 
     async def _check_ledger(self) -> None:
         """What is new in the stream follows, and is what the model logged."""
-        rows = await self.rig.redis.xrange(self.stock.keys.stream, f"({self.position[0]}-0")
+        rows: Any = await self.rig.redis.xrange(self.stock.keys.stream, f"({self.position[0]}-0")
         entries = [parse_entry(*row) for row in rows]
         known = len(self.events)
         self.position = check_chain(entries, *self.position)

@@ -134,7 +134,7 @@ _MEMBER_CALLS: Final = (
 )
 
 
-def _operation_call(verb: str, summary: str, body: Any = schemas.ReasonRequest) -> _Call:
+def _operation_call(verb: str, summary: str, body: Any = schemas.ReasonRequest) -> _Call:  # noqa: ANN401 - a type form
     return _Call(
         "post",
         f"{_ADMIN}/campaigns/{{id}}/{verb}",

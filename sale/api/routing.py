@@ -35,7 +35,7 @@ def guarded(handler: Handler) -> Handler:
     async def guard(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told by what it is
             return failed(request, error)
 
     return guard

@@ -41,7 +41,8 @@ Title = Annotated[str, Meta(min_length=1, max_length=TITLE_MAX)]
 class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A purchase. ``showing`` may be left out where the campaign has one."""
 
-    quantity: int
+    # What no campaign allows is refused before the token is looked at; its own bound comes later.
+    quantity: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
     showing: str | None = None
 
 

@@ -132,6 +132,8 @@ class Batcher:
         self._suspects: Suspects | None = None
         self._loading: asyncio.Task[None] | None = None
         self._all_refused = False
+        self._ailing = ""
+        self._asking: list[Purchase] = []
         self.mark = (0, 0)
         """Epoch and highest event number this process has seen: a head behind it has lost
         something that somebody was told (INV-8)."""
@@ -158,22 +160,24 @@ class Batcher:
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        self._give_up(self._take(len(self._queue)))
+        self._give_up(self._asking + self._take(len(self._queue)))
 
     async def _drain(self) -> None:
-        batch: list[Purchase] = []
         try:
             while self._queue:
                 if self._all_refused:
                     batch = await self._refuse_by_peek()
                 else:
                     batch = self._take(self._batch_max)
-                if batch:
-                    await self._decide(batch)
+                # Who waited too long has gone: what was never asked is not bought behind them.
+                self._asking = self._drop_overdue(batch)
+                if self._asking:
+                    await self._decide(self._asking)
+                    self._asking = []
         except Exception:
             # A fault of ours must not leave anybody waiting: unknown is an honest answer.
             log.exception("batcher.failed", campaign=self._campaign.id)
-            self._give_up(batch + self._take(len(self._queue)))
+            self._give_up(self._asking + self._take(len(self._queue)))
         finally:
             self._task = None
 
@@ -194,25 +198,18 @@ class Batcher:
                     self._keys, self._process, self._next_call(), self.mark, arguments
                 )
             except ResponseError as error:
-                # Rejected before its first write (out of memory, read-only, not loaded yet).
-                log.error("purchase.rejected", campaign=self._campaign.id, error=str(error)[:200])
-                if not str(error).startswith("LOADING"):
-                    break
+                # Rejected before its first write: out of memory, or a replica that is read-only.
+                self._ails("purchase.rejected", str(error)[:200])
+                break
             except (RedisError, OSError, TimeoutError) as error:
-                if attempt == 0:
-                    log.warning(
-                        "purchase.unknown", campaign=self._campaign.id, error=type(error).__name__
-                    )
+                self._ails("purchase.unknown", type(error).__name__)
             else:
                 if reply[0] == CallReply.OK:
+                    self._ailing = ""
                     self._answer(batch, reply)
                     return
+                self._ails("purchase.untrusted", CallReply(reply[0]).name.lower())
                 if reply[0] not in {CallReply.LATE, CallReply.UNVERIFIED}:
-                    log.error(
-                        "purchase.untrusted",
-                        campaign=self._campaign.id,
-                        why=CallReply(reply[0]).name.lower(),
-                    )
                     break
                 if time.monotonic() - first_asked_at > UNTRUSTED_PATIENCE_S:
                     break
@@ -220,6 +217,12 @@ class Batcher:
             attempt += 1
             batch = self._drop_overdue(batch)
         self._give_up(batch)
+
+    def _ails(self, action: str, why: str) -> None:
+        """Tell of a trouble once, not once a batch."""
+        if self._ailing != action + why:
+            log.warning(action, campaign=self._campaign.id, why=why)
+        self._ailing = action + why
 
     def _give_up(self, purchases: list[Purchase]) -> None:
         self._settle(purchases, [UNKNOWN] * len(purchases))
@@ -254,6 +257,8 @@ class Batcher:
 
     async def _refuse_by_peek(self) -> list[Purchase]:
         """Refuse whom one peek can refuse; return who must be decided by the script."""
+        # A peek says nothing to those who came after it was sent: tickets may have come back.
+        asked = min(len(self._queue), PEEKED_MAX)
         try:
             peek = await self._scripts.peek(self._keys, self.mark, len(self._campaign.showings))
             suspects = await self._suspects_at(peek)
@@ -268,7 +273,7 @@ class Batcher:
         undecided: list[Purchase] = []
         refused: list[Purchase] = []
         answers: list[Answer] = []
-        for _ in range(min(len(self._queue), PEEKED_MAX)):
+        for _ in range(asked):
             purchase = self._queue.popleft()
             if (
                 purchase.card_no in suspects

@@ -137,7 +137,7 @@ async def read_campaigns(redis: Redis) -> list[CampaignNow]:
     return [now for now in read if now is not None]
 
 
-def _ask(pipe: Any, campaign_id: str) -> None:
+def _ask(pipe: Any, campaign_id: str) -> None:  # noqa: ANN401 - redis-py's pipeline
     keys = campaign_keys(campaign_id)
     pipe.time()
     pipe.hmget(keys.head, _HEAD_FIELDS)

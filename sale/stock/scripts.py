@@ -85,7 +85,7 @@ class OperationReply(msgspec.Struct, frozen=True):
     remaining: int = 0
 
 
-class Untrusted(Exception):
+class Untrusted(Exception):  # noqa: N818 - the state is, not the caller
     """This Redis, or this campaign in it, may not be believed (INV-8)."""
 
     def __init__(self, reply: CallReply) -> None:
@@ -120,7 +120,7 @@ class Scripts:
             reply = await self._send("EVAL", PURCHASE.source, *head, *arguments)
         return reply
 
-    async def _send(self, *command: str | int) -> Any:
+    async def _send(self, *command: str | int) -> Any:  # noqa: ANN401 - Redis' reply
         pool = self.redis.connection_pool
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
@@ -193,7 +193,7 @@ class Scripts:
         self,
         script: "Script",
         campaign_id: str,
-        *args: Any,
+        *args: Any,  # noqa: ANN401 - as redis-py has it
     ) -> OperationReply:
         reply = await self._run(script, campaign_keys(campaign_id), *args)
         values: list[Any] = [
@@ -201,14 +201,14 @@ class Scripts:
         ]
         return OperationReply(CallReply(values[0]), *values[1:])
 
-    async def _run(self, script: "Script", keys: CampaignKeys, *args: Any) -> Any:
+    async def _run(self, script: "Script", keys: CampaignKeys, *args: Any) -> Any:  # noqa: ANN401
         try:
             return await self._execute("EVALSHA", script.sha, 7, *keys, *args)
         except NoScriptError:
             # A Redis that restarted has lost its scripts. NOSCRIPT means: not executed.
             return await self._execute("EVAL", script.source, 7, *keys, *args)
 
-    async def _execute(self, *command: Any) -> Any:
+    async def _execute(self, *command: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
 

@@ -25,7 +25,7 @@ from sale.domain import (
     rfc3339,
 )
 from sale.events import SaleRecord
-from sale.stock.catalogue import Catalogue, read_card, read_card_everywhere
+from sale.stock.catalogue import Catalogue, campaign_ids, read_card, read_card_everywhere
 
 CODE_BYTES: Final = 16
 CONFIRMED: Final = "confirmed"
@@ -82,12 +82,12 @@ class OwnOrders:
         if place is None:
             raise Refused(Problem.NOT_FOUND, "no such order")
         campaign_id, seq, low_bits = place
-        now = await self._catalogue.now(campaign_id)
-        if now is not None:
+        campaign = await self._campaign(campaign_id)
+        if campaign is not None:
             records, _ = await read_card(self._redis, campaign_id, card_no)
             for record in records:
                 if record.seq == seq and record.at_ms & LOW_BITS == low_bits:
-                    return self._from_redis(now.campaign, record, records)
+                    return self._from_redis(campaign, record, records)
         async with self._pool.acquire() as connection:
             row = await ledger.order(connection, campaign_id, seq)
         if row is None or row.card_no != card_no or row.created_at_ms & LOW_BITS != low_bits:
@@ -111,7 +111,11 @@ class OwnOrders:
             log.warning("orders.without_postgres", error=type(error).__name__)
             rows = []
         found.update({row.cursor: self._from_postgres(row) for row in rows})
-        campaigns = [now.campaign for now in await self._catalogue.all()]
+        campaigns = [
+            campaign
+            for campaign_id in await campaign_ids(self._redis)
+            if (campaign := await self._campaign(campaign_id)) is not None
+        ]
         by_campaign = await read_card_everywhere(
             self._redis, [campaign.id for campaign in campaigns], card_no
         )
@@ -123,6 +127,18 @@ class OwnOrders:
         page = sorted(found, reverse=True)[: limit + 1]
         following = page[limit - 1] if len(page) > limit else None
         return [found[cursor] for cursor in page[:limit]], following
+
+    async def _campaign(self, campaign_id: str) -> Campaign | None:
+        """Give a campaign that may have orders.
+
+        What was kept a moment ago does not do where it says that there is none: a campaign may be
+        younger than that, and its orders are readable at once.
+        """
+        campaign = await self._catalogue.for_sale(campaign_id)
+        if campaign is None:
+            now = await self._catalogue.read(campaign_id)
+            campaign = now.campaign if now is not None and now.visible else None
+        return campaign
 
     def _from_redis(
         self, campaign: Campaign, record: SaleRecord, records: Sequence[SaleRecord]

@@ -103,7 +103,7 @@ def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) ->
 
 
 @lru_cache(maxsize=1_024)
-def _refusal(answer: Answer, card_limit: int) -> Refused:
+def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one branch a decision
     """Put a decision into the problem that the member is told; a batch shares one."""
     match answer.decision:
         case Decision.SOLD_OUT:

@@ -308,7 +308,7 @@ class LedgerWriter:
                 self._stick(campaign, str(error))
             except _PASS_ON:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - no campaign's fault stops the others
                 self._stick(campaign, f"{type(error).__name__}: {error.args[:1]}")
             wrote |= campaign.position.applied != before
         return more, wrote
@@ -401,7 +401,7 @@ class LedgerWriter:
         try:
             async with asyncio.timeout(PAUSE_TIMEOUT_S):
                 await self._pause_campaign(campaign.id, f"ledger conflict, {campaign.pause_for}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
             if not (isinstance(error, Refused) and error.problem is Problem.WRONG_STATE):
                 log.warning("ledger.pause_failed", campaign=campaign.id, why=repr(error))
                 campaign.not_before = time.monotonic() + BACKOFF_MAX_S
@@ -471,7 +471,7 @@ class LedgerWriter:
             await asyncio.wait_for(self._stop.wait(), wait_s)
 
 
-class _LockLost(Exception):
+class _LockLost(Exception):  # noqa: N818 - says what happened
     """The heartbeat failed: another writer may hold the lock by now."""
 
 

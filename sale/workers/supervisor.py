@@ -261,7 +261,7 @@ async def _until_ready(address: str, children: list[_Child]) -> None:
     Raises SupervisorError when it cannot get there.
     """
     host, port = config.split_address(address)
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared
     url = f"http://{_join(reached, port)}/readyz"
     deadline = time.monotonic() + READY_TIMEOUT_S
     ready_since: float | None = None

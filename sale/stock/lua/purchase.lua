@@ -35,11 +35,13 @@ if not head.roster_rev then
   return { UNVERIFIED }
 end
 local call = tonumber(ARGV[2])
-if call <= tonumber(redis.call('HGET', CALLS, ARGV[1]) or 0) then
+local last_call = redis.call('HGET', CALLS, ARGV[1])
+if call <= tonumber(last_call or 0) then
   return { LATE }
 end
 
 local RECORD, FIELDS = 31, '>I5I6I2I2'
+local PROCESSES_MAX = 1000
 local first_argument, purchases = 6, (#ARGV - 5) / 5
 
 local cards = {}
@@ -146,5 +148,13 @@ if #events > 0 then
   end
 end
 redis.call('HSET', CALLS, ARGV[1], call)
+if not last_call and redis.call('HLEN', CALLS) > PROCESSES_MAX then
+  -- Names begin with the moment of the process's start, in hex: the oldest go.
+  local processes = redis.call('HKEYS', CALLS)
+  table.sort(processes)
+  for i = 1, #processes - PROCESSES_MAX / 2 do
+    redis.call('HDEL', CALLS, processes[i])
+  end
+end
 reply[3] = head.seq
 return reply

@@ -1,0 +1,453 @@
+"""What operators do over HTTP: who may, in which state, with which reason, and what is told of it."""
+
+import asyncio
+from datetime import datetime
+from typing import Any
+
+import pytest
+from service import (
+    ADMIN,
+    CAMPAIGNS,
+    PAST,
+    Client,
+    Seen,
+    Service,
+    campaign_table,
+    in_s,
+    new_key,
+    showings,
+    until,
+)
+
+AUDIT_LOG = "/api/v1/admin/audit-log"
+STEPS = ("schedule", "open", "pause", "resume", "close", "reopen")
+
+
+async def create(client: Client, token: str, table: Any, **headers: str) -> Seen:
+    return await client.ask("POST", ADMIN, token, json=table, headers=headers)
+
+
+async def take_step(client: Client, token: str | None, campaign: str, step: str) -> Seen:
+    return await client.ask("POST", f"{ADMIN}/{campaign}/{step}", token, json={"reason": "because"})
+
+
+async def told(client: Client, campaign: str) -> list[dict[str, Any]]:
+    """The audit log of a campaign, oldest first, without the clock's own entries."""
+    seen = await client.get(f"{AUDIT_LOG}?campaign={campaign}", client.service.admin_token)
+    assert seen.status == 200
+    return [entry for entry in seen.json()["items"][::-1] if entry["actor"] != "clock"]
+
+
+async def test_given_each_step_when_taken_over_http_then_state_and_audit_log_follow(
+    service: Service, client: Client
+) -> None:
+    name, token = await asyncio.to_thread(service.operator, "admin")
+    table = campaign_table(service.new_id(), opens_at=None)
+    made = await create(client, token, table)
+    assert (made.status, made.json()["state"]) == (201, "draft")
+    assert made.headers["Location"] == f"{ADMIN}/{table['id']}"
+    moment = in_s(3_600)
+
+    async def step(action: str, state: str, **fields: Any) -> None:
+        seen = await client.ask(
+            "POST",
+            f"{ADMIN}/{table['id']}/{action}",
+            token,
+            json={"reason": f"why {action}", **fields},
+        )
+        assert (seen.status, seen.json()["state"]) == (200, state), seen
+
+    await step("schedule", "scheduled", at=moment)
+    seen = await client.get(f"{CAMPAIGNS}/{table['id']}")
+    assert (
+        abs(
+            datetime.fromisoformat(seen.json()["opens_at"]) - datetime.fromisoformat(moment)
+        ).total_seconds()
+        < 0.002
+    )
+    await step("open", "open")
+    await step("pause", "paused")
+    await step("resume", "open")
+    await step("stock", "open", showing="general", add=5)
+    await step("close", "closed")
+    await step("reopen", "open")
+
+    entries = await told(client, table["id"])
+    assert [entry["action"].rpartition(".")[2] for entry in entries] == [
+        *("created", "scheduled", "opened", "paused", "resumed", "stock_added", "closed"),
+        "reopened",
+    ]
+    assert {entry["actor"] for entry in entries} == {name}
+    assert [entry["reason"] for entry in entries] == [
+        None,
+        *(f"why {action}" for action in ("schedule", "open", "pause", "resume", "stock")),
+        *("why close", "why reopen"),
+    ]
+    assert sorted(entry["at"] for entry in entries) == [entry["at"] for entry in entries]
+    assert {entry["campaign"] for entry in entries} == {table["id"]}
+    opened = (await client.get(f"{ADMIN}/{table['id']}", token)).json()
+    assert datetime.fromisoformat(opened["opens_at"]) <= datetime.now().astimezone()
+
+
+@pytest.mark.parametrize(
+    ("state", "allowed"),
+    [
+        ("draft", {"schedule", "open"}),
+        ("scheduled", {"schedule", "open", "close"}),
+        ("open", {"pause", "close"}),
+        ("paused", {"resume", "close"}),
+        ("closed", {"reopen"}),
+    ],
+)
+async def test_given_a_state_then_every_other_step_is_refused_in_words(
+    client: Client, state: str, allowed: set[str]
+) -> None:
+    for step in STEPS:
+        campaign = await client.campaign(
+            opens_at=None if state == "draft" else in_s(99) if state == "scheduled" else PAST
+        )
+        if state in {"paused", "closed"}:
+            assert (await client.step(campaign, state.removesuffix("d").removesuffix("ce"))).status
+            action = "pause" if state == "paused" else "close"
+            await client.step(campaign, action)
+        seen = await client.step(campaign, step, **({"at": in_s(9)} if step == "schedule" else {}))
+        if step in allowed:
+            assert seen.status == 200, (step, seen)
+            continue
+        assert (seen.status, seen.code) == (409, "wrong-state"), (step, seen)
+        assert step in seen.json()["detail"]
+        assert state in seen.json()["detail"]
+        after = await client.get(f"{ADMIN}/{campaign}", client.service.admin_token)
+        assert after.json()["state"] == state
+
+
+async def test_given_no_or_a_foreign_token_then_401_and_403_for_every_call(
+    service: Service, client: Client
+) -> None:
+    campaign, member = await client.campaign(draft=True), service.card().token
+    calls = [
+        *(("GET", path) for path in (ADMIN, f"{ADMIN}/{campaign}", f"{ADMIN}/{campaign}/live")),
+        *(("GET", AUDIT_LOG), ("POST", ADMIN), ("DELETE", f"{ADMIN}/{campaign}")),
+        *(("POST", f"{ADMIN}/{campaign}/{step}") for step in (*STEPS, "stock")),
+    ]
+    expired = service.token("622100000001", now_s=1_000_000)
+    for method, path in calls:
+        body = {"json": {}} if method == "POST" else {}
+        for token, expected in (
+            (None, (401, "unauthenticated")),
+            ("sale_op_x", (401, "unauthenticated")),
+            (expired, (401, "unauthenticated")),
+            (member, (403, "forbidden")),
+        ):
+            seen = await client.ask(method, path, token, **body)
+            assert (seen.status, seen.code) == expected, (method, path, token)
+    assert (await client.get(f"{ADMIN}/{campaign}", service.admin_token)).json()["state"] == "draft"
+
+
+async def test_given_a_subdistricts_operator_then_its_own_campaigns_are_its_and_no_others(
+    service: Service, client: Client
+) -> None:
+    _, token = await asyncio.to_thread(service.operator, "operator", "dongsi")
+    own = campaign_table(service.new_id(), owner="dongsi")
+    assert (await create(client, token, own)).status == 201
+    assert (await take_step(client, token, own["id"], "pause")).status == 200
+
+    refused = await create(client, token, campaign_table(service.new_id(), owner="longtan"))
+    assert (refused.status, refused.code) == (403, "forbidden")
+    other = await client.campaign(owner="longtan")
+    for step in STEPS:
+        seen = await take_step(client, token, other, step)
+        assert (seen.status, seen.code) == (403, "forbidden"), step
+    draft = await client.campaign(owner="district", draft=True)
+    assert (await client.get(f"{ADMIN}/{draft}", token)).status == 404
+    assert (await client.ask("DELETE", f"{ADMIN}/{draft}", token)).status in {403, 404}
+    listed = (await client.get(f"{ADMIN}?limit=200", token)).json()["items"]
+    assert draft not in {campaign["id"] for campaign in listed}
+    assert (await client.get(f"{ADMIN}/{draft}", service.admin_token)).json()["state"] == "draft"
+    assert (await client.get(f"{ADMIN}/{other}", service.admin_token)).json()["state"] == "open"
+
+
+async def test_given_an_operator_of_the_district_then_all_campaigns_are_its(
+    service: Service, client: Client
+) -> None:
+    _, token = await asyncio.to_thread(service.operator, "operator")
+    other = await client.campaign(owner="longtan")
+    assert (await take_step(client, token, other, "pause")).status == 200
+
+
+@pytest.mark.parametrize("role", ["clerk", "auditor"])
+async def test_given_a_clerk_or_auditor_then_it_reads_and_changes_nothing(
+    service: Service, client: Client, role: str
+) -> None:
+    _, token = await asyncio.to_thread(service.operator, role)
+    campaign = await client.campaign()
+    draft = await client.campaign(draft=True)
+
+    for path in (ADMIN, f"{ADMIN}/{campaign}", f"{ADMIN}/{campaign}/live"):
+        assert (await client.get(path, token)).status == 200
+    assert (await client.get(AUDIT_LOG, token)).status == (200 if role == "auditor" else 403)
+    for step in STEPS:
+        seen = await take_step(client, token, campaign, step)
+        assert (seen.status, seen.code) == (403, "forbidden"), step
+    stock = {"showing": "general", "add": 1, "reason": "x"}
+    seen = await client.ask("POST", f"{ADMIN}/{campaign}/stock", token, json=stock)
+    assert seen.code == "forbidden"
+    assert (await create(client, token, campaign_table(service.new_id()))).code == "forbidden"
+    assert (await client.ask("DELETE", f"{ADMIN}/{draft}", token)).code == "forbidden"
+
+
+async def test_given_a_new_token_or_a_disabled_account_then_the_old_token_ends(
+    service: Service, client: Client
+) -> None:
+    name, old = await asyncio.to_thread(service.operator, "auditor")
+    new = (await service.asale("operator", "token", name, "--json")).json()["token"]
+    assert (await client.get(ADMIN, old)).status == 401
+    assert (await client.get(ADMIN, new)).status == 200
+    assert (await service.asale("operator", "disable", name)).status == 0
+    assert (await client.get(ADMIN, new)).status == 401
+
+
+@pytest.mark.parametrize("step", ["pause", "reopen", "stock"])
+async def test_given_a_step_that_needs_a_why_then_without_one_it_is_400(
+    client: Client, step: str
+) -> None:
+    campaign = await client.campaign()
+    if step == "reopen":
+        await client.step(campaign, "close")
+    fields = {"showing": "general", "add": 1} if step == "stock" else {}
+    for reason in ({}, {"reason": None}, {"reason": ""}, {"reason": "   "}, {"reason": "x" * 501},
+                   {"reason": 1}):  # fmt: skip
+        seen = await client.step(campaign, step, None, **fields, **reason)
+        assert (seen.status, seen.code, seen.json()["field"]) == (
+            *(400, "invalid-request"),
+            "reason",
+        ), reason
+    assert (await client.step(campaign, step, "x" * 500, **fields)).status == 200
+
+
+async def test_given_stock_under_a_key_when_repeated_then_it_is_added_once(
+    service: Service, client: Client, crowd: Client
+) -> None:
+    campaign, key = await client.campaign(showings=showings(10, 10)), new_key()
+    wish = {"showing": "b", "add": 7, "reason": "short of demand"}
+
+    async def add(with_key: str | None, **changes: Any) -> Seen:
+        return await crowd.ask(
+            "POST",
+            f"{ADMIN}/{campaign}/stock",
+            service.admin_token,
+            json=wish | changes,
+            headers={} if with_key is None else {"Idempotency-Key": with_key},
+        )
+
+    seen = await asyncio.gather(*(add(key) for _ in range(10)))
+    assert {one.status for one in seen} == {200}
+    assert await client.remaining(campaign) == [10, 17]
+    for change in ({"add": 8}, {"showing": "a"}, {"reason": "other"}):
+        other = await add(key, **change)
+        assert (other.status, other.code) == (422, "idempotency-mismatch"), change
+    await add(None)
+    await add(None)
+    assert await client.remaining(campaign) == [10, 31]
+    assert (await add("not a key")).code == "invalid-request"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"add": 0}, "add"),
+        ({"add": -1}, "add"),
+        ({"add": 10_000_001}, "add"),
+        ({"add": 10_000_000}, "add"),
+        ({"add": 10**30}, "add"),
+        ({"add": 1.5}, "add"),
+        ({"add": True}, "add"),
+        ({"add": "1"}, "add"),
+        ({"add": None}, "add"),
+        ({"showing": "z"}, "showing"),
+        ({"showing": None}, "showing"),
+        ({"showing": "A!"}, "showing"),
+        ({"remove": 1}, "remove"),
+    ],
+)
+async def test_given_a_bad_addition_then_400_and_the_stock_is_as_it_was(
+    client: Client, fields: dict[str, Any], field: str
+) -> None:
+    campaign = await client.campaign(tickets=5)
+    seen = await client.step(campaign, "stock", **({"showing": "general", "add": 1} | fields))
+    assert (seen.status, seen.json().get("field")) == (400, field)
+    assert await client.remaining(campaign) == [5]
+
+
+async def test_given_a_step_under_a_key_when_repeated_then_it_is_done_once(
+    service: Service, client: Client
+) -> None:
+    campaign, key = await client.campaign(), {"Idempotency-Key": new_key()}
+    path, told_why = f"{ADMIN}/{campaign}/pause", {"json": {"reason": "lunch"}}
+    for _ in range(2):
+        seen = await client.ask("POST", path, service.admin_token, headers=key, **told_why)
+        assert seen.status == 200
+    assert len([entry for entry in await told(client, campaign) if entry["reason"] == "lunch"]) == 1
+
+    await client.step(campaign, "resume")
+    late = await client.ask("POST", path, service.admin_token, headers=key, **told_why)
+    assert (late.status, late.json()["state"]) == (200, "open")
+
+
+async def test_given_a_bad_campaign_then_every_wrong_field_is_named_in_one_answer(
+    service: Service, client: Client
+) -> None:
+    table = campaign_table(
+        "Not An Id",
+        title="",
+        category="food",
+        price_fen=-1,
+        payment="cash",
+        card_limit=0,
+        order_max=2.5,
+        opens_at="tomorrow",
+        closes_at="2020-01-01T00:00:00",
+        unions=["atlantis"],
+        owner="nobody",
+        draft="no",
+        showings=[{"id": "a", "title": "a", "tickets": -1}, {"id": "a", "title": "b"}, 3],
+        colour="red",
+    )
+
+    seen = await create(client, service.admin_token, table)
+
+    assert (seen.status, seen.code) == (400, "invalid-request")
+    assert set(seen.json()["fields"]) == {
+        *("id", "title", "category", "price_fen", "payment", "card_limit", "order_max"),
+        *("opens_at", "closes_at", "unions", "owner", "draft", "colour"),
+        *("showings[0].tickets", "showings[1].id", "showings[1].tickets", "showings[2]"),
+    }
+    for field in seen.json()["fields"]:
+        assert field in seen.json()["detail"]
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"null", b'"x"', b"\xff"])
+async def test_given_a_campaign_that_is_no_object_then_400(
+    service: Service, client: Client, body: bytes
+) -> None:
+    seen = await client.ask(
+        "POST",
+        ADMIN,
+        service.admin_token,
+        data=body,
+        headers={"Content-Type": "application/json"},
+    )
+    assert (seen.status, seen.code) == (400, "invalid-request")
+
+
+async def test_given_an_id_that_is_taken_then_409_and_the_same_key_again_is_a_repeat(
+    service: Service, client: Client
+) -> None:
+    table, key = campaign_table(service.new_id()), new_key()
+    first = await create(client, service.admin_token, table, **{"Idempotency-Key": key})
+    again = await create(client, service.admin_token, table, **{"Idempotency-Key": key})
+    other = await create(client, service.admin_token, table)
+    assert (first.status, again.status) == (201, 201)
+    assert again.json()["id"] == table["id"]
+    assert (other.status, other.code) == (409, "wrong-state")
+    assert table["id"] in other.json()["detail"]
+
+
+async def test_given_a_draft_then_it_can_be_deleted_and_made_anew_and_nothing_else_can(
+    service: Service, client: Client
+) -> None:
+    draft = await client.campaign(draft=True)
+    assert (await client.ask("DELETE", f"{ADMIN}/{draft}", service.admin_token)).status == 204
+    for path in ("", "/live"):
+        assert (await client.get(f"{ADMIN}/{draft}{path}", service.admin_token)).status == 404
+    assert (await client.ask("DELETE", f"{ADMIN}/{draft}", service.admin_token)).status == 404
+    assert (await take_step(client, service.admin_token, draft, "open")).status == 404
+
+    anew = await create(client, service.admin_token, campaign_table(draft, tickets=1))
+    assert anew.status == 201
+    assert (await client.buy(draft, service.card().token)).status == 201
+
+    seen = await client.ask("DELETE", f"{ADMIN}/{draft}", service.admin_token)
+    assert (seen.status, seen.code) == (409, "wrong-state")
+
+
+async def test_given_unknown_campaigns_then_404_everywhere(
+    service: Service, client: Client
+) -> None:
+    for path in ("nothing", "nothing/live"):
+        assert (await client.get(f"{ADMIN}/{path}", service.admin_token)).code == "not-found"
+    for step in STEPS:
+        assert (await take_step(client, service.admin_token, "nothing", step)).code == "not-found"
+    assert (await client.step("nothing", "stock", showing="general", add=1)).code == "not-found"
+
+
+@pytest.mark.parametrize("at", ["tomorrow", "2030-01-01T00:00:00", "", 5, "2030-13-01T00:00:00Z"])
+async def test_given_a_bad_opening_moment_then_400_names_it(client: Client, at: object) -> None:
+    campaign = await client.campaign(opens_at=None)
+    seen = await client.step(campaign, "schedule", at=at)
+    assert (seen.status, seen.json()["field"]) == (400, "at")
+
+
+async def test_given_a_draft_without_a_moment_then_scheduling_it_asks_for_one(
+    client: Client,
+) -> None:
+    campaign = await client.campaign(opens_at=None, closes_at=in_s(50))
+    assert (await client.step(campaign, "schedule")).json()["field"] == "at"
+    assert (await client.step(campaign, "schedule", at=in_s(60))).json()["field"] == "at"
+    assert (await client.step(campaign, "schedule", at=in_s(40))).json()["state"] == "scheduled"
+
+
+async def test_given_sales_then_the_live_view_has_what_is_left_and_how_far_the_ledger_is(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign(tickets=10)
+    for card in service.cards(4):
+        await client.buy(campaign, card.token, 2)
+
+    live = (await client.get(f"{ADMIN}/{campaign}/live", service.admin_token)).json()
+
+    assert (live["id"], live["state"]) == (campaign, "open")
+    assert live["showings"] == [{"id": "general", "tickets": 10, "remaining": 2}]
+    assert live["ledger_seq"] >= 5
+
+    async def applied() -> bool:
+        now = (await client.get(f"{ADMIN}/{campaign}/live", service.admin_token)).json()
+        return bool(now["ledger_applied"] == now["ledger_seq"])
+
+    await until(applied, within_s=5)
+
+
+async def test_given_many_entries_then_the_audit_log_pages_through_each_once_newest_first(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign()
+    for _ in range(3):
+        await client.step(campaign, "pause")
+        await client.step(campaign, "resume")
+    path = f"{AUDIT_LOG}?campaign={campaign}"
+    everything = (await client.get(path, service.admin_token)).json()["items"]
+    found: list[Any] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = (await client.get(f"{path}&limit=3{cursor}", service.admin_token)).json()
+        assert len(page["items"]) <= 3
+        found += page["items"]
+        cursor = page["next"] and f"&cursor={page['next']}"
+    assert found == everything
+    assert len(found) >= 7
+    moments = [entry["at"] for entry in found]
+    assert moments == sorted(moments, reverse=True)
+    bad = await client.get(f"{AUDIT_LOG}?cursor=!", service.admin_token)
+    assert (bad.status, bad.json()["field"]) == (400, "cursor")
+
+
+async def test_given_a_card_is_revoked_then_the_audit_log_says_by_whom_and_masks_the_number(
+    service: Service, client: Client
+) -> None:
+    card = service.card()
+    await service.asale("cards", "revoke", card.no, "--reason", "lost it", "--as", "hotline-7")
+    seen = await client.get(AUDIT_LOG, service.admin_token)
+    entry = next(each for each in seen.json()["items"] if each["actor"] == "hotline-7")
+    assert entry["reason"] == "lost it"
+    assert "revoke" in entry["action"]
+    assert card.no not in seen.body.decode()

@@ -61,10 +61,10 @@ def redis_url(servers: embedded.EmbeddedServers) -> str:
 @pytest.fixture
 async def redis_client(redis_url: str) -> AsyncIterator["redis.asyncio.Redis"]:
     """A client of the tests' Redis, empty (and its script cache with it)."""
-    async with redis.asyncio.from_url(redis_url) as client:
-        await client.flushall()
-        await client.script_flush()
-        yield client
+    async with redis.asyncio.from_url(redis_url) as emptied:
+        await emptied.flushall()
+        await emptied.script_flush()
+        yield emptied
 
 
 @pytest.fixture(name="redis")

@@ -176,6 +176,7 @@ BREACHES = [
     ("INV-8", "lost", in_redis("DEL", *KEYS)),
     ("INV-8", "went-back", _redis_goes_back),
     ("INV-8", "recovering", in_redis("HSET", KEYS.head, "recovering", "by hand")),
+    ("INV-8", "not-whole", in_redis("HDEL", KEYS.head, "chain")),
     ("INV-8", "unreadable", in_redis("HSET", KEYS.head, "config", "{")),
     ("INV-8", "epoch", in_postgres("UPDATE event SET epoch = 2 WHERE seq = 4")),
     ("INV-9", "revoked-forgotten", in_redis("DEL", KEYS.revoked)),
@@ -271,9 +272,7 @@ async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop:
             if not going:
                 return
 
-    working = [
-        asyncio.create_task(work) for work in (sell("a"), sell("b"), operate(), revoke())
-    ]
+    working = [asyncio.create_task(work) for work in (sell("a"), sell("b"), operate(), revoke())]
     try:
         for _ in range(12):
             report = await shop.audit()

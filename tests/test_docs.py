@@ -163,7 +163,8 @@ def test_given_the_logs_when_compared_with_their_table_then_each_action_is_liste
     for text in SOURCES.values():
         in_code |= set(
             re.findall(
-                r"log\.(?:debug|info|warning|error|exception)\(\s*(?:#[^\n]*\s*)?\"([\w.]+)\"", text
+                r"(?:log\.(?:debug|info|warning|error|exception)|_ails)\(\s*(?:#[^\n]*\s*)?\"([\w.]+)\"",
+                text,
             )
         )
         # Actions that are looked up in a table before they are logged.

@@ -84,6 +84,10 @@ async def garble_the_head(shop: Shop) -> None:
     await shop.redis.hset(shop.stock.keys.head, mapping={"clock": "", "config": "{"})
 
 
+async def lose_half_the_head(shop: Shop) -> None:
+    await shop.redis.hdel(shop.stock.keys.head, "config", "chain")
+
+
 async def garble_the_limit(shop: Shop) -> None:
     await shop.redis.hset(shop.stock.keys.head, "card_limit", 30)
 
@@ -100,6 +104,7 @@ DAMAGES = [
     lose_the_revoked,
     lose_an_operation,
     garble_the_head,
+    lose_half_the_head,
     garble_the_limit,
 ]
 
@@ -142,7 +147,9 @@ async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
     await shop.applied()
     report = await shop.audit()
     assert report.clean, report
-    row = await shop.pool.fetchrow("SELECT actor, reason FROM audit_log WHERE action LIKE '%recov%'")
+    row = await shop.pool.fetchrow(
+        "SELECT actor, reason FROM audit_log WHERE action LIKE '%recov%'"
+    )
     assert row["actor"] == "cli:me"
     assert row["reason"]
     assert (await shop.recover()).says.endswith("nothing is wrong")

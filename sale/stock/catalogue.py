@@ -6,6 +6,7 @@ draft is never kept: it may be deleted and made anew with other showings.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -128,12 +129,18 @@ async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:
 
 
 async def read_campaigns(redis: Redis) -> list[CampaignNow]:
-    """Read all campaigns in one round trip; each may be read between two of its events."""
+    """Read all campaigns in one round trip; each may be read between two of its events.
+
+    One whose values are damaged is left out, so that the others are seen: the audit tells of it.
+    """
     async with redis.pipeline(transaction=False) as pipe:
         for campaign_id in await campaign_ids(redis):
             _ask(pipe, campaign_id)
         replies = await pipe.execute()
-    read = (_parse(*replies[at : at + 3]) for at in range(0, len(replies), 3))
+    read = []
+    for at in range(0, len(replies), 3):
+        with contextlib.suppress(ValueError):
+            read.append(_parse(*replies[at : at + 3]))
     return [now for now in read if now is not None]
 
 

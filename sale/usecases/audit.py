@@ -186,10 +186,10 @@ class _Check:
         )
         if applied is None:
             return False
-        # Made in this moment, perhaps: a campaign is in Redis first.
-        if await self._redis.hexists(self._keys.head, "seq"):
-            return False
-        self._findings.add("INV-8", f"Redis does not hold it, PostgreSQL has {applied} events")
+        what = (
+            "has no whole head" if await self._redis.exists(self._keys.head) else "does not hold it"
+        )
+        self._findings.add("INV-8", f"Redis {what}, PostgreSQL has {applied} events")
         return True
 
     async def _check_stream_end(self, view: RedisView) -> None:

@@ -180,7 +180,7 @@ async def _examine(
     """Look at everything, change nothing."""
     case = _Case(campaign_id, differences=[])
     findings = Findings()
-    view = await _view(redis, campaign_id, findings)
+    view = await _view(redis, campaign_id)
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         case.applied, case.chain = await ledger.position(connection, campaign_id)
         revoked = await revoked_at(connection, view.now.roster_rev) if view else set()
@@ -210,7 +210,7 @@ async def _examine(
             compare_revoked(view, revoked, findings)
         case.differences += [finding.what for finding in findings.told()]
     elif view is None and case.old != _NO_HEAD:
-        case.differences += [finding.what for finding in findings.told()]
+        case.differences.append("the head in Redis cannot be read")
     case.differences = case.differences[:DIFFERENCES_MAX]
     return case
 
@@ -230,11 +230,11 @@ def _misfit(case: _Case, trail: _Trail, *, still: bool) -> list[str]:
     return []
 
 
-async def _view(redis: Redis, campaign_id: str, findings: Findings) -> RedisView | None:
+async def _view(redis: Redis, campaign_id: str) -> RedisView | None:
+    """Give what Redis holds; None where there is nothing, or nothing that can be read."""
     try:
         return await read_redis(redis, campaign_id)
-    except (ResponseError, *DAMAGED) as error:
-        findings.add("INV-8", f"what Redis holds cannot be read: {type(error).__name__}")
+    except (ResponseError, *DAMAGED):
         return None
 
 

@@ -6,14 +6,14 @@ may do it at once: the command that revoked a card, the scheduler four times a s
 making of a campaign, which sells nothing before its first load is complete.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 from redis.asyncio import Redis
 
 from sale.db import roster
 from sale.domain import CampaignState
-from sale.stock.catalogue import campaign_ids, read_campaign
+from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
 
@@ -44,12 +44,11 @@ async def sync_campaign(
     redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str
 ) -> None:
     """Let one campaign follow the roster, from wherever it stands."""
-    now = await read_campaign(redis, campaign_id)
-    if now is None or now.state is CampaignState.DELETED:
+    # Two fields and not the campaign: a damaged head must not keep the others from following.
+    head: list[Any] = await redis.hmget(campaign_keys(campaign_id).head, ["state", "roster_rev"])
+    if head[0] is None or head[0].decode() == CampaignState.DELETED:
         return
-    rev = now.roster_rev
-    if rev < 0:
-        rev = await _load(scripts, pool, campaign_id)
+    rev = await _load(scripts, pool, campaign_id) if head[1] is None else int(head[1])
     for _ in range(ROUNDS_MAX):
         async with pool.acquire() as connection:
             changes = await roster.changes_since(connection, rev, CHUNK)

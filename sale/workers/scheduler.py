@@ -11,26 +11,17 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
-from redis.exceptions import RedisError
 
 from sale.bootstrap import Stores
-from sale.domain import CampaignState, Refused
+from sale.domain import CampaignState
 from sale.stock.catalogue import read_campaigns
 from sale.stock.scripts import CallReply
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
 from sale.usecases.revocation import sync_all
 from sale.usecases.verification import verify_all
 
-STORE_ERRORS: Final = (
-    RedisError,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    OSError,
-    TimeoutError,
-)
 AUDIT_SHARE: Final = 0.05
 """An audit reads every order; between two of them passes at least twenty times its duration."""
 
@@ -96,7 +87,7 @@ class Scheduler:
         """Do one step; what fails is told once and tried again next round, for ever."""
         try:
             await work()
-        except (*STORE_ERRORS, Refused) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other steps go on
             if step not in self._ailing:
                 log.warning("scheduler.step_failed", step=step, error=type(error).__name__)
             self._ailing.add(step)
@@ -138,8 +129,10 @@ class Scheduler:
             started = time.monotonic()
             try:
                 report = await audit(self._stores.redis, self._stores.pool)
-            except (CouldNotCheck, *STORE_ERRORS) as error:
+            except CouldNotCheck as error:
                 log.warning("audit.could_not_check", error=str(error)[:200])
+            except Exception:
+                log.exception("audit.failed")
             else:
                 self._publish(report)
             took_s = time.monotonic() - started

@@ -1,0 +1,279 @@
+"""The scheduler: what happens without anybody's call, and a Redis that comes back."""
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from shop import CAMPAIGN, ME, Shop, open_shop, until
+from stock_maker import Bid, campaign, card, key
+
+from sale import embedded
+from sale.domain import Refused
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import CallReply, Decision
+
+SELLS_AGAIN_S = 2.0
+FOLLOWS_S = 1.0
+KEYS = campaign_keys(CAMPAIGN)
+
+
+@pytest.fixture
+async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        yield shop
+
+
+class OwnRedis:
+    """A Redis of this module's own, on a data directory that can be put back."""
+
+    def __init__(self, servers: embedded.EmbeddedServers, home: Path) -> None:
+        self.servers, self.home = servers, home
+
+    def copy_files(self) -> Path:
+        copy = self.home.with_name("redis.copy")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.home, copy)
+        return copy
+
+    async def come_back(self, files: Path | None = None) -> None:
+        """Die without a word, then start on what is there, on older files, or on none."""
+        os.kill(self.servers.pids["redis"], signal.SIGKILL)
+        await until(self._gone)
+        if files is not None:
+            shutil.rmtree(self.home)
+            shutil.copytree(files, self.home)
+        await self.servers.restart("redis")
+
+    async def _gone(self) -> bool:
+        return "redis" not in self.servers.pids
+
+
+@pytest.fixture(scope="module")
+async def own_redis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[OwnRedis]:
+    data_dir = tmp_path_factory.mktemp("own") / "data"
+    async with embedded.running(data_dir, redis=True, postgres=False) as servers:
+        yield OwnRedis(servers, data_dir / "redis")
+
+
+@pytest.fixture
+async def own_shop(own_redis: OwnRedis, database_url: str) -> AsyncIterator[Shop]:
+    """An open campaign on that Redis; card 1 has bought."""
+    assert own_redis.servers.endpoints.redis_url is not None
+    async with open_shop(own_redis.servers.endpoints.redis_url, database_url) as shop:
+        await shop.redis.flushall()
+        await shop.start_writer()
+        await shop.create(campaign(100))
+        await shop.step("open")
+        await shop.buy(1)
+        await shop.applied()
+        yield shop
+
+
+async def events(shop: Shop, campaign_id: str = CAMPAIGN) -> list[tuple[str, str | None]]:
+    rows = await shop.pool.fetch(
+        "SELECT kind, actor FROM event WHERE campaign_id = $1 ORDER BY seq", campaign_id
+    )
+    return [(row["kind"], row["actor"]) for row in rows]
+
+
+def sample(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, labels)
+
+
+async def now_ms(shop: Shop) -> int:
+    seconds, micros = await shop.redis.time()
+    return int(seconds) * 1_000 + int(micros) // 1_000
+
+
+async def test_given_nobody_calls_when_the_moments_come_then_they_are_recorded(shop: Shop):
+    now = await now_ms(shop)
+    opens, closes = now + 300, now + 700
+    await shop.create(campaign(10, opens_at_ms=opens, closes_at_ms=closes))
+    async with shop.scheduling() as registry, shop.scheduling():
+        recorded = [("opened", "clock"), ("closed", "clock")]
+
+        async def both() -> bool:
+            return (await events(shop))[2:] == recorded
+
+        await until(both)
+        assert sample(registry, "sale_stock_remaining", campaign=CAMPAIGN, showing="s0") == 10
+        await asyncio.sleep(0.2)
+    assert (await events(shop))[2:] == recorded
+    moments = await shop.pool.fetch(
+        "SELECT (extract(epoch FROM at) * 1000)::bigint FROM event WHERE kind IN"
+        " ('opened', 'closed') ORDER BY seq"
+    )
+    for (at_ms,), due_ms in zip(moments, (opens, closes), strict=True):
+        assert due_ms <= at_ms < due_ms + 500
+    assert (await shop.audit()).clean
+
+
+async def test_given_the_scheduler_was_away_when_it_comes_back_then_it_records_what_passed(
+    shop: Shop,
+):
+    async with shop.scheduling():
+        now = await now_ms(shop)
+        await shop.create(campaign(10, opens_at_ms=now + 200, closes_at_ms=now + 400))
+    await asyncio.sleep(0.5)
+    assert [kind for kind, _ in await events(shop)] == ["created", "scheduled"]
+    async with shop.scheduling():
+
+        async def both() -> bool:
+            return [kind for kind, _ in await events(shop)][2:] == ["opened", "closed"]
+
+        await until(both, FOLLOWS_S)
+
+
+async def test_given_a_damaged_campaign_when_the_moment_of_another_comes_then_it_is_recorded(
+    shop: Shop,
+):
+    await shop.create(campaign(10, campaign_id="a-damaged-one"))
+    await shop.add_cards(1)
+    await shop.create(campaign(10, opens_at_ms=await now_ms(shop) + 100))
+    await shop.redis.hset(campaign_keys("a-damaged-one").head, mapping={"config": "{", "clock": ""})
+    async with shop.scheduling():
+
+        async def opened() -> bool:
+            return ("opened", "clock") in await events(shop)
+
+        await until(opened, FOLLOWS_S)
+        await shop.pool.execute("UPDATE card SET status = 'cancelled'")
+
+        async def followed() -> bool:
+            return bool(await shop.redis.sismember(KEYS.revoked, card(1)))
+
+        await until(followed, FOLLOWS_S)
+
+
+async def test_given_a_card_that_only_postgres_has_revoked_then_it_buys_nothing_a_second_later(
+    shop: Shop,
+):
+    await shop.add_cards(1, 2)
+    await shop.create(campaign(10))
+    await shop.step("open")
+    async with shop.scheduling(tick_interval_ms=250):
+        await shop.buy(1)
+        await shop.pool.execute("UPDATE card SET status = 'suspended' WHERE card_no = $1", card(1))
+        await asyncio.sleep(FOLLOWS_S)
+        told = await shop.stock.buy(Bid(card(1), key(2)), Bid(card(2), key(1)))
+        assert [each.decision for each in told] == [Decision.CARD_REVOKED, Decision.SOLD]
+        await shop.pool.execute("UPDATE card SET status = 'active' WHERE card_no = $1", card(1))
+        await asyncio.sleep(FOLLOWS_S)
+        await shop.buy(1, key_no=2)
+
+
+async def test_given_a_breach_when_the_audit_is_due_then_the_metric_tells(shop: Shop):
+    await shop.create(campaign(10))
+    async with shop.scheduling(audit_interval_s=1) as registry:
+
+        async def told(count: float) -> bool:
+            labels = {"campaign": CAMPAIGN, "invariant": "INV-1"}
+            return sample(registry, "sale_audit_findings", **labels) == count
+
+        await until(lambda: told(0))
+        await shop.redis.hset(KEYS.stock, "r0", 11)
+        await until(lambda: told(1))
+        await shop.redis.hset(KEYS.stock, "r0", 10)
+        await until(lambda: told(0))
+
+
+async def test_given_redis_restarts_on_its_files_then_it_sells_again_within_two_seconds(
+    own_shop: Shop, own_redis: OwnRedis
+):
+    async with own_shop.scheduling(tick_interval_ms=250) as registry:
+        await own_redis.come_back()
+        back = time.monotonic()
+        first = await _call(own_shop, 2)
+        assert first == CallReply.UNVERIFIED  # nothing is sold before the comparison (INV-8)
+
+        async def sells() -> bool:
+            return await _call(own_shop, 2) == CallReply.OK
+
+        await until(sells, SELLS_AGAIN_S)
+        print(f"sells again {time.monotonic() - back:.3f} s after Redis answers")
+        replay, new = await own_shop.stock.buy(Bid(card(1), key(1)), Bid(card(3), key(1)))
+        assert (replay.decision, new.decision) == (Decision.REPLAYED, Decision.SOLD)
+        await until(lambda: _metric(registry, "sale_redis_up", 1))
+        assert sample(registry, "sale_campaigns_recovering") == 0
+    await own_shop.applied()
+    assert (await own_shop.audit()).clean
+
+
+async def test_given_redis_comes_back_with_older_files_then_it_sells_nothing_until_recovered(
+    own_shop: Shop, own_redis: OwnRedis
+):
+    files = own_redis.copy_files()
+    await own_shop.buy(2, quantity=3)
+    await own_shop.applied()
+    async with own_shop.scheduling() as registry:
+        await own_redis.come_back(files)
+        await until(lambda: _metric(registry, "sale_campaigns_recovering", 1))
+        for _ in range(5):
+            assert await _call(own_shop, 2) == CallReply.UNVERIFIED
+            await asyncio.sleep(0.05)
+        (why,) = await own_shop.stock.head("recovering")
+        assert "PostgreSQL has applied" in why
+        assert "INV-8" in str(await own_shop.audit())
+        await own_shop.recover()
+        await until(lambda: _metric(registry, "sale_campaigns_recovering", 0))
+        told = await own_shop.stock.buy(Bid(card(2), key(9)), Bid(card(3), key(1)))
+        assert [each.decision for each in told] == [Decision.LIMIT_EXCEEDED, Decision.SOLD]
+    await own_shop.applied()
+    assert (await own_shop.audit()).clean
+
+
+async def test_given_redis_comes_back_empty_then_it_sells_nothing_until_recovered(
+    own_shop: Shop, own_redis: OwnRedis, tmp_path: Path
+):
+    async with own_shop.scheduling() as registry:
+        await own_redis.come_back(tmp_path)
+        await until(lambda: _metric(registry, "sale_campaigns_recovering", 1))
+        assert await _call(own_shop, 2) == CallReply.MISSING
+        with pytest.raises(Refused, match="recover it first"):
+            await own_shop.desk.create(campaign(100), ME, None, None)
+        await own_shop.recover()
+        await until(lambda: _metric(registry, "sale_campaigns_recovering", 0))
+        replayed = await own_shop.stock.buy_one(card(1), key(1))
+        assert replayed.decision is Decision.REPLAYED
+    await own_shop.applied()
+    assert (await own_shop.audit()).clean
+
+
+async def test_given_redis_restarts_before_the_writer_was_done_then_nothing_is_lost(
+    own_shop: Shop, own_redis: OwnRedis
+):
+    await own_shop.stop_writer()
+    await own_shop.buy(2, 3, 4)
+    async with own_shop.scheduling():
+        await own_redis.come_back()
+
+        async def sells() -> bool:
+            return await _call(own_shop, 5) == CallReply.OK
+
+        await until(sells, SELLS_AGAIN_S)
+    await own_shop.start_writer()
+    await own_shop.applied()
+    assert (await own_shop.audit()).clean
+    assert await own_shop.pool.fetchval("SELECT count(*) FROM orders") == 5
+
+
+async def _call(shop: Shop, n: int) -> int | None:
+    """What Redis says to a purchase; None where it does not answer yet."""
+    try:
+        return (await shop.stock.call(Bid(card(n), key(1))))[0]
+    except (RedisError, OSError):
+        return None
+
+
+async def _metric(registry: CollectorRegistry, name: str, value: Any) -> bool:
+    return sample(registry, name) == value

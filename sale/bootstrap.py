@@ -159,7 +159,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 tokens=tokens,
                 catalogue=catalogue,
                 batchers=batchers,
-                desk=PurchaseDesk(catalogue, batchers, tokens, codes, metrics),
+                desk=PurchaseDesk(catalogue, batchers, tokens, codes, metrics, stores.pool),
                 orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
                 campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool),
                 metrics=metrics,

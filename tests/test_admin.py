@@ -272,7 +272,8 @@ async def test_given_a_bad_addition_then_400_and_the_stock_is_as_it_was(
     client: Client, fields: dict[str, Any], field: str
 ) -> None:
     campaign = await client.campaign(tickets=5)
-    seen = await client.step(campaign, "stock", **({"showing": "general", "add": 1} | fields))
+    wish: dict[str, Any] = {"showing": "general", "add": 1} | fields
+    seen = await client.step(campaign, "stock", **wish)
     assert (seen.status, seen.json().get("field")) == (400, field)
     assert await client.remaining(campaign) == [5]
 

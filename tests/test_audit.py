@@ -1,4 +1,4 @@
-"""The audit: clean while everything goes on, and every invariant that is broken by hand is found."""
+"""The audit: clean while sales go on, and every invariant that is broken by hand is found."""
 
 import asyncio
 import itertools

@@ -706,6 +706,20 @@ async def test_filter_never_misses_a_buyer_or_a_revoked_card(
     assert sum(card(n) in suspects for n in range(10_000, 20_000)) < 10
 
 
+async def test_filter_is_loaded_again_where_the_ledger_was_trimmed_before_it(redis: Redis) -> None:
+    stock = await open_stock(redis, 10)
+    suspects = Suspects(redis, stock.keys)
+    await suspects.load()
+    for n in range(3):
+        await stock.buy_one(card(n), key(1))
+    await redis.xtrim(stock.keys.stream, maxlen=1, approximate=False)
+    await suspects.catch_up(5)
+    assert not suspects.complete_for(5, 1, 0)
+    await suspects.load()
+    assert suspects.complete_for(5, 1, 0)
+    assert all(card(n) in suspects for n in range(3))
+
+
 async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
     stock = await open_stock(redis, 100_000)
     for at in range(0, 5_000, 250):

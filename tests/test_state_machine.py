@@ -139,13 +139,15 @@ class Sale(RuleBasedStateMachine):
     @initialize(
         tickets=st.lists(st.integers(0, 4), min_size=1, max_size=2),
         limit=st.integers(1, 4),
-        everyone=st.booleans(),
+        everyone=st.sampled_from([True, True, True, False]),
         opens=st.sampled_from([0, -1, 1, -1_000, 1_000, None]),
         closes=st.sampled_from([None, None, 1, 1_000, 120_000]),
-        draft=st.sampled_from([False, False, False, True]),
+        draft=st.sampled_from([False] * 7 + [True]),
     )
     def begin(self, **how: Any) -> None:
         self._create("create", **how)
+        if self.model.state_now() == "draft" and not how["draft"]:
+            self._operate("open")
 
     @precondition(lambda self: self.model.state == "deleted")
     @rule(tickets=st.lists(st.integers(0, 6), min_size=1, max_size=2), limit=st.integers(1, 4))
@@ -186,9 +188,24 @@ class Sale(RuleBasedStateMachine):
     def purchase(self, place: int, wanted: list[tuple[int, int, int, int]]) -> None:
         self._buy(place, [self._asked(*each) for each in wanted])
 
-    @rule(showing=st.integers(0, 1), key_no=st.integers(0, 2))
-    def everybody_wants_one(self, showing: int, key_no: int) -> None:
-        self._buy(PROCESSES[0], [self._asked(who, showing, 1, key_no) for who in range(CARDS)])
+    @precondition(lambda self: self.model.state_now() not in {"draft", "deleted"})
+    @rule(
+        showing=st.integers(0, 1),
+        key_no=st.integers(0, 2),
+        turns=st.lists(st.sampled_from(PROCESSES), min_size=1, max_size=4),
+        shut=st.sampled_from([None, None, None, "pause", "close", "closing moment"]),
+    )
+    def everybody_asks_and_asks_again(
+        self, showing: int, key_no: int, turns: list[int], shut: str | None
+    ) -> None:
+        wanted = [self._asked(who, showing, 1, key_no) for who in range(CARDS)]
+        self._buy(turns[0], wanted)
+        if shut == "closing moment":
+            self.time_passes(max((self.model.closes_at or 0) - self.model.clock, 0))
+        elif shut and self.model.state_now() == "open":
+            self._operate(shut)
+        for place in turns:
+            self._buy(place, wanted)
 
     @precondition(lambda self: self.model.orders)
     @rule(place=st.sampled_from(PROCESSES), data=st.data(), other=st.booleans())
@@ -270,7 +287,9 @@ class Sale(RuleBasedStateMachine):
     @rule()
     def go_on(self) -> None:
         """Back to selling, so that a life is not spent closed."""
-        action = GO_ON[self.model.state_now()]
+        self._operate(GO_ON[self.model.state_now()])
+
+    def _operate(self, action: str) -> None:
         by = operation()
         assert self.run(self.scripts.transition(self.id, action, by)).reply is CallReply.OK
         assert self.model.step(action, by.op, by.content, None) == "ok"
@@ -457,8 +476,8 @@ def test_engine_and_model_agree(rig: Rig, seed: int) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=40,
-            stateful_step_count=40,
+            max_examples=60,
+            stateful_step_count=50,
             deadline=None,
             database=None,
             print_blob=True,

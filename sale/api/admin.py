@@ -6,17 +6,17 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from sale.api.member import (
+from sale.api.exchange import (
+    ENCODER,
     ENGINE,
+    NO_STORE,
     bearer,
-    campaign_view,
     decode_cursor,
     encode_cursor,
     idempotency_key,
     json_response,
     page_limit,
     read_body,
-    remaining_views,
 )
 from sale.api.routing import Handler, guarded
 from sale.api.schemas import (
@@ -28,13 +28,13 @@ from sale.api.schemas import (
     ScheduleRequest,
     StockRequest,
 )
+from sale.api.views import campaign_view, remaining_views
 from sale.db import ledger
 from sale.domain import CampaignState, InvalidCampaign, Problem, Refused, parse_campaign, rfc3339
 from sale.stock.catalogue import CampaignNow
 from sale.usecases.campaigns import ACTIONS, Actor, moment_ms
 from sale.usecases.operators import authenticate_operator
 
-NO_STORE: Final = {"Cache-Control": "no-store"}
 AUDIT_READERS: Final = frozenset({"admin", "auditor", "operator"})
 
 
@@ -86,7 +86,7 @@ async def create_campaign(request: web.Request) -> web.Response:
     now = await engine.campaigns.create(campaign, actor, None, _key(request))
     return web.Response(
         status=201,
-        body=_ENCODER.encode(campaign_view(now)),
+        body=ENCODER.encode(campaign_view(now)),
         content_type="application/json",
         headers={"Location": f"/api/v1/admin/campaigns/{campaign.id}", **NO_STORE},
     )
@@ -213,7 +213,6 @@ def _audit_view(row: ledger.AuditRow) -> AuditEntryView:
     )
 
 
-_ENCODER: Final = msgspec.json.Encoder()
 _TABLE: Final = msgspec.json.Decoder(dict[str, object])
 _REASON: Final = msgspec.json.Decoder(ReasonRequest)
 _SCHEDULE: Final = msgspec.json.Decoder(ScheduleRequest)

@@ -9,8 +9,9 @@ import structlog
 from aiohttp import web
 
 from sale.api.admin import add_admin_routes
+from sale.api.exchange import BODY_MAX, ENGINE
 from sale.api.health import add_health_routes
-from sale.api.member import BODY_MAX, ENGINE, add_member_routes
+from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
 from sale.api.routing import add_fallback
 from sale.bootstrap import Engine

@@ -8,7 +8,7 @@ import asyncpg
 from aiohttp import web
 from redis.exceptions import RedisError
 
-from sale.api.member import ENGINE, json_response
+from sale.api.exchange import ENGINE, NO_STORE, json_response
 from sale.api.routing import guarded
 from sale.api.schemas import HealthView
 from sale.bootstrap import Stores
@@ -17,7 +17,6 @@ from sale.stock.connection import durability_faults
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
-NO_STORE: Final = {"Cache-Control": "no-store"}
 
 
 def add_health_routes(app: web.Application) -> None:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from sale.domain import LOCAL_ZONE, Problem, Refused
 
@@ -271,10 +271,10 @@ def _member_answer(
 
 def problem_headers(refused: Refused) -> dict[str, str]:
     """Headers of a refusal: its type, Retry-After, Allow, WWW-Authenticate."""
-    headers = {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-store"}
+    headers: dict[str, str] = {hdrs.CONTENT_TYPE: CONTENT_TYPE, hdrs.CACHE_CONTROL: "no-store"}
     wait_s = retry_after_s(refused)
     if wait_s is not None:
-        headers["Retry-After"] = str(wait_s)
+        headers[hdrs.RETRY_AFTER] = str(wait_s)
     if refused.problem is Problem.UNAUTHENTICATED:
         headers["WWW-Authenticate"] = "Bearer"
     allow = refused.members.get("allow")

@@ -22,7 +22,7 @@ from sale.cli.runtime import (
     run,
 )
 from sale.domain import default_unions_path, load_unions, mask_card, rfc3339, to_ms
-from sale.identity import SigningKey, card_tag, load_or_create_signing_key
+from sale.identity import SigningKey, card_tag
 from sale.usecases import roster
 from sale.usecases.roster import Card, ImportReport
 from sale.usecases.sample_roster import SAMPLE_MAX, sample
@@ -47,7 +47,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool) -> None:
     line is bad; then nothing has changed.
     """
     unions = frozenset(load_unions(default_unions_path()))
-    key = load_or_create_signing_key(context.settings)
+    key = context.signing_key()
 
     async def work() -> ImportReport:
         async with context.pool() as pool:
@@ -76,7 +76,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool) -> None:
 @command_context
 def revoke(context: CommandContext, card_no: str, reason: str) -> None:
     """Cancel a card: it buys nothing from now on."""
-    key = load_or_create_signing_key(context.settings)
+    key = context.signing_key()
 
     async def work() -> Card:
         async with context.pool() as pool:
@@ -98,7 +98,7 @@ def revoke(context: CommandContext, card_no: str, reason: str) -> None:
 @command_context
 def restore(context: CommandContext, card_no: str, reason: str) -> None:
     """Make a suspended or cancelled card active again."""
-    key = load_or_create_signing_key(context.settings)
+    key = context.signing_key()
 
     async def work() -> Card:
         async with context.pool() as pool:
@@ -119,7 +119,7 @@ def restore(context: CommandContext, card_no: str, reason: str) -> None:
 @command_context
 def show(context: CommandContext, card_no: str) -> None:
     """Show a card; its number is masked."""
-    key = load_or_create_signing_key(context.settings)
+    key = context.signing_key()
 
     async def work() -> Card:
         async with context.pool() as pool:
@@ -162,7 +162,7 @@ def tokens(context: CommandContext, count: int, status: str, out: Path | None) -
 
     They are as good as the cards themselves for thirty days: keep them where nobody else reads.
     """
-    key = load_or_create_signing_key(context.settings)
+    key = context.signing_key()
 
     async def work() -> int:
         written = 0

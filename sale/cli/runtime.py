@@ -20,6 +20,7 @@ import structlog
 from sale import config
 from sale.config import Settings, SettingsError
 from sale.domain import CARD_NO, Refused
+from sale.identity import SigningKey, load_or_create_signing_key
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -52,17 +53,17 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
             )
         return endpoints.database_url
 
+    def signing_key(self) -> SigningKey:
+        """The deployment's key. That no engine runs is told first: then there is no key either."""
+        self.database_url()
+        return load_or_create_signing_key(self.settings)
+
     @asynccontextmanager
     async def pool(self) -> AsyncIterator[Any]:
         """A small pool on that database, closed at the end."""
-        from sale.db.pool import CONNECT_TIMEOUT_S, open_pool
+        from sale.db.pool import open_pool
 
-        url = self.database_url()
-        try:
-            pool = await open_pool(url, min_size=1, max_size=2)
-        except (OSError, TimeoutError) as error:
-            what = str(error) or f"no answer in {CONNECT_TIMEOUT_S:g} s"
-            raise click.ClickException(f"PostgreSQL cannot be reached: {what}") from None
+        pool = await open_pool(self.database_url(), min_size=1, max_size=2)
         try:
             yield pool
         finally:

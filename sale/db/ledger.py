@@ -136,6 +136,12 @@ async def positions(conn: Connection) -> dict[str, Position]:
     return {row["campaign_id"]: Position(row["applied"], row["chain"]) for row in rows}
 
 
+async def state(conn: Connection, campaign_id: str) -> str | None:
+    """A campaign's state as far as it is applied, or None where there is none."""
+    found: str | None = await conn.fetchval(_SQL["state"], campaign_id)
+    return found
+
+
 async def living(conn: Connection) -> list[str]:
     """IDs of the campaigns that have events and are not deleted drafts, sorted."""
     return [row["campaign_id"] for row in await conn.fetch(_SQL["living"])]

@@ -1,6 +1,7 @@
 """Connections to PostgreSQL, with a bound on every wait."""
 
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
@@ -20,14 +21,27 @@ async def open_pool(
 ) -> "asyncpg.Pool[Any]":
     """Open a pool; the caller closes it.
 
-    Raises OSError, TimeoutError or asyncpg.PostgresError where the server cannot be reached.
+    Raises ConnectionError, which says where, or asyncpg.PostgresError where the server cannot be
+    reached.
     """
-    return await asyncpg.create_pool(
-        database_url,
-        min_size=min_size,
-        max_size=max_size,
-        timeout=connect_timeout_s,
-        command_timeout=command_timeout_s,
-        max_inactive_connection_lifetime=IDLE_CONNECTION_S,
-        server_settings={"application_name": "sale"},
-    )
+    try:
+        return await asyncpg.create_pool(
+            database_url,
+            min_size=min_size,
+            max_size=max_size,
+            timeout=connect_timeout_s,
+            command_timeout=command_timeout_s,
+            max_inactive_connection_lifetime=IDLE_CONNECTION_S,
+            server_settings={"application_name": "sale"},
+        )
+    except (OSError, TimeoutError) as error:
+        why = str(error) or f"no answer in {connect_timeout_s:g} s"
+        raise ConnectionError(
+            f"PostgreSQL at {_place(database_url)} cannot be reached: {why}"
+        ) from None
+
+
+def _place(database_url: str) -> str:
+    """Where a URL leads to, without what it says of users and passwords."""
+    parts = urlsplit(database_url)
+    return parts.netloc.rpartition("@")[2] or parse_qs(parts.query).get("host", ["?"])[0]

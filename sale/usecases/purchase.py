@@ -10,7 +10,10 @@ import time
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from sale.domain import Campaign, Order, Problem, Refused, rfc3339
+import asyncpg
+
+from sale.db import ledger
+from sale.domain import Campaign, CampaignState, Order, Problem, Refused, rfc3339
 from sale.identity import MemberTokens
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, Batchers, Purchase
@@ -19,6 +22,7 @@ from sale.stock.scripts import Decision
 from sale.usecases.orders import TicketCodes, key_hash, placed_order
 
 OVERLOADED_RETRY_S: Final = 1
+POSTGRES_PATIENCE_S: Final = 1.0
 _PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
 
 
@@ -39,7 +43,9 @@ class PurchaseDesk:
         tokens: MemberTokens,
         codes: TicketCodes,
         metrics: PurchaseMetrics,
+        pool: asyncpg.Pool,
     ) -> None:
+        self._pool = pool
         self._metrics = metrics
         self._catalogue = catalogue
         self._batchers = batchers
@@ -61,7 +67,7 @@ class PurchaseDesk:
         showing = 0 if campaign is None else _check_request(campaign, quantity, showing_id)
         member = self._tokens.verify(token or "", time.time())
         if campaign is None:
-            raise Refused(Problem.NOT_FOUND, "no such campaign")
+            raise await self._no_campaign(campaign_id)
         purchase = Purchase(
             member.card_no, member.union, showing, quantity, key_hash(key), self._loop
         )
@@ -75,6 +81,14 @@ class PurchaseDesk:
             )  # fmt: skip
             return Placed(order, answer.decision is Decision.REPLAYED)
         return _refusal(answer, campaign.card_limit)
+
+    async def _no_campaign(self, campaign_id: str) -> Refused:
+        """Tell a campaign that Redis has lost, which may be had again, from one that never was."""
+        async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
+            state = await ledger.state(connection, campaign_id)
+        if state is None or state in {CampaignState.DRAFT, CampaignState.DELETED}:
+            return Refused(Problem.NOT_FOUND, "no such campaign")
+        return Refused(Problem.UNAVAILABLE)
 
     def count_refused(self, campaign_id: str, problem: Problem) -> None:
         """Count a request that never came to the script; only known campaigns are a label."""

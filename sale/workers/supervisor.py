@@ -126,8 +126,11 @@ def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Setting
 
 
 async def _migrate(settings: Settings, command: tuple[str, ...]) -> None:
-    process = await spawn(
-        launch_command("KILL", program=[*command, "migrate"]), STDERR, _environment(settings)
+    process = await asyncio.create_subprocess_exec(
+        *launch_command("KILL", program=[*command, "migrate"]),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,  # its result in words; the log has the same
+        env=_environment(settings),
     )
     try:
         async with asyncio.timeout(MIGRATE_TIMEOUT_S):

@@ -4,6 +4,9 @@ SELECT applied, chain FROM campaign WHERE campaign_id = $1;
 -- name: positions -- How far each campaign's ledger is applied.
 SELECT campaign_id, applied, chain FROM campaign;
 
+-- name: state -- A campaign's state as far as it is applied.
+SELECT state FROM campaign WHERE campaign_id = $1;
+
 -- name: living -- Campaigns that have events and are not deleted drafts.
 SELECT campaign_id FROM campaign WHERE applied > 0 AND state <> 'deleted' ORDER BY campaign_id;
 

@@ -1,0 +1,133 @@
+"""What all handlers share: reading a request, wording an answer.
+
+On the way of a purchase a header is looked up by an ``istr``, whose folding is done once, and a
+body that has arrived whole is taken as it is: aiohttp's ``read`` waits for its end twice.
+"""
+
+import base64
+import binascii
+import hashlib
+import re
+from typing import Final, TypeVar
+
+import msgspec
+from aiohttp import hdrs, web
+from multidict import istr
+
+from sale.bootstrap import Engine
+from sale.domain import IDEMPOTENCY_KEY, Problem, Refused
+
+ENGINE: Final = web.AppKey("engine", Engine)
+BODY_MAX: Final = 16 * 1024
+LIMIT_DEFAULT, LIMIT_MAX = 50, 200
+NO_STORE: Final[dict[str, str]] = {hdrs.CACHE_CONTROL: "no-store"}
+KEY_HEADER: Final = istr("Idempotency-Key")
+ENCODER: Final = msgspec.json.Encoder()
+Body = TypeVar("Body")
+
+
+def bearer(request: web.Request) -> str | None:
+    """Give the bearer token, or None."""
+    header = request.headers.get(hdrs.AUTHORIZATION, "")
+    return header[7:] if header[:7].lower() == "bearer " else None
+
+
+def idempotency_key(request: web.Request) -> str:
+    """Give the idempotency key. Raises Refused where it is missing or malformed."""
+    key = request.headers.get(KEY_HEADER)
+    if key is None:
+        raise Refused(
+            Problem.MISSING_IDEMPOTENCY_KEY, "send a header Idempotency-Key, new for each order"
+        )
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            "Idempotency-Key: must be 1 to 64 of A-Z, a-z, 0-9, _ and -",
+            field="Idempotency-Key",
+        )
+    return key
+
+
+async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Read and check a JSON body. Raises Refused for its type, size, syntax and fields."""
+    media_type = request.headers.get(hdrs.CONTENT_TYPE, "")
+    if media_type != "application/json" and not _is_json(media_type):
+        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+    if request.content.is_eof():
+        body = request.content.read_nowait()
+        too_large = len(body) > BODY_MAX
+    else:
+        try:
+            body, too_large = await request.read(), False
+        except web.HTTPRequestEntityTooLarge:
+            body, too_large = b"", True
+    if too_large:
+        raise Refused(Problem.PAYLOAD_TOO_LARGE, f"at most {BODY_MAX} bytes")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        field = _FIELD.search(message) or _UNKNOWN_FIELD.search(message)
+        name = field[1] if field else "body"
+        what = message.split(" - at ", maxsplit=1)[0].replace("`", "'")
+        raise Refused(Problem.INVALID_REQUEST, f"{name}: {what}", field=name) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise Refused(Problem.INVALID_REQUEST, "the body is not JSON", field="body") from None
+
+
+def page_limit(request: web.Request) -> int:
+    """Give ``?limit=``, 1 to 200, default 50. Raises Refused."""
+    text = request.query.get("limit")
+    if text is None:
+        return LIMIT_DEFAULT
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:4]) <= LIMIT_MAX:
+        raise Refused(
+            Problem.INVALID_REQUEST, f"limit: must be from 1 to {LIMIT_MAX}", field="limit"
+        )
+    return int(text)
+
+
+def encode_cursor(value: object) -> str:
+    """Word a cursor: opaque to clients."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(value)).decode().rstrip("=")
+
+
+def decode_cursor(request: web.Request, kind: type[Body]) -> Body | None:
+    """Read ``?cursor=``. Raises Refused."""
+    text = request.query.get("cursor")
+    if text is None:
+        return None
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.DecodeError, binascii.Error, ValueError):
+        raise Refused(
+            Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor"
+        ) from None
+
+
+def json_response(body: object, *, headers: dict[str, str] | None = None) -> web.Response:
+    """Answer 200 with JSON."""
+    return web.Response(body=ENCODER.encode(body), content_type="application/json", headers=headers)
+
+
+def tagged_response(request: web.Request, body: object, *, max_age_s: int) -> web.Response:
+    """Answer with an ETag, or 304 where the client has it already."""
+    encoded = ENCODER.encode(body)
+    tag = f'"{hashlib.blake2b(encoded, digest_size=12).hexdigest()}"'
+    headers = {"ETag": tag, "Cache-Control": f"public, max-age={max_age_s}"}
+    known = [part.strip() for part in request.headers.get("If-None-Match", "").split(",")]
+    if "*" in known or tag in known or f"W/{tag}" in known:
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=encoded, content_type="application/json", headers=headers)
+
+
+def _is_json(media_type: str) -> bool:
+    kind, _, parameter = media_type.partition(";")
+    return kind.strip().lower() == "application/json" and (
+        not parameter or parameter.strip().lower() in {"charset=utf-8", 'charset="utf-8"'}
+    )
+
+
+_FIELD: Final = re.compile(r"\$\.([a-z_]+)")
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]{1,64})`")

@@ -1,0 +1,207 @@
+"""What the system tells those who run it: metrics over all workers, readiness, logs."""
+
+import asyncio
+import json
+import re
+import urllib.request
+from typing import Any
+
+from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
+
+NAMES = {
+    "sale_purchases_total": "counter",
+    "sale_purchase_seconds": "histogram",
+    "sale_batch_size": "histogram",
+    "sale_stock_remaining": "gauge",
+    "sale_ledger_lag_events": "gauge",
+    "sale_ledger_lag_seconds": "gauge",
+    "sale_ledger_written_total": "counter",
+    "sale_audit_findings": "gauge",
+    "sale_redis_up": "gauge",
+    "sale_postgres_up": "gauge",
+}
+
+
+async def metrics(service: Service) -> str:
+    def read() -> str:
+        url = f"http://{service.told()['metrics_listen']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain")
+            text: str = answer.read().decode()
+            return text
+
+    return await asyncio.to_thread(read)
+
+
+async def test_given_the_contract_then_each_metric_is_there_in_its_kind(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign(tickets=5)
+    await client.buy(campaign, service.card().token)
+
+    async def seen() -> bool:
+        return f'sale_stock_remaining{{campaign="{campaign}"' in await metrics(service)
+
+    await until(seen)
+    text = await metrics(service)
+    for name, kind in NAMES.items():
+        if name == "sale_audit_findings":  # there from the first audit on
+            continue
+        assert f"# TYPE {name} {kind}" in text, name
+    labels = {
+        "sale_purchases_total": {"campaign", "outcome"},
+        "sale_stock_remaining": {"campaign", "showing"},
+        "sale_ledger_lag_events": {"campaign"},
+        "sale_ledger_lag_seconds": {"campaign"},
+        "sale_ledger_written_total": set(),
+        "sale_redis_up": set(),
+        "sale_postgres_up": set(),
+    }
+    for name, expected in labels.items():
+        lines = re.findall(rf"^{name}(?:\{{(.*)\}})? ", text, re.MULTILINE)
+        assert lines, name
+        for line in lines:
+            assert set(re.findall(r'(\w+)="', line)) == expected, name
+    assert metric(text, "sale_redis_up") == 1
+    assert metric(text, "sale_postgres_up") == 1
+
+
+async def test_given_two_workers_then_counts_add_up_over_both(
+    service: Service, client: Client, crowd: Client
+) -> None:
+    before = await metrics(service)
+    campaign = await client.campaign(tickets=30, card_limit=1)
+    cards = service.cards(50)
+    keys = [new_key() for _ in cards]
+    await asyncio.gather(
+        *(crowd.buy(campaign, card.token, key=key) for card, key in zip(cards, keys, strict=True))
+    )
+    again = await asyncio.gather(
+        *(crowd.buy(campaign, card.token, key=key) for card, key in zip(cards, keys, strict=True))
+    )
+    replayed = sum("Idempotency-Replayed" in one.headers for one in again)
+    holder = next(card for card, one in zip(cards, again, strict=True) if one.status == 201)
+    assert (await crowd.buy(campaign, holder.token)).code == "limit-exceeded"
+    await client.step(campaign, "pause")
+    assert (await crowd.buy(campaign, holder.token)).code == "paused"
+
+    text = await metrics(service)
+
+    by_outcome = {
+        outcome: metric(text, "sale_purchases_total", campaign, outcome)
+        for outcome in ("sold", "replayed", "sold-out", "limit-exceeded", "paused")
+    }
+    assert by_outcome == {
+        "sold": 30, "replayed": 30, "sold-out": 40, "limit-exceeded": 1, "paused": 1,
+    }  # fmt: skip
+    assert replayed == 30
+    assert metric(text, "sale_purchases_total", campaign) == 102
+    assert all(count > 0 for count in await service.purchases_by_worker(campaign))
+    assert sum(await service.purchases_by_worker(campaign)) == 102
+    counted = metric(text, "sale_purchase_seconds_count") - metric(
+        before, "sale_purchase_seconds_count"
+    )
+    assert counted == 102
+    assert metric(text, "sale_batch_size_count") > metric(before, "sale_batch_size_count")
+    assert metric(text, "sale_batch_size_sum") > metric(before, "sale_batch_size_sum")
+
+
+async def test_given_sales_then_stock_and_the_ledgers_lag_are_told(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign(tickets=10)
+    await client.buy(campaign, service.card().token, 3)
+
+    async def told() -> bool:
+        text = await metrics(service)
+        return (
+            f'sale_stock_remaining{{campaign="{campaign}",showing="general"}} 7' in text
+            and f'sale_ledger_lag_events{{campaign="{campaign}"}} 0' in text
+        )
+
+    await until(told)
+    written = metric(await metrics(service), "sale_ledger_written_total")
+    await client.buy(campaign, service.card().token)
+
+    async def more() -> bool:
+        return metric(await metrics(service), "sale_ledger_written_total") > written
+
+    await until(more)
+
+
+async def test_given_a_sound_system_then_it_is_healthy_and_ready(client: Client) -> None:
+    for path in ("/healthz", "/readyz"):
+        seen = await client.get(path)
+        assert (seen.status, seen.json()) == (200, {"status": "ok"})
+        assert seen.headers["Cache-Control"] == "no-store"
+
+
+async def test_given_a_weak_durability_then_it_is_not_ready_and_says_why(
+    service: Service, client: Client, crowd: Client
+) -> None:
+    async with service.redis() as redis:
+        await redis.config_set("appendfsync", "everysec")
+        try:
+
+            async def unready() -> bool:
+                return (await client.get("/readyz")).status == 503
+
+            await until(unready, within_s=3)
+            seen = await client.get("/readyz")
+            body = seen.json()
+            assert body["status"] == "unavailable"
+            assert any("appendfsync" in reason for reason in body["reasons"])
+            assert int(seen.headers["Retry-After"]) >= 1
+            assert (await client.get("/healthz")).status == 200
+            doctor = await service.asale("doctor", "--json")
+            assert doctor.status == 1
+            assert any("appendfsync" in fault for fault in doctor.json()["faults"])
+        finally:
+            await redis.config_set("appendfsync", "always")
+
+    async def ready() -> bool:
+        return all([(await crowd.get("/readyz")).status == 200 for _ in range(6)])
+
+    await until(ready, within_s=5)
+
+
+def log_lines(service: Service) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in service.log_file.read_text("utf-8").splitlines()]
+
+
+async def test_given_the_log_then_each_line_is_json_with_a_fixed_action_and_nobodys_number(
+    service: Service, client: Client
+) -> None:
+    campaign, card = await client.campaign(), service.card()
+    await client.buy(campaign, card.token)
+    await service.asale("cards", "revoke", card.no, "--reason", "lost")
+    await client.step(campaign, "pause")
+    lines = log_lines(service)
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", line["action"]), line
+        assert line["level"] in {"debug", "info", "warning", "error", "critical"}
+        assert line["timestamp"].endswith("Z")
+    text = service.log_file.read_text("utf-8")
+    assert card.no not in text
+    assert card.token not in text
+    assert service.key.secret.decode() not in text
+    assert not re.search(r"\b9901\d{12}\b", text)
+
+
+async def test_given_purchases_then_nothing_is_logged_for_each(
+    service: Service, client: Client, crowd: Client
+) -> None:
+    campaign = await client.campaign(tickets=20)
+    await client.buy(campaign, service.card().token)
+    before = len(log_lines(service))
+    await asyncio.gather(*(crowd.buy(campaign, card.token) for card in service.cards(150)))
+    await asyncio.gather(*(crowd.buy(campaign, "x") for _ in range(20)))
+    await asyncio.gather(*(crowd.get(f"{CAMPAIGNS}/{campaign}") for _ in range(20)))
+    await crowd.get(ORDERS)
+    await crowd.get(ADMIN)
+    assert len(log_lines(service)) - before < 10
+
+
+def test_given_the_data_directory_then_its_secrets_are_ours_alone(service: Service) -> None:
+    assert (service.data_dir / "signing.key").stat().st_mode & 0o777 == 0o600

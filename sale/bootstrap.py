@@ -13,6 +13,7 @@ from typing import Final
 import asyncpg
 import msgspec
 import structlog
+from aiohttp.http_exceptions import HttpProcessingError
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -82,6 +83,27 @@ def set_up_logging(settings: Settings) -> None:
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+    logging.getLogger("aiohttp.server").addFilter(_worth_a_line)
+
+
+class _Libraries(logging.Handler):
+    """What libraries log by themselves, in the form of our own lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on."""
+        log.log(
+            record.levelno,
+            "library.said",
+            logger=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )
+
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Leave out bytes that are not HTTP: any stranger can send them, and they are answered 400."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def store_urls(settings: Settings) -> tuple[str, str]:

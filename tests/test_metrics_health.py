@@ -166,7 +166,10 @@ async def test_given_a_weak_durability_then_it_is_not_ready_and_says_why(
 
 
 def log_lines(service: Service) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in service.log_file.read_text("utf-8").splitlines()]
+    lines = service.log_file.read_text("utf-8").splitlines()
+    strange = [line for line in lines if not line.startswith("{")]
+    assert not strange
+    return [json.loads(line) for line in lines]
 
 
 async def test_given_the_log_then_each_line_is_json_with_a_fixed_action_and_nobodys_number(

@@ -82,14 +82,22 @@ async def test_showings_have_their_own_stock_and_share_the_limit(redis: Redis) -
     assert await stock.left() == [0, 3]
 
 
-@pytest.mark.parametrize(
-    ("showing", "quantity"), [(2, 1), (7, 1), (0, 0), (0, -1), (0, 3), (0, 10**9)]
-)
-async def test_no_such_showing_or_quantity(redis: Redis, showing: int, quantity: int) -> None:
+async def test_lost_stock_is_not_told_as_sold_out(redis: Redis) -> None:
+    stock = await open_stock(redis, 5, 5)
+    await redis.hdel(stock.keys.stock, "r1")
+    reply = await stock.call(Bid(card(1), key(1), 1, 0), Bid(card(2), key(1), 1, 1))
+    assert reply == [CallReply.BROKEN]
+    assert await redis.hget(stock.keys.stock, "r0") == b"5"
+    with pytest.raises(Untrusted):
+        await stock.scripts.peek(stock.keys, (0, 0), 2)
+
+
+@pytest.mark.parametrize("quantity", [0, -1, 3, 10**9])
+async def test_no_such_quantity(redis: Redis, quantity: int) -> None:
     stock = await open_stock(redis, 5, 5, card_limit=3, order_max=2)
     before = await stock.left()
-    answer = await stock.buy_one(card(1), key(1), quantity, showing)
-    assert answer.decision is Decision.NO_SUCH_SHOWING
+    answer = await stock.buy_one(card(1), key(1), quantity, 0)
+    assert answer.decision is Decision.BAD_QUANTITY
     assert await stock.left() == before
     await stock.check_books()
 

@@ -70,7 +70,7 @@ OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.DRAFT: Problem.NOT_FOUND,
     Decision.LIMIT_EXCEEDED: Problem.LIMIT_EXCEEDED,
     Decision.SOLD_OUT: Problem.SOLD_OUT,
-    Decision.NO_SUCH_SHOWING: Problem.INVALID_REQUEST,
+    Decision.BAD_QUANTITY: Problem.INVALID_REQUEST,
     None: Problem.UNAVAILABLE,
 }
 _BY_PEEK: Final = frozenset(

@@ -51,7 +51,7 @@ class Decision(IntEnum):
     DRAFT = -8
     LIMIT_EXCEEDED = -9
     SOLD_OUT = -10
-    NO_SUCH_SHOWING = -11
+    BAD_QUANTITY = -11
 
 
 class Peek(msgspec.Struct, frozen=True):

@@ -147,10 +147,8 @@ def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one br
             return Refused(
                 Problem.IDEMPOTENCY_MISMATCH, "this key was used for another showing or quantity"
             )
-        case Decision.NO_SUCH_SHOWING:
-            return Refused(
-                Problem.INVALID_REQUEST, "showing: there is no such one", field="showing"
-            )
+        case Decision.BAD_QUANTITY:
+            return Refused(Problem.INVALID_REQUEST, "quantity: not allowed here", field="quantity")
         case Decision.DRAFT:
             return Refused(Problem.NOT_FOUND, "no such campaign")
         case _:

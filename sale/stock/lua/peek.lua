@@ -21,6 +21,10 @@ cross(head, {})
 local reply = { OK, head.now, head.seq, head.epoch, head.recovering and 'recovering' or head.state,
   head.opens_at or 0, head.roster_rev or -1 }
 for i = 4, #ARGV do
-  reply[i + 4] = tonumber(redis.call('HGET', STOCK, 'r' .. ARGV[i])) or -1
+  local left = tonumber(redis.call('HGET', STOCK, 'r' .. ARGV[i]))
+  if not left then
+    return { BROKEN }
+  end
+  reply[i + 4] = left
 end
 return reply

@@ -12,7 +12,7 @@
 --         -1 card revoked  -2 union not eligible  -3 same key, other content
 --         -4 not open (a = opens at, ms or 0)  -5 paused  -6 closed  -7 recovering  -8 draft
 --         -9 over the limit (a = tickets the card may still buy)
---        -10 not enough left (a = tickets left)  -11 no such showing or quantity
+--        -10 not enough left (a = tickets left)  -11 no such quantity
 --        or {code} for the whole call: MISSING UNVERIFIED STALE BROKEN LATE
 -- Idempotency  a call number that is not above the process's last one is refused (LATE), so a
 --        delayed first attempt cannot sell after its retry was answered; the same purchase in a
@@ -109,7 +109,10 @@ for i = 1, purchases do
       a = code == -4 and head.opens_at or 0
     elseif code == 0 then
       local stock = left(showing)
-      if not stock or quantity < 1 or quantity > order_max then
+      if not stock then
+        -- The showing was checked against the configuration: its stock is lost (INV-8).
+        return { BROKEN }
+      elseif quantity < 1 or quantity > order_max then
         code = -11
       elseif live + quantity > limit then
         code, a = -9, limit - live

@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from sale import embedded
 from sale.config import Settings, SettingsError
 from sale.db import deployment
-from sale.db.pool import open_pool
+from sale.db.pool import close_pool, open_pool
 from sale.domain import default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import PurchaseMetrics
@@ -141,7 +141,7 @@ async def open_stores(
         pool = await _patiently(
             lambda: open_pool(database_url, min_size=1, max_size=pool_size), patience_s
         )
-        stack.push_async_callback(_close_pool, pool)
+        stack.push_async_callback(close_pool, pool)
         await _patiently(redis.ping, patience_s)
         nonce, ticket_secret = await _patiently(lambda: deployment.read(pool), patience_s)
         yield Stores(
@@ -205,10 +205,3 @@ async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def
                 log.info("store.awaited", error=type(error).__name__)
                 told = True
         await asyncio.sleep(START_PAUSE_S)
-
-
-async def _close_pool(pool: asyncpg.Pool) -> None:
-    try:
-        await asyncio.wait_for(pool.close(), 3.0)
-    except TimeoutError:
-        pool.terminate()

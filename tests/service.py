@@ -307,6 +307,11 @@ class Client:
         assert made.status == 201, made
         return str(table["id"])
 
+    async def all_applied(self, campaign: str) -> bool:
+        """Tell whether PostgreSQL has all of a campaign's events."""
+        live = (await self.get(f"{ADMIN}/{campaign}/live", self.service.admin_token)).json()
+        return bool(live["ledger_applied"] == live["ledger_seq"])
+
     async def remaining(self, campaign: str) -> list[int]:
         """Give what is left of each showing at this moment."""
         live = await self.get(f"{ADMIN}/{campaign}/live", self.service.admin_token)

@@ -408,12 +408,7 @@ async def test_given_sales_then_the_live_view_has_what_is_left_and_how_far_the_l
     assert (live["id"], live["state"]) == (campaign, "open")
     assert live["showings"] == [{"id": "general", "tickets": 10, "remaining": 2}]
     assert live["ledger_seq"] >= 5
-
-    async def applied() -> bool:
-        now = (await client.get(f"{ADMIN}/{campaign}/live", service.admin_token)).json()
-        return bool(now["ledger_applied"] == now["ledger_seq"])
-
-    await until(applied, within_s=5)
+    await until(lambda: client.all_applied(campaign), within_s=5)
 
 
 async def test_given_many_entries_then_the_audit_log_pages_through_each_once_newest_first(
@@ -436,8 +431,15 @@ async def test_given_many_entries_then_the_audit_log_pages_through_each_once_new
     assert len(found) >= 7
     moments = [entry["at"] for entry in found]
     assert moments == sorted(moments, reverse=True)
-    bad = await client.get(f"{AUDIT_LOG}?cursor=!", service.admin_token)
-    assert (bad.status, bad.json()["field"]) == (400, "cursor")
+    for query, field in (
+        ("cursor=!", "cursor"),
+        ("campaign=%00", "campaign"),
+        ("limit=0", "limit"),
+    ):
+        bad = await client.get(f"{AUDIT_LOG}?{query}", service.admin_token)
+        assert (bad.status, bad.json()["field"]) == (400, field)
+    other = await client.get(f"{AUDIT_LOG}?campaign=nothing", service.admin_token)
+    assert other.json() == {"items": [], "next": None}
 
 
 async def test_given_a_card_is_revoked_then_the_audit_log_says_by_whom_and_masks_the_number(

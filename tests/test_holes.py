@@ -12,7 +12,6 @@ from typing import Any
 import asyncpg
 import pytest
 from service import (
-    ADMIN,
     CAMPAIGNS,
     ORDERS,
     Client,
@@ -168,12 +167,7 @@ async def test_row_16_the_limit_is_kept_and_an_order_number_given_out_is_kept(
         assert {one.code for one in seen} == {"", "limit-exceeded"}
         await asyncio.sleep(6)
     numbers = {one.json()["order_no"] for one in sold(seen)}
-
-    async def applied() -> bool:
-        live = (await client.get(f"{ADMIN}/{campaign}/live", service.admin_token)).json()
-        return bool(live["ledger_applied"] == live["ledger_seq"])
-
-    await until(applied, within_s=15)
+    await until(lambda: client.all_applied(campaign), within_s=15)
     listed = (await client.get(ORDERS, card.token)).json()["items"]
     assert {order["order_no"] for order in listed} == numbers
     audit = await service.asale("audit", campaign, "--json")

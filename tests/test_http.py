@@ -392,6 +392,7 @@ async def test_given_somebody_elses_order_then_it_does_not_exist(
     campaign, card, other = await client.campaign(), service.card(), service.card()
     order_no = (await client.buy(campaign, card.token)).json()["order_no"]
     name, seq, moment = order_no.split(".")
+    await until(lambda: client.all_applied(campaign))  # PostgreSQL knows it too
 
     for number in (
         order_no,
@@ -437,6 +438,34 @@ async def test_given_a_bad_page_then_400_names_the_field(
     for path, token in ((ORDERS, service.card().token), (CAMPAIGNS, None)):
         seen = await client.get(f"{path}?{query}", token)
         assert (seen.status, seen.json().get("field")) == (400, query.partition("=")[0]), path
+
+
+def cursor_of(value: str) -> str:
+    return base64.urlsafe_b64encode(value.encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("-1", "99999999999999999999999", "1.5", "true", "null", '"x"', "[]", "[1]", "{}"),
+        *('[99999999999999999,"x",1]', '[-99999999999999999,"x",1]', '[1,"\\u0000",1]'),
+        *('[1,"x",99999999999999999999]', '[1,"x",-1]', '["1","x",1]', "[1,2,3,4]"),
+    ],
+)
+async def test_given_a_cursor_that_was_never_given_out_then_400_or_an_empty_page(
+    service: Service, client: Client, value: str
+) -> None:
+    for path, token in (
+        (ORDERS, service.card().token),
+        (CAMPAIGNS, None),
+        (ADMIN, service.admin_token),
+        ("/api/v1/admin/audit-log", service.admin_token),
+    ):
+        seen = await client.get(f"{path}?cursor={cursor_of(value)}", token)
+        if seen.status == 200:
+            assert seen.json()["items"] == [], (path, seen)
+        else:
+            assert (seen.status, seen.json().get("field")) == (400, "cursor"), (path, seen)
 
 
 async def test_given_campaigns_when_listed_then_all_but_drafts_stand_there_once(

@@ -30,7 +30,15 @@ from sale.api.schemas import (
 )
 from sale.api.views import campaign_view, remaining_views
 from sale.db import ledger
-from sale.domain import CampaignState, InvalidCampaign, Problem, Refused, parse_campaign, rfc3339
+from sale.domain import (
+    CAMPAIGN_ID,
+    CampaignState,
+    InvalidCampaign,
+    Problem,
+    Refused,
+    parse_campaign,
+    rfc3339,
+)
 from sale.stock.catalogue import CampaignNow
 from sale.usecases.campaigns import ACTIONS, Actor, moment_ms
 from sale.usecases.operators import authenticate_operator
@@ -139,12 +147,17 @@ async def show_audit_log(request: web.Request) -> web.Response:
     if actor.role not in AUDIT_READERS:
         raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not read the audit log")
     limit = page_limit(request)
+    campaign = request.query.get("campaign")
+    if campaign is not None and not CAMPAIGN_ID.fullmatch(campaign):
+        raise Refused(
+            Problem.INVALID_REQUEST, "campaign: 1 to 48 of a-z, 0-9 and -", field="campaign"
+        )
     async with request.app[ENGINE].stores.pool.acquire() as connection:
         rows = await ledger.audit_log(
             connection,
             limit=limit + 1,
             before_id=decode_cursor(request, int),
-            campaign=request.query.get("campaign"),
+            campaign=campaign,
         )
     page = rows[:limit]
     following = encode_cursor(page[-1].id) if len(rows) > limit else None

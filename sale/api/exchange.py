@@ -20,6 +20,7 @@ from sale.domain import IDEMPOTENCY_KEY, Problem, Refused
 ENGINE: Final = web.AppKey("engine", Engine)
 BODY_MAX: Final = 16 * 1024
 LIMIT_DEFAULT, LIMIT_MAX = 50, 200
+CURSOR_MAX: Final = 2**53
 NO_STORE: Final[dict[str, str]] = {hdrs.CACHE_CONTROL: "no-store"}
 KEY_HEADER: Final = istr("Idempotency-Key")
 ENCODER: Final = msgspec.json.Encoder()
@@ -99,11 +100,12 @@ def decode_cursor(request: web.Request, kind: type[Body]) -> Body | None:
         return None
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
-        return msgspec.json.decode(raw, type=kind)
+        value = msgspec.json.decode(raw, type=kind)
     except (msgspec.DecodeError, binascii.Error, ValueError):
-        raise Refused(
-            Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor"
-        ) from None
+        value = None
+    if value is None or (isinstance(value, int) and not 0 <= value <= CURSOR_MAX):
+        raise Refused(Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor")
+    return value
 
 
 def json_response(body: object, *, headers: dict[str, str] | None = None) -> web.Response:

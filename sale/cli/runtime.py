@@ -61,13 +61,13 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
     @asynccontextmanager
     async def pool(self) -> AsyncIterator[Any]:
         """A small pool on that database, closed at the end."""
-        from sale.db.pool import open_pool
+        from sale.db.pool import close_pool, open_pool
 
         pool = await open_pool(self.database_url(), min_size=1, max_size=2)
         try:
             yield pool
         finally:
-            await pool.close()
+            await close_pool(pool)
 
 
 def card_number(_context: click.Context, _param: click.Parameter, value: str) -> str:

@@ -15,7 +15,7 @@ truth about what was answered, and goes to ``conflict`` instead of ``orders``; t
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 import asyncpg
 import msgspec
@@ -26,6 +26,10 @@ from sale.events import SOLD, STATE_AFTER, CorruptLedger, Entry, Event
 
 Connection: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 """One connection with asyncpg's own codecs: jsonb comes and goes as text."""
+
+CURSOR_MOMENT_MAX_MS: Final = 2**43
+CURSOR_SEQ_MAX: Final = 2**53
+"""Beyond any real one, and within what PostgreSQL can be asked for: cursors come from outside."""
 
 
 class PositionMoved(Exception):  # noqa: N818 - says what happened
@@ -57,9 +61,9 @@ class Applied(msgspec.Struct, frozen=True):
 class OrderCursor(NamedTuple):
     """Where a page of orders ended: sold at (UTC ms), campaign, event number."""
 
-    created_at_ms: int
-    campaign_id: str
-    seq: int
+    created_at_ms: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_MOMENT_MAX_MS)]
+    campaign_id: Annotated[str, msgspec.Meta(pattern=f"^{domain.CAMPAIGN_ID.pattern}$")]
+    seq: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_SEQ_MAX)]
 
 
 class OrderRow(msgspec.Struct, frozen=True):
@@ -138,6 +142,8 @@ async def positions(conn: Connection) -> dict[str, Position]:
 
 async def state(conn: Connection, campaign_id: str) -> str | None:
     """A campaign's state as far as it is applied, or None where there is none."""
+    if not domain.CAMPAIGN_ID.fullmatch(campaign_id):
+        return None  # not asked: anybody's text may hold what PostgreSQL takes for a fault (NUL)
     found: str | None = await conn.fetchval(_SQL["state"], campaign_id)
     return found
 

@@ -1,5 +1,6 @@
 """Connections to PostgreSQL, with a bound on every wait."""
 
+import asyncio
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -7,6 +8,7 @@ import asyncpg
 
 CONNECT_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 30.0
+CLOSE_TIMEOUT_S: Final = 3.0
 IDLE_CONNECTION_S: Final = 300.0
 """A connection that lay idle this long is closed; balancers forget it silently otherwise."""
 
@@ -39,6 +41,14 @@ async def open_pool(
         raise ConnectionError(
             f"PostgreSQL at {_place(database_url)} cannot be reached: {why}"
         ) from None
+
+
+async def close_pool(pool: "asyncpg.Pool[Any]") -> None:
+    """Close a pool, gently first: a server that does not answer holds nobody up."""
+    try:
+        await asyncio.wait_for(pool.close(), CLOSE_TIMEOUT_S)
+    except TimeoutError:
+        pool.terminate()
 
 
 def _place(database_url: str) -> str:

@@ -150,7 +150,6 @@ class Books(msgspec.Struct):
     remaining: dict[int, int] = {}
     cards: dict[str, list[SaleRecord]] = {}
     operations: dict[str, str] = {}
-    operation: tuple[str, str] = ("", "")
 
     def apply(self, event: Event) -> None:
         """Fold in the next event. Raises CorruptLedger for a gap or an unknown kind."""
@@ -195,10 +194,7 @@ class Books(msgspec.Struct):
         elif event.kind != "recovered":
             raise CorruptLedger(f"event {event.seq}: unknown kind {event.kind!r}")
         if data.get("op"):
-            self.operation = (data["op"], data.get("content", ""))
-        # A campaign that is scheduled as it is created: both events are of the one operation.
-        if data.get("op") or (event.kind == "scheduled" and self.operation[0]):
-            self.operations[self.operation[0]] = f"{event.seq}:{self.operation[1]}"
+            self.operations[data["op"]] = f"{event.seq}:{data.get('content', '')}"
 
 
 STATE_AFTER: Final = {

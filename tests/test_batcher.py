@@ -467,7 +467,7 @@ async def test_close_answers_everybody_even_where_redis_does_not(
     await open_stock(redis, 10)
     shop = open_shop(far, campaign(10), deadline_s=0.2, batch_max=2)
     await shop.one(card(0), key(1))
-    line.faults = ["hang"]
+    line.faults = ["hang"] * 50
     waiting = [shop.submit(Bid(card(n), key(1))) for n in range(1, 6)]
     await asyncio.sleep(0.05)
     await shop.batchers.close()
@@ -484,21 +484,6 @@ async def test_close_finishes_what_waits(redis: Redis, open_shop: OpenShop) -> N
     await shop.batchers.close()
     assert [p.answer.result().decision for p in waiting if p] == [Decision.SOLD] * 50
     assert await stock.left() == [50]
-
-
-async def test_batcher_is_forgotten_only_while_nobody_waits(
-    redis: Redis, open_shop: OpenShop
-) -> None:
-    await open_stock(redis, 10)
-    made = campaign(10)
-    shop = open_shop(redis, made)
-    purchase = shop.submit(Bid(card(1), key(1)))
-    assert purchase is not None
-    shop.batchers.forget(made.id)
-    assert shop.batchers.of(made) is shop.batcher
-    await purchase.answer
-    shop.batchers.forget(made.id)
-    assert shop.batchers.of(made) is not shop.batcher
 
 
 # Refusing by peek -------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from shop import CAMPAIGN, Shop, open_shop, until
 from stock_maker import Bid, campaign, card, key
 
 from sale.domain import Problem, Refused
-from sale.stock.catalogue import read_card
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
+from sale.stock.records import read_card
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.usecases.verification import verify_all
 

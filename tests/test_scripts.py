@@ -25,8 +25,8 @@ from stock_maker import (
 
 from sale.domain import STOCK_MAX
 from sale.events import CorruptLedger
-from sale.stock.catalogue import read_campaign, read_card
-from sale.stock.records import RECORD_BYTES, parse_records
+from sale.stock.catalogue import read_campaign
+from sale.stock.records import RECORD_BYTES, parse_records, read_card
 from sale.stock.scripts import CallReply, Decision, Scripts, Untrusted
 
 HOUR_MS = 3_600_000

@@ -179,8 +179,9 @@ class Sale(RuleBasedStateMachine):
         assert reply.seq == self.model.seq
         self.run(self.stock.set_clock(self.model.clock))
         self._follow_roster()
-        for shop in self.shops.values():
-            shop.forget(self.id)
+        # The API never gives a draft to a batcher, so none outlives a draft that is made anew.
+        for place in PROCESSES:
+            self.process_restarts(place)
 
     # Members --------------------------------------------------------------------------------------
 

@@ -27,7 +27,8 @@ from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
 from sale.domain import CampaignState, Order, Problem, Refused, rfc3339
 from sale.identity import Member
-from sale.stock.catalogue import CampaignNow, read_card, redis_now_ms
+from sale.stock.catalogue import CampaignNow, redis_now_ms
+from sale.stock.records import read_card
 from sale.usecases.orders import live_tickets
 from sale.usecases.purchase import PurchaseDesk
 

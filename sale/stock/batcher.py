@@ -28,6 +28,7 @@ import structlog
 from redis.exceptions import RedisError, ResponseError
 
 from sale.domain import Campaign, Problem
+from sale.events import CorruptLedger
 from sale.metrics import PurchaseMetrics
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
@@ -36,6 +37,7 @@ from sale.stock.suspects import Suspects
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
 PEEKED_MAX: Final = 4_096
+CALLS_PER_DEADLINE: Final = 3
 
 log = structlog.get_logger()
 
@@ -125,6 +127,8 @@ class Batcher:
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._deadline_s = deadline_s
+        # A Redis that stalls is asked again while there is still time to hear the answer.
+        self._call_timeout_s = deadline_s / CALLS_PER_DEADLINE
         self._next_call = next_call
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Purchase] = deque()
@@ -194,9 +198,10 @@ class Batcher:
             for p in batch:
                 arguments += (p.card_no, p.union, p.showing, p.quantity, p.key_hash)
             try:
-                reply = await self._scripts.purchase(
-                    self._keys, self._process, self._next_call(), self.mark, arguments
-                )
+                async with asyncio.timeout(self._call_timeout_s):
+                    reply = await self._scripts.purchase(
+                        self._keys, self._process, self._next_call(), self.mark, arguments
+                    )
             except ResponseError as error:
                 # Rejected before its first write: out of memory, or a replica that is read-only.
                 self._ails("purchase.rejected", str(error)[:200])
@@ -260,10 +265,14 @@ class Batcher:
         # A peek says nothing to those who came after it was sent: tickets may have come back.
         asked = min(len(self._queue), PEEKED_MAX)
         try:
-            peek = await self._scripts.peek(self._keys, self.mark, len(self._campaign.showings))
-            suspects = await self._suspects_at(peek)
+            async with asyncio.timeout(self._call_timeout_s):
+                peek = await self._scripts.peek(self._keys, self.mark, len(self._campaign.showings))
+                suspects = await self._suspects_at(peek)
         except (Untrusted, RedisError, OSError, TimeoutError):
             suspects = None
+        except CorruptLedger as error:
+            self._ails("suspects.not_loaded", str(error))
+            suspects = self._suspects = None
         if suspects is None:
             return self._take(self._batch_max)
         self.mark = (peek.epoch, peek.seq)
@@ -302,17 +311,18 @@ class Batcher:
             if suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
                 return suspects
             if self._loading is None or self._loading.done():
-                self._loading = self._loop.create_task(self._load(suspects))
+                self._loading = self._loop.create_task(self._load(suspects, peek))
             return None
         return suspects
 
-    async def _load(self, suspects: Suspects) -> None:
+    async def _load(self, suspects: Suspects, peek: Peek) -> None:
         try:
-            await suspects.load()
+            if suspects.complete_for(peek.seq, peek.epoch, suspects.roster_rev):
+                await suspects.load_revoked()
+            else:
+                await suspects.load()
         except (RedisError, OSError, TimeoutError) as error:
-            log.warning(
-                "suspects.not_loaded", campaign=self._campaign.id, error=type(error).__name__
-            )
+            self._ails("suspects.not_loaded", type(error).__name__)
 
 
 class Batchers:
@@ -352,12 +362,6 @@ class Batchers:
                 next_call=self._next_call,
             )
         return batcher
-
-    def forget(self, campaign_id: str) -> None:
-        """Drop an idle batcher, so that a campaign made anew is read anew."""
-        batcher = self._by_campaign.get(campaign_id)
-        if batcher is not None and not batcher.waiting:
-            del self._by_campaign[campaign_id]
 
     async def close(self) -> None:
         """Answer everything that waits, then stop."""

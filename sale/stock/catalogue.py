@@ -8,19 +8,18 @@ draft is never kept: it may be deleted and made anew with other showings.
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 from redis.asyncio import Redis
 
 from sale.domain import Campaign, CampaignState
-from sale.events import SaleRecord
 from sale.stock.keys import CAMPAIGNS, campaign_keys
-from sale.stock.records import parse_records
 
 FRESH_S: Final = 0.8
 """Below the second that the contract allows, so that the answer is still fresh on arrival."""
+ABSENT_S: Final = 0.1
+"""For what members may not know of yet: it may be opened by hand any moment."""
 UNKNOWN_MAX: Final = 1_000
 
 
@@ -73,8 +72,10 @@ class Catalogue:
     async def now(self, campaign_id: str) -> CampaignNow | None:
         """Give a campaign as it was at most ``FRESH_S`` ago; None where there is none."""
         kept = self._now.get(campaign_id)
-        if kept is not None and time.monotonic() - kept[0] < FRESH_S:
-            return kept[1]
+        if kept is not None:
+            sure = kept[1] is not None and kept[1].visible
+            if time.monotonic() - kept[0] < (FRESH_S if sure else ABSENT_S):
+                return kept[1]
         task = self._reading.get(campaign_id)
         if task is None:
             task = asyncio.create_task(self.read(campaign_id))
@@ -178,27 +179,6 @@ def _parse(
     )
 
 
-async def read_card(redis: Redis, campaign_id: str, card_no: str) -> tuple[list[SaleRecord], bool]:
-    """Read a card's orders in a campaign, oldest first, and whether it may not buy."""
-    keys = campaign_keys(campaign_id)
-    async with redis.pipeline(transaction=True) as pipe:
-        pipe.hget(keys.cards, card_no)
-        pipe.sismember(keys.revoked, card_no)
-        value, revoked = await pipe.execute()
-    return parse_records(value or b""), bool(revoked)
-
-
-async def read_card_everywhere(
-    redis: Redis, campaign_ids_: Sequence[str], card_no: str
-) -> list[list[SaleRecord]]:
-    """Read a card's orders in each of these campaigns, in their order, in one round trip."""
-    async with redis.pipeline(transaction=False) as pipe:
-        for campaign_id in campaign_ids_:
-            pipe.hget(campaign_keys(campaign_id).cards, card_no)
-        values = await pipe.execute()
-    return [parse_records(value or b"") for value in values]
-
-
 async def redis_now_ms(redis: Redis) -> int:
     """Milliseconds of the clock that decides openings."""
     seconds, micros = await redis.time()
@@ -213,6 +193,8 @@ def _state_at(
     recovering: bytes | None,
 ) -> CampaignState:
     """Give the state as the next script will find it: what the clock has changed counts."""
+    if state in {"draft", "deleted"}:
+        return CampaignState(state)
     if recovering:
         return CampaignState.RECOVERING
     if state == "scheduled" and opens_at_ms is not None and now_ms >= opens_at_ms:

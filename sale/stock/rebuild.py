@@ -45,7 +45,8 @@ class Rebuild(msgspec.Struct, frozen=True):
 
 async def freeze(redis: Redis, campaign_id: str, why: str) -> None:
     """Mark a campaign as recovering, whatever state its head is in: it sells nothing (INV-8)."""
-    await redis.hset(campaign_keys(campaign_id).head, "recovering", why)
+    mark = {"recovering": why, "recovering_by": "recovery"}
+    await redis.hset(campaign_keys(campaign_id).head, mapping=mark)
 
 
 async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:

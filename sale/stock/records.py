@@ -1,9 +1,15 @@
-"""A card's value in the hash ``cards``: one record of 31 bytes an order, see ``purchase.lua``."""
+"""A card's orders in Redis: a value of the hash ``cards``, one record of 31 bytes an order.
 
-from collections.abc import Iterable
+The layout stands in the header of ``purchase.lua``, which writes it.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Final
 
+from redis.asyncio import Redis
+
 from sale.events import SaleRecord
+from sale.stock.keys import campaign_keys
 
 RECORD_BYTES: Final = 31
 
@@ -34,3 +40,24 @@ def pack_records(records: Iterable[SaleRecord]) -> bytes:
         + record.quantity.to_bytes(2, "big")
         for record in records
     )
+
+
+async def read_card(redis: Redis, campaign_id: str, card_no: str) -> tuple[list[SaleRecord], bool]:
+    """Read a card's orders in a campaign, oldest first, and whether it may not buy."""
+    keys = campaign_keys(campaign_id)
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.hget(keys.cards, card_no)
+        pipe.sismember(keys.revoked, card_no)
+        value, revoked = await pipe.execute()
+    return parse_records(value or b""), bool(revoked)
+
+
+async def read_card_everywhere(
+    redis: Redis, campaign_ids_: Sequence[str], card_no: str
+) -> list[list[SaleRecord]]:
+    """Read a card's orders in each of these campaigns, in their order, in one round trip."""
+    async with redis.pipeline(transaction=False) as pipe:
+        for campaign_id in campaign_ids_:
+            pipe.hget(campaign_keys(campaign_id).cards, card_no)
+        values = await pipe.execute()
+    return [parse_records(value or b"") for value in values]

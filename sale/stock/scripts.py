@@ -1,8 +1,8 @@
 """Calls the Lua scripts and puts their replies into words. One script a file, see ``lua/``.
 
 Every script is put behind ``_ledger.lua``, which reads the head, checks that this Redis may be
-believed and appends to the chain: five scripts share it, and a difference between them would be a
-hole in the ledger.
+believed and appends to the chain: a difference between two scripts in this would be a hole in the
+ledger.
 """
 
 import asyncio
@@ -177,17 +177,32 @@ class Scripts:
         return await self._operate(TICK, campaign_id, self.nonce)
 
     async def verify(
-        self, campaign_id: str, seq: int, chain: str, recovering: str = ""
+        self, campaign_id: str, seq: int, chain: str, recovering: str = "", *, whole: bool = False
     ) -> OperationReply:
-        """Run ``verify.lua``: mark as verified, or as recovering and why."""
-        return await self._operate(VERIFY, campaign_id, seq, chain, self.nonce, recovering)
+        """Run ``verify.lua``: mark as verified, or as recovering and why.
+
+        ``whole``: stock and cards were compared too, so that another's mark is lifted as well.
+        """
+        return await self._operate(
+            VERIFY, campaign_id, seq, chain, self.nonce, recovering, int(whole)
+        )
 
     async def sync_cards(
-        self, campaign_id: str, from_rev: int, to_rev: int, changes: list[tuple[str, bool]]
+        self,
+        campaign_id: str,
+        from_rev: int,
+        to_rev: int,
+        changes: list[tuple[str, bool]],
+        *,
+        load: str = "",
+        begins: bool = False,
     ) -> OperationReply:
-        """Run ``sync_cards.lua``; ``changes`` are cards and whether each is active now."""
+        """Run ``sync_cards.lua``; ``changes`` are cards and whether each is active now.
+
+        ``load`` names a first load, which ``begins`` with an empty set.
+        """
         flat = [value for card, active in changes for value in ("-" if active else "+", card)]
-        return await self._operate(SYNC_CARDS, campaign_id, from_rev, to_rev, *flat)
+        return await self._operate(SYNC_CARDS, campaign_id, from_rev, to_rev, load, int(begins), *flat)
 
     async def _operate(
         self,

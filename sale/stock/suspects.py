@@ -46,16 +46,22 @@ class Suspects:
         What a scan may miss came after its start, so the marks are read before it. Cards are never
         taken out of either place within an epoch, or are wrongly held for a while: both are safe.
         """
-        seq, epoch, roster_rev = await self._redis.hmget(
-            self._keys.head, ["seq", "epoch", "roster_rev"]
-        )
-        if seq is None or epoch is None or roster_rev is None:
+        seq, epoch = await self._redis.hmget(self._keys.head, ["seq", "epoch"])
+        if seq is None or epoch is None:
             return
         async for card in self._redis.hscan_iter(self._keys.cards, count=SCAN_COUNT):
             self._add((card[0] if isinstance(card, tuple) else card).decode())
+        self.seq, self.epoch = int(seq), int(epoch)
+        await self.load_revoked()
+
+    async def load_revoked(self) -> None:
+        """Read the revoked cards, after the roster has changed."""
+        roster_rev = await self._redis.hget(self._keys.head, "roster_rev")
+        if roster_rev is None:
+            return
         async for card in self._redis.sscan_iter(self._keys.revoked, count=SCAN_COUNT):
             self._add(card.decode())
-        self.seq, self.epoch, self.roster_rev = int(seq), int(epoch), int(roster_rev)
+        self.roster_rev = int(roster_rev)
 
     async def catch_up(self, seq: int) -> None:
         """Read the ledger from where this filter stands, at most 64 entries."""

@@ -25,7 +25,8 @@ from sale.domain import (
     rfc3339,
 )
 from sale.events import SaleRecord
-from sale.stock.catalogue import Catalogue, campaign_ids, read_card, read_card_everywhere
+from sale.stock.catalogue import Catalogue, campaign_ids
+from sale.stock.records import read_card, read_card_everywhere
 
 CODE_BYTES: Final = 16
 CONFIRMED: Final = "confirmed"
@@ -88,7 +89,7 @@ class OwnOrders:
             for record in records:
                 if record.seq == seq and record.at_ms & LOW_BITS == low_bits:
                     return self._from_redis(campaign, record, records)
-        async with self._pool.acquire() as connection:
+        async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
             row = await ledger.order(connection, campaign_id, seq)
         if row is None or row.card_no != card_no or row.created_at_ms & LOW_BITS != low_bits:
             raise Refused(Problem.NOT_FOUND, "no such order")
@@ -111,10 +112,11 @@ class OwnOrders:
             log.warning("orders.without_postgres", error=type(error).__name__)
             rows = []
         found.update({row.cursor: self._from_postgres(row) for row in rows})
+        seen = {now.campaign.id: now.campaign for now in await self._catalogue.all() if now.visible}
         campaigns = [
             campaign
             for campaign_id in await campaign_ids(self._redis)
-            if (campaign := await self._campaign(campaign_id)) is not None
+            if (campaign := seen.get(campaign_id) or await self._campaign(campaign_id)) is not None
         ]
         by_campaign = await read_card_everywhere(
             self._redis, [campaign.id for campaign in campaigns], card_no

@@ -23,6 +23,8 @@ from sale.usecases.orders import TicketCodes, key_hash, placed_order
 
 OVERLOADED_RETRY_S: Final = 1
 POSTGRES_PATIENCE_S: Final = 1.0
+ABSENT_S: Final = 0.1
+ABSENT_MAX: Final = 1_000
 _PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
 
 
@@ -46,6 +48,7 @@ class PurchaseDesk:
         pool: asyncpg.Pool,
     ) -> None:
         self._pool = pool
+        self._absent: dict[str, tuple[float, Refused]] = {}
         self._metrics = metrics
         self._catalogue = catalogue
         self._batchers = batchers
@@ -67,7 +70,7 @@ class PurchaseDesk:
         showing = 0 if campaign is None else _check_request(campaign, quantity, showing_id)
         member = self._tokens.verify(token or "", time.time())
         if campaign is None:
-            raise await self._no_campaign(campaign_id)
+            return await self._no_campaign(campaign_id)
         purchase = Purchase(
             member.card_no, member.union, showing, quantity, key_hash(key), self._loop
         )
@@ -84,11 +87,18 @@ class PurchaseDesk:
 
     async def _no_campaign(self, campaign_id: str) -> Refused:
         """Tell a campaign that Redis has lost, which may be had again, from one that never was."""
+        asked_at, refused = self._absent.get(campaign_id, (0.0, None))
+        if refused is not None and time.monotonic() - asked_at < ABSENT_S:
+            return refused
         async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
             state = await ledger.state(connection, campaign_id)
+        refused = Refused(Problem.UNAVAILABLE)
         if state is None or state in {CampaignState.DRAFT, CampaignState.DELETED}:
-            return Refused(Problem.NOT_FOUND, "no such campaign")
-        return Refused(Problem.UNAVAILABLE)
+            refused = Refused(Problem.NOT_FOUND, "no such campaign")
+        if len(self._absent) >= ABSENT_MAX:
+            self._absent.clear()
+        self._absent[campaign_id] = (time.monotonic(), refused)
+        return refused
 
     def count_refused(self, campaign_id: str, problem: Problem) -> None:
         """Count a request that never came to the script; only known campaigns are a label."""

@@ -7,9 +7,9 @@
 --
 -- KEYS of every script: head stream stock cards revoked calls operations (one hash slot).
 --
--- head: seq chain epoch clock · state opens_at closes_at recovering · card_limit order_max
+-- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · card_limit order_max
 --       price_fen unions config · nonce run_id replid (the Redis that was last verified) ·
---       roster_rev (how far `revoked` follows the roster). Absent moments are ''.
+--       roster_rev (how far `revoked` follows the roster) roster_load (its first load). Absent moments are ''.
 
 local HEAD, STREAM, STOCK, CARDS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]

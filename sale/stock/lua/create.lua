@@ -1,13 +1,16 @@
 -- create.lua: makes a campaign, as a draft or scheduled.
 --
 -- Guarantee: a campaign is made once; over a deleted draft the ledger goes on with the next number
--- (INV-5). It sells nothing before `revoked` follows the roster (roster_rev, see sync_cards.lua).
+-- (INV-5). It sells nothing before `revoked` follows the roster (roster_rev, see sync_cards.lua),
+-- which begins anew here: the deleted draft's set may have stood still since.
 --
 -- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
 --        config (JSON object) · opens_at · closes_at (ms or '') · card_limit · order_max ·
 --        price_fen · unions ('*' or ',code,code,') · '1' to schedule at once · tickets of showing
 --        0, 1, 2 …
--- Reply  {0, event number, state} · {REPLAYED or MISMATCH, event number} · {EXISTS}
+-- Reply  {0, event number, state} · {REPLAYED or MISMATCH, event number} · {EXISTS} ·
+--        {WRONG_STATE, event number, 'recovering'} ·
+--        {UNVERIFIED} {STALE} {BROKEN} (of the deleted draft; BROKEN too where only its stream is left)
 -- Idempotency  by op. Cost about 30 µs.
 
 local done = replay(ARGV[1], ARGV[2])
@@ -23,6 +26,9 @@ if head then
   local refusal = distrust(head, ARGV[5], 0, 0)
   if refusal then
     return { refusal }
+  end
+  if head.recovering then
+    return { WRONG_STATE, head.seq, 'recovering' }
   end
 elseif redis.call('EXISTS', STREAM) == 1 then
   return { BROKEN }
@@ -47,7 +53,8 @@ end
 append(head, events)
 redis.call('HSET', HEAD, 'config', ARGV[6], 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
   'price_fen', ARGV[11], 'unions', ARGV[12], 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
-redis.call('DEL', STOCK, CARDS)
+redis.call('HDEL', HEAD, 'roster_rev', 'roster_load')
+redis.call('UNLINK', STOCK, CARDS, REVOKED)
 for i = 14, #ARGV do
   redis.call('HSET', STOCK, 't' .. (i - 14), ARGV[i], 'r' .. (i - 14), ARGV[i])
 end

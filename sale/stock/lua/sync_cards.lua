@@ -2,25 +2,33 @@
 --
 -- Guarantee: INV-9. The set holds exactly the cards that were not active at roster_rev: a step is
 -- taken only from the revision it was computed from, and a campaign whose first load is not
--- complete has no roster_rev and sells nothing.
+-- complete has no roster_rev and sells nothing. A first load begins with an empty set and has a
+-- name (head.roster_load): what is left of a load that died, or was overtaken, is refused.
 --
--- ARGV   from revision (-1: first load, '' head.roster_rev) · to revision (-1: more of it follows) ·
+-- ARGV   from revision (-1: first load, no head.roster_rev) · to revision (-1: more of it follows) ·
+--        name of the load ('' for none) · '1' where it begins ·
 --        then for each card: '+' revoked or '-' active · card
--- Reply  {0, to revision} · {STALE, revision it is at} · {MISSING}
+-- Reply  {0, to revision} · {STALE, revision it is at, -1 for none} · {MISSING}
 -- Idempotency  by the revision. Cost about 1 µs a card.
 
-local at = redis.call('HMGET', HEAD, 'seq', 'roster_rev')
+local at = redis.call('HMGET', HEAD, 'seq', 'roster_rev', 'roster_load')
 if not at[1] then
   return { MISSING }
 end
 local rev = tonumber(at[2]) or -1
-if rev ~= tonumber(ARGV[1]) then
+local begins = ARGV[4] == '1'
+if rev ~= tonumber(ARGV[1]) or (rev < 0 and not begins and (at[3] or '') ~= ARGV[3]) then
   return { STALE, rev }
 end
-for i = 3, #ARGV, 2 do
+if begins then
+  redis.call('UNLINK', REVOKED)
+  redis.call('HSET', HEAD, 'roster_load', ARGV[3])
+end
+for i = 5, #ARGV, 2 do
   redis.call(ARGV[i] == '+' and 'SADD' or 'SREM', REVOKED, ARGV[i + 1])
 end
 if tonumber(ARGV[2]) >= 0 then
   redis.call('HSET', HEAD, 'roster_rev', ARGV[2])
+  redis.call('HDEL', HEAD, 'roster_load')
 end
 return { OK, tonumber(ARGV[2]) }

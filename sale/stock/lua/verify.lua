@@ -1,10 +1,12 @@
 -- verify.lua: marks this Redis as verified for a campaign, or as recovering.
 --
 -- Guarantee: the mark is set only on the very head that was compared (number and chain hash) with
--- PostgreSQL and with what the live processes have seen (INV-8).
+-- PostgreSQL and with what the live processes have seen (INV-8). Only the chain was compared, so a
+-- recovering mark that somebody else has set, for damaged stock or cards, stays: recovery lifts it.
 --
--- ARGV   number and chain hash that were compared · nonce · '' or why it is recovering
--- Reply  {0, event number} · {STALE} (the head has moved meanwhile: compare again) · {MISSING}
+-- ARGV   number and chain hash that were compared · nonce · '' or why it is recovering ·
+--        '1' where stock and cards were compared too, so that every mark may go
+-- Reply  {0, event number, '' or 'recovering' (it still is)} · {STALE} (the head has moved meanwhile: compare again) · {MISSING}
 -- Idempotency  by what it writes. Cost about 10 µs.
 
 local head = read_head()
@@ -15,10 +17,16 @@ if head.seq ~= tonumber(ARGV[1]) or head.chain ~= ARGV[2] then
   return { STALE }
 end
 local run_id, replid = identity()
+local others = head.recovering and redis.call('HGET', HEAD, 'recovering_by') ~= 'verify'
 if ARGV[4] ~= '' then
-  redis.call('HSET', HEAD, 'recovering', ARGV[4])
-else
-  redis.call('HSET', HEAD, 'nonce', ARGV[3], 'run_id', run_id, 'replid', replid)
-  redis.call('HDEL', HEAD, 'recovering')
+  if not others then
+    redis.call('HSET', HEAD, 'recovering', ARGV[4], 'recovering_by', 'verify')
+  end
+  return { OK, head.seq, 'recovering' }
 end
-return { OK, head.seq }
+redis.call('HSET', HEAD, 'nonce', ARGV[3], 'run_id', run_id, 'replid', replid)
+if others and ARGV[5] ~= '1' then
+  return { OK, head.seq, 'recovering' }
+end
+redis.call('HDEL', HEAD, 'recovering', 'recovering_by')
+return { OK, head.seq, '' }

@@ -39,6 +39,7 @@ MEMBERS: Final = 60_000
 SUSPENDED: Final = 500
 CONNECTIONS: Final = 384
 DATA_DIR: Final = Path(".demo")
+MARKER: Final = "made-by-demo"
 OPENS_IN_S: Final = 6.0
 LAG_ZERO_WITHIN_S: Final = 60.0
 PROBLEMS: Final = (
@@ -174,20 +175,29 @@ def _scheduled(text: str, opens_at: datetime) -> str:
 
 
 def fresh(data_dir: Path) -> None:
-    """Remove what a former demo left. Raises EngineError where one is still running."""
-    if not data_dir.exists():
-        return
-    lock = data_dir / "sale.lock"
-    if not lock.exists() and any(data_dir.iterdir()) and not (data_dir / "logs").is_dir():
-        raise EngineError(f"{data_dir} is not a demo's data directory: it is left alone")
-    with contextlib.suppress(FileNotFoundError), lock.open("rb") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EngineError(f"{data_dir} is in use: another demo is running there") from None
+    """Make the data directory anew, without what a former demo left there.
+
+    Raises EngineError where a demo is still running there, or where no demo made it: a real
+    engine's data looks the same, so only our own marker allows to remove it.
+    """
+    marker = data_dir / MARKER
+    if data_dir.exists() and any(data_dir.iterdir()):
+        if not marker.is_file():
+            raise EngineError(f"{data_dir} was not made by the demo: it is left alone")
+        _remove(data_dir)
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    marker.write_text("The demo makes this directory anew each time: keep nothing here.\n", "utf-8")
+
+
+def _remove(data_dir: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            held = stack.enter_context((data_dir / "sale.lock").open("rb"))
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise EngineError(f"{data_dir} is in use: another demo is running there") from None
         shutil.rmtree(data_dir)
-        return
-    shutil.rmtree(data_dir)
 
 
 async def demo(options: argparse.Namespace) -> int:

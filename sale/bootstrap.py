@@ -4,30 +4,31 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
 import asyncpg
 import msgspec
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
+from asyncpg.exceptions import ClientConfigurationError
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from sale import embedded
-from sale.config import Settings, SettingsError
+from sale.config import Settings, SettingsError, split_address
 from sale.db import deployment
-from sale.db.pool import close_pool, open_pool
+from sale.db.pool import POSTGRES_ERRORS, close_pool, open_pool
 from sale.domain import default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.connection import open_redis
+from sale.stock.connection import REDIS_ERRORS, open_redis
 from sale.stock.scripts import Scripts
 from sale.usecases.campaigns import CampaignDesk
 from sale.usecases.orders import OwnOrders, TicketCodes
@@ -35,6 +36,8 @@ from sale.usecases.purchase import PurchaseDesk
 
 START_PATIENCE_S: Final = 30.0
 START_PAUSE_S: Final = 0.2
+STORE_ERRORS: Final = tuple(dict.fromkeys((*REDIS_ERRORS, *POSTGRES_ERRORS)))
+"""What a call to either store raises where that store is away, slow, or refuses it."""
 
 log = structlog.get_logger()
 
@@ -104,6 +107,16 @@ class _Libraries(logging.Handler):
 def _worth_a_line(record: logging.LogRecord) -> bool:
     """Leave out bytes that are not HTTP: any stranger can send them, and they are answered 400."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def first_address(listen: str) -> tuple[socket.AddressFamily, Any]:
+    """Where to bind for ``host:port``: the first address that the host's name has.
+
+    One function for all who bind, because several processes share the address. Raises OSError.
+    """
+    host, port = split_address(listen)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return found[0][0], found[0][4]
 
 
 def store_urls(settings: Settings) -> tuple[str, str]:
@@ -198,8 +211,9 @@ async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def
     while True:
         try:
             return await attempt()
-        except (RedisError, asyncpg.PostgresError, OSError, TimeoutError) as error:
-            if time.monotonic() >= deadline:
+        except STORE_ERRORS as error:
+            # A URL that cannot be read is not mended by waiting.
+            if time.monotonic() >= deadline or isinstance(error, ClientConfigurationError):
                 raise
             if not told:
                 log.info("store.awaited", error=type(error).__name__)

@@ -41,6 +41,14 @@ class SettingsError(ValueError):
     """One or more settings are wrong; the message names each."""
 
 
+class BadOption(SettingsError):  # noqa: N818 - reads as a sentence where it is raised
+    """One of them was given as an option of the command line."""
+
+
+class StartError(Exception):
+    """A part cannot start here, or not go on; the message is one line for people."""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of a deployment. Units stand last in each name."""
 
@@ -80,6 +88,7 @@ def load(
 
     Raises:
         SettingsError: an unknown key or a bad value, by name; all of them in one message.
+        BadOption: the same, where one of ``overrides`` is among them.
 
     """
     problems: list[str] = []
@@ -95,13 +104,15 @@ def load(
             problems.append(f"{name}: no such setting")
     for key, value in overrides.items():
         if value is not None:
-            values[key] = _Given(value, f"--{key.replace('_', '-')}")
+            values[key] = _Given(value, _OPTION + key.replace("_", "-"))
 
     clean = {key: _checked(key, given, problems) for key, given in values.items()}
     if clean.get("signing_key") and clean.get("signing_key_file"):
         problems.append("SALE_SIGNING_KEY and SALE_SIGNING_KEY_FILE: give one of the two")
     if problems:
-        raise SettingsError("bad settings: " + "; ".join(sorted(problems)))
+        by_option = any(problem.startswith(_OPTION) for problem in problems)
+        kind = BadOption if by_option else SettingsError
+        raise kind("bad settings: " + "; ".join(sorted(problems)))
     return Settings(**clean)
 
 
@@ -123,6 +134,7 @@ def split_address(address: str) -> tuple[str, int]:
 _FIELD_TYPES: dict[str, Any] = {
     field.name: field.type for field in msgspec.structs.fields(Settings)
 }
+_OPTION = "--"
 _BOUNDS = {
     "workers": (1, 256),
     "batch_max": (1, 256),

@@ -6,6 +6,7 @@ Plain data and the rules that need no store. Rules that decide a sale stand in
 
 import re
 import tomllib
+import unicodedata
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
 from functools import cached_property, lru_cache
@@ -196,6 +197,15 @@ def from_ms(ms: int) -> datetime:
 def rfc3339(ms: int) -> str:
     """RFC 3339 with offset and milliseconds, in Beijing time. A batch of sales shares one."""
     return from_ms(ms).isoformat(timespec="milliseconds")
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text holds no control characters and no halves of characters.
+
+    PostgreSQL cannot hold NUL, and a terminal obeys the others; an ideographic space is a letter
+    like any other, so ``str.isprintable`` does not do.
+    """
+    return not any(unicodedata.category(character) in {"Cc", "Cs"} for character in text)
 
 
 def mask_card(card_no: str) -> str:
@@ -393,7 +403,7 @@ class _Reader:
             self.wrong(field, "is missing")
         elif not isinstance(value, str) or not value.strip() or len(value) > TITLE_MAX:
             self.wrong(field, f"must be a text of 1 to {TITLE_MAX} characters")
-        elif not value.isprintable():
+        elif not is_plain(value):
             self.wrong(field, "must not hold control characters")
         elif pattern and not pattern.fullmatch(value):
             self.wrong(field, f"must be {says}")

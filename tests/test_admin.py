@@ -77,7 +77,11 @@ async def test_given_each_step_when_taken_over_http_then_state_and_audit_log_fol
         *("created", "scheduled", "opened", "paused", "resumed", "stock_added", "closed"),
         "reopened",
     ]
-    assert {entry["actor"] for entry in entries} == {name}
+    assert {entry["actor"] for entry in entries} == {f"operator:{name}"}
+    assert {entry["target"] for entry in entries} == {table["id"]}
+    added = next(entry for entry in entries if entry["action"].endswith("stock_added"))
+    assert added["data"]["seq"] >= 1
+    assert 5 in added["data"].values()
     assert [entry["reason"] for entry in entries] == [
         None,
         *(f"why {action}" for action in ("schedule", "open", "pause", "resume", "stock")),
@@ -411,6 +415,19 @@ async def test_given_sales_then_the_live_view_has_what_is_left_and_how_far_the_l
     await until(lambda: client.all_applied(campaign), within_s=5)
 
 
+async def test_given_an_account_that_is_called_like_another_actor_then_the_log_tells_them_apart(
+    service: Service, client: Client
+) -> None:
+    name = "clock"
+    await service.asale("operator", "add", name, "--role", "admin")
+    token = (await service.asale("operator", "token", name, "--json")).json()["token"]
+    campaign = await client.campaign()
+    assert (await take_step(client, token, campaign, "pause")).status == 200
+    await until(lambda: client.all_applied(campaign), within_s=5)
+    paused = [entry for entry in await told(client, campaign) if "paused" in entry["action"]]
+    assert [entry["actor"] for entry in paused] == ["operator:clock"]
+
+
 async def test_given_many_entries_then_the_audit_log_pages_through_each_once_newest_first(
     service: Service, client: Client
 ) -> None:
@@ -451,4 +468,18 @@ async def test_given_a_card_is_revoked_then_the_audit_log_says_by_whom_and_masks
     entry = next(each for each in seen.json()["items"] if each["actor"] == "hotline-7")
     assert entry["reason"] == "lost it"
     assert "revoke" in entry["action"]
+    assert entry["target"].startswith("card ")
+    assert entry["target"].split()[1].endswith(card.no[-4:])
+    assert entry["data"] == {"from": "active", "to": "cancelled"}
     assert card.no not in seen.body.decode()
+
+
+@pytest.mark.parametrize("reason", ["a\x00b", "a\x1b[2Jb", "a\u0001"])
+async def test_given_a_reason_postgresql_cannot_hold_then_it_never_enters_the_ledger(
+    client: Client, reason: str
+) -> None:
+    campaign = await client.campaign(5)
+    for step in ("pause", "close"):
+        assert (await client.step(campaign, step, reason=reason)).status == 400
+    assert (await client.step(campaign, "pause", reason="全角　空格")).status == 200
+    await until(lambda: client.all_applied(campaign))

@@ -107,7 +107,7 @@ async def _roster_is_not_followed(shop: Shop) -> None:
 
 
 async def _belongs_to_another_union(shop: Shop) -> None:
-    await shop.pool.execute(
+    await shop.damage(
         "UPDATE card SET union_code = 'hepingli', updated_at = now() - interval '1 hour'"
     )
 
@@ -207,6 +207,19 @@ async def test_given_a_breach_when_audited_then_it_is_found(
     assert invariant in {finding.invariant for finding in found.findings}, found.findings
     assert card(1) not in str(report)
     assert card(2) not in str(report)
+
+
+@pytest.mark.parametrize(("days", "clean"), [(0, True), (29, True), (31, False)])
+async def test_given_a_card_that_moved_when_its_token_may_be_older_then_its_sale_is_no_breach(
+    shop: Shop, days: int, clean: bool
+):
+    await shop.pool.execute("UPDATE card SET union_code = 'hepingli'")
+    await shop.damage(
+        "UPDATE card SET updated_at = now() - interval '1 hour'",
+        f"UPDATE card_union_change SET at = at - interval '{days} days'",
+    )
+    report = await shop.audit()
+    assert report.clean == clean, report
 
 
 async def test_given_weak_settings_of_redis_when_audited_then_durability_is_found(shop: Shop):

@@ -5,6 +5,7 @@ Commands run in this process, beside the running system; a few are run as a pers
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -137,6 +138,10 @@ def test_given_the_help_then_every_command_of_the_contract_is_listed() -> None:
         ["operator", "add", "x"],
         ["operator", "add", "x", "--role", "king"],
         ["up", "--workers", "many"],
+        ["up", "--workers", "0"],
+        ["serve", "--listen", "x"],
+        ["writer", "--metrics-listen", "x"],
+        ["migrate", "--metrics-listen", "x"],
         ["doctor", "--nothing"],
         ["doctor", "--as", ""],
     ],
@@ -396,6 +401,19 @@ def test_given_cards_then_sample_import_show_revoke_and_restore_work_and_mask(
     assert "100000000000" not in service.sale("cards", "show", "100000000000").err
 
 
+def test_given_redis_is_away_when_a_card_is_revoked_then_it_is_and_a_note_says_the_rest(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = service.card()
+    with monkeypatch.context() as away:
+        away.setenv("SALE_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+        ran = service.sale("cards", "revoke", card.no, "--reason", "lost", "--json")
+    assert (ran.status, ran.json()["status"]) == (0, "cancelled"), ran
+    assert ran.err.startswith("the card is revoked; running campaigns follow within a second")
+    assert len(ran.err.splitlines()) == 1
+    assert service.sale("cards", "show", card.no, "--json").json()["status"] == "cancelled"
+
+
 def test_given_a_bad_roster_then_the_lines_are_told_and_nothing_has_changed(
     service: Service, tmp_path: Path
 ) -> None:
@@ -474,6 +492,30 @@ def test_given_nothing_is_wrong_then_recover_does_nothing_and_exits_0(
 
 def test_given_a_schema_that_is_there_then_migrate_has_nothing_to_do(service: Service) -> None:
     assert service.sale("migrate", "--json").json() == {"applied": []}
+
+
+def test_given_an_address_for_metrics_then_migrate_takes_it_like_the_other_parts(
+    service: Service,
+) -> None:
+    ran = service.sale("migrate", "--metrics-listen", "127.0.0.1:0", "--json")
+    assert (ran.status, ran.json()) == (0, {"applied": []})
+    assert "nothing is served" in " ".join(command("migrate", "--help").out.split())
+
+
+def test_given_an_address_in_use_then_each_part_says_so_in_one_line(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        busy, free = f"127.0.0.1:{other.getsockname()[1]}", "127.0.0.1:0"
+        for words in (
+            ["up", "--listen", busy, "--metrics-listen", free],
+            ["up", "--listen", free, "--metrics-listen", busy],
+            ["serve", "--listen", busy, "--metrics-listen", free],
+            ["serve", "--listen", free, "--metrics-listen", busy],
+            ["writer", "--metrics-listen", busy],
+            ["scheduler", "--metrics-listen", busy],
+        ):
+            says = one_line(service.sale(*words))
+            assert busy in says, words
+            assert "in use" in says.lower(), words
 
 
 def test_given_the_data_directory_is_in_use_then_up_says_so(service: Service) -> None:

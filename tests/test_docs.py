@@ -1,6 +1,9 @@
 """What the documentation names exists, and what must be documented is."""
 
+import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +260,26 @@ def test_given_the_readme_then_it_names_both_commands_and_the_places_of_the_figu
         assert README.index(f"<!-- {place} -->") < README.index(f"<!-- /{place} -->")
     for command in ("./scripts/demo", "./scripts/test"):
         assert f"\n{command}\n" in README
+
+
+def test_given_the_imports_when_compared_with_the_dependencies_then_each_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["embedded"]]
+    declared = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in wanted}
+    imported = {
+        name.split(".")[0]
+        for text in SOURCES.values()
+        for node in ast.walk(ast.parse(text))
+        for name in _imported(node)
+    }
+    theirs = imported - sys.stdlib_module_names - {"sale"}
+    assert {{"jwt": "pyjwt"}.get(name, name) for name in theirs} <= declared
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
 def test_given_the_documents_then_they_name_no_machine() -> None:

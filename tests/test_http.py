@@ -9,7 +9,10 @@ from datetime import datetime
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from service import (
     ADMIN,
     CAMPAIGNS,
@@ -25,7 +28,9 @@ from service import (
     until,
 )
 
+from sale.api import exchange, pages
 from sale.api.problems import WORDINGS
+from sale.api.routing import guarded
 from sale.domain import Problem
 
 BODY_MAX = 16 * 1024
@@ -429,7 +434,7 @@ async def test_given_many_orders_then_pages_have_each_once_newest_first(
         *("limit=0", "limit=201", "limit=-1", "limit=x", "limit=", "limit=1.5", "limit=1e2"),
         *("limit=00000000001000", "cursor=!", "cursor=AAAA", "cursor=", "cursor=%FF"),
         f"cursor={'A' * 3_000}",
-        "limit=²",
+        *("limit=²", "limit=0001000000", f"limit={'9' * 5_000}"),
     ],
 )
 async def test_given_a_bad_page_then_400_names_the_field(
@@ -447,7 +452,8 @@ def cursor_of(value: str) -> str:
 @pytest.mark.parametrize(
     "value",
     [
-        *("-1", "99999999999999999999999", "1.5", "true", "null", '"x"', "[]", "[1]", "{}"),
+        *("9223372036854775808", "-1", "99999999999999999999999"),
+        *("1.5", "true", "null", '"x"', "[]", "[1]", "{}"),
         *('[99999999999999999,"x",1]', '[-99999999999999999,"x",1]', '[1,"\\u0000",1]'),
         *('[1,"x",99999999999999999999]', '[1,"x",-1]', '["1","x",1]', "[1,2,3,4]"),
     ],
@@ -854,6 +860,7 @@ async def test_given_junk_on_the_wire_then_a_4xx_or_a_closed_connection_and_the_
     finally:
         writer.close()
     assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), answer[:200]
+    assert answer == b"" or b"application/problem+json" in answer
     for secret in (b"Traceback", b'File "', b"sale/", b"redis"):
         assert secret not in answer
     assert (await client.get("/api/v1/time")).status == 200
@@ -967,3 +974,47 @@ async def test_given_a_client_that_hangs_up_then_its_order_stands_and_is_found_a
 
 async def _has_one(client: Client, campaign: str) -> bool:
     return await client.remaining(campaign) == [99]
+
+
+async def test_given_a_body_that_does_not_arrive_then_it_is_400_and_the_connection_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "BODY_WITHIN_S", 0.1)
+
+    async def read(request: web.Request) -> web.Response:
+        return exchange.json_response(await exchange.read_body(request, decoder))
+
+    decoder = msgspec.json.Decoder(dict[str, int])
+    app = web.Application()
+    app.router.add_post("/", guarded(read))
+    async with TestServer(app) as server:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        try:
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            writer.write(head + b"Content-Length: 100\r\n\r\n{")
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            body = await asyncio.wait_for(reader.readuntil(b"}"), 5)
+        finally:
+            writer.close()
+            await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nConnection: close\r\n" in answer
+    assert json.loads(body)["code"] == "invalid-request"
+    assert json.loads(body)["detail_en"]
+
+
+async def test_given_a_page_that_fails_then_it_is_a_problem_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> web.Response:
+        raise OSError("inside")
+
+    monkeypatch.setattr(pages._Static, "answer", broken)
+    app = web.Application()
+    pages.add_page_routes(app)
+    async with TestServer(app) as server, aiohttp.ClientSession() as session:
+        for path in ("/", "/assets/page.js", "/favicon.ico", "/problems/closed", "/openapi.json"):
+            async with session.get(server.make_url(path)) as answer:
+                assert answer.status == 503
+                assert answer.content_type == "application/problem+json"
+                assert "inside" not in await answer.text()

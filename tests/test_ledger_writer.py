@@ -10,11 +10,15 @@ import pytest
 from ledger_maker import CAMPAIGN, Ledger, created, operation, sold
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
+from shop import open_shop
+from stock_maker import campaign
 
 from sale.config import Settings
 from sale.db import ledger
 from sale.domain import Problem, Refused
 from sale.stock.keys import campaign_keys
+from sale.stock.rebuild import freeze
+from sale.usecases.verification import verify_all
 from sale.workers import ledger_writer
 from sale.workers.ledger_writer import LedgerMetrics, LedgerWriter
 
@@ -165,6 +169,7 @@ async def test_given_a_conflict_when_written_then_the_campaign_is_paused_and_goe
         await book.append(rig.redis, operation("stock_added", showing=0, add=5), sold(4))
         await until(lambda: _is(rig.applied(), 7))
         assert sample(writer, "sale_ledger_conflicts_total", campaign=CAMPAIGN) == 1
+        assert sample(writer, "sale_ledger_conflict_rows", campaign=CAMPAIGN) == 1
     assert await rig.conn.fetchval("SELECT count(*) FROM orders") == 3
     assert await rig.conn.fetchval("SELECT seq FROM conflict WHERE paused_at IS NOT NULL") == 5
     assert rig.paused == [CAMPAIGN]
@@ -176,6 +181,70 @@ async def test_given_a_conflict_not_yet_paused_when_the_writer_starts_then_it_pa
     await ledger.apply(rig.conn, CAMPAIGN, [entry])
     async with rig.writing():
         await until(lambda: rig.paused == [CAMPAIGN])
+
+
+async def test_given_an_untrusted_redis_when_a_conflict_is_written_then_it_is_paused_later(
+    rig: Rig, redis_url: str
+):
+    async with open_shop(redis_url, rig.database_url) as shop:
+        await shop.start_writer()
+        await shop.create(campaign(10))
+        await shop.step("open")
+        await shop.applied()
+        await shop.stop_writer()
+        await shop.buy(1)
+        await shop.damage("UPDATE showing SET stock = 0")
+        head = campaign_keys(CAMPAIGN).head
+        await rig.redis.hset(head, "run_id", "0" * 40)
+        await shop.start_writer()
+
+        async def unpaused() -> int:
+            found: int = await rig.conn.fetchval(
+                "SELECT count(*) FROM conflict WHERE paused_at IS NULL"
+            )
+            return found
+
+        await until(lambda: _is(unpaused(), 1))
+        await asyncio.sleep(0.2)
+        assert await unpaused() == 1
+        assert await shop.stock.head("state") == ["open"]
+        await verify_all(shop.redis, shop.scripts, shop.pool)
+        await until(lambda: _is(unpaused(), 0))
+        assert await shop.stock.head("state") == ["paused"]
+
+
+async def test_given_a_campaign_that_sells_nothing_or_may_again_when_paused_then_that_is_told(
+    rig: Rig, redis_url: str
+):
+    async with open_shop(redis_url, rig.database_url) as shop:
+        with pytest.raises(Refused):
+            await shop.desk.pause_for(CAMPAIGN, "no such one")
+        await shop.create(campaign(10))
+        await shop.desk.pause_for(CAMPAIGN, "a draft sells nothing")
+        await shop.step("open")
+        await freeze(shop.redis, CAMPAIGN, "damaged")
+        with pytest.raises(Refused):
+            await shop.desk.pause_for(CAMPAIGN, "it will go on")
+
+
+async def test_given_postgres_goes_away_when_a_step_is_done_then_it_is_not_refused(
+    rig: Rig, redis_url: str
+):
+    async with open_shop(redis_url, rig.database_url) as shop:
+        await shop.create(campaign(10))
+        await shop.pool.close()
+        await shop.step("open")
+        assert await shop.stock.head("state") == ["open"]
+
+
+async def test_given_a_conflict_of_before_when_the_writer_starts_then_the_gauge_tells(rig: Rig):
+    book, other = Ledger(), Ledger("green-gift")
+    entry = await book.append(rig.redis, created(0), sold(1))
+    await ledger.apply(rig.conn, CAMPAIGN, [entry])
+    async with rig.writing() as writer:
+        await until(lambda: sample(writer, "sale_ledger_conflict_rows", campaign=CAMPAIGN) == 1)
+        await other.append(rig.redis, created(5, campaign_id="green-gift"))
+        await until(lambda: sample(writer, "sale_ledger_conflict_rows", campaign="green-gift") == 0)
 
 
 async def test_given_a_gap_when_written_then_that_campaign_alone_is_stuck(rig: Rig):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -16,7 +17,8 @@ from loadtest import books as bookkeeping
 from loadtest.answers import Answer, AnswerBook, outcome, read_answers, write_answers
 from loadtest.books import Books, OrderRow, check, key_hash
 from loadtest.client import Client, Unreachable
-from loadtest.engine import engine_up, environment
+from loadtest.demo import fresh
+from loadtest.engine import EngineError, engine_up, environment
 from loadtest.members import Attempt, Kind, Member, Mint, gather
 from loadtest.rush import metric
 from loadtest.wire import (
@@ -435,6 +437,25 @@ async def run_program(*arguments: str, within_s: float = 110, **settings: str) -
             process.send_signal(signal.SIGTERM)
             await process.wait()
     return process.returncode or 0, out.decode()
+
+
+def test_given_data_that_no_demo_made_when_made_anew_then_it_is_left_alone(tmp_path: Path) -> None:
+    real = tmp_path / ".sale"
+    for name in ("run", "logs", "redis", "postgresql"):
+        (real / name).mkdir(parents=True)
+    (real / "sale.lock").touch()
+    with pytest.raises(EngineError, match="was not made by the demo"):
+        fresh(real)
+    assert (real / "postgresql").is_dir()
+
+    fresh(tmp_path / "demo")
+    (tmp_path / "demo/logs").mkdir()
+    fresh(tmp_path / "demo")
+    assert not (tmp_path / "demo/logs").exists()
+    with (tmp_path / "demo/sale.lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(EngineError, match="in use"):
+            fresh(tmp_path / "demo")
 
 
 @pytest.mark.load

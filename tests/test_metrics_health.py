@@ -4,9 +4,15 @@ import asyncio
 import json
 import re
 import urllib.request
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
+
+from sale.api.health import reasons
+from sale.db.pool import close_pool, open_pool
 
 NAMES = {
     "sale_purchases_total": "counter",
@@ -163,6 +169,28 @@ async def test_given_a_weak_durability_then_it_is_not_ready_and_says_why(
         return all([(await crowd.get("/readyz")).status == 200 for _ in range(6)])
 
     await until(ready, within_s=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("insert into schema_migration values ('9999_next', repeat('0', 64))", "9999_next"),
+        ("update schema_migration set sha256 = repeat('0', 64)", "reads differently"),
+    ],
+)
+async def test_given_the_schema_of_another_version_then_it_is_not_ready_and_says_why(
+    database_url: str, redis_client: Redis, change: str, says: str
+) -> None:
+    pool = await open_pool(database_url)
+    try:
+        stores: Any = SimpleNamespace(redis=redis_client, pool=pool)
+        assert await reasons(stores) == []
+        await pool.execute(change)
+        (reason,) = await reasons(stores)
+        assert reason.startswith("postgres: ")
+        assert says in reason
+    finally:
+        await close_pool(pool)
 
 
 def log_lines(service: Service) -> list[dict[str, Any]]:

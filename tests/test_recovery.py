@@ -10,6 +10,7 @@ from stock_maker import Bid, campaign, card, key
 
 from sale.domain import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
+from sale.stock.rebuild import freeze
 from sale.stock.records import read_card
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.usecases.verification import verify_all
@@ -193,6 +194,22 @@ async def test_given_an_unverified_redis_when_recovered_then_it_is_verified(shop
     assert "verified" in done.says
     assert await shop.stock.head("epoch") == ["1"]
     await shop.buy(5)
+
+
+async def test_given_a_mark_for_damaged_stock_when_redis_is_verified_then_it_still_sells_nothing(
+    shop: Shop,
+):
+    await lose_stock(shop)
+    await freeze(shop.redis, CAMPAIGN, "Redis has another stock than the ledger says")
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    for _ in range(2):
+        assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+        assert (await shop.stock.buy_one(card(5), key(1))).decision is Decision.RECOVERING
+    assert (await shop.recover()).changed
+    assert (await shop.stock.buy_one(card(5), key(1))).decision is Decision.SOLD
+    await freeze(shop.redis, CAMPAIGN, "by mistake")
+    assert "verified" in (await shop.recover()).says
+    assert (await shop.stock.buy_one(card(6), key(1))).decision is Decision.SOLD
 
 
 async def test_given_the_id_is_not_registered_when_recovered_then_it_is_again(shop: Shop):

@@ -19,7 +19,9 @@ from stock_maker import Bid, campaign, card, key
 from sale import embedded
 from sale.domain import Refused
 from sale.stock.keys import campaign_keys
+from sale.stock.rebuild import freeze
 from sale.stock.scripts import CallReply, Decision
+from sale.usecases.revocation import sync_all
 
 SELLS_AGAIN_S = 2.0
 FOLLOWS_S = 1.0
@@ -134,13 +136,21 @@ async def test_given_the_scheduler_was_away_when_it_comes_back_then_it_records_w
         await until(both, FOLLOWS_S)
 
 
+@pytest.mark.parametrize("damage", ["values", "revision", "type"])
 async def test_given_a_damaged_campaign_when_the_moment_of_another_comes_then_it_is_recorded(
-    shop: Shop,
+    shop: Shop, damage: str
 ):
     await shop.create(campaign(10, campaign_id="a-damaged-one"))
     await shop.add_cards(1)
     await shop.create(campaign(10, opens_at_ms=await now_ms(shop) + 100))
-    await shop.redis.hset(campaign_keys("a-damaged-one").head, mapping={"config": "{", "clock": ""})
+    damaged = campaign_keys("a-damaged-one").head
+    if damage == "values":
+        await shop.redis.hset(damaged, mapping={"config": "{", "clock": ""})
+    elif damage == "revision":
+        await shop.redis.hset(damaged, "roster_rev", "x")
+    else:
+        await shop.redis.set(damaged, "no hash")
+    await shop.redis.hset(KEYS.head, "run_id", "0" * 40)
     async with shop.scheduling():
 
         async def opened() -> bool:
@@ -170,6 +180,97 @@ async def test_given_a_card_that_only_postgres_has_revoked_then_it_buys_nothing_
         await shop.pool.execute("UPDATE card SET status = 'active' WHERE card_no = $1", card(1))
         await asyncio.sleep(FOLLOWS_S)
         await shop.buy(1, key_no=2)
+
+
+async def test_given_a_draft_made_anew_when_cards_were_revoked_meanwhile_then_it_waits_for_them(
+    shop: Shop,
+):
+    await shop.add_cards(1)
+    await shop.create(campaign(10))
+    await shop.desk.delete(CAMPAIGN, ME, "wrong", None)
+    await shop.pool.execute("UPDATE card SET status = 'cancelled'")
+    await shop.stock.create(campaign(10))
+    assert (await shop.stock.step("open")).reply is CallReply.OK
+    assert await _call(shop, 1) == CallReply.UNVERIFIED
+    await sync_all(shop.redis, shop.scripts, shop.pool)
+    assert (await shop.stock.buy_one(card(1), key(1))).decision is Decision.CARD_REVOKED
+
+
+async def test_given_a_deleted_draft_that_is_recovering_then_it_is_not_made_anew(shop: Shop):
+    await shop.create(campaign(10))
+    await shop.desk.delete(CAMPAIGN, ME, "wrong", None)
+    await freeze(shop.redis, CAMPAIGN, "damaged")
+    with pytest.raises(Refused, match="recovering"):
+        await shop.create(campaign(10))
+
+
+async def test_given_a_first_load_that_died_when_its_card_is_restored_then_the_card_may_buy(
+    shop: Shop,
+):
+    await shop.add_cards(1, 2, status="suspended")
+    await shop.stock.create(campaign(10))
+    await shop.scripts.sync_cards(CAMPAIGN, -1, -1, [(card(1), False)])
+    await shop.pool.execute("UPDATE card SET status = 'active' WHERE card_no = $1", card(1))
+    await asyncio.gather(*(sync_all(shop.redis, shop.scripts, shop.pool) for _ in range(4)))
+    assert await shop.redis.smembers(KEYS.revoked) == {card(2).encode()}
+    assert await shop.stock.head("roster_rev") == ["3"]
+
+
+async def test_given_a_first_load_that_was_overtaken_then_its_next_step_is_refused(shop: Shop):
+    await shop.stock.create(campaign(10))
+    for load in ("first", "second"):
+        begun = await shop.scripts.sync_cards(CAMPAIGN, -1, -1, [], load=load, begins=True)
+        assert begun.reply is CallReply.OK
+    late = await shop.scripts.sync_cards(CAMPAIGN, -1, -1, [(card(1), False)], load="first")
+    assert (late.reply, late.seq) == (CallReply.STALE, -1)
+    assert not await shop.redis.exists(KEYS.revoked)
+
+
+async def test_given_a_card_removed_by_hand_when_a_campaign_is_made_then_it_may_not_buy(
+    shop: Shop,
+):
+    await shop.add_cards(1)
+    await shop.pool.execute("DELETE FROM card")
+    await shop.create(campaign(10))
+    await shop.step("open")
+    assert (await shop.stock.buy_one(card(1), key(1))).decision is Decision.CARD_REVOKED
+    await shop.applied()
+    assert (await shop.audit()).clean
+
+
+async def test_given_slow_stores_when_they_are_asked_then_the_gauges_stay_at_one(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    asked = asyncio.Event()
+
+    async def slowly(*_: object) -> bool:
+        await asyncio.sleep(0.05)
+        asked.set()
+        return True
+
+    monkeypatch.setattr(shop.redis, "ping", slowly)
+    async with shop.scheduling() as registry:
+        await until(lambda: _metric(registry, "sale_redis_up", 1))
+        for _ in range(3):
+            asked.clear()
+            while not asked.is_set():
+                assert sample(registry, "sale_redis_up") == 1
+                await asyncio.sleep(0.005)
+
+
+async def test_given_both_stores_away_then_each_gauge_tells(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    async def gone(*_: object) -> bool:
+        raise ConnectionRefusedError
+
+    async with shop.scheduling() as registry:
+        await until(lambda: _metric(registry, "sale_redis_up", 1))
+        await until(lambda: _metric(registry, "sale_postgres_up", 1))
+        monkeypatch.setattr(shop.redis, "ping", gone)
+        await shop.pool.close()
+        await until(lambda: _metric(registry, "sale_redis_up", 0))
+        await until(lambda: _metric(registry, "sale_postgres_up", 0))
 
 
 async def test_given_a_breach_when_the_audit_is_due_then_the_metric_tells(shop: Shop):

@@ -11,12 +11,16 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import asyncpg
 import pytest
+import redis.exceptions
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from sale import config
+from sale import bootstrap, config
+from sale.api.app import listen_on
 from sale.workers import supervisor
 from sale.workers.metrics_server import MergedMetrics, MetricsAddressError, serving_metrics
 from sale.workers.supervisor import SupervisorError
@@ -157,6 +161,35 @@ async def test_given_an_address_in_use_then_it_says_so(system: System) -> None:
             await system.start(listen=address)
         with pytest.raises(MetricsAddressError, match=rf"{address}.*in use"):
             await system.start(metrics_listen=address)
+
+
+async def test_given_a_name_with_several_addresses_then_all_bind_its_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def addresses(host: str, port: int, **_: object) -> list[Any]:
+        assert host == "somewhere"
+        kinds = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        return [(*kinds, ("127.0.0.2", port)), (*kinds, ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", addresses)
+    with supervisor._reserved("somewhere:0") as address, listen_on(address) as listener:
+        assert listener.getsockname()[0] == "127.0.0.2"
+        assert address == f"somewhere:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "error", [asyncpg.InterfaceError("closed"), redis.exceptions.ConnectionError(), OSError()]
+)
+async def test_given_a_store_that_comes_late_then_it_is_waited_for(error: Exception) -> None:
+    answers = [error, error, None]
+
+    async def attempt() -> str:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+        return "there"
+
+    assert await bootstrap._patiently(attempt, 5) == "there"
 
 
 async def test_given_a_port_just_left_then_it_can_be_taken_again(system: System) -> None:

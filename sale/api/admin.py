@@ -15,6 +15,7 @@ from sale.api.exchange import (
     encode_cursor,
     idempotency_key,
     json_response,
+    offset_cursor,
     page_limit,
     read_body,
 )
@@ -63,7 +64,7 @@ def add_admin_routes(app: web.Application) -> None:
 async def list_campaigns(request: web.Request) -> web.Response:
     """GET /api/v1/admin/campaigns: drafts too."""
     actor = await actor_of(request)
-    limit, start = page_limit(request), decode_cursor(request, int) or 0
+    limit, start = page_limit(request), offset_cursor(request)
     campaigns = [
         now
         for now in await request.app[ENGINE].catalogue.read_all()
@@ -174,7 +175,8 @@ async def actor_of(request: web.Request) -> Actor:
         if _is_member(request, token):
             raise Refused(Problem.FORBIDDEN, "a member's token does not open this") from None
         raise
-    return Actor(operator.name, operator.role, operator.union_code)
+    # An account may be called "clock" or "cli:root": the log tells where a name is from (INV-10).
+    return Actor(f"operator:{operator.name}", operator.role, operator.union_code)
 
 
 def _is_member(request: web.Request, token: str) -> bool:
@@ -221,8 +223,10 @@ def _audit_view(row: ledger.AuditRow) -> AuditEntryView:
         at=rfc3339(row.at_ms),
         actor=row.actor,
         action=row.action,
+        target=row.target,
         campaign=row.campaign_id,
         reason=row.reason,
+        data=row.data,
     )
 
 

@@ -4,6 +4,7 @@ On the way of a purchase a header is looked up by an ``istr``, whose folding is 
 body that has arrived whole is taken as it is: aiohttp's ``read`` waits for its end twice.
 """
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -19,12 +20,20 @@ from sale.domain import IDEMPOTENCY_KEY, Problem, Refused
 
 ENGINE: Final = web.AppKey("engine", Engine)
 BODY_MAX: Final = 16 * 1024
+BODY_WITHIN_S: Final = 10.0
 LIMIT_DEFAULT, LIMIT_MAX = 50, 200
 CURSOR_MAX: Final = 2**53
 NO_STORE: Final[dict[str, str]] = {hdrs.CACHE_CONTROL: "no-store"}
 KEY_HEADER: Final = istr("Idempotency-Key")
 ENCODER: Final = msgspec.json.Encoder()
 Body = TypeVar("Body")
+
+
+class BodyLate(Refused):
+    """The body did not come in time; the rest of it would be in the way of what follows."""
+
+    def __init__(self) -> None:
+        super().__init__(Problem.INVALID_REQUEST, "the body did not arrive in time", field="body")
 
 
 def bearer(request: web.Request) -> str | None:
@@ -54,15 +63,21 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
     media_type = request.headers.get(hdrs.CONTENT_TYPE, "")
     if media_type != "application/json" and not _is_json(media_type):
         raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-    if request.content.is_eof():
-        body = request.content.read_nowait()
-        too_large = len(body) > BODY_MAX
-    else:
-        try:
-            body, too_large = await request.read(), False
-        except web.HTTPRequestEntityTooLarge:
-            body, too_large = b"", True
-    if too_large:
+    try:
+        if request.content.is_eof():
+            body = request.content.read_nowait()
+        else:
+            async with asyncio.timeout(BODY_WITHIN_S):
+                body = await request.read()
+    except TimeoutError:
+        raise BodyLate from None
+    except web.RequestPayloadError:
+        raise Refused(
+            Problem.INVALID_REQUEST, "the body cannot be unpacked", field="body"
+        ) from None
+    except web.HTTPRequestEntityTooLarge:
+        body = bytes(BODY_MAX + 1)
+    if len(body) > BODY_MAX:
         raise Refused(Problem.PAYLOAD_TOO_LARGE, f"at most {BODY_MAX} bytes")
     try:
         return decoder.decode(body)
@@ -72,7 +87,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
         name = field[1] if field else "body"
         what = message.split(" - at ", maxsplit=1)[0].replace("`", "'")
         raise Refused(Problem.INVALID_REQUEST, f"{name}: {what}", field=name) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Problem.INVALID_REQUEST, "the body is not JSON", field="body") from None
 
 
@@ -81,7 +96,8 @@ def page_limit(request: web.Request) -> int:
     text = request.query.get("limit")
     if text is None:
         return LIMIT_DEFAULT
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:4]) <= LIMIT_MAX:
+    plain = text.isascii() and text.isdigit() and len(text) <= len(str(LIMIT_MAX))
+    if not plain or not 1 <= int(text) <= LIMIT_MAX:
         raise Refused(
             Problem.INVALID_REQUEST, f"limit: must be from 1 to {LIMIT_MAX}", field="limit"
         )
@@ -94,7 +110,10 @@ def encode_cursor(value: object) -> str:
 
 
 def decode_cursor(request: web.Request, kind: type[Body]) -> Body | None:
-    """Read ``?cursor=``. Raises Refused."""
+    """Read ``?cursor=``; a number is from 0 to CURSOR_MAX, other types bound themselves.
+
+    Raises Refused where it is not one of ours.
+    """
     text = request.query.get("cursor")
     if text is None:
         return None
@@ -106,6 +125,11 @@ def decode_cursor(request: web.Request, kind: type[Body]) -> Body | None:
     if value is None or (isinstance(value, int) and not 0 <= value <= CURSOR_MAX):
         raise Refused(Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor")
     return value
+
+
+def offset_cursor(request: web.Request) -> int:
+    """Read ``?cursor=`` of a list that goes by position; 0 without one. Raises Refused."""
+    return decode_cursor(request, int) or 0
 
 
 def json_response(body: object, *, headers: dict[str, str] | None = None) -> web.Response:

@@ -4,16 +4,15 @@ import asyncio
 import time
 from typing import Final
 
-import asyncpg
 from aiohttp import web
-from redis.exceptions import RedisError
 
 from sale.api.exchange import ENGINE, NO_STORE, json_response
 from sale.api.routing import guarded
 from sale.api.schemas import HealthView
 from sale.bootstrap import Stores
-from sale.db.migrate import pending
-from sale.stock.connection import durability_faults
+from sale.db.migrate import MigrationError, pending
+from sale.db.pool import POSTGRES_ERRORS
+from sale.stock.connection import REDIS_ERRORS, durability_faults
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
@@ -51,7 +50,7 @@ async def _redis_reasons(stores: Stores) -> list[str]:
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             return [f"redis: {fault}" for fault in await durability_faults(stores.redis)]
-    except (RedisError, OSError, TimeoutError) as error:
+    except REDIS_ERRORS as error:
         return [f"redis: not reached ({type(error).__name__})"]
 
 
@@ -59,6 +58,9 @@ async def _postgres_reasons(stores: Stores) -> list[str]:
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             missing = await pending(stores.pool)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+    except MigrationError as error:
+        # A schema that is not this version's is not one to be trusted, however it came about.
+        return [f"postgres: {error}"]
+    except POSTGRES_ERRORS as error:
         return [f"postgres: not reached ({type(error).__name__})"]
     return [f"postgres: migrations are missing: {', '.join(missing)}"] if missing else []

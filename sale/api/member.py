@@ -16,6 +16,7 @@ from sale.api.exchange import (
     encode_cursor,
     idempotency_key,
     json_response,
+    offset_cursor,
     page_limit,
     read_body,
     tagged_response,
@@ -90,7 +91,7 @@ async def tell_time(request: web.Request) -> web.Response:
 async def list_campaigns(request: web.Request) -> web.Response:
     """GET /api/v1/campaigns."""
     campaigns = [now for now in await request.app[ENGINE].catalogue.all() if now.visible]
-    limit, start = page_limit(request), _offset_cursor(request)
+    limit, start = page_limit(request), offset_cursor(request)
     page = campaigns[start : start + limit]
     following = encode_cursor(start + limit) if len(campaigns) > start + limit else None
     return tagged_response(
@@ -180,13 +181,6 @@ def _why_not(
     if card_remaining < 1:
         return Problem.LIMIT_EXCEEDED
     return Problem.SOLD_OUT if not any(now.remaining) else None
-
-
-def _offset_cursor(request: web.Request) -> int:
-    start = decode_cursor(request, int)
-    if start is not None and start < 0:
-        raise Refused(Problem.INVALID_REQUEST, "cursor: not one that was given out", field="cursor")
-    return start or 0
 
 
 _ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)

@@ -18,6 +18,7 @@ from aiohttp import hdrs, web
 
 from sale.api.openapi import build_document
 from sale.api.problems import WORDINGS, problem_response
+from sale.api.routing import guarded
 from sale.domain import Problem, Refused
 
 HTML: Final = "text/html"
@@ -92,11 +93,11 @@ def add_page_routes(app: web.Application) -> None:
     async def get_openapi(request: web.Request) -> web.Response:
         return openapi.answer(request)
 
-    app.router.add_get("/", get_index)
-    app.router.add_get("/assets/{name}", get_asset)
-    app.router.add_get("/favicon.ico", get_favicon)
-    app.router.add_get("/problems/{code}", get_problem)
-    app.router.add_get("/openapi.json", get_openapi)
+    app.router.add_get("/", guarded(get_index))
+    app.router.add_get("/assets/{name}", guarded(get_asset))
+    app.router.add_get("/favicon.ico", guarded(get_favicon))
+    app.router.add_get("/problems/{code}", guarded(get_problem))
+    app.router.add_get("/openapi.json", guarded(get_openapi))
 
 
 def _problem_page(problem: Problem, places: Mapping[str, str]) -> _Static:

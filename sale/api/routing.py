@@ -9,22 +9,15 @@ what it matched, takes a tenth of all that a purchase costs.
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import asyncpg
 import structlog
 from aiohttp import web
-from redis.exceptions import RedisError
 
+from sale.api.exchange import BodyLate
 from sale.api.problems import problem_response
+from sale.bootstrap import STORE_ERRORS
 from sale.domain import CAMPAIGN_ID, Problem, Refused
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-STORE_ERRORS: Final = (
-    RedisError,
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    OSError,
-    TimeoutError,
-)
 
 log = structlog.get_logger()
 
@@ -44,7 +37,10 @@ def guarded(handler: Handler) -> Handler:
 def failed(request: web.Request, error: Exception) -> web.StreamResponse:
     """Answer an error of a handler. Raises aiohttp's redirections on."""
     if isinstance(error, Refused):
-        return problem_response(error)
+        response = problem_response(error)
+        if isinstance(error, BodyLate):
+            response.force_close()
+        return response
     if isinstance(error, web.HTTPException):
         if error.status < 400:
             raise error

@@ -6,7 +6,7 @@ stands. The same types describe the API in ``/openapi.json``. Times are RFC 3339
 money is fen.
 """
 
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -161,14 +161,19 @@ class LiveView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AuditEntryView(msgspec.Struct, frozen=True, kw_only=True):
-    """One operator action: who, when, what, why (INV-10)."""
+    """One operator action: who, when, what, to what, why, and particulars (INV-10).
+
+    ``target`` names a card by its mask and tag only.
+    """
 
     id: int
     at: Time
     actor: str
     action: str
+    target: str
     campaign: str | None = None
     reason: str | None = None
+    data: dict[str, Any]
 
 
 class TimeView(msgspec.Struct, frozen=True):

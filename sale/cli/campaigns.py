@@ -16,10 +16,11 @@ from sale.cli.runtime import (
     note,
     run,
 )
-from sale.domain import CampaignState, InvalidCampaign, parse_campaign_toml, rfc3339
+from sale.domain import CampaignState, InvalidCampaign, Refused, parse_campaign_toml, rfc3339
 from sale.stock.catalogue import CampaignNow, read_campaigns
 from sale.usecases.campaigns import Actor, CampaignDesk, moment_ms
 
+FILE_MAX = 1 << 20
 REASON = click.option("--reason", help="Why, for the audit log.")
 REASON_REQUIRED = click.option("--reason", required=True, help="Why, for the audit log.")
 
@@ -34,13 +35,13 @@ def campaign() -> None:
 @command_context
 def create(context: CommandContext, file: Path) -> None:
     """Make a campaign from a TOML file: scheduled with opens_at, else a draft."""
-    text = file.read_text("utf-8")
+    text = _read(file)
 
     async def work() -> CampaignNow:
         async with _desk(context) as (desk, unions, _):
             try:
                 parsed = parse_campaign_toml(text, frozenset(unions))
-            except InvalidCampaign as wrong:
+            except (InvalidCampaign, RecursionError) as wrong:
                 raise click.ClickException(f"{file}: {wrong}") from None
             return await desk.create(parsed, _actor(context), None, None)
 
@@ -191,6 +192,17 @@ async def _desk(
         yield desk, stores.unions, stores.redis
 
 
+def _read(file: Path) -> str:
+    with file.open("rb") as stream:
+        raw = stream.read(FILE_MAX + 1)
+    if len(raw) > FILE_MAX:
+        raise click.ClickException(f"{file}: larger than {FILE_MAX} bytes")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"{file}: not UTF-8 at byte {error.start}") from None
+
+
 def _actor(context: CommandContext) -> Actor:
     return Actor(context.actor)
 
@@ -202,7 +214,7 @@ def _step(
     reason: str | None,
     at: str | None = None,
 ) -> None:
-    opens_at_ms = None if at is None else run(_parsed(at))
+    opens_at_ms = None if at is None else _parsed(at)
 
     async def work() -> CampaignNow:
         async with _desk(context) as (desk, _, _):
@@ -211,8 +223,11 @@ def _step(
     _show(context, run(work()))
 
 
-async def _parsed(at: str) -> int:
-    return moment_ms(at)
+def _parsed(at: str) -> int:
+    try:
+        return moment_ms(at)
+    except Refused as refused:
+        raise click.ClickException(refused.detail) from None
 
 
 def _show(context: CommandContext, now: CampaignNow) -> None:

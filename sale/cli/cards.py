@@ -19,8 +19,10 @@ from sale.cli.runtime import (
     echo_fields,
     echo_table,
     note,
+    one_line,
     run,
 )
+from sale.config import SettingsError
 from sale.domain import default_unions_path, load_unions, mask_card, rfc3339, to_ms
 from sale.identity import SigningKey, card_tag
 from sale.usecases import roster
@@ -60,7 +62,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool) -> None:
                     actor=context.actor,
                     dry_run=dry_run,
                     on_progress=on_progress,
-                    after_change=_after_change(context, pool),
+                    after_change=_after_change(context, pool, "the cards are imported"),
                 )
 
     report = run(work())
@@ -86,7 +88,7 @@ def revoke(context: CommandContext, card_no: str, reason: str) -> None:
                 card_no,
                 actor=context.actor,
                 reason=reason,
-                after_change=_after_change(context, pool),
+                after_change=_after_change(context, pool, "the card is revoked"),
             )
 
     _show_card(context, key, run(work()))
@@ -108,7 +110,7 @@ def restore(context: CommandContext, card_no: str, reason: str) -> None:
                 card_no,
                 actor=context.actor,
                 reason=reason,
-                after_change=_after_change(context, pool),
+                after_change=_after_change(context, pool, "the card is active again"),
             )
 
     _show_card(context, key, run(work()))
@@ -186,10 +188,24 @@ def tokens(context: CommandContext, count: int, status: str, out: Path | None) -
         )
 
 
-def _after_change(context: CommandContext, pool: Any) -> roster.AfterChange:  # noqa: ANN401
-    """Tell Redis at once; should that fail, the scheduler does it within a second (INV-9)."""
+def _after_change(context: CommandContext, pool: Any, done: str) -> roster.AfterChange:  # noqa: ANN401
+    """Tell Redis at once; should that fail, the scheduler does it within a second (INV-9).
+
+    ``done`` is what PostgreSQL has by then, so that a failure here is told but is none.
+    """
 
     async def tell() -> None:
+        from sale.bootstrap import STORE_ERRORS
+
+        try:
+            await follow()
+        except (*STORE_ERRORS, SettingsError) as error:
+            note(
+                f"{done}; running campaigns follow within a second once Redis is back "
+                f"({one_line(error)})"
+            )
+
+    async def follow() -> None:
         from sale.bootstrap import store_urls
         from sale.db import deployment
         from sale.stock.connection import open_redis

@@ -25,10 +25,7 @@ EXIT_COULD_NOT_CHECK = 3
 @command_context
 def audit(context: CommandContext, campaign_id: str | None) -> int:
     """Check every invariant, in both stores. Exit: 0 clean, 1 a finding, 3 could not check."""
-    import asyncpg
-    from redis.exceptions import RedisError
-
-    from sale.bootstrap import open_stores
+    from sale.bootstrap import STORE_ERRORS, open_stores
     from sale.config import SettingsError
     from sale.embedded import EmbeddedError
     from sale.usecases.audit import audit as check
@@ -37,15 +34,7 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
         try:
             async with open_stores(context.settings, pool_size=3) as stores:
                 return await check(stores.redis, stores.pool, campaign_id)
-        except (
-            RedisError,
-            asyncpg.PostgresError,
-            asyncpg.InterfaceError,
-            OSError,
-            TimeoutError,
-            SettingsError,
-            EmbeddedError,
-        ) as error:
+        except (*STORE_ERRORS, SettingsError, EmbeddedError) as error:
             raise CouldNotCheck(str(error) or type(error).__name__) from None
 
     try:

@@ -100,7 +100,12 @@ def scheduler(context: CommandContext) -> None:
 
 
 @click.command()
-@overriding()
+@click.option(
+    "--metrics-listen",
+    metavar="H:P",
+    help="Taken as by the other parts; nothing is served there, as this one ends at once.",
+)
+@overriding("metrics_listen")
 def migrate(context: CommandContext) -> None:
     """Bring the database to this version's schema; may run any number of times at once."""
     from sale.db.migrate import migrate as run_migrations

@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from sale import config
-from sale.config import Settings, SettingsError
+from sale.config import BadOption, Settings, SettingsError, StartError
 from sale.domain import CARD_NO, Refused
 from sale.identity import SigningKey, load_or_create_signing_key
 
@@ -170,7 +170,7 @@ def one_line(error: BaseException) -> str | None:
         return f"no answer in time {_first_line(error)}".strip()
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, SettingsError | EmbeddedError | MigrationError | OSError | ValueError):
+    if isinstance(error, StartError | EmbeddedError | MigrationError | OSError | ValueError):
         return _first_line(error)
     return None
 
@@ -256,6 +256,8 @@ def _context(shared: dict[str, Any], overrides: dict[str, Any]) -> CommandContex
         settings = config.load(
             shared.get("config_file"), data_dir=shared.get("data_dir"), **overrides
         )
+    except BadOption as error:
+        raise click.UsageError(str(error)) from None
     except SettingsError as error:
         raise click.ClickException(str(error)) from None
     return CommandContext(

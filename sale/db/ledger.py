@@ -188,6 +188,12 @@ async def conflicts_to_pause(conn: Connection) -> dict[str, str]:
     return {row["campaign_id"]: row["why"] for row in rows}
 
 
+async def conflict_rows(conn: Connection) -> dict[str, int]:
+    """How many events of a campaign PostgreSQL has refused to act on; those with none lack."""
+    rows = await conn.fetch(_SQL["conflict_rows"])
+    return {row["campaign_id"]: row["refused"] for row in rows}
+
+
 async def mark_paused(conn: Connection, campaign_id: str) -> None:
     """Note that a campaign has been paused for its conflicts."""
     await conn.execute(_SQL["mark_paused"], campaign_id)

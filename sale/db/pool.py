@@ -6,6 +6,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
+POSTGRES_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+"""What a call to PostgreSQL raises where it is away, slow, or refuses it."""
+
 CONNECT_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 3.0

@@ -93,15 +93,26 @@ async def changes_since(connection: Any, rev: int, limit: int) -> list[CardChang
 async def current_rev(connection: Any) -> int:  # noqa: ANN401
     """The feed's last revision, 0 where it is empty.
 
-    In a REPEATABLE READ transaction this and ``inactive_cards`` show the same moment.
+    ``inactive_cards`` at this revision gives the same cards at any later moment.
     """
     rev: int = await connection.fetchval(_SQL["current_rev"])
     return rev
 
 
-async def inactive_cards(connection: Any, after_card_no: str, limit: int) -> list[str]:  # noqa: ANN401
-    """Cards that may not buy, in order, after ``after_card_no`` ("" for the first ones)."""
-    rows = await connection.fetch(_SQL["inactive_cards"], after_card_no, limit)
+async def inactive_cards(
+    connection: Any,  # noqa: ANN401
+    after_card_no: str,
+    limit: int | None,
+    rev: int | None = None,
+    timeout_s: float | None = None,
+) -> list[str]:
+    """Cards that may not buy, in order, after ``after_card_no`` ("" for the first ones).
+
+    As the feed says it up to ``rev`` (None: up to now), so a card that a hand has removed counts.
+    """
+    rows = await connection.fetch(
+        _SQL["inactive_cards"], after_card_no, limit, rev, timeout=timeout_s
+    )
     return [row["card_no"] for row in rows]
 
 

@@ -1,8 +1,14 @@
 """How this process reaches Redis, and whether that Redis keeps what it acknowledges."""
 
+from typing import Final
+
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
+"""What a call to Redis raises where Redis is away, slow, or refuses it."""
 
 SOCKET_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0

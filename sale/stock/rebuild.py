@@ -43,9 +43,19 @@ class Rebuild(msgspec.Struct, frozen=True):
     reason: str
 
 
+def unions_text(campaign: Campaign) -> str:
+    """Give a campaign's unions as the head holds them: ``*``, or codes between commas."""
+    return "*" if "*" in campaign.unions else f",{','.join(campaign.unions)},"
+
+
+def moment_text(moment_ms: int | None) -> str | int:
+    """Give a moment as the head holds it: '' where there is none."""
+    return "" if moment_ms is None else moment_ms
+
+
 async def freeze(redis: Redis, campaign_id: str, why: str) -> None:
     """Mark a campaign as recovering, whatever state its head is in: it sells nothing (INV-8)."""
-    mark = {"recovering": why, "recovering_by": "recovery"}
+    mark: dict[Any, Any] = {"recovering": why, "recovering_by": "recovery"}
     await redis.hset(campaign_keys(campaign_id).head, mapping=mark)
 
 
@@ -57,12 +67,11 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
     await redis.unlink(*new)
     counts = await _write_beside(redis, plan)
     campaign = msgspec.convert(plan.books.config, Campaign)
-    unions = "*" if "*" in campaign.unions else f",{','.join(campaign.unions)},"
     reply: Any = await redis.execute_command(  # type: ignore[no-untyped-call]
         "EVAL", RECOVER.source, 11, *old, new.stream, new.stock, new.cards, new.operations,
         *plan.old, plan.seq, plan.chain, plan.epoch, plan.clock_ms, int(plan.keep_stream),
-        plan.books.state, _text(plan.books.opens_at_ms), _text(plan.books.closes_at_ms),
-        campaign.card_limit, campaign.order_max, campaign.price_fen, unions,
+        plan.books.state, moment_text(plan.books.opens_at_ms), moment_text(plan.books.closes_at_ms),
+        campaign.card_limit, campaign.order_max, campaign.price_fen, unions_text(campaign),
         msgspec.json.encode(plan.books.config), scripts.nonce, *counts,
         msgspec.json.encode(plan.actor), msgspec.json.encode(plan.reason),
     )  # fmt: skip
@@ -106,7 +115,3 @@ def _chunks(mapping: Mapping[str, Any]) -> Iterator[dict[Any, Any]]:
     items = iter(mapping.items())
     while chunk := dict(islice(items, CHUNK)):
         yield chunk
-
-
-def _text(moment_ms: int | None) -> str | int:
-    return "" if moment_ms is None else moment_ms

@@ -202,7 +202,9 @@ class Scripts:
         ``load`` names a first load, which ``begins`` with an empty set.
         """
         flat = [value for card, active in changes for value in ("-" if active else "+", card)]
-        return await self._operate(SYNC_CARDS, campaign_id, from_rev, to_rev, load, int(begins), *flat)
+        return await self._operate(
+            SYNC_CARDS, campaign_id, from_rev, to_rev, load, int(begins), *flat
+        )
 
     async def _operate(
         self,

@@ -10,6 +10,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -20,9 +21,11 @@ from redis.exceptions import RedisError
 from sale.db import queries
 from sale.domain import CampaignState, Problem, Refused, from_ms, mask_card, rfc3339, to_ms
 from sale.events import GENESIS, SOLD, Books, CorruptLedger, Entry, Event, check_chain, parse_entry
+from sale.identity import TOKEN_TTL_S
 from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
 from sale.stock.connection import durability_faults
 from sale.stock.keys import campaign_keys
+from sale.stock.stream import stream_rows
 from sale.usecases.comparison import (
     DAMAGED,
     INVARIANTS,
@@ -42,7 +45,6 @@ from sale.usecases.comparison import (
 
 __all__ = ["INVARIANTS", "AuditReport", "CampaignAudit", "CouldNotCheck", "Finding", "audit"]
 
-STREAM_CHUNK: Final = 200
 APPLIED_WAIT_S: Final = 20.0
 """The writer may need longer, as long as it gets ahead."""
 APPLIED_WAIT_MAX_S: Final = 600.0
@@ -242,8 +244,8 @@ class _Check:
                 "INV-8", f"Redis is behind PostgreSQL, which has applied event {applied}"
             )
         after: tuple[int, str] | None = None
-        met, start, end = False, "-", f"{max(applied, to)}-0"
-        while rows := await self._rows(start, end):
+        met = False
+        async for rows in stream_rows(self._redis, self._id, end=f"{max(applied, to)}-0"):
             try:
                 for row in rows:
                     entry = parse_entry(*row)
@@ -261,7 +263,6 @@ class _Check:
             except CorruptLedger as error:
                 self._findings.add("INV-5", f"the stream: {error}")
                 return
-            start = f"({rows[-1][0].decode()}"
         if not met and not await self._trimmed(applied + 1):
             self._findings.add("INV-5", "the chain in Redis does not pass through PostgreSQL's")
 
@@ -277,16 +278,12 @@ class _Check:
 
     async def _trimmed(self, first: int) -> bool:
         """Whether all before event ``first`` is gone from the stream, and PostgreSQL has it."""
-        rows = await self._rows("-", "+", 1)
+        rows: Any = await self._redis.xrange(self._keys.stream, count=1)
         begins = parse_entry(*rows[0]).first if rows else 0
         applied = await self._pool.fetchval(
             "SELECT applied FROM campaign WHERE campaign_id = $1", self._id
         )
         return first <= begins <= int(applied or 0) + 1
-
-    async def _rows(self, start: str, end: str, count: int = STREAM_CHUNK) -> list[Any]:
-        rows: Any = await self._redis.xrange(self._keys.stream, start, end, count=count)
-        return list(rows)
 
     async def _head_seq(self) -> int:
         return int(await self._redis.hget(self._keys.head, "seq") or 0)
@@ -397,6 +394,7 @@ class _Check:
                 "sold_to_others",
                 "event {seq}: sold to a card of a union that may not buy",
                 list(campaign.unions),
+                timedelta(seconds=TOKEN_TTL_S),
             )
 
     async def _check_roster(

@@ -6,6 +6,7 @@ cannot be missing there.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 from datetime import datetime
@@ -24,16 +25,20 @@ from sale.domain import (
     CampaignState,
     Problem,
     Refused,
+    is_plain,
     to_ms,
 )
 from sale.stock.catalogue import CampaignNow, read_campaign
 from sale.stock.keys import CAMPAIGNS
+from sale.stock.rebuild import moment_text, unions_text
 from sale.stock.scripts import CallReply, Operation, OperationReply, Scripts
 from sale.usecases.revocation import sync_campaign
 
 APPLIED_WAIT_S: Final = 1.0
 APPLIED_PAUSE_S: Final = 0.02
 REASON_REQUIRED: Final = frozenset({"pause", "reopen"})
+_SELLS_NOTHING: Final = frozenset({"paused", "closed", "scheduled", "draft", "deleted"})
+_POSTGRES_AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 ACTIONS: Final = ("schedule", "open", "pause", "resume", "close", "reopen")
 _INSTEAD: Final = {
     ("open", "paused"): "resume it instead",
@@ -84,7 +89,6 @@ class CampaignDesk:
         operation = _operation(actor, reason, key, "create", config.decode())
         await self._check_not_lost(campaign.id)
         scheduled = campaign.opens_at is not None and not campaign.draft
-        unions = "*" if "*" in campaign.unions else f",{','.join(campaign.unions)},"
         # Registered first: an ID without a head is passed over, a head without its ID is not seen.
         await self._redis.sadd(CAMPAIGNS, campaign.id)
         reply = await self._scripts.create(
@@ -92,12 +96,12 @@ class CampaignDesk:
             operation,
             config,
             [
-                _text(campaign.opens_at_ms),
-                _text(campaign.closes_at_ms),
+                moment_text(campaign.opens_at_ms),
+                moment_text(campaign.closes_at_ms),
                 campaign.card_limit,
                 campaign.order_max,
                 campaign.price_fen,
-                unions,
+                unions_text(campaign),
                 "1" if scheduled else "0",
                 *(showing.tickets for showing in campaign.showings),
             ],
@@ -105,7 +109,9 @@ class CampaignDesk:
         if reply.reply is CallReply.EXISTS:
             raise Refused(Problem.WRONG_STATE, f"there is a campaign {campaign.id!r} already")
         _check_reply(reply, "create")
-        await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
+        # It is made; where PostgreSQL cannot be asked now, the scheduler loads the cards later.
+        with contextlib.suppress(*_POSTGRES_AWAY):
+            await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
         await self._applied(campaign.id, reply.seq)
         return await self.show(campaign.id, actor)
 
@@ -149,6 +155,7 @@ class CampaignDesk:
         """Delete a draft. Raises Refused."""
         now = await self.show(campaign_id, actor)
         _check_may(actor, now.campaign.owner)
+        _check_reason("delete", reason)
         operation = _operation(actor, reason, key, "delete", campaign_id)
         reply = await self._scripts.transition(campaign_id, "delete", operation)
         _check_reply(reply, "delete")
@@ -191,9 +198,16 @@ class CampaignDesk:
         return await self.show(campaign_id, actor)
 
     async def pause_for(self, campaign_id: str, reason: str) -> None:
-        """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8)."""
+        """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8).
+
+        Done, too, where it does not sell in any case. Raises Refused where that is not certain:
+        a recovering one may be put back into the state it was in, and go on selling.
+        """
         operation = _operation(Actor("engine"), reason, None, "pause", campaign_id)
-        await self._scripts.transition(campaign_id, "pause", operation)
+        reply = await self._scripts.transition(campaign_id, "pause", operation)
+        if reply.reply is CallReply.WRONG_STATE and reply.state in _SELLS_NOTHING:
+            return
+        _check_reply(reply, "pause")
 
     async def _check_not_lost(self, campaign_id: str) -> None:
         """Refuse to make anew what PostgreSQL knows and this Redis has lost (INV-8)."""
@@ -212,15 +226,11 @@ class CampaignDesk:
             try:
                 async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
                     applied, _ = await ledger.position(connection, campaign_id)
-            except (asyncpg.PostgresError, OSError, TimeoutError):
+            except _POSTGRES_AWAY:
                 return
             if applied >= seq:
                 return
             await asyncio.sleep(APPLIED_PAUSE_S)
-
-
-def _text(moment_ms: int | None) -> str | int:
-    return "" if moment_ms is None else moment_ms
 
 
 def _operation(
@@ -245,9 +255,12 @@ def _check_may(actor: Actor, owner: str) -> None:
 
 
 def _check_reason(action: str, reason: str | None) -> None:
-    if reason is not None and not 1 <= len(reason.strip()) <= REASON_MAX:
+    # Checked here for every way in: what PostgreSQL cannot hold would stop the ledger's writer.
+    if reason is not None and not (1 <= len(reason.strip()) <= REASON_MAX and is_plain(reason)):
         raise Refused(
-            Problem.INVALID_REQUEST, f"reason: 1 to {REASON_MAX} characters", field="reason"
+            Problem.INVALID_REQUEST,
+            f"reason: 1 to {REASON_MAX} characters, no control characters",
+            field="reason",
         )
     if reason is None and (action in REASON_REQUIRED or action == "stock"):
         raise Refused(Problem.INVALID_REQUEST, "reason: say why", field="reason")

@@ -28,6 +28,7 @@ from sale.events import GENESIS, Books, CorruptLedger, Entry, Event, check_chain
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.rebuild import Rebuild, freeze, rebuild
 from sale.stock.scripts import CallReply, Scripts
+from sale.stock.stream import stream_rows
 from sale.usecases.comparison import (
     DAMAGED,
     Findings,
@@ -46,7 +47,6 @@ from sale.usecases.verification import verify
 
 TRIES: Final = 6
 RETRY_PAUSE_S: Final = 0.1
-STREAM_CHUNK: Final = 200
 LOCK_CLASS: Final = 0x53414C45
 DIFFERENCES_MAX: Final = 20
 REASON_CHARS: Final = 300
@@ -100,7 +100,7 @@ async def recover(
 
 async def _trust(redis: Redis, scripts: Scripts, pool: asyncpg.Pool, case: "_Case") -> Recovery:
     """Mark as verified what is sound."""
-    if not case.trusted and not await verify(redis, scripts, pool, case.campaign_id):
+    if not case.trusted and not await verify(redis, scripts, pool, case.campaign_id, whole=True):
         raise Refused(Problem.UNAVAILABLE, f"{case.campaign_id}: it could not be verified")
     return case.report(changed=not (case.trusted and case.registered))
 
@@ -273,8 +273,8 @@ async def _trail(redis: Redis, campaign_id: str, applied: int, chain: str) -> _T
     """Follow the stream: its own chain, then on from PostgreSQL's position."""
     after: tuple[int, str] | None = None
     beyond, tail = (applied, chain), []
-    ends, met, wrong, start = 0, False, "", "-"
-    while rows := await _rows(redis, campaign_id, start):
+    ends, met, wrong = 0, False, ""
+    async for rows in stream_rows(redis, campaign_id):
         for row in rows:
             ends = int(row[0].split(b"-")[0])
             try:
@@ -290,21 +290,14 @@ async def _trail(redis: Redis, campaign_id: str, applied: int, chain: str) -> _T
                 wrong, after = wrong or str(error), None
                 if ends > applied:
                     return _Trail(tail, ends, not met and not tail, wrong)
-        start = f"({rows[-1][0].decode()}"
     return _Trail(tail, ends, not met and not tail, wrong)
-
-
-async def _rows(redis: Redis, campaign_id: str, start: str, end: str = "+") -> list[Any]:
-    stream = campaign_keys(campaign_id).stream
-    rows: Any = await redis.xrange(stream, start, end, count=STREAM_CHUNK)
-    return list(rows)
 
 
 async def _fork(redis: Redis, connection: ledger.Connection, case: _Case) -> str:
     """Say where stream and PostgreSQL tell different stories of the same number; '' if nowhere."""
     held: dict[int, Event] = {}
-    start, ends = "-", 0
-    while rows := await _rows(redis, case.campaign_id, start):
+    ends = 0
+    async for rows in stream_rows(redis, case.campaign_id):
         for row in rows:
             try:
                 events = parse_entry(*row).events()
@@ -312,7 +305,6 @@ async def _fork(redis: Redis, connection: ledger.Connection, case: _Case) -> str
                 continue  # what cannot be read tells no story
             held.update((event.seq, event) for event in events if event.seq <= case.applied)
             ends = events[-1].seq
-        start = f"({rows[-1][0].decode()}"
     if not held:
         return ""
     async for chunk in ledger_events(connection, case.campaign_id):

@@ -3,9 +3,12 @@
 The roster writes each change under the next revision; a campaign's head says up to which revision
 its set is complete. Following is a compare-and-set on that revision, so any number of processes
 may do it at once: the command that revoked a card, the scheduler four times a second, and the
-making of a campaign, which sells nothing before its first load is complete.
+making of a campaign, which sells nothing before its first load is complete. A first load takes many
+steps, so one process at a time makes it, with an empty set to begin with, under a name of its own:
+nothing of a load that died or was overtaken stays in the set.
 """
 
+import secrets
 from typing import Any, Final
 
 import asyncpg
@@ -16,28 +19,39 @@ from sale.domain import CampaignState
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
+from sale.usecases.isolation import Isolation
 
 CHUNK: Final = 1_000
+LOAD_LOCK_CLASS: Final = 0x53414C46
+LOAD_LOCK_TIMEOUT: Final = "10s"
 ROUNDS_MAX: Final = 10_000
 
 
-async def sync_all(redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> int:
-    """Let every campaign follow the roster; give how many were behind."""
+async def sync_all(
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, isolation: Isolation | None = None
+) -> int:
+    """Let every campaign follow the roster; give how many were behind.
+
+    One that cannot is told by ``isolation`` and keeps none of the others from it.
+    """
+    isolation = isolation or Isolation()
     async with pool.acquire() as connection:
         newest = await roster.current_rev(connection)
     ids = await campaign_ids(redis)
     async with redis.pipeline(transaction=False) as pipe:
         for campaign_id in ids:
             pipe.hmget(campaign_keys(campaign_id).head, ["roster_rev", "state"])
-        heads = await pipe.execute()
-    behind = [
-        campaign_id
-        for campaign_id, (rev, state) in zip(ids, heads, strict=True)
-        if state not in {None, b"deleted"} and (rev is None or int(rev) < newest)
-    ]
-    for campaign_id in behind:
-        await sync_campaign(redis, scripts, pool, campaign_id)
-    return len(behind)
+        heads = await pipe.execute(raise_on_error=False)
+    behind = 0
+    for campaign_id, head in zip(ids, heads, strict=True):
+        with isolation.of(campaign_id, "roster"):
+            if isinstance(head, Exception):
+                raise head
+            rev, state = head
+            if state not in {None, b"deleted"} and (rev is None or int(rev) < newest):
+                behind += 1
+                await sync_campaign(redis, scripts, pool, campaign_id)
+    return behind
 
 
 async def sync_campaign(
@@ -48,8 +62,14 @@ async def sync_campaign(
     head: list[Any] = await redis.hmget(campaign_keys(campaign_id).head, ["state", "roster_rev"])
     if head[0] is None or head[0].decode() == CampaignState.DELETED:
         return
-    rev = await _load(scripts, pool, campaign_id) if head[1] is None else int(head[1])
+    rev = -1 if head[1] is None else int(head[1])
     for _ in range(ROUNDS_MAX):
+        if rev < 0:
+            loaded = await _load(scripts, pool, campaign_id)
+            if loaded is None:
+                return
+            rev = loaded
+            continue
         async with pool.acquire() as connection:
             changes = await roster.changes_since(connection, rev, CHUNK)
         if not changes:
@@ -60,26 +80,38 @@ async def sync_campaign(
         )
         if reply.reply is CallReply.MISSING:
             return
-        # STALE: somebody else got there first, and says how far.
+        # STALE: somebody else got there first, and says how far; -1 where it was made anew.
         rev = last if reply.reply is CallReply.OK else reply.seq
 
 
-async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int:
-    """Put all cards that are not active now into the set, then state the revision."""
-    async with (
-        pool.acquire() as connection,
-        connection.transaction(isolation="repeatable_read", readonly=True),
-    ):
+async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int | None:
+    """Put all cards that are not active into an empty set, then state the revision.
+
+    Gives the revision that the set is at, -1 where it was made anew meanwhile, None where there is
+    none, or no end to the cards. Raises asyncpg.LockNotAvailableError where another load is slow.
+    """
+    name, after = secrets.token_hex(8), ""
+    async with pool.acquire() as connection, connection.transaction(readonly=True):
+        await connection.execute(f"SET LOCAL lock_timeout = '{LOAD_LOCK_TIMEOUT}'")
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock($1, hashtext($2))", LOAD_LOCK_CLASS, campaign_id
+        )
         rev = await roster.current_rev(connection)
-        after = ""
-        for _ in range(ROUNDS_MAX):
-            cards = await roster.inactive_cards(connection, after, CHUNK)
+        for number in range(ROUNDS_MAX):
+            cards = await roster.inactive_cards(connection, after, CHUNK, rev)
             reply = await scripts.sync_cards(
-                campaign_id, -1, -1 if cards else rev, [(card, False) for card in cards]
+                campaign_id,
+                -1,
+                -1 if cards else rev,
+                [(card, False) for card in cards],
+                load=name,
+                begins=number == 0,
             )
+            if reply.reply is CallReply.MISSING:
+                return None
             if reply.reply is CallReply.STALE:
                 return reply.seq
-            if not cards or reply.reply is CallReply.MISSING:
+            if not cards:
                 return rev
             after = cards[-1]
-    return rev
+    return None

@@ -11,25 +11,29 @@ from typing import Any, Final
 import asyncpg
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from sale.db import ledger
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
+from sale.stock.stream import stream_rows
+from sale.usecases.isolation import Isolation
 
-STREAM_CHUNK: Final = 200
 TRIES: Final = 5
 
 log = structlog.get_logger()
 
 
-async def verify_all(redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> list[str]:
+async def verify_all(
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, isolation: Isolation | None = None
+) -> list[str]:
     """Verify every campaign whose head names another Redis; give those that do not sell for it.
 
-    These are: those that do not fit, and those that PostgreSQL knows and this Redis has lost.
+    These are: those that do not fit, those that cannot be read (told by ``isolation``, they keep
+    none of the others shut), and those that PostgreSQL knows and this Redis has lost.
     """
+    isolation = isolation or Isolation()
     server, replication = await redis.info("server"), await redis.info("replication")
     identity = (str(server["run_id"]), str(replication["master_replid"]), scripts.nonce)
     ids = await campaign_ids(redis)
@@ -39,48 +43,49 @@ async def verify_all(redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> list
                 campaign_keys(campaign_id).head,
                 ["run_id", "replid", "nonce", "recovering", "seq"],
             )
-        heads = await pipe.execute()
-    unfit, held = [], set()
-    for campaign_id, (*marks, recovering, seq) in zip(ids, heads, strict=True):
-        if seq is None:
-            continue
+        heads = await pipe.execute(raise_on_error=False)
+    fit, held = set(), set()
+    for campaign_id, head in zip(ids, heads, strict=True):
         held.add(campaign_id)
-        if tuple((mark or b"").decode() for mark in marks) != identity:
-            if not await _verify_one(redis, scripts, pool, campaign_id):
-                unfit.append(campaign_id)
-        elif recovering:
-            unfit.append(campaign_id)
+        with isolation.of(campaign_id, "verify"):
+            if isinstance(head, Exception):
+                raise head
+            *marks, recovering, seq = head
+            if seq is None:
+                held.discard(campaign_id)
+            elif tuple((mark or b"").decode() for mark in marks) == identity:
+                if not recovering:
+                    fit.add(campaign_id)
+            elif await verify(redis, scripts, pool, campaign_id):
+                fit.add(campaign_id)
     async with pool.acquire() as connection:
         lost = [each for each in await ledger.living(connection) if each not in held]
-    return sorted(unfit + lost)
+    return sorted([*(held - fit), *lost])
 
 
-async def _verify_one(redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> bool:
-    """Verify one of many: what is wrong with it must not keep the others shut."""
-    try:
-        return await verify(redis, scripts, pool, campaign_id)
-    except (ResponseError, ValueError) as error:
-        log.warning("campaign.unreadable", campaign=campaign_id, why=str(error)[:200])
-        return False
+async def verify(
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, *, whole: bool = False
+) -> bool:
+    """Compare one campaign's chain with PostgreSQL and mark it. True where it fits and may sell.
 
-
-async def verify(redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> bool:
-    """Compare one campaign with PostgreSQL and mark it. True where it fits."""
+    Lifts a recovering mark that this function has set, and where stock and cards were compared too
+    (``whole``) any other.
+    """
     for _ in range(TRIES):
-        seq, chain, before = await _head(redis, campaign_id)
+        seq, chain, before, others = await _head(redis, campaign_id)
         async with pool.acquire() as connection:
             applied, applied_chain = await ledger.position(connection, campaign_id)
         why = await _misfit(redis, campaign_id, seq, chain, applied, applied_chain)
-        if why and why == before:
+        if why and (others or why == before):
             return False  # it is marked, and somebody was told
-        reply = await scripts.verify(campaign_id, seq, chain, why)
+        reply = await scripts.verify(campaign_id, seq, chain, why, whole=whole)
         if reply.reply is CallReply.STALE:
             continue  # the head has moved meanwhile
         if why:
             log.error("campaign.recovering", campaign=campaign_id, why=why)
         else:
             log.info("campaign.verified", campaign=campaign_id, seq=seq)
-        return not why
+        return not why and reply.state != "recovering"
     return False
 
 
@@ -96,9 +101,8 @@ async def _misfit(
         return f"the stream in Redis has lost event {seq}"
     position, start = (applied, applied_chain or GENESIS), f"({applied}-0" if applied else "-"
     try:
-        while rows := await _rows(redis, keys.stream, start, f"{seq}-0"):
+        async for rows in stream_rows(redis, campaign_id, start, f"{seq}-0"):
             position = check_chain((parse_entry(*row) for row in rows), *position)
-            start = f"({rows[-1][0].decode()}"
     except CorruptLedger as error:
         return f"the ledger in Redis does not follow PostgreSQL's: {error}"
     if position != (seq, chain):
@@ -106,15 +110,10 @@ async def _misfit(
     return ""
 
 
-async def _rows(redis: Redis, stream: str, start: str, end: str) -> list[Any]:
-    rows: Any = await redis.xrange(stream, start, end, count=STREAM_CHUNK)
-    return list(rows)
-
-
-async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, str]:
-    """Number, chain hash, and why it was found to be recovering ('' where it was not)."""
+async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, str, bool]:
+    """Number, chain hash, why it is recovering ('' where not), whether others have said so."""
     values: list[Any] = await redis.hmget(
-        campaign_keys(campaign_id).head, ["seq", "chain", "recovering"]
+        campaign_keys(campaign_id).head, ["seq", "chain", "recovering", "recovering_by"]
     )
-    seq, chain, recovering = ((value or b"").decode() for value in values)
-    return int(seq or 0), chain, recovering
+    seq, chain, recovering, by = ((value or b"").decode() for value in values)
+    return int(seq or 0), chain, recovering, recovering != "" and by != "verify"

@@ -33,12 +33,11 @@ from redis.asyncio import Redis
 from sale.config import Settings
 from sale.db import ledger
 from sale.db.ledger import Position
-from sale.domain import Problem, Refused
 from sale.events import GENESIS, CorruptLedger, Entry, parse_entry
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 
 PauseCampaign: TypeAlias = Callable[[str, str], Awaitable[object]]
-"""``pause_campaign(campaign_id, reason)``; Refused(WRONG_STATE) counts as done."""
+"""``pause_campaign(campaign_id, reason)``; whatever it raises, it is tried again."""
 
 LOCK: Final = 0x53414C45_0004
 """Advisory lock number of the active writer; ("SALE", 1 to 3) are the migrations' and roster's."""
@@ -53,6 +52,7 @@ APPLY_TIMEOUT_S: Final = 60.0
 HEARTBEAT_TIMEOUT_S: Final = 5.0
 REDIS_TIMEOUT_S: Final = 5.0
 PAUSE_TIMEOUT_S: Final = 5.0
+PAUSE_AGAIN_S: Final = 0.5
 CLOSE_TIMEOUT_S: Final = 2.0
 
 POLL_S: Final = 0.025
@@ -97,6 +97,12 @@ class LedgerMetrics:
             ["campaign"],
             registry=registry,
         )
+        self.conflict_rows = Gauge(
+            "sale_ledger_conflict_rows",
+            "Events in table conflict: refused by PostgreSQL, ever since the campaign was made.",
+            ["campaign"],
+            registry=registry,
+        )
         self.stuck = Gauge(
             "sale_ledger_stuck",
             "1 where a campaign's ledger cannot be applied: a gap, a broken chain.",
@@ -109,6 +115,7 @@ class LedgerMetrics:
         self.lag_events.clear()
         self.lag_seconds.clear()
         self.stuck.clear()
+        self.conflict_rows.clear()
 
 
 class _Backoff:
@@ -132,6 +139,8 @@ class _Campaign:
         self.position = position
         self.stuck: str | None = None
         self.pause_for: str | None = None
+        self.pause_failed: str | None = None
+        self.pause_not_before = 0.0
         self.not_before = 0.0
         self.backoff = _Backoff()
         # What was applied before this writer began is as old as its begin.
@@ -287,6 +296,9 @@ class LedgerWriter:
             campaign_id: _Campaign(campaign_id, position, _now_ms())
             for campaign_id, position in (await ledger.positions(conn)).items()
         }
+        rows = await ledger.conflict_rows(conn)
+        for campaign_id in self._campaigns:
+            self.metrics.conflict_rows.labels(campaign_id).set(rows.get(campaign_id, 0))
         for campaign_id, why in (await ledger.conflicts_to_pause(conn)).items():
             self._campaigns[campaign_id].pause_for = why
         self.active, self._standing_by = True, False
@@ -301,7 +313,7 @@ class LedgerWriter:
                 continue
             before = campaign.position.applied
             try:
-                more |= await self._tend(conn, campaign, head, now_ms)
+                more |= await self._tend(conn, campaign, _number(head), now_ms)
             except ledger.PositionMoved:
                 campaign.position = await ledger.position(conn, campaign.id)
             except CorruptLedger as error:
@@ -324,20 +336,22 @@ class LedgerWriter:
             raise CorruptLedger(f"Redis is at event {head}, PostgreSQL at {applied}")
         else:
             self._unstick(campaign)
-        if campaign.pause_for:
+        if campaign.pause_for and campaign.pause_not_before <= time.monotonic():
             await self._pause_for_conflict(conn, campaign)
         await self._trim(campaign, head, now_ms)
         return more
 
-    async def _look(self) -> tuple[int, list[tuple[_Campaign, int]]]:
-        """Redis' clock (ms), and each campaign with its head's number."""
+    async def _look(self) -> tuple[int, list[tuple[_Campaign, Any]]]:
+        """Redis' clock (ms), and each campaign with what Redis says is its head's number."""
         asked = self._known_ids
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.smembers(CAMPAIGNS)
         for campaign_id in asked:
             pipe.hget(campaign_keys(campaign_id).head, "seq")
-        clock, members, *numbers = await _bounded(pipe.execute())
+        # A key of the wrong type is its own campaign's trouble.
+        clock, members, *numbers = await _bounded(pipe.execute(raise_on_error=False))
+        _raise_where_lost([clock, members], numbers)
         known = sorted(_text(member) for member in members)
         now_ms = clock[0] * 1_000 + clock[1] // 1_000
         self._known_ids = known
@@ -345,8 +359,9 @@ class LedgerWriter:
             if campaign_id not in self._campaigns:
                 begin = Position(0, GENESIS)
                 self._campaigns[campaign_id] = _Campaign(campaign_id, begin, now_ms)
+                self.metrics.conflict_rows.labels(campaign_id).set(0)
         return now_ms, [
-            (self._campaigns[campaign_id], int(number))
+            (self._campaigns[campaign_id], number)
             for campaign_id, number in zip(asked, numbers, strict=True)
             if number is not None
         ]
@@ -370,6 +385,7 @@ class LedgerWriter:
         self._unstick(campaign)
         for conflict in done.conflicts:
             self.metrics.conflicts.labels(campaign.id).inc()
+            self.metrics.conflict_rows.labels(campaign.id).inc()
             log.error("ledger.conflict", campaign=campaign.id, seq=conflict.seq, why=conflict.why)
             campaign.pause_for = f"event {conflict.seq}: {conflict.why}"
         return done.events > self._batch_events - ENTRY_EVENTS_MAX
@@ -402,10 +418,13 @@ class LedgerWriter:
             async with asyncio.timeout(PAUSE_TIMEOUT_S):
                 await self._pause_campaign(campaign.id, f"ledger conflict, {campaign.pause_for}")
         except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
-            if not (isinstance(error, Refused) and error.problem is Problem.WRONG_STATE):
+            if campaign.pause_failed != repr(error):
+                campaign.pause_failed = repr(error)
                 log.warning("ledger.pause_failed", campaign=campaign.id, why=repr(error))
-                campaign.not_before = time.monotonic() + BACKOFF_MAX_S
-                return
+            # The ledger goes on meanwhile: it holds what members were told.
+            campaign.pause_not_before = time.monotonic() + PAUSE_AGAIN_S
+            return
+        campaign.pause_failed = None
         await ledger.mark_paused(conn, campaign.id)
         campaign.pause_for = None
 
@@ -440,10 +459,12 @@ class LedgerWriter:
         pipe.time()
         for campaign in watched:
             pipe.hget(campaign.head, "seq")
-        clock, *numbers = await _bounded(pipe.execute())
+        clock, *numbers = await _bounded(pipe.execute(raise_on_error=False))
+        _raise_where_lost([clock], numbers)
         now_ms = clock[0] * 1_000 + clock[1] // 1_000
         for campaign, number in zip(watched, numbers, strict=True):
-            behind = max(int(number or 0) - campaign.position.applied, 0)
+            head = int(number) if isinstance(number, bytes) and number.isdigit() else 0
+            behind = max(head - campaign.position.applied, 0)
             age_ms = 0
             if behind:
                 oldest = await self._read(
@@ -488,6 +509,25 @@ async def _bounded(call: Awaitable[_T]) -> _T:
         return await asyncio.wait_for(call, REDIS_TIMEOUT_S)
     except TimeoutError as error:
         raise redis_errors.TimeoutError(f"no answer in {REDIS_TIMEOUT_S:g} s") from error
+
+
+def _raise_where_lost(shared: list[Any], numbers: list[Any]) -> None:
+    """Raise what is no campaign's own fault."""
+    for reply in shared:
+        if isinstance(reply, Exception):
+            raise reply
+    for reply in numbers:
+        if isinstance(reply, Exception) and not isinstance(reply, redis_errors.ResponseError):
+            raise reply
+
+
+def _number(head: object) -> int:
+    """Give a head's number. Raises what Redis said, or CorruptLedger."""
+    if isinstance(head, Exception):
+        raise head
+    if not isinstance(head, bytes) or not head.isdigit():
+        raise CorruptLedger(f"the head in Redis says event {head!r}")
+    return int(head)
 
 
 def _now_ms() -> int:

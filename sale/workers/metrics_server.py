@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
-from sale.config import UNIX_PREFIX, split_address
+from sale.config import UNIX_PREFIX, StartError, split_address
 
 POLL_INTERVAL_S = 1.0
 SCRAPE_TIMEOUT_S = 0.8
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 Source = CollectorRegistry | Callable[[], Awaitable[str]] | Callable[[], str]
 
 
-class MetricsAddressError(Exception):
+class MetricsAddressError(StartError):
     """The metrics address cannot be listened on; the message is one line for people."""
 
 

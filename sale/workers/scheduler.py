@@ -8,20 +8,24 @@ no harm. A purchase does not wait for it: the scripts cross openings and closing
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
+from redis.exceptions import ResponseError
 
 from sale.bootstrap import Stores
 from sale.domain import CampaignState
-from sale.stock.catalogue import read_campaigns
+from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, read_campaigns
 from sale.stock.scripts import CallReply
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
+from sale.usecases.isolation import Isolation
 from sale.usecases.revocation import sync_all
 from sale.usecases.verification import verify_all
 
+HEALTH_TIMEOUT_S: Final = 2.0
 AUDIT_SHARE: Final = 0.05
 """An audit reads every order; between two of them passes at least twenty times its duration."""
 
@@ -63,6 +67,7 @@ class Scheduler:
         self._stores = stores
         self._metrics = SchedulerMetrics(registry)
         self._ailing: set[str] = set()
+        self._isolation = Isolation()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until ``stop`` is set."""
@@ -77,11 +82,12 @@ class Scheduler:
             await asyncio.gather(auditing, return_exceptions=True)
 
     async def _round(self) -> None:
-        stores = self._stores
-        await self._try("health", self._health)
+        await asyncio.gather(
+            self._try("redis", self._ask_redis), self._try("postgres", self._ask_postgres)
+        )
         await self._try("verify", self._verify)
         await self._try("clock", self._clock)
-        await self._try("roster", lambda: sync_all(stores.redis, stores.scripts, stores.pool))
+        await self._try("roster", self._roster)
 
     async def _try(self, step: str, work: Callable[[], Awaitable[object]]) -> None:
         """Do one step; what fails is told once and tried again next round, for ever."""
@@ -96,29 +102,50 @@ class Scheduler:
                 log.info("scheduler.step_back", step=step)
             self._ailing.discard(step)
 
-    async def _health(self) -> None:
-        self._metrics.redis_up.set(0)
-        await self._stores.redis.ping()
-        self._metrics.redis_up.set(1)
-        self._metrics.postgres_up.set(0)
-        await self._stores.pool.fetchval("SELECT 1", timeout=2.0)
-        self._metrics.postgres_up.set(1)
+    async def _ask_redis(self) -> None:
+        async with _telling(self._metrics.redis_up):
+            await self._stores.redis.ping()
+
+    async def _ask_postgres(self) -> None:
+        async with _telling(self._metrics.postgres_up):
+            await self._stores.pool.fetchval("SELECT 1")
 
     async def _verify(self) -> None:
-        unfit = await verify_all(self._stores.redis, self._stores.scripts, self._stores.pool)
+        stores = self._stores
+        unfit = await verify_all(stores.redis, stores.scripts, stores.pool, self._isolation)
         self._metrics.recovering.set(len(unfit))
 
+    async def _roster(self) -> None:
+        stores = self._stores
+        await sync_all(stores.redis, stores.scripts, stores.pool, self._isolation)
+
     async def _clock(self) -> None:
-        for now in await read_campaigns(self._stores.redis):
-            if now.state is CampaignState.DELETED:
-                continue
-            campaign_id = now.campaign.id
-            for showing, remaining in zip(now.campaign.showings, now.remaining, strict=True):
-                self._metrics.remaining.labels(campaign_id, showing.id).set(remaining)
-            if not now.recovering and now.state is not now.recorded:
-                reply = await self._stores.scripts.tick(campaign_id)
-                if reply.reply is CallReply.OK and reply.tickets:
-                    log.info("campaign.crossed", campaign=campaign_id, state=reply.state)
+        for now in await self._read_campaigns():
+            with self._isolation.of(now.campaign.id, "clock"):
+                await self._cross(now)
+
+    async def _cross(self, now: CampaignNow) -> None:
+        if now.state is CampaignState.DELETED:
+            return
+        campaign_id = now.campaign.id
+        for showing, remaining in zip(now.campaign.showings, now.remaining, strict=True):
+            self._metrics.remaining.labels(campaign_id, showing.id).set(remaining)
+        if not now.recovering and now.state is not now.recorded:
+            reply = await self._stores.scripts.tick(campaign_id)
+            if reply.reply is CallReply.OK and reply.tickets:
+                log.info("campaign.crossed", campaign=campaign_id, state=reply.state)
+
+    async def _read_campaigns(self) -> list[CampaignNow]:
+        """Read all in one round trip, or one by one where a damaged key spoils that."""
+        redis, found = self._stores.redis, []
+        try:
+            return await read_campaigns(redis)
+        except ResponseError:
+            for campaign_id in await campaign_ids(redis):
+                with self._isolation.of(campaign_id, "read"):
+                    now = await read_campaign(redis, campaign_id)
+                    found += [now] if now is not None else []
+        return found
 
     async def _audit_for_ever(self, stop: asyncio.Event) -> None:
         wait_s: float = self._stores.settings.audit_interval_s
@@ -153,6 +180,18 @@ class Scheduler:
                 )
         self._metrics.audited_at.set_to_current_time()
         log.info("audit.done", clean=report.clean, campaigns=len(report.campaigns))
+
+
+@asynccontextmanager
+async def _telling(up: Gauge) -> AsyncIterator[None]:
+    """Ask a store; the gauge tells 0 only once it has not answered."""
+    try:
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            yield
+    except Exception:
+        up.set(0)
+        raise
+    up.set(1)
 
 
 async def _pause(stop: asyncio.Event, seconds: float) -> None:

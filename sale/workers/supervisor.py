@@ -21,7 +21,8 @@ import msgspec
 import structlog
 
 from sale import config, identity
-from sale.config import Settings
+from sale.bootstrap import first_address
+from sale.config import Settings, StartError
 from sale.embedded import EmbeddedServers, Endpoints, running
 from sale.embedded.servers import end, launch_command, spawn
 from sale.workers.lifetime import told_to_stop
@@ -43,7 +44,7 @@ STDERR = 2  # stdout is for the one line that says ready
 log = structlog.get_logger()
 
 
-class SupervisorError(Exception):
+class SupervisorError(StartError):
     """The system cannot be run; the message is one line for people."""
 
 
@@ -341,18 +342,16 @@ def _reserved(listen: str) -> Iterator[str]:
 
     Yields the real ``host:port``. Raises SupervisorError where someone else has it.
     """
-    host, port = config.split_address(listen)
+    host, _ = config.split_address(listen)
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
+        family, where = first_address(listen)
+        with socket.socket(family) as probe:
             # Another system of the same user shares its port too, so sharing alone would succeed
             # and take half of its requests.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
             probe.listen(1)
-        holder = socket.socket(family, kind, protocol)
+        holder = socket.socket(family)
     except OSError as error:
         raise SupervisorError(f"address {listen}: {error.strerror or error}") from None
     with holder:

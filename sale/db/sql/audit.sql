@@ -56,9 +56,13 @@ ORDER BY e.seq LIMIT 10;
 SELECT count(*) FROM card_change WHERE rev > $1 AND at < $2;
 
 -- name: sold_to_others -- Sales to cards of the roster whose union may not buy; $2 are the codes.
+-- Not those to a card that was in such a union less than $3 before: its token may say so still.
 SELECT e.seq FROM event e JOIN card USING (card_no)
 WHERE e.campaign_id = $1 AND e.kind = 'sold' AND card.updated_at < e.at - interval '2 seconds'
   AND card.union_code <> ALL ($2::text[])
+  AND NOT EXISTS (
+    SELECT FROM card_union_change moved WHERE moved.card_no = e.card_no
+    AND moved.union_before = ANY ($2::text[]) AND moved.at > e.at - $3::interval)
 ORDER BY e.seq LIMIT 10;
 
 -- name: steps_unaccounted -- Operators' steps that the audit log does not tell, or without a why.
@@ -69,9 +73,3 @@ WHERE e.campaign_id = $1 AND e.kind <> 'sold'
        OR l.reason IS DISTINCT FROM e.reason
        OR (e.kind IN ('paused', 'reopened', 'stock_added') AND e.reason IS NULL))
 ORDER BY e.seq LIMIT 10;
-
--- name: revoked_at -- Cards that were not active at revision $1.
-SELECT card_no FROM (
-    SELECT DISTINCT ON (card_no) card_no, active FROM card_change
-    WHERE rev <= $1 ORDER BY card_no, rev DESC
-) c WHERE NOT active;

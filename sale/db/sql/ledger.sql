@@ -67,6 +67,9 @@ INSERT INTO conflict (campaign_id, seq, at, why, event) VALUES ($1, $2, $3, $4, 
 -- name: conflicts_to_pause -- Campaigns with a conflict that have not been paused for it.
 SELECT campaign_id, min(why) AS why FROM conflict WHERE paused_at IS NULL GROUP BY campaign_id;
 
+-- name: conflict_rows -- How many events of each campaign were refused.
+SELECT campaign_id, count(*) AS refused FROM conflict GROUP BY campaign_id;
+
 -- name: mark_paused -- The campaign has been paused for its conflicts.
 UPDATE conflict SET paused_at = now() WHERE campaign_id = $1 AND paused_at IS NULL;
 

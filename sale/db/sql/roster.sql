@@ -65,8 +65,13 @@ select rev, card_no, active from card_change where rev > $1 order by rev limit $
 -- name: current_rev -- The feed's last revision; 0 where it is empty.
 select coalesce(max(rev), 0) from card_change;
 
--- name: inactive_cards -- Cards that may not buy, after card number $1, in order.
-select card_no from card where status <> 'active' and card_no > $1 order by card_no limit $2;
+-- name: inactive_cards -- Cards that may not buy at revision $3 (null: now), after $1, at most $2.
+-- From the feed and not from card: it also tells of a card that was removed, and what it says of a
+-- revision never changes.
+select card_no from (
+    select distinct on (card_no) card_no, active from card_change
+     where card_no > $1 and ($3::bigint is null or rev <= $3) order by card_no, rev desc
+) last where not active order by card_no limit $2;
 
 -- name: cards_of_status -- The roster's first $2 cards of a status.
 select card_no, union_code from card where status = $1 order by card_no limit $2;

@@ -140,7 +140,7 @@ _BOUNDS = {
     "batch_max": (1, 256),
     "queue_max": (1, 1_000_000),
     "purchase_deadline_ms": (100, 60_000),
-    "writer_batch_events": (256, 100_000),
+    "writer_batch_events": (512, 100_000),
     "ledger_retention_events": (0, 100_000_000),
     "ledger_retention_s": (0, 30 * 86_400),
     "audit_interval_s": (1, 86_400),

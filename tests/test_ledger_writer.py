@@ -107,7 +107,7 @@ async def test_given_a_backlog_over_the_batch_when_it_starts_then_it_catches_up(
     await book.append(rig.redis, created(10_000))
     for n in range(10):
         await book.append(rig.redis, *(sold(256 * n + i) for i in range(256)))
-    async with rig.writing(writer_batch_events=256):
+    async with rig.writing(writer_batch_events=512):
         await until(lambda: _is(rig.applied(), 2_561))
 
 

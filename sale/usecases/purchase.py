@@ -70,7 +70,9 @@ class PurchaseDesk:
         showing = 0 if campaign is None else _check_request(campaign, quantity, showing_id)
         member = self._tokens.verify(token or "", time.time())
         if campaign is None:
-            return await self._no_campaign(campaign_id)
+            refused = await self._no_campaign(campaign_id)
+            self.count_refused(campaign_id, refused.problem)
+            return refused
         purchase = Purchase(
             member.card_no, member.union, showing, quantity, key_hash(key), self._loop
         )

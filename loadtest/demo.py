@@ -216,7 +216,8 @@ async def demo(options: argparse.Namespace) -> int:
             console.print("[bold]Ctrl-C stops everything.[/]")
             with contextlib.suppress(asyncio.CancelledError):
                 await engine.ended()
-    console.print("Stopped; nothing is left running.")
+    again = f"sale up --data-dir {options.data_dir}"
+    console.print(f"Stopped; nothing is left running. `{again}` starts it again.")
     return 0 if clean else 1
 
 

@@ -174,7 +174,7 @@ async def test_given_each_state_when_opened_then_it_says_so_in_words(
 
     markup = await dom(server.make_url("/"), tmp_path)
 
-    assert "正在开抢" in card(markup, "film")
+    assert "正在抢票" in card(markup, "film")
     assert "剩余 640 / 1,000 张" in card(markup, "film")
     assert "5 元/张" in card(markup, "film")
     assert "2035年5月20日 17:00 截止" in card(markup, "film")
@@ -277,7 +277,7 @@ async def test_given_it_opens_while_watched_when_zero_is_reached_then_the_page_t
         dom(server.make_url("/"), tmp_path, virtual_ms=12_000), _open_when_watched(stub)
     )
 
-    assert "正在开抢" in card(markup, "film")
+    assert "正在抢票" in card(markup, "film")
     assert "film：已经开抢" in markup
 
 

@@ -104,7 +104,8 @@ def test_given_a_developer_facing_detail_when_told_then_it_is_shown() -> None:
 
     told = document(Problem.INVALID_REQUEST, detail, field="quantity")
 
-    assert told["detail"] == told["detail_en"] == detail
+    assert told["detail_en"] == detail
+    assert told["detail"].endswith(f"（{detail}）")
     assert told["field"] == "quantity"
 
 
@@ -113,7 +114,7 @@ def test_given_a_detail_for_members_when_told_then_the_worded_sentence_stays() -
 
 
 def test_given_a_detail_that_is_not_well_formed_when_told_then_it_is_still_json() -> None:
-    assert document(Problem.NOT_FOUND, "no \udcff here")["detail"] == "no ? here"
+    assert document(Problem.NOT_FOUND, "no \udcff here")["detail_en"] == "no ? here"
 
 
 def test_given_a_member_named_like_a_field_when_told_then_the_field_stays() -> None:

@@ -3,7 +3,7 @@
 Members read these on a phone in the middle of a rush, many of them older: one short sentence says
 what happened, a second says what to do next. Chinese stands in ``title`` and ``detail``, English in
 ``title_en`` and ``detail_en``. Figures come from the members of the refusal ("仅剩 1 张"). Codes
-that only developers and operators meet show the text given where they were raised.
+that only developers and operators meet add the text given where they were raised.
 
 A rush is mostly refusals, and most of them are the same few, so those bodies are kept encoded: a
 memo with a bound, filled only by codes whose members are few (never by what a client sent).
@@ -140,17 +140,20 @@ WORDINGS: Final[Mapping[Problem, Wording]] = {
         Text("已售完", "Sold out"),
         Text("已售完。", "Sold out."),
         Text(
-            "有退票会马上放出，您可以过一会儿再来看看。",
-            "Returned tickets go on sale at once: do look in again.",
+            "如有加票会马上放出，您可以过一会儿再来看看。",
+            "Added tickets go on sale at once: do look in again.",
         ),
     ),
     Problem.LIMIT_EXCEEDED: Wording(
         409,
         Text("超过每卡限购", "Over the limit per card"),
-        Text("您的卡已买满。", "Your card has all the tickets it may have."),
         Text(
-            "已买到的票，可以在订单里查看。",
-            "You can see the tickets you have among your orders.",
+            "您的卡在本活动中不能再买这么多张。",
+            "Your card may not have that many more in this campaign.",
+        ),
+        Text(
+            "请减少张数；已买到的票不受影响。",
+            "Ask for fewer; the tickets you have are safe.",
         ),
     ),
     Problem.WRONG_STATE: Wording(
@@ -237,7 +240,10 @@ def problem_body(problem: Problem, detail: str = "", /, **members: object) -> by
         return _memoised(problem, **members)
     # What a client sent may be quoted in a detail, and need not be well-formed.
     given = detail.encode(errors="replace").decode()
-    return _encode(problem, Text(given, given) if given else _default(problem), members)
+    if not given:
+        return _encode(problem, _default(problem), members)
+    happened = WORDINGS[problem].happened.zh
+    return _encode(problem, Text(f"{happened}（{given}）", given), members)
 
 
 def problem_response(refused: Refused) -> web.Response:

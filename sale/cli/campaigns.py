@@ -45,7 +45,10 @@ def create(context: CommandContext, file: Path) -> None:
                 raise click.ClickException(f"{file}: {wrong}") from None
             return await desk.create(parsed, _actor(context), None, None)
 
-    _show(context, run(work()))
+    made = run(work())
+    if made.state is CampaignState.OPEN:
+        note("its opens_at is past: it sells already")
+    _show(context, made)
 
 
 @campaign.command("list")

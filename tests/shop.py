@@ -129,9 +129,11 @@ async def open_shop(redis_url: str, database_url: str) -> AsyncIterator[Shop]:
     try:
         yield shop
     finally:
-        await shop.stop_writer()
-        await redis.aclose()
-        await pool.close()
+        try:
+            await shop.stop_writer()
+        finally:
+            await redis.aclose()
+            await pool.close()
 
 
 async def until(check: Callable[[], Awaitable[bool]], within_s: float = DEADLINE_S) -> None:

@@ -190,6 +190,7 @@ class LedgerWriter:
         self._campaigns: dict[str, _Campaign] = {}
         self._known_ids: list[str] = []
         self._stop = asyncio.Event()
+        self._watching = False
         self._away: set[str] = set()
         self._standing_by = False
         self.active = False
@@ -203,10 +204,13 @@ class LedgerWriter:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until ``stop`` is set; a batch that is under way is finished first."""
         self._stop = stop
+        self._watching = True
         lag = asyncio.create_task(self._watch_lag(), name="ledger-lag")
         try:
             await self._serve_postgres()
         finally:
+            # The loop sees for itself that it is over, should a library swallow the cancellation.
+            self._watching = False
             lag.cancel()
             await asyncio.gather(lag, return_exceptions=True)
             self.active = False
@@ -446,7 +450,7 @@ class LedgerWriter:
 
     async def _watch_lag(self) -> None:
         """Keep the lag right, also while PostgreSQL is away and the loop waits for it."""
-        while True:
+        while self._watching:
             with contextlib.suppress(redis_errors.RedisError, CorruptLedger):
                 await self._measure_lag()
             await asyncio.sleep(LAG_INTERVAL_S)
@@ -504,9 +508,13 @@ async def _heartbeat(conn: "asyncpg.Connection[Any]") -> None:
 
 
 async def _bounded(call: Awaitable[_T]) -> _T:
-    """Wait for Redis, but not for ever: a stopped one neither answers nor hangs up."""
+    """Wait for Redis, but not for ever: a stopped one neither answers nor hangs up.
+
+    Not by ``wait_for``: in Python 3.11 it swallows a cancellation that meets the answer.
+    """
     try:
-        return await asyncio.wait_for(call, REDIS_TIMEOUT_S)
+        async with asyncio.timeout(REDIS_TIMEOUT_S):
+            return await call
     except TimeoutError as error:
         raise redis_errors.TimeoutError(f"no answer in {REDIS_TIMEOUT_S:g} s") from error
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ import redis.asyncio as redis_lib
 from sale import embedded
 from sale.embedded import binaries, launch
 from sale.embedded.binaries import EmbeddedError, Program
+from sale.embedded.servers import launch_command
 
 HOLD = """
 import asyncio, sys
@@ -318,3 +320,22 @@ async def test_given_a_dead_parent_then_the_launcher_starts_nothing() -> None:
     said, _ = await process.communicate()
     assert process.returncode == launch.EXIT_FAILED
     assert said == b""
+
+
+def test_given_programs_below_a_private_directory_when_launched_then_access_finds_them(
+    tmp_path: Path,
+) -> None:
+    """initdb looks for postgres by access(2), and a clone of root's may lie where none else may."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    probe = shutil.copy2(shutil.which("test") or "/usr/bin/test", private / "test")
+    as_root = os.geteuid() == 0
+    options = ["--run-as=65534:65534"] if as_root else []
+
+    done = subprocess.run(
+        launch_command("KILL", *options, program=[str(probe), "-x", str(probe)]),
+        check=False,
+        timeout=20,
+    )
+
+    assert done.returncode == 0

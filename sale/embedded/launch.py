@@ -27,6 +27,8 @@ import time
 
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
+PR_SET_SECUREBITS = 28
+SECBIT_NO_SETUID_FIXUP = 1 << 2
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 CAPABILITY_VERSION_3 = 0x20080522
@@ -113,6 +115,8 @@ def _leave_terminal() -> None:
 
 
 def _become(libc: ctypes.CDLL, uid: int, gid: int, reach: list[str]) -> None:
+    # Else access(2), by which initdb looks for its programs, would not see the kept capabilities.
+    libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
     libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
     try:
         os.setgroups([])

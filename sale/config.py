@@ -62,8 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     signing_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    # The batcher. A batch above 256 holds Redis longer than it saves; the queue bound is about one
-    # second of work, beyond which an honest 503 is kinder than a late answer.
+    # The batcher. A batch is bounded by DESIGN; the queue bound is one to two seconds of work at
+    # the benchmark's rates, beyond which an honest 503 is kinder than a late answer.
     batch_max: int = 256
     queue_max: int = 16_384
     purchase_deadline_ms: int = 5_000

@@ -1,8 +1,8 @@
 """Counting what the purchase path does, at a cost that the path does not feel.
 
-prometheus-client takes about 1 µs for each counter and 2 µs for each observation; a purchase has
-about 50 µs in all. So the batcher adds up plain integers, a batch at a time, and this collector
-turns them into metrics when somebody asks.
+A labelled counter and a histogram's observation for each purchase would stand on the hot path. So
+the batcher adds up plain integers, a batch at a time, and this collector turns them into metrics
+when somebody asks.
 """
 
 from bisect import bisect_left

@@ -3,7 +3,7 @@
 A middleware would do the same for every route, and put two more coroutines around each purchase;
 so a handler is guarded where it is registered, and what matches no route has a handler too. The
 route of the purchase is found by comparing text: aiohttp's own way, a pattern and the unquoting of
-what it matched, takes a tenth of all that a purchase costs.
+what it matched, was 9 % of the samples of a profile under purchases.
 """
 
 from collections.abc import Awaitable, Callable

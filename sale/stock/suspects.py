@@ -5,7 +5,8 @@ must get its order again under the same key (INV-4) and its limit told before th
 revoked card must be told that. This filter holds a bit for each such card. It never misses one up
 to the marks it states (event number, roster revision); a card that it holds by accident is merely
 asked about, so one hash function and a fixed 2 MiB do, however many have bought: with 1,000,000
-buyers 6 % of the others go the longer way. The alternative, a set of strings, took 100 MB there.
+buyers 6 % of the others go the longer way, by arithmetic. The alternative, a set of strings, would
+grow with the buyers.
 """
 
 from typing import Final

@@ -8,7 +8,7 @@
 -- Reply  {0, event number, state, tickets, left} · {INVALID} (showing or total) ·
 --        {WRONG_STATE, event number, state} · {REPLAYED or MISMATCH, event number, state, tickets, left} ·
 --        {MISSING} {UNVERIFIED} {BROKEN}
--- Idempotency  by op. Cost about 25 µs.
+-- Idempotency  by op. Cost: constant.
 
 local head = read_head()
 if not head then

@@ -11,7 +11,7 @@
 -- Reply  {0, event number, state} · {REPLAYED or MISMATCH, event number} · {EXISTS} ·
 --        {WRONG_STATE, event number, 'recovering'} ·
 --        {UNVERIFIED} {STALE} {BROKEN} (of the deleted draft; BROKEN too where only its stream is left)
--- Idempotency  by op. Cost about 30 µs.
+-- Idempotency  by op. Cost: constant.
 
 local done = replay(ARGV[1], ARGV[2])
 if done then

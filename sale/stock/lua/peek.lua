@@ -7,7 +7,7 @@
 -- ARGV   epoch and event number that this process has seen · nonce · showing numbers …
 -- Reply  {0, now ms, seq, epoch, state, opens_at ms or 0, roster revision, left of each showing …}
 --        or {code}: MISSING UNVERIFIED STALE BROKEN
--- Idempotency  reads only. Cost about 10 µs.
+-- Idempotency  reads only. Cost: constant.
 
 local head = read_head()
 if not head then

@@ -14,7 +14,7 @@
 --        actor · reason (JSON strings)
 -- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
 --        {BROKEN} (what stands beside is not whole)
--- Idempotency  by the old head's number. Cost about 50 µs, however large: keys are renamed, and
+-- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
 --        the old ones freed in the background.
 
 local NEW_STREAM, NEW_STOCK, NEW_CARDS, NEW_OPERATIONS = KEYS[8], KEYS[9], KEYS[10], KEYS[11]

@@ -9,7 +9,7 @@
 --        name of the load ('' for none) · '1' where it begins ·
 --        then for each card: '+' revoked or '-' active · card
 -- Reply  {0, to revision} · {STALE, revision it is at, -1 for none} · {MISSING}
--- Idempotency  by the revision. Cost about 1 µs a card.
+-- Idempotency  by the revision. Cost: linear in the cards.
 
 local at = redis.call('HMGET', HEAD, 'seq', 'roster_rev', 'roster_load')
 if not at[1] then

@@ -2,7 +2,7 @@
 --
 -- ARGV   nonce
 -- Reply  {0, event number, state, events recorded} · {MISSING} {UNVERIFIED} {BROKEN}
--- Idempotency  a moment is crossed once. Cost about 10 µs, 25 where something is recorded.
+-- Idempotency  a moment is crossed once. Cost: constant.
 
 local head = read_head()
 if not head then

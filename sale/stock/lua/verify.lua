@@ -1,13 +1,13 @@
 -- verify.lua: marks this Redis as verified for a campaign, or as recovering.
 --
 -- Guarantee: the mark is set only on the very head that was compared (number and chain hash) with
--- PostgreSQL and with what the live processes have seen (INV-8). Only the chain was compared, so a
+-- PostgreSQL (INV-8); the marks of live processes are asked by purchase.lua and peek.lua. Only the chain was compared, so a
 -- recovering mark that somebody else has set, for damaged stock or cards, stays: recovery lifts it.
 --
 -- ARGV   number and chain hash that were compared · nonce · '' or why it is recovering ·
 --        '1' where stock and cards were compared too, so that every mark may go
 -- Reply  {0, event number, '' or 'recovering' (it still is)} · {STALE} (the head has moved meanwhile: compare again) · {MISSING}
--- Idempotency  by what it writes. Cost about 10 µs.
+-- Idempotency  by what it writes. Cost: constant.
 
 local head = read_head()
 if not head then

@@ -62,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     signing_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
-    # The batcher. A batch is bounded by DESIGN; the queue bound is one to two seconds of work at
+    # The batcher. A batch is bounded by design; the queue bound is one to two seconds of work at
     # the benchmark's rates, beyond which an honest 503 is kinder than a late answer.
     batch_max: int = 256
     queue_max: int = 16_384

@@ -13,7 +13,7 @@ When the last answers were all refusals for state or stock, the next call is one
 refuses everybody whom it can refuse; who may have an order already, or might get a ticket, goes in
 as a purchase.
 
-Rejected: one EVALSHA a request (6,200 a second against 23,000 in DESIGN's prototype);
+Rejected: one EVALSHA a request (6,200 a second against 23,000 in the design's prototype);
 pipelining single EVALSHAs (one fsync each under ``appendfsync always``).
 """
 

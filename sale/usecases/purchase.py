@@ -62,7 +62,7 @@ class PurchaseDesk:
         """Buy ``quantity`` tickets of a showing, once a card and key.
 
         Raises Refused for what is wrong with the request or the token. What the script refuses is
-        returned: a sold-out campaign refuses by the hundred thousand, and what is not raised is cheaper.
+        returned, not raised: a sold-out campaign refuses by the hundred thousand.
         """
         campaign = self._catalogue.known(campaign_id)
         if campaign is None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TextIO, cast
 
 import asyncpg
 import msgspec
@@ -28,9 +28,11 @@ from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.connection import REDIS_ERRORS, open_redis
+from sale.stock.connection import REDIS_ERRORS, durability_faults, open_redis
 from sale.stock.scripts import Scripts
+from sale.usecases.attendance import Attending
 from sale.usecases.campaigns import CampaignDesk
+from sale.usecases.disk_watch import DiskWatch
 from sale.usecases.orders import OwnOrders, TicketCodes
 from sale.usecases.purchase import PurchaseDesk
 
@@ -83,11 +85,28 @@ def set_up_logging(settings: Settings) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[settings.log_level.upper()]
         ),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Unfailing(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
     logging.getLogger("aiohttp.server").addFilter(_worth_a_line)
+
+
+class _Unfailing:
+    """A stream whose failures harm nobody: a log on a full disk must not stop a sale."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, or lose the line."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flush, or lose what was written."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 class _Libraries(logging.Handler):
@@ -161,7 +180,7 @@ async def open_stores(
             settings=settings,
             redis=redis,
             pool=pool,
-            scripts=Scripts(redis, nonce),
+            scripts=Scripts(redis, nonce, replicas=settings.replicas_awaited),
             unions=unions,
             nonce=nonce,
             ticket_secret=ticket_secret,
@@ -172,6 +191,7 @@ async def open_stores(
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """Open everything an API process needs; on the way out, answer what waits first."""
     async with open_stores(settings, patience_s=START_PATIENCE_S) as stores:
+        await _tell_durability(stores)
         key = load_or_create_signing_key(settings)
         metrics = PurchaseMetrics()
         registry = CollectorRegistry()
@@ -186,7 +206,17 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             batch_max=settings.batch_max,
             queue_max=settings.queue_max,
             deadline_s=settings.purchase_deadline_ms / 1000,
+            behind_max=(settings.ledger_behind_max_events, settings.ledger_behind_max_s * 1000),
         )
+        disk = DiskWatch(
+            stores.redis,
+            store_urls(settings)[0],
+            batchers,
+            metrics,
+            free_min_mb=settings.disk_free_min_mb,
+        )
+        attending = Attending(stores.redis, stores.pool, batchers)
+        watching = [asyncio.ensure_future(work) for work in (disk.run(), attending.run())]
         try:
             yield Engine(
                 stores=stores,
@@ -202,6 +232,26 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             )
         finally:
             await batchers.close()
+            for work in watching:
+                work.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+            await attending.sign_off()
+
+
+async def _tell_durability(stores: Stores) -> None:
+    """Log where this Redis is weaker than the level that was set, whatever follows from it."""
+    settings = stores.settings
+    faults = await _patiently(
+        lambda: durability_faults(stores.redis, settings.durability, settings.replicas_min),
+        START_PATIENCE_S,
+    )
+    if faults:
+        log.warning(
+            "durability.weak",
+            durability=settings.durability,
+            check=settings.durability_check,
+            faults=faults,
+        )
 
 
 async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202

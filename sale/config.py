@@ -25,6 +25,10 @@ ENVIRONMENT = {
     "SALE_SIGNING_KEY_FILE": "signing_key_file",
     "SALE_LOG_LEVEL": "log_level",
     "SALE_AUDIT_INTERVAL_S": "audit_interval_s",
+    "SALE_DURABILITY": "durability",
+    "SALE_DURABILITY_CHECK": "durability_check",
+    "SALE_REPLICAS_MIN": "replicas_min",
+    "SALE_REPLICA_TIMEOUT_MS": "replica_timeout_ms",
     "SALE_LEDGER_RETENTION_EVENTS": "ledger_retention_events",
     "SALE_LEDGER_RETENTION_S": "ledger_retention_s",
     "SALE_BATCH_MAX": "batch_max",
@@ -32,9 +36,17 @@ ENVIRONMENT = {
     "SALE_PURCHASE_DEADLINE_MS": "purchase_deadline_ms",
     "SALE_WRITER_BATCH_EVENTS": "writer_batch_events",
     "SALE_TICK_INTERVAL_MS": "tick_interval_ms",
+    "SALE_LEDGER_BEHIND_MAX_EVENTS": "ledger_behind_max_events",
+    "SALE_LEDGER_BEHIND_MAX_S": "ledger_behind_max_s",
+    "SALE_AUTO_RECOVER": "auto_recover",
+    "SALE_DISK_FREE_MIN_MB": "disk_free_min_mb",
 }
 UNIX_PREFIX = "unix:"
 SIGNING_KEY_MIN_BYTES = 32
+DRAIN_SPARE_S = 5.0  # for closing connections, after the deadline of purchases
+
+Durability = Literal["fsync", "replicated", "relaxed"]
+"""What an answered order survives; docs/OPERATIONS.md says what each level can lose."""
 
 
 class SettingsError(ValueError):
@@ -68,15 +80,42 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     queue_max: int = 16_384
     purchase_deadline_ms: int = 5_000
 
+    # What Redis must be configured to do, and whether a host that finds it weaker takes no traffic.
+    durability: Durability = "fsync"
+    durability_check: Literal["refuse", "warn"] = "refuse"
+    replicas_min: int = 1
+    replica_timeout_ms: int = 500
+
+    # Below this much free space on Redis' disk nothing is sold; 0 turns the watch off.
+    disk_free_min_mb: int = 256
+
     # The writer. Retention keeps applied entries in Redis so that a PostgreSQL restored from a
     # backup can be filled up again; both bounds must be passed before an entry is trimmed.
     writer_batch_events: int = 8_192
     ledger_retention_events: int = 10_000
     ledger_retention_s: int = 600
 
-    # The scheduler.
+    # How far PostgreSQL may be behind before nothing more is sold: what it lacks is held in memory
+    # by Redis and by the API processes.
+    ledger_behind_max_events: int = 1_000_000
+    ledger_behind_max_s: int = 900
+
+    # The scheduler. It recovers a campaign by itself where nothing that was told is lost.
+    auto_recover: bool = True
     audit_interval_s: int = 60
     tick_interval_ms: int = 250
+
+    @property
+    def drain_limit_s(self) -> float:
+        """How long a part may take to end: what is under way is known by the deadline."""
+        return self.purchase_deadline_ms / 1000 + DRAIN_SPARE_S
+
+    @property
+    def replicas_awaited(self) -> tuple[int, int] | None:
+        """How many replicas each answer waits for, and up to how many ms; None where for none."""
+        if self.durability != "replicated":
+            return None
+        return self.replicas_min, self.replica_timeout_ms
 
 
 def load(
@@ -140,9 +179,15 @@ _BOUNDS = {
     "batch_max": (1, 256),
     "queue_max": (1, 1_000_000),
     "purchase_deadline_ms": (100, 60_000),
+    "replicas_min": (1, 10),
+    # Below the socket's own limit, so that WAIT ends first, and never 0: that waits for ever.
+    "replica_timeout_ms": (10, 4_000),
+    "disk_free_min_mb": (0, 1_000_000_000),
     "writer_batch_events": (512, 100_000),
     "ledger_retention_events": (0, 100_000_000),
     "ledger_retention_s": (0, 30 * 86_400),
+    "ledger_behind_max_events": (1, 100_000_000),
+    "ledger_behind_max_s": (1, 7 * 86_400),
     "audit_interval_s": (1, 86_400),
     "tick_interval_ms": (10, 10_000),
 }

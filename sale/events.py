@@ -32,6 +32,8 @@ GENESIS: Final = "0" * 40
 """The chain hash before a campaign's first event."""
 
 SOLD: Final = "sold"
+VOIDED: Final = "voided"
+"""A number that was given out, is lost, and is never used again."""
 
 
 class CorruptLedger(Exception):  # noqa: N818 - says what it is
@@ -98,6 +100,19 @@ def link(chain: str, first: int, at_ms: int, epoch: int, payload: bytes) -> str:
     """Chain hash after an entry; the same formula stands in ``stock/lua/_ledger.lua``."""
     head = f"{chain}|{first}|{at_ms}|{epoch}|".encode()
     return hashlib.sha1(head + payload, usedforsecurity=False).hexdigest()
+
+
+def make_entry(chain: str, first: int, at_ms: int, epoch: int, rows: Sequence[Any]) -> Entry:
+    """Write the entry after ``chain`` that holds ``rows``, as ``_ledger.lua`` does."""
+    payload = msgspec.json.encode(rows)
+    return Entry(
+        first=first,
+        last=first + len(rows) - 1,
+        at_ms=at_ms,
+        epoch=epoch,
+        chain=link(chain, first, at_ms, epoch, payload),
+        payload=payload,
+    )
 
 
 def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
@@ -191,7 +206,7 @@ class Books(msgspec.Struct):
             self.state = STATE_AFTER[event.kind]
             self.opens_at_ms = data.get("opens_at", self.opens_at_ms)
             self.closes_at_ms = data.get("closes_at", self.closes_at_ms)
-        elif event.kind != "recovered":
+        elif event.kind not in {"recovered", VOIDED}:
             raise CorruptLedger(f"event {event.seq}: unknown kind {event.kind!r}")
         if data.get("op"):
             self.operations[data["op"]] = f"{event.seq}:{data.get('content', '')}"

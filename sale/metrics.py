@@ -10,7 +10,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 LATENCY_BOUNDS_S: Final = (
@@ -55,6 +60,7 @@ class PurchaseMetrics(Collector):
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.seconds = Distribution(LATENCY_BOUNDS_S)
         self.batch_size = Distribution(BATCH_BOUNDS)
+        self.halted = False
 
     def collect(self) -> Iterator[Metric]:
         """Give what was counted so far."""
@@ -71,6 +77,11 @@ class PurchaseMetrics(Collector):
             "From the decoded request to its answer.",
             buckets=self.seconds.buckets(),
             sum_value=self.seconds.total,
+        )
+        yield GaugeMetricFamily(
+            "sale_halted",
+            "1 where this process sells nothing: its Redis' disk is short, or it is stopping.",
+            value=float(self.halted),
         )
         yield HistogramMetricFamily(
             "sale_batch_size",

@@ -41,8 +41,13 @@ class Shop:
     async def start_writer(self, **settings: Any) -> None:
         stop = asyncio.Event()
         writer = LedgerWriter(
-            self.redis, self.database_url, Settings(**settings), pause_campaign=self.desk.pause_for
+            self.redis,
+            self.scripts,
+            self.database_url,
+            Settings(**settings),
+            pause_campaign=self.desk.pause_for,
         )
+        self.writer = writer
         self._writing = (stop, asyncio.create_task(writer.run(stop)))
 
     async def stop_writer(self) -> None:
@@ -64,7 +69,7 @@ class Shop:
             nonce=self.nonce,
             ticket_secret=b"",
         )
-        task = asyncio.create_task(Scheduler(stores, registry).run(stop))
+        task = asyncio.create_task(Scheduler(stores, self.database_url, registry).run(stop))
         try:
             yield registry
         finally:
@@ -95,7 +100,7 @@ class Shop:
     async def audit(self, **how: Any) -> AuditReport:
         return await audit(self.redis, self.pool, **how)
 
-    async def recover(self, *, dry_run: bool = False) -> Recovery:
+    async def recover(self, *, dry_run: bool = False, lossless_only: bool = False) -> Recovery:
         return await recover(
             self.redis,
             self.scripts,
@@ -103,6 +108,7 @@ class Shop:
             self.stock.id,
             actor="cli:me",
             dry_run=dry_run,
+            lossless_only=lossless_only,
         )
 
     async def damage(self, *statements: str) -> None:

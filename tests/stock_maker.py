@@ -11,11 +11,14 @@ from sale.domain import Campaign, Showing, from_ms
 from sale.events import GENESIS, Books, Entry, SaleRecord, check_chain, parse_entry
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
 from sale.stock.records import parse_records
-from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Scripts
+from sale.stock.roll import who_is_it
+from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Peek, Scripts
 
 CAMPAIGN = "five-yuan-films"
 NONCE = "0123456789abcdef"
 PROCESS = "p1"
+BEHIND_MAX = (1_000_000, 10**12)
+"""How far PostgreSQL may be behind: events, and ms."""
 
 
 def card(n: int) -> str:
@@ -88,7 +91,7 @@ class Stock:
         self.keys: CampaignKeys = campaign_keys(campaign_id)
         self.scripts = Scripts(redis, nonce)
         self.calls = 0
-        self.mark = (0, 0)
+        self.seen = 0
 
     async def create(
         self, made: Campaign, *, schedule: bool = False, by: Operation | None = None
@@ -121,7 +124,13 @@ class Stock:
         return await self.scripts.transition(self.id, action, by or operation(), opens_at_ms)
 
     async def call(
-        self, *bids: Bid, process: str = PROCESS, call: int | None = None, mark: Any = None
+        self,
+        *bids: Bid,
+        process: str = PROCESS,
+        call: int | None = None,
+        epoch: int | None = None,
+        seen: int | None = None,
+        behind_max: tuple[int, int] = BEHIND_MAX,
     ) -> list[int]:
         """Run purchase.lua once; the raw reply. Call numbers go up by themselves."""
         if call is None:
@@ -130,7 +139,18 @@ class Stock:
         arguments: list[str | int] = []
         for bid in bids:
             arguments += (bid.card_no, bid.union, bid.showing, bid.quantity, bid.key_hash)
-        return await self.scripts.purchase(self.keys, process, call, mark or self.mark, arguments)
+        mark = (await self.incarnation(epoch), self.seen if seen is None else seen)
+        return await self.scripts.purchase(self.keys, process, call, mark, behind_max, arguments)
+
+    async def incarnation(self, epoch: int | None = None) -> str:
+        """What a process signs for that has looked at this Redis; '' where there is no head."""
+        if not await self.redis.exists(self.keys.head):
+            return ""
+        identity = await who_is_it(self.redis)
+        return f"{identity}:{epoch or (await self.head('epoch'))[0]}"
+
+    async def peek(self, showings: int = 1, epoch: int | None = None, seen: int = 0) -> Peek:
+        return await self.scripts.peek(self.keys, (await self.incarnation(epoch), seen), showings)
 
     async def buy(self, *bids: Bid, **how: Any) -> list[Told]:
         """Run purchase.lua once, which must be believed; what it said of each."""
@@ -163,8 +183,13 @@ class Stock:
         return {name.decode(): parse_records(value) for name, value in held.items()}
 
     async def everything(self) -> dict[str, Any]:
-        """All that Redis holds of the campaign, to see that nothing has changed."""
-        return {name: await self.redis.dump(name) for name in self.keys}
+        """All keys as they are, but for what the writer tells in its own time."""
+        found: dict[str, Any] = {key_name: await self.redis.dump(key_name) for key_name in self.keys}
+        # Not the dump: a hash that grows is moved step by step, and reads move it too.
+        head: Any = await self.redis.hgetall(self.keys.head)
+        told = {b"applied", b"behind_since"}
+        found[self.keys.head] = {name: head[name] for name in head if name not in told}
+        return found
 
     async def check_books(self) -> Books:
         """The chain is whole, and its fold is what Redis holds, exactly (INV-5)."""

@@ -31,10 +31,10 @@ async def main(part: str, metrics_listen: str) -> None:
     app.router.add_get("/ping", ping)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
+    if part == "serve":
+        host, port = config.split_address(settings.listen)
+        await web.TCPSite(runner, host, port, reuse_port=True).start()
     async with serving_metrics(metrics_listen, registry):
-        if part == "serve":
-            host, port = config.split_address(settings.listen)
-            await web.TCPSite(runner, host, port, reuse_port=True).start()
         await asked.wait()
     await runner.cleanup()
     with (settings.data_dir / "stopped").open("a") as stopped:

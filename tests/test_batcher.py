@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from stock_maker import (
+    BEHIND_MAX,
     NONCE,
     Bid,
     Stock,
@@ -148,7 +149,7 @@ class Shop:
         for n in range(100):
             await self.one(card(90_000_000 + n), key(1))
             suspects = self.batcher._suspects
-            if suspects is not None and suspects.seq >= self.batcher.mark[1]:
+            if suspects is not None and suspects.seq >= self.batcher.mark.seq:
                 return
             await asyncio.sleep(0.01)
         pytest.fail("the filter of buyers was never loaded")
@@ -174,6 +175,7 @@ async def open_shop() -> AsyncIterator[OpenShop]:
             scripts or Scripts(client, NONCE),
             process,
             metrics,
+            behind_max=BEHIND_MAX,
             **{"batch_max": 256, "queue_max": 4_096, "deadline_s": 5.0, **bounds},
         )
         opened.append(batchers)

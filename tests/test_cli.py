@@ -26,7 +26,7 @@ GROUPS = {
 }
 SINGLE = [
     *("up", "serve", "writer", "scheduler", "migrate"),
-    *("tokens", "audit", "recover", "doctor"),
+    *("tokens", "audit", "recover", "losses", "doctor"),
 ]
 COMMANDS = [
     *([name] for name in SINGLE),
@@ -43,6 +43,7 @@ NEEDS_ENGINE = [
     ["operator", "token", "x"],
     ["operator", "add", "x", "--role", "admin"],
     ["recover", "x"],
+    ["losses", "x"],
     ["doctor"],
     ["migrate"],
 ]

@@ -18,9 +18,11 @@ from sale.db import ledger
 from sale.domain import Problem, Refused
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import freeze
+from sale.stock.scripts import Scripts
 from sale.usecases.verification import verify_all
-from sale.workers import ledger_writer
-from sale.workers.ledger_writer import LedgerMetrics, LedgerWriter
+from sale.workers.leadership import Leadership
+from sale.workers.ledger_metrics import LedgerMetrics
+from sale.workers.ledger_writer import LedgerWriter
 
 DEADLINE_S = 8.0
 STREAM = campaign_keys(CAMPAIGN).stream
@@ -43,6 +45,7 @@ class Rig:
         registry = CollectorRegistry()
         writer = LedgerWriter(
             self.redis,
+            Scripts(self.redis, "nonce"),
             self.database_url,
             Settings(**settings),
             pause_campaign=self.pause,
@@ -122,7 +125,7 @@ async def test_given_two_writers_when_the_first_ends_then_the_second_goes_on(rig
             # The first loses its lock's connection, as a stopped process does.
             await rig.conn.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE application_name = 'sale-writer' AND datname = current_database()"
+                " WHERE application_name LIKE 'sale-writer %' AND datname = current_database()"
                 " AND EXISTS (SELECT FROM pg_locks l WHERE l.pid = pg_stat_activity.pid"
                 " AND l.locktype = 'advisory' AND l.granted)"
             )
@@ -138,11 +141,11 @@ async def test_given_a_holder_that_stops_when_its_heart_is_still_then_another_ta
     book = Ledger()
     await book.append(rig.redis, created(100))
 
-    async def still(conn: object) -> None:
+    async def still(*_: object) -> None:
         await asyncio.sleep(60)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ledger_writer, "_heartbeat", still)
+        patched.setattr(Leadership, "_beat", still)
         async with rig.writing() as stopped:
             await until(lambda: stopped.active)
             patched.undo()

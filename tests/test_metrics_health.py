@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
 
 from sale.api.health import reasons
+from sale.config import Settings
 from sale.db.pool import close_pool, open_pool
 
 NAMES = {
@@ -183,7 +184,7 @@ async def test_given_the_schema_of_another_version_then_it_is_not_ready_and_says
 ) -> None:
     pool = await open_pool(database_url)
     try:
-        stores: Any = SimpleNamespace(redis=redis_client, pool=pool)
+        stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings())
         assert await reasons(stores) == []
         await pool.execute(change)
         (reason,) = await reasons(stores)

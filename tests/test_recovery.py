@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from redis.asyncio import Redis
 from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import Bid, campaign, card, key
+from stock_maker import BEHIND_MAX, Bid, campaign, card, key
 
+from sale.db import claims
 from sale.domain import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
 from sale.stock.rebuild import freeze
 from sale.stock.records import read_card
 from sale.stock.scripts import CallReply, Decision, Scripts
+from sale.usecases.recovery import Unsafe
 from sale.usecases.verification import verify_all
 
 
@@ -136,10 +138,10 @@ async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
     assert await shop.redis.sismember(CAMPAIGNS, CAMPAIGN)
     assert await shop.redis.exists(*rebuilt_keys(CAMPAIGN)) == 0
 
-    # It sells on, within the limits, and remembers its keys; the marks of before are not believed.
+    assert await shop.stock.call(Bid(card(5), key(1)), epoch=1) == [CallReply.UNATTENDED]
+    # It sells on, within the limits, and remembers its keys; who has not looked at it is refused.
     replayed, over, sold, revoked = await shop.stock.buy(
         Bid(card(1), key(2)), Bid(card(1), key(3)), Bid(card(5), key(1)), Bid(card(9), key(1)),
-        mark=(1, int(before[0]) + 100),
     )  # fmt: skip
     assert replayed.decision is Decision.REPLAYED
     assert over.decision is Decision.LIMIT_EXCEEDED
@@ -249,29 +251,68 @@ async def test_given_a_writer_behind_when_recovered_then_the_stream_adds_what_it
     assert await shop.stock.head("epoch") == ["3"]
 
 
-async def test_given_two_stories_when_recovered_then_it_is_refused_in_words(shop: Shop):
+async def test_given_two_stories_when_recovered_then_the_ledger_stands_and_none_is_dropped(
+    shop: Shop,
+):
     copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
     (forked_at,) = await shop.buy(6)
     await shop.applied()
     await shop.stop_writer()
     await _restore(shop, copy)
     await shop.buy(7)
+    (beyond,) = await shop.buy(8)
+    told = await shop.recover(dry_run=True)
+    assert (told.conflicts, told.filled, told.voided) == (1, 1, [])
+    assert await shop.pool.fetchval("SELECT count(*) FROM conflict") == 0
+    with pytest.raises(Unsafe, match="1 conflicts"):
+        await shop.recover(lossless_only=True)
+    done = await shop.recover()
+    assert (done.conflicts, done.filled, done.voided) == (1, 1, [])
+    conflicts = await shop.pool.fetch("SELECT seq, source, event->>'card_no' AS card FROM conflict")
+    assert [tuple(row) for row in conflicts] == [(forked_at, "forked", card(7))]
+    # Who stands in the ledger keeps the order, who has none may buy, and no number is used twice.
+    again, kept, new = await shop.stock.buy(
+        Bid(card(6), key(1)), Bid(card(8), key(1)), Bid(card(7), key(1))
+    )
+    assert (again.decision, again.a) == (Decision.REPLAYED, forked_at)
+    assert (kept.decision, kept.a) == (Decision.REPLAYED, beyond)
+    assert (new.decision, new.a) == (Decision.SOLD, beyond + 2)
+    await shop.start_writer()
+    await shop.applied()
+    report = await shop.audit()
+    assert [finding.invariant for finding in report.campaigns[0].findings] == ["INV-3"]
+
+
+async def test_given_a_stream_with_a_hole_when_recovered_then_the_cards_tell_what_it_was(
+    shop: Shop,
+):
+    await shop.stop_writer()
+    _, second = await shop.buy(6, 7)
     await shop.buy(8)
-    before = await shop.stock.everything()
-    with pytest.raises(Refused) as refused:
-        await shop.recover()
-    assert refused.value.problem is Problem.UNAVAILABLE
-    assert f"different stories from event {forked_at}" in str(refused.value)
-    assert await shop.stock.everything() == before
+    await shop.redis.xdel(shop.stock.keys.stream, f"{second}-0")
+    done = await shop.recover()
+    assert (done.filled, done.voided, done.conflicts) == (3, [], 0)
+    await shop.start_writer()
+    await shop.applied()
+    assert (await shop.audit()).clean
 
 
-async def test_given_events_that_are_nowhere_when_recovered_then_it_is_refused(shop: Shop):
+async def test_given_events_that_are_nowhere_when_recovered_then_they_are_voided(shop: Shop):
     await shop.stop_writer()
     first, second = await shop.buy(6, 7)
     (third,) = await shop.buy(8)
     await shop.redis.xdel(shop.stock.keys.stream, f"{second}-0")
-    with pytest.raises(Refused, match=f"events {first} to {third} were given out"):
-        await shop.recover()
+    await shop.redis.hdel(shop.stock.keys.cards, card(6), card(7))
+    with pytest.raises(Unsafe, match="2 numbers voided"):
+        await shop.recover(lossless_only=True)
+    done = await shop.recover()
+    assert (done.filled, done.voided, done.conflicts) == (1, [(first, second)], 0)
+    assert (await shop.stock.buy_one(card(6), key(1))).a == third + 2
+    await shop.start_writer()
+    await shop.applied()
+    async with shop.pool.acquire() as connection:
+        assert await claims.voided(connection, CAMPAIGN) == [(first, second)]
+    assert (await shop.audit()).clean
 
 
 async def test_given_an_unknown_id_when_recovered_then_it_is_refused(shop: Shop):
@@ -313,7 +354,7 @@ async def test_given_another_deployments_redis_when_verified_then_the_nonce_is_n
 ):
     other = Scripts(shop.redis, "another")
     reply = await other.purchase(
-        shop.stock.keys, "p9", 1, (0, 0), [card(5), "district", 0, 1, key(1)]
+        shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, [card(5), "district", 0, 1, key(1)]
     )
     assert reply[0] == CallReply.UNVERIFIED
 

@@ -89,7 +89,7 @@ async def test_lost_stock_is_not_told_as_sold_out(redis: Redis) -> None:
     assert reply == [CallReply.BROKEN]
     assert await redis.hget(stock.keys.stock, "r0") == b"5"
     with pytest.raises(Untrusted):
-        await stock.scripts.peek(stock.keys, (0, 0), 2)
+        await stock.peek(2)
 
 
 @pytest.mark.parametrize("quantity", [0, -1, 3, 10**9])
@@ -274,7 +274,7 @@ async def test_clock_never_goes_back(redis: Redis) -> None:
     assert reply[1] == ahead
     await stock.step("pause")
     assert [entry.at_ms for entry in await stock.entries()][-2:] == [ahead, ahead]
-    assert (await stock.scripts.peek(stock.keys, (0, 0), 1)).now_ms == ahead
+    assert (await stock.peek(1)).now_ms == ahead
     assert int((await stock.head("clock"))[0]) == ahead
 
 
@@ -342,10 +342,10 @@ async def test_steps_of_the_roster_are_taken_in_order_and_once(redis: Redis) -> 
 # Trust: INV-8 -----------------------------------------------------------------------------------
 
 
-async def refused_as(stock: Stock, reply: CallReply, mark: tuple[int, int] = (0, 0)) -> None:
+async def refused_as(stock: Stock, reply: CallReply, **mark: int) -> None:
     """A purchase is refused as a whole, for that reason, and nothing has changed."""
     before = await stock.everything()
-    assert await stock.call(Bid(card(1), key(9)), mark=mark) == [reply]
+    assert await stock.call(Bid(card(1), key(9)), **mark) == [reply]
     assert await stock.everything() == before
 
 
@@ -357,7 +357,7 @@ async def test_campaign_without_head_is_missing(redis: Redis) -> None:
     assert (await stock.scripts.add_stock(stock.id, operation(), 0, 1)).reply is CallReply.MISSING
     assert (await stock.scripts.verify(stock.id, 0, "0" * 40)).reply is CallReply.MISSING
     with pytest.raises(Untrusted, match="missing"):
-        await stock.scripts.peek(stock.keys, (0, 0), 1)
+        await stock.peek(1)
 
 
 async def test_nothing_is_sold_before_the_revoked_cards_are_loaded(redis: Redis) -> None:
@@ -381,7 +381,7 @@ async def test_unverified_redis_sells_nothing_until_it_is_verified(
     added = await stock.scripts.add_stock(stock.id, operation(), 0, 1)
     assert added.reply is CallReply.UNVERIFIED
     with pytest.raises(Untrusted, match="unverified"):
-        await stock.scripts.peek(stock.keys, (0, 0), 1)
+        await stock.peek(1)
     seq, chain = await stock.head("seq", "chain")
     assert (await stock.scripts.verify(stock.id, int(seq), chain)).reply is CallReply.OK
     assert (await stock.buy_one(card(1), key(9))).decision is Decision.SOLD
@@ -412,7 +412,7 @@ async def test_recovering_campaign_sells_nothing_and_lets_nobody_act(redis: Redi
     assert (await stock.step("pause")).state == "recovering"
     added = await stock.scripts.add_stock(stock.id, operation(), 0, 1)
     assert (added.reply, added.state) == (CallReply.WRONG_STATE, "recovering")
-    assert (await stock.scripts.peek(stock.keys, (0, 0), 1)).state == "recovering"
+    assert (await stock.peek(1)).state == "recovering"
     assert (await stock.scripts.tick(stock.id)).state == "recovering"
     assert (await stock.scripts.verify(stock.id, int(seq), chain)).reply is CallReply.OK
     assert (await stock.buy_one(card(2), key(1))).decision is Decision.SOLD
@@ -421,13 +421,14 @@ async def test_recovering_campaign_sells_nothing_and_lets_nobody_act(redis: Redi
 async def test_head_behind_what_a_process_has_seen_is_stale(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     seq, epoch = (int(value) for value in await stock.head("seq", "epoch"))
-    await refused_as(stock, CallReply.STALE, (epoch, seq + 1))
-    await refused_as(stock, CallReply.STALE, (epoch + 1, 0))
+    await refused_as(stock, CallReply.STALE, seen=seq + 1)
     with pytest.raises(Untrusted, match="stale"):
-        await stock.scripts.peek(stock.keys, (epoch, seq + 1), 1)
-    # An earlier epoch's numbers say nothing about this one's.
-    assert await stock.buy(Bid(card(1), key(1)), mark=(epoch - 1, seq + 99))
-    assert await stock.buy(Bid(card(2), key(1)), mark=(epoch, seq + 1))
+        await stock.peek(1, seen=seq + 1)
+    assert await stock.buy(Bid(card(1), key(1)), seen=seq)
+    assert await stock.buy(Bid(card(2), key(1)), seen=seq + 1)
+    await refused_as(stock, CallReply.UNATTENDED, epoch=epoch + 1)
+    with pytest.raises(Untrusted, match="unattended"):
+        await stock.peek(1, epoch=epoch + 1)
 
 
 @pytest.mark.parametrize("damage", ["deleted", "behind", "ahead", "emptied"])
@@ -449,7 +450,7 @@ async def test_stream_that_does_not_end_at_the_head_is_broken(redis: Redis, dama
     added = await stock.scripts.add_stock(stock.id, operation(), 0, 1)
     assert added.reply is CallReply.BROKEN
     with pytest.raises(Untrusted, match="broken"):
-        await stock.scripts.peek(stock.keys, (0, 0), 1)
+        await stock.peek(1)
 
 
 async def test_campaign_is_not_made_over_a_ledger_without_its_head(redis: Redis) -> None:
@@ -497,7 +498,7 @@ async def test_out_of_memory_is_refused_before_the_first_write(redis: Redis) -> 
         for call in calls:
             with pytest.raises(ResponseError, match=r"OOM|maxmemory"):
                 await call
-        peek = await stock.scripts.peek(stock.keys, (0, 0), 1)
+        peek = await stock.peek(1)
         assert peek.remaining == (8,)
     assert await stock.everything() == before
     await stock.check_books()
@@ -512,7 +513,7 @@ async def test_scripts_are_sent_again_where_redis_has_forgotten_them(redis: Redi
     await redis.script_flush()
     assert (await stock.buy_one(card(1), key(1))).decision is Decision.REPLAYED
     await redis.script_flush()
-    assert (await stock.scripts.peek(stock.keys, (0, 0), 1)).remaining == (8,)
+    assert (await stock.peek(1)).remaining == (8,)
     await redis.script_flush()
     assert (await stock.step("pause")).reply is CallReply.OK
 
@@ -625,7 +626,7 @@ async def test_only_what_is_open_sells_and_peek_says_the_same(
     await stock.load_roster()
     for step in WAY[state]:
         await stock.step(step, opens_at_ms=await now_ms(redis) + HOUR_MS)
-    assert (await stock.scripts.peek(stock.keys, (0, 0), 1)).state == state
+    assert (await stock.peek(1)).state == state
     assert (await stock.buy_one(card(1), key(1))).decision is decision
 
 
@@ -794,7 +795,7 @@ async def test_peek_says_what_is_left_and_writes_nothing(redis: Redis) -> None:
     stock = await open_stock(redis, 3, 0)
     await stock.buy_one(card(1), key(1), 2)
     before = await stock.everything()
-    peek = await stock.scripts.peek(stock.keys, (1, 3), 2)
+    peek = await stock.peek(2, seen=3)
     assert (peek.seq, peek.epoch, peek.state, peek.roster_rev) == (3, 1, "open", 0)
     assert peek.remaining == (1, 0)
     assert await stock.everything() == before
@@ -803,12 +804,12 @@ async def test_peek_says_what_is_left_and_writes_nothing(redis: Redis) -> None:
 async def test_peek_counts_what_the_clock_has_changed(redis: Redis) -> None:
     opens = await now_ms(redis) + HOUR_MS
     stock = await scheduled_stock(redis, opens, opens + 1)
-    peek = await stock.scripts.peek(stock.keys, (0, 0), 1)
+    peek = await stock.peek(1)
     assert (peek.state, peek.opens_at_ms) == ("scheduled", opens)
     await stock.set_clock(opens)
-    assert (await stock.scripts.peek(stock.keys, (0, 0), 1)).state == "open"
+    assert (await stock.peek(1)).state == "open"
     await stock.set_clock(opens + 1)
-    assert (await stock.scripts.peek(stock.keys, (0, 0), 1)).state == "closed"
+    assert (await stock.peek(1)).state == "closed"
     now = await read_campaign(redis, stock.id)
     assert now is not None
     assert (now.state, now.recorded) == ("closed", "scheduled")
@@ -897,3 +898,56 @@ async def test_answers_name_events_of_the_ledger(redis: Redis) -> None:
         event = events[seq]
         assert (event.card_no, event.quantity) == (card(n), 1 + n % 2)
         assert (event.key_hash, event.price_fen, event.showing) == (key(1), 500, 0)
+
+
+# How far PostgreSQL is behind -------------------------------------------------------------------
+
+
+async def test_given_postgres_too_many_events_behind_then_nothing_is_sold_and_keys_are_honoured(
+    redis: Redis,
+) -> None:
+    stock = await open_stock(redis, 9)
+    (seq,) = await stock.head("seq")
+    await stock.scripts.tell_applied(stock.id, int(seq), None)
+    first = await stock.buy(Bid(card(1), key(1)), behind_max=(2, 10**6))
+    second = await stock.buy(Bid(card(2), key(1)), behind_max=(2, 10**6))
+    assert [told[0].decision for told in (first, second)] == [Decision.SOLD] * 2
+    replayed, refused = await stock.buy(
+        Bid(card(1), key(1)), Bid(card(3), key(1)), behind_max=(2, 10**6)
+    )
+    assert (replayed.decision, refused.decision) == (Decision.REPLAYED, Decision.BEHIND)
+    await stock.scripts.tell_applied(stock.id, int(seq) + 1, await now_ms(redis))
+    assert (await stock.buy(Bid(card(3), key(1)), behind_max=(2, 10**6)))[0].decision is (
+        Decision.SOLD
+    )
+    await stock.check_books()
+
+
+async def test_given_postgres_too_long_behind_then_nothing_is_sold_until_it_has_caught_up(
+    redis: Redis,
+) -> None:
+    stock = await open_stock(redis, 9)
+    (seq,) = await stock.head("seq")
+    await stock.scripts.tell_applied(stock.id, int(seq), None)
+    bounds = (10**6, 1_000)
+    assert (await stock.buy(Bid(card(1), key(1)), behind_max=bounds))[0].decision is Decision.SOLD
+    since = int((await stock.head("behind_since"))[0])
+    await stock.set_clock(since + 1_000)
+    assert (await stock.buy(Bid(card(2), key(1)), behind_max=bounds))[0].decision is Decision.SOLD
+    await stock.set_clock(since + 1_001)
+    assert (await stock.buy(Bid(card(3), key(1)), behind_max=bounds))[0].decision is Decision.BEHIND
+    # The writer has carried the first of the two: the other is younger than the bound.
+    await stock.scripts.tell_applied(stock.id, int(seq) + 1, since + 1_000)
+    assert (await stock.buy(Bid(card(3), key(1)), behind_max=bounds))[0].decision is Decision.SOLD
+    await stock.scripts.tell_applied(stock.id, int(seq) + 3, None)
+    assert await stock.head("behind_since") == [""]
+
+
+async def test_given_postgres_ahead_of_this_redis_then_what_the_writer_tells_is_not_taken(
+    redis: Redis,
+) -> None:
+    stock = await open_stock(redis, 9)
+    (seq,) = await stock.head("seq")
+    told = await stock.scripts.tell_applied(stock.id, int(seq) + 1, None)
+    assert told.reply is CallReply.STALE
+    assert (await stock.scripts.tell_applied("no-such", 1, None)).reply is CallReply.MISSING

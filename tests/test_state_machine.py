@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from model import STEPS, Asked, Model
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from stock_maker import Stock, campaign, card, key, now_ms, operation
+from stock_maker import BEHIND_MAX, Stock, campaign, card, key, now_ms, operation
 
 from sale.db import ledger
 from sale.db.pool import open_pool
@@ -32,6 +32,7 @@ from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, Batchers, Purchase
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
+from sale.stock.roll import hear
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.usecases import verification
 from sale.usecases.audit import audit
@@ -335,7 +336,7 @@ class Sale(RuleBasedStateMachine):
         self.processes += 1
         self.shops[place] = Batchers(
             self.scripts, f"process-{self.processes}", PurchaseMetrics(), batch_max=64,
-            queue_max=64, deadline_s=10.0,
+            queue_max=64, deadline_s=10.0, behind_max=BEHIND_MAX,
         )  # fmt: skip
 
     @rule()
@@ -350,12 +351,17 @@ class Sale(RuleBasedStateMachine):
     def redis_gets_another_identity(self) -> None:
         self.run(self.rig.redis.hset(self.stock.keys.head, "run_id", "f" * 40))
         bid: list[str | int] = [card(0), UNIONS[0], 0, 1, key(9)]
-        call = (self.stock.keys, "stranger", self.model.seq, (0, 0), bid)
+        call = (self.stock.keys, "stranger", self.model.seq, ("", 0), BEHIND_MAX, bid)
         assert self.run(Scripts.purchase(self.scripts, *call)) == [CallReply.UNVERIFIED]
         by = operation()
         reply = self.run(self.scripts.transition(self.id, "close", by))
         assert reply.reply is CallReply.UNVERIFIED
-        assert self.run(verification.verify(self.rig.redis, self.scripts, self.rig.pool, self.id))
+        self.run(self._verified())
+
+    async def _verified(self) -> None:
+        redis, pool = self.rig.redis, self.rig.pool
+        roll = await hear(redis)
+        assert await verification.verify(redis, self.scripts, pool, self.id, roll)
 
     # The writer -----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -58,7 +59,7 @@ class System:
         )
         self.task: asyncio.Task[None] | None = None
 
-    async def start(self, **changes: str) -> str:
+    async def start(self, **changes: Any) -> str:
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         settings = config.load(
             environment={}, **{**{f: getattr(self.settings, f) for f in FIELDS}, **changes}
@@ -152,6 +153,87 @@ async def test_given_a_part_killed_then_it_is_started_again_and_counters_do_not_
     assert value(await system.metrics(), 'sale_pings_total{part="serve"}') == 20
     await get(f"{url}/ping")
     assert value(await system.metrics(), 'sale_pings_total{part="serve"}') == 21
+
+
+@pytest.mark.fault
+async def test_given_one_worker_when_renewed_then_somebody_listens_at_every_moment(
+    system: System,
+) -> None:
+    url = await system.start(workers=1)
+    await get(f"{url}/ping")
+    before = system.pids()
+    refused = 0
+
+    os.kill(os.getpid(), signal.SIGHUP)
+
+    async def renewed() -> bool:
+        nonlocal refused
+        try:
+            await get(f"{url}/ping")
+        except aiohttp.ClientConnectorError:
+            refused += 1
+        except aiohttp.ClientError:
+            pass  # the stub does not drain
+        pid = before["serve-1"]
+        return system.pids()["serve-1"] != pid and not Path(f"/proc/{pid}").exists()
+
+    await until(renewed)
+    assert refused == 0
+    after = system.pids()
+    assert {name: after[name] for name in ("writer", "scheduler")} == {
+        name: before[name] for name in ("writer", "scheduler")
+    }
+    assert value(await system.metrics(), 'sale_pings_total{part="serve"}') >= 1
+
+
+@pytest.mark.fault
+async def test_given_a_new_process_that_does_not_come_up_then_the_old_one_stays(
+    system: System, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = await system.start()
+    before = system.pids()
+    (system.data_dir / "dies-serve").touch()
+
+    os.kill(os.getpid(), signal.SIGHUP)
+
+    async def told() -> bool:
+        nonlocal said
+        said += "".join(capfd.readouterr())
+        return "supervisor.renewal_failed" in said
+
+    said = ""
+    await until(told)
+    assert system.pids() == before
+    assert json.loads(await get(f"{url}/ping"))["pid"] in before.values()
+    (system.data_dir / "dies-serve").unlink()
+
+
+@pytest.mark.fault
+def test_given_a_terminal_that_goes_away_then_that_is_the_end_and_not_a_restart() -> None:
+    program = (
+        "import asyncio, os, sys; from sale.workers.lifetime import told_to_restart\n"
+        "os.setsid(); os.open(sys.argv[1], os.O_RDWR)\n"
+        "async def main():\n"
+        "    stop = asyncio.Event()\n"
+        "    with told_to_restart(stop) as restart:\n"
+        "        print('ready', flush=True)\n"
+        "        await asyncio.wait_for(restart.wait(), 10)\n"
+        "        print('restart', flush=True)\n"
+        "        await asyncio.wait_for(stop.wait(), 10)\n"
+        "        print('stop', flush=True)\n"
+        "asyncio.run(main())\n"
+    )
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, os.ttyname(theirs)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        os.close(theirs)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "restart\n"
+        os.close(ours)
+        assert process.stdout.readline() == "stop\n"
 
 
 async def test_given_an_address_in_use_then_it_says_so(system: System) -> None:

@@ -123,6 +123,7 @@ async def show_live(request: web.Request) -> web.Response:
         LiveView(
             id=now.campaign.id,
             state=now.state.value,
+            trouble=now.recovering or None,
             showings=remaining_views(now),
             ledger_seq=now.seq,
             ledger_applied=applied,

@@ -1,9 +1,19 @@
-"""The HTTP application, as a list of its parts, and the process that serves it."""
+"""The HTTP application, as a list of its parts, and the process that serves it.
+
+Told to stop, a process drains (``Api.drain``): it takes what already waits at its listener and
+closes that, sells nothing more, answers what is under way, ends kept connections by their next
+answer, and is gone within the purchase deadline and a little. Other processes share the address by
+SO_REUSEPORT and take what comes from then on. Closing kept connections at once was rejected: a
+request that crosses the close sees a reset, which a client cannot tell from a lost answer.
+"""
 
 import asyncio
+import contextlib
 import gc
 import socket
-from typing import Final
+import time
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Final
 
 import structlog
 from aiohttp import web
@@ -21,7 +31,12 @@ from sale.domain import Problem, Refused
 
 BACKLOG: Final = 4_096
 KEEPALIVE_TIMEOUT_S: Final = 75.0
-SHUTDOWN_TIMEOUT_S: Final = 10.0
+KEPT_GRACE_S: Final = 0.5
+"""How long kept connections may still bring a request, to be told to go elsewhere."""
+
+DRAIN_POLL_S: Final = 0.01
+CANCEL_TIMEOUT_S: Final = 0.25  # aiohttp waits this long twice for a handler that is past its time
+STOPPING: Final = "stopping"
 
 log = structlog.get_logger()
 
@@ -38,37 +53,110 @@ def make_app(engine: Engine) -> web.Application:
     return app
 
 
-async def serve(engine: Engine, stop: asyncio.Event) -> None:
-    """Serve on ``settings.listen`` until ``stop``, then answer what is under way, bounded."""
-    runner = web.AppRunner(make_app(engine), shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+@contextlib.asynccontextmanager
+async def listening(engine: Engine) -> AsyncIterator["Api"]:
+    """Serve on ``settings.listen`` while the block runs, then drain. Raises StartError."""
+    runner = web.AppRunner(make_app(engine), shutdown_timeout=CANCEL_TIMEOUT_S)
     await runner.setup()
-    address = engine.stores.settings.listen
-    listener = listen_on(address)
-    spare_collector()
-    loop = asyncio.get_running_loop()
-
-    def connection() -> web.RequestHandler:
-        assert runner.server is not None  # noqa: S101 - set up above
-        return Connection(
-            runner.server,
-            loop=loop,
-            access_log=None,  # type: ignore[arg-type] # as AppRunner passes it
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-        )
-
-    server = await loop.create_server(connection, sock=listener, backlog=BACKLOG)
+    api = Api(engine, runner)
     try:
-        log.info("api.listening", address=address)
-        await stop.wait()
-        log.info("api.stopping")
+        await api.listen()
+        yield api
     finally:
-        server.close()
+        await api.drain()
         await runner.cleanup()
-        listener.close()
+
+
+class Api:
+    """The listener of one process and its connections."""
+
+    def __init__(self, engine: Engine, runner: web.AppRunner) -> None:
+        self._engine = engine
+        self._runner = runner
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = None
+        self._server: asyncio.Server | None = None
+        self.draining = False
+
+    async def listen(self) -> None:
+        """Take connections from now on. Raises StartError."""
+        address = self._engine.stores.settings.listen
+        self._listener = listen_on(address)
+        spare_collector()
+        self._server = await self._loop.create_server(
+            self._connection, sock=self._listener, backlog=BACKLOG
+        )
+        log.info("api.listening", address=address)
+
+    async def drain(self) -> None:
+        """Stop as the module says; once, however often it is called."""
+        if self.draining:
+            return
+        self.draining = True
+        self._engine.batchers.halted = STOPPING
+        self._engine.metrics.halted = True
+        log.info("api.stopping", connections=len(self._connections))
+        waiting = self._close_listener()
+        for each in waiting:
+            # A client that has gone already is no matter.
+            with contextlib.suppress(OSError):
+                await self._loop.connect_accepted_socket(self._connection, each)
+        started = time.monotonic()
+        limit_s = self._engine.stores.settings.purchase_deadline_ms / 1000
+        while (open_ones := self._connections) and time.monotonic() - started < limit_s:
+            if time.monotonic() - started > KEPT_GRACE_S and not any(c.busy for c in open_ones):
+                break
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    def _close_listener(self) -> list[socket.socket]:
+        """Close the listener at a moment when nobody waits at it; give who waited until then."""
+        waiting: list[socket.socket] = []
+        if self._listener is None:
+            return waiting
+        with contextlib.suppress(OSError):  # BlockingIOError: nobody is left
+            while self._server is not None and len(waiting) < BACKLOG:
+                waiting.append(self._listener.accept()[0])
+        if self._server is not None:
+            self._server.close()
+        self._listener.close()
+        return waiting
+
+    @property
+    def _connections(self) -> list["Connection"]:
+        server = self._runner.server
+        every = [] if server is None else server.connections
+        return [connection for connection in every if isinstance(connection, Connection)]
+
+    def _connection(self) -> "Connection":
+        assert self._runner.server is not None  # noqa: S101 - set up before
+        return Connection(
+            self._runner.server,
+            loop=self._loop,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            api=self,
+        )
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's connection, whose own refusals (what is not HTTP) are problem documents too."""
+    """aiohttp's connection: its own refusals are problem documents, and it can be drained."""
+
+    def __init__(self, *arguments: Any, api: Api, **options: Any) -> None:  # noqa: ANN401 - passed
+        super().__init__(*arguments, **options)
+        self._api = api
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way here."""
+        return self._request_in_progress or bool(self._messages)
+
+    def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """Send an answer; while draining, it is this connection's last."""
+        if self._api.draining:
+            resp.force_close()
+        return super().finish_response(request, resp, start_time)
 
     def handle_error(
         self,

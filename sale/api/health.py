@@ -29,7 +29,8 @@ def add_health_routes(app: web.Application) -> None:
         # A crowd of probes shares one look at the stores.
         if not kept or time.monotonic() - kept[0][0] > FRESH_S:
             kept[:] = [(time.monotonic(), await reasons(request.app[ENGINE].stores))]
-        why = kept[0][1]
+        halted = request.app[ENGINE].batchers.halted
+        why = [halted, *kept[0][1]] if halted else kept[0][1]
         response = json_response(HealthView("unavailable" if why else "ok", why), headers=NO_STORE)
         if why:
             response.set_status(503)
@@ -49,9 +50,14 @@ async def reasons(stores: Stores) -> list[str]:
 async def _redis_reasons(stores: Stores) -> list[str]:
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
-            return [f"redis: {fault}" for fault in await durability_faults(stores.redis)]
+            faults = await durability_faults(
+                stores.redis, stores.settings.durability, stores.settings.replicas_min
+            )
     except REDIS_ERRORS as error:
         return [f"redis: not reached ({type(error).__name__})"]
+    if stores.settings.durability_check == "warn":
+        return []
+    return [f"redis: {fault}" for fault in faults]
 
 
 async def _postgres_reasons(stores: Stores) -> list[str]:

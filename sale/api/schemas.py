@@ -150,10 +150,14 @@ class AllowanceView(msgspec.Struct, frozen=True):
 
 
 class LiveView(msgspec.Struct, frozen=True, kw_only=True):
-    """A campaign as its operators watch it, straight from the engine."""
+    """A campaign as its operators watch it, straight from the engine.
+
+    ``trouble`` says why a recovering campaign does not sell.
+    """
 
     id: str
     state: State
+    trouble: str | None
     showings: list[RemainingView]
     ledger_seq: Count
     ledger_applied: Count

@@ -1,4 +1,4 @@
-"""`sale audit`, `sale recover`, `sale doctor`: is everything as it should be?"""
+"""`sale audit` and `sale doctor`: is everything as it should be?"""
 
 import sys
 from typing import Any
@@ -18,6 +18,11 @@ from sale.usecases.audit import AuditReport, CouldNotCheck
 
 EXIT_FINDING = 1
 EXIT_COULD_NOT_CHECK = 3
+_DURABILITY = {
+    "fsync": "every answer after its fsync",
+    "replicated": "every answer after its fsync, and after the replicas have it",
+    "relaxed": "a crash may lose about the last second's answered orders",
+}
 
 
 @click.command()
@@ -33,7 +38,13 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
     async def work() -> AuditReport:
         try:
             async with open_stores(context.settings, pool_size=3) as stores:
-                return await check(stores.redis, stores.pool, campaign_id)
+                return await check(
+                    stores.redis,
+                    stores.pool,
+                    campaign_id,
+                    durability=context.settings.durability,
+                    replicas_min=context.settings.replicas_min,
+                )
         except (*STORE_ERRORS, SettingsError, EmbeddedError) as error:
             raise CouldNotCheck(str(error) or type(error).__name__) from None
 
@@ -47,56 +58,37 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
 
 
 @click.command()
-@click.argument("campaign_id", metavar="ID")
-@click.option("--dry-run", is_flag=True, help="Show the difference, change nothing.")
-@command_context
-def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None:
-    """Rebuild a campaign's state in Redis from PostgreSQL; nothing where nothing is wrong."""
-    from sale.bootstrap import open_stores
-    from sale.usecases.recovery import Recovery
-    from sale.usecases.recovery import recover as rebuild
-
-    async def work() -> Recovery:
-        async with open_stores(context.settings, pool_size=3) as stores:
-            return await rebuild(
-                stores.redis,
-                stores.scripts,
-                stores.pool,
-                campaign_id,
-                actor=context.actor,
-                dry_run=dry_run,
-            )
-
-    done = run(work())
-
-    def in_words() -> None:
-        click.echo(done.says)
-        for difference in done.differences:
-            click.echo(f"  {difference}")
-
-    echo(context, done, in_words)
-
-
-@click.command()
 @command_context
 def doctor(context: CommandContext) -> None:
     """Tell what is running, its versions, how durable it really is, and the ledger's lag."""
-    from sale.bootstrap import open_stores
+    from sale.bootstrap import open_stores, store_urls
     from sale.usecases.diagnosis import Diagnosis, diagnose
 
     async def work() -> Diagnosis:
         async with open_stores(context.settings, pool_size=2) as stores:
-            return await diagnose(stores.redis, stores.pool, stores.nonce)
+            return await diagnose(
+                stores.redis,
+                stores.pool,
+                stores.nonce,
+                redis_url=store_urls(context.settings)[0],
+                durability=context.settings.durability,
+                replicas_min=context.settings.replicas_min,
+            )
 
     found = run(work())
+    bound_mb = context.settings.disk_free_min_mb
+    short = found.redis_disk_free_mb is not None and found.redis_disk_free_mb < bound_mb
 
     def in_words() -> None:
         echo_fields(
             [
                 ("redis", found.redis_version),
                 ("postgresql", found.postgres_version),
-                ("durability", "every answer after its fsync" if not found.faults else "WEAK"),
+                ("durability", f"{found.durability}: {_DURABILITY[found.durability]}"),
+                ("in force", "no: see below" if found.faults else "yes"),
+                ("free on Redis' disk", _free(found.redis_disk_free_mb, bound_mb)),
                 ("writer", found.writer),
+                ("scheduler", found.scheduler),
                 ("cards in the roster", found.cards),
             ]
         )
@@ -109,8 +101,14 @@ def doctor(context: CommandContext) -> None:
         echo_table(("campaign", "state", "events", "in PostgreSQL", "lag", "trouble"), rows)
 
     echo(context, found, in_words)
-    if found.faults or any(each.trouble for each in found.campaigns):
+    if found.faults or short or any(each.trouble for each in found.campaigns):
         sys.exit(1)
+
+
+def _free(left_mb: int | None, bound_mb: int) -> str:
+    if left_mb is None:
+        return "not to be seen from here"
+    return f"{left_mb} MB" + (f": below {bound_mb} MB nothing is sold" * (left_mb < bound_mb))
 
 
 def _show_audit(report: AuditReport) -> None:

@@ -7,9 +7,10 @@ import click
 from sale import __version__
 from sale.cli.campaigns import campaign
 from sale.cli.cards import cards, tokens
-from sale.cli.checks import audit, doctor, recover
+from sale.cli.checks import audit, doctor
 from sale.cli.operators import operator
 from sale.cli.processes import migrate, scheduler, serve, up, writer
+from sale.cli.recovery import losses, recover
 from sale.cli.runtime import main_entry, remember_options
 
 
@@ -32,6 +33,7 @@ for command in (
     operator,
     audit,
     recover,
+    losses,
     doctor,
 ):
     sale.add_command(command)

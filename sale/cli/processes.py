@@ -32,16 +32,19 @@ def up(context: CommandContext) -> None:
 @overriding("listen", "metrics_listen")
 def serve(context: CommandContext) -> None:
     """Run one API process; any number of them share one address."""
-    from sale.api.app import serve as serve_http
+    from sale.api.app import listening
     from sale.bootstrap import open_engine
     from sale.workers.metrics_server import serving_metrics
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         async with (
             open_engine(settings) as engine,
+            listening(engine) as api,
+            # After the API: whose metrics can be read, takes purchases (``supervisor.py``).
             serving_metrics(settings.metrics_listen, engine.registry),
         ):
-            await serve_http(engine, stop)
+            await stop.wait()
+            await api.drain()
 
     _run_part(context.settings, work)
 
@@ -54,12 +57,17 @@ def writer(context: CommandContext) -> None:
     from prometheus_client import CollectorRegistry
 
     from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
+    from sale.db.offices import WRITER
     from sale.usecases.campaigns import CampaignDesk
-    from sale.workers.ledger_writer import LedgerMetrics, LedgerWriter
+    from sale.workers.leadership import refuse_unfit_proxy
+    from sale.workers.ledger_metrics import LedgerMetrics
+    from sale.workers.ledger_writer import LedgerWriter
     from sale.workers.metrics_server import serving_metrics
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = CollectorRegistry()
+        database_url = store_urls(settings)[1]
+        await refuse_unfit_proxy(database_url, WRITER)
         async with (
             open_stores(settings, patience_s=START_PATIENCE_S, pool_size=2) as stores,
             serving_metrics(settings.metrics_listen, registry),
@@ -67,7 +75,8 @@ def writer(context: CommandContext) -> None:
             desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
             carrier = LedgerWriter(
                 stores.redis,
-                store_urls(settings)[1],
+                stores.scripts,
+                database_url,
                 settings,
                 pause_campaign=desk.pause_for,
                 metrics=LedgerMetrics(registry),
@@ -84,17 +93,21 @@ def scheduler(context: CommandContext) -> None:
     """Run the scheduler: openings, closings, verification, audits."""
     from prometheus_client import CollectorRegistry
 
-    from sale.bootstrap import START_PATIENCE_S, open_stores
+    from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
+    from sale.db.offices import SCHEDULER
+    from sale.workers.leadership import refuse_unfit_proxy
     from sale.workers.metrics_server import serving_metrics
     from sale.workers.scheduler import Scheduler
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = CollectorRegistry()
+        database_url = store_urls(settings)[1]
+        await refuse_unfit_proxy(database_url, SCHEDULER)
         async with (
             open_stores(settings, patience_s=START_PATIENCE_S, pool_size=3) as stores,
             serving_metrics(settings.metrics_listen, registry),
         ):
-            await Scheduler(stores, registry).run(stop)
+            await Scheduler(stores, database_url, registry).run(stop)
 
     _run_part(context.settings, work)
 
@@ -122,11 +135,11 @@ def migrate(context: CommandContext) -> None:
 def _run_part(
     settings: Settings, work: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]
 ) -> None:
-    from sale.workers.lifetime import told_to_stop
+    from sale.workers.lifetime import ends_in_time, told_to_stop
 
     async def part() -> None:
         with told_to_stop() as stop:
-            await work(settings, stop)
+            await ends_in_time(work(settings, stop), stop, settings.drain_limit_s)
 
     _log(settings)
     run(part())

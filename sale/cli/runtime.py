@@ -162,7 +162,10 @@ def one_line(error: BaseException) -> str | None:
         return error.detail or error.problem.value
     if isinstance(error, asyncpg.UndefinedTableError):
         return "the database has no schema yet, or an old one: run `sale migrate`"
-    if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+    # A server that dies in mid-call is an internal error to asyncpg.
+    if isinstance(
+        error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError
+    ):
         return f"PostgreSQL: {_first_line(error)}"
     if isinstance(error, redis.RedisError):
         return f"Redis: {_first_line(error)}"

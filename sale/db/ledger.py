@@ -22,7 +22,7 @@ import msgspec
 
 from sale import domain, events
 from sale.db import queries
-from sale.events import SOLD, STATE_AFTER, CorruptLedger, Entry, Event
+from sale.events import SOLD, STATE_AFTER, VOIDED, CorruptLedger, Entry, Event
 
 Connection: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 """One connection with asyncpg's own codecs: jsonb comes and goes as text."""
@@ -266,7 +266,9 @@ _COLUMNS: Final = (
     "seq", "at", "epoch", "showing_no", "quantity", "price_fen",
     "campaign_id", "kind", "card_no", "key_hash", "actor", "reason", "data",
 )  # fmt: skip
-_KINDS: Final = frozenset({"created", "stock_added", "recovered", SOLD, *STATE_AFTER})
+_KINDS: Final = frozenset({"created", "stock_added", "recovered", SOLD, VOIDED, *STATE_AFTER})
+_SALES: Final = frozenset({SOLD, VOIDED})
+"""Done a run at a time: a voided number does nothing, and may stand between any two sales."""
 _REFUSED: Final = (asyncpg.IntegrityConstraintViolationError, asyncpg.DataError)
 """What PostgreSQL (or asyncpg, for a value of the wrong type) says to an impossible event."""
 
@@ -315,7 +317,7 @@ async def _transact(conn: Connection, batch: _Batch, *, careful: bool) -> Applie
     async with conn.transaction():
         await _record(conn, batch)
         conflicts = await _act(conn, batch, careful=careful)
-        if any(event.kind != SOLD for event in batch.events):
+        if any(event.kind not in _SALES for event in batch.events):
             await conn.execute(
                 _SQL["post_audit"], batch.campaign_id, batch.after.applied + 1, batch.to.applied
             )
@@ -342,7 +344,7 @@ async def _record(conn: Connection, batch: _Batch) -> None:
 async def _act(conn: Connection, batch: _Batch, *, careful: bool) -> list[Conflict]:
     """Do what the events say, in order; runs of sales at once. Raises _Refusal unless careful."""
     conflicts: list[Conflict] = []
-    for is_sale, group in groupby(batch.events, lambda event: event.kind == SOLD):
+    for is_sale, group in groupby(batch.events, lambda event: event.kind in _SALES):
         run = list(group)
         if not careful:
             try:
@@ -387,8 +389,8 @@ _MALFORMED: Final = (KeyError, TypeError, ValueError, AttributeError)
 
 
 async def _do(conn: Connection, campaign_id: str, run: list[Event]) -> None:
-    """Do a run of events, all of them sales or none."""
-    if run[0].kind == SOLD:
+    """Do a run of events, all of them sales (or voided) or none."""
+    if run[0].kind in _SALES:
         await conn.execute(_SQL["post_sales"], campaign_id, run[0].seq, run[-1].seq)
         return
     for event in run:

@@ -6,8 +6,15 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
-POSTGRES_ERRORS: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
-"""What a call to PostgreSQL raises where it is away, slow, or refuses it."""
+POSTGRES_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+"""What a call to PostgreSQL raises where it is away, slow, or refuses it; asyncpg calls a server
+that dies in mid-call an internal error of its own."""
 
 CONNECT_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 30.0
@@ -42,7 +49,7 @@ async def open_pool(
     except (OSError, TimeoutError) as error:
         why = str(error) or f"no answer in {connect_timeout_s:g} s"
         raise ConnectionError(
-            f"PostgreSQL at {_place(database_url)} cannot be reached: {why}"
+            f"PostgreSQL at {place(database_url)} cannot be reached: {why}"
         ) from None
 
 
@@ -54,7 +61,9 @@ async def close_pool(pool: "asyncpg.Pool[Any]") -> None:
         pool.terminate()
 
 
-def _place(database_url: str) -> str:
+def place(database_url: str) -> str:
     """Where a URL leads to, without what it says of users and passwords."""
     parts = urlsplit(database_url)
-    return parts.netloc.rpartition("@")[2] or parse_qs(parts.query).get("host", ["?"])[0]
+    asked = parse_qs(parts.query)
+    host = parts.netloc.rpartition("@")[2] or asked.get("host", ["?"])[0]
+    return f"{host} port {asked['port'][0]}" if "port" in asked else host

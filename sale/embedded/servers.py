@@ -37,6 +37,7 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 STABLE_S = 30
 RESTARTS_MAX = 50
+DISK_FULL_BYTES = 8 * 1024 * 1024  # less than this, and a server that died most likely died of it
 LOG_MAX_BYTES = 16 * 1024 * 1024
 LOG_TAIL_BYTES = 1_500
 POSTGRESQL_PORT = 5432  # names the socket; nothing listens on a network
@@ -84,7 +85,8 @@ class EmbeddedServers:
     async def watch(self) -> None:
         """Start again what dies, until cancelled.
 
-        Raises EmbeddedError when a server has died RESTARTS_MAX times without a stable time.
+        Raises EmbeddedError when a server has died RESTARTS_MAX times without a stable time. One
+        whose disk is full is tried for ever: it runs again by itself once there is space.
         """
         await _together(_keep_running(server) for server in self._servers.values())
 
@@ -136,6 +138,7 @@ class _Server:
         self,
         *,
         name: str,
+        home: Path,
         command: list[str],
         log_file: Path,
         prepare: Callable[[], Awaitable[None]],
@@ -143,6 +146,7 @@ class _Server:
         stop_signal: signal.Signals,
     ) -> None:
         self.name = name
+        self.home = home
         self.busy = asyncio.Lock()
         self.process: asyncio.subprocess.Process | None = None
         self._command = command
@@ -233,6 +237,7 @@ async def end(
 
 async def _keep_running(server: _Server) -> None:
     failures = 0
+    full = False
     while True:
         started = time.monotonic()
         process = server.process
@@ -243,16 +248,32 @@ async def _keep_running(server: _Server) -> None:
                 await asyncio.sleep(READY_POLL_S)
                 continue
             failures = 0 if time.monotonic() - started > STABLE_S else failures + 1
+            was_full, full = full, _disk_is_full(server.home)
+            if full:
+                failures = 0  # nothing to give up for: it runs again once there is space
+                if not was_full:
+                    log.error("embedded.disk_full", server=server.name, directory=str(server.home))
             if failures > RESTARTS_MAX:
                 raise EmbeddedError(f"{server.name} died {failures} times in a row")
-            log.error("embedded.died", server=server.name, failures=failures)
-            await asyncio.sleep(min(BACKOFF_FIRST_S * 2**failures, BACKOFF_MAX_S))
+            if not (full and was_full):  # told once, not every few seconds on a full disk
+                log.error("embedded.died", server=server.name, failures=failures)
+            pause_s = min(BACKOFF_FIRST_S * 2**failures, BACKOFF_MAX_S)
+            await asyncio.sleep(BACKOFF_MAX_S if full else pause_s)
             try:
                 await server.start()
-            except EmbeddedError as error:
+            except (EmbeddedError, OSError) as error:
                 log.error(  # noqa: TRY400 - one line
                     "embedded.start_failed", server=server.name, error=str(error)
                 )
+
+
+def _disk_is_full(home: Path) -> bool:
+    """Whether the disk is as good as full. A server that died of it cannot always say so."""
+    try:
+        told = os.statvfs(home)
+    except OSError:
+        return False
+    return told.f_bavail * told.f_frsize < DISK_FULL_BYTES
 
 
 def _redis(directory: DataDirectory, program: Program) -> _Server:
@@ -283,6 +304,7 @@ def _redis(directory: DataDirectory, program: Program) -> _Server:
     arguments = [word for key, value in settings.items() for word in (f"--{key}", value)]
     return _Server(
         name="redis",
+        home=home,
         command=launch_command(
             "TERM",
             f"--lock={home}.lock",
@@ -345,6 +367,7 @@ def _postgresql(directory: DataDirectory, program: Program) -> _Server:
 
     return _Server(
         name="postgresql",
+        home=home,
         command=launch_command(
             "QUIT",
             *options,

@@ -21,7 +21,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import structlog
@@ -30,6 +30,7 @@ from redis.exceptions import RedisError, ResponseError
 from sale.domain import Campaign, Problem
 from sale.events import CorruptLedger
 from sale.metrics import PurchaseMetrics
+from sale.stock.kept import Kept
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
 from sale.stock.suspects import Suspects
@@ -59,6 +60,25 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
 
 UNKNOWN: Final = Answer(None)
+
+
+class Mark(NamedTuple):
+    """How far this process has seen a campaign.
+
+    ``incarnation`` is ``run_id:replid:epoch`` of the Redis in which it looked whether all that it
+    acknowledged is there; ``seq`` is the highest event number that it has seen.
+    """
+
+    incarnation: str
+    seq: int
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the incarnation; 0 where none was attended."""
+        return int(self.incarnation.rpartition(":")[2] or 0)
+
+
+NOT_ATTENDED: Final = Mark("", 0)
 OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.SOLD: "sold",
     Decision.REPLAYED: "replayed",
@@ -73,11 +93,14 @@ OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.LIMIT_EXCEEDED: Problem.LIMIT_EXCEEDED,
     Decision.SOLD_OUT: Problem.SOLD_OUT,
     Decision.BAD_QUANTITY: Problem.INVALID_REQUEST,
+    Decision.BEHIND: Problem.UNAVAILABLE,
     None: Problem.UNAVAILABLE,
 }
 _BY_PEEK: Final = frozenset(
     {Decision.SOLD_OUT, Decision.NOT_OPEN, Decision.PAUSED, Decision.CLOSED, Decision.CARD_REVOKED}
 )
+_PASSING: Final = frozenset({CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED})
+"""What may be well again in a moment, within the patience of those who wait."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
 
@@ -117,6 +140,7 @@ class Batcher:
         batch_max: int,
         queue_max: int,
         deadline_s: float,
+        behind_max: tuple[int, int],
         next_call: Callable[[], int],
     ) -> None:
         self._campaign = campaign
@@ -129,6 +153,7 @@ class Batcher:
         self._deadline_s = deadline_s
         # A Redis that stalls is asked again while there is still time to hear the answer.
         self._call_timeout_s = deadline_s / CALLS_PER_DEADLINE
+        self._behind_max = behind_max
         self._next_call = next_call
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Purchase] = deque()
@@ -138,9 +163,15 @@ class Batcher:
         self._all_refused = False
         self._ailing = ""
         self._asking: list[Purchase] = []
-        self.mark = (0, 0)
-        """Epoch and highest event number this process has seen: a head behind it has lost
-        something that somebody was told (INV-8)."""
+        self.mark = NOT_ATTENDED
+        """A head behind it has lost something that somebody was told (INV-8)."""
+        self.kept = Kept()
+        """What this process acknowledged and PostgreSQL may not have yet (INV-3)."""
+
+    @property
+    def campaign_id(self) -> str:
+        """ID of its campaign."""
+        return self._campaign.id
 
     def submit(self, purchase: Purchase) -> bool:
         """Queue a purchase; its ``answer`` will be set. False where the queue is full."""
@@ -200,11 +231,13 @@ class Batcher:
             try:
                 async with asyncio.timeout(self._call_timeout_s):
                     reply = await self._scripts.purchase(
-                        self._keys, self._process, self._next_call(), self.mark, arguments
-                    )
+                        self._keys, self._process, self._next_call(), self.mark, self._behind_max,
+                        arguments,
+                    )  # fmt: skip
             except ResponseError as error:
                 # Rejected before its first write: out of memory, or a replica that is read-only.
                 self._ails("purchase.rejected", str(error)[:200])
+                self._all_refused = True  # a peek only reads: who can be refused by one still is
                 break
             except (RedisError, OSError, TimeoutError) as error:
                 self._ails("purchase.unknown", type(error).__name__)
@@ -213,8 +246,10 @@ class Batcher:
                     self._ailing = ""
                     self._answer(batch, reply)
                     return
+                if reply[0] == CallReply.UNATTENDED and await self.attend():
+                    continue
                 self._ails("purchase.untrusted", CallReply(reply[0]).name.lower())
-                if reply[0] not in {CallReply.LATE, CallReply.UNVERIFIED}:
+                if reply[0] not in _PASSING:
                     break
                 if time.monotonic() - first_asked_at > UNTRUSTED_PATIENCE_S:
                     break
@@ -222,6 +257,31 @@ class Batcher:
             attempt += 1
             batch = self._drop_overdue(batch)
         self._give_up(batch)
+
+    async def attend(self) -> bool:
+        """Look whether all that this process acknowledged stands in this Redis, and sign for it.
+
+        False where something lacks, or nothing could be read: nothing is bought here until the
+        campaign was recovered and this process has handed in what it knows (``usecases/roll.py``).
+        """
+        redis, keys = self._scripts.redis, self._keys
+        try:
+            async with asyncio.timeout(self._call_timeout_s):
+                values: list[Any] = await redis.hmget(
+                    keys.head, ["run_id", "replid", "epoch", "seq"]
+                )
+                if None in values:
+                    return False
+                run_id, replid, epoch, seq = (value.decode() for value in values)
+                behind = int(epoch) <= self.mark.epoch and int(seq) < self.mark.seq
+                if int(epoch) < self.mark.epoch or behind or await self.kept.lacking(redis, keys):
+                    self._ails("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
+                    return False
+        except (RedisError, OSError, TimeoutError) as error:
+            self._ails("purchase.unknown", type(error).__name__)
+            return False
+        self.mark = Mark(f"{run_id}:{replid}:{epoch}", int(seq))
+        return True
 
     def _ails(self, action: str, why: str) -> None:
         """Tell of a trouble once, not once a batch."""
@@ -234,13 +294,20 @@ class Batcher:
 
     def _answer(self, batch: list[Purchase], reply: list[int]) -> None:
         now_ms, seq, epoch, price_fen = reply[1:5]
-        self.mark = (epoch, seq)
+        self.mark = Mark(self.mark.incarnation, seq)
         answers = [
             Answer(_DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen)
             for code, value, left, sold_at_ms in zip(
                 reply[5::4], reply[6::4], reply[7::4], reply[8::4], strict=True
             )
         ]
+        applied = self.kept.applied
+        told = [
+            (a.value, a.sold_at_ms, p.card_no, p.showing, p.quantity, p.key_hash)
+            for p, a, code in zip(batch, answers, reply[5::4], strict=True)
+            if code > 0 and a.value > applied
+        ]
+        self.kept.add(epoch, price_fen, told)
         self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
         self._settle(batch, answers)
         self._metrics.batch_size.observe(len(batch))
@@ -275,7 +342,7 @@ class Batcher:
             suspects = self._suspects = None
         if suspects is None:
             return self._take(self._batch_max)
-        self.mark = (peek.epoch, peek.seq)
+        self.mark = Mark(self.mark.incarnation, peek.seq)
         refusal = _closed_by(peek)
         sold_out = [Answer(Decision.SOLD_OUT, left, now_ms=peek.now_ms) for left in peek.remaining]
         unions = None if "*" in self._campaign.unions else self._campaign.unions
@@ -337,13 +404,17 @@ class Batchers:
         batch_max: int,
         queue_max: int,
         deadline_s: float,
+        behind_max: tuple[int, int],
     ) -> None:
         self._scripts = scripts
-        self._process = process
+        self.process = process
+        self.halted = ""
+        """Why this process sells nothing at all, or ''."""
+        self._behind_max = behind_max
         self._metrics = metrics
         self._batch_max = batch_max
         self._queue_max = queue_max
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self._by_campaign: dict[str, Batcher] = {}
         self._calls = 0
 
@@ -354,14 +425,19 @@ class Batchers:
             batcher = self._by_campaign[campaign.id] = Batcher(
                 campaign,
                 self._scripts,
-                self._process,
+                self.process,
                 self._metrics,
                 batch_max=self._batch_max,
                 queue_max=self._queue_max,
-                deadline_s=self._deadline_s,
+                deadline_s=self.deadline_s,
+                behind_max=self._behind_max,
                 next_call=self._next_call,
             )
         return batcher
+
+    def all(self) -> list[Batcher]:
+        """Those that there are."""
+        return list(self._by_campaign.values())
 
     async def close(self) -> None:
         """Answer everything that waits, then stop."""

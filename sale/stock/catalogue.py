@@ -14,6 +14,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.domain import Campaign, CampaignState
+from sale.stock.atomic import read_at_once
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 
 FRESH_S: Final = 0.8
@@ -124,9 +125,8 @@ async def campaign_ids(redis: Redis) -> list[str]:
 
 async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:
     """Read a campaign's head and stock in one atomic step; None where there is none."""
-    async with redis.pipeline(transaction=True) as pipe:
-        _ask(pipe, campaign_id)
-        return _parse(*await pipe.execute())
+    head = campaign_keys(campaign_id).head
+    return _parse(*await read_at_once(redis, head, lambda pipe: _ask(pipe, campaign_id)))
 
 
 async def read_campaigns(redis: Redis) -> list[CampaignNow]:

@@ -1,11 +1,14 @@
 """How this process reaches Redis, and whether that Redis keeps what it acknowledges."""
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
+
+from sale.config import Durability
 
 REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
 """What a call to Redis raises where Redis is away, slow, or refuses it."""
@@ -33,33 +36,106 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
     return Redis.from_pool(pool)
 
 
-async def durability_faults(redis: Redis) -> list[str]:
-    """Say in words which settings of this Redis let an acknowledged order be lost (INV-3).
+async def durability_faults(redis: Redis, level: Durability, replicas_min: int) -> list[str]:
+    """Say in words what of this Redis is weaker than ``level`` promises (INV-3).
 
-    Returns an empty list where an answer leaves only after its fsync. Raises redis-py's errors.
+    ``replicas_min`` counts at level ``replicated`` only. One round trip, read anew at each call.
+    Settings that Redis does not let us read are a fault. Raises redis-py's errors.
     """
-    persistence = await redis.info("persistence")
-    memory = await redis.info("memory")
-    stats = await redis.info("stats")
-    server = await redis.info("server")
-    config: dict[str | None, str | None] = {}
-    # One name a call: Redis 6.2 takes no more.
-    for name in ("appendfsync", "no-appendfsync-on-rewrite", "io-threads", "lua-time-limit"):
-        config.update(await redis.config_get(name))
-    faults = []
-    if not persistence.get("aof_enabled"):
-        faults.append("appendonly is off: a restart forgets everything")
-    elif config.get("appendfsync", "always") != "always":
-        faults.append(f"appendfsync is {config['appendfsync']}: a crash loses answered orders")
+    info, config = await _read_settings(redis)
+    return [
+        *_disk_faults(info, config, level),
+        *_memory_faults(info),
+        *_replica_faults(info, config, level, replicas_min),
+    ]
+
+
+async def _read_settings(redis: Redis) -> tuple[dict[str, Any], dict[str, str]]:
+    """All of INFO, and those settings that CONFIG tells (none where it is forbidden)."""
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.info()
+        # One name a call: Redis 6.2 takes no more.
+        for name in _SETTINGS:
+            pipe.config_get(name)
+        info, *told = await pipe.execute(raise_on_error=False)
+    if isinstance(info, Exception):
+        raise info
+    config: dict[str, str] = {}
+    for each in told:
+        if not isinstance(each, Exception):
+            config.update(each)
+        elif not isinstance(each, ResponseError):
+            raise each
+    return info, config
+
+
+def _disk_faults(info: dict[str, Any], config: dict[str, str], level: Durability) -> Iterator[str]:
+    if not info.get("aof_enabled"):
+        yield "appendonly is off: a restart forgets everything"
+        return
+    unread = [name for name in _SYNC_SETTINGS if name not in config]
+    if unread:
+        yield f"cannot be read: {', '.join(unread)} (CONFIG is not allowed here)"
+    sync = config.get("appendfsync")
+    if level == "relaxed":
+        if sync not in {"always", "everysec", None}:
+            yield f"appendfsync is {sync}: a crash loses more than the last second's orders"
+    elif sync not in {"always", None}:
+        yield f"appendfsync is {sync}: a crash loses answered orders"
     if config.get("no-appendfsync-on-rewrite", "no") != "no":
-        faults.append("no-appendfsync-on-rewrite is on: no fsync during a rewrite")
-    if memory.get("maxmemory_policy", "noeviction") != "noeviction":
-        faults.append(f"maxmemory-policy is {memory['maxmemory_policy']}: keys may be dropped")
-    if stats.get("evicted_keys", 0):
-        faults.append(f"{stats['evicted_keys']} keys were evicted: the stock may be incomplete")
-    if int(str(server["redis_version"]).split(".")[0]) < 7:
+        yield "no-appendfsync-on-rewrite is on: no fsync during a rewrite"
+    if level != "relaxed" and int(str(info["redis_version"]).split(".")[0]) < _FIXED_IN_MAJOR:
         if config.get("io-threads", "1") != "1":
-            faults.append("io-threads above 1 before Redis 7 answers before the fsync")
+            yield "io-threads above 1 before Redis 7 answers before the fsync"
         if config.get("lua-time-limit", "0") != "0":
-            faults.append("lua-time-limit above 0 before Redis 7 answers before the fsync")
-    return faults
+            yield "lua-time-limit above 0 before Redis 7 answers before the fsync"
+
+
+def _memory_faults(info: dict[str, Any]) -> Iterator[str]:
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        yield f"maxmemory-policy is {policy}: keys may be dropped"
+    if info.get("evicted_keys", 0):
+        yield f"{info['evicted_keys']} keys were evicted: the stock may be incomplete"
+
+
+def _replica_faults(
+    info: dict[str, Any], config: dict[str, str], level: Durability, replicas_min: int
+) -> Iterator[str]:
+    if info.get("role") == "slave":
+        yield f"this is a replica of {info.get('master_host')}: sales belong to its primary"
+        return
+    attached = int(info.get("connected_slaves", 0))
+    if level == "fsync" and attached:
+        yield (
+            f"{attached} replica(s) attached: a promotion may lose answered orders; "
+            "durability must be replicated"
+        )
+    if level != "replicated":
+        return
+    online = sum(_in_step(info.get(f"slave{n}")) for n in range(attached))
+    if online < replicas_min:
+        yield f"{online} replica(s) in step, {replicas_min} wanted: no order can be answered"
+    wanted = config.get("min-replicas-to-write")
+    if wanted is None:
+        yield "cannot be read: min-replicas-to-write (CONFIG is not allowed here)"
+    elif int(wanted) < replicas_min or config.get("min-replicas-max-lag") == "0":
+        yield (
+            f"min-replicas-to-write is {wanted}, not {replicas_min}, or its max-lag is 0: "
+            "a primary that was cut off goes on taking orders that its successor lacks"
+        )
+
+
+def _in_step(replica: object) -> bool:
+    return isinstance(replica, dict) and replica.get("state") == "online"
+
+
+_SYNC_SETTINGS: Final = ("appendfsync", "no-appendfsync-on-rewrite")
+_SETTINGS: Final = (
+    *_SYNC_SETTINGS,
+    "io-threads",
+    "lua-time-limit",
+    "min-replicas-to-write",
+    "min-replicas-max-lag",
+)
+_FIXED_IN_MAJOR: Final = 7

@@ -22,6 +22,12 @@ from typing import Final, NamedTuple
 CAMPAIGNS: Final = "sale:campaigns"
 """Set of campaign IDs that have, or had, a head."""
 
+ROLL: Final = "sale:roll"
+"""Hash of API process → its last report, see ``stock/roll.py``."""
+
+AWAITED: Final = "sale:awaited"
+"""Written before a WAIT that must cover what others have written; its value means nothing."""
+
 
 class CampaignKeys(NamedTuple):
     """The keys of one campaign, in the order in which every script takes them as KEYS."""

@@ -20,13 +20,16 @@ from sale.stock.scripts import RECOVER, CallReply, Scripts
 
 CHUNK: Final = 1_000
 ENTRIES_CHUNK: Final = 100
+VOIDED_TOLD_MAX: Final = 100
+"""Ranges that the event names; each number is an event of its own in any case."""
 
 
 class Rebuild(msgspec.Struct, frozen=True):
     """What a campaign is built from.
 
     ``old`` is number and chain hash of the head to be replaced, as Redis holds them ('' for none);
-    ``seq`` and ``chain`` are where ``books`` stand. The stream becomes ``entries``, or stays where
+    ``seq`` and ``chain`` are where ``books`` stand, ``applied`` is where PostgreSQL does.
+    ``voided`` are ranges of numbers, first to last. The stream becomes ``entries``, or stays where
     ``keep_stream``.
     """
 
@@ -39,6 +42,8 @@ class Rebuild(msgspec.Struct, frozen=True):
     clock_ms: int
     keep_stream: bool
     entries: Sequence[Entry]
+    applied: int
+    voided: Sequence[tuple[int, int]]
     actor: str
     reason: str
 
@@ -74,6 +79,7 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
         campaign.card_limit, campaign.order_max, campaign.price_fen, unions_text(campaign),
         msgspec.json.encode(plan.books.config), scripts.nonce, *counts,
         msgspec.json.encode(plan.actor), msgspec.json.encode(plan.reason),
+        plan.applied, msgspec.json.encode(plan.voided[:VOIDED_TOLD_MAX]),
     )  # fmt: skip
     await redis.unlink(*new)
     return CallReply(reply[0])

@@ -4,11 +4,12 @@ The layout stands in the header of ``purchase.lua``, which writes it.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from redis.asyncio import Redis
 
 from sale.events import SaleRecord
+from sale.stock.atomic import read_at_once
 from sale.stock.keys import campaign_keys
 
 RECORD_BYTES: Final = 31
@@ -45,10 +46,12 @@ def pack_records(records: Iterable[SaleRecord]) -> bytes:
 async def read_card(redis: Redis, campaign_id: str, card_no: str) -> tuple[list[SaleRecord], bool]:
     """Read a card's orders in a campaign, oldest first, and whether it may not buy."""
     keys = campaign_keys(campaign_id)
-    async with redis.pipeline(transaction=True) as pipe:
+
+    def ask(pipe: Any) -> None:  # noqa: ANN401 - redis-py's pipeline
         pipe.hget(keys.cards, card_no)
         pipe.sismember(keys.revoked, card_no)
-        value, revoked = await pipe.execute()
+
+    value, revoked = await read_at_once(redis, keys.head, ask)
     return parse_records(value or b""), bool(revoked)
 
 

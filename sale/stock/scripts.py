@@ -14,10 +14,11 @@ from typing import Any, Final
 import hiredis
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import NoScriptError
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from sale.domain import STOCK_MAX
-from sale.stock.keys import CampaignKeys, campaign_keys
+from sale.stock.keys import AWAITED, CampaignKeys, campaign_keys
 
 
 class CallReply(IntEnum):
@@ -34,6 +35,7 @@ class CallReply(IntEnum):
     MISMATCH = -8
     REPLAYED = -9
     INVALID = -10
+    UNATTENDED = -11
 
 
 class Decision(IntEnum):
@@ -52,6 +54,7 @@ class Decision(IntEnum):
     LIMIT_EXCEEDED = -9
     SOLD_OUT = -10
     BAD_QUANTITY = -11
+    BEHIND = -12
 
 
 class Peek(msgspec.Struct, frozen=True):
@@ -93,27 +96,50 @@ class Untrusted(Exception):  # noqa: N818 - the state is, not the caller
         self.reply = reply
 
 
-class Scripts:
-    """The scripts on one Redis. ``nonce`` names the deployment whose data this must be."""
+_STANDS: Final = frozenset({CallReply.OK, CallReply.REPLAYED})
 
-    def __init__(self, redis: Redis, nonce: str) -> None:
+
+class NotReplicated(RedisError):  # noqa: N818 - says what is not known
+    """It was done, but too few replicas have it: whether it lasts is unknown (INV-3)."""
+
+
+class Scripts:
+    """The scripts on one Redis. ``nonce`` names the deployment whose data this must be.
+
+    ``replicas``: how many must have a purchase or an operator's step before it is answered, and up
+    to how many ms to wait for them; those calls raise NotReplicated where they do not. Asked again
+    with the same key, the answer is the same, and waits again.
+    """
+
+    def __init__(
+        self, redis: Redis, nonce: str, *, replicas: tuple[int, int] | None = None
+    ) -> None:
         self.redis = redis
         self.nonce = nonce
+        self._replicas = replicas
+        self._wait: tuple[str | int, ...] = () if replicas is None else ("WAIT", *replicas)
+        self._packed_wait = b""
+        if replicas is not None:
+            self._packed_wait = hiredis.pack_command(self._wait)  # type: ignore[arg-type]
 
     async def purchase(
         self,
         keys: CampaignKeys,
         process: str,
         call: int,
-        mark: tuple[int, int],
+        mark: tuple[str, int],
+        behind_max: tuple[int, int],
         arguments: list[str | int],
     ) -> list[int]:
         """Run ``purchase.lua``: ``arguments`` hold five values a purchase; the reply is raw.
 
+        ``mark`` is the incarnation that this process has attended, and the number it has seen;
+        ``behind_max`` is how far PostgreSQL may be behind, in events and in ms.
+
         Packed by hiredis and sent on a connection of redis-py's pool: ``execute_command`` encodes
         argument by argument in Python, and was 5 % of the samples of a profile.
         """
-        head = (7, *keys, process, call, *mark, self.nonce)
+        head = (7, *keys, process, call, *mark, self.nonce, *behind_max)
         try:
             reply: list[int] = await self._send("EVALSHA", PURCHASE.sha, *head, *arguments)
         except NoScriptError:
@@ -125,8 +151,12 @@ class Scripts:
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             packed = hiredis.pack_command(command)  # type: ignore[arg-type]
-            await connection.send_packed_command(packed, check_health=False)
-            return await connection.read_response()
+            if self._replicas is None:
+                await connection.send_packed_command(packed, check_health=False)
+                return await connection.read_response()
+            await connection.send_packed_command(packed + self._packed_wait, check_health=False)
+            reply, acknowledged = await _read(connection), await _read(connection)
+            return self._awaited(reply, acknowledged)
         except asyncio.CancelledError:
             # The reply is still to come; nobody else may be given it.
             await connection.disconnect(nowait=True)
@@ -134,7 +164,7 @@ class Scripts:
         finally:
             await pool.release(connection)
 
-    async def peek(self, keys: CampaignKeys, mark: tuple[int, int], showings: int) -> Peek:
+    async def peek(self, keys: CampaignKeys, mark: tuple[str, int], showings: int) -> Peek:
         """Run ``peek.lua``. Raises Untrusted."""
         reply = await self._run(PEEK, keys, *mark, self.nonce, *range(showings))
         if reply[0] != CallReply.OK:
@@ -187,6 +217,13 @@ class Scripts:
             VERIFY, campaign_id, seq, chain, self.nonce, recovering, int(whole)
         )
 
+    async def tell_applied(
+        self, campaign_id: str, applied: int, behind_since_ms: int | None
+    ) -> OperationReply:
+        """Run ``applied.lua``: how far PostgreSQL is, and since when it lacks something."""
+        since = "" if behind_since_ms is None else behind_since_ms
+        return await self._operate(APPLIED, campaign_id, applied, since)
+
     async def sync_cards(
         self,
         campaign_id: str,
@@ -219,28 +256,64 @@ class Scripts:
         return OperationReply(CallReply(values[0]), *values[1:])
 
     async def _run(self, script: "Script", keys: CampaignKeys, *args: Any) -> Any:  # noqa: ANN401
+        execute = self._execute_awaited if self._wait and script.awaited else self._execute
         try:
-            return await self._execute("EVALSHA", script.sha, 7, *keys, *args)
+            return await execute("EVALSHA", script.sha, 7, *keys, *args)
         except NoScriptError:
             # A Redis that restarted has lost its scripts. NOSCRIPT means: not executed.
-            return await self._execute("EVAL", script.source, 7, *keys, *args)
+            return await execute("EVAL", script.source, 7, *keys, *args)
 
     async def _execute(self, *command: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
+    async def _execute_awaited(self, *command: Any) -> Any:  # noqa: ANN401 - as redis-py has it
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.execute_command(*command)
+            # WAIT covers this connection's writes, and a step that was done before writes nothing.
+            pipe.set(AWAITED, 1)
+            pipe.execute_command(*self._wait)
+            reply, _, acknowledged = await pipe.execute(raise_on_error=False)
+        return self._awaited(reply, acknowledged)
+
+    def _awaited(self, reply: Any, acknowledged: Any) -> Any:  # noqa: ANN401 - Redis' replies
+        """Give the reply where enough replicas have it. Raises it where it is an error."""
+        if isinstance(reply, Exception):
+            raise reply
+        if reply[0] not in _STANDS:
+            return reply  # a refusal that has changed nothing: nobody need have heard of it
+        wanted, timeout_ms = self._replicas or (0, 0)
+        if isinstance(acknowledged, Exception):
+            raise NotReplicated(f"WAIT: {acknowledged}")
+        if acknowledged < wanted:
+            raise NotReplicated(f"{acknowledged} of {wanted} replicas had it after {timeout_ms} ms")
+        return reply
+
+
+async def _read(connection: AbstractConnection) -> Any:  # noqa: ANN401 - Redis' reply
+    """Read one reply; an error that Redis sent is one too, so that the next is read as well."""
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error
+
 
 class Script(msgspec.Struct, frozen=True):
-    """A script's source and the SHA-1 by which Redis knows it."""
+    """A script's source and the SHA-1 by which Redis knows it.
+
+    ``awaited``: somebody is told what it did, so replicas are waited for where there are any.
+    """
 
     source: str
     sha: str
+    awaited: bool
 
 
-def _load(name: str) -> Script:
+def _load(name: str, *, awaited: bool = False) -> Script:
     folder = files(__package__) / "lua"
     shared = (folder / "_ledger.lua").read_text("utf-8")
     source = f"{shared}\n{(folder / f'{name}.lua').read_text('utf-8')}"
-    return Script(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+    sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
+    return Script(source, sha, awaited)
 
 
 def _who(operation: Operation) -> tuple[str, str, str, str]:
@@ -252,12 +325,13 @@ def _who(operation: Operation) -> tuple[str, str, str, str]:
     )
 
 
-PURCHASE: Final = _load("purchase")
+PURCHASE: Final = _load("purchase", awaited=True)
 PEEK: Final = _load("peek")
-CREATE: Final = _load("create")
-TRANSITION: Final = _load("transition")
-ADD_STOCK: Final = _load("add_stock")
+CREATE: Final = _load("create", awaited=True)
+TRANSITION: Final = _load("transition", awaited=True)
+ADD_STOCK: Final = _load("add_stock", awaited=True)
 TICK: Final = _load("tick")
 VERIFY: Final = _load("verify")
+APPLIED: Final = _load("applied")
 SYNC_CARDS: Final = _load("sync_cards")
 RECOVER: Final = _load("recover")

@@ -18,6 +18,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from sale.config import Durability
 from sale.db import queries
 from sale.domain import CampaignState, Problem, Refused, from_ms, mask_card, rfc3339, to_ms
 from sale.events import GENESIS, SOLD, Books, CorruptLedger, Entry, Event, check_chain, parse_entry
@@ -79,10 +80,13 @@ async def audit(
     campaign_id: str | None = None,
     *,
     applied_wait_s: float | None = None,
+    durability: Durability = "fsync",
+    replicas_min: int = 1,
 ) -> AuditReport:
     """Check one campaign or all. Raises CouldNotCheck, and Refused for an unknown ID.
 
-    ``applied_wait_s`` is how long the writer may stand still (None: 20). Where one
+    ``applied_wait_s`` is how long the writer may stand still (None: 20). A Redis that is weaker
+    than ``durability`` is a finding, also where that is only warned of elsewhere. Where one
     campaign cannot be checked and another has a finding, the report is given, and says both.
     """
     wait_s = APPLIED_WAIT_S if applied_wait_s is None else applied_wait_s
@@ -94,7 +98,7 @@ async def audit(
             if campaign_id not in ids:
                 raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
             ids = [campaign_id]
-        faults = await durability_faults(redis)
+        faults = await durability_faults(redis, durability, replicas_min)
         audits: list[CampaignAudit] = []
         unchecked: list[CampaignAudit] = []
         for each in ids:
@@ -384,6 +388,7 @@ class _Check:
         await each("INV-3", "sales_without_order", "event {seq}: sold, and no order like it")
         await each("INV-3", "orders_without_sale", "order {seq}: no sale in the ledger")
         await each("INV-5", "conflicts", "event {seq}: refused by PostgreSQL: {why}")
+        await each("INV-3", "untold", "event {seq}: {why}")
         await each("INV-9", "sold_to_revoked", "event {seq}: sold to a card that was not active")
         await each(
             "INV-10", "steps_unaccounted", "event {seq} ({kind}): not in the audit log, or no why"

@@ -4,10 +4,12 @@ import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from sale.db import ledger
+from sale.config import Durability
+from sale.db import ledger, offices
 from sale.domain import CampaignState
 from sale.stock.catalogue import campaign_ids, read_campaign
 from sale.stock.connection import durability_faults
+from sale.usecases.disk_watch import free_mb, redis_directory
 
 
 class CampaignDiagnosis(msgspec.Struct, frozen=True):
@@ -21,31 +23,51 @@ class CampaignDiagnosis(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Everything at a glance; ``faults`` are settings that let an answered order be lost."""
+    """Everything at a glance.
+
+    ``durability`` is the level that was set; ``faults`` say in words what is weaker than it.
+    ``redis_disk_free_mb`` is None where Redis' disk is not on this host. ``writer`` and
+    ``scheduler`` say in words which works (``host:process``) and which stand by.
+    """
 
     redis_version: str
     postgres_version: str
     deployment: str
+    durability: Durability
     faults: list[str]
+    redis_disk_free_mb: int | None
     writer: str
+    scheduler: str
     cards: int
     campaigns: list[CampaignDiagnosis]
 
 
-async def diagnose(redis: Redis, pool: asyncpg.Pool, nonce: str) -> Diagnosis:
-    """Look at both stores. Raises their own errors."""
+async def diagnose(
+    redis: Redis,
+    pool: asyncpg.Pool,
+    nonce: str,
+    *,
+    redis_url: str = "",
+    durability: Durability = "fsync",
+    replicas_min: int = 1,
+) -> Diagnosis:
+    """Look at both stores. Raises their own errors.
+
+    ``durability`` and ``replicas_min`` are the level that was set, which Redis is measured by;
+    without ``redis_url`` nobody looks at its disk.
+    """
     server = await redis.info("server")
     async with pool.acquire() as connection:
         version = await connection.fetchval("SHOW server_version")
-        writers = await connection.fetchval(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'sale-writer'"
-        )
+        writers = await offices.seats(connection, offices.WRITER)
+        schedulers = await offices.seats(connection, offices.SCHEDULER)
         cards = await connection.fetchval("SELECT count(*) FROM card")
         fsync = await connection.fetchval("SHOW fsync")
         positions = await ledger.positions(connection)
-    faults = await durability_faults(redis)
+    faults = await durability_faults(redis, durability, replicas_min)
     if fsync != "on":
         faults.append("PostgreSQL's fsync is off")
+    directory = await redis_directory(redis, redis_url)
     campaigns = []
     for campaign_id in sorted({*await campaign_ids(redis), *positions}):
         now = await read_campaign(redis, campaign_id)
@@ -65,8 +87,20 @@ async def diagnose(redis: Redis, pool: asyncpg.Pool, nonce: str) -> Diagnosis:
         redis_version=str(server["redis_version"]),
         postgres_version=str(version),
         deployment=nonce,
+        durability=durability,
         faults=faults,
-        writer=f"{writers} connected" if writers else "none is connected",
+        redis_disk_free_mb=None if directory is None else free_mb(directory),
+        writer=_in_office(writers),
+        scheduler=_in_office(schedulers),
         cards=cards,
         campaigns=campaigns,
     )
+
+
+def _in_office(seats: list[offices.Seat]) -> str:
+    if not seats:
+        return "none is connected"
+    active = [seat.who for seat in seats if seat.active]
+    waiting = [seat.who for seat in seats if not seat.active]
+    words = f"{active[0]} works" if active else "none works"
+    return f"{words}, {len(waiting)} on stand-by ({', '.join(waiting)})" if waiting else words

@@ -66,7 +66,8 @@ class PurchaseDesk:
         """
         campaign = self._catalogue.known(campaign_id)
         if campaign is None:
-            campaign = await self._catalogue.for_sale(campaign_id)
+            async with asyncio.timeout(self._batchers.deadline_s):
+                campaign = await self._catalogue.for_sale(campaign_id)
         showing = 0 if campaign is None else _check_request(campaign, quantity, showing_id)
         member = self._tokens.verify(token or "", time.time())
         if campaign is None:
@@ -76,6 +77,8 @@ class PurchaseDesk:
         purchase = Purchase(
             member.card_no, member.union, showing, quantity, key_hash(key), self._loop
         )
+        if self._batchers.halted:
+            raise Refused(Problem.UNAVAILABLE)
         if not self._batchers.of(campaign).submit(purchase):
             raise Refused(Problem.OVERLOADED, retry_after_s=OVERLOADED_RETRY_S)
         answer = await purchase.answer

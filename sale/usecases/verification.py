@@ -2,10 +2,17 @@
 
 A Redis that restarted, was swapped or was promoted has another identity than the one in each
 campaign's head, and the scripts sell nothing there until the head has been compared: number and
-chain hash with PostgreSQL, along the chain of what the writer has not applied yet. What does not
-fit is marked ``recovering`` and stays shut.
+chain hash with PostgreSQL, along the chain of what the writer has not applied yet, and with what
+the API processes have seen and acknowledged (``stock/roll.py``), because an old copy may fit
+PostgreSQL perfectly and still lack what members were told. What does not fit is marked
+``recovering`` and stays shut.
+
+While PostgreSQL is away, the API processes' word suffices where all of them were heard, one of them
+knows the campaign, and none misses anything: these are the same files. An unknown Redis stays shut.
 """
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import asyncpg
@@ -13,69 +20,115 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import ledger
+from sale.db.pool import POSTGRES_ERRORS
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
+from sale.stock.roll import Roll, call_the_roll, hear
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.stream import stream_rows
 from sale.usecases.isolation import Isolation
 
 TRIES: Final = 5
+POSTGRES_PATIENCE_S: Final = 1.0
 
 log = structlog.get_logger()
 
 
-async def verify_all(
-    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, isolation: Isolation | None = None
+class NotDurable(ValueError):  # noqa: N818 - says what it is
+    """This Redis would lose what members are told: nothing is sold there."""
+
+
+async def verify_all(  # noqa: C901 - one branch a thing that a head may be
+    redis: Redis,
+    scripts: Scripts,
+    pool: asyncpg.Pool,
+    isolation: Isolation | None = None,
+    *,
+    weaknesses: Callable[[], Awaitable[Sequence[str]]] | None = None,
 ) -> list[str]:
     """Verify every campaign whose head names another Redis; give those that do not sell for it.
 
     These are: those that do not fit, those that cannot be read (told by ``isolation``, they keep
     none of the others shut), and those that PostgreSQL knows and this Redis has lost.
+
+    ``weaknesses`` says which settings of this Redis would lose what members are told; it is asked
+    at every incarnation, and where there are any, nothing is verified.
     """
     isolation = isolation or Isolation()
-    server, replication = await redis.info("server"), await redis.info("replication")
-    identity = (str(server["run_id"]), str(replication["master_replid"]), scripts.nonce)
+    roll = await hear(redis)
+    identity = (roll.identity.run_id, roll.identity.replid, scripts.nonce)
     ids = await campaign_ids(redis)
     async with redis.pipeline(transaction=False) as pipe:
         for campaign_id in ids:
             pipe.hmget(
                 campaign_keys(campaign_id).head,
-                ["run_id", "replid", "nonce", "recovering", "seq"],
+                ["run_id", "replid", "nonce", "recovering", "seq", "epoch"],
             )
         heads = await pipe.execute(raise_on_error=False)
     fit, held = set(), set()
+    called = False
+    weak: Sequence[str] = ()
     for campaign_id, head in zip(ids, heads, strict=True):
         held.add(campaign_id)
         with isolation.of(campaign_id, "verify"):
             if isinstance(head, Exception):
                 raise head
-            *marks, recovering, seq = head
+            *marks, recovering, seq, epoch = head
             if seq is None:
                 held.discard(campaign_id)
-            elif tuple((mark or b"").decode() for mark in marks) == identity:
-                if not recovering:
+                continue
+            if tuple((mark or b"").decode() for mark in marks) == identity:
+                doubted = what_lacks(roll, campaign_id, int(epoch or 0), int(seq)) != ""
+                if not recovering and not doubted:
                     fit.add(campaign_id)
-            elif await verify(redis, scripts, pool, campaign_id):
+                if recovering or not doubted:
+                    continue
+            elif not called:
+                # Once for all of them, and only now: who answered members is heard first.
+                roll, called = await call_the_roll(redis), True
+                weak = await weaknesses() if weaknesses else ()
+            if weak:
+                raise NotDurable("; ".join(weak))
+            if await verify(redis, scripts, pool, campaign_id, roll):
                 fit.add(campaign_id)
-    async with pool.acquire() as connection:
-        lost = [each for each in await ledger.living(connection) if each not in held]
-    return sorted([*(held - fit), *lost])
+    return sorted([*(held - fit), *await _lost(pool, held)])
+
+
+async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:
+    try:
+        async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
+            return [each for each in await ledger.living(connection) if each not in held]
+    except POSTGRES_ERRORS:
+        return []
 
 
 async def verify(
-    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, *, whole: bool = False
+    redis: Redis,
+    scripts: Scripts,
+    pool: asyncpg.Pool,
+    campaign_id: str,
+    roll: Roll,
+    *,
+    whole: bool = False,
 ) -> bool:
-    """Compare one campaign's chain with PostgreSQL and mark it. True where it fits and may sell.
+    """Compare one campaign's chain with PostgreSQL and with the roll, and mark it.
 
-    Lifts a recovering mark that this function has set, and where stock and cards were compared too
-    (``whole``) any other.
+    True where it fits and may sell. Lifts a recovering mark that this function has set, and where
+    stock and cards were compared too (``whole``) any other. Raises what PostgreSQL does where that
+    is away and the roll does not suffice.
     """
     for _ in range(TRIES):
-        seq, chain, before, others = await _head(redis, campaign_id)
-        async with pool.acquire() as connection:
-            applied, applied_chain = await ledger.position(connection, campaign_id)
-        why = await _misfit(redis, campaign_id, seq, chain, applied, applied_chain)
+        seq, chain, epoch, before, others = await _head(redis, campaign_id)
+        why = what_lacks(roll, campaign_id, epoch, seq)
+        try:
+            async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
+                position = await ledger.position(connection, campaign_id)
+        except POSTGRES_ERRORS:
+            if not why and not _witnessed(roll, campaign_id, epoch):
+                raise
+            position = None
+        why = why or await _misfit(redis, campaign_id, seq, chain, position)
         if why and (others or why == before):
             return False  # it is marked, and somebody was told
         reply = await scripts.verify(campaign_id, seq, chain, why, whole=whole)
@@ -84,36 +137,66 @@ async def verify(
         if why:
             log.error("campaign.recovering", campaign=campaign_id, why=why)
         else:
-            log.info("campaign.verified", campaign=campaign_id, seq=seq)
+            log.info("campaign.verified", campaign=campaign_id, seq=seq, witnessed=position is None)
         return not why and reply.state != "recovering"
     return False
 
 
+def what_lacks(roll: Roll, campaign_id: str, epoch: int, seq: int) -> str:
+    """Say what an API process knows of that this Redis does not hold; '' where nothing."""
+    for process, told in sorted(roll.reports(campaign_id).items()):
+        if told.epoch > epoch:
+            return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
+        if told.epoch == epoch and told.seq > seq:
+            return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
+        if told.epoch == epoch and told.lacks:
+            return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"
+    return ""
+
+
+def _witnessed(roll: Roll, campaign_id: str, epoch: int) -> bool:
+    """Whether the API processes alone can say that this Redis holds what was told."""
+    reports = roll.reports(campaign_id).values()
+    return not roll.silent and any(told.epoch == epoch and told.seq > 0 for told in reports)
+
+
 async def _misfit(
-    redis: Redis, campaign_id: str, seq: int, chain: str, applied: int, applied_chain: str
+    redis: Redis, campaign_id: str, seq: int, chain: str, applied: ledger.Position | None
 ) -> str:
-    """Say in words why the head does not fit PostgreSQL's position; '' where it does."""
-    if seq < applied:
-        return f"Redis knows {seq} events, PostgreSQL has applied {applied}"
+    """Say in words why the head does not fit PostgreSQL's position; '' where it does.
+
+    ``applied`` is None where PostgreSQL is away: then the stream is compared with itself.
+    """
+    if applied is not None and seq < applied.applied:
+        return f"Redis knows {seq} events, PostgreSQL has applied {applied.applied}"
     keys = campaign_keys(campaign_id)
     last: Any = await redis.xrevrange(keys.stream, count=1)
     if not last or int(last[0][0].split(b"-")[0]) < seq:
         return f"the stream in Redis has lost event {seq}"
-    position, start = (applied, applied_chain or GENESIS), f"({applied}-0" if applied else "-"
+    start, position = "-", None
+    if applied is not None:
+        position = (applied.applied, applied.chain or GENESIS)
+        start = f"({applied.applied}-0" if applied.applied else "-"
     try:
         async for rows in stream_rows(redis, campaign_id, start, f"{seq}-0"):
-            position = check_chain((parse_entry(*row) for row in rows), *position)
+            entries = [parse_entry(*row) for row in rows]
+            if position is None:
+                position = (entries[0].last, entries[0].chain)
+                entries = entries[1:]
+            position = check_chain(entries, *position)
     except CorruptLedger as error:
         return f"the ledger in Redis does not follow PostgreSQL's: {error}"
     if position != (seq, chain):
-        return f"the ledger in Redis ends at event {position[0]}, the head says {seq}"
+        ends = 0 if position is None else position[0]
+        return f"the ledger in Redis ends at event {ends}, the head says {seq}"
     return ""
 
 
-async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, str, bool]:
-    """Number, chain hash, why it is recovering ('' where not), whether others have said so."""
+async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, int, str, bool]:
+    """Number, chain hash, epoch, why it is recovering ('' where not), whether others say so."""
     values: list[Any] = await redis.hmget(
-        campaign_keys(campaign_id).head, ["seq", "chain", "recovering", "recovering_by"]
+        campaign_keys(campaign_id).head, ["seq", "chain", "epoch", "recovering", "recovering_by"]
     )
-    seq, chain, recovering, by = ((value or b"").decode() for value in values)
-    return int(seq or 0), chain, recovering, recovering != "" and by != "verify"
+    seq, chain, epoch, recovering, by = ((value or b"").decode() for value in values)
+    others = recovering != "" and by != "verify"
+    return int(seq or 0), chain, int(epoch or 0), recovering, others

@@ -1,9 +1,15 @@
-"""When a process is told to end: SIGTERM or SIGINT sets an event, and nothing else happens."""
+"""When a process is told to end, or to renew itself: a signal sets an event, and nothing else."""
 
 import asyncio
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+import structlog
+
+log = structlog.get_logger()
 
 
 @contextlib.contextmanager
@@ -18,3 +24,56 @@ def told_to_stop() -> Iterator[asyncio.Event]:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def told_to_restart(stop: asyncio.Event) -> Iterator[asyncio.Event]:
+    """Give an event that SIGHUP sets, while the block runs.
+
+    A terminal that goes away sends the same signal and means the end: then ``stop`` is set, unless
+    the process was started to outlive its terminal (``nohup``).
+    """
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    had_terminal = _has_terminal()
+
+    def hung_up() -> None:
+        if not had_terminal or _has_terminal():
+            told.set()
+        elif not outlives:
+            stop.set()
+
+    loop.add_signal_handler(signal.SIGHUP, hung_up)
+    try:
+        yield told
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
+
+
+async def ends_in_time(
+    work: Coroutine[Any, Any, None], stop: asyncio.Event, within_s: float
+) -> None:
+    """Do ``work``, which heeds ``stop``; what has not ended ``within_s`` after it is cancelled."""
+    task = asyncio.ensure_future(work)
+    waiting = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=within_s)
+        if not task.done():
+            log.warning("process.cut_short", after_s=within_s)
+    finally:
+        waiting.cancel()
+        task.cancel()
+        await asyncio.wait({task, waiting})
+    if not task.cancelled():
+        task.result()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

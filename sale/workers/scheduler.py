@@ -4,28 +4,42 @@ Four times a second it verifies a Redis that is new (INV-8), records openings an
 nobody's call has crossed (INV-7), and lets the campaigns follow the roster (INV-9); once in a
 while it audits the books. Each step is a compare-and-set in a script, so a second scheduler does
 no harm. A purchase does not wait for it: the scripts cross openings and closings by themselves.
+
+One scheduler works and the others stand by, as ``leadership.py`` says; these look at the stores
+alone. Where PostgreSQL cannot be asked who that is, each of them works: the clock must go on. It
+has a loop of its own, because a PostgreSQL that does not answer holds up the steps that need it.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
+import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
 from redis.exceptions import ResponseError
 
 from sale.bootstrap import Stores
+from sale.db.absence import POSTGRES_AWAY, in_words
+from sale.db.offices import SCHEDULER
 from sale.domain import CampaignState
 from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, read_campaigns
+from sale.stock.connection import durability_faults
 from sale.stock.scripts import CallReply
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
+from sale.usecases.healing import Healing
 from sale.usecases.isolation import Isolation
 from sale.usecases.revocation import sync_all
 from sale.usecases.verification import verify_all
+from sale.workers.backoff import Backoff, pause
+from sale.workers.leadership import Leadership
 
 HEALTH_TIMEOUT_S: Final = 2.0
+STOP_PATIENCE_S: Final = 5.0
+"""Longest that a step may take to end by itself once the scheduler was told to stop."""
+
 AUDIT_SHARE: Final = 0.05
 """An audit reads every order; between two of them passes at least twenty times its duration."""
 
@@ -36,6 +50,11 @@ class SchedulerMetrics:
     """What the scheduler sees on its rounds."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.active = Gauge(
+            "sale_scheduler_active",
+            "1 where this scheduler works, 0 on stand-by.",
+            registry=registry,
+        )
         self.remaining = Gauge(
             "sale_stock_remaining",
             "Tickets left.",
@@ -59,35 +78,98 @@ class SchedulerMetrics:
             "sale_campaigns_recovering", "Campaigns that do not fit.", registry=registry
         )
 
+    def forget(self) -> None:
+        """Drop what only the active scheduler knows."""
+        self.remaining.clear()
+        self.findings.clear()
+        self.recovering.set(0)
+
 
 class Scheduler:
     """Makes its rounds until told to stop."""
 
-    def __init__(self, stores: Stores, registry: CollectorRegistry) -> None:
+    def __init__(self, stores: Stores, database_url: str, registry: CollectorRegistry) -> None:
         self._stores = stores
         self._metrics = SchedulerMetrics(registry)
         self._ailing: set[str] = set()
         self._isolation = Isolation()
+        self._healing = Healing(
+            stores.redis, stores.scripts, stores.pool, allowed=stores.settings.auto_recover
+        )
+        self._leadership = Leadership(database_url, SCHEDULER)
+        self.active: bool | None = None
+        """Whether this scheduler works; None before it knows."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until ``stop`` is set."""
+        """Work until ``stop`` is set. Raises UnfitProxy where the lock cannot be held."""
+        working = [
+            asyncio.create_task(work)
+            for work in (
+                self._stand_for_office(stop),
+                self._repeat(self._round, stop),
+                self._repeat(self._clock_round, stop),
+            )
+        ]
         auditing = asyncio.create_task(self._audit_for_ever(stop))
-        interval_s = self._stores.settings.tick_interval_ms / 1000
+        patience = asyncio.create_task(_patience(stop))
+        ended = asyncio.gather(*working)
         try:
-            while not stop.is_set():
-                await self._round()
-                await _pause(stop, interval_s)
+            await asyncio.wait((ended, patience), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.result()
         finally:
-            auditing.cancel()
-            await asyncio.gather(auditing, return_exceptions=True)
+            everything: list[asyncio.Future[Any]] = [*working, ended, auditing, patience]
+            for task in everything:
+                task.cancel()
+            await asyncio.gather(*everything, return_exceptions=True)
+            self._metrics.active.set(0)
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            await work()
+            await pause(stop, self._stores.settings.tick_interval_ms / 1000)
 
     async def _round(self) -> None:
         await asyncio.gather(
             self._try("redis", self._ask_redis), self._try("postgres", self._ask_postgres)
         )
-        await self._try("verify", self._verify)
-        await self._try("clock", self._clock)
-        await self._try("roster", self._roster)
+        if self.active:
+            await self._try("verify", self._verify)
+            await self._try("roster", self._roster)
+            await self._try("settle", self._settle)
+
+    async def _clock_round(self) -> None:
+        if self.active:
+            await self._try("clock", self._clock)
+
+    async def _stand_for_office(self, stop: asyncio.Event) -> None:
+        backoff = Backoff()
+
+        async def lead() -> None:
+            self._set_active("it holds the lock")
+            await stop.wait()
+
+        def stand_by() -> None:
+            backoff.reset()
+            self._set_active("")
+
+        while not stop.is_set():
+            try:
+                await self._leadership.lead(stop, lead, stand_by=stand_by)
+            except (*POSTGRES_AWAY, asyncpg.PostgresError) as error:
+                self._set_active(f"PostgreSQL is away: {in_words(error)}")
+                await pause(stop, backoff.next())
+
+    def _set_active(self, why: str) -> None:
+        """Work, for that reason, or stand by ('')."""
+        if self.active is not bool(why):
+            self.active = bool(why)
+            self._metrics.active.set(self.active)
+            if why:
+                log.info("scheduler.active", why=why)
+            else:
+                self._metrics.forget()
+                log.info("scheduler.standby")
 
     async def _try(self, step: str, work: Callable[[], Awaitable[object]]) -> None:
         """Do one step; what fails is told once and tried again next round, for ever."""
@@ -112,8 +194,27 @@ class Scheduler:
 
     async def _verify(self) -> None:
         stores = self._stores
-        unfit = await verify_all(stores.redis, stores.scripts, stores.pool, self._isolation)
+        unfit = await verify_all(
+            stores.redis,
+            stores.scripts,
+            stores.pool,
+            self._isolation,
+            weaknesses=self._weaknesses,
+        )
         self._metrics.recovering.set(len(unfit))
+        await self._healing.recover_unfit(unfit)
+
+    async def _weaknesses(self) -> list[str]:
+        """Say how Redis is weaker than the level that was set; nothing where it may be."""
+        settings = self._stores.settings
+        if settings.durability_check != "refuse":
+            return []
+        return await durability_faults(
+            self._stores.redis, settings.durability, settings.replicas_min
+        )
+
+    async def _settle(self) -> None:
+        await self._healing.settle()
 
     async def _roster(self) -> None:
         stores = self._stores
@@ -150,12 +251,19 @@ class Scheduler:
     async def _audit_for_ever(self, stop: asyncio.Event) -> None:
         wait_s: float = self._stores.settings.audit_interval_s
         while not stop.is_set():
-            await _pause(stop, wait_s)
+            await pause(stop, wait_s)
             if stop.is_set():
                 return
+            if not self.active:
+                continue
             started = time.monotonic()
             try:
-                report = await audit(self._stores.redis, self._stores.pool)
+                report = await audit(
+                    self._stores.redis,
+                    self._stores.pool,
+                    durability=self._stores.settings.durability,
+                    replicas_min=self._stores.settings.replicas_min,
+                )
             except CouldNotCheck as error:
                 log.warning("audit.could_not_check", error=str(error)[:200])
             except Exception:
@@ -194,8 +302,6 @@ async def _telling(up: Gauge) -> AsyncIterator[None]:
     up.set(1)
 
 
-async def _pause(stop: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(stop.wait(), seconds)
-    except TimeoutError:
-        return
+async def _patience(stop: asyncio.Event) -> None:
+    await stop.wait()
+    await asyncio.sleep(STOP_PATIENCE_S)

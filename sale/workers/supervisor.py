@@ -22,10 +22,11 @@ import structlog
 
 from sale import config, identity
 from sale.bootstrap import first_address
-from sale.config import Settings, StartError
+from sale.config import Settings
 from sale.embedded import EmbeddedServers, Endpoints, running
-from sale.embedded.servers import end, launch_command, spawn
-from sale.workers.lifetime import told_to_stop
+from sale.embedded.servers import end, launch_command
+from sale.workers.children import Child, SupervisorError
+from sale.workers.lifetime import told_to_restart, told_to_stop
 from sale.workers.metrics_server import MergedMetrics, serving_metrics
 
 COMMAND = (sys.executable, "-m", "sale")
@@ -34,18 +35,10 @@ READY_TIMEOUT_S = 120
 READY_POLL_S = 0.05
 REST_GRACE_S = 10  # for the parts beside the first API process, once that is ready
 STOP_TIMEOUT_S = 15
-BACKOFF_FIRST_S = 0.1
-BACKOFF_MAX_S = 5.0
-STABLE_S = 30
-RESTARTS_MAX = 50  # in a row, without a stable time between
+STOP_SPARE_S = 5  # for a part that was cut short (``lifetime.py``) to close what it has open
 UNREADY_RESTARTS_MAX = 3  # in a row, before the first ready: a wrong setting, not an accident
-STDERR = 2  # stdout is for the one line that says ready
 
 log = structlog.get_logger()
-
-
-class SupervisorError(StartError):
-    """The system cannot be run; the message is one line for people."""
 
 
 async def run(
@@ -56,6 +49,8 @@ async def run(
 ) -> None:
     """Run the whole system until SIGTERM or SIGINT; then stop all of it and return.
 
+    SIGHUP renews the API processes, one after the other.
+
     ``on_ready`` is called once with ``http://host:port`` when the API answers ready. ``command``
     is put before ``serve``, ``writer``, ``scheduler`` and ``migrate``.
 
@@ -65,8 +60,8 @@ async def run(
         MetricsAddressError: the metrics address cannot be listened on.
 
     """
-    with told_to_stop() as told:
-        work = asyncio.ensure_future(_run(settings, on_ready, tuple(command)))
+    with told_to_stop() as told, told_to_restart(told) as restart:
+        work = asyncio.ensure_future(_run(settings, on_ready, tuple(command), restart))
         waiting = asyncio.ensure_future(told.wait())
         try:
             await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -79,7 +74,10 @@ async def run(
 
 
 async def _run(
-    settings: Settings, on_ready: Callable[[str], None], command: tuple[str, ...]
+    settings: Settings,
+    on_ready: Callable[[str], None],
+    command: tuple[str, ...],
+    restart: asyncio.Event,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
         address = stack.enter_context(_reserved(settings.listen))
@@ -107,6 +105,7 @@ async def _run(
             await _until_ready(address, children)
             log.info("supervisor.ready", listen=address, metrics=metrics_address)
             on_ready(f"http://{address}")
+            group.create_task(_renew_api(children, restart))
 
 
 def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Settings:
@@ -149,117 +148,66 @@ def _environment(settings: Settings) -> dict[str, str]:
     return ours | config.as_environment(settings)
 
 
-class _Child:
-    """One part, started again when it dies."""
-
-    def __init__(
-        self,
-        name: str,
-        command: list[str],
-        environment: dict[str, str],
-        *,
-        sockets: Path,
-        metrics: MergedMetrics,
-        register: "_Register",
-    ) -> None:
-        self.name = name
-        self.failures = 0
-        self.process: asyncio.subprocess.Process | None = None
-        self._command = command
-        self._environment = environment
-        self._sockets = sockets
-        self._metrics = metrics
-        self._register = register
-        self._starts = 0
-        self._listen = sockets / "none"
-
-    @property
-    def listening(self) -> bool:
-        """Whether it has come as far as serving its metrics."""
-        return self._listen.exists()
-
-    async def keep_running(self) -> None:
-        """Start it again and again until cancelled. Raises SupervisorError if it keeps dying."""
-        while True:
-            started = time.monotonic()
-            status = await self._live()
-            self.failures = 0 if time.monotonic() - started > STABLE_S else self.failures + 1
-            log.error(
-                "supervisor.child_died", child=self.name, status=status, failures=self.failures
-            )
-            if self.failures > RESTARTS_MAX:
-                raise SupervisorError(f"{self.name} died {self.failures} times in a row")
-            await asyncio.sleep(min(BACKOFF_FIRST_S * 2**self.failures, BACKOFF_MAX_S))
-
-    async def _live(self) -> int:
-        """One life: its exit status."""
-        self._starts += 1
-        # A new socket each time, so that what is read from it can only be this life's.
-        self._listen = listen = self._sockets / f"m-{self.name}-{self._starts}"
-        listen.unlink(missing_ok=True)
-        program = [*self._command, "--metrics-listen", f"unix:{listen}"]
-        self.process = await spawn(
-            launch_command("KILL", program=program), STDERR, self._environment
-        )
-        self._register.put(self.name, self.process.pid)
-        self._metrics.follow(self.name, listen)
-        try:
-            return await self.process.wait()
-        finally:
-            if self.process.returncode is not None:
-                self.forget()
-
-    async def stop(self) -> None:
-        """End it gently, bounded; returns when it is gone."""
-        if self.process is not None:
-            await end(self.process, signal.SIGTERM, STOP_TIMEOUT_S)
-            self.forget()
-
-    def forget(self) -> None:
-        """Take it off the register, keeping what it counted."""
-        self._listen.unlink(missing_ok=True)
-        self._register.drop(self.name)
-        self._metrics.bury(self.name)
-
-
 def _children(
     settings: Settings,
     command: tuple[str, ...],
     sockets: Path,
     metrics: MergedMetrics,
     register: "_Register",
-) -> list[_Child]:
+) -> list[Child]:
     """The parts in the order in which they are stopped: the API first."""
     parts = [(f"serve-{number}", "serve") for number in range(1, settings.workers + 1)]
     parts += [("writer", "writer"), ("scheduler", "scheduler")]
     environment = _environment(settings)
     return [
-        _Child(
+        Child(
             name,
             [*command, part],
             environment,
             sockets=sockets,
             metrics=metrics,
-            register=register,
+            put=register.put,
+            drop=register.drop,
+            stop_timeout_s=settings.drain_limit_s + STOP_SPARE_S,
         )
         for name, part in parts
     ]
 
 
-async def _supervise(children: list[_Child]) -> None:
+async def _supervise(children: list[Child]) -> None:
     """Keep all running until cancelled, then stop the API, and after it the rest."""
     try:
         async with asyncio.TaskGroup() as group:
             for child in children:
                 group.create_task(child.keep_running())
     finally:
-        api = [child for child in children if child.name.startswith("serve-")]
+        api = _api_of(children)
         rest = [child for child in children if child not in api]
         for some in (api, rest):
             await asyncio.gather(*(child.stop() for child in some))
 
 
-async def _until_ready(address: str, children: list[_Child]) -> None:
+def _api_of(children: list[Child]) -> list[Child]:
+    return [child for child in children if child.name.startswith("serve-")]
+
+
+async def _renew_api(children: list[Child], told: asyncio.Event) -> None:
+    """Each time it is told to, renew the API processes one by one, until cancelled.
+
+    Where a new one does not come up, those not yet renewed stay as they are.
+    """
+    while True:
+        await told.wait()
+        told.clear()
+        log.info("supervisor.renewing")
+        for child in _api_of(children):
+            if not await child.renew():
+                break
+        else:
+            log.info("supervisor.renewed")
+
+
+async def _until_ready(address: str, children: list[Child]) -> None:
     """Wait until the API answers ready, and a little longer for the other parts.
 
     Raises SupervisorError when it cannot get there.
@@ -300,15 +248,17 @@ class _Register:
         self._addresses = {"listen": listen, "metrics_listen": metrics_listen}
         self._children: dict[str, int] = {}
         self._written = b""
+        self._failing = False
 
     def put(self, name: str, pid: int) -> None:
         """A child was started."""
         self._children[name] = pid
         self._write()
 
-    def drop(self, name: str) -> None:
-        """A child is gone."""
-        if self._children.pop(name, None) is not None:
+    def drop(self, name: str, pid: int) -> None:
+        """A child's process is gone; it may have a successor already."""
+        if self._children.get(name) == pid:
+            del self._children[name]
             self._write()
 
     def remove(self) -> None:
@@ -329,11 +279,19 @@ class _Register:
                 "processes": self._servers.pids | self._children,
             }
         )
-        if content != self._written:
-            new = self._file.with_name(".processes.json.new")
+        if content == self._written:
+            return
+        new = self._file.with_name(".processes.json.new")
+        try:
             new.write_bytes(content)
             new.replace(self._file)
-            self._written = content
+        except OSError as error:  # a full disk must not end the system; ``refresh`` tries again
+            if not self._failing:
+                log.error("supervisor.register_failed", error=str(error))  # noqa: TRY400 - one line
+            self._failing = True
+            return
+        self._failing = False
+        self._written = content
 
 
 @contextlib.contextmanager

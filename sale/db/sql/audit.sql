@@ -7,7 +7,10 @@ SELECT seq, at, epoch, kind, card_no, showing_no, quantity, key_hash, price_fen,
 FROM event WHERE campaign_id = $1 AND seq > $2 ORDER BY seq LIMIT $3;
 
 -- name: conflicts -- Sales that the constraints refused.
-SELECT seq, why FROM conflict WHERE campaign_id = $1 ORDER BY seq LIMIT 10;
+SELECT seq, why FROM conflict WHERE campaign_id = $1 AND source = 'refused' ORDER BY seq LIMIT 10;
+
+-- name: untold -- What members were told and does not stand.
+SELECT seq, why FROM conflict WHERE campaign_id = $1 AND source <> 'refused' ORDER BY seq LIMIT 10;
 
 -- name: sales_without_order -- Sales of the ledger that have neither an order nor a conflict.
 SELECT e.seq FROM event e
@@ -15,7 +18,8 @@ LEFT JOIN orders o ON o.campaign_id = e.campaign_id AND o.seq = e.seq
 WHERE e.campaign_id = $1 AND e.kind = 'sold'
   AND (o.seq IS NULL OR (o.card_no, o.showing_no, o.quantity, o.key_hash, o.price_fen, o.created_at)
        IS DISTINCT FROM (e.card_no, e.showing_no, e.quantity, e.key_hash, e.price_fen, e.at))
-  AND NOT EXISTS (SELECT FROM conflict c WHERE c.campaign_id = e.campaign_id AND c.seq = e.seq)
+  AND NOT EXISTS (SELECT FROM conflict c WHERE c.campaign_id = e.campaign_id AND c.seq = e.seq
+                  AND c.source = 'refused')
 ORDER BY e.seq LIMIT 10;
 
 -- name: orders_without_sale -- Orders that no sale of the ledger made.
@@ -68,7 +72,7 @@ ORDER BY e.seq LIMIT 10;
 -- name: steps_unaccounted -- Operators' steps that the audit log does not tell, or without a why.
 SELECT e.seq, e.kind FROM event e
 LEFT JOIN audit_log l ON l.campaign_id = e.campaign_id AND l.data ->> 'seq' = e.seq::text
-WHERE e.campaign_id = $1 AND e.kind <> 'sold'
+WHERE e.campaign_id = $1 AND e.kind NOT IN ('sold', 'voided')
   AND (l.id IS NULL OR l.actor IS DISTINCT FROM coalesce(e.actor, 'engine')
        OR l.reason IS DISTINCT FROM e.reason
        OR (e.kind IN ('paused', 'reopened', 'stock_added') AND e.reason IS NULL))

@@ -36,7 +36,7 @@ INSERT INTO audit_log (at, actor, action, target, campaign_id, reason, data)
 SELECT at, coalesce(actor, 'engine'), 'campaign.' || kind, campaign_id, campaign_id, reason,
     coalesce(data, '{}') || jsonb_build_object('seq', seq)
 FROM event
-WHERE campaign_id = $1 AND seq BETWEEN $2 AND $3 AND kind <> 'sold'
+WHERE campaign_id = $1 AND seq BETWEEN $2 AND $3 AND kind NOT IN ('sold', 'voided')
 ORDER BY seq;
 
 -- name: forget_showings -- Makes room for a draft that is made anew.
@@ -65,7 +65,8 @@ WHERE campaign_id = $1;
 INSERT INTO conflict (campaign_id, seq, at, why, event) VALUES ($1, $2, $3, $4, $5);
 
 -- name: conflicts_to_pause -- Campaigns with a conflict that have not been paused for it.
-SELECT campaign_id, min(why) AS why FROM conflict WHERE paused_at IS NULL GROUP BY campaign_id;
+SELECT campaign_id, min(why) AS why FROM conflict
+WHERE paused_at IS NULL GROUP BY campaign_id;
 
 -- name: conflict_rows -- How many events of each campaign were refused.
 SELECT campaign_id, count(*) AS refused FROM conflict GROUP BY campaign_id;

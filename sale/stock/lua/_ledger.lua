@@ -9,20 +9,22 @@
 --
 -- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · card_limit order_max
 --       price_fen unions config · nonce run_id replid (the Redis that was last verified) ·
---       roster_rev (how far `revoked` follows the roster) roster_load (its first load). Absent moments are ''.
+--       roster_rev (how far `revoked` follows the roster) roster_load (its first load) ·
+--       applied (how far the writer says that PostgreSQL is) behind_since (clock of the oldest event
+--       that it may lack; '' where it lacks none). Absent moments are ''.
 
 local HEAD, STREAM, STOCK, CARDS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]
 
 -- Replies for a whole call; positive codes of single answers stand in the scripts. The same
 -- numbers stand in scripts.py.
-local OK, MISSING, UNVERIFIED, STALE, BROKEN, LATE, EXISTS, WRONG_STATE, MISMATCH, REPLAYED, INVALID =
-  0, -1, -2, -3, -4, -5, -6, -7, -8, -9, -10
+local OK, MISSING, UNVERIFIED, STALE, BROKEN, LATE, EXISTS, WRONG_STATE, MISMATCH, REPLAYED, INVALID, UNATTENDED =
+  0, -1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11
 
 local function read_head()
   local f = redis.call('HMGET', HEAD, 'seq', 'chain', 'epoch', 'clock', 'state', 'opens_at',
     'closes_at', 'recovering', 'card_limit', 'order_max', 'price_fen', 'unions', 'nonce',
-    'run_id', 'replid', 'roster_rev')
+    'run_id', 'replid', 'roster_rev', 'applied', 'behind_since')
   if not f[1] then
     return nil
   end
@@ -37,6 +39,7 @@ local function read_head()
     state = f[5], opens_at = tonumber(f[6]), closes_at = tonumber(f[7]), recovering = f[8],
     card_limit = tonumber(f[9]), order_max = tonumber(f[10]), price_fen = f[11], unions = f[12],
     nonce = f[13], run_id = f[14], replid = f[15], roster_rev = tonumber(f[16]),
+    applied = tonumber(f[17]) or 0, behind_since = tonumber(f[18]),
   }
 end
 
@@ -47,14 +50,19 @@ local function identity()
   return run_id, replid
 end
 
--- nil where the head may be believed, else the reply that says why not. `epoch` and `seen` are
--- the marks of the calling process: a head behind them has lost what somebody was told.
-local function distrust(head, nonce, epoch, seen)
+-- nil where the head may be believed, else the reply that says why not. `attended` and `seen` are
+-- the marks of a process that answers members: the incarnation (run_id:replid:epoch) in which it
+-- has looked whether all that it acknowledged is there, and the highest number that it has seen
+-- since. A head behind that has lost what somebody was told (INV-8). nil: who has told nobody.
+local function distrust(head, nonce, attended, seen)
   local run_id, replid = identity()
   if head.nonce ~= nonce or head.run_id ~= run_id or head.replid ~= replid then
     return UNVERIFIED
   end
-  if head.epoch < epoch or (head.epoch == epoch and head.seq < seen) then
+  if attended and attended ~= run_id .. ':' .. replid .. ':' .. head.epoch then
+    return UNATTENDED
+  end
+  if seen and head.seq < seen then
     return STALE
   end
   local last = redis.call('XREVRANGE', STREAM, '+', '-', 'COUNT', 1)[1]
@@ -86,6 +94,7 @@ end
 
 -- Appends the events as one entry and moves the head. The first write of every script.
 local function append(head, events)
+  local caught_up = (head.applied or 0) >= head.seq
   local first, last = head.seq + 1, head.seq + #events
   local payload = '[' .. table.concat(events, ',') .. ']'
   local chain = redis.sha1hex(table.concat({
@@ -96,6 +105,9 @@ local function append(head, events)
     'clock', string.format('%.0f', head.now), 'state', head.state,
     'opens_at', head.opens_at and string.format('%.0f', head.opens_at) or '',
     'closes_at', head.closes_at and string.format('%.0f', head.closes_at) or '')
+  if caught_up then
+    redis.call('HSET', HEAD, 'behind_since', string.format('%.0f', head.now))
+  end
   head.seq, head.chain = last, chain
 end
 

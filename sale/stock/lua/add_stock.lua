@@ -14,7 +14,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[5], 0, 0)
+local refusal = distrust(head, ARGV[5])
 if refusal then
   return { refusal }
 end

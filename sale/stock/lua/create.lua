@@ -23,7 +23,7 @@ if head and head.state ~= 'deleted' then
 end
 local run_id, replid = identity()
 if head then
-  local refusal = distrust(head, ARGV[5], 0, 0)
+  local refusal = distrust(head, ARGV[5])
   if refusal then
     return { refusal }
   end
@@ -52,7 +52,7 @@ end
 
 append(head, events)
 redis.call('HSET', HEAD, 'config', ARGV[6], 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
-  'price_fen', ARGV[11], 'unions', ARGV[12], 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
+  'price_fen', ARGV[11], 'unions', ARGV[12], 'applied', head.applied or 0, 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
 redis.call('HDEL', HEAD, 'roster_rev', 'roster_load')
 redis.call('UNLINK', STOCK, CARDS, REVOKED)
 for i = 14, #ARGV do

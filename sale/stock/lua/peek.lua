@@ -4,16 +4,17 @@
 -- that was verified. It lets the batcher refuse a thousand askers of a sold-out campaign with one
 -- small call, and no stale answer (INV-8).
 --
--- ARGV   epoch and event number that this process has seen · nonce · showing numbers …
+-- ARGV   incarnation that this process has attended and event number that it has seen · nonce ·
+--        showing numbers …
 -- Reply  {0, now ms, seq, epoch, state, opens_at ms or 0, roster revision, left of each showing …}
---        or {code}: MISSING UNVERIFIED STALE BROKEN
+--        or {code}: MISSING UNVERIFIED UNATTENDED STALE BROKEN
 -- Idempotency  reads only. Cost: constant.
 
 local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[3], tonumber(ARGV[1]), tonumber(ARGV[2]))
+local refusal = distrust(head, ARGV[3], ARGV[1], tonumber(ARGV[2]))
 if refusal then
   return { refusal }
 end

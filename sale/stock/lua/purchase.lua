@@ -4,7 +4,8 @@
 -- INV-7 (the window, to the millisecond), INV-9 (revoked cards and unions), each decided here and
 -- nowhere else. Order of refusals: card, union, same key, state, limit, stock.
 --
--- ARGV   process · call number · epoch and event number that this process has seen · nonce ·
+-- ARGV   process · call number · incarnation that this process has attended and event number that
+--        it has seen since · nonce · how many events and how many ms PostgreSQL may be behind ·
 --        then for each purchase: card · union · showing number · quantity · key hash (16 hex)
 -- Reply  {0, now ms, seq, epoch, price_fen, then four integers a purchase: code, a, b, c}
 --          1 sold          a = event number  b = tickets the card may still buy
@@ -13,7 +14,8 @@
 --         -4 not open (a = opens at, ms or 0)  -5 paused  -6 closed  -7 recovering  -8 draft
 --         -9 over the limit (a = tickets the card may still buy)
 --        -10 not enough left (a = tickets left)  -11 no such quantity
---        or {code} for the whole call: MISSING UNVERIFIED STALE BROKEN LATE
+--        -12 PostgreSQL is too far behind
+--        or {code} for the whole call: MISSING UNVERIFIED UNATTENDED STALE BROKEN LATE
 -- Idempotency  a call number that is not above the process's last one is refused (LATE), so a
 --        delayed first attempt cannot sell after its retry was answered; the same purchase in a
 --        later call is found by its key.
@@ -27,7 +29,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[5], tonumber(ARGV[3]), tonumber(ARGV[4]))
+local refusal = distrust(head, ARGV[5], ARGV[3], tonumber(ARGV[4]))
 if refusal then
   return { refusal }
 end
@@ -42,7 +44,7 @@ end
 
 local RECORD, FIELDS = 31, '>I5I6I2I2'
 local PROCESSES_MAX = 1000
-local first_argument, purchases = 6, (#ARGV - 5) / 5
+local first_argument, purchases = 8, (#ARGV - 7) / 5
 
 local cards = {}
 for i = 0, purchases - 1 do
@@ -73,6 +75,9 @@ elseif head.state == 'scheduled' then closed_by = -4
 elseif head.state == 'paused' then closed_by = -5
 elseif head.state == 'closed' then closed_by = -6
 elseif head.state ~= 'open' then closed_by = -8
+elseif head.seq - head.applied >= tonumber(ARGV[6])
+  or (head.seq > head.applied and head.behind_since
+    and head.now - head.behind_since > tonumber(ARGV[7])) then closed_by = -12
 end
 
 local everyone, limit, order_max = head.unions == '*', head.card_limit, head.order_max

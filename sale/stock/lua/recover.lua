@@ -11,7 +11,8 @@
 --        the new state stands at · epoch · clock ms · '1' to keep the stream that is there ·
 --        state · opens_at · closes_at (ms or '') · card_limit · order_max · price_fen · unions ·
 --        config · nonce · cards, stock fields, operations and stream entries written beside ·
---        actor · reason (JSON strings)
+--        actor · reason (JSON strings) · how far PostgreSQL has applied · ranges of numbers that
+--        are voided (JSON array)
 -- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
 --        {BROKEN} (what stands beside is not whole)
 -- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
@@ -38,7 +39,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local head = { seq = tonumber(base), chain = ARGV[4], epoch = tonumber(ARGV[5]),
   now = math.max(now, tonumber(ARGV[6])), state = ARGV[8],
-  opens_at = tonumber(ARGV[9]), closes_at = tonumber(ARGV[10]) }
+  opens_at = tonumber(ARGV[9]), closes_at = tonumber(ARGV[10]), applied = tonumber(ARGV[23]) }
 
 local function replace(key, by)
   redis.call('UNLINK', key)
@@ -54,8 +55,9 @@ replace(CARDS, NEW_CARDS)
 replace(OPERATIONS, NEW_OPERATIONS)
 redis.call('UNLINK', REVOKED, HEAD)
 append(head, { '["recovered",{"actor":' .. ARGV[21] .. ',"reason":' .. ARGV[22]
-  .. ',"epoch":' .. ARGV[5] .. '}]' })
+  .. ',"epoch":' .. ARGV[5] .. ',"voided":' .. ARGV[24] .. '}]' })
 redis.call('HSET', HEAD, 'config', ARGV[15], 'epoch', ARGV[5], 'card_limit', ARGV[11],
   'order_max', ARGV[12], 'price_fen', ARGV[13], 'unions', ARGV[14],
+  'applied', ARGV[23], 'behind_since', string.format('%.0f', head.now),
   'nonce', ARGV[16], 'run_id', run_id, 'replid', replid)
 return { OK, head.seq, head.state }

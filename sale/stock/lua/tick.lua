@@ -8,7 +8,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[1], 0, 0)
+local refusal = distrust(head, ARGV[1])
 if refusal then
   return { refusal }
 end

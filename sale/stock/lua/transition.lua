@@ -28,7 +28,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[6], 0, 0)
+local refusal = distrust(head, ARGV[6])
 if refusal then
   return { refusal }
 end

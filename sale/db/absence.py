@@ -1,0 +1,51 @@
+"""When PostgreSQL is away: not reached, or reached and unable to write, for whatever reason.
+
+Away is what passes by itself or by somebody's hand on the server, and what is tried again for ever.
+What PostgreSQL says to one campaign's events alone is that campaign's trouble and not here.
+"""
+
+from typing import Final
+
+import asyncpg
+
+POSTGRES_AWAY: Final = (
+    OSError,  # with it TimeoutError: no answer in time
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a connection that dies in mid-call may raise
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.PostgresSystemError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.TransactionRollbackError,
+)
+"""What a call raises where PostgreSQL is away."""
+
+_REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (asyncpg.ReadOnlySQLTransactionError, "it is read-only"),
+    (asyncpg.DiskFullError, "its disk is full"),
+    (asyncpg.TooManyConnectionsError, "it takes no more connections"),
+    (asyncpg.InsufficientResourcesError, "it is out of memory or of another resource"),
+    (asyncpg.CannotConnectNowError, "it is starting or shutting down"),
+    (asyncpg.AdminShutdownError, "it has ended the connection"),
+    (asyncpg.CrashShutdownError, "it has crashed"),
+    (asyncpg.QueryCanceledError, "a statement was cancelled, or took longer than it allows"),
+    (asyncpg.PostgresSystemError, "it cannot read or write its files"),
+    (TimeoutError, "no answer in time"),
+    (asyncpg.PostgresConnectionError, "the connection was lost"),
+    (asyncpg.InterfaceError, "the connection was lost"),
+    (asyncpg.InternalClientError, "the connection was lost"),
+    (ConnectionRefusedError, "it cannot be reached"),
+    (ConnectionError, "the connection was lost"),
+    (OSError, "it cannot be reached"),
+)
+
+
+def in_words(error: Exception) -> str:
+    """Say in one line why PostgreSQL is away, and what it said itself."""
+    said = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    for kind, reason in _REASONS:
+        if isinstance(error, kind):
+            return f"{reason}: {said}"
+    return f"{type(error).__name__}: {said}"

@@ -1,0 +1,121 @@
+"""What members were told and the ledger may lack: handed in, settled, or kept as a conflict.
+
+Nothing of this is on a member's path. An API process hands in what it acknowledged when Redis has
+lost it; the recovery fills the lost numbers from there; what was handed in is settled once the
+ledger has been applied that far. What then does not stand goes to ``conflict`` and stays there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from sale.db import queries
+from sale.db.ledger import Connection
+from sale.domain import from_ms, to_ms
+from sale.events import SOLD, Event
+
+ROWS_MAX: Final = 10_000
+"""Rows of one statement."""
+
+
+class Claim(NamedTuple):
+    """An acknowledged sale, as an API process tells it; ``at_ms`` of the campaign's clock."""
+
+    seq: int
+    epoch: int
+    at_ms: int
+    card_no: str
+    key_hash: str
+    showing: int
+    quantity: int
+    price_fen: int
+
+    def event(self) -> Event:
+        """Give the event that it was."""
+        return Event(
+            self.seq, self.at_ms, self.epoch, SOLD, self.card_no, self.showing, self.quantity,
+            self.key_hash, self.price_fen,
+        )  # fmt: skip
+
+
+class Settled(NamedTuple):
+    """What became of something handed in; ``stands`` or ``conflict``."""
+
+    campaign_id: str
+    seq: int
+    settled: str
+
+
+async def hand_in(
+    conn: Connection, campaign_id: str, process: str, claims: Sequence[Claim]
+) -> None:
+    """Note what a process acknowledged. Repeats are one row."""
+    for at in range(0, len(claims), ROWS_MAX):
+        chunk = claims[at : at + ROWS_MAX]
+        columns: list[list[Any]] = [list(column) for column in zip(*chunk, strict=True)]
+        columns[2] = [from_ms(at_ms) for at_ms in columns[2]]
+        await conn.execute(_SQL["hand_in"], campaign_id, process, *columns)
+
+
+async def unsettled(conn: Connection, campaign_id: str, beyond: int) -> list[Claim]:
+    """What was handed in and not settled beyond an event number, by number."""
+    claims: list[Claim] = []
+    after = 0
+    while rows := await conn.fetch(_SQL["unsettled"], campaign_id, beyond, after, ROWS_MAX):
+        last = rows[-1]["seq"]
+        if len(rows) == ROWS_MAX and rows[0]["seq"] != last:
+            # The last number may go on beyond this chunk.
+            rows = [row for row in rows if row["seq"] != last]
+            last = rows[-1]["seq"]
+        claims += [_claim(row) for row in rows]
+        after = last
+    return claims
+
+
+async def highest(conn: Connection, campaign_id: str) -> int:
+    """Highest number that was handed in and is not settled; 0 where there is none."""
+    number: int = await conn.fetchval(_SQL["highest"], campaign_id)
+    return number
+
+
+async def settle(conn: Connection) -> list[Settled]:
+    """Settle what the ledger has reached, at most ROWS_MAX of it."""
+    return [Settled(*row.values()) for row in await conn.fetch(_SQL["settle"], ROWS_MAX)]
+
+
+async def record_forked(
+    conn: Connection, campaign_id: str, strays: Sequence[tuple[Event, str]]
+) -> None:
+    """Keep what a Redis told and the ledger does not have, each with why. Repeats are one row."""
+    for at in range(0, len(strays), ROWS_MAX):
+        chunk = strays[at : at + ROWS_MAX]
+        await conn.execute(
+            _SQL["forked"],
+            campaign_id,
+            [event.seq for event, _ in chunk],
+            [from_ms(event.at_ms) for event, _ in chunk],
+            [why for _, why in chunk],
+            [msgspec.json.encode(event).decode() for event, _ in chunk],
+        )
+
+
+async def voided(conn: Connection, campaign_id: str, limit: int = 100) -> list[tuple[int, int]]:
+    """Ranges of numbers that were given out, are lost, and are never used again."""
+    rows = await conn.fetch(_SQL["voided"], campaign_id, limit)
+    return [(row["first"], row["last"]) for row in rows]
+
+
+async def conflicts(conn: Connection, campaign_id: str, limit: int = 100) -> list[dict[str, Any]]:
+    """A campaign's conflicts, newest first, as the table has them."""
+    return [dict(row) for row in await conn.fetch(_SQL["conflicts"], campaign_id, limit)]
+
+
+def _claim(row: Mapping[str, Any]) -> Claim:
+    return Claim(
+        row["seq"], row["epoch"], to_ms(row["at"]), row["card_no"], row["key_hash"],
+        row["showing_no"], row["quantity"], row["price_fen"],
+    )  # fmt: skip
+
+
+_SQL: Final = queries.load("claims")

@@ -1,0 +1,21 @@
+-- name: try_lock -- Take an advisory lock for this session, or false where another has it.
+SELECT pg_try_advisory_lock($1);
+
+-- name: unlock -- Give it back, so that the next need not wait for the session's end.
+SELECT pg_advisory_unlock($1);
+
+-- name: expel -- End other sessions of the name $1: those of a holder that has lost its lock.
+SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE application_name = $1 AND datname = current_database() AND usename = current_user
+    AND pid <> pg_backend_pid();
+
+-- name: seats -- Who is connected for the office named $1, and which of them holds the lock $2.
+SELECT substr(application_name, length($1::text) + 2) AS who,
+    EXISTS (
+        SELECT FROM pg_locks
+        WHERE pg_locks.pid = pg_stat_activity.pid AND locktype = 'advisory' AND granted
+            AND (classid::bigint << 32 | objid::bigint) = $2::bigint AND objsubid = 1
+    ) AS active
+FROM pg_stat_activity
+WHERE starts_with(application_name, $1 || ' ') AND datname = current_database()
+ORDER BY active DESC, who;

@@ -1,0 +1,99 @@
+"""What this process told members and PostgreSQL may not have yet.
+
+Should Redis come back with older files, these are the only ones who still know: the recovery fills
+the lost numbers from what the API processes hand in. A batch is kept as one packed value, so that
+a long outage of PostgreSQL costs bytes and not objects; how many there can be is bounded by how far
+PostgreSQL may be behind before nothing more is sold (``ledger_behind_max_events``).
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Final, TypeAlias
+
+import msgspec
+from redis.asyncio import Redis
+
+from sale.events import SaleRecord
+from sale.stock.keys import CampaignKeys
+from sale.stock.records import parse_records
+
+CHECK_CHUNK: Final = 1_000
+
+Told: TypeAlias = tuple[int, int, str, int, int, str]
+"""Event number, sold at (ms), card, showing number, quantity, key hash."""
+
+
+class KeptSale(msgspec.Struct, frozen=True):
+    """An acknowledged sale."""
+
+    epoch: int
+    price_fen: int
+    seq: int
+    at_ms: int
+    card_no: str
+    showing: int
+    quantity: int
+    key_hash: str
+
+
+class Kept:
+    """The acknowledged sales of one campaign in this process that may not be applied yet."""
+
+    def __init__(self) -> None:
+        self._batches: deque[tuple[int, int, int, int, bytes]] = deque()
+        self._count = 0
+        self.total = 0
+        """Sales that were ever kept: it tells whether there are new ones."""
+        self.applied = 0
+        """Number up to which PostgreSQL is known to have everything."""
+
+    def __len__(self) -> int:
+        """How many sales are kept."""
+        return self._count
+
+    def add(self, epoch: int, price_fen: int, told: Sequence[Told]) -> None:
+        """Keep a batch that is about to be answered."""
+        if told:
+            highest = max(sale[0] for sale in told)
+            packed = _ENCODER.encode(told)
+            self._batches.append((highest, len(told), epoch, price_fen, packed))
+            self._count += len(told)
+            self.total += len(told)
+
+    def drop_applied(self, applied: int) -> None:
+        """Forget what PostgreSQL has."""
+        self.applied = max(self.applied, applied)
+        while self._batches and self._batches[0][0] <= self.applied:
+            self._count -= self._batches.popleft()[1]
+
+    def clear(self) -> None:
+        """Forget everything: it was handed in."""
+        self._batches.clear()
+        self._count = 0
+
+    def sales(self) -> Iterator[KeptSale]:
+        """Give what is kept, in the order in which it was told."""
+        for _, _, epoch, price_fen, packed in list(self._batches):
+            for sale in _DECODER.decode(packed):
+                yield KeptSale(epoch, price_fen, *sale)
+
+    async def lacking(self, redis: Redis, keys: CampaignKeys) -> int:
+        """Count the kept sales that this Redis does not know. Raises redis-py's errors."""
+        lacking = 0
+        sales = self.sales()
+        while chunk := list(islice(sales, CHECK_CHUNK)):
+            values: list[Any] = await redis.hmget(keys.cards, [sale.card_no for sale in chunk])
+            for sale, value in zip(chunk, values, strict=True):
+                record = SaleRecord(
+                    sale.seq, sale.at_ms, sale.showing, sale.quantity, sale.key_hash
+                )
+                try:
+                    lacking += record not in parse_records(value or b"")
+                except ValueError:
+                    lacking += 1  # a damaged record: the recovery builds it again
+        return lacking
+
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(list[Told])

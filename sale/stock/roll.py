@@ -1,0 +1,187 @@
+"""The roll: what each API process has seen of each campaign, as it reports it to Redis.
+
+A Redis that went back in time cannot know it; who answered members can. Each process reports some
+times a second, and says in each report which Redis it was talking to. Whoever verifies a Redis, or
+builds a campaign anew, hears all of them first, with a bound: a process that is stopped or cut off
+must not keep a sale shut, and is heard when it comes back.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+from redis.asyncio import Redis
+
+from sale.stock.keys import ROLL, CampaignKeys
+
+BEAT_S: Final = 0.25
+ROLL_MIN_S: Final = 0.6
+"""Two beats and a little: who is alive and well has reported by then, listed or not."""
+ROLL_MAX_S: Final = 1.5
+POLL_S: Final = 0.05
+LIVE_MS: Final = 5_000
+"""Who has reported within this before the last report of all is waited for."""
+GONE_MS: Final = 600_000
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """What a process says of one campaign: epoch and number seen, and how many it misses here.
+
+    ``handed``: what it misses stands in PostgreSQL's ``handed_in`` by now.
+    """
+
+    epoch: int
+    seq: int
+    lacks: int
+    handed: bool
+
+
+class Attendance(msgspec.Struct, frozen=True, array_like=True):
+    """One process's whole report; ``at_ms`` of Redis' clock, before it looked."""
+
+    at_ms: int
+    identity: str
+    campaigns: dict[str, Report]
+
+
+class Identity(NamedTuple):
+    """Which Redis this is, and its clock (ms)."""
+
+    run_id: str
+    replid: str
+    now_ms: int
+
+    def __str__(self) -> str:
+        """``run_id:replid``, the beginning of an incarnation's name."""
+        return f"{self.run_id}:{self.replid}"
+
+
+async def who_is_it(redis: Redis) -> Identity:
+    """Ask a Redis for its identity. Raises redis-py's errors."""
+    identity, _ = await identity_and_heads(redis, ())
+    return identity
+
+
+async def identity_and_heads(
+    redis: Redis, campaigns: Sequence[CampaignKeys]
+) -> tuple[Identity, list[dict[str, str] | None]]:
+    """Read clock and identity, then what an API process needs of these heads; None where none."""
+    pipe = redis.pipeline(transaction=False)
+    pipe.time()
+    pipe.info("server")
+    pipe.info("replication")
+    for keys in campaigns:
+        pipe.hmget(keys.head, list(HEAD_FIELDS))
+    clock, server, replication, *values = await pipe.execute(raise_on_error=False)
+    for reply in (clock, server, replication):
+        if isinstance(reply, Exception):
+            raise reply
+    identity = Identity(
+        str(server["run_id"]),
+        str(replication["master_replid"]),
+        clock[0] * 1_000 + clock[1] // 1_000,
+    )
+    return identity, [_head(fields) for fields in values]
+
+
+def _head(fields: Any) -> dict[str, str] | None:  # noqa: ANN401 - Redis' reply
+    if isinstance(fields, Exception) or fields[0] is None:
+        return None
+    return {
+        name: (value or b"").decode(errors="replace")
+        for name, value in zip(HEAD_FIELDS, fields, strict=True)
+    }
+
+
+async def report(redis: Redis, process: str, attendance: Attendance) -> None:
+    """Write a process's report."""
+    await redis.hset(ROLL, process, _ENCODER.encode(attendance))
+
+
+async def sign_off(redis: Redis, process: str) -> None:
+    """Take a process that ends off the roll."""
+    await redis.hdel(ROLL, process)
+
+
+async def read_roll(redis: Redis) -> dict[str, Attendance]:
+    """Give the last report of each process; what cannot be read is not there."""
+    found: dict[str, Attendance] = {}
+    listed: dict[Any, Any] = await redis.hgetall(ROLL)
+    for process, value in listed.items():
+        try:
+            found[process.decode()] = _DECODER.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+    return found
+
+
+class Roll(msgspec.Struct, frozen=True):
+    """Who was heard: their reports on this very Redis; and who was waited for in vain."""
+
+    identity: Identity
+    heard: dict[str, Attendance]
+    silent: list[str]
+
+    def reports(self, campaign_id: str) -> dict[str, Report]:
+        """What the processes say of one campaign."""
+        return {
+            process: attendance.campaigns[campaign_id]
+            for process, attendance in self.heard.items()
+            if campaign_id in attendance.campaigns
+        }
+
+    def highest(self, campaign_id: str, epoch: int) -> int:
+        """Highest number that anyone has seen of a campaign in ``epoch`` or a later one."""
+        reports = self.reports(campaign_id).values()
+        return max((report.seq for report in reports if report.epoch >= epoch), default=0)
+
+
+async def hear(redis: Redis) -> Roll:
+    """Look at the roll as it is. Raises redis-py's errors."""
+    identity = await who_is_it(redis)
+    return _heard(identity, await read_roll(redis), 0)
+
+
+async def call_the_roll(redis: Redis) -> Roll:
+    """Wait until every process that lives has looked at this Redis from now on, bounded.
+
+    Raises redis-py's errors.
+    """
+    begun = await who_is_it(redis)
+    started = time.monotonic()
+    while True:
+        await asyncio.sleep(POLL_S)
+        roll = _heard(begun, await read_roll(redis), begun.now_ms)
+        waited_s = time.monotonic() - started
+        if waited_s > ROLL_MAX_S or (not roll.silent and waited_s > ROLL_MIN_S):
+            return roll
+
+
+def _heard(identity: Identity, listed: dict[str, Attendance], since_ms: int) -> Roll:
+    heard = {
+        process: attendance
+        for process, attendance in listed.items()
+        if attendance.identity == str(identity) and attendance.at_ms >= since_ms
+    }
+    newest = max((attendance.at_ms for attendance in listed.values()), default=0)
+    silent = [
+        process
+        for process, attendance in listed.items()
+        if process not in heard and attendance.at_ms > newest - LIVE_MS
+    ]
+    return Roll(identity, heard, sorted(silent))
+
+
+async def forget_the_gone(redis: Redis, now_ms: int) -> None:
+    """Take off the roll who has not reported for ten minutes: it died without signing off."""
+    listed = await read_roll(redis)
+    gone = [p for p, attendance in listed.items() if attendance.at_ms < now_ms - GONE_MS]
+    if gone:
+        await redis.hdel(ROLL, *gone)
+
+
+HEAD_FIELDS: Final = ("seq", "epoch", "run_id", "replid", "recovering", "applied")
+_ENCODER: Final = msgspec.json.Encoder()
+_DECODER: Final = msgspec.json.Decoder(Attendance)

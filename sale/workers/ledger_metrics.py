@@ -1,0 +1,54 @@
+"""What the ledger writer tells of itself."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class LedgerMetrics:
+    """The writer's metrics, registered in ``registry``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.active = Gauge(
+            "sale_writer_active", "1 where this writer works, 0 on stand-by.", registry=registry
+        )
+        self.lag_events = Gauge(
+            "sale_ledger_lag_events",
+            "Events that PostgreSQL does not have yet.",
+            ["campaign"],
+            registry=registry,
+        )
+        self.lag_seconds = Gauge(
+            "sale_ledger_lag_seconds",
+            "Age of the oldest event that PostgreSQL does not have yet; 0 where it has all.",
+            ["campaign"],
+            registry=registry,
+        )
+        self.written = Counter(
+            "sale_ledger_written",
+            "Events written to PostgreSQL.",
+            registry=registry,
+        )
+        self.conflicts = Counter(
+            "sale_ledger_conflicts",
+            "Events that PostgreSQL refused to act on.",
+            ["campaign"],
+            registry=registry,
+        )
+        self.conflict_rows = Gauge(
+            "sale_ledger_conflict_rows",
+            "Events in table conflict: refused by PostgreSQL, ever since the campaign was made.",
+            ["campaign"],
+            registry=registry,
+        )
+        self.stuck = Gauge(
+            "sale_ledger_stuck",
+            "1 where a campaign's ledger cannot be applied: a gap, a broken chain.",
+            ["campaign"],
+            registry=registry,
+        )
+
+    def forget_lag(self) -> None:
+        """Drop what only the active writer knows."""
+        self.lag_events.clear()
+        self.lag_seconds.clear()
+        self.stuck.clear()
+        self.conflict_rows.clear()

@@ -1,0 +1,284 @@
+"""Who buys while things break: a crowd in the background, and single phones.
+
+Every answer goes into the campaign's book. Status 0 is an answer that never came.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from loadtest.answers import Answer, AnswerBook, read_answer
+from loadtest.client import Client, Unreachable
+from loadtest.members import Attempt, Kind, Member
+from loadtest.wire import UNKNOWN, Response, ResponseParser
+
+AGAIN: Final = frozenset({UNKNOWN, 429, 503})
+CONNECTIONS: Final = 32
+UNDER_WAY_MAX: Final = 128
+"""Members who wait for their answer at once; while so many do, no further ones come."""
+
+TICK_S: Final = 0.02
+ANSWER_S: Final = 3.0
+ASK_AGAIN_S: Final = 20.0
+"""How long after the crowd's end its unknown outcomes are asked for again."""
+
+CONNECT_TRIES: Final = 40
+
+
+class Load:
+    """A crowd that comes at ``rate`` members a second for ``seconds``.
+
+    Most buy once; who gets no answer, or 503, asks again with the same key. Some press twice at
+    once, some repeat what they have, some use a key again for something else.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        campaign: str,
+        members: Sequence[Member],
+        book: AnswerBook,
+        *,
+        seconds: float,
+        rate: float,
+        seed: int,
+        showings: Sequence[str] = ("general",),
+        order_max: int = 3,
+        quantity: int | None = None,
+        odd: bool = True,
+    ) -> None:
+        self.address = address
+        self.campaign = campaign
+        self.book = book
+        self.offered = 0
+        self.held_back = 0
+        """Members who did not come because too many were waiting already."""
+        self._members = members
+        self._seconds = seconds
+        self._rate = rate
+        self._rng = random.Random(f"{seed} {campaign}")
+        self._showings = showings
+        self._order_max = order_max
+        self._quantity = quantity
+        self._odd = odd
+        self._client: Client | None = None
+        self._connecting = asyncio.Lock()
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._ending = asyncio.Event()
+        self._until = asyncio.get_running_loop().time() + seconds + ASK_AGAIN_S
+        self._task = asyncio.create_task(self._come())
+
+    @property
+    def answers(self) -> list[Answer]:
+        """Every answer of the campaign so far."""
+        return list(self.book)
+
+    def sold(self) -> int:
+        """Give how many answers so far told of an order."""
+        return sum(row[1] == 201 for row in self.book._rows)
+
+    async def over(self) -> None:
+        """Wait until its seconds have passed and each knows the outcome, bounded."""
+        await self._task
+        await self.stop()
+
+    async def finish(self) -> None:
+        """Let nobody come any more; wait until each knows the outcome, bounded."""
+        loop = asyncio.get_running_loop()
+        self._until = min(self._until, loop.time() + ASK_AGAIN_S)
+        self._ending.set()
+        await self._task
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End at once; who has no answer has none."""
+        self._ending.set()
+        for task in (self._task, *self._under_way):
+            task.cancel()
+        done = await asyncio.gather(self._task, *self._under_way, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        for error in done:
+            if isinstance(error, Exception):
+                raise error
+
+    async def _come(self) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while not self._ending.is_set() and loop.time() - started < self._seconds:
+            due = int((loop.time() - started) * self._rate) - self.offered - self.held_back
+            for _ in range(due):
+                if len(self._under_way) >= UNDER_WAY_MAX:
+                    self.held_back += 1
+                    continue
+                self.offered += 1
+                task = loop.create_task(self._member(self._attempt()))
+                self._under_way.add(task)
+                task.add_done_callback(self._under_way.discard)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), TICK_S)
+        await asyncio.gather(*self._under_way)
+
+    def _attempt(self) -> Attempt:
+        rng = self._rng
+        return Attempt(
+            rng.choice(self._members),
+            f"{rng.getrandbits(80):020x}",
+            rng.choice(self._showings),
+            self._quantity or rng.randint(1, self._order_max),
+            Kind.ORDINARY,
+        )
+
+    async def _member(self, attempt: Attempt) -> None:
+        dice, pause_s = self._rng.random(), self._rng.random()
+        if not self._odd or dice > 0.2:
+            await self._ask(attempt)
+        elif dice < 0.06:
+            await asyncio.gather(self._ask(attempt), self._ask(attempt))
+        elif await self._ask(attempt):
+            await asyncio.sleep(pause_s)
+            other = attempt
+            if dice < 0.1:  # the same key for something else
+                quantity = attempt.quantity % self._order_max + 1
+                other = Attempt(attempt.member, attempt.key, attempt.showing, quantity, Kind.RETRY)
+            await self._ask(other)
+
+    async def _ask(self, attempt: Attempt) -> bool:
+        """Ask until the outcome is known, or time is up; tell whether it is known."""
+        loop = asyncio.get_running_loop()
+        raw = attempt.raw(self.address, self.campaign)
+        while True:
+            answer = await self._request(raw)
+            self.book.record(attempt, answer)
+            if answer.status not in AGAIN:
+                return True
+            if loop.time() > self._until:
+                return False
+            await asyncio.sleep(0.1 + 0.2 * self._rng.random())
+
+    async def _request(self, raw: bytes) -> Response:
+        try:
+            client = await self._connected()
+            return await client.request(raw)
+        except (Unreachable, OSError) as error:
+            return Response(UNKNOWN, b"", b"", repr(error))
+
+    async def _connected(self) -> Client:
+        """Give the client; a new one where the last gave up on the server. Raises OSError."""
+        async with self._connecting:
+            if self._client is None or self._client._error is not None:
+                old, self._client = self._client, None
+                if old is not None:
+                    await old.close()
+                client = Client(self.address, CONNECTIONS, timeout_s=ANSWER_S)
+                await client.__aenter__()
+                self._client = client
+            return self._client
+
+
+class Phone:
+    """One member who buys over a connection of his own, to a process of one's choice if need be."""
+
+    def __init__(
+        self,
+        address: str,
+        campaign: str,
+        member: Member,
+        book: AnswerBook,
+        pid: Callable[[str], int],
+        *,
+        timeout_s: float = 10.0,
+    ) -> None:
+        self.address = address
+        self.campaign = campaign
+        self.member = member
+        self.book = book
+        self._pid = pid
+        self._timeout_s = timeout_s
+
+    def attempt(
+        self, quantity: int = 1, *, key: str | None = None, showing: str = "general"
+    ) -> Attempt:
+        """Give a purchase, under a new key where none is given."""
+        key = key or f"{random.getrandbits(80):020x}"
+        return Attempt(self.member, key, showing, quantity, Kind.ORDINARY)
+
+    async def buy(
+        self, quantity: int = 1, *, key: str | None = None, of: str | None = None
+    ) -> Response:
+        """Buy; of the API process ``of`` where one is named."""
+        return await self.ask(self.attempt(quantity, key=key), of=of)
+
+    async def ask(self, attempt: Attempt, *, of: str | None = None) -> Response:
+        """Send a purchase and wait for the answer; it stands in the book afterwards."""
+        answer = Response(UNKNOWN, b"", b"", "no answer in time")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._exchange(attempt.raw(self.address, self.campaign), of)
+        except (OSError, TimeoutError) as error:
+            answer.why = repr(error)
+        finally:
+            self.book.record(attempt, answer)
+        return answer
+
+    def read(self, attempt: Attempt, answer: Response) -> Answer:
+        """Give the answer in words."""
+        replayed = answer.header("idempotency-replayed") == "true"
+        return read_answer(attempt, answer.status, answer.body, replayed=replayed)
+
+    async def _exchange(self, raw: bytes, of: str | None) -> Response:
+        reader, writer = await self._connect(of)
+        try:
+            writer.write(raw)
+            parser = ResponseParser()
+            while data := await reader.read(65_536):
+                for answer in parser.feed(data):
+                    return answer
+            raise ConnectionResetError("the connection was closed before the answer")
+        finally:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _connect(self, of: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect; where a process is named, until it is the one that took the connection."""
+        host, _, port = self.address.rpartition(":")
+        for _ in range(CONNECT_TRIES):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            own_port = writer.get_extra_info("sockname")[1]
+            if of is None or await _taken_by(self._pid(of), int(port), own_port):
+                return reader, writer
+            writer.transport.abort()
+        raise ConnectionRefusedError(f"{of} takes no connection")
+
+
+async def _taken_by(pid: int, port: int, from_port: int) -> bool:
+    """Whether a process has taken a loopback connection; the kernel tells who holds its socket."""
+    for _ in range(20):
+        inode = _inode(port, from_port)
+        if inode not in {None, "0"}:
+            return f"socket:[{inode}]" in _sockets(pid)
+        await asyncio.sleep(0.01)
+    return False
+
+
+def _inode(port: int, from_port: int) -> str | None:
+    for line in Path("/proc/net/tcp").read_text("ascii").splitlines()[1:]:
+        fields = line.split()
+        local, remote = (int(fields[column].rpartition(":")[2], 16) for column in (1, 2))
+        if (local, remote) == (port, from_port):
+            return fields[9]
+    return None
+
+
+def _sockets(pid: int) -> set[str]:
+    found = set()
+    with contextlib.suppress(FileNotFoundError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found.add(str(link.readlink()))
+    return found

@@ -1,0 +1,158 @@
+"""The proxy of the fault rig does what its modes say, and nothing else."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+from proxy import Proxy
+
+
+@pytest.fixture(autouse=True)
+def mended() -> None:
+    """No rig is needed here."""
+
+
+@pytest.fixture(params=["tcp", "unix"])
+async def proxy(request: pytest.FixtureRequest, short_path: Path) -> AsyncIterator[Proxy]:
+    """A proxy to an echo."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    listen = "127.0.0.1:0" if request.param == "tcp" else f"unix:{short_path}/p"
+    async with Proxy(listen, f"{host}:{port}") as proxy:
+        yield proxy
+    server.close()
+    await server.wait_closed()
+
+
+class Line:
+    """A connection through the proxy."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.proxy = proxy
+
+    async def __aenter__(self) -> Self:
+        address = self.proxy.listen
+        if address.startswith("unix:"):
+            made = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+        else:
+            host, _, port = address.rpartition(":")
+            made = await asyncio.open_connection(host, int(port))
+        self.reader, self.writer = made
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.writer.transport.abort()
+
+    def say(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def hear(self, within_s: float = 2.0) -> bytes:
+        """What comes next: b"" where the line was closed, "nothing" where nothing came."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self.reader.read(65_536)
+        except TimeoutError:
+            return b"(nothing)"
+        except ConnectionError:
+            return b""
+
+
+async def test_it_forwards_and_counts(proxy: Proxy) -> None:
+    async with Line(proxy) as line:
+        line.say(b"hello")
+        assert await line.hear() == b"hello"
+        assert proxy.bytes == {"up": 5, "down": 5}
+        assert (proxy.accepted, proxy.connections) == (1, 1)
+
+
+async def test_much_goes_through_whole(proxy: Proxy) -> None:
+    sent, heard = bytes(range(256)) * 20_000, b""
+    async with Line(proxy) as line:
+        line.say(sent)
+        while len(heard) < len(sent) and (data := await line.hear()):
+            heard += data
+    assert heard == sent
+
+
+async def test_cut_closes_and_refuses_until_healed(proxy: Proxy) -> None:
+    async with Line(proxy) as line:
+        line.say(b"a")
+        assert await line.hear() == b"a"
+        proxy.cut()
+        assert await line.hear() == b""
+        with pytest.raises(OSError):  # noqa: PT011 - refused, or no such file
+            await Line(proxy).__aenter__()
+        proxy.heal()
+        async with Line(proxy) as other:
+            other.say(b"b")
+            assert await other.hear() == b"b"
+
+
+async def test_delay_makes_late_and_keeps_the_order(proxy: Proxy) -> None:
+    async with Line(proxy) as line:
+        proxy.delay(0.2)
+        started = time.monotonic()
+        line.say(b"a")
+        await asyncio.sleep(0.05)
+        line.say(b"b")
+        heard = await line.hear()
+        assert time.monotonic() - started > 0.35  # both ways
+        while len(heard) < 2:
+            heard += await line.hear()
+        assert heard == b"ab"
+        assert time.monotonic() - started < 0.9  # they travel at once, not one after the other
+
+
+async def test_halve_lets_so_many_through_and_closes_once(proxy: Proxy) -> None:
+    async with Line(proxy) as line:
+        proxy.halve(3, "down")
+        line.say(b"hello")
+        assert await line.hear() == b"hel"
+        assert await line.hear() == b""
+    async with Line(proxy) as line:
+        line.say(b"hello")
+        assert await line.hear() == b"hello"
+
+
+async def test_hold_keeps_back_and_release_lets_go(proxy: Proxy) -> None:
+    async with Line(proxy) as line:
+        proxy.hold("down")
+        arrival = asyncio.create_task(proxy.wait_bytes("down", 5))
+        await asyncio.sleep(0)
+        line.say(b"hello")
+        await arrival
+        assert await line.hear(0.1) == b"(nothing)"
+        proxy.release()
+        assert await line.hear() == b"hello"
+
+
+async def test_swallow_loses_and_heal_closes_who_lost_something(proxy: Proxy) -> None:
+    async with Line(proxy) as line, Line(proxy) as other:
+        proxy.swallow("up")
+        line.say(b"hello")
+        assert await line.hear(0.1) == b"(nothing)"
+        proxy.heal()
+        assert await line.hear() == b""
+        other.say(b"b")
+        assert await other.hear() == b"b"
+
+
+async def test_a_trap_holds_the_answer_to_its_word_alone(proxy: Proxy) -> None:
+    async with Line(proxy) as line:
+        proxy.trap(b"COMMIT", holding="down")
+        line.say(b"BEGIN")
+        assert await line.hear() == b"BEGIN"
+        line.say(b"COMMIT")
+        await asyncio.wait_for(proxy.sprung.wait(), 2)
+        assert await line.hear(0.1) == b"(nothing)"
+        proxy.release()
+        assert await line.hear() == b"COMMIT"

@@ -1,0 +1,167 @@
+"""Processes are killed, frozen and restarted in mid-rush; nothing is lost, and it sells again."""
+
+import asyncio
+import time
+
+import pytest
+from rig import Rig
+
+from loadtest.answers import outcome
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
+
+RIG = {"workers": 2, "writers": 2, "schedulers": 2}
+TAKEOVER_S = 3.0
+SELLING_AGAIN_S = 5.0
+"""Loose: this runs beside other tests. What it took is printed."""
+
+
+async def test_given_a_rush_when_everything_is_killed_at_once_then_nothing_is_lost(
+    rig: Rig,
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign)
+    await asyncio.sleep(1.0)
+    for name in rig.names:
+        rig.kill(name)
+    await rig.start_all()
+    took_s = await rig.selling(campaign, within_s=SELLING_AGAIN_S)
+    before = load.sold()
+    await asyncio.sleep(0.5)
+    await load.finish()
+
+    print(f"selling {took_s:.2f} s after all parts were started")
+    assert before > 50
+    assert load.sold() > before
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+@pytest.mark.parametrize("server", ["redis", "postgres"])
+async def test_given_a_rush_when_a_server_is_killed_and_restarted_then_it_sells_again(
+    rig: Rig, server: str
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign)
+    await asyncio.sleep(0.7)
+    rig.kill(server)
+    if server == "postgres":
+        assert await rig.selling(campaign, within_s=1.0) < 1.0
+    await asyncio.sleep(0.3)
+    await rig.start(server)
+    took_s = await rig.selling(campaign, within_s=SELLING_AGAIN_S)
+    await asyncio.sleep(0.5)
+    await load.finish()
+
+    print(f"selling {took_s:.2f} s after {server} was back")
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+async def test_given_a_rush_when_an_api_process_is_killed_then_the_other_sells_on(
+    rig: Rig,
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign)
+    for name in ("serve-1", "serve-2"):
+        await asyncio.sleep(0.7)
+        rig.kill(name)
+        took_s = await rig.selling(campaign, within_s=TAKEOVER_S)
+        print(f"selling {took_s:.2f} s after {name} was killed")
+        await rig.start(name)
+    await load.finish()
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+async def test_given_two_writers_when_one_is_gone_then_the_other_takes_over(
+    rig: Rig, how: str
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign, rate=100)
+    await asyncio.sleep(0.5)
+    for name in ("writer-1", "writer-2"):  # one of them is the one that works
+        getattr(rig, how)(name)
+        took_s = await written_up(rig, campaign, within_s=TAKEOVER_S + 1)
+        print(f"written up {took_s:.2f} s after {name} met {how}")
+        if how == "kill":
+            await rig.start(name)
+        else:
+            rig.cont(name)
+        await asyncio.sleep(0.3)
+    await load.finish()
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+@pytest.mark.parametrize("name", ["redis", "postgres", "serve-1", "scheduler-1"])
+async def test_given_a_rush_when_one_is_frozen_and_wakes_up_then_nothing_is_lost(
+    rig: Rig, name: str
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign)
+    await asyncio.sleep(0.5)
+    rig.stop(name)
+    if name != "redis":  # the others sell on meanwhile
+        assert await rig.selling(campaign, within_s=3.0) < 3.0
+    await asyncio.sleep(1.5)
+    rig.cont(name)
+    took_s = await rig.selling(campaign, within_s=SELLING_AGAIN_S)
+    await asyncio.sleep(0.5)
+    await load.finish()
+
+    print(f"selling {took_s:.2f} s after {name} woke up")
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+async def test_given_a_rush_when_the_schedulers_are_killed_then_an_opening_is_not_late(
+    rig: Rig,
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign)
+    rig.kill("scheduler-1")
+    rig.kill("scheduler-2")
+    other = await rig.campaign(tickets=10)
+    assert await rig.selling(other, within_s=1.0) < 1.0
+    await load.finish()
+    await rig.settle()
+    assert await rig.verdict(campaign, other) == []
+
+
+async def test_given_a_rush_when_api_processes_are_restarted_in_turn_then_every_retry_is_answered(
+    rig: Rig,
+) -> None:
+    campaign = await rig.campaign(tickets=100_000, card_limit=30)
+    load = await rig.rush(campaign, rate=100)
+    for name in ("serve-1", "serve-2"):
+        await asyncio.sleep(0.5)
+        took_s = await rig.term(name)
+        print(f"{name} ended in {took_s:.2f} s")
+        await rig.start(name)
+    await load.finish()
+
+    # What got no answer was asked again with the same key, and then got one.
+    open_keys = {answer.key for answer in load.answers if answer.status in {0, 503}}
+    known = {answer.key for answer in load.answers if answer.status not in {0, 503}}
+    assert open_keys <= known
+    assert set(outcome(load.answers).refused) <= {
+        "limit-exceeded",
+        "idempotency-mismatch",
+        "unavailable",
+        "overloaded",
+    }
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+async def written_up(rig: Rig, campaign: str, within_s: float) -> float:
+    """Wait until PostgreSQL has what was sold since now; give the seconds."""
+    started = time.monotonic()
+    await asyncio.sleep(0.3)
+    goal = await rig.sold(campaign)
+    while await rig.written(campaign) < goal:
+        assert time.monotonic() - started < within_s, "nobody took over"
+        await asyncio.sleep(0.05)
+    return time.monotonic() - started

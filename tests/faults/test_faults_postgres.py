@@ -1,0 +1,72 @@
+"""PostgreSQL comes back older than it was, or not for a while."""
+
+from pathlib import Path
+
+import pytest
+from crowd import Load
+from rig import Rig
+from service import until
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
+
+RIG = {"workers": 2, "proxied": [("*", "postgres")]}
+
+
+async def test_given_an_older_copy_when_postgresql_returns_then_the_stream_fills_it_up_again(
+    rig: Rig, tmp_path: Path
+) -> None:
+    campaign = await rig.campaign(tickets=10_000, card_limit=30)
+    load = await rig.rush(campaign, seconds=0.5)
+    await load.over()
+    await rig.copy_postgres(tmp_path / "old")
+    copied = await rig.written(campaign)
+    load = await rig.rush(campaign)
+    await until(lambda: has_written(rig, campaign, copied + 50))
+    ahead = await rig.written(campaign)
+    await rig.restore_postgres(tmp_path / "old")
+    went_back_to = await rig.written(campaign)
+    await rig.selling(campaign, within_s=5)
+    await load.finish()
+
+    print(f"PostgreSQL went back from event {ahead} to {went_back_to}")
+    assert ahead > went_back_to >= copied
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+
+
+async def test_given_a_bound_when_postgresql_stays_away_then_sales_stop_and_go_on_by_themselves(
+    rig: Rig,
+) -> None:
+    """The ledger in Redis is bounded: beyond it nothing is sold until the writer follows again."""
+    campaign = await rig.campaign(tickets=10_000, card_limit=30)
+    await rig.settle()
+    kept = dict(rig.settings)
+    rig.settings["SALE_LEDGER_BEHIND_MAX_EVENTS"] = "200"
+    try:
+        for name in ("serve-1", "serve-2"):
+            await rig.restart(name)
+        for link in rig.links("postgres"):
+            link.cut()
+        load = await rig.rush(campaign, rate=300)
+        await until(lambda: has_stopped(load))
+        behind = await rig.sold(campaign) - await rig.written(campaign)
+        assert 100 <= behind < 200 + 256  # Redis is told of what was written a little later
+        for link in rig.links("postgres"):
+            link.heal()
+        took_s = await rig.selling(campaign, within_s=5)
+        print(f"selling {took_s:.2f} s after PostgreSQL was back")
+        await load.finish()
+    finally:
+        rig.settings = kept
+    await rig.settle()
+    assert await rig.verdict(campaign) == []
+    for name in ("serve-1", "serve-2"):
+        await rig.restart(name)
+
+
+async def has_written(rig: Rig, campaign: str, seq: int) -> bool:
+    return await rig.written(campaign) >= seq
+
+
+async def has_stopped(load: Load) -> bool:
+    return any(answer.code == "unavailable" for answer in load.answers)

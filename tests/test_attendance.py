@@ -1,0 +1,232 @@
+"""What API processes know when Redis comes back with less than members were told."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from shop import CAMPAIGN, Shop, open_shop, until
+from stock_maker import BEHIND_MAX, campaign, card, key
+
+from sale.db import claims
+from sale.metrics import PurchaseMetrics
+from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.keys import ROLL
+from sale.stock.scripts import Decision
+from sale.usecases.attendance import Attending
+from sale.usecases.healing import Healing
+from sale.usecases.verification import verify_all
+
+MADE = campaign(200, card_limit=3)
+
+
+class Api:
+    """An API process without HTTP: its batchers and what it reports."""
+
+    def __init__(self, shop: Shop, name: str) -> None:
+        self.batchers = Batchers(
+            shop.scripts, name, PurchaseMetrics(), batch_max=256, queue_max=4_096, deadline_s=5.0,
+            behind_max=BEHIND_MAX,
+        )  # fmt: skip
+        self.batcher = self.batchers.of(MADE)
+        self.attending = Attending(shop.redis, shop.pool, self.batchers)
+        self._task: asyncio.Task[None] | None = None
+
+    async def buy(self, *numbers: int, key_no: int = 1) -> list[Answer]:
+        loop = asyncio.get_running_loop()
+        bids = [Purchase(card(n), "dongsi", 0, 1, key(key_no), loop) for n in numbers]
+        for bid in bids:
+            assert self.batcher.submit(bid)
+        async with asyncio.timeout(10):
+            return [await bid.answer for bid in bids]
+
+    async def attend(self) -> None:
+        self._task = asyncio.create_task(self.attending.run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.batchers.close()
+
+
+@pytest.fixture
+async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    """An open campaign whose writer has stopped: PostgreSQL has its making and opening."""
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        await shop.create(MADE)
+        await shop.step("open")
+        await shop.applied()
+        await shop.stop_writer()
+        yield shop
+
+
+@pytest.fixture
+async def apis(shop: Shop) -> AsyncIterator[list[Api]]:
+    """Two API processes, a and b."""
+    apis = [Api(shop, "a"), Api(shop, "b")]
+    yield apis
+    for api in apis:
+        await api.close()
+
+
+@contextlib.asynccontextmanager
+async def going_back(shop: Shop) -> AsyncIterator[None]:
+    """What happens within is lost by Redis, which then is another process with older files."""
+    copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
+    roll = await shop.redis.dump(ROLL)
+    yield
+    for key_name, value in {**copy, ROLL: roll}.items():
+        await shop.redis.delete(key_name)
+        if value is not None:
+            await shop.redis.restore(key_name, 0, value)
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+
+
+def seqs(answers: list[Answer]) -> list[int]:
+    assert {answer.decision for answer in answers} == {Decision.SOLD}
+    return [answer.value for answer in answers]
+
+
+async def finish(shop: Shop) -> Any:
+    await shop.start_writer()
+    await shop.applied()
+    return await shop.audit()
+
+
+async def test_given_an_old_copy_that_fits_postgres_when_verified_then_it_sells_nothing(
+    shop: Shop, apis: list[Api]
+):
+    async with going_back(shop):
+        await apis[0].buy(1, 2, 3)
+    await apis[0].attend()
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    (why,) = await shop.stock.head("recovering")
+    assert "API process a" in why
+    refused = await apis[1].buy(9)
+    assert refused[0].decision in {None, Decision.RECOVERING}
+
+
+async def test_given_all_who_told_are_alive_when_redis_lost_it_then_it_heals_by_itself(
+    shop: Shop, apis: list[Api]
+):
+    a, b = apis
+    async with going_back(shop):
+        told = seqs(await a.buy(*range(1, 21)))
+        told += seqs(await b.buy(*range(21, 31)))
+        told += seqs(await a.buy(31))
+    await a.attend()
+    await b.attend()
+    unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
+    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
+    await healing.recover_unfit(unfit)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    # Each key gives the order it gave before, from either process, and nothing is sold twice.
+    again = await b.buy(*range(1, 32))
+    assert {answer.decision for answer in again} == {Decision.REPLAYED}
+    assert [answer.value for answer in again] == told
+    assert await shop.stock.left() == [200 - 31]
+    report = await finish(shop)
+    assert report.clean, report
+    await healing.settle()
+    async with shop.pool.acquire() as connection:
+        assert await claims.conflicts(connection, CAMPAIGN) == []
+        assert await claims.voided(connection, CAMPAIGN) == []
+
+
+async def test_given_who_told_is_dead_when_recovered_then_its_numbers_are_voided_and_never_reused(
+    shop: Shop, apis: list[Api]
+):
+    a, b = apis
+    async with going_back(shop):
+        lost = seqs(await b.buy(*range(1, 11)))
+        kept = seqs(await a.buy(*range(11, 16)))
+    await a.attend()
+    unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
+    await Healing(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit(unfit)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    told = await shop.recover(dry_run=True)
+    assert told.voided[0][0] == lost[0]
+    done = await shop.recover()
+    assert (done.filled, done.voided, done.conflicts) == (5, [(lost[0], lost[-1])], 0)
+    new = seqs(await a.buy(1, 50))
+    assert min(new) > max(kept) + 1
+    assert await shop.stock.left() == [200 - 7]
+    assert (await finish(shop)).clean
+
+
+async def test_given_who_told_was_stopped_when_it_wakes_then_its_orders_are_conflicts_and_it_sells(
+    shop: Shop, apis: list[Api]
+):
+    a, b = apis
+    async with going_back(shop):
+        lost = seqs(await a.buy(1, 2))
+        seqs(await b.buy(3))
+    await b.attend()
+    await verify_all(shop.redis, shop.scripts, shop.pool)
+    assert (await shop.recover()).voided == [(lost[0], lost[-1])]
+    seqs(await b.buy(1))
+    assert len(a.batcher.kept) == 2
+    # It does not sell for the ledger that lacks what it told, until it has handed that in.
+    assert (await a.buy(60))[0].decision is None
+    await a.attend()
+    await until(lambda: _empty(a))
+    await shop.start_writer()
+    await shop.applied()
+    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
+    await healing.settle()
+    async with shop.pool.acquire() as connection:
+        conflicts = await claims.conflicts(connection, CAMPAIGN)
+    assert sorted(row["seq"] for row in conflicts) == lost
+    assert {row["source"] for row in conflicts} == {"handed_in"}
+    # Card 1 has bought again with the same key: its conflict says so.
+    assert [("same key" in row["why"]) for row in conflicts] == [False, True]
+    seqs(await a.buy(61))
+    await shop.applied()
+    findings = [finding.what for finding in (await shop.audit()).campaigns[0].findings]
+    assert len(findings) == 2
+
+
+async def test_given_the_writer_works_then_nothing_is_kept_for_long(shop: Shop, apis: list[Api]):
+    await apis[0].attend()
+    await apis[0].buy(*range(1, 50))
+    assert len(apis[0].batcher.kept) == 49
+    await shop.start_writer()
+    await until(lambda: _empty(apis[0]))
+
+
+async def test_given_postgres_away_when_the_same_files_come_back_then_the_witnesses_suffice(
+    shop: Shop, apis: list[Api]
+):
+    await apis[0].attend()
+    await apis[1].attend()
+    await apis[0].buy(1, 2)
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    assert await verify_all(shop.redis, shop.scripts, _Away()) == []
+    seqs(await apis[1].buy(3))
+
+
+async def test_given_postgres_away_when_nobody_knows_the_redis_then_it_stays_shut(
+    shop: Shop, apis: list[Api]
+):
+    async with going_back(shop):
+        await apis[0].buy(1, 2)
+    with pytest.raises(ConnectionRefusedError):
+        await verify_all(shop.redis, shop.scripts, _Away())
+    await apis[0].attend()
+    assert await verify_all(shop.redis, shop.scripts, _Away()) == [CAMPAIGN]
+    assert "a has seen" in (await shop.stock.head("recovering"))[0]
+
+
+class _Away:
+    """A pool whose PostgreSQL is away."""
+
+    def acquire(self) -> Any:
+        raise ConnectionRefusedError
+
+
+async def _empty(api: Api) -> bool:
+    return not len(api.batcher.kept)

@@ -1,0 +1,270 @@
+"""Shutdown and rolling restart: what was told stands, what was not is settled by the same key."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from service import Client, Service, free_port, new_key, until
+
+from loadtest.answers import AnswerBook
+from loadtest.books import check
+from loadtest.client import Client as LoadClient
+from loadtest.ledger import highest, load_books, wait_applied
+from loadtest.members import Attempt, Kind, Member
+from loadtest.rush import AGAIN, ROUND_PAUSE_S, ROUNDS_MAX
+from loadtest.wire import Response, get_request, purchase_request
+
+CONNECTIONS = 16
+REQUESTS_MAX = 60_000
+EXIT_SPARE_S = 4.0  # start of the end to the end, on two busy cores
+
+
+class Api(NamedTuple):
+    """An API process beside the system's own, on an address of its own."""
+
+    process: asyncio.subprocess.Process
+    address: str
+    log: list[str]
+
+    async def said(self, action: str, within_s: float = 20) -> None:
+        async def there() -> bool:
+            return any(f'"{action}"' in line for line in self.log)
+
+        await until(there, within_s)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+@contextlib.asynccontextmanager
+async def another_api(service: Service, folder: Path, **settings: str) -> AsyncIterator[Api]:
+    address = f"127.0.0.1:{free_port()}"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sale", "--data-dir", str(service.data_dir), "serve"),
+        *("--listen", address, "--metrics-listen", f"unix:{folder}/m"),
+        env={**os.environ, **settings},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    log: list[str] = []
+    assert process.stderr is not None
+    stderr = process.stderr
+
+    async def read() -> None:
+        while line := await stderr.readline():
+            log.append(line.decode())
+
+    reading = asyncio.create_task(read())
+    api = Api(process, address, log)
+    try:
+        await api.said("api.listening")
+        yield api
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        await reading
+
+
+def bid(service: Service, address: str, campaign: str, key: str | None = None) -> bytes:
+    return purchase_request(address, campaign, service.card().token, key or new_key(), 1, "general")
+
+
+async def told(sock: socket.socket) -> tuple[int, bytes]:
+    """Status and bytes of the answer that comes; 0 where the connection ends without one."""
+    loop, got = asyncio.get_running_loop(), b""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(10):
+            while part := await loop.sock_recv(sock, 65_536):
+                got += part
+                if b"\r\n\r\n" in got:
+                    break
+    return (int(got.split()[1]) if got else 0), got
+
+
+def connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    sock = socket.create_connection((host, int(port)), 5)
+    sock.setblocking(False)
+    return sock
+
+
+@pytest.mark.fault
+async def test_given_load_when_workers_are_ended_and_renewed_then_nothing_that_was_told_is_lost(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign(tickets=1_000_000, card_limit=1)
+    address = service.url.removeprefix("http://")
+    book, again = AnswerBook(), list[Attempt]()
+    changed = asyncio.create_task(_end_one_then_renew_all(service))
+
+    def record(attempt: Attempt, answer: Response) -> None:
+        book.record(attempt, answer)
+        if answer.status in AGAIN:
+            again.append(attempt)
+
+    def plan(attempts: Iterator[Attempt]) -> Iterator[tuple[bytes, Attempt]]:
+        return ((attempt.raw(address, campaign), attempt) for attempt in attempts)
+
+    async with LoadClient(address, CONNECTIONS) as load:
+        await load.run(plan(_members(service, changed.done)), record)
+        await changed
+        asked_again = len(again)
+        for _ in range(ROUNDS_MAX):
+            attempts, again[:] = list(again), []
+            await load.run(plan(iter(attempts)), record)
+            if not again:
+                break
+            await asyncio.sleep(ROUND_PAUSE_S)
+
+    assert not again, "an error that a retry with the same key does not resolve"
+    answers = list(book)
+    assert {answer.status for answer in answers} <= {201, *AGAIN}
+    assert len({answer.key for answer in answers if answer.sold}) == len(
+        {answer.key for answer in answers}
+    )
+    # Kept connections are told to go elsewhere; only a handful may be cut off.
+    lost = sum(answer.status == 0 for answer in answers)
+    assert lost <= CONNECTIONS * 3, f"{lost} of {asked_again} without an answer"
+    await wait_applied(service.database_url, campaign, highest(answers))
+    assert check(answers, await load_books(service.database_url, campaign), alone=True) == []
+
+
+def _members(service: Service, done: Callable[[], bool]) -> Iterator[Attempt]:
+    for number in range(REQUESTS_MAX):
+        if done():
+            return
+        card = f"6288{number:012d}"
+        member = Member(card, service.token(card), "district")
+        yield Attempt(member, new_key(), "general", 1, Kind.ORDINARY)
+
+
+async def _end_one_then_renew_all(service: Service) -> None:
+    await asyncio.sleep(0.5)
+    said_before = len(service.log_file.read_text("utf-8").splitlines())
+
+    def pids() -> dict[str, int]:
+        found: dict[str, int] = service.told()["processes"]
+        return {name: pid for name, pid in found.items() if name.startswith("serve-")}
+
+    async def all_new(old: dict[str, int]) -> None:
+        async def there() -> bool:
+            now = pids()
+            return now.keys() == before.keys() and not set(now.values()) & set(old.values())
+
+        await until(there, 30)
+
+    before = pids()
+    os.kill(before["serve-1"], signal.SIGTERM)
+    await all_new({"serve-1": before["serve-1"]})
+    before = pids()
+    service.process.send_signal(signal.SIGHUP)
+    await all_new(before)
+
+    def log() -> str:
+        return "\n".join(service.log_file.read_text("utf-8").splitlines()[said_before:])
+
+    async def renewed() -> bool:
+        return '"supervisor.renewed"' in log()
+
+    await until(renewed, 20)
+    assert '"supervisor.child_ended"' in log()
+    died = [line for line in log().splitlines() if "child_died" in line and '"serve-' in line]
+    assert not died, "an end that was asked for is no failure"
+
+
+async def test_given_kept_connections_when_told_to_stop_then_they_are_sent_elsewhere(
+    service: Service, client: Client, short_path: Path
+) -> None:
+    campaign = await client.campaign()
+    async with another_api(service, short_path) as api:
+        buying, probing, idle = connect(api.address), connect(api.address), connect(api.address)
+        loop = asyncio.get_running_loop()
+        with buying, probing, idle:
+            for each in (buying, probing, idle):
+                await loop.sock_sendall(each, get_request(api.address, "/healthz"))
+                assert (await told(each))[0] == 200
+            api.stop()
+            await api.said("api.stopping")
+            key = new_key()
+            await loop.sock_sendall(buying, bid(service, api.address, campaign, key))
+            status, answer = await told(buying)
+            assert status == 503
+            assert b'"unavailable"' in answer
+            assert b"\r\nRetry-After: " in answer
+            assert b"\r\nConnection: close\r\n" in answer
+            await loop.sock_sendall(probing, get_request(api.address, "/readyz"))
+            status, answer = await told(probing)
+            assert status == 503
+            assert b"stopping" in answer
+            with pytest.raises(ConnectionRefusedError):
+                connect(api.address)
+            assert await asyncio.wait_for(api.process.wait(), EXIT_SPARE_S) == 0
+            assert await told(idle) == (0, b""), "closed without a word, as nothing was asked"
+    assert await client.remaining(campaign) == [100], "nothing was sold"
+
+
+@pytest.mark.fault
+async def test_given_connections_not_yet_accepted_when_told_to_stop_then_each_is_answered(
+    service: Service, client: Client, short_path: Path
+) -> None:
+    campaign = await client.campaign()
+    async with another_api(service, short_path) as api:
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            api.process.send_signal(signal.SIGSTOP)
+            waiting = [stack.enter_context(connect(api.address)) for _ in range(40)]
+            for each in waiting:
+                await loop.sock_sendall(each, bid(service, api.address, campaign))
+            api.stop()
+            api.process.send_signal(signal.SIGCONT)
+            answers = [(await told(each))[0] for each in waiting]
+        assert await asyncio.wait_for(api.process.wait(), EXIT_SPARE_S) == 0
+    assert set(answers) <= {201, 503}
+    assert await client.remaining(campaign) == [100 - answers.count(201)]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("redis_back", [True, False])
+async def test_given_a_purchase_under_way_when_told_to_stop_then_it_is_answered_in_time(
+    service: Service, client: Client, short_path: Path, redis_back: bool
+) -> None:
+    campaign = await client.campaign()
+    deadline_s = 1.5
+    settings = {"SALE_PURCHASE_DEADLINE_MS": str(int(deadline_s * 1_000))}
+    async with another_api(service, short_path, **settings) as api:
+        loop = asyncio.get_running_loop()
+        with connect(api.address) as buying:
+            first = bid(service, api.address, campaign)
+            await loop.sock_sendall(buying, first)
+            assert (await told(buying))[0] == 201
+            with service.stopped("redis"):
+                key = new_key()
+                wish = bid(service, api.address, campaign, key)
+                await loop.sock_sendall(buying, wish)
+                await asyncio.sleep(0.2)
+                started = time.monotonic()
+                api.stop()
+                if redis_back:
+                    await asyncio.sleep(0.3)
+                else:
+                    status = (await told(buying))[0]
+                    assert await asyncio.wait_for(api.process.wait(), 20) == 0
+            if redis_back:
+                status = (await told(buying))[0]
+                assert await asyncio.wait_for(api.process.wait(), 20) == 0
+            took_s = time.monotonic() - started
+    assert status == (201 if redis_back else 503)
+    assert took_s < deadline_s + EXIT_SPARE_S
+    # Whatever became of it, the same key settles it.
+    again = wish.replace(api.address.encode(), service.url.removeprefix("http://").encode())
+    async with LoadClient(service.url.removeprefix("http://")) as other:
+        assert (await other.request(again)).status == 201
+    assert await client.remaining(campaign) == [98]

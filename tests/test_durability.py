@@ -1,0 +1,444 @@
+"""Durability levels: what Redis is really configured to do, and answers that wait for replicas."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from shop import open_shop
+from stock_maker import NONCE, Stock, campaign, card, key, open_stock, operation
+
+from sale.api.health import reasons
+from sale.config import Durability, Settings, SettingsError, load
+from sale.db.pool import close_pool, open_pool
+from sale.embedded.binaries import find_redis
+from sale.metrics import PurchaseMetrics
+from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.connection import durability_faults, open_redis
+from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
+
+READY_WITHIN_S = 10.0
+ANSWER_WITHIN_S = 5.0
+REPLICA_TIMEOUT_MS = 80
+SOUND = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "save": "",
+    "lua-time-limit": "0",
+    "repl-diskless-sync-delay": "0",
+}
+
+
+class Server:
+    """A Redis of its own process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.process, self.port = process, port
+        self.url = f"redis://127.0.0.1:{port}/0"
+        self.redis: Redis = open_redis(self.url, max_connections=4)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Any:
+        self.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def server(directory: Path, **settings: str) -> AsyncIterator[Server]:
+    """Run a redis-server in a directory of its own; ``appendfsync`` is given as in its file."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    directory.mkdir()  # noqa: ASYNC240 - a local directory
+    given = SOUND | {name.replace("_", "-"): value for name, value in settings.items()}
+    process = await asyncio.create_subprocess_exec(
+        str(find_redis(None).path),
+        *("--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory)),
+        *(word for name, value in given.items() for word in (f"--{name}", *value.split(" "))),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    found = Server(process, port)
+    try:
+        await until(lambda: answers(found.redis))
+        yield found
+    finally:
+        await found.redis.aclose()
+        if process.returncode is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        await process.wait()
+
+
+async def answers(redis: Redis) -> bool:
+    with contextlib.suppress(RedisConnectionError):
+        return bool(await redis.ping())
+    return False
+
+
+async def until(check: Callable[[], Any], within_s: float = READY_WITHIN_S) -> None:
+    async with asyncio.timeout(within_s):
+        while not await check():  # noqa: ASYNC110 - the condition is another process's
+            await asyncio.sleep(0.01)
+
+
+class Pair:
+    """A primary and its replica, in step."""
+
+    def __init__(self, primary: Server, replica: Server) -> None:
+        self.primary, self.replica = primary, replica
+
+    async def in_step(self) -> bool:
+        """Whether the replica is attached, counted, and has heard everything."""
+        told = await self.primary.redis.info("replication")
+        counted = told.get("min_slaves_good_slaves") == 1
+        return counted and await self.primary.redis.wait(1, 100) == 1
+
+
+@contextlib.asynccontextmanager
+async def pair_in(directory: Path) -> AsyncIterator[Pair]:
+    async with (
+        server(directory / "a", repl_diskless_sync="yes", min_replicas_to_write="1") as primary,
+        server(directory / "b", appendonly="no") as replica,
+    ):
+        await replica.redis.replicaof("127.0.0.1", primary.port)
+        pair = Pair(primary, replica)
+        await until(pair.in_step)
+        yield pair
+
+
+@pytest.fixture(scope="module")
+async def kept_pair(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
+    async with pair_in(tmp_path_factory.mktemp("pair")) as pair:
+        yield pair
+
+
+@pytest.fixture
+async def pair(kept_pair: Pair) -> Pair:
+    await until(kept_pair.in_step)
+    await kept_pair.primary.redis.flushall()
+    await kept_pair.primary.redis.script_flush()
+    return kept_pair
+
+
+@pytest.fixture(scope="module")
+async def kept_alone(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Redis]:
+    async with server(tmp_path_factory.mktemp("alone") / "r") as alone:
+        yield alone.redis
+
+
+@pytest.fixture
+async def alone(kept_alone: Redis) -> AsyncIterator[Redis]:
+    """A Redis that is as it should be, and is put back to that."""
+    yield kept_alone
+    for name in ("appendonly", "appendfsync", "lua-time-limit"):
+        await kept_alone.config_set(name, SOUND[name])
+    await kept_alone.config_set("no-appendfsync-on-rewrite", "no")
+    await kept_alone.config_set("maxmemory-policy", "noeviction")
+
+
+async def faults(redis: Redis, level: Durability, replicas_min: int = 1) -> list[str]:
+    return await durability_faults(redis, level, replicas_min)
+
+
+def is_before_7(redis_info: Any) -> bool:
+    return int(redis_info["redis_version"].split(".")[0]) < 7
+
+
+# What Redis is configured to do -------------------------------------------------------------------
+
+
+async def test_given_a_sound_redis_then_there_is_no_fault(alone: Redis) -> None:
+    assert await faults(alone, "fsync") == []
+    assert await faults(alone, "relaxed") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says", "levels"),
+    [
+        ("appendonly", "no", "appendonly is off", {"fsync", "replicated", "relaxed"}),
+        ("appendfsync", "everysec", "appendfsync is everysec", {"fsync", "replicated"}),
+        ("appendfsync", "no", "appendfsync is no", {"fsync", "replicated", "relaxed"}),
+        ("no-appendfsync-on-rewrite", "yes", "on-rewrite", {"fsync", "replicated", "relaxed"}),
+        ("maxmemory-policy", "allkeys-lru", "keys may be", {"fsync", "replicated", "relaxed"}),
+    ],
+)
+async def test_given_a_weaker_setting_then_it_is_told_at_the_levels_that_it_breaks(
+    alone: Redis, name: str, value: str, says: str, levels: set[Durability]
+) -> None:
+    await alone.config_set(name, value)
+    told: set[Durability] = set()
+    for level in ("fsync", "replicated", "relaxed"):
+        if any(says in fault for fault in await faults(alone, level)):
+            told.add(level)
+    assert told == levels
+    assert (await faults(alone, "relaxed") == []) is ("relaxed" not in levels)
+
+
+async def test_given_evicted_keys_then_they_are_told_although_the_policy_is_right_now(
+    tmp_path: Path,
+) -> None:
+    async with server(tmp_path / "r", maxmemory_policy="allkeys-lru") as found:
+        used = (await found.redis.info("memory"))["used_memory"]
+        await found.redis.config_set("maxmemory", used + 1_000_000)
+        for n in range(200):
+            await found.redis.set(f"filler{n}", "x" * 10_000)
+        await found.redis.config_set("maxmemory-policy", "noeviction")
+        for level in ("fsync", "relaxed"):
+            (fault,) = await faults(found.redis, level)
+            assert "were evicted" in fault
+
+
+async def test_given_a_redis_before_7_that_may_answer_before_its_fsync_then_it_is_told(
+    tmp_path: Path,
+) -> None:
+    async with server(tmp_path / "r", io_threads="2", lua_time_limit="5000") as found:
+        told = await faults(found.redis, "fsync")
+        expected = 2 if is_before_7(await found.redis.info("server")) else 0
+        assert len(told) == expected, told
+        assert all("before Redis 7" in fault for fault in told)
+        assert await faults(found.redis, "relaxed") == []
+
+
+async def test_given_that_config_is_forbidden_then_it_cannot_be_read_and_that_is_a_fault(
+    tmp_path: Path,
+) -> None:
+    async with server(tmp_path / "r", rename_command="CONFIG HIDDEN") as found:
+        for level in ("fsync", "relaxed"):
+            (fault,) = await faults(found.redis, level)
+            assert fault.startswith("cannot be read: appendfsync")
+
+
+async def test_given_a_user_who_may_not_read_config_then_it_is_the_same(alone: Redis) -> None:
+    await alone.acl_setuser("managed", True, ["+x"], keys=["*"], commands=["+@all", "-config"])
+    port = alone.connection_pool.connection_kwargs["port"]
+    async with Redis(port=port, username="managed", password="x") as managed:
+        (fault,) = await faults(managed, "fsync")
+    assert fault.startswith("cannot be read: appendfsync")
+    await alone.acl_deluser("managed")
+
+
+async def test_given_a_replica_attached_then_level_fsync_demands_replicated(pair: Pair) -> None:
+    (fault,) = await faults(pair.primary.redis, "fsync")
+    assert "1 replica(s) attached" in fault
+    assert "must be replicated" in fault
+    assert await faults(pair.primary.redis, "replicated") == []
+    assert await faults(pair.primary.redis, "relaxed") == []
+
+
+async def test_given_a_redis_that_is_a_replica_then_each_level_tells(pair: Pair) -> None:
+    for level in ("fsync", "replicated", "relaxed"):
+        assert any(
+            "is a replica of 127.0.0.1" in f for f in await faults(pair.replica.redis, level)
+        )
+
+
+async def test_given_too_few_replicas_or_a_primary_that_goes_on_alone_then_it_is_told(
+    pair: Pair, alone: Redis
+) -> None:
+    told = "; ".join(await faults(pair.primary.redis, "replicated", 2))
+    assert "1 replica(s) in step, 2 wanted" in told
+    assert "min-replicas-to-write is 1, not 2" in told
+    told = "; ".join(await faults(alone, "replicated"))
+    assert "0 replica(s) in step, 1 wanted" in told
+    assert "min-replicas-to-write is 0, not 1" in told
+
+
+async def test_given_a_weak_redis_then_the_check_decides_whether_a_host_is_ready(
+    alone: Redis, database_url: str
+) -> None:
+    await alone.config_set("appendfsync", "everysec")
+    pool = await open_pool(database_url)
+    try:
+        for given, ready in (
+            ({"durability_check": "refuse"}, False),
+            ({"durability_check": "warn"}, True),
+            ({"durability": "relaxed"}, True),
+            ({"durability": "replicated"}, False),
+        ):
+            stores: Any = SimpleNamespace(redis=alone, pool=pool, settings=Settings(**given))
+            assert (await reasons(stores) == []) is ready, given
+    finally:
+        await close_pool(pool)
+
+
+async def test_given_a_weak_redis_when_audited_then_the_level_says_what_is_a_finding(
+    redis_url: str, database_url: str, redis: Redis
+) -> None:
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        await shop.create()
+        await redis.config_set("appendfsync", "everysec")
+        try:
+            weak, sound = await shop.audit(), await shop.audit(durability="relaxed")
+        finally:
+            await redis.config_set("appendfsync", "always")
+        assert sound.clean
+        assert {found.invariant for each in weak.campaigns for found in each.findings} == {"INV-3"}
+
+
+def test_given_the_settings_then_only_level_replicated_waits(tmp_path: Path) -> None:
+    file = tmp_path / "sale.toml"
+    file.write_text("replicas_min = 2\n", "utf-8")
+    assert load(file, {}).replicas_awaited is None
+    assert load(file, {"SALE_DURABILITY": "replicated"}).replicas_awaited == (2, 500)
+    for name, value in (("SALE_DURABILITY", "safe"), ("SALE_REPLICA_TIMEOUT_MS", "0")):
+        with pytest.raises(SettingsError, match=name):
+            load(file, {name: value})
+
+
+# Answers that wait for replicas -------------------------------------------------------------------
+
+
+class Buyer:
+    """One API process' batcher, whose answers wait for one replica."""
+
+    def __init__(self, stock: Stock, batchers: Batchers) -> None:
+        self.stock, self.batchers = stock, batchers
+        self.batcher = batchers.of(campaign(100))
+
+    def submit(self, n: int, key_no: int = 1) -> Purchase:
+        loop = asyncio.get_running_loop()
+        purchase = Purchase(card(n), "district", 0, 1, key(key_no), loop)
+        assert self.batcher.submit(purchase)
+        return purchase
+
+    async def buy(self, n: int, key_no: int = 1) -> Answer:
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            return await self.submit(n, key_no).answer
+
+
+@contextlib.asynccontextmanager
+async def buying(pair: Pair, *, deadline_s: float = 3.0) -> AsyncIterator[Buyer]:
+    # A single connection: replies that got out of step would be told to the next call.
+    client = open_redis(pair.primary.url, max_connections=1)
+    batchers = Batchers(
+        Scripts(client, NONCE, replicas=(1, REPLICA_TIMEOUT_MS)),
+        "buyer-1",
+        PurchaseMetrics(),
+        batch_max=256,
+        queue_max=1_000,
+        deadline_s=deadline_s,
+        behind_max=(1_000_000, 900_000),
+    )
+    try:
+        yield Buyer(await open_stock(pair.primary.redis, 100), batchers)
+    finally:
+        await batchers.close()
+        await client.aclose()
+
+
+async def sold_on(server_: Server, stock: Stock) -> int:
+    """Orders that a Redis holds."""
+    return await server_.redis.hlen(stock.keys.cards)
+
+
+async def test_given_a_replica_then_what_is_answered_stands_there_already(pair: Pair) -> None:
+    async with buying(pair) as buyer:
+        for n in range(1, 21):
+            assert (await buyer.buy(n)).decision is Decision.SOLD
+            assert await sold_on(pair.replica, buyer.stock) == n
+
+
+async def test_given_a_redis_that_forgot_its_scripts_then_the_replies_stay_in_step(
+    pair: Pair,
+) -> None:
+    async with buying(pair) as buyer:
+        for n in range(1, 4):
+            await pair.primary.redis.script_flush()
+            assert (await buyer.buy(n)).decision is Decision.SOLD
+        assert await buyer.batchers._scripts.redis.ping() is True
+        await buyer.stock.check_books()
+
+
+@pytest.mark.fault
+async def test_given_a_replica_that_stops_for_a_moment_then_the_answer_waits_for_it(
+    pair: Pair,
+) -> None:
+    async with buying(pair) as buyer:
+        assert (await buyer.buy(1)).decision is Decision.SOLD
+        with pair.replica.stopped():
+            purchase = buyer.submit(2)
+            await asyncio.sleep(3 * REPLICA_TIMEOUT_MS / 1000)
+            assert not purchase.answer.done()
+            assert await sold_on(pair.primary, buyer.stock) == 2
+        async with asyncio.timeout(ANSWER_WITHIN_S):
+            answer = await purchase.answer
+        # The first asking sold it; those after it found it by its key.
+        assert answer.decision is Decision.REPLAYED
+        assert await sold_on(pair.replica, buyer.stock) == 2
+        await buyer.stock.check_books()
+
+
+@pytest.mark.fault
+async def test_given_a_replica_that_stays_away_then_the_outcome_is_unknown_and_the_key_still_good(
+    pair: Pair,
+) -> None:
+    async with buying(pair, deadline_s=0.9) as buyer:
+        with pair.replica.stopped():
+            started = time.monotonic()
+            assert (await buyer.buy(1)).decision is None
+            assert time.monotonic() - started < 2.0
+            # A repeat is not believed either as long as the replica lacks it.
+            assert (await buyer.buy(1)).decision is None
+        await until(pair.in_step)
+        answer = await buyer.buy(1)
+        assert answer.decision is Decision.REPLAYED
+        assert await buyer.stock.left() == [99]
+        assert len((await buyer.stock.records())[card(1)]) == 1
+        await buyer.stock.check_books()
+
+
+@pytest.mark.fault
+async def test_given_a_replica_that_stops_then_an_operators_step_is_unknown_and_may_be_repeated(
+    pair: Pair,
+) -> None:
+    stock = await open_stock(pair.primary.redis, 10)
+    pauses = operation("pause-1")
+    # Two clients: the one who repeats has written nothing on a connection of its own.
+    async with Redis(port=pair.primary.port) as one, Redis(port=pair.primary.port) as other:
+        first, second = (
+            Scripts(client, NONCE, replicas=(1, REPLICA_TIMEOUT_MS)) for client in (one, other)
+        )
+        with pair.replica.stopped():
+            for scripts in (first, second):
+                with pytest.raises(NotReplicated, match="0 of 1 replicas"):
+                    await scripts.transition(stock.id, "pause", pauses)
+        await until(pair.in_step)
+        again = await second.transition(stock.id, "pause", pauses)
+    assert again.reply is CallReply.REPLAYED
+    assert [event.kind for entry in await stock.entries() for event in entry.events()].count(
+        "paused"
+    ) == 1
+
+
+@pytest.mark.fault
+async def test_given_a_primary_killed_when_its_replica_is_promoted_then_what_was_answered_is_there(
+    tmp_path: Path,
+) -> None:
+    async with pair_in(tmp_path) as pair, buying(pair, deadline_s=0.6) as buyer:
+        answers = await asyncio.gather(*(buyer.buy(n) for n in range(40)))
+        with pair.replica.stopped():
+            lost = asyncio.gather(*(buyer.buy(n) for n in range(40, 50)))
+            await asyncio.sleep(0.1)
+            pair.primary.send(signal.SIGKILL)
+            assert {answer.decision for answer in await lost} == {None}
+        await pair.replica.redis.replicaof("NO", "ONE")
+        held = await Stock(pair.replica.redis).records()
+        assert {answer.decision for answer in answers} == {Decision.SOLD}
+        for n, answer in enumerate(answers):
+            assert [record.seq for record in held[card(n)]] == [answer.value]

@@ -1,0 +1,447 @@
+"""Who works, who stands by, and how soon one takes over: real processes, proxies and PgBouncer."""
+
+import asyncio
+import contextlib
+import os
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import asyncpg
+import pytest
+from faults.proxy import Proxy
+from redis.asyncio import Redis
+from shop import CAMPAIGN, Shop, open_shop, until
+from stock_maker import campaign
+
+from sale.db import offices
+from sale.embedded.servers import launch_command
+from sale.events import GENESIS
+from sale.usecases.diagnosis import diagnose
+from sale.workers.leadership import Leadership, LockLost
+from sale.workers.pooling import UnfitProxy
+
+TAKEN_OVER_S = 3.0
+START_S = 20.0
+OFFICES = {"writer": offices.WRITER, "scheduler": offices.SCHEDULER}
+
+
+def socket_of(database_url: str) -> Path:
+    """The unix socket of the tests' PostgreSQL."""
+    asked = parse_qs(urlsplit(database_url).query)
+    return Path(asked["host"][0]) / f".s.PGSQL.{asked['port'][0]}"
+
+
+def through(database_url: str, directory: Path, port: int = 5432) -> str:
+    """The same database by way of a socket in ``directory``."""
+    parts = urlsplit(database_url)
+    return f"postgresql://sale@{parts.path}?host={quote(str(directory))}&port={port}"
+
+
+async def seats(conn: Any, part: str) -> dict[str, bool]:
+    """Who is connected for the office, by process number, and whether it is active."""
+    found = await offices.seats(conn, OFFICES[part])
+    return {seat.who.rpartition(":")[2]: seat.active for seat in found}
+
+
+class Host:
+    """One machine: a writer and a scheduler, and the only way by which they reach PostgreSQL."""
+
+    def __init__(self, wire: Proxy, parts: dict[str, asyncio.subprocess.Process]) -> None:
+        self.wire, self.parts = wire, parts
+
+    def signal(self, number: signal.Signals) -> None:
+        for process in self.parts.values():
+            process.send_signal(number)
+
+    async def works(self, conn: Any) -> bool:
+        """Whether it holds both offices."""
+        found = [(await seats(conn, part)).get(str(p.pid)) for part, p in self.parts.items()]
+        return all(found)
+
+
+@contextlib.asynccontextmanager
+async def host(home: Path, redis_url: str, database_url: str) -> AsyncIterator[Host]:
+    home.mkdir()  # noqa: ASYNC240 - a local directory
+    listen = home / ".s.PGSQL.5432"
+    async with Proxy(f"unix:{listen}", f"unix:{socket_of(database_url)}") as wire:
+        env = {**os.environ, "SALE_REDIS_URL": redis_url}
+        env |= {"SALE_DATABASE_URL": through(database_url, home), "SALE_DATA_DIR": str(home / "d")}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        parts: dict[str, asyncio.subprocess.Process] = {}
+        with (home / "log").open("ab") as said:
+            for part in OFFICES:
+                command = [sys.executable, "-m", "sale", part, "--metrics-listen"]
+                parts[part] = await asyncio.create_subprocess_exec(
+                    *launch_command("KILL", program=[*command, f"unix:{home / part}"]),
+                    env=env,
+                    stderr=said,
+                )
+        try:
+            yield Host(wire, parts)
+        finally:
+            wire.heal()
+            for process in parts.values():
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+
+@pytest.mark.fault
+async def test_given_two_hosts_when_one_is_stopped_cut_off_or_killed_then_the_other_takes_over(
+    redis: Redis, redis_url: str, database_url: str, short_path: Path
+):
+    took = {}
+
+    async def takes_over(by: Host, what: str, step: str) -> None:
+        begun = time.monotonic()
+        await shop.step(step)
+        await until(lambda: by.works(conn), TAKEN_OVER_S)
+        async with asyncio.timeout(TAKEN_OVER_S - (time.monotonic() - begun)):
+            await shop.applied()
+        took[what] = round(time.monotonic() - begun, 2)
+
+    async def stands_by(one: Host) -> bool:
+        found = [(await seats(conn, part)).get(str(p.pid)) for part, p in one.parts.items()]
+        return found == [False, False]
+
+    async with open_shop(redis_url, database_url) as shop, shop.pool.acquire() as conn:
+        await shop.create(campaign(10))
+        async with host(short_path / "a", redis_url, database_url) as a:
+            await until(lambda: a.works(conn), START_S)
+            async with host(short_path / "b", redis_url, database_url) as b:
+                await until(lambda: stands_by(b), START_S)
+                a.signal(signal.SIGSTOP)
+                await takes_over(b, "stopped", "open")
+                a.signal(signal.SIGCONT)
+                await until(lambda: stands_by(a))
+                assert await b.works(conn)
+                b.wire.hold("up")
+                b.wire.hold("down")
+                await takes_over(a, "cut off", "pause")
+                b.wire.cut()
+                b.wire.heal()
+                await until(lambda: stands_by(b))
+                assert await a.works(conn)
+                a.signal(signal.SIGKILL)
+                await takes_over(b, "killed", "resume")
+        kinds = await conn.fetch("SELECT kind FROM event ORDER BY seq")
+    assert [row["kind"] for row in kinds] == ["created", "opened", "paused", "resumed"]
+    print(f"taken over after, in seconds: {took}")
+
+
+async def test_given_a_writer_that_was_stopped_amid_a_copy_then_the_next_one_does_not_wait_for_it(
+    redis: Redis, redis_url: str, database_url: str
+):
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.create(campaign(10))
+        stopped = await asyncpg.connect(
+            database_url, server_settings={"application_name": offices.WRITER_APPLIES}
+        )
+        async with asyncio.timeout(TAKEN_OVER_S):
+            amid = asyncio.Event()
+
+            async def rows() -> AsyncIterator[bytes]:
+                amid.set()
+                await asyncio.sleep(60)
+                yield b""
+
+            begun = f"INSERT INTO campaign (campaign_id, chain) VALUES ('{CAMPAIGN}', '{GENESIS}')"
+            await stopped.execute(f"BEGIN; {begun}")
+            copying = asyncio.create_task(stopped.copy_to_table("event", source=rows()))
+            await amid.wait()
+            await shop.start_writer()
+            await shop.applied()
+        copying.cancel()
+        await asyncio.gather(copying, return_exceptions=True)
+        stopped.terminate()
+
+
+class Holder:
+    """An office held in this process."""
+
+    def __init__(self, database_url: str) -> None:
+        self.leadership = Leadership(database_url, offices.WRITER)
+        self.stood_by = 0
+        self.severed = 0
+        self.working = asyncio.Event()
+
+    async def lead(self, stop: asyncio.Event, work_s: float = 60.0) -> None:
+        async def work() -> None:
+            self.working.set()
+            try:
+                await asyncio.sleep(work_s)
+            finally:
+                self.working.clear()
+
+        def stand_by() -> None:
+            self.stood_by += 1
+
+        def sever() -> None:
+            self.severed += 1
+
+        await self.leadership.lead(stop, work, stand_by=stand_by, sever=sever)
+
+
+async def test_given_a_holder_when_its_session_ends_then_its_work_is_dropped_and_it_is_not_sure(
+    database_url: str,
+):
+    stop, holder, other = asyncio.Event(), Holder(database_url), Holder(database_url)
+    assert not holder.leadership.sure
+    leading = asyncio.create_task(holder.lead(stop))
+    await asyncio.wait_for(holder.working.wait(), TAKEN_OVER_S)
+    assert holder.leadership.sure
+    waiting = asyncio.create_task(other.lead(stop, work_s=0.0))
+    conn = await asyncpg.connect(database_url)
+
+    async def one_each() -> bool:
+        active = sorted(each.active for each in await offices.seats(conn, offices.WRITER))
+        return other.stood_by > 0 and active == [False, True]
+
+    await until(one_each)
+    await conn.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_locks"
+        " WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database"
+        " WHERE datname = current_database())"
+    )
+    await conn.close()
+    with pytest.raises(LockLost):
+        await leading
+    assert (holder.severed, holder.working.is_set(), holder.leadership.sure) == (1, False, False)
+    await asyncio.wait_for(waiting, TAKEN_OVER_S)
+
+
+async def test_given_work_that_ends_or_that_does_not_when_told_to_stop_then_the_lock_is_free(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sale.workers.leadership.STOP_PATIENCE_S", 0.1)
+    stop, holder = asyncio.Event(), Holder(database_url)
+    await holder.lead(stop, work_s=0.0)
+    leading = asyncio.create_task(holder.lead(stop))
+    await asyncio.wait_for(holder.working.wait(), TAKEN_OVER_S)
+    stop.set()
+    await asyncio.wait_for(leading, TAKEN_OVER_S)
+    assert (holder.severed, holder.stood_by) == (1, 0)
+
+
+async def test_given_postgres_away_when_an_opening_comes_then_each_scheduler_records_it(
+    redis: Redis, redis_url: str, database_url: str, short_path: Path
+):
+    """The clock goes on, whoever holds the lock that nobody can ask for."""
+    listen = f"unix:{short_path / '.s.PGSQL.5432'}"
+    async with (
+        Proxy(listen, f"unix:{socket_of(database_url)}") as wire,
+        open_shop(redis_url, through(database_url, short_path)) as shop,
+    ):
+        now_s, _ = await redis.time()
+        await shop.create(campaign(10, opens_at_ms=(now_s + 5) * 1_000))
+        async with shop.scheduling() as first:
+            await until(lambda: _reads(first, 1))
+            async with shop.scheduling() as second:
+                await until(lambda: _reads(second, 0))
+                await asyncio.sleep(0.3)
+                assert first.get_sample_value("sale_scheduler_active") == 1
+                assert _remaining(first) == 10
+                assert _remaining(second) is None
+                for direction in ("up", "down"):
+                    wire.hold(direction)
+                await until(lambda: _reads(second, 1), TAKEN_OVER_S)
+
+                async def opened() -> bool:
+                    return await shop.stock.head("state") == ["open"]
+
+                await until(opened)
+                wire.cut()
+                wire.heal()
+
+                async def one_works() -> bool:
+                    told = [
+                        each.get_sample_value("sale_scheduler_active") for each in (first, second)
+                    ]
+                    return sorted(map(bool, told)) == [False, True]
+
+                await until(one_works)
+
+
+async def _reads(registry: Any, active: int) -> bool:
+    return registry.get_sample_value("sale_scheduler_active") == active
+
+
+def _remaining(registry: Any) -> float | None:
+    labels = {"campaign": CAMPAIGN, "showing": "s0"}
+    return registry.get_sample_value("sale_stock_remaining", labels)
+
+
+async def test_given_writers_and_schedulers_when_asked_then_the_doctor_tells_who_works(
+    redis: Redis, redis_url: str, database_url: str
+):
+    async def told(shop: Shop) -> tuple[str, str]:
+        found = await diagnose(shop.redis, shop.pool, shop.nonce)
+        return found.writer, found.scheduler
+
+    async with open_shop(redis_url, database_url) as shop:
+        assert await told(shop) == ("none is connected", "none is connected")
+        await shop.start_writer()
+        async with shop.scheduling(), shop.scheduling():
+
+            async def all_told() -> bool:
+                writer, scheduler = await told(shop)
+                me = rf"[^ ]+:{os.getpid()}"
+                return bool(
+                    re.fullmatch(rf"{me} works", writer)
+                    and re.fullmatch(rf"{me} works, 1 on stand-by \({me}\)", scheduler)
+                )
+
+            await until(all_told)
+
+
+class Pooler:
+    """A real PgBouncer before the tests' PostgreSQL, on a unix socket."""
+
+    def __init__(self, directory: Path, database_url: str) -> None:
+        self.directory = directory
+        self.url = through(database_url, directory)
+        self._postgres = socket_of(database_url)
+
+    @contextlib.asynccontextmanager
+    async def pooling(self, mode: str, **settings: object) -> AsyncIterator[None]:
+        program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+        assert program, "this test needs pgbouncer (Debian package pgbouncer; scripts/test gets it)"
+        config = self.directory / "ini"
+        told = {
+            "pool_mode": mode,
+            "unix_socket_dir": self.directory,
+            "listen_port": 5432,
+            "auth_type": "any",
+            "default_pool_size": 20,
+            "max_client_conn": 50,
+            **settings,
+        }
+        lines = [f"{key} = {value}" for key, value in told.items()]
+        database = f"* = host={self.directory} port=5433 user=sale"
+        config.write_text("\n".join(["[databases]", database, "[pgbouncer]", *lines]), "utf-8")
+        command = [program, str(config)]
+        if os.getuid() == 0:  # it refuses to be root
+            nobody = pwd.getpwnam("nobody")
+            for path in (self.directory, config):
+                os.chown(path, nobody.pw_uid, nobody.pw_gid)
+            command = [program, "-u", "nobody", str(config)]
+        # PostgreSQL's own socket lies in a private directory.
+        upstream = self.directory / ".s.PGSQL.5433"
+        async with Proxy(f"unix:{upstream}", f"unix:{self._postgres}"):
+            upstream.chmod(0o666)
+            with (self.directory / "log").open("wb") as said:
+                process = await asyncio.create_subprocess_exec(
+                    *launch_command("KILL", program=command), stdout=said, stderr=said
+                )
+            try:
+                await until(self._answers)
+                yield
+            finally:
+                process.kill()
+                await process.wait()
+                print((self.directory / "log").read_text("utf-8")[-2_000:])
+
+    async def _answers(self) -> bool:
+        try:
+            conn = await asyncpg.connect(self.url, statement_cache_size=0)
+        except (OSError, asyncpg.PostgresError):
+            return False
+        await conn.close()
+        return True
+
+
+@pytest.fixture
+def pooler(database_url: str) -> Iterator[Pooler]:
+    # Not among pytest's directories: these are private, and PgBouncer is another user.
+    with tempfile.TemporaryDirectory(prefix="p") as directory:
+        yield Pooler(Path(directory), database_url)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("mode", ["transaction", "statement"])
+async def test_given_a_proxy_that_pools_less_than_sessions_then_it_is_refused_in_words(
+    pooler: Pooler, mode: str, redis_url: str, short_path: Path
+):
+    async with pooler.pooling(mode):
+        with pytest.raises(UnfitProxy, match=r"pools transactions: .* set database_url"):
+            await Holder(pooler.url).lead(asyncio.Event(), work_s=0.0)
+        for part in OFFICES:
+            ended = await asyncio.to_thread(_run, part, redis_url, pooler.url, short_path)
+            assert ended.returncode == 1
+            assert ended.stderr.startswith(f"sale: PostgreSQL at {pooler.directory} ")
+            assert "a proxy that pools transactions: the lock needs" in ended.stderr
+
+
+def _run(part: str, redis_url: str, database_url: str, home: Path) -> Any:
+    env = {**os.environ, "SALE_REDIS_URL": redis_url, "SALE_DATABASE_URL": database_url}
+    env |= {"SALE_DATA_DIR": str(home / "d")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return subprocess.run(
+        [sys.executable, "-m", "sale", part, "--metrics-listen", f"unix:{home / part}"],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+
+
+@pytest.mark.fault
+async def test_given_a_proxy_that_pools_sessions_when_the_holder_falls_still_then_it_is_replaced(
+    pooler: Pooler, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
+):
+    async def still(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    async with pooler.pooling("session"):
+        stop, holder, other = asyncio.Event(), Holder(pooler.url), Holder(pooler.url)
+        with monkeypatch.context() as patched:
+            patched.setattr(Leadership, "_beat", still)
+            stopped = asyncio.create_task(holder.lead(stop))
+            await asyncio.wait_for(holder.working.wait(), TAKEN_OVER_S)
+        waiting = asyncio.create_task(other.lead(stop))
+        await asyncio.wait_for(other.working.wait(), TAKEN_OVER_S)
+        assert other.stood_by > 0
+        waiting.cancel()
+        stopped.cancel()
+        await asyncio.gather(waiting, stopped, return_exceptions=True)
+        # The next one gets a session that others have had.
+        await Holder(pooler.url).lead(asyncio.Event(), work_s=0.0)
+        async with open_shop(redis_url, pooler.url) as shop:
+            await shop.start_writer()
+            await shop.create(campaign(10))
+            await shop.applied()
+
+
+@pytest.mark.fault
+async def test_given_a_proxy_whose_sessions_are_all_taken_then_it_is_not_taken_for_another(
+    pooler: Pooler,
+):
+    async with pooler.pooling("session", default_pool_size=1):
+        await Holder(pooler.url).lead(asyncio.Event(), work_s=0.0)
+
+
+async def test_given_a_proxy_that_refuses_our_settings_then_that_is_told(short_path: Path):
+    said = b"SERROR\0C08P01\0Munsupported startup parameter: application_name\0\0"
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4_096)
+        writer.write(b"E" + (len(said) + 4).to_bytes(4, "big") + said)
+        writer.close()
+
+    path = short_path / ".s.PGSQL.5432"
+    async with await asyncio.start_unix_server(refuse, path):
+        url = f"postgresql://sale@/{secrets.token_hex(2)}?host={quote(str(short_path))}&port=5432"
+        with pytest.raises(UnfitProxy, match="a proxy that refuses our settings"):
+            await Holder(url).lead(asyncio.Event(), work_s=0.0)

@@ -1,0 +1,123 @@
+"""How far PostgreSQL is: told to Redis, seldom, and by nobody who may have lost the lock."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+from shop import CAMPAIGN, Shop, open_shop, until
+from stock_maker import campaign
+from structlog.testing import capture_logs
+
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import OperationReply, Scripts
+from sale.workers.leadership import LOCK_TIMEOUT_S, Leadership
+
+HEAD = campaign_keys(CAMPAIGN).head
+SOON_S = 2.0
+
+
+@pytest.fixture
+async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        await shop.create(campaign(1_000))
+        await shop.step("open")
+        yield shop
+
+
+async def stands(shop: Shop) -> list[bytes | None]:
+    return list(await shop.redis.hmget(HEAD, ["applied", "behind_since"]))
+
+
+async def test_given_sales_when_applied_then_redis_is_told_how_far_postgres_is(shop: Shop):
+    async def all_told() -> bool:
+        (seq,) = await shop.stock.head("seq")
+        return await stands(shop) == [seq.encode(), b""]
+
+    await until(all_told, SOON_S)
+    for n in range(3):
+        await shop.buy(n)
+        await until(all_told, SOON_S)
+    async with shop.pool.acquire() as conn, conn.transaction():
+        await conn.execute("LOCK TABLE campaign IN ACCESS EXCLUSIVE MODE")
+        await shop.buy(7)
+        await asyncio.sleep(0.3)
+        await shop.buy(8)
+        *_, oldest, _ = await shop.redis.xrange(campaign_keys(CAMPAIGN).stream)
+        assert await stands(shop) == [b"5", oldest[1][b"t"]]
+    await until(all_told, SOON_S)
+
+
+async def test_given_a_head_that_says_less_when_the_writer_looks_then_it_is_told_anew(shop: Shop):
+    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await shop.redis.hset(HEAD, mapping={"applied": "0", "behind_since": "1"})
+    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await shop.redis.hset(HEAD, mapping={"applied": "x", "behind_since": "y"})
+    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+
+
+async def test_given_a_rush_when_told_then_not_more_often_than_ten_times_a_second(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    told: list[int] = []
+
+    async def counted(
+        self: Scripts, campaign_id: str, applied: int, behind_since_ms: int | None
+    ) -> OperationReply:
+        told.append(applied)
+        return await tell(self, campaign_id, applied, behind_since_ms)
+
+    tell = Scripts.tell_applied
+    monkeypatch.setattr(Scripts, "tell_applied", counted)
+    loop = asyncio.get_running_loop()
+    begun, n = loop.time(), 0
+    while loop.time() < begun + 1.0:
+        n += 1
+        await shop.buy(n)
+    await until(lambda: _is(shop, [str(n + 2).encode(), b""]), SOON_S)
+    assert 2 <= len(told) <= 10 * (loop.time() - begun) + 1
+    assert told == sorted(told)
+    count = len(told)
+    await asyncio.sleep(0.5)
+    assert len(told) == count  # at rest there is nothing to tell
+
+
+async def test_given_a_redis_that_cannot_be_told_then_the_writer_goes_on(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    async def refused(*_: object) -> None:
+        raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    with capture_logs() as said, monkeypatch.context() as patched:
+        patched.setattr(Scripts, "tell_applied", refused)
+        await shop.buy(1)
+        await shop.applied()
+        await asyncio.sleep(0.3)
+        troubles = [entry for entry in said if entry["event"] == "ledger.tell_failed"]
+        assert [entry["campaign"] for entry in troubles] == [CAMPAIGN]
+        assert (await stands(shop))[0] == b"2"
+    await until(lambda: _is(shop, [b"3", b""]), SOON_S)
+
+
+async def test_given_a_writer_that_may_have_lost_its_lock_then_it_tells_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    async def still(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    await shop.stop_writer()
+    monkeypatch.setattr(Leadership, "_beat", still)
+    await shop.start_writer()
+    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await asyncio.sleep(LOCK_TIMEOUT_S)
+    await shop.buy(1)
+    await shop.applied()
+    await asyncio.sleep(0.3)
+    assert (await stands(shop))[0] == b"2"
+
+
+async def _is(shop: Shop, wanted: list[bytes]) -> bool:
+    return await stands(shop) == wanted

@@ -1,0 +1,324 @@
+"""Redis without memory, without time, without disk: sales stop in words, and go on by themselves.
+
+Space is taken from the real disk by a file; where it is to be *full* the threshold is raised
+instead, so that nothing has to be mounted.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+from redis.asyncio import Redis
+from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key, until
+from shop import Shop, open_shop
+from test_drain import another_api
+
+from sale import embedded
+from sale.embedded import EmbeddedError, servers
+from sale.metrics import PurchaseMetrics
+from sale.usecases.disk_watch import SPARE_MB, DiskWatch, free_mb, redis_directory
+from sale.workers.supervisor import _Register
+
+TAKEN_MB = 512
+DEADLINE_S = 1.5
+ANSWER_SPARE_S = 1.0
+
+
+@contextlib.asynccontextmanager
+async def no_memory(redis: Redis) -> AsyncIterator[None]:
+    await redis.config_set("maxmemory", "1")
+    try:
+        yield
+    finally:
+        await redis.config_set("maxmemory", "0")
+
+
+@pytest.fixture
+async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.create()
+        await shop.step("open")
+        yield shop
+
+
+async def test_given_redis_out_of_memory_then_nothing_is_sold_and_all_else_goes_on(
+    service: Service, client: Client
+) -> None:
+    campaign, sold_out = await client.campaign(), await client.campaign(tickets=1)
+    buyer, other = service.card(), service.card()
+    assert (await client.buy(campaign, buyer.token)).status == 201
+    assert (await client.buy(sold_out, buyer.token)).status == 201
+    key = new_key()
+    async with service.redis() as redis:
+        with service.stopped("writer"):
+            assert (await client.buy(campaign, service.card().token)).status == 201
+            await redis.config_set("maxmemory", "1")
+        async with no_memory(redis):
+            refused = await client.buy(campaign, other.token, key=key)
+            assert (refused.status, refused.code) == (503, "unavailable")
+            assert refused.headers["Retry-After"]
+
+            async def refusals_go_on() -> bool:
+                return (await client.buy(sold_out, other.token)).code == "sold-out"
+
+            await until(refusals_go_on, 5)
+            assert await client.remaining(campaign) == [98]
+            assert (await client.get(ORDERS, buyer.token)).status == 200
+            assert (await client.get(f"{CAMPAIGNS}/{campaign}/availability")).status == 200
+
+            async def drained() -> bool:
+                return await client.all_applied(campaign)
+
+            await until(drained)
+
+    async def sold() -> bool:
+        return (await client.buy(campaign, other.token, key=key)).status == 201
+
+    await until(sold, 5)
+    assert await client.remaining(campaign) == [97]
+
+
+async def test_given_redis_out_of_memory_then_the_writer_drains_and_trims(shop: Shop) -> None:
+    assert all(await shop.buy(1, 2, 3))
+    stream = shop.stock.keys.stream
+    entries = await shop.redis.xlen(stream)
+    async with no_memory(shop.redis):
+        await shop.start_writer(ledger_retention_events=0, ledger_retention_s=0)
+        await shop.applied()
+
+        async def trimmed() -> bool:
+            return await shop.redis.xlen(stream) == 1
+
+        await until(trimmed)
+    assert entries > 1
+    assert all(await shop.buy(4))
+    await shop.applied()
+    assert (await shop.audit()).clean
+
+
+@pytest.mark.fault
+async def test_given_redis_that_stands_still_then_every_answer_comes_in_time_and_it_heals(
+    service: Service, client: Client, short_path: Path
+) -> None:
+    known, unknown = await client.campaign(), await client.campaign()
+    settings = {"SALE_PURCHASE_DEADLINE_MS": str(int(DEADLINE_S * 1_000))}
+    async with another_api(service, short_path, **settings) as api:
+        here = Client(SimpleNamespace(url=f"http://{api.address}"), spread=True)  # type: ignore[arg-type]
+        try:
+            assert (await here.buy(known, service.card().token)).status == 201
+            wishes = [
+                (campaign, service.card().token, new_key())
+                for campaign in (known, unknown)
+                for _ in range(20)
+            ]
+            with service.stopped("redis"):
+                asked = asyncio.gather(*(_timed(here, *wish) for wish in wishes))
+                ready = await here.get("/readyz")
+                assert ready.status == 503
+                assert "redis: not reached" in ready.body.decode()
+                answers = await asked
+            assert {seen.code for seen, _ in answers} == {"unavailable"}
+            assert max(took for _, took in answers) < DEADLINE_S + ANSWER_SPARE_S
+
+            for campaign, token, key in wishes:
+
+                async def settled(
+                    campaign: str = campaign, token: str = token, key: str = key
+                ) -> bool:
+                    return (await here.buy(campaign, token, key=key)).status == 201
+
+                await until(settled)
+        finally:
+            await here.close()
+    assert await client.remaining(known) == [79]
+    assert await client.remaining(unknown) == [80]
+
+
+async def _timed(client: Client, campaign: str, token: str, key: str) -> tuple[Seen, float]:
+    started = time.monotonic()
+    seen = await client.buy(campaign, token, key=key)
+    return seen, time.monotonic() - started
+
+
+async def test_given_redis_paused_for_a_moment_then_members_only_wait(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign()
+    cards = service.cards(20)
+    async with service.redis() as redis:
+        await redis.execute_command("CLIENT", "PAUSE", 2_000)
+    answers = await asyncio.gather(*(client.buy(campaign, card.token) for card in cards))
+    assert [seen.status for seen in answers] == [201] * 20
+    assert await client.remaining(campaign) == [80]
+
+
+# Its disk ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def taken(directory: Path, mb: int) -> Iterator[None]:
+    """Take space from the disk of a directory."""
+    file = directory / "taken"
+    with file.open("wb") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, mb * 1024 * 1024)
+            yield
+        finally:
+            file.unlink()
+
+
+async def test_given_little_space_then_sales_halt_and_go_on_once_there_is_more(
+    redis: Redis, redis_url: str
+) -> None:
+    directory = await redis_directory(redis, redis_url)
+    assert directory is not None
+    batchers, metrics = SimpleNamespace(halted=""), PurchaseMetrics()
+    bound_mb = free_mb(directory) - TAKEN_MB // 2
+    watch = DiskWatch(redis, redis_url, batchers, metrics, free_min_mb=bound_mb)  # type: ignore[arg-type]
+
+    watch.look(directory)
+    assert (batchers.halted, metrics.halted) == ("", False)
+    with taken(directory, TAKEN_MB):
+        watch.look(directory)
+        assert "disk" in batchers.halted
+        assert metrics.halted
+    watch.look(directory)
+    assert (batchers.halted, metrics.halted) == ("", False)
+
+
+async def test_given_space_that_hovers_at_the_bound_then_sales_do_not_stop_and_go(
+    redis: Redis, redis_url: str
+) -> None:
+    directory = await redis_directory(redis, redis_url)
+    assert directory is not None
+    batchers = SimpleNamespace(halted="")
+    bound_mb = free_mb(directory) - SPARE_MB // 2
+    watch = DiskWatch(redis, redis_url, batchers, PurchaseMetrics(), free_min_mb=bound_mb)  # type: ignore[arg-type]
+    with taken(directory, TAKEN_MB):
+        watch.look(directory)
+    watch.look(directory)
+    assert batchers.halted, "above the bound by less than the spare"
+
+
+async def test_given_a_process_that_is_stopping_then_the_disk_does_not_let_it_sell_again(
+    redis: Redis, redis_url: str
+) -> None:
+    directory = await redis_directory(redis, redis_url)
+    assert directory is not None
+    batchers = SimpleNamespace(halted="")
+    bound_mb = free_mb(directory) - TAKEN_MB // 2
+    watch = DiskWatch(redis, redis_url, batchers, PurchaseMetrics(), free_min_mb=bound_mb)  # type: ignore[arg-type]
+    with taken(directory, TAKEN_MB):
+        watch.look(directory)
+        batchers.halted = "stopping"
+    watch.look(directory)
+    assert batchers.halted == "stopping"
+
+
+@pytest.mark.parametrize("url", ["redis://elsewhere:6379/0", "rediss://10.0.0.9/1"])
+async def test_given_redis_on_another_host_then_its_disk_is_not_guessed_at(
+    redis: Redis, url: str
+) -> None:
+    assert await redis_directory(redis, url) is None
+
+
+async def test_given_a_bound_above_what_is_free_then_everybody_is_told(
+    service: Service, client: Client, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = await client.campaign()
+    bound = {"SALE_DISK_FREE_MIN_MB": "1000000000"}
+    async with another_api(service, short_path, **bound) as api:
+        await api.said("disk.short")
+        here = Client(SimpleNamespace(url=f"http://{api.address}"))  # type: ignore[arg-type]
+        try:
+            refused = await here.buy(campaign, service.card().token)
+            assert (refused.status, refused.code) == (503, "unavailable")
+            ready = await here.get("/readyz")
+            assert ready.status == 503
+            assert "disk" in str(ready.json()["reasons"])
+            assert (await here.get(f"{CAMPAIGNS}/{campaign}")).status == 200
+        finally:
+            await here.close()
+        connector = aiohttp.UnixConnector(str(short_path / "m"))
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            session.get("http://serve/metrics") as answer,
+        ):
+            assert "\nsale_halted 1.0" in await answer.text()
+    assert await client.remaining(campaign) == [100]
+    monkeypatch.setenv("SALE_DISK_FREE_MIN_MB", bound["SALE_DISK_FREE_MIN_MB"])
+    told = await service.asale("doctor")
+    assert told.status == 1
+    assert "nothing is sold" in told.out
+    assert (await service.asale("doctor", "--json")).json()["redis_disk_free_mb"] > 0
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("full", [True, False])
+async def test_given_a_server_that_keeps_dying_then_it_is_given_up_unless_its_disk_is_full(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    monkeypatch.setattr(servers, "RESTARTS_MAX", 1)
+    monkeypatch.setattr(servers, "BACKOFF_MAX_S", 0.1)
+    monkeypatch.setattr(servers, "DISK_FULL_BYTES", 2**62 if full else 0)
+    async with embedded.running(short_path / "d", redis=True, postgres=False) as running:
+        watching = asyncio.ensure_future(running.watch())
+        try:
+            for _ in range(3):
+                pid = running.pids.get("redis")
+                if pid is None or watching.done():
+                    break
+                os.kill(pid, signal.SIGKILL)
+
+                async def again(pid: int = pid) -> bool:
+                    return watching.done() or running.pids.get("redis", pid) != pid
+
+                await until(again)
+            if full:
+                assert not watching.done()
+                assert running.pids["redis"]
+            else:
+                with pytest.raises(EmbeddedError, match="died"):
+                    await asyncio.wait_for(watching, 10)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_given_a_disk_that_takes_nothing_then_the_register_waits_and_the_system_lives(
+    tmp_path: Path,
+) -> None:
+    register = _Register(tmp_path, SimpleNamespace(pids={}), "a:1", "b:2")  # type: ignore[arg-type]
+    register.put("serve-1", 1)  # its directory is not there
+    (tmp_path / "run").mkdir()
+    register.put("serve-2", 2)
+    assert (tmp_path / "run" / "processes.json").read_text().count("serve-") == 2
+
+
+def test_given_a_log_on_a_full_disk_then_whoever_logs_goes_on() -> None:
+    program = (
+        "from sale.bootstrap import log, set_up_logging; from sale.config import Settings\n"
+        "set_up_logging(Settings())\n"
+        "for n in range(1_000): log.warning('store.awaited', n=n)\n"
+        "print('alive', flush=True)\n"
+        "import os; os._exit(0)\n"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    assert done.stdout == "alive\n"

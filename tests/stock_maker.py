@@ -184,7 +184,7 @@ class Stock:
 
     async def everything(self) -> dict[str, Any]:
         """All keys as they are, but for what the writer tells in its own time."""
-        found: dict[str, Any] = {key_name: await self.redis.dump(key_name) for key_name in self.keys}
+        found: dict[str, Any] = {name: await self.redis.dump(name) for name in self.keys}
         # Not the dump: a hash that grows is moved step by step, and reads move it too.
         head: Any = await self.redis.hgetall(self.keys.head)
         told = {b"applied", b"behind_since"}

@@ -110,7 +110,15 @@ def test_given_the_settings_when_compared_with_the_table_then_it_is_complete_and
     for key, (_, told) in rows.items():
         value = getattr(defaults, key)
         if value is not None:
-            assert told.strip("`") == str(value), key
+            assert told.strip("`") == (str(value).lower() if value is True else str(value)), key
+
+
+def test_given_the_page_of_faults_when_its_tests_are_looked_up_then_each_is_there() -> None:
+    text = (ROOT / "docs/FAULTS.md").read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)`", text))
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    assert {name for name in named if f"def {name}(" not in sources} == set()
 
 
 def test_given_the_example_of_the_settings_when_uncommented_then_it_is_accepted(

@@ -94,8 +94,10 @@ class Attending:
             seq = max(mark.seq, _number(head, "seq"))
             batcher.mark = mark = Mark(mark.incarnation, seq)
             lacks = 0
-        elif head is not None and _incarnation(head) == f"{identity}:{epoch}" and (
-            await batcher.attend()
+        elif (
+            head is not None
+            and _incarnation(head) == f"{identity}:{epoch}"
+            and (await batcher.attend())
         ):
             mark, lacks = batcher.mark, 0
         else:

@@ -14,6 +14,7 @@ numbers, both were perhaps told to members: what the ledger does not have goes t
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
@@ -36,6 +37,7 @@ from sale.usecases.verification import verify
 TRIES: Final = 8
 PATIENT_TRIES: Final = 2
 RETRY_PAUSE_S: Final = 0.1
+LOCK_PATIENCE_S: Final = 10.0
 LOCK_CLASS: Final = 0x53414C45
 
 log = structlog.get_logger()
@@ -81,7 +83,9 @@ async def recover(
     Raises Refused for an unknown one or a damaged ledger, and Unsafe where ``lossless_only`` and
     something that was told cannot be found again.
     """
-    async with _alone(pool, campaign_id) as connection:
+    # The engine's own try is made again anyway; an operator waits for it to end.
+    patience_s = 0.0 if lossless_only else LOCK_PATIENCE_S
+    async with _alone(pool, campaign_id, patience_s) as connection:
         roll, called = await hear(redis), False
         for attempt in range(TRIES):
             case = await examine(redis, scripts, connection, campaign_id, roll, progress)
@@ -174,14 +178,18 @@ def _losses(case: Case) -> str:
 
 
 @asynccontextmanager
-async def _alone(pool: asyncpg.Pool, campaign_id: str) -> AsyncIterator[ledger.Connection]:
+async def _alone(
+    pool: asyncpg.Pool, campaign_id: str, patience_s: float
+) -> AsyncIterator[ledger.Connection]:
     """Hold a connection and the right to recover this campaign. Raises Refused."""
+    deadline = time.monotonic() + patience_s
     async with pool.acquire() as connection:
-        mine = await connection.fetchval(
+        while not await connection.fetchval(
             "SELECT pg_try_advisory_lock($1, hashtext($2))", LOCK_CLASS, campaign_id
-        )
-        if not mine:
-            raise Refused(Problem.UNAVAILABLE, f"{campaign_id}: it is being recovered already")
+        ):
+            if time.monotonic() >= deadline:
+                raise Refused(Problem.UNAVAILABLE, f"{campaign_id}: it is being recovered already")
+            await asyncio.sleep(RETRY_PAUSE_S)
         try:
             yield connection
         finally:

@@ -22,7 +22,15 @@ HIDDEN_BY = frozenset({"card-revoked", "not-eligible", "unavailable", "overloade
 
 
 UNWITNESSED = frozenset(
-    {"lost", "key-two-orders", "not-replayed", "tickets-changed", "replay-refused", "step-count"}
+    {
+        "lost",
+        "key-two-orders",
+        "not-replayed",
+        "tickets-changed",
+        "replay-refused",
+        "mismatch-passed",
+        "step-count",
+    }
 )
 """What nobody can help where files are lost and all who knew what was in them are dead."""
 

@@ -162,7 +162,8 @@ class Player:
 
     async def _act(self, act: Act) -> None:
         stall = self.stalls[act.sale]
-        told = ActTold(act, f"soak {self.schedule.seed} {act.key or act.what}", stall.campaign)
+        number = self.schedule.acts.index(act)
+        told = ActTold(act, f"soak {self.schedule.seed} step {number}", stall.campaign)
         self.acts.append(told)
         self.timeline.note(f"{act} begins")
         if act.key:

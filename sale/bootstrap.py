@@ -7,7 +7,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, TextIO, cast
 
@@ -38,6 +38,8 @@ from sale.usecases.purchase import PurchaseDesk
 
 START_PATIENCE_S: Final = 30.0
 START_PAUSE_S: Final = 0.2
+END_TRIES: Final = 10
+END_AGAIN_S: Final = 0.2
 STORE_ERRORS: Final = tuple(dict.fromkeys((*REDIS_ERRORS, *POSTGRES_ERRORS)))
 """What a call to either store raises where that store is away, slow, or refuses it."""
 
@@ -226,16 +228,24 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 batchers=batchers,
                 desk=PurchaseDesk(catalogue, batchers, tokens, codes, metrics, stores.pool),
                 orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
-                campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool),
+                campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool, saw=batchers.saw),
                 metrics=metrics,
                 registry=registry,
             )
         finally:
             await batchers.close()
-            for work in watching:
-                work.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
+            await _ended(watching)
             await attending.sign_off()
+
+
+async def _ended(tasks: Sequence[asyncio.Future[Any]]) -> None:
+    """Cancel tasks until they have ended, bounded: redis-py, cancelled as it connects, goes on."""
+    for _ in range(END_TRIES):
+        for task in tasks:
+            task.cancel()
+        _, going_on = await asyncio.wait(tasks, timeout=END_AGAIN_S)
+        if not going_on:
+            return
 
 
 async def _tell_durability(stores: Stores) -> None:

@@ -137,6 +137,30 @@ async def test_given_all_who_told_are_alive_when_redis_lost_it_then_it_heals_by_
         assert await claims.voided(connection, CAMPAIGN) == []
 
 
+async def test_given_who_told_handed_in_and_died_before_the_verification_then_it_heals(
+    shop: Shop, apis: list[Api]
+):
+    # Found by the soak (seed 203, lossy): all were killed between the two, and Redis, which fitted
+    # PostgreSQL's ledger, sold the same numbers again.
+    async with going_back(shop):
+        told = seqs(await apis[0].buy(1, 2, 3))
+    await apis[0].attend()
+    async with shop.pool.acquire() as connection:
+        await until(lambda: _handed_in(connection, told[-1]))
+    await apis[0].close()
+    await shop.redis.delete(ROLL)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    await Healing(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit([CAMPAIGN])
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    again = await apis[1].buy(1, 2, 3)
+    assert [answer.value for answer in again] == told
+    assert (await finish(shop)).clean
+
+
+async def _handed_in(connection: Any, seq: int) -> bool:
+    return await claims.highest(connection, CAMPAIGN) == seq
+
+
 async def test_given_who_told_is_dead_when_recovered_then_its_numbers_are_voided_and_never_reused(
     shop: Shop, apis: list[Api]
 ):
@@ -230,3 +254,17 @@ class _Away:
 
 async def _empty(api: Api) -> bool:
     return not len(api.batcher.kept)
+
+
+async def test_given_orders_handed_in_by_the_dead_when_verified_then_redis_is_not_believed(
+    shop: Shop, apis: list[Api]
+):
+    # Given: the process that told the orders handed them in, and then died, as did the roll.
+    async with going_back(shop):
+        told = seqs(await apis[0].buy(1, 2))
+    await apis[0].attending.beat()
+    await shop.redis.delete(ROLL)
+    # When and then: the files fit PostgreSQL, and still they are not believed.
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    assert (await shop.recover()).filled == 2
+    assert [answer.value for answer in await apis[1].buy(1, 2)] == told

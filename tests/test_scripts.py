@@ -951,3 +951,36 @@ async def test_given_postgres_ahead_of_this_redis_then_what_the_writer_tells_is_
     told = await stock.scripts.tell_applied(stock.id, int(seq) + 1, None)
     assert told.reply is CallReply.STALE
     assert (await stock.scripts.tell_applied("no-such", 1, None)).reply is CallReply.MISSING
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+async def test_given_a_script_cut_short_in_a_torn_file_then_nothing_is_sold(
+    redis: Redis, kept: int
+) -> None:
+    """Redis 6.2.14 carries out what is left of a torn transaction at the second restart."""
+    stock = await open_stock(redis, 9)
+    torn = await stock.everything()
+    await stock.buy_one(card(1), key(1))
+    (row,) = await redis.xrevrange(stock.keys.stream, count=1)
+    whole = {name: await redis.hgetall(name) for name in (stock.keys.cards, stock.keys.stock)}
+    calls = await redis.hgetall(stock.keys.calls)
+    for name in stock.keys:
+        await redis.delete(name)
+        if name == stock.keys.head:
+            await redis.hset(name, mapping=torn[name])
+            await redis.hset(name, "applied", 0)
+        elif torn[name] is not None:
+            await redis.restore(name, 0, torn[name])
+    # What the script writes, in its order, as far as it was kept.
+    writes = [
+        redis.xadd(stock.keys.stream, row[1], id=row[0]),
+        redis.hset(stock.keys.cards, mapping=whole[stock.keys.cards]),
+        redis.hset(stock.keys.stock, mapping=whole[stock.keys.stock]),
+        redis.hset(stock.keys.calls, mapping=calls),
+    ]
+    for number, write in enumerate(writes):
+        if number < kept:
+            await write
+        else:
+            write.close()
+    await refused_as(stock, CallReply.BROKEN)

@@ -90,7 +90,7 @@ class Api:
 
     async def drain(self) -> None:
         """Stop as the module says; once, however often it is called."""
-        if self.draining:
+        if self.draining or self._server is None:
             return
         self.draining = True
         self._engine.batchers.halted = STOPPING

@@ -189,7 +189,7 @@ async def conflicts_to_pause(conn: Connection) -> dict[str, str]:
 
 
 async def conflict_rows(conn: Connection) -> dict[str, int]:
-    """How many events of a campaign PostgreSQL has refused to act on; those with none lack."""
+    """Rows of table ``conflict`` by campaign, whatever their source; those with none lack."""
     rows = await conn.fetch(_SQL["conflict_rows"])
     return {row["campaign_id"]: row["refused"] for row in rows}
 

@@ -262,7 +262,8 @@ class Batcher:
         """Look whether all that this process acknowledged stands in this Redis, and sign for it.
 
         False where something lacks, or nothing could be read: nothing is bought here until the
-        campaign was recovered and this process has handed in what it knows (``usecases/roll.py``).
+        campaign was recovered and this process has handed in what it knows
+        (``usecases/attendance.py``).
         """
         redis, keys = self._scripts.redis, self._keys
         try:
@@ -434,6 +435,12 @@ class Batchers:
                 next_call=self._next_call,
             )
         return batcher
+
+    def saw(self, campaign_id: str, seq: int) -> None:
+        """Note an event that this process has told an operator of."""
+        batcher = self._by_campaign.get(campaign_id)
+        if batcher is not None and batcher.mark is not NOT_ATTENDED:
+            batcher.mark = Mark(batcher.mark.incarnation, max(batcher.mark.seq, seq))
 
     def all(self) -> list[Batcher]:
         """Those that there are."""

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+from collections.abc import Callable
 from datetime import datetime
 from typing import Final
 
@@ -74,7 +75,15 @@ class Actor(msgspec.Struct, frozen=True):
 class CampaignDesk:
     """The operators' steps. Each takes a key; the same key again does nothing twice (INV-4)."""
 
-    def __init__(self, redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> None:
+    def __init__(
+        self,
+        redis: Redis,
+        scripts: Scripts,
+        pool: asyncpg.Pool,
+        saw: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """``saw(campaign_id, seq)`` is told each step that was taken."""
+        self._saw = saw
         self._redis = redis
         self._scripts = scripts
         self._pool = pool
@@ -112,8 +121,7 @@ class CampaignDesk:
         # It is made; where PostgreSQL cannot be asked now, the scheduler loads the cards later.
         with contextlib.suppress(*_POSTGRES_AWAY):
             await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
-        await self._applied(campaign.id, reply.seq)
-        return await self.show(campaign.id, actor)
+        return await self._confirmed(campaign.id, actor, reply.seq)
 
     async def show(self, campaign_id: str, actor: Actor) -> CampaignNow:
         """Give a campaign as it is now, drafts too. Raises Refused."""
@@ -146,8 +154,8 @@ class CampaignDesk:
                 field="at",
             )
         _check_reply(reply, action)
-        await self._applied(campaign_id, reply.seq)
-        return await self.show(campaign_id, actor)
+        self._taken(campaign_id, reply)
+        return await self._confirmed(campaign_id, actor, reply.seq)
 
     async def delete(
         self, campaign_id: str, actor: Actor, reason: str | None, key: str | None
@@ -194,8 +202,12 @@ class CampaignDesk:
                 field="add",
             )
         _check_reply(reply, "stock")
-        await self._applied(campaign_id, reply.seq)
-        return await self.show(campaign_id, actor)
+        self._taken(campaign_id, reply)
+        return await self._confirmed(campaign_id, actor, reply.seq)
+
+    def _taken(self, campaign_id: str, reply: OperationReply) -> None:
+        if self._saw is not None:
+            self._saw(campaign_id, reply.seq)
 
     async def pause_for(self, campaign_id: str, reason: str) -> None:
         """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8).
@@ -218,6 +230,20 @@ class CampaignDesk:
                 Problem.UNAVAILABLE,
                 f"{campaign_id!r} stands in PostgreSQL but not in Redis: recover it first",
             )
+
+    async def _confirmed(self, campaign_id: str, actor: Actor, seq: int) -> CampaignNow:
+        """Give the campaign as it is after a step. Raises Refused where Redis lacks that step now.
+
+        A Redis that has gone back meanwhile must not make us tell of what it has lost (INV-8).
+        """
+        await self._applied(campaign_id, seq)
+        now = await self.show(campaign_id, actor)
+        if now.seq < seq:
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"Redis has lost event {seq} since; try again once {campaign_id!r} is recovered",
+            )
+        return now
 
     async def _applied(self, campaign_id: str, seq: int) -> None:
         """Wait a moment for the writer, so that what was done can be read in the audit log."""

@@ -20,7 +20,7 @@ from sale.stock.scripts import Scripts
 from sale.usecases.recovery import recover
 
 ACTOR: Final = "scheduler"
-AGAIN_S: Final = (0.0, 1.0, 2.0, 5.0, 15.0, 60.0)
+AGAIN_S: Final = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Waits between the tries of one campaign."""
 TOLD_MAX: Final = 10
 
@@ -51,7 +51,7 @@ class Healing:
             tried, due = self._tries.get(campaign_id, (0, 0.0))
             if time.monotonic() < due:
                 continue
-            pause_s = AGAIN_S[min(tried + 1, len(AGAIN_S) - 1)]
+            pause_s = AGAIN_S[min(tried, len(AGAIN_S) - 1)]
             self._tries[campaign_id] = (tried + 1, time.monotonic() + pause_s)
             try:
                 await self._recover(campaign_id)

@@ -3,9 +3,9 @@
 A Redis that restarted, was swapped or was promoted has another identity than the one in each
 campaign's head, and the scripts sell nothing there until the head has been compared: number and
 chain hash with PostgreSQL, along the chain of what the writer has not applied yet, and with what
-the API processes have seen and acknowledged (``stock/roll.py``), because an old copy may fit
-PostgreSQL perfectly and still lack what members were told. What does not fit is marked
-``recovering`` and stays shut.
+the API processes have seen and acknowledged (``stock/roll.py``) or have handed in to PostgreSQL,
+because an old copy may fit PostgreSQL's ledger perfectly and still lack what members were told.
+What does not fit is marked ``recovering`` and stays shut.
 
 While PostgreSQL is away, the API processes' word suffices where all of them were heard, one of them
 knows the campaign, and none misses anything: these are the same files. An unknown Redis stays shut.
@@ -18,8 +18,9 @@ from typing import Any, Final
 import asyncpg
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from sale.db import ledger
+from sale.db import claims, ledger
 from sale.db.pool import POSTGRES_ERRORS
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
@@ -87,12 +88,25 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
             elif not called:
                 # Once for all of them, and only now: who answered members is heard first.
                 roll, called = await call_the_roll(redis), True
+                await _make_the_files_whole(redis)
                 weak = await weaknesses() if weaknesses else ()
             if weak:
                 raise NotDurable("; ".join(weak))
             if await verify(redis, scripts, pool, campaign_id, roll):
                 fit.add(campaign_id)
     return sorted([*(held - fit), *await _lost(pool, held)])
+
+
+async def _make_the_files_whole(redis: Redis) -> None:
+    """Have the append-only file written anew: a torn end may be left in it.
+
+    Redis 6.2.14 cuts such a file after the last whole command, which may lie within a transaction;
+    what was left of that is carried out at the next restart.
+    """
+    try:
+        await redis.bgrewriteaof()
+    except ResponseError as error:
+        log.info("redis.not_rewritten", why=str(error)[:100])  # one is under way, or may not be
 
 
 async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:
@@ -120,14 +134,20 @@ async def verify(
     """
     for _ in range(TRIES):
         seq, chain, epoch, before, others = await _head(redis, campaign_id)
+        handed_in = 0
         why = what_lacks(roll, campaign_id, epoch, seq)
         try:
             async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
                 position = await ledger.position(connection, campaign_id)
+                handed_in = await claims.highest(connection, campaign_id)
+                handed_in = await claims.highest(connection, campaign_id)
         except POSTGRES_ERRORS:
             if not why and not _witnessed(roll, campaign_id, epoch):
                 raise
             position = None
+        if not why and handed_in > seq:
+            # Who handed it in may have died since, and then the roll does not know of it.
+            why = f"event {handed_in} was acknowledged and handed in, Redis is at {seq}"
         why = why or await _misfit(redis, campaign_id, seq, chain, position)
         if why and (others or why == before):
             return False  # it is marked, and somebody was told
@@ -171,8 +191,9 @@ async def _misfit(
         return f"Redis knows {seq} events, PostgreSQL has applied {applied.applied}"
     keys = campaign_keys(campaign_id)
     last: Any = await redis.xrevrange(keys.stream, count=1)
-    if not last or int(last[0][0].split(b"-")[0]) < seq:
-        return f"the stream in Redis has lost event {seq}"
+    ends = int(last[0][0].split(b"-")[0]) if last else 0
+    if ends != seq:
+        return f"the stream in Redis ends at event {ends}, the head says {seq}"
     start, position = "-", None
     if applied is not None:
         position = (applied.applied, applied.chain or GENESIS)
@@ -187,7 +208,7 @@ async def _misfit(
     except CorruptLedger as error:
         return f"the ledger in Redis does not follow PostgreSQL's: {error}"
     if position != (seq, chain):
-        ends = 0 if position is None else position[0]
+        ends = position[0] if position else 0
         return f"the ledger in Redis ends at event {ends}, the head says {seq}"
     return ""
 

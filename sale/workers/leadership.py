@@ -3,7 +3,7 @@
 One process holds the lock and works, the others ask for it several times a second. A holder that is
 killed loses it with its connection. One that is stopped, or cut off, must lose it as well, so the
 lock's connection has an idle timeout that is longer than the heartbeat and shorter than any pause
-we mean to survive. A holder whose heart does not beat drops its work at once.
+we mean to survive. A holder whose heart gets no answer drops its work without waiting for it.
 
 The lock only saves work. Nobody may rely on it for being alone: between the loss and the moment at
 which the holder notices, there are two. What both do must be a compare-and-set.

@@ -35,7 +35,7 @@ class LedgerMetrics:
         )
         self.conflict_rows = Gauge(
             "sale_ledger_conflict_rows",
-            "Events in table conflict: refused by PostgreSQL, ever since the campaign was made.",
+            "Rows of table conflict when this writer began, and what it has refused since.",
             ["campaign"],
             registry=registry,
         )

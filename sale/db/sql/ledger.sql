@@ -68,7 +68,7 @@ INSERT INTO conflict (campaign_id, seq, at, why, event) VALUES ($1, $2, $3, $4, 
 SELECT campaign_id, min(why) AS why FROM conflict
 WHERE paused_at IS NULL GROUP BY campaign_id;
 
--- name: conflict_rows -- How many events of each campaign were refused.
+-- name: conflict_rows -- Rows of table conflict of each campaign, whatever their source.
 SELECT campaign_id, count(*) AS refused FROM conflict GROUP BY campaign_id;
 
 -- name: mark_paused -- The campaign has been paused for its conflicts.

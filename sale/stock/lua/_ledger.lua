@@ -3,7 +3,8 @@
 -- Guarantee: what is decided is decided on a Redis that was verified (INV-8), by one clock that
 -- never goes back (INV-7), and everything that changes is one more link of the chain (INV-5).
 -- Lua does not roll back, so a script reads and decides everything first and then writes in one
--- block, stream first: XADD refuses a number that is not new, before anything else has changed.
+-- block, stream first: XADD refuses a number that is not new, before anything else has changed. The
+-- head comes last: where it does not agree with the stream, the block was not whole.
 --
 -- KEYS of every script: head stream stock cards revoked calls operations (one hash slot).
 --
@@ -92,23 +93,29 @@ local function cross(head, events)
   end
 end
 
--- Appends the events as one entry and moves the head. The first write of every script.
+-- Appends the events as one entry: the first write of every script. `advance` is the last.
 local function append(head, events)
-  local caught_up = (head.applied or 0) >= head.seq
+  head.caught_up = (head.applied or 0) >= head.seq
   local first, last = head.seq + 1, head.seq + #events
   local payload = '[' .. table.concat(events, ',') .. ']'
   local chain = redis.sha1hex(table.concat({
     head.chain, first, string.format('%.0f', head.now), head.epoch, payload }, '|'))
   redis.call('XADD', STREAM, last .. '-0', 'n', #events, 't', string.format('%.0f', head.now),
     'e', head.epoch, 'h', chain, 'd', payload)
-  redis.call('HSET', HEAD, 'seq', last, 'chain', chain,
+  head.seq, head.chain = last, chain
+end
+
+-- Moves the head to what was appended: the last write of every script that appends. Redis may load a
+-- torn append-only file whose last transaction has lost its end, and carry out the rest of it at the
+-- restart after that (seen on 6.2.14): then stream and head do not agree, and nothing is sold.
+local function advance(head)
+  if head.caught_up then
+    redis.call('HSET', HEAD, 'behind_since', string.format('%.0f', head.now))
+  end
+  redis.call('HSET', HEAD, 'seq', head.seq, 'chain', head.chain,
     'clock', string.format('%.0f', head.now), 'state', head.state,
     'opens_at', head.opens_at and string.format('%.0f', head.opens_at) or '',
     'closes_at', head.closes_at and string.format('%.0f', head.closes_at) or '')
-  if caught_up then
-    redis.call('HSET', HEAD, 'behind_since', string.format('%.0f', head.now))
-  end
-  head.seq, head.chain = last, chain
 end
 
 -- The answer to an operator's call that was done before, or nil. INV-4 for operators.

@@ -41,4 +41,5 @@ append(head, events)
 local tickets = redis.call('HINCRBY', STOCK, 't' .. showing, add)
 local left = redis.call('HINCRBY', STOCK, 'r' .. showing, add)
 redis.call('HSET', OPERATIONS, ARGV[1], head.seq .. ':' .. ARGV[2])
+advance(head)
 return { OK, head.seq, head.state, tickets, left }

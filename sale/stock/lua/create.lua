@@ -59,4 +59,5 @@ for i = 14, #ARGV do
   redis.call('HSET', STOCK, 't' .. (i - 14), ARGV[i], 'r' .. (i - 14), ARGV[i])
 end
 redis.call('HSET', OPERATIONS, ARGV[1], head.seq .. ':' .. ARGV[2])
+advance(head)
 return { OK, head.seq, head.state }

@@ -164,5 +164,8 @@ if not last_call and redis.call('HLEN', CALLS) > PROCESSES_MAX then
     redis.call('HDEL', CALLS, processes[i])
   end
 end
+if #events > 0 then
+  advance(head)
+end
 reply[3] = head.seq
 return reply

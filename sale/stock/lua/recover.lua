@@ -60,4 +60,5 @@ redis.call('HSET', HEAD, 'config', ARGV[15], 'epoch', ARGV[5], 'card_limit', ARG
   'order_max', ARGV[12], 'price_fen', ARGV[13], 'unions', ARGV[14],
   'applied', ARGV[23], 'behind_since', string.format('%.0f', head.now),
   'nonce', ARGV[16], 'run_id', run_id, 'replid', replid)
+advance(head)
 return { OK, head.seq, head.state }

@@ -16,5 +16,6 @@ local events = {}
 cross(head, events)
 if #events > 0 then
   append(head, events)
+  advance(head)
 end
 return { OK, head.seq, head.recovering and 'recovering' or head.state, #events }

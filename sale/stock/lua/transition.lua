@@ -67,4 +67,5 @@ events[#events + 1] = '["' .. KIND[action] .. '",{"actor":' .. ARGV[4] .. ',"rea
 
 append(head, events)
 redis.call('HSET', OPERATIONS, ARGV[2], head.seq .. ':' .. ARGV[3])
+advance(head)
 return { OK, head.seq, head.state }

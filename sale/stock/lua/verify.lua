@@ -1,12 +1,14 @@
 -- verify.lua: marks this Redis as verified for a campaign, or as recovering.
 --
 -- Guarantee: the mark is set only on the very head that was compared (number and chain hash) with
--- PostgreSQL (INV-8); the marks of live processes are asked by purchase.lua and peek.lua. Only the chain was compared, so a
--- recovering mark that somebody else has set, for damaged stock or cards, stays: recovery lifts it.
+-- PostgreSQL (INV-8); the marks of live processes are asked by purchase.lua and peek.lua. Where only
+-- the chain was compared, a recovering mark that somebody else has set, for damaged stock or cards,
+-- stays: recovery lifts it.
 --
 -- ARGV   number and chain hash that were compared · nonce · '' or why it is recovering ·
 --        '1' where stock and cards were compared too, so that every mark may go
--- Reply  {0, event number, '' or 'recovering' (it still is)} · {STALE} (the head has moved meanwhile: compare again) · {MISSING}
+-- Reply  {0, event number, '' or 'recovering' (it still is)} · {MISSING} ·
+--        {STALE} (the head has moved meanwhile: compare again)
 -- Idempotency  by what it writes. Cost: constant.
 
 local head = read_head()

@@ -268,3 +268,17 @@ async def test_given_orders_handed_in_by_the_dead_when_verified_then_redis_is_no
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).filled == 2
     assert [answer.value for answer in await apis[1].buy(1, 2)] == told
+
+
+async def test_given_numbers_that_the_dead_had_seen_when_verified_then_redis_is_not_believed(
+    shop: Shop, apis: list[Api]
+):
+    # Given: a process saw what Redis lost, said so, could not hand it in, and is gone.
+    async with going_back(shop):
+        told = seqs(await apis[0].buy(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apis[0].attending, "_pool", _Away())
+        await apis[0].attending.beat()
+    # When and then: its last report counts, also where nobody hears from it any more.
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    assert (await shop.recover()).voided == [(told[0], told[-1])]

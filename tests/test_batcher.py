@@ -375,7 +375,7 @@ async def test_head_that_went_back_sells_nothing(redis: Redis, open_shop: OpenSh
     stock = await open_stock(redis, 10)
     shop = open_shop(redis, campaign(10))
     await shop.one(card(1), key(1))
-    old = await stock.everything()
+    old = {name: await redis.dump(name) for name in stock.keys}
     await shop.one(card(2), key(1))
     for name, value in old.items():
         await redis.delete(name)
@@ -391,7 +391,7 @@ async def test_peeking_batcher_does_not_believe_a_head_that_went_back(
 ) -> None:
     stock = await open_stock(redis, 1)
     shop = open_shop(redis, campaign(1))
-    old = await stock.everything()
+    old = {name: await redis.dump(name) for name in stock.keys}
     await shop.one(card(1), key(1))
     await shop.until_it_peeks()
     for name, value in old.items():

@@ -45,6 +45,8 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
             click.echo(f"  {difference}")
         for first, last in done.voided[:SHOWN_MAX]:
             click.echo(f"  {_range(first, last)}: nobody knows what was told; never used again")
+        if done.voided:
+            click.echo("  what operators did under such numbers is not repeated: look at its state")
         if done.conflicts and done.changed:
             click.echo(f"  sale losses {campaign_id} lists the conflicts")
         for process in done.silent:

@@ -160,6 +160,7 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
         self._suspects: Suspects | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._attending: asyncio.Task[bool] | None = None
         self._all_refused = False
         self._ailing = ""
         self._asking: list[Purchase] = []
@@ -191,7 +192,7 @@ class Batcher:
         """Answer what is queued, bounded by the deadline, then stop."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=self._deadline_s)
-        for task in (self._task, self._loading):
+        for task in (self._task, self._loading, self._attending):
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -261,24 +262,32 @@ class Batcher:
     async def attend(self) -> bool:
         """Look whether all that this process acknowledged stands in this Redis, and sign for it.
 
-        False where something lacks, or nothing could be read: nothing is bought here until the
+        False where something lacks, or nothing could be read yet: nothing is bought here until the
         campaign was recovered and this process has handed in what it knows
         (``usecases/attendance.py``).
         """
+        # One look for all who ask: with much kept it takes longer than any of them may wait.
+        if self._attending is None or self._attending.done():
+            self._attending = self._loop.create_task(self._attend())
+        await asyncio.wait([self._attending], timeout=self._call_timeout_s)
+        looked = self._attending
+        return looked.done() and not looked.cancelled() and looked.result()
+
+    async def _attend(self) -> bool:
         redis, keys = self._scripts.redis, self._keys
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 values: list[Any] = await redis.hmget(
                     keys.head, ["run_id", "replid", "epoch", "seq"]
                 )
-                if None in values:
-                    return False
-                run_id, replid, epoch, seq = (value.decode() for value in values)
-                behind = int(epoch) <= self.mark.epoch and int(seq) < self.mark.seq
-                if int(epoch) < self.mark.epoch or behind or await self.kept.lacking(redis, keys):
-                    self._ails("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
-                    return False
-        except (RedisError, OSError, TimeoutError) as error:
+            if None in values:
+                return False
+            run_id, replid, epoch, seq = (value.decode() for value in values)
+            behind = int(epoch) <= self.mark.epoch and int(seq) < self.mark.seq
+            if int(epoch) < self.mark.epoch or behind or await self.kept.lacking(redis, keys):
+                self._ails("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
+                return False
+        except (RedisError, OSError, TimeoutError, ValueError) as error:
             self._ails("purchase.unknown", type(error).__name__)
             return False
         self.mark = Mark(f"{run_id}:{replid}:{epoch}", int(seq))
@@ -306,7 +315,9 @@ class Batcher:
         told = [
             (a.value, a.sold_at_ms, p.card_no, p.showing, p.quantity, p.key_hash)
             for p, a, code in zip(batch, answers, reply[5::4], strict=True)
-            if code > 0 and a.value > applied
+            if code > 0
+            and a.value > applied
+            and (code == Decision.SOLD or self.kept.first_replay(a.value, p.key_hash))
         ]
         self.kept.add(epoch, price_fen, told)
         self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)

@@ -36,6 +36,19 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
     return Redis.from_pool(pool)
 
 
+async def make_the_file_whole(redis: Redis) -> str:
+    """Have the append-only file written anew; why it is not, or ''. Raises what says it is away.
+
+    A torn end may be left in it: Redis 6.2.14 cuts such a file after the last whole command, which
+    may lie within a transaction, and carries out what was left of that at the next restart.
+    """
+    try:
+        await redis.bgrewriteaof()
+    except ResponseError as error:
+        return str(error)[:100]  # one is under way, or it may not be asked for
+    return ""
+
+
 async def durability_faults(redis: Redis, level: Durability, replicas_min: int) -> list[str]:
     """Say in words what of this Redis is weaker than ``level`` promises (INV-3).
 

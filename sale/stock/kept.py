@@ -6,6 +6,7 @@ a long outage of PostgreSQL costs bytes and not objects; how many there can be i
 PostgreSQL may be behind before nothing more is sold (``ledger_behind_max_events``).
 """
 
+import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -19,6 +20,8 @@ from sale.stock.keys import CampaignKeys
 from sale.stock.records import parse_records
 
 CHECK_CHUNK: Final = 1_000
+CHECK_TIMEOUT_S: Final = 2.0
+"""For one chunk: how long all of them take depends on how much is kept."""
 
 Told: TypeAlias = tuple[int, int, str, int, int, str]
 """Event number, sold at (ms), card, showing number, quantity, key hash."""
@@ -43,6 +46,7 @@ class Kept:
     def __init__(self) -> None:
         self._batches: deque[tuple[int, int, int, int, bytes]] = deque()
         self._count = 0
+        self._replayed: set[tuple[int, str]] = set()
         self.total = 0
         """Sales that were ever kept: it tells whether there are new ones."""
         self.applied = 0
@@ -61,8 +65,16 @@ class Kept:
             self._count += len(told)
             self.total += len(told)
 
+    def first_replay(self, seq: int, key_hash: str) -> bool:
+        """Whether a sale that is told again is to be kept: once, however often it is asked for."""
+        known = (seq, key_hash) in self._replayed
+        self._replayed.add((seq, key_hash))
+        return not known
+
     def drop_applied(self, applied: int) -> None:
         """Forget what PostgreSQL has."""
+        if applied > self.applied and self._replayed:
+            self._replayed = {each for each in self._replayed if each[0] > applied}
         self.applied = max(self.applied, applied)
         while self._batches and self._batches[0][0] <= self.applied:
             self._count -= self._batches.popleft()[1]
@@ -70,6 +82,7 @@ class Kept:
     def clear(self) -> None:
         """Forget everything: it was handed in."""
         self._batches.clear()
+        self._replayed.clear()
         self._count = 0
 
     def sales(self) -> Iterator[KeptSale]:
@@ -83,7 +96,8 @@ class Kept:
         lacking = 0
         sales = self.sales()
         while chunk := list(islice(sales, CHECK_CHUNK)):
-            values: list[Any] = await redis.hmget(keys.cards, [sale.card_no for sale in chunk])
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                values: list[Any] = await redis.hmget(keys.cards, [sale.card_no for sale in chunk])
             for sale, value in zip(chunk, values, strict=True):
                 record = SaleRecord(
                     sale.seq, sale.at_ms, sale.showing, sale.quantity, sale.key_hash

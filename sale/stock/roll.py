@@ -24,12 +24,15 @@ POLL_S: Final = 0.05
 LIVE_MS: Final = 5_000
 """Who has reported within this before the last report of all is waited for."""
 GONE_MS: Final = 600_000
+LOOKING: Final = -1
+"""How many a process misses that does not know yet."""
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
     """What a process says of one campaign: epoch and number seen, and how many it misses here.
 
-    ``handed``: what it misses stands in PostgreSQL's ``handed_in`` by now.
+    ``lacks`` is LOOKING where it does not know yet. ``handed``: what it misses stands in
+    PostgreSQL's ``handed_in`` by now.
     """
 
     epoch: int
@@ -118,11 +121,15 @@ async def read_roll(redis: Redis) -> dict[str, Attendance]:
 
 
 class Roll(msgspec.Struct, frozen=True):
-    """Who was heard: their reports on this very Redis; and who was waited for in vain."""
+    """Who was heard: their reports on this very Redis; and who was waited for in vain.
+
+    ``listed`` are the last reports of all, also of those that have ended since, and of before.
+    """
 
     identity: Identity
     heard: dict[str, Attendance]
     silent: list[str]
+    listed: dict[str, Attendance] = {}
 
     def reports(self, campaign_id: str) -> dict[str, Report]:
         """What the processes say of one campaign."""
@@ -133,15 +140,18 @@ class Roll(msgspec.Struct, frozen=True):
         }
 
     def highest(self, campaign_id: str, epoch: int) -> int:
-        """Highest number that anyone has seen of a campaign in ``epoch`` or a later one."""
-        reports = self.reports(campaign_id).values()
-        return max((report.seq for report in reports if report.epoch >= epoch), default=0)
+        """Highest number that anyone has ever reported of a campaign, in ``epoch`` or later."""
+        reports = [each.campaigns.get(campaign_id) for each in self.listed.values()]
+        return max((told.seq for told in reports if told and told.epoch >= epoch), default=0)
 
 
 async def hear(redis: Redis) -> Roll:
-    """Look at the roll as it is. Raises redis-py's errors."""
+    """Look at the roll as it is: who has reported lately. Raises redis-py's errors.
+
+    What a process that has died since had to say is not repeated for ever.
+    """
     identity = await who_is_it(redis)
-    return _heard(identity, await read_roll(redis), 0)
+    return _heard(identity, await read_roll(redis), identity.now_ms - LIVE_MS)
 
 
 async def call_the_roll(redis: Redis) -> Roll:
@@ -171,12 +181,12 @@ def _heard(identity: Identity, listed: dict[str, Attendance], since_ms: int) -> 
         for process, attendance in listed.items()
         if process not in heard and attendance.at_ms > newest - LIVE_MS
     ]
-    return Roll(identity, heard, sorted(silent))
+    return Roll(identity, heard, sorted(silent), listed)
 
 
-async def forget_the_gone(redis: Redis, now_ms: int) -> None:
+async def forget_the_gone(redis: Redis) -> None:
     """Take off the roll who has not reported for ten minutes: it died without signing off."""
-    listed = await read_roll(redis)
+    listed, now_ms = await read_roll(redis), (await who_is_it(redis)).now_ms
     gone = [p for p, attendance in listed.items() if attendance.at_ms < now_ms - GONE_MS]
     if gone:
         await redis.hdel(ROLL, *gone)

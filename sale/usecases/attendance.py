@@ -7,6 +7,7 @@ being recovered. See ``stock/roll.py`` for who listens.
 
 import asyncio
 import time
+from itertools import islice
 from typing import Final
 
 import asyncpg
@@ -18,9 +19,11 @@ from sale.db.claims import Claim
 from sale.db.pool import POSTGRES_ERRORS
 from sale.stock.batcher import Batcher, Batchers, Mark
 from sale.stock.connection import REDIS_ERRORS
+from sale.stock.kept import KeptSale
 from sale.stock.keys import campaign_keys
 from sale.stock.roll import (
     BEAT_S,
+    LOOKING,
     Attendance,
     Identity,
     Report,
@@ -31,6 +34,10 @@ from sale.stock.roll import (
 
 BEAT_TIMEOUT_S: Final = 2.0
 HAND_IN_TIMEOUT_S: Final = 10.0
+"""For one chunk: how long all of them take depends on how much is kept."""
+HAND_IN_CHUNK: Final = 2_000
+LOOK_PATIENCE_S: Final = 0.2
+"""A look that takes longer goes on beside the beats, so that this process is heard meanwhile."""
 SIGN_OFF_TIMEOUT_S: Final = 1.0
 
 log = structlog.get_logger()
@@ -45,29 +52,48 @@ class Attending:
         self._batchers = batchers
         self._handed: dict[str, tuple[str, int, int]] = {}
         self._lacks: dict[str, tuple[tuple[str, int, int], int]] = {}
+        self._looking: dict[str, asyncio.Task[Report]] = {}
         self._ailing = ""
 
     async def run(self) -> None:
         """Beat for ever; what fails is tried again with the next beat."""
-        while True:
-            started = time.monotonic()
-            try:
-                await self.beat()
-            except (*REDIS_ERRORS, *POSTGRES_ERRORS) as error:
-                if not self._ailing:
-                    log.warning("attendance.failed", error=type(error).__name__)
-                self._ailing = type(error).__name__
-            else:
-                self._ailing = ""
-            await asyncio.sleep(max(BEAT_S - (time.monotonic() - started), BEAT_S / 10))
+        try:
+            while True:
+                started = time.monotonic()
+                try:
+                    await self.beat()
+                except Exception as error:  # noqa: BLE001 - a process that ends this is never heard
+                    if not self._ailing:
+                        log.warning("attendance.failed", error=type(error).__name__)
+                    self._ailing = type(error).__name__
+                else:
+                    self._ailing = ""
+                await asyncio.sleep(max(BEAT_S - (time.monotonic() - started), BEAT_S / 10))
+        finally:
+            await self._stop_looking()
 
     async def sign_off(self) -> None:
-        """Say that nobody need wait for this process: what it kept is handed in or applied."""
+        """Say that nobody need wait for this process, after a last look: it may have to hand in."""
+        try:
+            async with asyncio.timeout(SIGN_OFF_TIMEOUT_S):
+                await self.beat()
+                if self._looking:
+                    await asyncio.wait(self._looking.values())
+        except (*REDIS_ERRORS, *POSTGRES_ERRORS):
+            log.info("attendance.no_last_look")
+        await self._stop_looking()
         try:
             async with asyncio.timeout(SIGN_OFF_TIMEOUT_S):
                 await sign_off(self._redis, self._batchers.process)
         except (*REDIS_ERRORS,):
             log.info("attendance.not_signed_off")
+
+    async def _stop_looking(self) -> None:
+        tasks = list(self._looking.values())
+        self._looking.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def beat(self) -> None:
         """Look at every campaign once, and report. Raises the stores' errors."""
@@ -76,13 +102,25 @@ class Attending:
             identity, heads = await identity_and_heads(
                 self._redis, [campaign_keys(batcher.campaign_id) for batcher in batchers]
             )
-        reports = {
-            batcher.campaign_id: await self._look(batcher, identity, head)
-            for batcher, head in zip(batchers, heads, strict=True)
-        }
+        begun: dict[str, asyncio.Task[Report]] = {}
+        failed: BaseException | None = None
+        for batcher, head in zip(batchers, heads, strict=True):
+            earlier = self._looking.get(batcher.campaign_id)
+            if earlier is None or earlier.done():
+                failed = failed or (None if earlier is None else _error(earlier))
+                look = asyncio.create_task(self._look(batcher, identity, head))
+                begun[batcher.campaign_id] = self._looking[batcher.campaign_id] = look
+        if begun:
+            await asyncio.wait(begun.values(), timeout=LOOK_PATIENCE_S)
+        # Only of looks that began with this beat: what an earlier one has found is remembered.
+        reports = {batcher.campaign_id: _told(batcher, begun) for batcher in batchers}
         attendance = Attendance(identity.now_ms, str(identity), reports)
         async with asyncio.timeout(BEAT_TIMEOUT_S):
             await report(self._redis, self._batchers.process, attendance)
+        for look in begun.values():
+            failed = failed or (_error(look) if look.done() else None)
+        if failed is not None:
+            raise failed
 
     async def _look(
         self, batcher: Batcher, identity: Identity, head: dict[str, str] | None
@@ -97,6 +135,7 @@ class Attending:
         elif (
             head is not None
             and _incarnation(head) == f"{identity}:{epoch}"
+            and not self._known_to_lack(batcher, (str(identity), epoch, kept.total))
             and (await batcher.attend())
         ):
             mark, lacks = batcher.mark, 0
@@ -112,6 +151,10 @@ class Attending:
             kept.clear()
             self._lacks.pop(batcher.campaign_id, None)
         return Report(mark.epoch, mark.seq, lacks, handed)
+
+    def _known_to_lack(self, batcher: Batcher, here: tuple[str, int, int]) -> bool:
+        known = self._lacks.get(batcher.campaign_id)
+        return known is not None and known[0] == here and known[1] > 0
 
     async def _lacking(self, batcher: Batcher, here: tuple[str, int, int]) -> int:
         """Count what is kept and not there, once an incarnation."""
@@ -130,22 +173,36 @@ class Attending:
         told = (*to, kept.total)
         if self._handed.get(campaign_id) == told or not len(kept):
             return True
-        sales = [
-            Claim(
-                sale.seq, sale.epoch, sale.at_ms, sale.card_no, sale.key_hash,
-                sale.showing, sale.quantity, sale.price_fen,
-            )
-            for sale in kept.sales()
-        ]  # fmt: skip
+        sales, count = kept.sales(), 0
         try:
-            async with asyncio.timeout(HAND_IN_TIMEOUT_S), self._pool.acquire() as connection:
-                await claims.hand_in(connection, campaign_id, self._batchers.process, sales)
+            while chunk := [_claim(sale) for sale in islice(sales, HAND_IN_CHUNK)]:
+                async with asyncio.timeout(HAND_IN_TIMEOUT_S), self._pool.acquire() as connection:
+                    await claims.hand_in(connection, campaign_id, self._batchers.process, chunk)
+                count += len(chunk)
         except POSTGRES_ERRORS as error:
             log.warning("attendance.not_handed_in", campaign=campaign_id, why=type(error).__name__)
             return False
-        log.warning("attendance.handed_in", campaign=campaign_id, sales=len(sales))
+        log.warning("attendance.handed_in", campaign=campaign_id, sales=count)
         self._handed[campaign_id] = told
-        return True
+        return kept.total == told[2]  # else it was told more meanwhile
+
+
+def _told(batcher: Batcher, begun: dict[str, asyncio.Task[Report]]) -> Report:
+    look = begun.get(batcher.campaign_id)
+    if look is not None and look.done() and _error(look) is None and not look.cancelled():
+        return look.result()
+    return Report(batcher.mark.epoch, batcher.mark.seq, LOOKING, handed=False)
+
+
+def _error(look: asyncio.Task[Report]) -> BaseException | None:
+    return None if look.cancelled() else look.exception()
+
+
+def _claim(sale: KeptSale) -> Claim:
+    return Claim(
+        sale.seq, sale.epoch, sale.at_ms, sale.card_no, sale.key_hash,
+        sale.showing, sale.quantity, sale.price_fen,
+    )  # fmt: skip
 
 
 def _incarnation(head: dict[str, str]) -> str:

@@ -16,13 +16,17 @@ from sale.db import claims
 from sale.db.pool import POSTGRES_ERRORS
 from sale.domain import Refused
 from sale.stock.connection import REDIS_ERRORS
+from sale.stock.roll import forget_the_gone
 from sale.stock.scripts import Scripts
 from sale.usecases.recovery import recover
 
 ACTOR: Final = "scheduler"
 AGAIN_S: Final = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Waits between the tries of one campaign."""
+SILENT_TRIES: Final = 3
+"""Tries before it goes on without an API process that does not answer: it may know more."""
 TOLD_MAX: Final = 10
+FORGET_S: Final = 60.0
 
 log = structlog.get_logger()
 
@@ -39,6 +43,7 @@ class Healing:
         self._allowed = allowed
         self._tries: dict[str, tuple[int, float]] = {}
         self._told: dict[str, str] = {}
+        self._forgot_s = 0.0
 
     async def recover_unfit(self, unfit: Sequence[str]) -> None:
         """Try those that are due. Raises the stores' errors."""
@@ -54,16 +59,16 @@ class Healing:
             pause_s = AGAIN_S[min(tried, len(AGAIN_S) - 1)]
             self._tries[campaign_id] = (tried + 1, time.monotonic() + pause_s)
             try:
-                await self._recover(campaign_id)
+                await self._recover(campaign_id, without_silent=tried >= SILENT_TRIES)
             except Refused as error:
                 self._tell(campaign_id, error.detail or error.problem.value)
             except (*REDIS_ERRORS, *POSTGRES_ERRORS) as error:
                 self._tell(campaign_id, type(error).__name__)
 
-    async def _recover(self, campaign_id: str) -> None:
+    async def _recover(self, campaign_id: str, *, without_silent: bool) -> None:
         done = await recover(
             self._redis, self._scripts, self._pool, campaign_id,
-            actor=ACTOR, dry_run=False, lossless_only=True,
+            actor=ACTOR, dry_run=False, lossless_only=True, without_silent=without_silent,
         )  # fmt: skip
         if done.changed:
             log.warning("campaign.healed", campaign=campaign_id, says=done.says)
@@ -74,7 +79,10 @@ class Healing:
         self._told[campaign_id] = why
 
     async def settle(self) -> None:
-        """Compare what was handed in with the ledger. Raises PostgreSQL's errors."""
+        """Compare what was handed in with the ledger. Raises the stores' errors."""
+        if time.monotonic() - self._forgot_s > FORGET_S:
+            await forget_the_gone(self._redis)
+            self._forgot_s = time.monotonic()
         async with self._pool.acquire() as connection:
             settled = await claims.settle(connection)
         conflicts = [each for each in settled if each.settled == "conflict"]

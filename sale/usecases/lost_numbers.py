@@ -109,6 +109,8 @@ class _Refill:
         if claim.kind != SOLD:
             return f"what was {claim.kind} is not repeated by a recovery"
         quantity, card = claim.quantity or 0, claim.card_no or ""
+        if books.state == "deleted":
+            return "the campaign was deleted"
         if campaign is None or claim.showing not in books.remaining or quantity < 1:
             return "no such showing"
         held = books.cards.get(card, ())

@@ -32,11 +32,12 @@ from sale.stock.roll import Roll, call_the_roll, hear
 from sale.stock.scripts import CallReply, Scripts
 from sale.usecases.recovery_case import DIFFERENCES_MAX, NO_HEAD, Case, Progress, examine
 from sale.usecases.revocation import sync_campaign
-from sale.usecases.verification import verify
+from sale.usecases.verification import verify, what_lacks
 
 TRIES: Final = 8
 PATIENT_TRIES: Final = 2
 RETRY_PAUSE_S: Final = 0.1
+HAND_IN_TRIES: Final = 10
 LOCK_PATIENCE_S: Final = 10.0
 LOCK_CLASS: Final = 0x53414C45
 
@@ -76,12 +77,14 @@ async def recover(
     actor: str,
     dry_run: bool,
     lossless_only: bool = False,
+    without_silent: bool = True,
     progress: Progress | None = None,
 ) -> Recovery:
     """Recover one campaign.
 
-    Raises Refused for an unknown one or a damaged ledger, and Unsafe where ``lossless_only`` and
-    something that was told cannot be found again.
+    Raises Refused for an unknown one, a damaged ledger, and where a process that was heard cannot
+    hand in what it knows; Unsafe where ``lossless_only`` and something that was told cannot be
+    found again, or, unless ``without_silent``, an API process was waited for in vain.
     """
     # The engine's own try is made again anyway; an operator waits for it to end.
     patience_s = 0.0 if lossless_only else LOCK_PATIENCE_S
@@ -92,8 +95,12 @@ async def recover(
             if dry_run:
                 return _report(case, changed=False)
             if not case.differences:
-                await redis.sadd(CAMPAIGNS, campaign_id)
-                return await _trust(redis, scripts, pool, case, roll)
+                if not case.trusted and not called:
+                    # An old copy may fit perfectly: who answered members is heard first.
+                    roll = await call_the_roll(redis)
+                if not what_lacks(roll, campaign_id, case.old_epoch, case.seq):
+                    return await _trust(redis, scripts, pool, case, roll)
+                continue
             if not case.frozen and case.old != NO_HEAD:
                 if attempt < PATIENT_TRIES:
                     # A stream that is trimmed or grows meanwhile looks broken for a moment.
@@ -102,17 +109,49 @@ async def recover(
                 await freeze(redis, campaign_id, case.differences[0])
             if not called:
                 # They see that it is recovering, and hand in what they know.
-                roll, called = await call_the_roll(redis), True
+                roll, called = await _hear_all(redis, campaign_id), True
                 continue
-            if lossless_only and not case.lossless:
-                raise Unsafe(Problem.UNAVAILABLE, _report(case, changed=False).says)
-            await claims.record_forked(connection, campaign_id, case.strays)
-            await redis.sadd(CAMPAIGNS, campaign_id)
-            if await rebuild(scripts, case.plan(actor)) is CallReply.OK:
+            _check_safe(case, lossless_only=lossless_only, without_silent=without_silent)
+            if await _put_in_place(scripts, connection, case, actor):
                 await sync_campaign(redis, scripts, pool, campaign_id)
                 _tell(case)
                 return _report(case, changed=True)
     raise Refused(Problem.UNAVAILABLE, f"{campaign_id}: its state keeps changing; try again")
+
+
+def _check_safe(case: Case, *, lossless_only: bool, without_silent: bool) -> None:
+    if case.silent and not without_silent:
+        raise Unsafe(Problem.UNAVAILABLE, f"{case.campaign_id}: {_silent(case.silent)}")
+    if lossless_only and not case.lossless:
+        raise Unsafe(Problem.UNAVAILABLE, _report(case, changed=False).says)
+
+
+async def _put_in_place(
+    scripts: Scripts, connection: ledger.Connection, case: Case, actor: str
+) -> bool:
+    """Build it anew; False where somebody has changed something meanwhile."""
+    if not case.covers(await ledger.position(connection, case.campaign_id)):
+        return False  # the writer has applied what was not seen
+    await claims.record_forked(connection, case.campaign_id, case.strays)
+    await scripts.redis.sadd(CAMPAIGNS, case.campaign_id)
+    return await rebuild(scripts, case.plan(actor)) is CallReply.OK
+
+
+async def _hear_all(redis: Redis, campaign_id: str) -> Roll:
+    """Call the roll until everybody heard has handed in what it knows. Raises Refused."""
+    for _ in range(HAND_IN_TRIES):
+        roll = await call_the_roll(redis)
+        keeping = [name for name, told in roll.reports(campaign_id).items() if not told.handed]
+        if not keeping:
+            return roll
+    raise Refused(
+        Problem.UNAVAILABLE,
+        f"{campaign_id}: API process {keeping[0]} knows orders and cannot hand them in; try again",
+    )
+
+
+def _silent(processes: list[str]) -> str:
+    return f"{len(processes)} API processes did not answer"
 
 
 def _tell(case: Case) -> None:
@@ -130,6 +169,7 @@ async def _trust(
     redis: Redis, scripts: Scripts, pool: asyncpg.Pool, case: Case, roll: Roll
 ) -> Recovery:
     """Mark as verified what is sound."""
+    await redis.sadd(CAMPAIGNS, case.campaign_id)
     if not case.trusted and not await verify(
         redis, scripts, pool, case.campaign_id, roll, whole=True
     ):
@@ -173,7 +213,7 @@ def _losses(case: Case) -> str:
     if case.conflicts:
         told.append(f"{case.conflicts} conflicts")
     if case.silent:
-        told.append(f"{len(case.silent)} API processes did not answer")
+        told.append(_silent(case.silent))
     return "".join(f", {each}" for each in told)
 
 

@@ -46,6 +46,8 @@ from sale.usecases.lost_numbers import Refilled, refill
 from sale.usecases.verification import what_lacks
 
 DIFFERENCES_MAX: Final = 20
+LOST_MAX: Final = 2_000_000
+"""Numbers that a recovery fills or voids at most: they pass through memory."""
 REASON_CHARS: Final = 300
 NO_HEAD: Final = ("", "")
 
@@ -90,6 +92,12 @@ class Case(msgspec.Struct):
     def redis_seq(self) -> int:
         """Number that the head says; 0 where there is none, or none that is a number."""
         return int(self.old[0]) if self.old[0].isdecimal() else 0
+
+    def covers(self, position: ledger.Position) -> bool:
+        """Whether PostgreSQL's ledger ends within what is to be built."""
+        return position.applied == self.applied or any(
+            (entry.last, entry.chain) == position for entry in self.entries
+        )
 
     def plan(self, actor: str) -> Rebuild:
         """Give what the campaign is to be built from."""
@@ -151,7 +159,8 @@ async def examine(
         ]
         told = await _stray(redis, connection, case) if trail.wrong or trail.overlaps else []
     told += _from_cards(view, case)
-    case.roll_epoch = max((each.epoch for each in roll.reports(campaign_id).values()), default=0)
+    epochs = [told.epoch for told in roll.reports(campaign_id).values()]
+    case.roll_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
     given_out = max(given_out, roll.highest(campaign_id, case.books.epoch))
     case.keep_stream = not trail.wrong and trail.ends == case.seq and not trail.overlaps
     case.differences += _misfit(case, trail, roll, given_out, still=still)
@@ -163,6 +172,12 @@ async def examine(
         case.differences += [finding.what for finding in findings.told()]
     elif view is None and case.old != NO_HEAD:
         case.differences.append("the head in Redis cannot be read")
+    if given_out > case.seq + LOST_MAX:
+        raise Refused(
+            Problem.UNAVAILABLE,
+            f"{campaign_id}: Redis says that {given_out} events were given out, the ledger ends at "
+            f"{case.seq}: that is not believable, and a recovery would void all between",
+        )
     if case.differences and given_out > case.seq:
         _refill(case, handed, told, given_out)
     case.differences = case.differences[:DIFFERENCES_MAX]

@@ -18,17 +18,17 @@ from typing import Any, Final
 import asyncpg
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
 from sale.db import claims, ledger
 from sale.db.pool import POSTGRES_ERRORS
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
-from sale.stock.roll import Roll, call_the_roll, hear
+from sale.stock.roll import LOOKING, Roll, call_the_roll, hear
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.stream import stream_rows
 from sale.usecases.isolation import Isolation
+from sale.usecases.stalls import Stalls
 
 TRIES: Final = 5
 POSTGRES_PATIENCE_S: Final = 1.0
@@ -46,15 +46,17 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     pool: asyncpg.Pool,
     isolation: Isolation | None = None,
     *,
-    weaknesses: Callable[[], Awaitable[Sequence[str]]] | None = None,
+    meet: Callable[[str], Awaitable[Sequence[str]]] | None = None,
+    stalls: Stalls | None = None,
 ) -> list[str]:
     """Verify every campaign whose head names another Redis; give those that do not sell for it.
 
     These are: those that do not fit, those that cannot be read (told by ``isolation``, they keep
     none of the others shut), and those that PostgreSQL knows and this Redis has lost.
 
-    ``weaknesses`` says which settings of this Redis would lose what members are told; it is asked
-    at every incarnation, and where there are any, nothing is verified.
+    ``meet(run_id)`` is asked at every incarnation which settings of this Redis would lose what
+    members are told; where there are any, nothing is verified. ``stalls`` says whose ledger
+    PostgreSQL does not follow: these are compared once more.
     """
     isolation = isolation or Isolation()
     roll = await hear(redis)
@@ -64,7 +66,7 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
         for campaign_id in ids:
             pipe.hmget(
                 campaign_keys(campaign_id).head,
-                ["run_id", "replid", "nonce", "recovering", "seq", "epoch"],
+                ["run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"],
             )
         heads = await pipe.execute(raise_on_error=False)
     fit, held = set(), set()
@@ -75,38 +77,34 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
         with isolation.of(campaign_id, "verify"):
             if isinstance(head, Exception):
                 raise head
-            *marks, recovering, seq, epoch = head
+            *marks, recovering, seq, epoch, applied = head
+            stalled = False
             if seq is None:
                 held.discard(campaign_id)
                 continue
             if tuple((mark or b"").decode() for mark in marks) == identity:
                 doubted = what_lacks(roll, campaign_id, int(epoch or 0), int(seq)) != ""
+                if stalls is not None:
+                    stalled = stalls.due(campaign_id, int(seq), int(applied or 0))
                 if not recovering and not doubted:
                     fit.add(campaign_id)
-                if recovering or not doubted:
+                if recovering or not (doubted or stalled):
                     continue
+                fit.discard(campaign_id)
             elif not called:
                 # Once for all of them, and only now: who answered members is heard first.
                 roll, called = await call_the_roll(redis), True
-                await _make_the_files_whole(redis)
-                weak = await weaknesses() if weaknesses else ()
+                weak = await meet(roll.identity.run_id) if meet else ()
             if weak:
                 raise NotDurable("; ".join(weak))
-            if await verify(redis, scripts, pool, campaign_id, roll):
-                fit.add(campaign_id)
+            try:
+                if await verify(redis, scripts, pool, campaign_id, roll):
+                    fit.add(campaign_id)
+            except POSTGRES_ERRORS:
+                if not stalled:
+                    raise
+                fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
     return sorted([*(held - fit), *await _lost(pool, held)])
-
-
-async def _make_the_files_whole(redis: Redis) -> None:
-    """Have the append-only file written anew: a torn end may be left in it.
-
-    Redis 6.2.14 cuts such a file after the last whole command, which may lie within a transaction;
-    what was left of that is carried out at the next restart.
-    """
-    try:
-        await redis.bgrewriteaof()
-    except ResponseError as error:
-        log.info("redis.not_rewritten", why=str(error)[:100])  # one is under way, or may not be
 
 
 async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:
@@ -169,8 +167,12 @@ def what_lacks(roll: Roll, campaign_id: str, epoch: int, seq: int) -> str:
             return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
         if told.epoch == epoch and told.seq > seq:
             return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
+        if told.epoch == epoch and told.lacks == LOOKING:
+            return f"API process {process} still looks whether Redis has what it acknowledged"
         if told.epoch == epoch and told.lacks:
             return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"
+    if (seen := roll.highest(campaign_id, epoch)) > seq:
+        return f"API processes that do not answer any more had seen event {seen}, Redis is at {seq}"
     return ""
 
 

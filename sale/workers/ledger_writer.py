@@ -53,6 +53,7 @@ ROW_LOCK_TIMEOUT: Final = "2s"
 APPLY_TIMEOUT_S: Final = 60.0
 PAUSE_TIMEOUT_S: Final = 5.0
 PAUSE_AGAIN_S: Final = 0.5
+COUNT_CONFLICTS_S: Final = 10.0
 
 POLL_S: Final = 0.025
 POLL_IDLE_S: Final = 0.05
@@ -84,6 +85,7 @@ class LedgerWriter:
         self._retention_events = settings.ledger_retention_events
         self._pause_campaign = pause_campaign
         self.metrics = metrics or LedgerMetrics(CollectorRegistry())
+        self._counted_s = 0.0
         self._campaigns: dict[str, LedgerCampaign] = {}
         self._known_ids: list[str] = []
         self._stop = asyncio.Event()
@@ -210,15 +212,22 @@ class LedgerWriter:
                 campaign_id, LedgerCampaign(campaign_id, position, _now_ms())
             )
             campaign.position, campaign.pause_for = position, None
-        rows = await ledger.conflict_rows(conn)
-        for campaign_id in self._campaigns:
-            self.metrics.conflict_rows.labels(campaign_id).set(rows.get(campaign_id, 0))
+        await self._count_conflicts(conn)
         for campaign_id, why in (await ledger.conflicts_to_pause(conn)).items():
             self._campaigns[campaign_id].pause_for = why
         self._set_active(active=True)
 
+    async def _count_conflicts(self, conn: "asyncpg.Connection[Any]") -> None:
+        """Keep the gauge right: recoveries, and what API processes hand in, add rows too."""
+        rows = await ledger.conflict_rows(conn)
+        for campaign_id in self._campaigns:
+            self.metrics.conflict_rows.labels(campaign_id).set(rows.get(campaign_id, 0))
+        self._counted_s = time.monotonic()
+
     async def _round(self, conn: "asyncpg.Connection[Any]") -> bool:
         """Look at every campaign once; whether there is more at once."""
+        if time.monotonic() - self._counted_s > COUNT_CONFLICTS_S:
+            await self._count_conflicts(conn)
         now_ms, heads = await self._look()
         more = self._wrote = self._skipped = False
         for campaign, head in heads:

@@ -7,7 +7,8 @@ no harm. A purchase does not wait for it: the scripts cross openings and closing
 
 One scheduler works and the others stand by, as ``leadership.py`` says; these look at the stores
 alone. Where PostgreSQL cannot be asked who that is, each of them works: the clock must go on. It
-has a loop of its own, because a PostgreSQL that does not answer holds up the steps that need it.
+has a loop of its own, because a PostgreSQL that does not answer holds up the steps that need it,
+and so has the roster, because a recovery takes its time.
 """
 
 import asyncio
@@ -26,12 +27,13 @@ from sale.db.absence import POSTGRES_AWAY, in_words
 from sale.db.offices import SCHEDULER
 from sale.domain import CampaignState
 from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, read_campaigns
-from sale.stock.connection import durability_faults
+from sale.stock.connection import durability_faults, make_the_file_whole
 from sale.stock.scripts import CallReply
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
 from sale.usecases.healing import Healing
 from sale.usecases.isolation import Isolation
 from sale.usecases.revocation import sync_all
+from sale.usecases.stalls import Stalls
 from sale.usecases.verification import verify_all
 from sale.workers.backoff import Backoff, pause
 from sale.workers.leadership import Leadership
@@ -92,7 +94,9 @@ class Scheduler:
         self._stores = stores
         self._metrics = SchedulerMetrics(registry)
         self._ailing: set[str] = set()
+        self._met = ""
         self._isolation = Isolation()
+        self._stalls = Stalls()
         self._healing = Healing(
             stores.redis, stores.scripts, stores.pool, allowed=stores.settings.auto_recover
         )
@@ -107,6 +111,7 @@ class Scheduler:
             for work in (
                 self._stand_for_office(stop),
                 self._repeat(self._round, stop),
+                self._repeat(self._roster_round, stop),
                 self._repeat(self._clock_round, stop),
             )
         ]
@@ -135,8 +140,11 @@ class Scheduler:
         )
         if self.active:
             await self._try("verify", self._verify)
-            await self._try("roster", self._roster)
             await self._try("settle", self._settle)
+
+    async def _roster_round(self) -> None:
+        if self.active:
+            await self._try("roster", self._roster)
 
     async def _clock_round(self) -> None:
         if self.active:
@@ -199,13 +207,18 @@ class Scheduler:
             stores.scripts,
             stores.pool,
             self._isolation,
-            weaknesses=self._weaknesses,
+            meet=self._meet,
+            stalls=self._stalls,
         )
         self._metrics.recovering.set(len(unfit))
         await self._healing.recover_unfit(unfit)
 
-    async def _weaknesses(self) -> list[str]:
-        """Say how Redis is weaker than the level that was set; nothing where it may be."""
+    async def _meet(self, run_id: str) -> list[str]:
+        """Say how a new Redis is weaker than the level that was set; nothing where it may be."""
+        if run_id != self._met:
+            if why := await make_the_file_whole(self._stores.redis):
+                log.info("redis.not_rewritten", why=why)
+            self._met = run_id
         settings = self._stores.settings
         if settings.durability_check != "refuse":
             return []

@@ -1,4 +1,4 @@
-"""Faults of other flash-sale systems, by their rows in ``docs/HOLES.md``, that need broken parts.
+"""Faults of other flash-sale systems, by the numbers of their rows, that need broken parts.
 
 The others are in ``tests/test_holes.py``.
 """

@@ -78,8 +78,9 @@ async def judge_campaign(
     connection = await asyncpg.connect(database_url, timeout=10)
     try:
         lost = await _lost(connection, stall.campaign)
+        only_falls = not lossy and not any(told.act.what == "stock" for told in acts)
         wrong = [
-            *_books(answers, books, lost, lossy=lossy),
+            *_books(answers, books, lost, lossy=lossy, only_falls=only_falls),
             *_replays(answers, lost if lossy else None),
             *await _steps(connection, stall.campaign, acts, lost if lossy else None),
         ]
@@ -100,13 +101,15 @@ async def judge_campaign(
 _Row = tuple[str, str, str]
 
 
-def _books(answers: list[Answer], books: Books, lost: Lost, *, lossy: bool) -> Iterator[_Row]:
+def _books(
+    answers: list[Answer], books: Books, lost: Lost, *, lossy: bool, only_falls: bool
+) -> Iterator[_Row]:
     """What clients were told, against orders and stock."""
     told = answers
     if lossy:
         # An order that the engine lists as lost was told and is not there: that much is allowed.
         told = [each for each in answers if not (each.sold and lost.lists(each))]
-    for finding in check(told, books, alone=True):
+    for finding in check(told, books, alone=True, only_falls=only_falls):
         yield finding.kind, finding.what, _key_of(finding)
     if not lossy:
         return

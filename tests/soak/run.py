@@ -37,7 +37,7 @@ RECOVERED_S = 3.0
 RECOVER_TRIES = 3
 HISTORIES_MAX = 5
 LISTED_AS = ("refused by PostgreSQL", "it was acknowledged, and the ledger has", "conflict")
-SETTINGS = {"SALE_PURCHASE_DEADLINE_MS": "2000", "SALE_AUDIT_INTERVAL_S": "3600"}
+SETTINGS = {"SALE_PURCHASE_DEADLINE_MS": "800", "SALE_AUDIT_INTERVAL_S": "3600"}
 
 
 @dataclass

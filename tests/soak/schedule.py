@@ -245,7 +245,7 @@ class _Faults:
         return self._rng.uniform(FAULTS_FROM, FAULTS_TO) * self._seconds
 
     def _duration(self) -> float:
-        return self._rng.uniform(0.02, self._rng.choice((0.1, 0.4, 1.0, 0.25 * self._seconds)))
+        return self._rng.uniform(0.02, self._rng.choice((0.1, 0.5, 1.2, 0.3 * self._seconds)))
 
     def _kill(self) -> None:
         at_s = self._moment()

@@ -1,0 +1,190 @@
+"""Attacks on the recovery: slow witnesses, dead ones, garbage, and who asks too early."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from shop import CAMPAIGN, Shop, until
+from stock_maker import card, key
+from test_attendance import Api, finish, going_back, seqs
+from test_attendance import apis as the_apis
+from test_attendance import shop as the_shop
+
+from sale.db import claims, ledger
+from sale.events import parse_entry
+from sale.stock import roll
+from sale.stock.kept import Kept
+from sale.stock.keys import ROLL
+from sale.stock.scripts import Decision
+from sale.stock.stream import stream_rows
+from sale.usecases.healing import Healing
+from sale.usecases.stalls import Stalls
+from sale.usecases.verification import verify_all
+
+shop, apis = the_shop, the_apis
+
+
+@pytest.fixture
+def slow_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it takes to look for some hundred thousand kept sales."""
+    look = Kept.lacking
+
+    async def lacking(self: Kept, *where: Any) -> int:
+        if len(self):
+            await asyncio.sleep(2.5)
+        return await look(self, *where)
+
+    monkeypatch.setattr(Kept, "lacking", lacking)
+
+
+@pytest.mark.usefixtures("slow_look")
+async def test_given_much_is_kept_when_redis_went_back_then_it_stays_shut_until_that_is_compared(
+    shop: Shop, apis: list[Api]
+):
+    a, b = apis
+    async with going_back(shop):
+        told = seqs(await a.buy(*range(1, 21)))
+    await a.attend()
+    await b.attend()
+    # Longer than the roll is waited for: nobody may take the old copy for a sound one.
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
+
+    async def healed() -> bool:
+        unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
+        await healing.recover_unfit(unfit)
+        return not unfit
+
+    await until(healed, within_s=25)
+    again = await b.buy(*range(1, 21))
+    assert [answer.value for answer in again] == told
+    assert (await finish(shop)).clean
+
+
+@pytest.mark.usefixtures("slow_look")
+async def test_given_a_look_that_takes_longer_than_a_call_may_then_the_process_sells_again(
+    shop: Shop, apis: list[Api]
+):
+    a = apis[0]
+    a.batcher._call_timeout_s = 0.5
+    seqs(await a.buy(1, 2))
+    a.batcher.mark = a.batcher.mark._replace(incarnation="0:0:1")
+    await a.attend()
+
+    async def sells() -> bool:
+        return (await a.buy(3))[0].decision is not None
+
+    await until(sells)
+
+
+async def test_given_one_order_is_asked_for_again_and_again_then_it_is_kept_once_more(
+    apis: list[Api],
+):
+    a = apis[0]
+    seqs(await a.buy(1))
+    for _ in range(20):
+        assert (await a.buy(1))[0].decision is Decision.REPLAYED
+    assert len(a.batcher.kept) == 2
+    a.batcher.kept.drop_applied(100)
+    assert len(a.batcher.kept) == 0
+
+
+async def test_given_a_head_that_is_damaged_then_the_process_goes_on_reporting(
+    shop: Shop, apis: list[Api]
+):
+    a = apis[0]
+    seqs(await a.buy(1))
+    head = shop.stock.keys.head
+    (seq,) = await shop.stock.head("seq")
+    await a.attend()
+    await shop.redis.hset(head, mapping={"seq": "x"})
+    a.batcher.mark = a.batcher.mark._replace(incarnation="0:0:1")
+    await asyncio.sleep(0.6)
+    await shop.redis.hset(head, "seq", seq)
+
+    async def reports() -> bool:
+        attended = (await roll.read_roll(shop.redis)).get("a")
+        return attended is not None and a.batcher.mark.incarnation.startswith(attended.identity)
+
+    await until(reports)
+
+
+async def test_given_who_missed_orders_is_long_dead_then_its_report_shuts_nothing(
+    shop: Shop, apis: list[Api]
+):
+    identity = await roll.who_is_it(shop.redis)
+    missing = {CAMPAIGN: roll.Report(1, 2, 3, handed=False)}
+    attended = roll.Attendance(identity.now_ms - 10_000, str(identity), missing)
+    await roll.report(shop.redis, "dead", attended)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    seqs(await apis[0].buy(1))
+
+
+async def test_given_nobody_was_heard_yet_when_recovered_by_hand_then_they_are_heard_first(
+    shop: Shop, apis: list[Api]
+):
+    a = apis[0]
+    async with going_back(shop):
+        told = seqs(await a.buy(1, 2, 3))
+    await shop.redis.delete(ROLL)
+    await a.attend()
+    done = await shop.recover()
+    assert (done.filled, done.voided) == (3, [])
+    assert [answer.value for answer in await a.buy(1, 2, 3)] == told
+    assert (await finish(shop)).clean
+
+
+async def test_given_claims_of_a_lost_epoch_when_recovered_then_the_next_epoch_is_above_it(
+    shop: Shop,
+):
+    (seq,) = await shop.stock.head("seq")
+    told = claims.Claim(int(seq) + 1, 4, 4_000_000_000_000, card(1), key(1), 0, 1, 500)
+    async with shop.pool.acquire() as connection:
+        await claims.hand_in(connection, CAMPAIGN, "gone", [told])
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    assert (await shop.recover()).filled == 1
+    assert await shop.stock.head("epoch") == ["5"]
+
+
+async def test_given_a_writer_that_applies_what_redis_has_lost_then_nothing_more_is_sold(
+    shop: Shop, apis: list[Api]
+):
+    # It was stopped with a batch in its hands, and woke up after the recovery.
+    a, b = apis
+    async with shop.pool.acquire() as connection:
+        position = await ledger.position(connection, CAMPAIGN)
+        async with going_back(shop):
+            seqs(await a.buy(1, 2, 3))
+            seqs(await b.buy(4))
+            after = f"({position.applied}-0"
+            rows = [row async for some in stream_rows(shop.redis, CAMPAIGN, after) for row in some]
+        await a.attend()
+        await verify_all(shop.redis, shop.scripts, shop.pool)
+        await shop.recover()
+        entries = [parse_entry(*row) for row in rows]
+        await ledger.apply(connection, CAMPAIGN, entries, after=position)
+    await a.buy(50, 51)
+    await shop.start_writer()
+    stalls = Stalls(0.3)
+
+    async def shut() -> bool:
+        unfit = await verify_all(shop.redis, shop.scripts, shop.pool, stalls=stalls)
+        return unfit == [CAMPAIGN]
+
+    await until(shut)
+    assert (await a.buy(52))[0].decision in {None, Decision.RECOVERING}
+    done = await shop.recover()
+    assert done.changed
+    assert done.conflicts
+    seqs(await a.buy(53))
+    await shop.applied()
+
+
+async def test_given_a_ledger_that_stands_still_and_is_sound_then_it_goes_on_selling(
+    shop: Shop, apis: list[Api]
+):
+    seqs(await apis[0].buy(1))
+    stalls = Stalls(0.0)
+    for _ in range(3):
+        assert await verify_all(shop.redis, shop.scripts, shop.pool, stalls=stalls) == []
+    seqs(await apis[0].buy(2))

@@ -146,7 +146,8 @@ async def _hear_all(redis: Redis, campaign_id: str) -> Roll:
             return roll
     raise Refused(
         Problem.UNAVAILABLE,
-        f"{campaign_id}: API process {keeping[0]} knows orders and cannot hand them in; try again",
+        f"{campaign_id}: API process {keeping[0]} knows orders and cannot hand them in yet; "
+        "try again, or stop it",
     )
 
 

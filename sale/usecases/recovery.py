@@ -26,7 +26,7 @@ from redis.asyncio import Redis
 
 from sale.db import claims, ledger
 from sale.domain import Problem, Refused
-from sale.stock.keys import CAMPAIGNS
+from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.rebuild import freeze, rebuild
 from sale.stock.roll import Roll, call_the_roll, hear
 from sale.stock.scripts import CallReply, Scripts
@@ -89,7 +89,9 @@ async def recover(
     # The engine's own try is made again anyway; an operator waits for it to end.
     patience_s = 0.0 if lossless_only else LOCK_PATIENCE_S
     async with _alone(pool, campaign_id, patience_s) as connection:
-        roll, called = await hear(redis), False
+        # Looking takes long: where nothing can sell already, all are heard before the first look.
+        called = not dry_run and await _shut(redis, campaign_id)
+        roll = await (_hear_all(redis, campaign_id) if called else hear(redis))
         for attempt in range(TRIES):
             case = await examine(redis, scripts, connection, campaign_id, roll, progress)
             if dry_run:
@@ -102,7 +104,7 @@ async def recover(
                     return await _trust(redis, scripts, pool, case, roll)
                 continue
             if not case.frozen and case.old != NO_HEAD:
-                if attempt < PATIENT_TRIES:
+                if case.unsteady and attempt < PATIENT_TRIES:
                     # A stream that is trimmed or grows meanwhile looks broken for a moment.
                     await asyncio.sleep(RETRY_PAUSE_S)
                     continue
@@ -135,6 +137,12 @@ async def _put_in_place(
     await claims.record_forked(connection, case.campaign_id, case.strays)
     await scripts.redis.sadd(CAMPAIGNS, case.campaign_id)
     return await rebuild(scripts, case.plan(actor)) is CallReply.OK
+
+
+async def _shut(redis: Redis, campaign_id: str) -> bool:
+    """Whether a campaign sells nothing already: no head, or one that is marked."""
+    seq, recovering = await redis.hmget(campaign_keys(campaign_id).head, ["seq", "recovering"])
+    return seq is None or bool(recovering)
 
 
 async def _hear_all(redis: Redis, campaign_id: str) -> Roll:

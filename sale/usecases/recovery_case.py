@@ -69,6 +69,7 @@ class Case(msgspec.Struct):
     entries: list[Entry] = []
     keep_stream: bool = False
     frozen: bool = False
+    unsteady: bool = False
     trusted: bool = False
     registered: bool = True
     differences: list[str] = []
@@ -164,6 +165,7 @@ async def examine(
     given_out = max(given_out, roll.highest(campaign_id, case.books.epoch))
     case.keep_stream = not trail.wrong and trail.ends == case.seq and not trail.overlaps
     case.differences += _misfit(case, trail, roll, given_out, still=still)
+    case.unsteady = trail.wrong != "" or given_out > case.seq or not still
     if view is not None and case.redis_seq >= case.applied:
         await compare_cards(view, case.books, findings)
         compare_operations(view, case.books, findings)

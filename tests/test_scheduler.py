@@ -228,6 +228,25 @@ async def test_given_a_first_load_that_was_overtaken_then_its_next_step_is_refus
     assert not await shop.redis.exists(KEYS.revoked)
 
 
+async def test_given_a_roster_from_an_older_copy_when_a_card_is_revoked_then_it_buys_nothing(
+    shop: Shop,
+):
+    # Found by the soak (seed 7016, lossy): PostgreSQL had been restored, so that its next revisions
+    # had numbers which the campaign believed it had followed.
+    await shop.add_cards(1, 2)
+    await shop.create(campaign(10))
+    await shop.step("open")
+    await shop.redis.hset(KEYS.head, "roster_rev", 9)
+    await shop.redis.sadd(KEYS.revoked, card(1))
+    await sync_all(shop.redis, shop.scripts, shop.pool)
+    await shop.pool.execute("UPDATE card SET status = 'suspended' WHERE card_no = $1", card(2))
+    await sync_all(shop.redis, shop.scripts, shop.pool)
+    told = await shop.stock.buy(Bid(card(1), key(1)), Bid(card(2), key(1)))
+    assert [each.decision for each in told] == [Decision.SOLD, Decision.CARD_REVOKED]
+    await shop.applied()
+    assert (await shop.audit()).clean
+
+
 async def test_given_a_card_removed_by_hand_when_a_campaign_is_made_then_it_may_not_buy(
     shop: Shop,
 ):

@@ -12,6 +12,7 @@ import secrets
 from typing import Any, Final
 
 import asyncpg
+import structlog
 from redis.asyncio import Redis
 
 from sale.db import roster
@@ -25,6 +26,8 @@ CHUNK: Final = 1_000
 LOAD_LOCK_CLASS: Final = 0x53414C46
 LOAD_LOCK_TIMEOUT: Final = "10s"
 ROUNDS_MAX: Final = 10_000
+
+log = structlog.get_logger()
 
 
 async def sync_all(
@@ -48,7 +51,11 @@ async def sync_all(
             if isinstance(head, Exception):
                 raise head
             rev, state = head
-            if state not in {None, b"deleted"} and (rev is None or int(rev) < newest):
+            if state in {None, b"deleted"}:
+                continue
+            if rev is not None and int(rev) > newest:
+                await _go_back(scripts, pool, campaign_id, int(rev))
+            elif rev is None or int(rev) < newest:
                 behind += 1
                 await sync_campaign(redis, scripts, pool, campaign_id)
     return behind
@@ -82,6 +89,30 @@ async def sync_campaign(
             return
         # STALE: somebody else got there first, and says how far; -1 where it was made anew.
         rev = last if reply.reply is CallReply.OK else reply.seq
+
+
+async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: int) -> None:
+    """Replace a set that is ahead of the roster, in one step.
+
+    So it is where PostgreSQL was restored from an older copy: its next changes get numbers that the
+    set is past already, and would never reach it.
+    """
+    cards: list[str] = []
+    async with (
+        pool.acquire() as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        newest = await roster.current_rev(connection)
+        for _ in range(ROUNDS_MAX):
+            chunk = await roster.inactive_cards(connection, cards[-1] if cards else "", CHUNK, None)
+            cards += chunk
+            if not chunk:
+                break
+    if newest < rev:  # else: it was looked at before it had followed
+        log.warning("roster.went_back", campaign=campaign_id, roster_rev=newest, followed=rev)
+        changes = [(card, False) for card in cards]
+        name = secrets.token_hex(8)
+        await scripts.sync_cards(campaign_id, rev, newest, changes, load=name, begins=True)
 
 
 async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int | None:

@@ -239,7 +239,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
 
 
 async def _ended(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancel tasks until they have ended, bounded: redis-py, cancelled as it connects, goes on."""
+    """Cancel tasks until they have ended, bounded: redis-py may swallow a cancellation."""
     for _ in range(END_TRIES):
         for task in tasks:
             task.cancel()

@@ -99,7 +99,9 @@ OUTCOMES: Final[dict[Decision | None, str]] = {
 _BY_PEEK: Final = frozenset(
     {Decision.SOLD_OUT, Decision.NOT_OPEN, Decision.PAUSED, Decision.CLOSED, Decision.CARD_REVOKED}
 )
-_PASSING: Final = frozenset({CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED})
+_PASSING: Final = frozenset(
+    {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED}
+)
 """What may be well again in a moment, within the patience of those who wait."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
@@ -229,10 +231,11 @@ class Batcher:
             arguments: list[str | int] = []
             for p in batch:
                 arguments += (p.card_no, p.union, p.showing, p.quantity, p.key_hash)
+            mark = self.mark
             try:
                 async with asyncio.timeout(self._call_timeout_s):
                     reply = await self._scripts.purchase(
-                        self._keys, self._process, self._next_call(), self.mark, self._behind_max,
+                        self._keys, self._process, self._next_call(), mark, self._behind_max,
                         arguments,
                     )  # fmt: skip
             except ResponseError as error:
@@ -243,11 +246,13 @@ class Batcher:
             except (RedisError, OSError, TimeoutError) as error:
                 self._ails("purchase.unknown", type(error).__name__)
             else:
-                if reply[0] == CallReply.OK:
+                # An answer of an incarnation that is over says nothing of this one: asked again.
+                if reply[0] == CallReply.OK and mark.incarnation == self.mark.incarnation:
                     self._ailing = ""
                     self._answer(batch, reply)
                     return
-                if reply[0] == CallReply.UNATTENDED and await self.attend():
+                if reply[0] == CallReply.UNATTENDED and await self.attend() and attempt == 0:
+                    attempt = 1
                     continue
                 self._ails("purchase.untrusted", CallReply(reply[0]).name.lower())
                 if reply[0] not in _PASSING:
@@ -304,7 +309,7 @@ class Batcher:
 
     def _answer(self, batch: list[Purchase], reply: list[int]) -> None:
         now_ms, seq, epoch, price_fen = reply[1:5]
-        self.mark = Mark(self.mark.incarnation, seq)
+        self.mark = Mark(self.mark.incarnation, max(self.mark.seq, seq))
         answers = [
             Answer(_DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen)
             for code, value, left, sold_at_ms in zip(
@@ -354,7 +359,7 @@ class Batcher:
             suspects = self._suspects = None
         if suspects is None:
             return self._take(self._batch_max)
-        self.mark = Mark(self.mark.incarnation, peek.seq)
+        self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
         refusal = _closed_by(peek)
         sold_out = [Answer(Decision.SOLD_OUT, left, now_ms=peek.now_ms) for left in peek.remaining]
         unions = None if "*" in self._campaign.unions else self._campaign.unions

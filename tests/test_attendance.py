@@ -12,7 +12,7 @@ from stock_maker import BEHIND_MAX, campaign, card, key
 
 from sale.db import claims
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision
 from sale.usecases.attendance import Attending
@@ -36,7 +36,7 @@ class Api:
 
     async def buy(self, *numbers: int, key_no: int = 1) -> list[Answer]:
         loop = asyncio.get_running_loop()
-        bids = [Purchase(card(n), "dongsi", 0, 1, key(key_no), loop) for n in numbers]
+        bids = [AwaitedPurchase(card(n), "dongsi", 0, 1, key(key_no), loop) for n in numbers]
         for bid in bids:
             assert self.batcher.submit(bid)
         async with asyncio.timeout(10):

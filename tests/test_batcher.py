@@ -30,7 +30,7 @@ from sale import embedded
 from sale.domain import Campaign
 from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
-from sale.stock.batcher import Answer, Batcher, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Batchers
 from sale.stock.connection import open_redis
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts
 from sale.stock.suspects import Suspects
@@ -129,8 +129,8 @@ class Shop:
         self.metrics = metrics
         self.batcher: Batcher = batchers.of(made)
 
-    def submit(self, bid: Bid) -> Purchase | None:
-        purchase = Purchase(
+    def submit(self, bid: Bid) -> AwaitedPurchase | None:
+        purchase = AwaitedPurchase(
             bid.card_no, bid.union, bid.showing, bid.quantity, bid.key_hash,
             asyncio.get_running_loop(),
         )  # fmt: skip

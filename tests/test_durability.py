@@ -22,7 +22,7 @@ from sale.config import Durability, Settings, SettingsError, load
 from sale.db.pool import close_pool, open_pool
 from sale.embedded.binaries import find_redis
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
 from sale.stock.connection import durability_faults, open_redis
 from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
 
@@ -311,9 +311,9 @@ class Buyer:
         self.stock, self.batchers = stock, batchers
         self.batcher = batchers.of(campaign(100))
 
-    def submit(self, n: int, key_no: int = 1) -> Purchase:
+    def submit(self, n: int, key_no: int = 1) -> AwaitedPurchase:
         loop = asyncio.get_running_loop()
-        purchase = Purchase(card(n), "district", 0, 1, key(key_no), loop)
+        purchase = AwaitedPurchase(card(n), "district", 0, 1, key(key_no), loop)
         assert self.batcher.submit(purchase)
         return purchase
 

@@ -29,7 +29,7 @@ from sale.db import ledger
 from sale.db.pool import open_pool
 from sale.events import GENESIS, SOLD, Event, check_chain, parse_entry
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
 from sale.stock.roll import hear
@@ -256,7 +256,8 @@ class Sale(RuleBasedStateMachine):
     async def _answers(self, place: int, wanted: list[Asked]) -> list[Answer]:
         batcher = self.shops[place].of(self.made)
         purchases = [
-            Purchase(a.card, a.union, a.showing, a.quantity, a.key, self.rig.loop) for a in wanted
+            AwaitedPurchase(a.card, a.union, a.showing, a.quantity, a.key, self.rig.loop)
+            for a in wanted
         ]
         assert all(batcher.submit(purchase) for purchase in purchases)
         answers = [await purchase.answer for purchase in purchases]

@@ -16,7 +16,7 @@ from sale.db import ledger
 from sale.domain import Campaign, CampaignState, Order, Problem, Refused, rfc3339
 from sale.identity import MemberTokens
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
 from sale.usecases.orders import TicketCodes, key_hash, placed_order
@@ -74,7 +74,7 @@ class PurchaseDesk:
             refused = await self._no_campaign(campaign_id)
             self.count_refused(campaign_id, refused.problem)
             return refused
-        purchase = Purchase(
+        purchase = AwaitedPurchase(
             member.card_no, member.union, showing, quantity, key_hash(key), self._loop
         )
         if self._batchers.halted:

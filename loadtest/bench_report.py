@@ -15,7 +15,7 @@ TITLES: Final = {
     "sold_out": "d sold out",
     "not_open": "e not open",
 }
-GOALS: Final = {"purchases": 0.6, "sold_out": 0.8}
+GOALS: Final = {"purchases": 1.2, "replays": 1.2, "sold_out": 3.0, "not_open": 3.0}
 BYTES_GOAL: Final = 300
 WIDTH: Final = 116
 CLEAN: Final = "clean"
@@ -36,6 +36,7 @@ class Case(msgspec.Struct, frozen=True):
     client_busy: float
     books_busy: float
     ratio: float = 1.0
+    requests: int = 0
 
 
 class Growth(msgspec.Struct, frozen=True):

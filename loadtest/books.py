@@ -18,45 +18,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from loadtest.answers import Answer, read_answers
+from loadtest.engine import EngineError, find_database
+from loadtest.ledger import Books, BooksError, OrderRow, highest, load_books, wait_applied
+from loadtest.record import Finding
 from sale.domain import mask_card
+
+__all__ = ["Books", "Finding", "OrderRow", "check", "key_hash"]
 
 FINDINGS_MAX: Final = 1_000
 """A broken run would otherwise fill memory and terminal with the same finding."""
 
 LIVE_STATES: Final = frozenset({"held", "confirmed", "collected"})
-
-
-class OrderRow(msgspec.Struct, frozen=True):
-    """One order as PostgreSQL has it."""
-
-    order_no: str
-    card: str
-    showing: str
-    quantity: int
-    price_fen: int
-    state: str
-    key_hash: str
-    created_at_ms: int = 0
-
-
-class Books(msgspec.Struct, frozen=True):
-    """A campaign in PostgreSQL: its orders, the stock of each showing, and its limits."""
-
-    orders: tuple[OrderRow, ...]
-    stock: dict[str, int]
-    card_limit: int
-    applied: int = 0
-    opens_at_ms: int | None = None
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One disagreement. ``kind`` is a fixed word; ``what`` is for people, cards masked."""
-
-    kind: str
-    what: str
 
 
 def key_hash(key: str) -> str:
@@ -219,9 +192,6 @@ def _check_codes(by_key: dict[tuple[str, str], list[Answer]], found: _Findings) 
 
 
 async def _main(options: argparse.Namespace) -> list[Finding]:
-    from loadtest.engine import find_database
-    from loadtest.ledger import highest, load_books, wait_applied
-
     answers = read_answers(options.answers)
     url = options.database_url or find_database(options.data_dir)
     await wait_applied(url, options.campaign, highest(answers))
@@ -230,9 +200,6 @@ async def _main(options: argparse.Namespace) -> list[Finding]:
 
 def main() -> None:
     """Check a file of answers; exit 0 clean, 1 with findings, 3 where it cannot be checked."""
-    from loadtest.engine import EngineError
-    from loadtest.ledger import BooksError
-
     parser = argparse.ArgumentParser(description="Compare clients' answers with PostgreSQL.")
     parser.add_argument("--answers", type=Path, required=True, help="JSON lines, one an answer")
     parser.add_argument("--campaign", required=True)

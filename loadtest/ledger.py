@@ -8,15 +8,38 @@ from importlib.resources import files
 from typing import Any, Final
 
 import asyncpg
+import msgspec
 
 from loadtest.answers import Answer
-from loadtest.books import Books, OrderRow
 from sale.domain import order_number, parse_order_number
 
 CONNECT_S: Final = 10.0
 READ_S: Final = 120.0
 WAIT_S: Final = 60.0
 POLL_S: Final = 0.02
+
+
+class OrderRow(msgspec.Struct, frozen=True):
+    """One order as PostgreSQL has it."""
+
+    order_no: str
+    card: str
+    showing: str
+    quantity: int
+    price_fen: int
+    state: str
+    key_hash: str
+    created_at_ms: int = 0
+
+
+class Books(msgspec.Struct, frozen=True):
+    """A campaign in PostgreSQL: its orders, the stock of each showing, and its limits."""
+
+    orders: tuple[OrderRow, ...]
+    stock: dict[str, int]
+    card_limit: int
+    applied: int = 0
+    opens_at_ms: int | None = None
 
 
 class BooksError(Exception):

@@ -1,6 +1,7 @@
 """The benchmark's engine: its parts as separate processes, so that each can be pinned and measured.
 
-API and Redis share one core; PostgreSQL, writer, scheduler and client have the other.
+API and Redis share one core; PostgreSQL, writer, scheduler and client have the other, until
+``repin`` lets all of them run anywhere.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ SHOWING: Final = "general"
 PATTERN_CARD: Final = "6222000000000000"
 SIGNING_KEY: Final = "only-for-the-benchmark-" + "0" * 32
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_ON_SERVER_CORES: Final = ("serve", "redis")
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Rig:
 
     folder: Path
     server_cores: set[int]
+    client_cores: set[int]
     servers: EmbeddedServers
     redis: Any
     postgres: Any
@@ -62,24 +65,43 @@ class Rig:
 
     async def spawn(self, name: str, *program: str, cores: set[int]) -> None:
         """Start ``python -m PROGRAM`` pinned to some cores; it ends with us, however we end."""
-        log = (self.folder / f"{name}.log").open("wb")
-        with log:
-            process = await asyncio.create_subprocess_exec(
-                *launch_command("TERM", program=[sys.executable, "-m", *program]),
-                env=environment(**self.settings),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        self.processes[name] = process
-        pin(process.pid, cores)
+        command = [sys.executable, "-m", *program]
+        self.processes[name] = await spawn(command, self.log(name), cores, **self.settings)
+
+    def log(self, name: str) -> Path:
+        """Where a process of the rig writes what it has to say."""
+        return self.folder / f"{name}.log"
 
     async def start_constant(self, body_bytes: int) -> None:
         """Start the constant peer on the engine's core. Raises EngineError."""
         port = self.constant_address.rpartition(":")[2]
         peer = ("loadtest.peers.constant", "--port", port, "--body-bytes", str(body_bytes))
         await self.spawn("constant", *peer, cores=self.server_cores)
-        await _ready(self, self.constant_address, "constant", "/", 404)
+        process = self.processes["constant"]
+        await ready(process, self.log("constant"), self.constant_address, "/", 404)
+
+    async def serve(self, name: str, cores: set[int]) -> None:
+        """Start one more API process on the engine's address. Raises EngineError."""
+        socket = f"unix:{self.servers.sockets}/bench-{name}"
+        await self.spawn(name, "sale", "serve", "--metrics-listen", socket, cores=cores)
+        # Its address may be answered by another; whose metrics can be read, takes purchases.
+        await ready(self.processes[name], self.log(name), socket, "/metrics", 200)
+
+    async def metrics(self) -> dict[str, float]:
+        """What the first API process measures of itself, by name and labels as they are written."""
+        address = f"unix:{self.servers.sockets}/bench-serve"
+        async with Client(address) as client:
+            page = (await client.request(get_request("metrics", "/metrics"))).body.decode()
+        lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
+    def repin(self, *, apart: bool) -> None:
+        """Give the parts their cores, or let all of them run on all cores of both sides."""
+        both = self.server_cores | self.client_cores
+        for name in (*self.processes, *self.servers.pids):
+            if name != "constant":
+                own = self.server_cores if name in _ON_SERVER_CORES else self.client_cores
+                pin(self.pid(name), own if apart else both)
 
     async def sale(self, *arguments: str) -> None:
         """Run a command of ``sale`` to its end. Raises EngineError."""
@@ -167,7 +189,7 @@ async def rig_up(
         stack.push_async_callback(stock.aclose)
         books = await asyncpg.connect(endpoints.database_url, timeout=10)
         stack.push_async_callback(books.close)
-        rig = Rig(folder, server_cores, servers, stock, books)
+        rig = Rig(folder, server_cores, client_cores, servers, stock, books)
         stack.push_async_callback(_stop_all, rig)
         rig.address = free_address(18_080)
         rig.constant_address = free_address(18_180)
@@ -188,7 +210,7 @@ async def rig_up(
             rig.settings["SALE_LISTEN"] = rig.address
             socket = f"unix:{servers.sockets}/bench-{name}"
             await rig.spawn(name, "sale", name, "--metrics-listen", socket, cores=cores)
-        await _ready(rig, rig.address, "serve", "/readyz", 200)
+        await ready(rig.processes["serve"], rig.log("serve"), rig.address, "/readyz", 200)
         yield rig
 
 
@@ -196,9 +218,28 @@ async def _stop_all(rig: Rig) -> None:
     await asyncio.gather(*(stop(process) for process in rig.processes.values()))
 
 
-async def _ready(rig: Rig, address: str, name: str, path: str, status: int) -> None:
+async def spawn(
+    command: list[str], log_file: Path, cores: set[int], **settings: str
+) -> asyncio.subprocess.Process:
+    """Start a program pinned to some cores; it ends with us, however we end."""
+    with log_file.open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *launch_command("TERM", program=command),
+            env=environment(**settings),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    pin(process.pid, cores)
+    return process
+
+
+async def ready(
+    process: asyncio.subprocess.Process, log_file: Path, address: str, path: str, status: int
+) -> None:
+    """Wait until a process answers a GET so. Raises EngineError with the end of its log."""
     deadline, why = time.perf_counter() + READY_S, "no answer"
-    while time.perf_counter() < deadline and rig.processes[name].returncode is None:
+    while time.perf_counter() < deadline and process.returncode is None:
         with contextlib.suppress(OSError):
             async with Client(address, timeout_s=2.0) as client:
                 answer = await client.request(get_request(address, path))
@@ -206,8 +247,8 @@ async def _ready(rig: Rig, address: str, name: str, path: str, status: int) -> N
                 return
             why = f"{answer.status} {answer.body[:300].decode('utf-8', 'replace')}"
         await asyncio.sleep(0.1)
-    said = (rig.folder / f"{name}.log").read_text("utf-8", "replace")[-1_500:]
-    raise EngineError(f"{name} is not ready ({why}); it said last:\n{said}")
+    said = log_file.read_text("utf-8", "replace")[-1_500:]  # noqa: ASYNC240 - a small local file
+    raise EngineError(f"{log_file.stem} is not ready ({why}); it said last:\n{said}")
 
 
 def pin(pid: int, cores: set[int]) -> None:
@@ -231,12 +272,21 @@ def cpu_s(pid: int) -> float:
 
 
 def tree_cpu_s(pid: int) -> float:
-    """CPU seconds of a process and its living children, in clock ticks."""
-    total = 0.0
+    """CPU seconds of a process and its children; those of ended children in clock ticks."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    total = (int(fields[13]) + int(fields[14])) / _TICKS
     for each in (pid, *_children(pid)):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             total += cpu_s(each)
     return total
+
+
+def busy_s(cores: set[int]) -> float:
+    """CPU seconds for which anything at all ran on some cores, in clock ticks."""
+    rows = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    # user, nice, system, then idle and iowait, irq, softirq
+    ticks = {row[0]: [int(each) for each in row[1:8]] for row in rows if row[0].startswith("cpu")}
+    return sum(sum(ticks[f"cpu{n}"]) - sum(ticks[f"cpu{n}"][3:5]) for n in cores) / _TICKS
 
 
 def _children(pid: int) -> list[int]:

@@ -11,7 +11,7 @@ from loadtest.answers import AnswerBook
 from loadtest.client import Client, RunResult
 from loadtest.ledger import progress
 from loadtest.members import Attempt, Crowd
-from loadtest.wire import Response, get_request
+from loadtest.wire import Response, get_request, problem_code
 
 ROUNDS_MAX: Final = 20
 """How often an unknown outcome is asked for again, under the same key."""
@@ -40,7 +40,8 @@ async def read(client: Client, path: str) -> Any:  # noqa: ANN401 - JSON
     """GET a JSON document. Raises RushError."""
     answer = await client.request(get_request(client.address, path))
     if answer.status != 200:
-        raise RushError(f"GET {path}: {answer.status or answer.why} {answer.body[:200]!r}")
+        why = problem_code(answer.status, answer.body) or answer.why
+        raise RushError(f"{client.address}, GET {path}: {answer.status or 'no answer'}, {why}")
     return answer.json()
 
 

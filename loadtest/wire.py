@@ -10,6 +10,7 @@ from typing import Any, Final
 UNKNOWN: Final = 0
 """Status of an answer that never came."""
 
+CODE_MAX_CHARS: Final = 48
 ANSWER_MAX_BYTES: Final = 16 * 1024 * 1024
 _END: Final = b"\r\n\r\n"
 _BODILESS: Final = (204, 304)
@@ -111,6 +112,30 @@ def _length(head: bytes) -> int:
     if text is None or not text.isdigit():
         raise ProtocolError("an answer without a content-length")
     return int(text)
+
+
+def problem_code(status: int, body: bytes) -> str:
+    """Code in a problem's body; ``HTTP 502`` where there is none, '' for an answer that never came.
+
+    Searched, not parsed: it is asked for in the midst of the load.
+    """
+    if status == UNKNOWN:
+        return ""
+    at = body.find(b'"code":"') + 8
+    raw = body[at : body.find(b'"', at)] if at > 7 else b""
+    known = raw.isascii() and 0 < len(raw) <= CODE_MAX_CHARS
+    return raw.decode("ascii") if known else f"HTTP {status}"
+
+
+def retry_after_s(head: bytes) -> float:
+    """Seconds that a Retry-After header tells, 0 where there is none that is a number."""
+    text = _header(head.lower(), head, b"retry-after")
+    return float(text) if text is not None and text.isdecimal() else 0.0
+
+
+def closes(head: bytes) -> bool:
+    """Whether the server closes the connection after this answer."""
+    return (_header(head.lower(), head, b"connection") or "").lower() == "close"
 
 
 def get_request(host: str, path: str, token: str | None = None) -> bytes:

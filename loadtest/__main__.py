@@ -1,0 +1,37 @@
+"""``python -m loadtest COMMAND``: the load-test kit's programs under one name."""
+
+import sys
+from importlib import import_module
+from typing import Final
+
+COMMANDS: Final = {
+    "rush": ("loadtest.openloop_cli", "an open loop against a running engine, with proof"),
+    "report": ("loadtest.html_report", "a run's record as one HTML file, or two side by side"),
+    "bench": ("loadtest.bench", "the engine as a share of what its HTTP stack can do"),
+    "demo": ("loadtest.demo", "a whole engine and a whole release, from nothing"),
+}
+
+
+def usage() -> str:
+    """What there is."""
+    lines = [f"  {name:<8}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: python -m loadtest COMMAND [OPTIONS]", "", *lines])
+
+
+def main() -> None:
+    """Run a command with the rest of the command line; exit status 2 for one that is none."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        complaint = f"no command {name!r}" if name else "a command is wanted"
+        print(f"loadtest: {complaint}\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    module, _ = COMMANDS[name]
+    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    sys.exit(import_module(module).main())
+
+
+if __name__ == "__main__":
+    main()

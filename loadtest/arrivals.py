@@ -1,0 +1,109 @@
+"""When members come: offsets in seconds from the start, made before the run.
+
+An open loop sends at these moments, whatever the server does. They are made beforehand, from a seed
+where chance is wanted, so that a run can be repeated and nothing is computed while it goes on.
+"""
+
+import csv
+import math
+import random
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+KINDS: Final = ("constant", "poisson", "release")
+ARRIVALS_MAX: Final = 20_000_000
+RELEASE_TAIL_SHARE: Final = 0.15
+"""How far into a release the rate has fallen to a third, as a share of its whole time."""
+
+
+class ArrivalsError(ValueError):
+    """The arrivals cannot be made; the message is for people."""
+
+
+def make(kind: str, rate: float, seconds: float, seed: int) -> "array[float]":
+    """Give the offsets of a kind, rising.
+
+    ``constant``: evenly spaced. ``poisson``: independent members at a mean rate. ``release``: a
+    Poisson crowd of the same size that comes at once and thins out, as at the second of opening.
+    ``file:PATH``: what `recorded` reads; rate and seconds are then of no account.
+
+    Raises:
+        ArrivalsError: an unknown kind, or a rate or time that gives none or too many.
+
+    """
+    if kind.startswith("file:"):
+        return recorded(Path(kind.removeprefix("file:")), seed)
+    if not (rate > 0 and seconds > 0 and math.isfinite(rate * seconds)):
+        raise ArrivalsError(f"arrivals: rate {rate} and seconds {seconds} must be above 0")
+    _check_count(rate * seconds)
+    rng = random.Random(seed)  # Python promises the same floats from a seed, on any version
+    match kind:
+        case "constant":
+            made = array("d", (n / rate for n in range(math.ceil(rate * seconds))))
+        case "poisson":
+            made = array("d", _poisson(rng, rate, seconds))
+        case "release":
+            made = array("d", _release(rng, rate, seconds))
+        case _:
+            known = ", ".join(KINDS)
+            raise ArrivalsError(f"arrivals {kind!r}: not one of {known}, file:PATH")
+    if not made:
+        raise ArrivalsError(f"arrivals: nobody comes at {rate}/s within {seconds} s")
+    return made
+
+
+def recorded(file: Path, seed: int) -> "array[float]":
+    """Read a recording: an offset in seconds a line, or CSV ``t,count`` (members within second t).
+
+    Members of a counted second are spread over it by chance. Offsets may stand in any order; the
+    first is moved to 0. Raises ArrivalsError.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = [row for row in csv.reader(stream) if row and not row[0].startswith("#")]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ArrivalsError(f"arrivals file {file}: {error}") from None
+    if rows and rows[0] in (["t", "count"], ["offset_s"]):
+        del rows[0]
+    made, rng = array("d"), random.Random(seed)
+    for number, row in enumerate(rows, start=1):
+        made.extend(_row(row, f"arrivals file {file}, row {number}", rng))
+        _check_count(len(made))
+    if not made:
+        raise ArrivalsError(f"arrivals file {file}: nobody comes")
+    first = min(made) if len(rows[0]) == 1 else min(float(row[0]) for row in rows)
+    return array("d", sorted(offset - first for offset in made))
+
+
+def _row(row: list[str], where: str, rng: random.Random) -> list[float]:
+    try:
+        at = float(row[0])
+        count = int(row[1]) if len(row) == 2 else 1
+    except ValueError:
+        raise ArrivalsError(f"{where}: {','.join(row)!r} is no offset and no t,count") from None
+    if len(row) > 2 or not math.isfinite(at) or count < 0:
+        raise ArrivalsError(f"{where}: {','.join(row)!r} is no offset and no t,count")
+    _check_count(count)
+    return [at] if len(row) == 1 else [at + rng.random() for _ in range(count)]
+
+
+def _poisson(rng: random.Random, rate: float, seconds: float) -> Iterator[float]:
+    at = rng.expovariate(rate)
+    while at < seconds:
+        yield at
+        at += rng.expovariate(rate)
+
+
+def _release(rng: random.Random, rate: float, seconds: float) -> list[float]:
+    """``rate * seconds`` members in all, their density falling exponentially from the opening."""
+    mean = seconds * RELEASE_TAIL_SHARE
+    within = 1 - math.exp(-seconds / mean)
+    count = max(round(rate * seconds), 1)
+    return sorted(-mean * math.log(1 - rng.random() * within) for _ in range(count))
+
+
+def _check_count(count: float) -> None:
+    if count > ARRIVALS_MAX:
+        raise ArrivalsError(f"arrivals: more than {ARRIVALS_MAX:,} members")

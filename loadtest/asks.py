@@ -1,0 +1,158 @@
+"""What the members of an open-loop run ask for: request bytes, built when they are sent.
+
+Only offsets into the tokens file are kept, eight bytes a card; the file itself is mapped, so many
+processes share it. The same plan gives the same asks in every process, and again after the run,
+when the answers are compared with the books.
+"""
+
+import mmap
+import random
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+
+from loadtest.members import QUANTITY_SHARES, Mint
+from sale.identity import SigningKey, issue_member_token
+
+MIXED: Final = 0
+"""Quantity of a plan that mixes them as families do."""
+
+DUPLICATE_WITHIN: Final = 50
+CARD_PREFIX: Final = "6229"
+_MIX: Final = 2_654_435_761
+_SLOTS: Final = 20
+
+
+class AsksError(ValueError):
+    """The requests cannot be made; the message is for people."""
+
+
+class _Line(msgspec.Struct):
+    card_no: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One member's wish under one key."""
+
+    card: str
+    key: str
+    showing: str
+    quantity: int
+
+
+class Asks:
+    """Requests by the member's number. Member ``n`` has card ``n % cards``; keys are its own."""
+
+    def __init__(
+        self,
+        tokens: Path,
+        *,
+        host: str,
+        campaign: str,
+        salt: str,
+        showings: Sequence[str],
+        quantity: int,
+        order_max: int,
+        cards: int = 0,
+    ) -> None:
+        try:
+            with tokens.open("rb") as stream:
+                self._lines = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise AsksError(f"tokens file {tokens}: {error}") from None
+        self._file = tokens
+        self._starts = _line_starts(self._lines, cards)
+        self.cards = len(self._starts) - 1
+        if self.cards < max(cards, 1):
+            raise AsksError(f"tokens file {tokens}: {self.cards:,} cards, {cards:,} are wanted")
+        self._salt = salt
+        self._decode = msgspec.json.Decoder(_Line).decode
+        self._wishes = _wishes(showings, quantity, order_max)
+        head = f"POST /api/v1/campaigns/{campaign}/orders HTTP/1.1\r\nHost: {host}\r\n"
+        self._head = f"{head}Authorization: Bearer "
+        self._tails = [_tail(quantity, showing) for quantity, showing in self._wishes]
+        self._line(0)
+        self._line(self.cards - 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+
+    def raw(self, member: int) -> bytes:
+        """Bytes of a member's purchase."""
+        starts, card = self._starts, member % self.cards
+        token = self._decode(self._lines[starts[card] : starts[card + 1]]).token
+        tail = self._tails[member * _MIX % 4_294_967_291 % len(self._tails)]
+        head = f"{self._head}{token}\r\nIdempotency-Key: {self._salt}-{member:x}"
+        return f"{head}{tail}".encode("ascii")
+
+    def ask(self, member: int) -> Ask:
+        """The same purchase, as it is compared with the books."""
+        quantity, showing = self._wishes[member * _MIX % 4_294_967_291 % len(self._wishes)]
+        card = self._line(member % self.cards).card_no
+        return Ask(card, f"{self._salt}-{member:x}", showing, quantity)
+
+    def _line(self, card: int) -> _Line:
+        try:
+            return self._decode(self._lines[self._starts[card] : self._starts[card + 1]])
+        except msgspec.DecodeError as error:
+            raise AsksError(f"tokens file {self._file}, line {card + 1}: {error}") from None
+
+
+def members_of(arrivals: int, duplicate_share: float, seed: int) -> "array[int]":
+    """Which member each arrival is: mostly a new one, else one of the last few pressing again."""
+    if not duplicate_share:
+        return array("L", range(arrivals))
+    rng, made, new = random.Random(seed ^ 0xD0B1), array("L"), 0
+    for _ in range(arrivals):
+        if new and rng.random() < duplicate_share:
+            made.append(new - 1 - rng.randrange(min(new, DUPLICATE_WITHIN)))
+        else:
+            made.append(new)
+            new += 1
+    return made
+
+
+def write_minted(file: Path, key: SigningKey, *, first: int, count: int) -> None:
+    """Write tokens of ``count`` synthetic cards, as ``sale tokens`` does, signed with the key."""
+    pattern_card = f"{CARD_PREFIX}{0:012d}"
+    pattern = issue_member_token(key, pattern_card, "district", now_s=int(time.time()))
+    mint = Mint(pattern, pattern_card, key.secret)
+    file.touch(mode=0o600)
+    with file.open("w", encoding="ascii", buffering=1 << 20) as stream:
+        for number in range(first, first + count):
+            card = f"{CARD_PREFIX}{number:012d}"
+            token = mint.token(card)
+            stream.write(f'{{"card_no":"{card}","token":"{token}","union":"district"}}\n')
+
+
+def _line_starts(lines: mmap.mmap, most: int) -> "array[int]":
+    starts, at, end = array("Q", [0]), 0, len(lines)
+    while at < end and (not most or len(starts) <= most):
+        found = lines.find(b"\n", at)
+        at = end if found < 0 else found + 1
+        starts.append(at)
+    return starts
+
+
+def _wishes(showings: Sequence[str], quantity: int, order_max: int) -> list[tuple[int, str]]:
+    if quantity != MIXED:
+        return [(quantity, showing) for showing in showings]
+    sizes = [size for size in QUANTITY_SHARES if size <= order_max]
+    slots = [size for size in sizes for _ in range(round(QUANTITY_SHARES[size] * _SLOTS))]
+    return [(size, showing) for size in slots for showing in showings]
+
+
+def _tail(quantity: int, showing: str) -> str:
+    content = f'{{"quantity":{quantity},"showing":"{showing}"}}'
+    headers = f"Content-Type: application/json\r\nContent-Length: {len(content)}"
+    return f"\r\n{headers}\r\n\r\n{content}"

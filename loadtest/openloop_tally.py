@@ -1,0 +1,48 @@
+"""What one process of an open loop is held to, and what it counts."""
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final
+
+SOLD: Final = "sold"
+REPLAYED: Final = "replayed"
+NO_ANSWER: Final = "no-answer"
+NOT_SENT: Final = "not-sent"
+"""A member that never found a connection: the queue was full, or its patience ran out there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The limits of one process. ``early_again``: ask again after "not open" at the opening."""
+
+    connections: int = 1_000
+    warm: int = 32
+    queue: int = 100_000
+    timeout_s: float = 10.0
+    retries: int = 5
+    give_up_s: float = 30.0
+    early_again: bool = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of it. Per arrival: ``done_at`` (seconds from the start; NaN: never), ``outcome``
+    (index into ``codes``), ``late`` (how late the loop took it up, seconds). Per second of the run:
+    ``sent``, ``answered``, ``cpu`` (share of a core).
+    """
+
+    done_at: "array[float]"
+    outcome: "array[int]"
+    late: "array[float]"
+    codes: list[str] = field(default_factory=lambda: [SOLD, REPLAYED, NO_ANSWER, NOT_SENT])
+    lags: "array[float]" = field(default_factory=lambda: array("f"))
+    sent: Counter[int] = field(default_factory=Counter)
+    answered: Counter[int] = field(default_factory=Counter)
+    cpu: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0
+    retries: int = 0
+    pool_waits: int = 0
+    connections: int = 0
+    lost_connections: int = 0
+    duration_s: float = 0.0

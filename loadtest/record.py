@@ -1,0 +1,151 @@
+"""The record of a run, as JSON in ``run.json``: offered, sent, answered, latency, and the proof."""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+RECORD_NAME = "run.json"
+VERSION = 1
+
+
+class RecordError(Exception):
+    """A run's record cannot be read; the message says which file and why, in one line."""
+
+
+class Second(msgspec.Struct, kw_only=True):
+    """One second of a run, by the second of the *intended* send time.
+
+    ``outcomes`` counts the final outcomes of that second's members: ``sold``, ``replayed``, a
+    problem's code, or ``no-answer``. The latencies are of its members' last answers, in
+    milliseconds from the intended send time. ``sent`` and ``answered`` count what was written and
+    what came back within this second, repeats included.
+    """
+
+    t: int
+    offered: int = 0
+    sent: int = 0
+    answered: int = 0
+    outcomes: dict[str, int] = msgspec.field(default_factory=dict)
+    p50_ms: float = 0.0
+    p95_ms: float = 0.0
+    p99_ms: float = 0.0
+    max_ms: float = 0.0
+
+
+class ProcessSample(msgspec.Struct, kw_only=True):
+    """One process at one moment: ``cpu`` is its share of one core since the sample before."""
+
+    cpu: float
+    rss_bytes: int
+
+
+class Sample(msgspec.Struct, kw_only=True):
+    """The engine at one moment, ``t`` seconds after the start.
+
+    ``stock`` is what is left by showing, ``lag_*`` how far the ledger is behind, ``queue`` the
+    purchases that wait.
+    """
+
+    t: float
+    stock: dict[str, int] = msgspec.field(default_factory=dict)
+    lag_events: int = 0
+    lag_s: float = 0.0
+    queue: int = 0
+    connections: int = 0
+    processes: dict[str, ProcessSample] = msgspec.field(default_factory=dict)
+
+
+class Percentile(msgspec.Struct, kw_only=True):
+    """``share`` (0 to 1) of the answers came within ``ms`` of their intended send time."""
+
+    share: float
+    ms: float
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One disagreement. ``kind`` is a fixed word; ``what`` is for people, cards masked."""
+
+    kind: str
+    what: str
+
+
+class Proof(msgspec.Struct, kw_only=True):
+    """What the books said after the run.
+
+    ``audit_clean`` is ``None`` where ``sale audit`` could not be run.
+    """
+
+    clean: bool
+    findings: list[Finding] = msgspec.field(default_factory=list)
+    audit_clean: bool | None = None
+    orders: int = 0
+    tickets: int = 0
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """One run.
+
+    ``bottleneck`` is empty, or says why the generator itself was the limit: then neither rates nor
+    latencies are the server's, and they are left out. A member that got no answer counts in
+    ``latency`` with the time until it gave up: leaving it out would flatter. ``proof`` is ``None``
+    if nothing was proved. ``offered`` counts the intended members, ``sent`` and ``answered`` what
+    was written and came back, with repeats. ``offered_rate`` is members a second over the plan's
+    time, ``achieved_rate`` members with a last answer a second, until the last of these answers.
+    ``latency_sold`` is of those who were told of an order, new or replayed.
+    """
+
+    version: int = VERSION
+    name: str
+    campaign: str
+    started_at: str
+    duration_s: float
+    plan: dict[str, str | int | float] = msgspec.field(default_factory=dict)
+    offered: int = 0
+    sent: int = 0
+    answered: int = 0
+    offered_rate: float = 0.0
+    achieved_rate: float = 0.0
+    bottleneck: str = ""
+    outcomes: dict[str, int] = msgspec.field(default_factory=dict)
+    latency: list[Percentile] = msgspec.field(default_factory=list)
+    latency_sold: list[Percentile] = msgspec.field(default_factory=list)
+    seconds: list[Second] = msgspec.field(default_factory=list)
+    samples: list[Sample] = msgspec.field(default_factory=list)
+    settings: dict[str, str] = msgspec.field(default_factory=dict)
+    versions: dict[str, str] = msgspec.field(default_factory=dict)
+    machine: dict[str, str] = msgspec.field(default_factory=dict)
+    proof: Proof | None = None
+
+
+def encode(record: Record) -> bytes:
+    """The record as JSON, for people as well: two spaces of indent."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n"
+
+
+def decode(raw: bytes) -> Record:
+    """The record in JSON bytes. Raises `RecordError` where they are none, or of another version."""
+    try:
+        record = msgspec.json.decode(raw, type=Record)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"no record of a run: {error}") from error
+    if record.version != VERSION:
+        raise RecordError(f"a record of version {record.version}; this kit reads version {VERSION}")
+    return record
+
+
+def write(file: Path, record: Record) -> None:
+    """Write the record to a file whole or not at all."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}")
+    fresh.write_bytes(encode(record))
+    fresh.replace(file)
+
+
+def read(file: Path) -> Record:
+    """Read a record from a file. Raises `RecordError`."""
+    try:
+        return decode(file.read_bytes())
+    except OSError as error:
+        raise RecordError(f"cannot read {file}: {error.strerror or error}") from error
+    except RecordError as error:
+        raise RecordError(f"{file}: {error}") from error.__cause__

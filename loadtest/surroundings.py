@@ -1,0 +1,175 @@
+"""With what a run was made: the engine's settings, versions, and the machine. No secrets.
+
+The settings are those that the running engine was started with, read from the environment of one of
+its processes: those of the load test's own shell would be a guess.
+"""
+
+import os
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+import asyncpg
+import psutil
+import redis.asyncio
+from redis.exceptions import RedisError
+
+import sale
+from loadtest.sampler import discover_processes
+from sale import config
+from sale.config import Settings
+from sale.embedded import EmbeddedError, find
+
+REACH_S: Final = 5.0
+UNREACHED: Final = "not reached"
+_PACKAGES: Final = (
+    "aiohttp", "uvloop", "httptools", "redis", "hiredis", "asyncpg", "msgspec", "prometheus-client",
+)  # fmt: skip
+_SECRET: Final = re.compile(r"(^|_)(key|keys|secret|secrets|password|passwords|token)($|_file$)")
+_HARMLESS: Final = frozenset({"db", "dbname", "host", "port", "sslmode"})
+
+Table = dict[str, str]
+
+
+async def describe(
+    data_dir: Path | None = None,
+    *,
+    pids: Mapping[str, int] | None = None,
+    settings: Settings | None = None,
+) -> tuple[Table, Table, Table]:
+    """Settings, versions and machine for a run's record; call it before the load.
+
+    The engine is found by its data directory, by ``pids``, or by ``settings``, which then are
+    believed. What cannot be found out is left out; a store that does not answer is "not reached".
+    """
+    if pids is None:
+        pids = discover_processes(data_dir) if data_dir is not None else {}
+    used = settings or _running_settings(pids)
+    redis_url = used.redis_url if used else None
+    database_url = used.database_url if used else None
+    if data_dir is not None and not (redis_url and database_url):
+        redis_url, database_url = _embedded(data_dir, redis_url, database_url)
+    told = {} if used is None else plain_settings(used)
+    versions = _versions()
+    if redis_url is not None:
+        await _ask_redis(redis_url, told, versions)
+    if database_url is not None:
+        await _ask_postgres(database_url, told, versions)
+    return told, versions, _machine()
+
+
+def plain_settings(settings: Settings) -> Table:
+    """Settings as text, without signing keys, and URLs without user, password and tokens."""
+    shown = {}
+    for name in settings.__struct_fields__:
+        value = getattr(settings, name)
+        if value is not None and not _SECRET.search(name):
+            shown[name] = plain_url(str(value)) if "://" in str(value) else str(value)
+    return shown
+
+
+def plain_url(url: str) -> str:
+    """A URL without user and password, keeping only the options that are known to be harmless."""
+    try:
+        parts = urlsplit(url)
+        options = [(key, value) for key, value in parse_qsl(parts.query) if key in _HARMLESS]
+    except ValueError:
+        return "(not a URL)"
+    host = parts.netloc.rpartition("@")[2]
+    query = f"?{urlencode(options, safe='/')}" if options else ""
+    return f"{parts.scheme}://{host}{parts.path}{query}"
+
+
+def _running_settings(pids: Mapping[str, int]) -> Settings | None:
+    """Read what an API process runs with; None where we may not look, or it is another version."""
+    for name, pid in sorted(pids.items()):
+        if name.startswith("serve"):
+            try:
+                return config.load(environment=psutil.Process(pid).environ())
+            except (psutil.Error, OSError, config.SettingsError):
+                continue
+    return None
+
+
+def _embedded(
+    data_dir: Path, redis_url: str | None, database_url: str | None
+) -> tuple[str | None, str | None]:
+    try:
+        found = find(data_dir)
+    except EmbeddedError:
+        found = None
+    if found is None:
+        return redis_url, database_url
+    return redis_url or found.redis_url, database_url or found.database_url
+
+
+def _versions() -> Table:
+    versions = {
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "sale": sale.__version__,
+    }
+    for package in _PACKAGES:
+        try:
+            versions["redis-py" if package == "redis" else package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+async def _ask_redis(url: str, told: Table, versions: Table) -> None:
+    client = redis.asyncio.Redis.from_url(
+        url, socket_timeout=REACH_S, socket_connect_timeout=REACH_S
+    )
+    versions["redis server"] = UNREACHED
+    try:
+        versions["redis server"] = str((await client.info("server"))["redis_version"])
+        for name in ("appendonly", "appendfsync", "maxmemory", "io-threads"):
+            for key, value in (await client.config_get(name)).items():
+                told[f"redis {key}"] = str(value)
+    except (RedisError, OSError, TimeoutError):
+        return
+    finally:
+        await client.aclose()
+
+
+async def _ask_postgres(url: str, told: Table, versions: Table) -> None:
+    versions["postgresql"] = UNREACHED
+    try:
+        connection = await asyncpg.connect(url, timeout=REACH_S, command_timeout=REACH_S)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError):
+        return
+    try:
+        versions["postgresql"] = str(await connection.fetchval("SHOW server_version"))
+        for name in ("fsync", "synchronous_commit", "shared_buffers", "max_connections"):
+            told[f"postgresql {name}"] = str(await connection.fetchval(f"SHOW {name}"))
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+        return
+    finally:
+        connection.terminate()
+
+
+def _machine() -> Table:
+    machine = {
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cores usable": str(len(os.sched_getaffinity(0))),
+        "cores": str(os.cpu_count() or ""),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "load average before": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+    }
+    return {name: value for name, value in machine.items() if value}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return platform.processor()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor())

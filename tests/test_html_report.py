@@ -1,0 +1,352 @@
+"""The report of a run: what it says, that it is harmless, offline, and drawn by a browser."""
+
+import asyncio
+import html
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import plotly.graph_objects as go
+import pytest
+from plotly.offline import get_plotlyjs
+from record_maker import OUTCOMES, made_up, unbalanced
+
+from loadtest import record as records
+from loadtest.__main__ import main as loadtest_command
+from loadtest.html_charts import OUTCOME_COLOURS, charts, colour_of
+from loadtest.html_report import main, render, write_report
+from loadtest.html_runs import BINS_MAX
+from loadtest.html_tables import figure_groups, told_tables
+from loadtest.record import Percentile, Proof, Record, Sample, Second
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSER_LIMIT_S = 40
+EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+def empty(**fields: Any) -> Record:
+    return Record(
+        **{"name": "nothing", "campaign": "x", "started_at": "", "duration_s": 0.0} | fields
+    )
+
+
+def own_part(page: str) -> str:
+    """The page without plotly's script."""
+    library = get_plotlyjs()
+    assert page.count(library) == 1
+    return page.replace(library, "")
+
+
+def figures_in(page: str) -> dict[str, Any]:
+    found = re.search(
+        r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL
+    )
+    assert found is not None
+    figures: dict[str, Any] = json.loads(found[1])
+    return figures
+
+
+def text_of(page: str) -> str:
+    plain = re.sub(r"<(script|style).*?</\1>", "", own_part(page), flags=re.DOTALL)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", plain)))
+
+
+# Offline and harmless -----------------------------------------------------------------------------
+
+
+def test_given_a_report_when_read_then_it_names_no_address_and_forbids_all() -> None:
+    page = render(made_up(), made_up("other"))
+    ours = own_part(page)
+    assert "//" not in re.sub(r"(?m)^\s*//.*$", "", ours), "an address, or a comment that looks so"
+    assert not re.search(r"(?i)\b(src|action|poster)\s*=|@import|url\(", ours)
+    assert re.findall(r'href="([^"]*)"', ours) == ["data:,"]
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    allowed = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert allowed["default-src"] == "'none'"
+    assert {word for words in allowed.values() for word in words.split()} <= {
+        "'none'", "'unsafe-inline'", "data:", "blob:",
+    }  # fmt: skip
+    assert page.index("Content-Security-Policy") < page.index("<script")
+
+
+def test_given_names_full_of_html_when_reported_then_they_stay_text() -> None:
+    run = made_up(EVIL)
+    run.campaign = run.bottleneck = run.started_at = EVIL
+    run.outcomes[EVIL] = 3
+    run.seconds[6].outcomes[EVIL] = 3
+    run.samples[6].stock[EVIL] = 3
+    run.samples[6].processes[EVIL] = run.samples[6].processes["redis"]
+    run.plan[EVIL] = run.settings[EVIL] = run.versions[EVIL] = run.machine[EVIL] = EVIL
+    run.proof = Proof(clean=False, findings=[records.Finding(kind=EVIL, what=EVIL)])
+    for page in (render(run), render(made_up(), run)):
+        assert EVIL not in page
+        assert "<img" not in own_part(page)
+        assert len(re.findall(r"(?i)</script", page)) == 3
+        names = {trace["name"] for figure in figures_in(page).values() for trace in figure["data"]}
+        # Plotly reads a little HTML in names, and entities.
+        assert html.escape(EVIL, quote=False) in names
+        assert EVIL in text_of(page)
+
+
+def test_given_numbers_that_are_none_when_reported_then_the_page_stays_readable() -> None:
+    run = made_up(seconds=3)
+    run.offered_rate = float("nan")
+    run.seconds[1].p99_ms = run.seconds[1].p50_ms = float("inf")
+    run.latency.append(Percentile(share=0.5, ms=float("nan")))
+    run.samples[0].lag_s = float("nan")
+    assert "NaN" not in own_part(render(run))
+    assert "Infinity" not in json.dumps(figures_in(render(run)))
+
+
+# What it says -------------------------------------------------------------------------------------
+
+
+def test_given_a_clean_run_when_reported_then_verdict_and_figures_stand_there() -> None:
+    run = made_up()
+    said = text_of(render(run))
+    assert "✓ The books balance. 60,000 orders and 60,000 tickets" in said
+    assert "NOT" not in said
+    assert "limited by the generator" not in said
+    for value in (run.offered, run.sent, run.answered):
+        assert f"{value:,}" in said
+    for table in (run.plan, run.settings, run.versions, run.machine):
+        for name, value in table.items():
+            assert f" {name} {value} " in said
+
+
+def test_given_a_bottleneck_and_open_books_when_reported_then_both_are_loud() -> None:
+    page = render(unbalanced(made_up()))
+    said = text_of(page)
+    assert "The generator was the limit: the rates and latencies are not the server’s." in said
+    assert "generator-1 used 0.99 of its core" in said
+    assert "✗ The books do NOT balance." in said
+    assert "The engine’s audit found breaches." in said
+    assert "oversold : general: 60,001 of 60,000" in said
+    assert "… and 11 more in the record." in said
+    assert said.count("limited by the generator") == len(charts([made_up()]))
+
+
+@pytest.mark.parametrize(
+    ("proof", "says"),
+    [
+        (None, "! Not proved."),
+        (Proof(clean=True), "✓ The books balance; not audited."),
+        (Proof(clean=True, audit_clean=True), "✓ The books balance."),
+        (Proof(clean=True, audit_clean=False), "✗ The books do NOT balance."),
+        (Proof(clean=False, audit_clean=True), "✗ The books do NOT balance."),
+    ],
+)
+def test_given_a_proof_when_reported_then_the_verdict_fits(proof: Proof | None, says: str) -> None:
+    assert says in text_of(render(empty(proof=proof)))
+
+
+def test_given_every_outcome_when_drawn_then_each_has_bars_of_its_own_colour() -> None:
+    run = made_up()
+    for number, outcome in enumerate([*OUTCOMES, "brand-new"]):
+        run.seconds[number].outcomes[outcome] = 70 + number
+        run.outcomes.setdefault(outcome, 70 + number)
+    (figure,) = next(chart.figures for chart in charts([run]) if chart.id == "outcomes")
+    bars = {bar["name"]: bar for bar in figure["data"]}
+    assert list(bars) == [*OUTCOMES, "brand-new"]
+    for number, outcome in enumerate([*OUTCOMES, "brand-new"]):
+        assert bars[outcome]["y"][number] == 70 + number
+        assert bars[outcome]["marker"]["color"] == colour_of(outcome)
+    assert len(set(OUTCOME_COLOURS.values())) == len(OUTCOME_COLOURS)
+    (table,) = [group for group in figure_groups([run]) if group.title == "Outcomes"]
+    assert [row.name for row in table.rows] == [*OUTCOMES, "brand-new"]
+
+
+def test_given_a_process_that_died_and_metrics_unread_when_drawn_then_there_are_gaps() -> None:
+    run = made_up(seconds=20)
+    run.samples[3] = msgspec.structs.replace(run.samples[3], lag_events=-1, queue=-1, stock={})
+    drawn = {chart.id: chart.figures[0]["data"] for chart in charts([run])}
+    assert drawn["lag"][0]["y"][3] is None
+    assert drawn["queue"][0]["y"][3] is None
+    assert all(line["y"][3] is None for line in drawn["stock"])
+    (line,) = [line for line in drawn["cpu"] if line["name"] == "serve-2"]
+    assert [x for x, y in zip(line["x"], line["y"], strict=True) if y is None] == [
+        15,
+        15.5,
+        16,
+        16.5,
+    ]
+
+
+def test_given_a_long_run_when_drawn_then_it_is_merged_and_keeps_sums_and_peaks() -> None:
+    run = made_up(seconds=1_500)
+    run.seconds[700].p99_ms = 9_999.0
+    run.samples[1_501].queue = 77_777
+    drawn = {chart.id: chart for chart in charts([run])}
+    rates = drawn["throughput"].figures[0]["data"][0]
+    assert len(rates["x"]) <= BINS_MAX
+    assert sum(rates["y"]) * 3 == pytest.approx(run.offered, rel=1e-4)
+    assert max(drawn["latency"].figures[0]["data"][2]["y"]) == 9_999.0
+    assert max(drawn["queue"].figures[0]["data"][0]["y"]) == 77_777
+    assert "A point stands for 3 s" in drawn["latency"].about
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        empty(),
+        empty(seconds=[Second(t=0)], samples=[Sample(t=0)]),
+        empty(seconds=[Second(t=-2, offered=4), Second(t=9)], outcomes={"no-answer": 4}),
+        empty(latency=[Percentile(share=1.0, ms=5.0)]),
+        empty(latency=[Percentile(share=0.0, ms=5.0)], latency_sold=[Percentile(share=0.5, ms=0)]),
+    ],
+    ids=["nothing", "one of each", "gap", "only the most", "only the least"],
+)
+def test_given_hardly_any_data_when_reported_then_there_is_a_page(run: Record) -> None:
+    assert len(figures_in(render(run))) == 11
+    assert len(figures_in(render(run, made_up()))) == len(figures_in(render(made_up(), run))) == 21
+
+
+def test_given_all_charts_when_plotly_checks_them_then_it_knows_every_property() -> None:
+    for chart in charts([made_up(seconds=3), empty()]):
+        for figure in chart.figures:
+            go.Figure(figure)
+
+
+# Two runs -----------------------------------------------------------------------------------------
+
+
+def test_given_two_runs_when_reported_then_axes_are_the_same_and_differences_are_told() -> None:
+    one, two = made_up(), made_up("after", seed=2, seconds=55, capacity=7_500)
+    for chart in charts([one, two]):
+        if chart.id == "percentiles":
+            assert len(chart.figures) == 1
+            assert {line["name"] for line in chart.figures[0]["data"]} == {
+                "all answers, A", "sold, A", "all answers, B", "sold, B",
+            }  # fmt: skip
+            continue
+        first, second = (figure["layout"] for figure in chart.figures)
+        assert first["xaxis"]["range"] == second["xaxis"]["range"] == [0, 55.0]
+        assert first["yaxis"]["range"] == second["yaxis"]["range"]
+    (totals,) = [group for group in figure_groups([one, two]) if group.title == "Totals"]
+    assert totals.columns == ["A", "B", "B − A", "B ÷ A"]
+    assert totals.rows[0].cells == [
+        f"{one.offered:,}",
+        f"{two.offered:,}",
+        f"{two.offered - one.offered:+,}",
+        f"{two.offered / one.offered:.2f} ×",
+    ]
+    two.duration_s = one.duration_s + 0.001
+    (totals,) = [group for group in figure_groups([one, two]) if group.title == "Totals"]
+    assert totals.rows[5].cells == ["40.4", "40.4", "0.00", "1.00 ×"]
+    settings = {row.name: row for row in told_tables([one, two])[1].rows}
+    assert settings["seed"].differs
+    assert not settings["workers"].differs
+    assert "≠ seed 1 2" in text_of(render(one, two))
+
+
+def test_given_a_process_in_one_run_only_when_drawn_then_colours_still_agree() -> None:
+    one, two = made_up(), made_up()
+    for sample in two.samples:
+        sample.processes.pop("generator-2")
+    (chart,) = [chart for chart in charts([one, two]) if chart.id == "cpu"]
+    first, second = (
+        {line["name"]: line["line"]["color"] for line in figure["data"]} for figure in chart.figures
+    )
+    assert first == second
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def test_given_records_when_the_command_runs_then_a_page_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        records.write(tmp_path / name / "run.json", made_up(name))
+    assert main([str(tmp_path / "a")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "run.html")
+    assert "<h1>a</h1>" in (tmp_path / "a" / "run.html").read_text("utf-8")
+
+    out = tmp_path / "both.html"
+    words = ["report", str(tmp_path / "a" / "run.json"), str(tmp_path / "b"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["loadtest", *words])
+    with pytest.raises(SystemExit) as ended:
+        loadtest_command()
+    assert ended.value.code == 0
+    assert "<h1>a and b</h1>" in out.read_text("utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "both.html"]
+
+
+@pytest.mark.parametrize("wrong", ["missing", "rubbish", "folder"])
+def test_given_a_bad_file_when_the_command_runs_then_one_line_says_so(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "run.json", tmp_path / "x.html"
+    records.write(file, made_up())
+    if wrong == "missing":
+        file.unlink()
+    elif wrong == "rubbish":
+        file.write_text("{}")
+    else:
+        out = tmp_path / "no" / "x.html"
+    assert main([str(file), "--out", str(out)]) == 1
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1
+    assert str(out if wrong == "folder" else file) in told.err
+    assert not told.out
+
+
+# In a browser -------------------------------------------------------------------------------------
+
+
+@pytest.mark.browser
+async def test_given_two_runs_when_opened_then_all_is_drawn_and_nothing_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    assert BROWSER is not None, "chromium is missing"
+    asked: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        writer.close()
+
+    page = tmp_path / "report.html"
+    run = made_up(EVIL, seconds=9)
+    run.seconds[6].outcomes[EVIL] = 3
+    write_report(page, run, unbalanced(made_up(seconds=9)))
+    probe = "<script>onerror = (event) => document.documentElement.dataset.failed = event</script>"
+    text = page.read_text("utf-8").replace("<script type", f"{probe}<script type", 1)
+    page.write_text(text, "utf-8")
+    server = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        browser = await asyncio.create_subprocess_exec(
+            BROWSER,
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--proxy-server=127.0.0.1:{port}"),
+            *("--window-size=1280,900", "--virtual-time-budget=10000", "--dump-dom"),
+            page.as_uri(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        try:
+            async with asyncio.timeout(BROWSER_LIMIT_S):
+                out, _ = await browser.communicate()
+        finally:
+            if browser.returncode is None:
+                browser.kill()
+                await browser.wait()
+    drawn = out.decode()
+    head = drawn[: drawn.index(">", drawn.index("<html"))]
+    assert 'data-drawn="21"' in head
+    assert "data-failed" not in head
+    body = re.sub(r"<script.*?</script>", "", drawn, flags=re.DOTALL)
+    assert "<img" not in body
+    # No button that sends a chart away, as plotly's own choice of them has.
+    buttons = set(re.findall(r'data-title="([^"]*)"', body))
+    assert buttons == {"Download plot as a PNG", "Zoom", "Reset axes"}
+    for outcome in made_up(seconds=9).outcomes:
+        assert f">{outcome}</text>" in body
+    assert not [line for line in asked if b"google" not in line], asked

@@ -6,7 +6,6 @@ import fcntl
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from loadtest.answers import Answer, AnswerBook, outcome, read_answers, write_an
 from loadtest.books import Books, OrderRow, check, key_hash
 from loadtest.client import Client, Unreachable
 from loadtest.demo import fresh
-from loadtest.engine import EngineError, engine_up, environment
+from loadtest.engine import EngineError, environment
 from loadtest.members import Attempt, Kind, Member, Mint, gather
 from loadtest.rush import metric
 from loadtest.wire import (
@@ -475,35 +474,3 @@ async def test_given_the_tiny_benchmark_when_run_then_it_prints_every_row() -> N
     assert status == 0, out
     for row in ("constant", "purchases", "replays", "sold_out", "not_open", "redis_bytes_an_order"):
         assert row in out, out
-
-
-@pytest.mark.load
-async def test_given_locust_members_when_the_test_stops_then_the_books_are_clean(
-    tmp_path: Path,
-) -> None:
-    file, roster, tokens = tmp_path / "c.toml", tmp_path / "r.csv", tmp_path / "t.jsonl"
-    opens_at = (datetime.now(UTC) + timedelta(seconds=5)).isoformat()
-    file.write_text(
-        f'id = "locust"\ntitle = "t"\ncategory = "culture"\nprice_fen = 500\n'
-        f'payment = "counter"\ncard_limit = 3\nopens_at = {opens_at}\n'
-        f'[[showings]]\nid = "general"\ntitle = "t"\ntickets = 100\n',
-        "utf-8",
-    )
-    async with engine_up(tmp_path / "d") as engine:
-        await engine.command("cards", "sample", "400", "--out", str(roster))
-        await engine.command("cards", "import", str(roster))
-        await engine.command("tokens", "--cards", "150", "--out", str(tokens))
-        await engine.command("campaign", "create", str(file))
-        status, out = await run_program(
-            "locust",
-            *("-f", "loadtest/locustfile.py", "--host", engine.url, "--headless", "--only-summary"),
-            *("-u", "150", "-r", "150", "-t", "9s"),
-            LOADTEST_TOKENS=str(tokens),
-            LOADTEST_DATA_DIR=str(engine.data_dir),
-            CAMPAIGN="locust",
-        )
-        shown = await engine.json("audit", "locust")
-    assert status == 0, out
-    assert "books: clean" in out
-    assert "150 answers compared" in out
-    assert shown["clean"]

@@ -1,0 +1,297 @@
+"""Locust: the table of rushes, the shape, cards and answers at the desk, and one real run."""
+
+import argparse
+import asyncio
+import signal
+import socket
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import gevent
+import msgspec
+import pytest
+
+from loadtest.answers import Answer, read_answers, write_answers
+from loadtest.engine import engine_up, environment
+from loadtest.locust_desk import BATCH, Booth, Desk, Setting
+from loadtest.locust_options import deeds_of, mix_of, phases_of
+from loadtest.locust_programs import About
+from loadtest.locust_proof import measured
+from loadtest.locust_scenarios import (
+    SCENARIOS,
+    Mix,
+    campaign_file,
+    campaign_of_run,
+    cards_needed,
+    read_campaign,
+    run_name,
+)
+from loadtest.locust_shape import Phases, Plan, target
+from loadtest.members import Member
+from loadtest.record import read
+from sale.domain import default_unions_path, load_unions, parse_campaign
+
+ROOT = Path(__file__).parents[1]
+ROWS = {
+    "five-yuan-films",
+    "ice-snow-carnival",
+    "illusion-art",
+    "children-theatre-may",
+    "interest-classes",
+    "green-gift",
+}
+
+
+def options(**given: Any) -> argparse.Namespace:
+    lengths, weights = ("quiet", "gathering", "opening", "tail"), ("members", "refreshers", "bots")
+    names = (*lengths, *weights, "raise_stock", "pauses")
+    return argparse.Namespace(**dict.fromkeys(names) | given)
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def test_given_the_rushes_when_listed_then_each_has_a_scenario_and_a_campaign_file() -> None:
+    assert set(SCENARIOS) == ROWS
+    for name in SCENARIOS:
+        assert read_campaign(name)["id"] == campaign_file(name).stem == name
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("full", [True, False])
+def test_given_a_scenario_when_its_campaign_is_made_then_the_engine_takes_it(
+    name: str, full: bool
+) -> None:
+    scenario, opens_at = SCENARIOS[name], datetime(2026, 1, 1, tzinfo=UTC)
+    identifier = run_name(name)
+    table = campaign_of_run(
+        scenario,
+        read_campaign(name),
+        identifier=identifier,
+        opens_at=opens_at,
+        users=scenario.crowd // 10,
+        full_stock=full,
+    )
+    made = parse_campaign(table, frozenset(load_unions(default_unions_path())))
+    stock = sum(showing["tickets"] for showing in read_campaign(name)["showings"])
+    assert made.id == identifier != run_name(name)
+    assert made.opens_at == opens_at
+    tickets = sum(showing.tickets for showing in made.showings)
+    assert tickets == stock if full else stock * 0.09 <= tickets <= stock * 0.11
+
+
+def test_given_the_theatre_when_played_then_a_half_is_added_while_it_sells() -> None:
+    # 2,000 tickets of the file and a half of them make the 3,000 of the record.
+    deeds = SCENARIOS["children-theatre-may"].deeds
+    assert read_campaign("children-theatre-may")["showings"][0]["tickets"] == 2_000
+    assert deeds.raise_share * 2_000 == 1_000
+    assert deeds.raises > 1
+
+
+def test_given_users_when_cards_are_counted_then_refreshers_need_none() -> None:
+    assert cards_needed(Mix(members=1), 150) == 150
+    assert cards_needed(Mix(members=1), 150, operators=1) == 149
+    assert cards_needed(Mix(members=1, refreshers=1), 100) == 52
+    assert cards_needed(Mix(members=0, refreshers=1), 100) == 0
+    assert cards_needed(Mix(members=2, refreshers=1, bots=1), 1) == 1
+
+
+def test_given_options_when_read_then_they_go_before_the_scenario() -> None:
+    scenario = SCENARIOS["illusion-art"]
+    assert mix_of(options(), None) == Mix(members=1)
+    assert mix_of(options(bots=9), scenario).bots == 9
+    assert deeds_of(options(pauses=0), scenario).any is False
+    raised = deeds_of(options(raise_stock=2), None)
+    assert (raised.raise_tickets, raised.raises) == (2, 2)
+    assert phases_of(options(tail=7.0), scenario, None).tail_s == 7.0
+    soon = phases_of(options(), scenario, 8.0)
+    assert (soon.quiet_s, soon.gathering_s) == (0.0, 8.0)
+
+
+# The shape ---------------------------------------------------------------------------------------
+
+
+def test_given_a_release_when_time_passes_then_quiet_gathering_opening_tail_and_the_end() -> None:
+    phases = Phases(quiet_s=10, gathering_s=20, opening_s=5, tail_s=40)
+    plan = Plan(1_000, phases=phases)
+    seen = [target(plan, float(second)) for second in range(76)]
+    users = [step[0] for step in seen if step is not None]
+    assert users[0] == users[9] == 50
+    assert users[10] == users[29] == 850
+    assert users[30] == users[34] == 1_000
+    assert users[35] == users[74] == 300
+    assert seen[75] is None
+    gathering, opening = seen[10], seen[30]
+    assert gathering is not None
+    assert opening is not None
+    assert gathering[1] * phases.gathering_s > 800, "the crowd stands before the doors open"
+    assert opening[1] == 150, "the rest comes within the second of the opening"
+
+
+def test_given_no_scenario_when_time_passes_then_so_many_users_for_so_long() -> None:
+    assert target(Plan(7, rate=3.0), 1e6) == (7, 3.0)
+    assert target(Plan(7, run_s=5.0), 4.9) is not None
+    assert target(Plan(7, run_s=5.0), 5.0) is None
+    short = Plan(7, run_s=5.0, phases=Phases(1, 1, 1, 60))
+    assert short.duration_s == 5.0
+    assert target(Plan(1, phases=Phases(1, 1, 1, 1)), 0.0) == (1, 1.0)
+
+
+# The desk ----------------------------------------------------------------------------------------
+
+
+def opened(folder: Path, cards: int) -> tuple[Desk, Booth]:
+    desk, booth = Desk(), Booth()
+    desk.open([Member(f"6222{n:012d}", "t", "u") for n in range(cards)], folder / "answers")
+    booth.want = lambda number: booth.give(*desk.take(number))
+    booth.send = lambda lines, number: desk.receive("1", lines, number)
+    booth.begin(Setting(1, "c"))
+    return desk, booth
+
+
+def test_given_two_users_and_a_card_when_they_ask_then_one_goes_without_and_it_is_a_finding(
+    tmp_path: Path,
+) -> None:
+    desk, booth = opened(tmp_path, 1)
+    users = [gevent.spawn(booth.card) for _ in range(2)]
+    gevent.joinall(users, timeout=5)
+    assert sorted(user.value is None for user in users) == [False, True]
+    desk.close_account("1", booth.account())
+    assert [finding.kind for finding in desk.close()] == ["without-card"]
+
+
+def test_given_many_answers_when_the_booth_closes_then_all_lie_in_the_file(tmp_path: Path) -> None:
+    desk, booth = opened(tmp_path, 0)
+    for number in range(BATCH * 2 + 1):
+        booth.record(answer(f"k{number}", 1.0, 201))
+    desk.close_account("1", booth.account())
+    assert desk.close() == []
+    assert len(read_answers(tmp_path / "answers")) == BATCH * 2 + 1
+    assert (tmp_path / "answers").stat().st_mode & 0o077 == 0
+
+
+def test_given_answers_that_never_came_when_closed_then_it_is_a_finding(tmp_path: Path) -> None:
+    desk, booth = opened(tmp_path, 0)
+    booth.send = lambda lines, number: None
+    booth.record(answer("k", 1.0, 201))
+    desk.close_account("1", booth.account())
+    desk.received["2"] = 7
+    assert [finding.kind for finding in desk.close()] == ["answers-missing", "no-account"]
+
+
+# The record --------------------------------------------------------------------------------------
+
+
+def answer(key: str, sent_at: float, status: int, **more: Any) -> Answer:
+    received_at = sent_at + 0.25
+    told = {"card": "6222020000000001", "showing": "a", "quantity": 1, "key": key}
+    return Answer(status=status, sent_at=sent_at, received_at=received_at, **told | more)
+
+
+def test_given_answers_when_measured_then_a_wish_counts_once_from_its_first_try() -> None:
+    answers = [
+        answer("k2", 101.5, 201),
+        answer("k1", 100.5, 503, code="overloaded"),
+        answer("k1", 102.5, 201),
+        answer("k3", 102.6, 0),
+    ]
+    about = About("n", "c", started_at=100.0, ended_at=104.0, plan={"users": 3})
+    record = measured(answers, about)
+    assert (record.offered, record.sent, record.answered) == (3, 4, 3)
+    assert record.outcomes == {"sold": 2, "no-answer": 1}
+    assert record.plan["loop"] == "closed"
+    assert [second.offered for second in record.seconds] == [1, 1, 1]
+    assert [second.sent for second in record.seconds] == [1, 1, 2]
+    assert record.seconds[0].outcomes == {"sold": 1}
+    assert record.seconds[0].p50_ms == pytest.approx(2_250)
+    assert record.latency_sold[-1].ms == pytest.approx(2_250, rel=0.01)
+
+
+# The whole ---------------------------------------------------------------------------------------
+
+
+async def run_locust(*arguments: str, within_s: float = 90) -> tuple[int, str]:
+    """Run Locust's command line to its end; status, and stdout and stderr together."""
+    return await run_module("locust", "-f", "loadtest/locustfile.py", *arguments, within_s=within_s)
+
+
+async def run_module(*arguments: str, within_s: float = 60) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(within_s):
+            out, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGKILL)
+            await process.wait()
+    return process.returncode or 0, out.decode()
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.load
+async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_proven(
+    tmp_path: Path,
+) -> None:
+    roster, out, port = tmp_path / "r.csv", tmp_path / "out", free_port()
+    lengths = ["--quiet", "1", "--gathering", "2", "--opening", "1", "--tail", "5"]
+    ports = ["--processes", "2", "--master-port", port, "--master-bind-port", port]
+    async with engine_up(tmp_path / "d") as engine:
+        await engine.command("cards", "sample", "120", "--out", str(roster))
+        await engine.command("cards", "import", str(roster))
+        where = ["--host", engine.url, "--data-dir", str(engine.data_dir), "--headless"]
+        many = run_locust(*where, *ports, "--scenario", "illusion-art", "-u", "5000")
+        wrong = run_locust(*where, "--campaign", "mistyped")
+        # given a mistyped campaign, or more users than cards: told at the start, in one line
+        refused = await asyncio.gather(many, wrong)
+        for (status, told), said in zip(
+            refused, ("cards, 4,", "'mistyped' is not known"), strict=True
+        ):
+            assert status == 2, told
+            assert said in told.splitlines()[-1]
+            assert "Traceback" not in told
+        # when a release is played
+        status, told = await run_locust(
+            *(*where, *ports, *lengths, "--only-summary", "--out", str(out)),
+            *("--scenario", "illusion-art", "-u", "60", "--members", "70", "--bots", "5"),
+        )
+        # then it was proven, and all that should have happened has
+        assert status == 0, told
+        assert "books: clean" in told
+        assert "audit: clean" in told
+        record = read(out / "run.json")
+        assert record.plan["processes"] == 2
+        assert record.proof is not None
+        assert record.proof.clean
+        assert record.proof.orders == record.outcomes["sold"]
+        assert {"sold", "sold-out", "unauthenticated"} <= set(record.outcomes), record.outcomes
+        for step in ("pause", "resume"):
+            assert f"/api/v1/admin/campaigns/[id]/{step} " in told, "the operator was on duty"
+        assert record.samples
+        assert (out / "report.html").stat().st_size > 10_000
+        # and one answer that says otherwise than the books is found
+        about = tmp_path / "about.json"
+        about.write_bytes(msgspec.json.encode(About("again", record.campaign, 0.0, 1.0)))
+        answers = read_answers(out / "answers.jsonl")
+        first = next(number for number, each in enumerate(answers) if each.sold)
+        answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
+        write_answers(answers, tmp_path / "tampered")
+        status, told = await run_module(
+            *("loadtest.locust_proof", "prove", "--answers", str(tmp_path / "tampered")),
+            *("--about", str(about), "--database-url", engine.database_url()),
+        )
+    assert status == 1, told
+    assert "lost: order lost.1.000000" in told

@@ -25,16 +25,19 @@ from sale.db import deployment
 from sale.db.pool import POSTGRES_ERRORS, close_pool, open_pool
 from sale.domain import default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
-from sale.metrics import PurchaseMetrics
+from sale.metrics import LoadMetrics, PurchaseMetrics
 from sale.stock.batcher import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.connection import REDIS_ERRORS, durability_faults, open_redis
 from sale.stock.scripts import Scripts
+from sale.usecases.admission import Admission, files_allow
 from sale.usecases.attendance import Attending
 from sale.usecases.campaigns import CampaignDesk
+from sale.usecases.client_address import ClientAddresses
 from sale.usecases.disk_watch import DiskWatch
 from sale.usecases.orders import OwnOrders, TicketCodes
 from sale.usecases.purchase import PurchaseDesk
+from sale.usecases.rate_limits import Rate, RateLimits
 
 START_PATIENCE_S: Final = 30.0
 START_PAUSE_S: Final = 0.2
@@ -71,6 +74,9 @@ class Engine(msgspec.Struct, frozen=True):
     campaigns: CampaignDesk
     metrics: PurchaseMetrics
     registry: CollectorRegistry
+    admission: Admission
+    limits: RateLimits
+    addresses: ClientAddresses
 
 
 def set_up_logging(settings: Settings) -> None:
@@ -217,6 +223,22 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             metrics,
             free_min_mb=settings.disk_free_min_mb,
         )
+        admission = Admission(
+            connections_max=files_allow(settings.connections_max),
+            turn_max_s=settings.turn_max_ms / 1000,
+            waiting_max=settings.waiting_max,
+            wait_max_s=settings.wait_max_ms / 1000,
+            waiting=batchers.waiting,
+        )
+        limits = _rate_limits(settings)
+        registry.register(
+            LoadMetrics(
+                lambda: admission.connections,
+                lambda: {each.campaign_id: each.waiting for each in batchers.all()},
+                admission.shed,
+                limits.limited,
+            )
+        )
         attending = Attending(stores.redis, stores.pool, batchers)
         watching = [asyncio.ensure_future(work) for work in (disk.run(), attending.run())]
         try:
@@ -226,16 +248,29 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 tokens=tokens,
                 catalogue=catalogue,
                 batchers=batchers,
-                desk=PurchaseDesk(catalogue, batchers, tokens, codes, metrics, stores.pool),
+                desk=PurchaseDesk(
+                    catalogue, batchers, tokens, codes, metrics, stores.pool, limits, admission
+                ),
                 orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
                 campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool, saw=batchers.saw),
                 metrics=metrics,
                 registry=registry,
+                admission=admission,
+                limits=limits,
+                addresses=ClientAddresses(settings.trusted_proxies),
             )
         finally:
             await batchers.close()
             await _ended(watching)
             await attending.sign_off()
+
+
+def _rate_limits(settings: Settings) -> RateLimits:
+    return RateLimits(
+        card_campaign=Rate(settings.card_campaign_per_s, settings.card_campaign_burst),
+        card=Rate(settings.card_per_s, settings.card_burst),
+        address=Rate(settings.address_per_s, settings.address_burst),
+    )
 
 
 async def _ended(tasks: Sequence[asyncio.Future[Any]]) -> None:

@@ -8,6 +8,7 @@ operator who mends one setting at a time restarts a service many times.
 import os
 import tomllib
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +35,18 @@ ENVIRONMENT = {
     "SALE_BATCH_MAX": "batch_max",
     "SALE_QUEUE_MAX": "queue_max",
     "SALE_PURCHASE_DEADLINE_MS": "purchase_deadline_ms",
+    "SALE_FAST_LANE": "fast_lane",
+    "SALE_CONNECTIONS_MAX": "connections_max",
+    "SALE_TURN_MAX_MS": "turn_max_ms",
+    "SALE_WAITING_MAX": "waiting_max",
+    "SALE_WAIT_MAX_MS": "wait_max_ms",
+    "SALE_CARD_CAMPAIGN_PER_S": "card_campaign_per_s",
+    "SALE_CARD_CAMPAIGN_BURST": "card_campaign_burst",
+    "SALE_CARD_PER_S": "card_per_s",
+    "SALE_CARD_BURST": "card_burst",
+    "SALE_ADDRESS_PER_S": "address_per_s",
+    "SALE_ADDRESS_BURST": "address_burst",
+    "SALE_TRUSTED_PROXIES": "trusted_proxies",
     "SALE_WRITER_BATCH_EVENTS": "writer_batch_events",
     "SALE_TICK_INTERVAL_MS": "tick_interval_ms",
     "SALE_LEDGER_BEHIND_MAX_EVENTS": "ledger_behind_max_events",
@@ -42,6 +55,9 @@ ENVIRONMENT = {
     "SALE_DISK_FREE_MIN_MB": "disk_free_min_mb",
 }
 UNIX_PREFIX = "unix:"
+UNIX_PROXY = "unix"
+"""In ``trusted_proxies``: a proxy that comes by a unix socket."""
+
 SIGNING_KEY_MIN_BYTES = 32
 DRAIN_SPARE_S = 5.0  # for closing connections, after the deadline of purchases
 
@@ -79,6 +95,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     batch_max: int = 256
     queue_max: int = 16_384
     purchase_deadline_ms: int = 5_000
+
+    # Plain purchases are served without aiohttp (api/lane.py); off, aiohttp serves every request.
+    fast_lane: bool = True
+
+    # Overload (usecases/admission.py): beyond these a process refuses at once. Connections are
+    # also bounded by the files that the process may open; for the others 0 is no bound.
+    connections_max: int = 50_000
+    turn_max_ms: int = 200
+    waiting_max: int = 32_768
+    wait_max_ms: int = 2_000
+
+    # Rate limits (usecases/rate_limits.py), in each process: so many a second and so many at once;
+    # 0 a second is no limit. People do not notice them. Of an address only what no valid card
+    # answers for is counted, in sums for a large office behind one address.
+    card_campaign_per_s: int = 10
+    card_campaign_burst: int = 100
+    card_per_s: int = 20
+    card_burst: int = 200
+    address_per_s: int = 50
+    address_burst: int = 500
+
+    # Networks of the proxies whose X-Forwarded-For is believed, separated by commas.
+    trusted_proxies: str | None = None
 
     # What Redis must be configured to do, and whether a host that finds it weaker takes no traffic.
     durability: Durability = "fsync"
@@ -161,6 +200,12 @@ def as_environment(settings: Settings) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
+def proxy_networks(text: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Read ``10.0.0.0/8, fd00::/8, unix``; ``unix`` is left out. Raises ValueError in words."""
+    names = [name.strip() for name in (text or "").split(",")]
+    return tuple(ip_network(name) for name in names if name and name != UNIX_PROXY)
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Split ``host:port`` (``[::1]:80`` too). Raises ValueError in words."""
     host, colon, port = address.rpartition(":")
@@ -179,6 +224,16 @@ _BOUNDS = {
     "batch_max": (1, 256),
     "queue_max": (1, 1_000_000),
     "purchase_deadline_ms": (100, 60_000),
+    "connections_max": (1, 1_000_000),
+    "turn_max_ms": (0, 10_000),
+    "waiting_max": (0, 10_000_000),
+    "wait_max_ms": (0, 60_000),
+    "card_campaign_per_s": (0, 1_000_000),
+    "card_campaign_burst": (1, 1_000_000),
+    "card_per_s": (0, 1_000_000),
+    "card_burst": (1, 1_000_000),
+    "address_per_s": (0, 1_000_000),
+    "address_burst": (1, 1_000_000),
     "replicas_min": (1, 10),
     # Below the socket's own limit, so that WAIT ends first, and never 0: that waits for ever.
     "replica_timeout_ms": (10, 4_000),
@@ -242,6 +297,11 @@ def _complaint(key: str, value: Any) -> str | None:  # noqa: ANN401 - any field'
         return "not a redis://, rediss:// or unix:// URL"
     if key == "database_url" and not value.startswith(("postgresql://", "postgres://")):
         return "not a postgresql:// URL"
+    if key == "trusted_proxies":
+        try:
+            proxy_networks(value)
+        except ValueError as error:
+            return str(error)
     if key == "signing_key" and len(value.encode()) < SIGNING_KEY_MIN_BYTES:
         return f"shorter than {SIGNING_KEY_MIN_BYTES} bytes"
     return None

@@ -28,6 +28,14 @@ PRICE_MAX_FEN: Final = 10_000_000
 TITLE_MAX: Final = 200
 REASON_MAX: Final = 500
 DISTRICT: Final = "district"
+REHEARSAL_UNION: Final = "rehearsal"
+"""Union of made-up cards, and the only one that a rehearsal admits; no unions file may hold it."""
+REHEARSAL_CARDS: Final = "0000"
+"""Card numbers that begin so are made up for rehearsals, and no roster takes them.
+
+ISO/IEC 7812 gives a first digit 0 to no issuer of such cards, so no real one is shut out; and a
+spreadsheet that drops leading zeros cannot turn a made-up number into one of the same length.
+"""
 
 LOCAL_ZONE: Final = timezone(timedelta(hours=8))
 """Beijing time: what members and operators read. Stored times are UTC milliseconds."""
@@ -118,6 +126,8 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     opens_at: datetime | None = None
     closes_at: datetime | None = None
     draft: bool = False
+    rehearsal_of: str = ""
+    """ID of the campaign that this one rehearses; '' for a real one. No file can set it."""
 
     @cached_property
     def showing_numbers(self) -> dict[str, int]:
@@ -206,6 +216,19 @@ def is_plain(text: str) -> bool:
     like any other, so ``str.isprintable`` does not do.
     """
     return not any(unicodedata.category(character) in {"Cc", "Cs"} for character in text)
+
+
+def is_made_up(card_no: str) -> bool:
+    """Whether a card number is one of rehearsals: it stands in no roster."""
+    return card_no.startswith(REHEARSAL_CARDS)
+
+
+def may_meet(campaign: Campaign, card_no: str) -> bool:
+    """Whether a card may have to do with a campaign at all.
+
+    Made-up cards with rehearsals, real cards with real campaigns, and never otherwise.
+    """
+    return card_no.startswith(REHEARSAL_CARDS) is bool(campaign.rehearsal_of)
 
 
 def mask_card(card_no: str) -> str:
@@ -313,6 +336,8 @@ def load_unions(path: Path) -> dict[str, str]:
         raise ValueError(f"unions file {path}: {error}") from None
     if DISTRICT not in unions:
         raise ValueError(f"unions file {path}: no union with the code {DISTRICT!r}")
+    if REHEARSAL_UNION in unions:
+        raise ValueError(f"unions file {path}: the code {REHEARSAL_UNION!r} is kept for rehearsals")
     return unions
 
 

@@ -1,8 +1,8 @@
 """Who asks: member tokens, operator tokens, and the key that both logs and PINs are kept with.
 
 Member tokens are standard JWTs (HS256, ``kid``), issued with PyJWT. They are verified here by hand,
-because in a rush each token is seen once or twice, a cache does not help, and PyJWT took 26 µs a
-token, half of all else that a purchase costs. The check is narrow on purpose: one algorithm, one
+because in a rush most tokens are seen for the first time, where a cache does not help, and PyJWT
+took 26 µs a token, half of all else that a purchase costs. The check is narrow on purpose: one algorithm, one
 key. The signature is compared first, over the bytes as they came, so nothing that a stranger wrote
 is ever parsed; ``alg`` is then only asked whether it agrees. PyJWT is the oracle of its tests.
 
@@ -16,6 +16,7 @@ import hmac
 import os
 import secrets
 import stat
+from hashlib import sha256
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, NoReturn
 
@@ -29,6 +30,8 @@ ALGORITHM: Final = "HS256"
 AUDIENCE: Final = "member"
 TOKEN_TTL_S: Final = 30 * 86_400
 TOKEN_MAX_CHARS: Final = 1_024
+REMEMBERED_MAX: Final = 16_384
+SHA256_BLOCK: Final = 64
 OPERATOR_TOKEN_PREFIX: Final = "sale_op_"  # noqa: S105 - a prefix, not a password
 SIGNING_KEY_FILE: Final = "signing.key"
 
@@ -87,14 +90,24 @@ def issue_member_token(
 
 
 class MemberTokens:
-    """Verifies member tokens of one key, without I/O."""
+    """Verifies member tokens of one key, without I/O.
+
+    A token that was found good is remembered, whole: a member tries again with the same one. Two
+    generations of at most ``REMEMBERED_MAX`` bound what that holds. Time is looked at each time.
+    """
 
     def __init__(self, key: SigningKey) -> None:
-        # Copying a keyed state costs 1.1 µs where hmac.digest, which keys it anew, costs 1.9.
-        self._mac = hmac.new(key.secret, digestmod="sha256")
+        # HMAC of RFC 2104 by its two hashes: copying two states and finishing them takes half of
+        # what copying a keyed hmac object does (0.8 against 1.7 µs, OpenSSL 3, Python 3.11).
+        block = key.secret if len(key.secret) <= SHA256_BLOCK else sha256(key.secret).digest()
+        block = block.ljust(SHA256_BLOCK, b"\0")
+        self._inner = sha256(bytes(byte ^ 0x36 for byte in block))
+        self._outer = sha256(bytes(byte ^ 0x5C for byte in block))
         self._kid = key.kid
         # The header as we write it; any other spelling takes the slow way.
         self._header = issue_member_token(key, "", "", now_s=0).split(".")[0].encode()
+        self._good: dict[str, _Good] = {}
+        self._good_before: dict[str, _Good] = {}
 
     def verify(self, token: str, now_s: float) -> Member:
         """Whom ``token`` speaks for at ``now_s`` (Unix seconds).
@@ -103,12 +116,31 @@ class MemberTokens:
             Refused: UNAUTHENTICATED, for anything but a valid token of this key.
 
         """
+        good = self._good.get(token)
+        if good is None:
+            good = self._remember(token, self._good_before.get(token) or self._read(token))
+        exp, nbf, member = good
+        if exp <= now_s:
+            _refuse("the token has expired")
+        if nbf > now_s:
+            _refuse(_NOT_VALID)
+        return member
+
+    def _remember(self, token: str, good: "_Good") -> "_Good":
+        if len(self._good) >= REMEMBERED_MAX:
+            self._good_before, self._good = self._good, {}
+        self._good[token] = good
+        return good
+
+    def _read(self, token: str) -> "_Good":
+        """Check all of a token but the time. Raises Refused."""
         if len(token) > TOKEN_MAX_CHARS or not token.isascii():
             _refuse(_NOT_VALID)
         signed, _, signature = token.encode().rpartition(b".")
-        mac = self._mac.copy()
-        mac.update(signed)
-        expected = binascii.b2a_base64(mac.digest(), newline=False).translate(_TO_URL)[:43]
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(signed)
+        outer.update(inner.digest())
+        expected = binascii.b2a_base64(outer.digest(), newline=False).translate(_TO_URL)[:43]
         if not hmac.compare_digest(signature, expected):
             _refuse(_NOT_VALID)
         header, _, payload = signed.partition(b".")
@@ -118,11 +150,9 @@ class MemberTokens:
             claims = _CLAIMS.decode(_decode_segment(payload))
         except (ValueError, RecursionError):
             _refuse(_NOT_VALID)
-        if claims.exp <= now_s:
-            _refuse("the token has expired")
-        if claims.nbf > now_s or not CARD_NO.fullmatch(claims.sub):
+        if not CARD_NO.fullmatch(claims.sub):
             _refuse(_NOT_VALID)
-        return Member(claims.sub, claims.union)
+        return claims.exp, claims.nbf, Member(claims.sub, claims.union)
 
     def _check_header(self, segment: bytes) -> None:
         """Accept another spelling of our header. Extensions that must be understood are not."""
@@ -166,6 +196,10 @@ def pin_mac(pin_key: bytes, card_no: str, pin: str) -> bytes:
     The card number is in it, so that equal PINs do not look equal.
     """
     return hmac.digest(pin_key, f"{card_no}:{pin}".encode(), "sha256")
+
+
+_Good = tuple[int, int, Member]
+"""A good token: until when and from when (Unix seconds), and whose it is."""
 
 
 class _Claims(msgspec.Struct, gc=False):

@@ -5,9 +5,9 @@ the batcher adds up plain integers, a batch at a time, and this collector turns 
 when somebody asks.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client.core import (
@@ -22,6 +22,8 @@ LATENCY_BOUNDS_S: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+SUMMED_GAUGES: Final = frozenset({"sale_connections", "sale_purchases_waiting"})
+"""Gauges of which several processes' values add up, where of others the highest counts."""
 
 
 class Distribution:
@@ -38,10 +40,19 @@ class Distribution:
         self.total += value
 
     def observe_all(self, values: list[float]) -> None:
-        """Count many values, for the price of one call."""
-        bounds, counts = self.bounds, self.counts
-        for value in values:
-            counts[bisect_left(bounds, value)] += 1
+        """Count many values at once, which are left in order: a search a bound, not a value.
+
+        Times of a queue are in order already, so that sorting them is one pass.
+        """
+        values.sort()
+        seen = 0
+        for place in range(bisect_left(self.bounds, values[0]) if values else 0, len(self.bounds)):
+            if seen == len(values):
+                break
+            upto = bisect_right(values, self.bounds[place], seen)
+            self.counts[place] += upto - seen
+            seen = upto
+        self.counts[-1] += len(values) - seen
         self.total += sum(values)
 
     def buckets(self) -> list[tuple[str, float]]:
@@ -89,3 +100,43 @@ class PurchaseMetrics(Collector):
             buckets=self.batch_size.buckets(),
             sum_value=self.batch_size.total,
         )
+
+
+class LoadMetrics(Collector):
+    """What a process is under, and whom it turned away: filled by what counts it."""
+
+    def __init__(
+        self,
+        connections: Callable[[], int] = lambda: 0,
+        waiting: Callable[[], Mapping[str, int]] = dict,
+        shed: Mapping[str, int] | None = None,
+        limited: Mapping[str, int] | None = None,
+    ) -> None:
+        self._connections = connections
+        self._waiting = waiting
+        self._shed = shed or {}
+        self._limited = limited or {}
+
+    def collect(self) -> Iterator[Metric]:
+        """Give what is and what was counted so far."""
+        yield GaugeMetricFamily(
+            "sale_connections", "Connections of clients.", value=float(self._connections())
+        )
+        waiting = GaugeMetricFamily(
+            "sale_purchases_waiting", "Purchases that wait for their batch.", labels=("campaign",)
+        )
+        for campaign, count in self._waiting().items():
+            waiting.add_metric((campaign,), count)
+        yield waiting
+        shed = CounterMetricFamily(
+            "sale_shed", "Connections and requests refused for overload.", labels=("reason",)
+        )
+        for reason, count in self._shed.items():
+            shed.add_metric((reason,), count)
+        yield shed
+        limited = CounterMetricFamily(
+            "sale_rate_limited", "Requests refused for their rate.", labels=("scope",)
+        )
+        for scope, count in self._limited.items():
+            limited.add_metric((scope,), count)
+        yield limited

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from sale.domain import Campaign, Showing, from_ms
 from sale.events import GENESIS, Books, Entry, SaleRecord, check_chain, parse_entry
+from sale.stock.bids import pack_bids
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
 from sale.stock.records import parse_records
 from sale.stock.roll import who_is_it
@@ -136,11 +137,8 @@ class Stock:
         if call is None:
             self.calls += 1
             call = self.calls
-        arguments: list[str | int] = []
-        for bid in bids:
-            arguments += (bid.card_no, bid.union, bid.showing, bid.quantity, bid.key_hash)
         mark = (await self.incarnation(epoch), self.seen if seen is None else seen)
-        return await self.scripts.purchase(self.keys, process, call, mark, behind_max, arguments)
+        return await self.scripts.purchase(self.keys, process, call, mark, behind_max, packed(bids))
 
     async def incarnation(self, epoch: int | None = None) -> str:
         """What a process signs for that has looked at this Redis; '' where there is no head."""
@@ -156,7 +154,7 @@ class Stock:
         """Run purchase.lua once, which must be believed; what it said of each."""
         reply = await self.call(*bids, **how)
         assert reply[0] == CallReply.OK, CallReply(reply[0]).name
-        return told(reply)
+        return told(reply, len(bids))
 
     async def buy_one(self, *args: Any, **kwargs: Any) -> Told:
         return (await self.buy(Bid(*args, **kwargs)))[0]
@@ -215,11 +213,29 @@ class Stock:
         return books
 
 
-def told(reply: list[int]) -> list[Told]:
-    return [
-        Told(Decision(reply[at]), reply[at + 1], reply[at + 2], reply[at + 3])
-        for at in range(5, len(reply), 4)
-    ]
+def packed(bids: Sequence[Bid]) -> bytes:
+    return pack_bids(
+        (
+            [bid.card_no for bid in bids],
+            [bid.union for bid in bids],
+            [bid.showing for bid in bids],
+            [bid.quantity for bid in bids],
+            [bid.key_hash for bid in bids],
+        )
+    )
+
+
+def told(reply: list[int], count: int) -> list[Told]:
+    """What a reply says of each of ``count`` purchases; see the header of ``purchase.lua``."""
+    number, answers = reply[5], []
+    for result in reply[6 : 6 + count]:
+        if result >= 0:
+            number += 1
+            answers.append(Told(Decision.SOLD, number, result, 0))
+        else:
+            code, *numbers = reply[-result : 4 - result]
+            answers.append(Told(Decision(code), *numbers))
+    return answers
 
 
 async def open_stock(redis: Redis, *tickets: int, **how: Any) -> Stock:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from sale import config
 from sale.cli.main import sale
-from sale.metrics import PurchaseMetrics
+from sale.metrics import LoadMetrics, PurchaseMetrics
 from sale.workers.ledger_writer import LedgerMetrics
 from sale.workers.scheduler import SchedulerMetrics
 
@@ -142,6 +142,7 @@ def test_given_a_file_when_it_names_a_setting_then_there_is_one(place: str) -> N
 def _metrics_in_code() -> set[str]:
     registry = CollectorRegistry()
     registry.register(PurchaseMetrics())
+    registry.register(LoadMetrics())
     LedgerMetrics(registry)
     SchedulerMetrics(registry)
     return {

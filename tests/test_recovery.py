@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from redis.asyncio import Redis
 from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, Bid, campaign, card, key
+from stock_maker import BEHIND_MAX, Bid, campaign, card, key, packed
 
 from sale.db import claims
 from sale.domain import Problem, Refused
@@ -354,7 +354,7 @@ async def test_given_another_deployments_redis_when_verified_then_the_nonce_is_n
 ):
     other = Scripts(shop.redis, "another")
     reply = await other.purchase(
-        shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, [card(5), "district", 0, 1, key(1)]
+        shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, packed([Bid(card(5), key(1))])
     )
     assert reply[0] == CallReply.UNVERIFIED
 

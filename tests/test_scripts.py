@@ -21,6 +21,7 @@ from stock_maker import (
     now_ms,
     open_stock,
     operation,
+    told,
 )
 
 from sale.domain import STOCK_MAX
@@ -524,8 +525,8 @@ async def test_scripts_are_sent_again_where_redis_has_forgotten_them(redis: Redi
 async def test_whole_batch_is_one_entry_and_each_is_answered(redis: Redis) -> None:
     stock = await open_stock(redis, 300, 10)
     reply = await stock.call(*(Bid(card(n), key(n), 1, n % 2) for n in range(256)))
-    assert len(reply) == 5 + 4 * 256
-    decisions = [reply[at] for at in range(5, len(reply), 4)]
+    decisions = [answer.decision for answer in told(reply, 256)]
+    assert len(reply) == 6 + 256 + 4  # who gets none is told so in one place
     assert decisions.count(Decision.SOLD) == 128 + 10
     assert decisions.count(Decision.SOLD_OUT) == 128 - 10
     entry = (await stock.entries())[-1]

@@ -9,16 +9,18 @@ from aiohttp import web
 from sale.api.exchange import (
     ENCODER,
     ENGINE,
+    KEY_HEADER,
     NO_STORE,
     bearer,
+    checked_key,
     decode_cursor,
     encode_cursor,
-    idempotency_key,
     json_response,
     offset_cursor,
     page_limit,
     read_body,
 )
+from sale.api.limits import refuse_guessers
 from sale.api.routing import Handler, guarded
 from sale.api.schemas import (
     AuditEntryView,
@@ -40,6 +42,7 @@ from sale.domain import (
     parse_campaign,
     rfc3339,
 )
+from sale.identity import operator_token_hash
 from sale.stock.catalogue import CampaignNow
 from sale.usecases.campaigns import ACTIONS, Actor, moment_ms
 from sale.usecases.operators import authenticate_operator
@@ -62,13 +65,15 @@ def add_admin_routes(app: web.Application) -> None:
 
 
 async def list_campaigns(request: web.Request) -> web.Response:
-    """GET /api/v1/admin/campaigns: drafts too."""
+    """GET /api/v1/admin/campaigns: drafts too, and rehearsals with ``?rehearsals=true``."""
     actor = await actor_of(request)
+    rehearsals = request.query.get("rehearsals") == "true"
     limit, start = page_limit(request), offset_cursor(request)
     campaigns = [
         now
         for now in await request.app[ENGINE].catalogue.read_all()
         if now.state is not CampaignState.DELETED
+        and (rehearsals or not now.campaign.rehearsal_of)
         and (now.visible or actor.role != "operator" or actor.may_run(now.campaign.owner))
     ]
     page = campaigns[start : start + limit]
@@ -170,12 +175,14 @@ async def actor_of(request: web.Request) -> Actor:
     """Give who this operator is. Raises Refused: 401 for nobody, 403 for a member."""
     engine = request.app[ENGINE]
     token = bearer(request) or ""
+    refuse_guessers(request, token)
     try:
         operator = await authenticate_operator(engine.stores.pool, token)
     except Refused:
         if _is_member(request, token):
             raise Refused(Problem.FORBIDDEN, "a member's token does not open this") from None
         raise
+    engine.limits.remember(operator_token_hash(token))
     # An account may be called "clock" or "cli:root": the log tells where a name is from (INV-10).
     return Actor(f"operator:{operator.name}", operator.role, operator.union_code)
 
@@ -215,7 +222,8 @@ async def _now(request: web.Request) -> CampaignNow:
 
 
 def _key(request: web.Request) -> str | None:
-    return idempotency_key(request) if "Idempotency-Key" in request.headers else None
+    key = request.headers.get(KEY_HEADER)
+    return None if key is None else checked_key(key)
 
 
 def _audit_view(row: ledger.AuditRow) -> AuditEntryView:

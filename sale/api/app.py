@@ -12,25 +12,24 @@ import contextlib
 import gc
 import socket
 import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, Final
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
 
 import structlog
 from aiohttp import web
 
 from sale.api.admin import add_admin_routes
+from sale.api.aiohttp_handler import Handler
 from sale.api.exchange import BODY_MAX, ENGINE
 from sale.api.health import add_health_routes
+from sale.api.lane import Connection, Lane
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
-from sale.api.problems import problem_response
 from sale.api.routing import add_fallback
 from sale.bootstrap import Engine, first_address
 from sale.config import StartError
-from sale.domain import Problem, Refused
 
 BACKLOG: Final = 4_096
-KEEPALIVE_TIMEOUT_S: Final = 75.0
 KEPT_GRACE_S: Final = 0.5
 """How long kept connections may still bring a request, to be told to go elsewhere."""
 
@@ -58,24 +57,27 @@ async def listening(engine: Engine) -> AsyncIterator["Api"]:
     """Serve on ``settings.listen`` while the block runs, then drain. Raises StartError."""
     runner = web.AppRunner(make_app(engine), shutdown_timeout=CANCEL_TIMEOUT_S)
     await runner.setup()
-    api = Api(engine, runner)
+    assert runner.server is not None  # noqa: S101 - set up just now
+    api = Api(engine, runner.server)
     try:
         await api.listen()
         yield api
     finally:
         await api.drain()
+        await api.close()
         await runner.cleanup()
 
 
 class Api:
     """The listener of one process and its connections."""
 
-    def __init__(self, engine: Engine, runner: web.AppRunner) -> None:
+    def __init__(self, engine: Engine, server: web.Server) -> None:
         self._engine = engine
-        self._runner = runner
+        self._handlers = server
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
+        self._lane = Lane(engine, server) if engine.stores.settings.fast_lane else None
         self.draining = False
 
     async def listen(self) -> None:
@@ -93,6 +95,8 @@ class Api:
         if self.draining or self._server is None:
             return
         self.draining = True
+        if self._lane is not None:
+            self._lane.draining = True
         self._engine.batchers.halted = STOPPING
         self._engine.metrics.halted = True
         log.info("api.stopping", connections=len(self._connections))
@@ -108,6 +112,11 @@ class Api:
                 break
             await asyncio.sleep(DRAIN_POLL_S)
 
+    async def close(self) -> None:
+        """Close the connections of the lane; aiohttp's runner closes those that are its own."""
+        if self._lane is not None:
+            await self._lane.close()
+
     def _close_listener(self) -> list[socket.socket]:
         """Close the listener at a moment when nobody waits at it; give who waited until then."""
         waiting: list[socket.socket] = []
@@ -122,55 +131,19 @@ class Api:
         return waiting
 
     @property
-    def _connections(self) -> list["Connection"]:
-        server = self._runner.server
-        every = [] if server is None else server.connections
-        return [connection for connection in every if isinstance(connection, Connection)]
+    def _connections(self) -> Sequence[Connection | Handler]:
+        if self._lane is not None:
+            return list(self._lane.connections)
+        every = self._handlers.connections
+        return [handler for handler in every if isinstance(handler, Handler)]
 
-    def _connection(self) -> "Connection":
-        assert self._runner.server is not None  # noqa: S101 - set up before
-        return Connection(
-            self._runner.server,
-            loop=self._loop,
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            api=self,
-        )
+    def _connection(self) -> Connection | Handler:
+        if self._lane is not None:
+            return Connection(self._lane)
+        return Handler(self._handlers, draining=self._is_draining, admission=self._engine.admission)
 
-
-class Connection(web.RequestHandler):
-    """aiohttp's connection: its own refusals are problem documents, and it can be drained."""
-
-    def __init__(self, *arguments: Any, api: Api, **options: Any) -> None:  # noqa: ANN401 - passed
-        super().__init__(*arguments, **options)
-        self._api = api
-
-    @property
-    def busy(self) -> bool:
-        """Whether a request is under way here."""
-        return self._request_in_progress or bool(self._messages)
-
-    def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
-        """Send an answer; while draining, it is this connection's last."""
-        if self._api.draining:
-            resp.force_close()
-        return super().finish_response(request, resp, start_time)
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer in fixed words: nothing of what was sent comes back."""
-        super().handle_error(request, status, exc, message)  # logs, and sees that nothing was sent
-        problem = Problem.UNAVAILABLE if status >= 500 else Problem.INVALID_REQUEST
-        response = problem_response(Refused(problem, "this is not a request that can be read"))
-        response.force_close()
-        return response
+    def _is_draining(self) -> bool:
+        return self.draining
 
 
 def spare_collector() -> None:

@@ -38,13 +38,16 @@ class BodyLate(Refused):
 
 def bearer(request: web.Request) -> str | None:
     """Give the bearer token, or None."""
-    header = request.headers.get(hdrs.AUTHORIZATION, "")
-    return header[7:] if header[:7].lower() == "bearer " else None
+    return bearer_token(request.headers.get(hdrs.AUTHORIZATION, ""))
 
 
-def idempotency_key(request: web.Request) -> str:
+def bearer_token(authorization: str) -> str | None:
+    """Give the token of a header ``Authorization``, or None."""
+    return authorization[7:] if authorization[:7].lower() == "bearer " else None
+
+
+def checked_key(key: str | None) -> str:
     """Give the idempotency key. Raises Refused where it is missing or malformed."""
-    key = request.headers.get(KEY_HEADER)
     if key is None:
         raise Refused(
             Problem.MISSING_IDEMPOTENCY_KEY, "send a header Idempotency-Key, new for each order"
@@ -60,9 +63,7 @@ def idempotency_key(request: web.Request) -> str:
 
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -> Body:
     """Read and check a JSON body. Raises Refused for its type, size, syntax and fields."""
-    media_type = request.headers.get(hdrs.CONTENT_TYPE, "")
-    if media_type != "application/json" and not _is_json(media_type):
-        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+    check_media_type(request.headers.get(hdrs.CONTENT_TYPE, ""))
     try:
         if request.content.is_eof():
             body = request.content.read_nowait()
@@ -77,6 +78,17 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
         ) from None
     except web.HTTPRequestEntityTooLarge:
         body = bytes(BODY_MAX + 1)
+    return decode_body(body, decoder)
+
+
+def check_media_type(media_type: str) -> None:
+    """Take JSON only. Raises Refused."""
+    if media_type != "application/json" and not _is_json(media_type):
+        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+
+
+def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Decode a body that is whole. Raises Refused for its size, syntax and fields."""
     if len(body) > BODY_MAX:
         raise Refused(Problem.PAYLOAD_TOO_LARGE, f"at most {BODY_MAX} bytes")
     try:

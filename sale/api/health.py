@@ -37,8 +37,8 @@ def add_health_routes(app: web.Application) -> None:
             response.headers["Retry-After"] = "1"
         return response
 
-    app.router.add_get("/healthz", guarded(healthz))
-    app.router.add_get("/readyz", guarded(readyz))
+    app.router.add_get("/healthz", guarded(healthz, exempt=True))
+    app.router.add_get("/readyz", guarded(readyz, exempt=True))
 
 
 async def reasons(stores: Stores) -> list[str]:

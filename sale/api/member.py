@@ -5,35 +5,36 @@ from typing import Final
 
 import msgspec
 from aiohttp import hdrs, web
-from multidict import istr
 
 from sale.api.exchange import (
     ENCODER,
     ENGINE,
+    KEY_HEADER,
     NO_STORE,
     bearer,
+    checked_key,
     decode_cursor,
     encode_cursor,
-    idempotency_key,
     json_response,
     offset_cursor,
     page_limit,
     read_body,
     tagged_response,
 )
-from sale.api.problems import problem_response
+from sale.api.problems import Worded, problem_answer
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
 from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
-from sale.domain import CampaignState, Order, Problem, Refused, rfc3339
+from sale.domain import CampaignState, Order, Problem, Refused, may_meet, rfc3339
 from sale.identity import Member
 from sale.stock.catalogue import CampaignNow, redis_now_ms
 from sale.stock.records import read_card
 from sale.usecases.orders import live_tickets
-from sale.usecases.purchase import PurchaseDesk
+from sale.usecases.purchase import Placed, PurchaseDesk
+from sale.usecases.rate_limits import TooFast
 
-REPLAYED: Final = istr("Idempotency-Replayed")
+ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
 
 
 def add_member_routes(app: web.Application, desk: PurchaseDesk) -> None:
@@ -56,30 +57,38 @@ def order_handler(desk: PurchaseDesk) -> Handler:
 
     async def place_order(request: web.Request) -> web.StreamResponse:
         try:
-            wish = await read_body(request, _ORDER_REQUEST)
+            if wait_s := desk.turned_away():
+                raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)  # noqa: TRY301
+            wish = await read_body(request, ORDER_REQUEST)
             placed = await desk.purchase(
                 request.match_info["id"],
                 wish.quantity,
                 wish.showing,
-                idempotency_key(request),
+                checked_key(request.headers.get(KEY_HEADER)),
                 bearer(request),
             )
         except Exception as error:  # noqa: BLE001 - guarded here: a wrapper is a coroutine more
             problem = error.problem if isinstance(error, Refused) else Problem.UNAVAILABLE
             desk.count_refused(request.match_info["id"], problem)
             return failed(request, error)
-        if isinstance(placed, Refused):
-            return problem_response(placed)
-        headers = {
-            hdrs.LOCATION: f"/api/v1/orders/{placed.order.order_no}",
-            hdrs.CACHE_CONTROL: "no-store",
-            hdrs.CONTENT_TYPE: "application/json",
-        }
-        if placed.replayed:
-            headers[REPLAYED] = "true"
-        return web.Response(status=201, body=ENCODER.encode(placed.order), headers=headers)
+        status, body, headers = order_answer(placed)
+        return web.Response(status=status, body=body, headers=headers)
 
     return place_order
+
+
+def order_answer(told: Placed | Refused) -> Worded:
+    """Word what became of a purchase: status, body, headers. Both lanes send this."""
+    if isinstance(told, Refused):
+        return problem_answer(told)
+    headers: dict[str, str] = {
+        hdrs.LOCATION: f"/api/v1/orders/{told.order.order_no}",
+        hdrs.CACHE_CONTROL: "no-store",
+        hdrs.CONTENT_TYPE: "application/json",
+    }
+    if told.replayed:
+        headers["Idempotency-Replayed"] = "true"
+    return 201, ENCODER.encode(told.order), headers
 
 
 async def tell_time(request: web.Request) -> web.Response:
@@ -90,7 +99,7 @@ async def tell_time(request: web.Request) -> web.Response:
 
 async def list_campaigns(request: web.Request) -> web.Response:
     """GET /api/v1/campaigns."""
-    campaigns = [now for now in await request.app[ENGINE].catalogue.all() if now.visible]
+    campaigns = [now for now in await request.app[ENGINE].catalogue.all() if now.listed]
     limit, start = page_limit(request), offset_cursor(request)
     page = campaigns[start : start + limit]
     following = encode_cursor(start + limit) if len(campaigns) > start + limit else None
@@ -158,8 +167,13 @@ async def visible_campaign(request: web.Request) -> CampaignNow:
 
 
 def member_of(request: web.Request) -> Member:
-    """Give whose token this is. Raises Refused (unauthenticated)."""
-    return request.app[ENGINE].tokens.verify(bearer(request) or "", time.time())
+    """Give whose token this is, and charge the card. Raises Refused (unauthenticated), TooFast."""
+    engine = request.app[ENGINE]
+    member = engine.tokens.verify(bearer(request) or "", time.time())
+    limited = engine.limits.spend_card(member.card_no, time.monotonic())
+    if limited is not None:
+        raise TooFast(limited)
+    return member
 
 
 def _why_not(
@@ -174,13 +188,12 @@ def _why_not(
     }
     if revoked:
         return Problem.CARD_REVOKED
-    if "*" not in now.campaign.unions and member.union not in now.campaign.unions:
+    if not may_meet(now.campaign, member.card_no) or (
+        "*" not in now.campaign.unions and member.union not in now.campaign.unions
+    ):
         return Problem.NOT_ELIGIBLE
     if now.state in by_state:
         return by_state[now.state]
     if card_remaining < 1:
         return Problem.LIMIT_EXCEEDED
     return Problem.SOLD_OUT if not any(now.remaining) else None
-
-
-_ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)

@@ -25,6 +25,12 @@ _CURSOR: Final = {
     "description": "The `next` of the page before.",
     "schema": {"type": "string", "maxLength": 200},
 }
+_REHEARSALS: Final = {
+    "name": "rehearsals",
+    "in": "query",
+    "description": "`true`: list rehearsals too.",
+    "schema": {"type": "string", "enum": ["true", "false"], "default": "false"},
+}
 _REPLAYED: Final = {
     "Idempotency-Replayed": {
         "description": "`true` where the same key was answered before.",
@@ -282,6 +288,8 @@ def _parameters(call: _Call) -> list[dict[str, Any]]:
         parameters.append(_path_parameter("order_no", r"^[A-Za-z0-9.-]{1,64}$"))
     if call.listed:
         parameters += [_LIMIT, _CURSOR]
+    if call.path == f"{_ADMIN}/campaigns" and call.listed:
+        parameters.append(_REHEARSALS)
     if call.key is not None:
         parameters.append(
             {

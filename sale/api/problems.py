@@ -20,6 +20,7 @@ import msgspec
 from aiohttp import hdrs, web
 
 from sale.domain import LOCAL_ZONE, Problem, Refused
+from sale.usecases.rate_limits import TooFast
 
 CONTENT_TYPE: Final = "application/problem+json"
 RETRY_AFTER_MAX_S: Final = 86_400
@@ -247,28 +248,36 @@ def problem_body(problem: Problem, detail: str = "", /, **members: object) -> by
 
 
 def problem_response(refused: Refused) -> web.Response:
-    """Answer a refusal as ``application/problem+json`` with the headers that its code calls for.
+    """Answer a refusal as ``application/problem+json``; see ``problem_answer``."""
+    status, body, headers = problem_answer(refused)
+    return web.Response(status=status, body=body, headers=headers)
+
+
+Worded = tuple[int, bytes, dict[str, str]]
+"""Status, body and headers of an answer."""
+
+
+def problem_answer(refused: Refused) -> Worded:
+    """Word a refusal with the headers that its code calls for.
 
     A member ``allow`` (a text, or method names) becomes the header ``Allow`` and is not shown.
     """
     problem = refused.problem
     if problem in MEMBER_FACING:
-        status, body, known = _member_answer(
-            problem, retry_after_s(refused), tuple(refused.members.items())
-        )
-        return web.Response(status=status, body=body, headers=known)
+        told = _member_answer(problem, retry_after_s(refused), tuple(refused.members.items()))
+        if isinstance(refused, TooFast):
+            status, body, headers = told
+            return status, body, {**headers, **dict(refused.limited.headers())}
+        return told
     members = {name: value for name, value in refused.members.items() if name != "allow"}
-    return web.Response(
-        status=WORDINGS[problem].status,
-        body=problem_body(problem, refused.detail, **members),
-        headers=problem_headers(refused),
-    )
+    body = problem_body(problem, refused.detail, **members)
+    return WORDINGS[problem].status, body, problem_headers(refused)
 
 
 @lru_cache(maxsize=_MEMO_BODIES, typed=True)
 def _member_answer(
     problem: Problem, wait_s: int | None, members: tuple[tuple[str, object], ...]
-) -> tuple[int, bytes, dict[str, str]]:
+) -> Worded:
     """Give status, body and headers of what a rush refuses by the hundred thousand."""
     refused = Refused(problem, "", retry_after_s=wait_s, **dict(members))
     body = problem_body(problem, **dict(members))

@@ -12,7 +12,8 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from sale.api.exchange import BodyLate
+from sale.api.exchange import ENGINE, BodyLate
+from sale.api.limits import admit, charged
 from sale.api.problems import problem_response
 from sale.bootstrap import STORE_ERRORS
 from sale.domain import CAMPAIGN_ID, Problem, Refused
@@ -22,11 +23,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 log = structlog.get_logger()
 
 
-def guarded(handler: Handler) -> Handler:
-    """Turn everything that goes wrong into a problem document; never show how it went wrong."""
+def guarded(handler: Handler, *, exempt: bool = False) -> Handler:
+    """Turn everything that goes wrong into a problem document; never show how it went wrong.
+
+    What is ``exempt`` (health checks) is answered under any load, and never limited.
+    """
 
     async def guard(request: web.Request) -> web.StreamResponse:
         try:
+            engine = request.app.get(ENGINE)
+            if engine is not None and not exempt:
+                admit(engine)
             return await handler(request)
         except Exception as error:  # noqa: BLE001 - told by what it is
             return failed(request, error)
@@ -36,20 +43,25 @@ def guarded(handler: Handler) -> Handler:
 
 def failed(request: web.Request, error: Exception) -> web.StreamResponse:
     """Answer an error of a handler. Raises aiohttp's redirections on."""
+    if isinstance(error, web.HTTPException) and error.status < 400:
+        raise error
+    response = problem_response(charged(request, refused_by(error, request.path)))
+    if isinstance(error, BodyLate):
+        response.force_close()
+    return response
+
+
+def refused_by(error: Exception, path: str) -> Refused:
+    """Give the refusal that an error is told as; what is a fault of ours is logged."""
     if isinstance(error, Refused):
-        response = problem_response(error)
-        if isinstance(error, BodyLate):
-            response.force_close()
-        return response
+        return error
     if isinstance(error, web.HTTPException):
-        if error.status < 400:
-            raise error
-        return problem_response(Refused(Problem.INVALID_REQUEST, error.reason))
+        return Refused(Problem.INVALID_REQUEST, error.reason)
     if isinstance(error, STORE_ERRORS):
-        log.warning("request.store_failed", path=request.path, error=type(error).__name__)
+        log.warning("request.store_failed", path=path, error=type(error).__name__)
     else:
-        log.error("request.failed", path=request.path, exc_info=error)
-    return problem_response(Refused(Problem.UNAVAILABLE))
+        log.error("request.failed", path=path, exc_info=error)
+    return Refused(Problem.UNAVAILABLE)
 
 
 def add_fallback(app: web.Application) -> None:

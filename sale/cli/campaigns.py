@@ -52,9 +52,10 @@ def create(context: CommandContext, file: Path) -> None:
 
 
 @campaign.command("list")
+@click.option("--all", "rehearsals", is_flag=True, help="Rehearsals too.")
 @command_context
-def list_(context: CommandContext) -> None:
-    """List all campaigns, drafts too."""
+def list_(context: CommandContext, *, rehearsals: bool) -> None:
+    """List all campaigns, drafts too; rehearsals with --all."""
 
     async def work() -> list[CampaignNow]:
         async with _desk(context) as (_, _, redis):
@@ -62,7 +63,10 @@ def list_(context: CommandContext) -> None:
                 now for now in await read_campaigns(redis) if now.state is not CampaignState.DELETED
             ]
 
-    campaigns = run(work())
+    found = run(work())
+    campaigns = [now for now in found if rehearsals or not now.campaign.rehearsal_of]
+    if hidden := len(found) - len(campaigns):
+        note(f"{hidden} rehearsals are not listed: --all shows them")
     echo(
         context,
         [_as_json(now) for now in campaigns],
@@ -72,7 +76,9 @@ def list_(context: CommandContext) -> None:
                 (
                     now.campaign.id,
                     now.campaign.title,
-                    now.state.value,
+                    f"{now.state.value}, a rehearsal"
+                    if now.campaign.rehearsal_of
+                    else now.state.value,
                     _moment(now.opens_at_ms),
                     sum(now.remaining),
                     sum(now.tickets),
@@ -240,6 +246,7 @@ def _show(context: CommandContext, now: CampaignNow) -> None:
             [
                 ("id", campaign.id),
                 ("title", campaign.title),
+                *([("rehearses", campaign.rehearsal_of)] if campaign.rehearsal_of else []),
                 ("state", now.state.value),
                 ("why", now.recovering or None) if now.recovering else ("owner", campaign.owner),
                 ("opens at", _moment(now.opens_at_ms)),
@@ -277,6 +284,7 @@ def _as_json(now: CampaignNow) -> dict[str, Any]:
         "closes_at": _moment(now.closes_at_ms),
         "unions": list(campaign.unions),
         "owner": campaign.owner,
+        "rehearsal_of": campaign.rehearsal_of or None,
         "recovering": now.recovering or None,
         "ledger_seq": now.seq,
         "showings": [

@@ -99,6 +99,12 @@ def doctor(context: CommandContext) -> None:
             for each in found.campaigns
         ]
         echo_table(("campaign", "state", "events", "in PostgreSQL", "lag", "trouble"), rows)
+        for each in found.campaigns:
+            if each.rehearsal_of:
+                click.echo(
+                    f"{each.id} rehearses {each.rehearsal_of}; if nobody plays it any more: "
+                    f"sale rehearse --purge {each.id}"
+                )
 
     echo(context, found, in_words)
     if found.faults or short or any(each.trouble for each in found.campaigns):

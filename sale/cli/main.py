@@ -11,6 +11,7 @@ from sale.cli.checks import audit, doctor
 from sale.cli.operators import operator
 from sale.cli.processes import migrate, scheduler, serve, up, writer
 from sale.cli.recovery import losses, recover
+from sale.cli.rehearse import rehearse
 from sale.cli.runtime import main_entry, remember_options
 
 
@@ -34,6 +35,7 @@ for command in (
     audit,
     recover,
     losses,
+    rehearse,
     doctor,
 ):
     sale.add_command(command)

@@ -21,6 +21,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -30,10 +31,12 @@ from redis.exceptions import RedisError, ResponseError
 from sale.domain import Campaign, Problem
 from sale.events import CorruptLedger
 from sale.metrics import PurchaseMetrics
-from sale.stock.kept import Kept
+from sale.stock.bids import pack_bids
+from sale.stock.kept import Kept, Told
 from sale.stock.keys import campaign_keys
+from sale.stock.line import Line
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
-from sale.stock.suspects import Suspects
+from sale.stock.suspects import PLACES, Suspects
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
@@ -103,6 +106,8 @@ _PASSING: Final = frozenset(
     {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED}
 )
 """What may be well again in a moment, within the patience of those who wait."""
+_RESULTS_AT: Final = 6
+"""Where in a reply of ``purchase.lua`` the results begin."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
 
@@ -169,6 +174,7 @@ class Batcher:
         deadline_s: float,
         behind_max: tuple[int, int],
         next_call: Callable[[], int],
+        line: Line | None = None,
     ) -> None:
         self._campaign = campaign
         self._keys = campaign_keys(campaign.id)
@@ -182,6 +188,7 @@ class Batcher:
         self._call_timeout_s = deadline_s / CALLS_PER_DEADLINE
         self._behind_max = behind_max
         self._next_call = next_call
+        self._line = line
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Purchase] = deque()
         self._task: asyncio.Task[None] | None = None
@@ -201,6 +208,11 @@ class Batcher:
         """ID of its campaign."""
         return self._campaign.id
 
+    @property
+    def rehearsal(self) -> bool:
+        """Whether its campaign is a rehearsal, which goes away one day."""
+        return bool(self._campaign.rehearsal_of)
+
     def submit(self, purchase: Purchase) -> bool:
         """Queue a purchase; its ``answer`` will be set. False where the queue is full."""
         if len(self._queue) >= self._queue_max:
@@ -214,6 +226,14 @@ class Batcher:
     def waiting(self) -> int:
         """Purchases in the queue."""
         return len(self._queue)
+
+    @property
+    def waiting_since(self) -> float:
+        """Since when the first of them waits; 0.0 for none, or where Redis is what ails.
+
+        Then there is no crowd to be refused, and what is told is "unavailable".
+        """
+        return 0.0 if self._ailing or not self._queue else self._queue[0].asked_at
 
     async def close(self) -> None:
         """Answer what is queued, bounded by the deadline, then stop."""
@@ -246,22 +266,32 @@ class Batcher:
 
     def _take(self, most: int) -> list[Purchase]:
         queue = self._queue
-        return [queue.popleft() for _ in range(min(len(queue), most))]
+        if len(queue) <= most:
+            taken = list(queue)
+            queue.clear()
+            return taken
+        return [queue.popleft() for _ in range(most)]
 
     async def _decide(self, batch: list[Purchase]) -> None:
         """Run the script for a batch until each is answered or past its deadline."""
         attempt = 0
         first_asked_at = time.monotonic()
         while batch:
-            arguments: list[str | int] = []
-            for p in batch:
-                arguments += (p.card_no, p.union, p.showing, p.quantity, p.key_hash)
+            bids = pack_bids(
+                (
+                    [p.card_no for p in batch],
+                    [p.union for p in batch],
+                    [p.showing for p in batch],
+                    [p.quantity for p in batch],
+                    [p.key_hash for p in batch],
+                )
+            )
             mark = self.mark
             try:
                 async with asyncio.timeout(self._call_timeout_s):
                     reply = await self._scripts.purchase(
                         self._keys, self._process, self._next_call(), mark, self._behind_max,
-                        arguments,
+                        bids, self._line,
                     )  # fmt: skip
             except ResponseError as error:
                 # Rejected before its first write: out of memory, or a replica that is read-only.
@@ -274,7 +304,7 @@ class Batcher:
                 # An answer of an incarnation that is over says nothing of this one: asked again.
                 if reply[0] == CallReply.OK and mark.incarnation == self.mark.incarnation:
                     self._ailing = ""
-                    self._answer(batch, reply)
+                    self._answer(batch, bids, reply)
                     return
                 if reply[0] == CallReply.UNATTENDED and await self.attend() and attempt == 0:
                     attempt = 1
@@ -332,27 +362,52 @@ class Batcher:
     def _give_up(self, purchases: list[Purchase]) -> None:
         self._settle(purchases, [UNKNOWN] * len(purchases))
 
-    def _answer(self, batch: list[Purchase], reply: list[int]) -> None:
-        now_ms, seq, epoch, price_fen = reply[1:5]
+    def _answer(self, batch: list[Purchase], bids: bytes, reply: list[int]) -> None:
+        """Keep what was sold, then tell everybody. The reply: see ``purchase.lua``."""
+        now_ms, seq, epoch, price_fen, number = reply[1:_RESULTS_AT]
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, seq))
-        answers = [
-            Answer(_DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen)
-            for code, value, left, sold_at_ms in zip(
-                reply[5::4], reply[6::4], reply[7::4], reply[8::4], strict=True
-            )
-        ]
-        applied = self.kept.applied
-        told = [
-            (a.value, a.sold_at_ms, p.card_no, p.showing, p.quantity, p.key_hash)
-            for p, a, code in zip(batch, answers, reply[5::4], strict=True)
-            if code > 0
-            and a.value > applied
-            and (code == Decision.SOLD or self.kept.first_replay(a.value, p.key_hash))
-        ]
-        self.kept.add(epoch, price_fen, told)
-        self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
-        self._settle(batch, answers)
         self._metrics.batch_size.observe(len(batch))
+        if len(reply) == _RESULTS_AT + len(batch):
+            # Everything was sold: what a rush is made of, without a look at each.
+            self._all_refused = False
+            self.kept.add_batch(epoch, price_fen, number + 1, now_ms, len(batch), bids)
+            answers = [
+                Answer(Decision.SOLD, event, left, now_ms, now_ms, price_fen)
+                for event, left in enumerate(islice(reply, _RESULTS_AT, None), number + 1)
+            ]
+        else:
+            answers = self._answers_of(batch, reply)
+            self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
+        self._settle(batch, answers)
+
+    def _answers_of(self, batch: list[Purchase], reply: list[int]) -> list[Answer]:
+        """Read a reply in which not everybody was sold something, and keep what was."""
+        now_ms, _, epoch, price_fen, number = reply[1:_RESULTS_AT]
+        applied = self.kept.applied
+        said: dict[int, Answer] = {}
+        answers: list[Answer] = []
+        told: list[Told] = []
+        for p, result in zip(batch, islice(reply, _RESULTS_AT, None), strict=False):
+            if result >= 0:
+                number += 1
+                answer = Answer(Decision.SOLD, number, result, now_ms, now_ms, price_fen)
+                told.append((number, now_ms, p.card_no, p.showing, p.quantity, p.key_hash))
+            elif result in said:
+                answer = said[result]
+            else:
+                code, value, left, sold_at_ms = reply[-result : 4 - result]
+                answer = said[result] = Answer(
+                    _DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen
+                )
+                if (
+                    code == Decision.REPLAYED
+                    and value > applied
+                    and self.kept.first_replay(value, p.key_hash)
+                ):
+                    told.append((value, sold_at_ms, p.card_no, p.showing, p.quantity, p.key_hash))
+            answers.append(answer)
+        self.kept.add(epoch, price_fen, told)
+        return answers
 
     def _settle(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         now = time.monotonic()
@@ -364,6 +419,8 @@ class Batcher:
 
     def _drop_overdue(self, batch: list[Purchase]) -> list[Purchase]:
         overdue_before = time.monotonic() - self._deadline_s
+        if batch and batch[0].asked_at >= overdue_before:
+            return batch  # whoever is behind the first came later
         self._give_up([p for p in batch if p.asked_at < overdue_before])
         return [p for p in batch if p.asked_at >= overdue_before]
 
@@ -373,7 +430,9 @@ class Batcher:
         asked = min(len(self._queue), PEEKED_MAX)
         try:
             async with asyncio.timeout(self._call_timeout_s):
-                peek = await self._scripts.peek(self._keys, self.mark, len(self._campaign.showings))
+                peek = await self._scripts.peek(
+                    self._keys, self.mark, len(self._campaign.showings), self._line
+                )
                 suspects = await self._suspects_at(peek)
         except (Untrusted, RedisError, OSError, TimeoutError):
             suspects = None
@@ -383,25 +442,29 @@ class Batcher:
         if suspects is None:
             return self._take(self._batch_max)
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
-        refusal = _closed_by(peek)
-        sold_out = [Answer(Decision.SOLD_OUT, left, now_ms=peek.now_ms) for left in peek.remaining]
+        refusal, left = _closed_by(peek), peek.remaining
+        by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]
+        if refusal is not None:
+            by_showing, left = [refusal] * len(left), (0,) * len(left)
         unions = None if "*" in self._campaign.unions else self._campaign.unions
+        queue, bits = self._queue, suspects.bits
         undecided: list[Purchase] = []
         refused: list[Purchase] = []
         answers: list[Answer] = []
         for _ in range(asked):
-            purchase = self._queue.popleft()
+            purchase = queue.popleft()
+            place = hash(purchase.card_no) & PLACES
             if (
-                purchase.card_no in suspects
+                bits[place >> 3] >> (place & 7) & 1
+                or purchase.quantity <= left[purchase.showing]
                 or (unions is not None and purchase.union not in unions)
-                or (refusal is None and purchase.quantity <= peek.remaining[purchase.showing])
             ):
                 undecided.append(purchase)
                 if len(undecided) == self._batch_max:
                     break
             else:
                 refused.append(purchase)
-                answers.append(refusal or sold_out[purchase.showing])
+                answers.append(by_showing[purchase.showing])
         self._settle(refused, answers)
         if len(undecided) > self._batch_max // 2:
             self._all_refused = False
@@ -457,6 +520,7 @@ class Batchers:
         self.deadline_s = deadline_s
         self._by_campaign: dict[str, Batcher] = {}
         self._calls = 0
+        self._line = Line.to(scripts.redis)
 
     def of(self, campaign: Campaign) -> Batcher:
         """Give the batcher of a campaign that is known to exist."""
@@ -472,6 +536,7 @@ class Batchers:
                 deadline_s=self.deadline_s,
                 behind_max=self._behind_max,
                 next_call=self._next_call,
+                line=self._line,
             )
         return batcher
 
@@ -481,13 +546,31 @@ class Batchers:
         if batcher is not None and batcher.mark is not NOT_ATTENDED:
             batcher.mark = Mark(batcher.mark.incarnation, max(batcher.mark.seq, seq))
 
+    def forget(self, campaign_id: str) -> None:
+        """Drop the batcher of a campaign that has gone away, unless somebody waits in it."""
+        batcher = self._by_campaign.get(campaign_id)
+        if batcher is not None and not batcher.waiting:
+            del self._by_campaign[campaign_id]
+
     def all(self) -> list[Batcher]:
         """Those that there are."""
         return list(self._by_campaign.values())
 
+    def waiting(self) -> tuple[int, float]:
+        """Purchases that wait in all of them, and since when the first does (0.0: none)."""
+        count, since = 0, 0.0
+        for batcher in self._by_campaign.values():
+            count += batcher.waiting
+            first = batcher.waiting_since
+            if first and (first < since or not since):
+                since = first
+        return count, since
+
     async def close(self) -> None:
         """Answer everything that waits, then stop."""
         await asyncio.gather(*(batcher.close() for batcher in self._by_campaign.values()))
+        if self._line is not None:
+            await self._line.close()
 
     def _next_call(self) -> int:
         self._calls += 1

@@ -49,6 +49,11 @@ class CampaignNow(msgspec.Struct, frozen=True):
         """Whether members may know of it."""
         return self.state not in {CampaignState.DRAFT, CampaignState.DELETED}
 
+    @property
+    def listed(self) -> bool:
+        """Whether members are told of it unasked."""
+        return self.visible and not self.campaign.rehearsal_of
+
 
 class Catalogue:
     """The campaigns in one Redis, as this process last read them."""
@@ -107,6 +112,9 @@ class Catalogue:
         found = await read_campaigns(self._redis)
         for now in found:
             self._keep(now.campaign.id, now, asked_at)
+        there = {now.campaign.id for now in found}
+        for campaign_id in [each for each in self._known if each not in there]:
+            self._forget_rehearsal(campaign_id)
         found.sort(key=lambda now: (-(now.opens_at_ms or 0), now.campaign.id))
         self._all = (asked_at, found)
         return found
@@ -115,6 +123,14 @@ class Catalogue:
         self._now[campaign_id] = (asked_at, found)
         if found is not None and found.visible:
             self._known.setdefault(campaign_id, found.campaign)
+        elif found is None:
+            self._forget_rehearsal(campaign_id)
+
+    def _forget_rehearsal(self, campaign_id: str) -> None:
+        """Only rehearsals go away; any other that is not there has been lost, and comes back."""
+        known = self._known.get(campaign_id)
+        if known is not None and known.rehearsal_of:
+            del self._known[campaign_id]
 
 
 async def campaign_ids(redis: Redis) -> list[str]:

@@ -1,8 +1,9 @@
 """What this process told members and PostgreSQL may not have yet.
 
 Should Redis come back with older files, these are the only ones who still know: the recovery fills
-the lost numbers from what the API processes hand in. A batch is kept as one packed value, so that
-a long outage of PostgreSQL costs bytes and not objects; how many there can be is bounded by how far
+the lost numbers from what the API processes hand in. A batch is kept as one packed value (where all
+of it was sold, the very bytes that the script was given, so that keeping costs nothing), so that a
+long outage of PostgreSQL costs bytes and not objects; how many there can be is bounded by how far
 PostgreSQL may be behind before nothing more is sold (``ledger_behind_max_events``).
 """
 
@@ -10,12 +11,13 @@ import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 from redis.asyncio import Redis
 
 from sale.events import SaleRecord
+from sale.stock.bids import unpack_bids
 from sale.stock.keys import CampaignKeys
 from sale.stock.records import parse_records
 
@@ -44,7 +46,7 @@ class Kept:
     """The acknowledged sales of one campaign in this process that may not be applied yet."""
 
     def __init__(self) -> None:
-        self._batches: deque[tuple[int, int, int, int, bytes]] = deque()
+        self._batches: deque[_Batch] = deque()
         self._count = 0
         self._replayed: set[tuple[int, str]] = set()
         self.total = 0
@@ -57,13 +59,21 @@ class Kept:
         return self._count
 
     def add(self, epoch: int, price_fen: int, told: Sequence[Told]) -> None:
-        """Keep a batch that is about to be answered."""
+        """Keep sales that are about to be told."""
         if told:
             highest = max(sale[0] for sale in told)
-            packed = _ENCODER.encode(told)
-            self._batches.append((highest, len(told), epoch, price_fen, packed))
-            self._count += len(told)
-            self.total += len(told)
+            self._keep(_Batch(highest, len(told), epoch, price_fen, 0, _ENCODER.encode(told)))
+
+    def add_batch(
+        self, epoch: int, price_fen: int, first: int, at_ms: int, count: int, bids: bytes
+    ) -> None:
+        """Keep a batch of which everything was sold, from number ``first`` on, as it was asked."""
+        self._keep(_Batch(first + count - 1, count, epoch, price_fen, at_ms, bids))
+
+    def _keep(self, batch: "_Batch") -> None:
+        self._batches.append(batch)
+        self._count += batch.sales
+        self.total += batch.sales
 
     def first_replay(self, seq: int, key_hash: str) -> bool:
         """Whether a sale that is told again is to be kept: once, however often it is asked for."""
@@ -76,8 +86,8 @@ class Kept:
         if applied > self.applied and self._replayed:
             self._replayed = {each for each in self._replayed if each[0] > applied}
         self.applied = max(self.applied, applied)
-        while self._batches and self._batches[0][0] <= self.applied:
-            self._count -= self._batches.popleft()[1]
+        while self._batches and self._batches[0].highest <= self.applied:
+            self._count -= self._batches.popleft().sales
 
     def clear(self) -> None:
         """Forget everything: it was handed in."""
@@ -87,9 +97,9 @@ class Kept:
 
     def sales(self) -> Iterator[KeptSale]:
         """Give what is kept, in the order in which it was told."""
-        for _, _, epoch, price_fen, packed in list(self._batches):
-            for sale in _DECODER.decode(packed):
-                yield KeptSale(epoch, price_fen, *sale)
+        for batch in list(self._batches):
+            for sale in batch.told():
+                yield KeptSale(batch.epoch, batch.price_fen, *sale)
 
     async def lacking(self, redis: Redis, keys: CampaignKeys) -> int:
         """Count the kept sales that this Redis does not know. Raises redis-py's errors."""
@@ -107,6 +117,25 @@ class Kept:
                 except ValueError:
                     lacking += 1  # a damaged record: the recovery builds it again
         return lacking
+
+
+class _Batch(NamedTuple):
+    """Sales that were told together; ``packed`` is bids where ``at_ms`` is given, else ``Told``."""
+
+    highest: int
+    sales: int
+    epoch: int
+    price_fen: int
+    at_ms: int
+    packed: bytes
+
+    def told(self) -> list[Told]:
+        if not self.at_ms:
+            return _DECODER.decode(self.packed)
+        cards, _, showings, quantities, keys = unpack_bids(self.packed)
+        numbers = range(self.highest - self.sales + 1, self.highest + 1)
+        times = [self.at_ms] * self.sales
+        return list(zip(numbers, times, cards, showings, quantities, keys, strict=True))
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

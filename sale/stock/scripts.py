@@ -11,7 +11,6 @@ from enum import IntEnum
 from importlib.resources import files
 from typing import Any, Final
 
-import hiredis
 import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
@@ -19,6 +18,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from sale.domain import STOCK_MAX
 from sale.stock.keys import AWAITED, CampaignKeys, campaign_keys
+from sale.stock.line import Line, pack
 
 
 class CallReply(IntEnum):
@@ -120,7 +120,7 @@ class Scripts:
         self._wait: tuple[str | int, ...] = () if replicas is None else ("WAIT", *replicas)
         self._packed_wait = b""
         if replicas is not None:
-            self._packed_wait = hiredis.pack_command(self._wait)  # type: ignore[arg-type]
+            self._packed_wait = pack(*self._wait)
 
     async def purchase(
         self,
@@ -129,28 +129,29 @@ class Scripts:
         call: int,
         mark: tuple[str, int],
         behind_max: tuple[int, int],
-        arguments: list[str | int],
+        bids: bytes,
+        line: Line | None = None,
     ) -> list[int]:
-        """Run ``purchase.lua``: ``arguments`` hold five values a purchase; the reply is raw.
+        """Run ``purchase.lua`` for what ``pack_bids`` packed; the reply is raw.
 
         ``mark`` is the incarnation that this process has attended, and the number it has seen;
-        ``behind_max`` is how far PostgreSQL may be behind, in events and in ms.
-
-        Packed by hiredis and sent on a connection of redis-py's pool: ``execute_command`` encodes
-        argument by argument in Python, and was 5 % of the samples of a profile.
+        ``behind_max`` is how far PostgreSQL may be behind, in events and in ms. It goes on
+        ``line`` where one is given and no replica is waited for.
         """
-        head = (7, *keys, process, call, *mark, self.nonce, *behind_max)
+        head = (7, *keys, process, call, *mark, self.nonce, *behind_max, bids)
         try:
-            reply: list[int] = await self._send("EVALSHA", PURCHASE.sha, *head, *arguments)
+            reply: list[int] = await self._send(line, "EVALSHA", PURCHASE.sha, *head)
         except NoScriptError:
-            reply = await self._send("EVAL", PURCHASE.source, *head, *arguments)
+            reply = await self._send(line, "EVAL", PURCHASE.source, *head)
         return reply
 
-    async def _send(self, *command: str | int) -> Any:  # noqa: ANN401 - Redis' reply
+    async def _send(self, line: Line | None, *command: str | int | bytes) -> Any:  # noqa: ANN401
+        packed = pack(*command)
+        if line is not None and self._replicas is None:
+            return await line.call(packed)
         pool = self.redis.connection_pool
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
-            packed = hiredis.pack_command(command)  # type: ignore[arg-type]
             if self._replicas is None:
                 await connection.send_packed_command(packed, check_health=False)
                 return await connection.read_response()
@@ -164,9 +165,15 @@ class Scripts:
         finally:
             await pool.release(connection)
 
-    async def peek(self, keys: CampaignKeys, mark: tuple[str, int], showings: int) -> Peek:
-        """Run ``peek.lua``. Raises Untrusted."""
-        reply = await self._run(PEEK, keys, *mark, self.nonce, *range(showings))
+    async def peek(
+        self, keys: CampaignKeys, mark: tuple[str, int], showings: int, line: Line | None = None
+    ) -> Peek:
+        """Run ``peek.lua``, on ``line`` where one is given. Raises Untrusted."""
+        arguments = (*mark, self.nonce, *range(showings))
+        if line is None:
+            reply = await self._run(PEEK, keys, *arguments)
+        else:
+            reply = await self._run_on(line, PEEK, keys, *arguments)
         if reply[0] != CallReply.OK:
             raise Untrusted(CallReply(reply[0]))
         return Peek(
@@ -262,6 +269,14 @@ class Scripts:
         except NoScriptError:
             # A Redis that restarted has lost its scripts. NOSCRIPT means: not executed.
             return await execute("EVAL", script.source, 7, *keys, *args)
+
+    async def _run_on(
+        self, line: Line, script: "Script", keys: CampaignKeys, *args: str | int
+    ) -> Any:  # noqa: ANN401
+        try:
+            return await line.call(pack("EVALSHA", script.sha, 7, *keys, *args))
+        except NoScriptError:
+            return await line.call(pack("EVAL", script.source, 7, *keys, *args))
 
     async def _execute(self, *command: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]

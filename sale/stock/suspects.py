@@ -17,6 +17,7 @@ from sale.events import SOLD, parse_entry
 from sale.stock.keys import CampaignKeys
 
 BITS: Final = 1 << 24
+PLACES: Final = BITS - 1
 SCAN_COUNT: Final = 2_000
 CATCH_UP_ENTRIES: Final = 64
 
@@ -27,15 +28,16 @@ class Suspects:
     def __init__(self, redis: Redis, keys: CampaignKeys) -> None:
         self._redis = redis
         self._keys = keys
-        self._bits = bytearray(BITS // 8)
+        self.bits = bytearray(BITS // 8)
+        """Bit ``hash(card) & PLACES``; the batcher looks here itself, a call would cost more."""
         self.seq = -1
         self.epoch = -1
         self.roster_rev = -1
 
     def __contains__(self, card_no: str) -> bool:
         """Whether this card must be asked about; may be wrongly True, never wrongly False."""
-        place = hash(card_no) & (BITS - 1)
-        return bool(self._bits[place >> 3] >> (place & 7) & 1)
+        place = hash(card_no) & PLACES
+        return bool(self.bits[place >> 3] >> (place & 7) & 1)
 
     def complete_for(self, seq: int, epoch: int, roster_rev: int) -> bool:
         """Whether everything up to these marks is held."""
@@ -80,5 +82,5 @@ class Suspects:
             self.seq = entry.last
 
     def _add(self, card_no: str) -> None:
-        place = hash(card_no) & (BITS - 1)
-        self._bits[place >> 3] |= 1 << (place & 7)
+        place = hash(card_no) & PLACES
+        self.bits[place >> 3] |= 1 << (place & 7)

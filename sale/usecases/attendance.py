@@ -14,7 +14,7 @@ import asyncpg
 import structlog
 from redis.asyncio import Redis
 
-from sale.db import claims
+from sale.db import claims, rehearsals
 from sale.db.claims import Claim
 from sale.db.pool import POSTGRES_ERRORS
 from sale.stock.batcher import Batcher, Batchers, Mark
@@ -126,6 +126,11 @@ class Attending:
         self, batcher: Batcher, identity: Identity, head: dict[str, str] | None
     ) -> Report:
         mark, kept = batcher.mark, batcher.kept
+        if head is None and batcher.rehearsal and await self._purged(batcher.campaign_id):
+            self._batchers.forget(batcher.campaign_id)
+            self._lacks.pop(batcher.campaign_id, None)
+            self._handed.pop(batcher.campaign_id, None)
+            return Report(mark.epoch, mark.seq, 0, handed=True)
         epoch = _number(head, "epoch")
         if head is not None and mark.incarnation == f"{identity}:{epoch}" == _incarnation(head):
             kept.drop_applied(_number(head, "applied"))
@@ -151,6 +156,11 @@ class Attending:
             kept.clear()
             self._lacks.pop(batcher.campaign_id, None)
         return Report(mark.epoch, mark.seq, lacks, handed)
+
+    async def _purged(self, campaign_id: str) -> bool:
+        """Whether a rehearsal has gone for good, and was not lost."""
+        async with asyncio.timeout(BEAT_TIMEOUT_S), self._pool.acquire() as connection:
+            return await rehearsals.is_purged(connection, campaign_id)
 
     def _known_to_lack(self, batcher: Batcher, here: tuple[str, int, int]) -> bool:
         known = self._lacks.get(batcher.campaign_id)

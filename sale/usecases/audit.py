@@ -20,7 +20,16 @@ from redis.exceptions import RedisError
 
 from sale.config import Durability
 from sale.db import queries
-from sale.domain import CampaignState, Problem, Refused, from_ms, mask_card, rfc3339, to_ms
+from sale.domain import (
+    CampaignState,
+    Problem,
+    Refused,
+    from_ms,
+    is_made_up,
+    mask_card,
+    rfc3339,
+    to_ms,
+)
 from sale.events import GENESIS, SOLD, Books, CorruptLedger, Entry, Event, check_chain, parse_entry
 from sale.identity import TOKEN_TTL_S
 from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
@@ -91,7 +100,7 @@ async def audit(
     """
     wait_s = APPLIED_WAIT_S if applied_wait_s is None else applied_wait_s
     try:
-        stored = [row[0] for row in await pool.fetch("SELECT campaign_id FROM campaign")]
+        stored = [row[0] for row in await pool.fetch(_SQL["campaigns"])]
         registered = await campaign_ids(redis)
         ids = sorted({*registered, *stored})
         if campaign_id is not None:
@@ -114,6 +123,8 @@ async def audit(
                 unchecked.append(CampaignAudit(each, clean=False, findings=[lagging]))
                 continue
             told = findings.told()
+            if told and await pool.fetchval(_SQL["purged"], each):
+                continue  # a rehearsal that went away while it was looked at
             audits.append(CampaignAudit(each, clean=not told, findings=told))
         checked_at = rfc3339(await redis_now_ms(redis))
     except (
@@ -451,6 +462,8 @@ class _Rules:
             self._find("INV-2", f"event {event.seq}: card {masked} passed its limit")
         if any(record.key_hash == event.key_hash for record in held):
             self._find("INV-4", f"event {event.seq}: a key of {masked} sold twice")
+        if is_made_up(event.card_no or "") is not bool(books.config.get("rehearsal_of")):
+            self._find("INV-9", f"event {event.seq}: {masked} and this campaign may not meet")
         if event.price_fen != books.config.get("price_fen"):
             self._find("INV-5", f"event {event.seq}: not the campaign's price")
 

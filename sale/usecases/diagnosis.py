@@ -13,13 +13,17 @@ from sale.usecases.disk_watch import free_mb, redis_directory
 
 
 class CampaignDiagnosis(msgspec.Struct, frozen=True):
-    """One campaign: events in Redis and in PostgreSQL, and what is wrong in words, or ''."""
+    """One campaign: events in Redis and in PostgreSQL, and what is wrong in words, or ''.
+
+    ``rehearsal_of`` is the campaign that it rehearses, '' for a real one.
+    """
 
     id: str
     state: str
     seq: int
     applied: int
     trouble: str
+    rehearsal_of: str = ""
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
@@ -81,6 +85,7 @@ async def diagnose(
                 0 if now is None else now.seq,
                 applied,
                 "not in Redis: recover it" if now is None else now.recovering,
+                "" if now is None else now.campaign.rehearsal_of,
             )
         )
     return Diagnosis(

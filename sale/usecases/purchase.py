@@ -1,4 +1,7 @@
-"""The purchase, on one screen: ask the batcher, word the answer.
+"""The purchase, on one screen: check, ask the batcher, word the answer.
+
+``purchase`` is the whole of it, for a handler that waits; the fast lane (``api/lane.py``) takes the
+same three steps, ``check``, ``submit`` and ``word``, without a coroutine a purchase.
 
 What decides stands in ``stock/lua/purchase.lua``; here is only what needs no store (is the request
 whole, whose token is it) and the wording. The order of the checks is the contract's: request,
@@ -13,18 +16,22 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from sale.db import ledger
-from sale.domain import Campaign, CampaignState, Order, Problem, Refused, rfc3339
+from sale.domain import Campaign, CampaignState, Order, Problem, Refused, may_meet, rfc3339
 from sale.identity import MemberTokens
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
+from sale.stock.batcher import Answer, AwaitedPurchase, Batchers, Purchase
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
+from sale.usecases.admission import QUEUE, Admission
 from sale.usecases.orders import TicketCodes, key_hash, placed_order
+from sale.usecases.rate_limits import RateLimits, TooFast
 
-OVERLOADED_RETRY_S: Final = 1
 POSTGRES_PATIENCE_S: Final = 1.0
 ABSENT_S: Final = 0.1
 ABSENT_MAX: Final = 1_000
+Checked = tuple[str, str, int, int, str]
+"""A request that may be asked: card, union, showing number, quantity, hash of its key."""
+
 _PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
 
 
@@ -46,7 +53,11 @@ class PurchaseDesk:
         codes: TicketCodes,
         metrics: PurchaseMetrics,
         pool: asyncpg.Pool,
+        limits: RateLimits,
+        admission: Admission,
     ) -> None:
+        self._limits = limits
+        self._admission = admission
         self._pool = pool
         self._absent: dict[str, tuple[float, Refused]] = {}
         self._metrics = metrics
@@ -59,33 +70,70 @@ class PurchaseDesk:
     async def purchase(
         self, campaign_id: str, quantity: int, showing_id: str | None, key: str, token: str | None
     ) -> Placed | Refused:
-        """Buy ``quantity`` tickets of a showing, once a card and key.
+        """Buy ``quantity`` tickets of a showing, once a card and key: for those who can wait.
 
         Raises Refused for what is wrong with the request or the token. What the script refuses is
         returned, not raised: a sold-out campaign refuses by the hundred thousand.
         """
-        campaign = self._catalogue.known(campaign_id)
+        campaign = self.known(campaign_id)
         if campaign is None:
             async with asyncio.timeout(self._batchers.deadline_s):
                 campaign = await self._catalogue.for_sale(campaign_id)
-        showing = 0 if campaign is None else _check_request(campaign, quantity, showing_id)
-        member = self._tokens.verify(token or "", time.time())
         if campaign is None:
+            self._tokens.verify(token or "", time.time())
             refused = await self._no_campaign(campaign_id)
             self.count_refused(campaign_id, refused.problem)
             return refused
-        purchase = AwaitedPurchase(
-            member.card_no, member.union, showing, quantity, key_hash(key), self._loop
-        )
+        checked = self.check(campaign, quantity, showing_id, key, token)
+        purchase = AwaitedPurchase(*checked, self._loop)
+        self.submit(campaign, purchase)
+        return self.word(campaign, purchase, await purchase.answer)
+
+    def known(self, campaign_id: str) -> Campaign | None:
+        """Give a campaign that this process has seen for sale; no I/O."""
+        return self._catalogue.known(campaign_id)
+
+    def turned_away(self) -> int:
+        """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds."""
+        now = time.monotonic()
+        reason = self._admission.overloaded(now)
+        return self._admission.refuse(reason, now) if reason else 0
+
+    def check(
+        self,
+        campaign: Campaign,
+        quantity: int,
+        showing_id: str | None,
+        key: str,
+        token: str | None,
+    ) -> Checked:
+        """See to what needs no store: the request, whose token it is, how often it asks.
+
+        Raises Refused, TooFast.
+        """
+        showing = _check_request(campaign, quantity, showing_id)
+        member = self._tokens.verify(token or "", time.time())
+        if not may_meet(campaign, member.card_no):
+            raise Refused(Problem.NOT_ELIGIBLE)
+        limited = self._limits.spend(member.card_no, campaign.id, time.monotonic())
+        if limited is not None:
+            raise TooFast(limited)
+        return member.card_no, member.union, showing, quantity, key_hash(key)
+
+    def submit(self, campaign: Campaign, purchase: Purchase) -> None:
+        """Queue a checked purchase; it will be settled once. Raises Refused."""
         if self._batchers.halted:
             raise Refused(Problem.UNAVAILABLE)
         if not self._batchers.of(campaign).submit(purchase):
-            raise Refused(Problem.OVERLOADED, retry_after_s=OVERLOADED_RETRY_S)
-        answer = await purchase.answer
+            wait_s = self._admission.refuse(QUEUE, time.monotonic())
+            raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)
+
+    def word(self, campaign: Campaign, purchase: Purchase, answer: Answer) -> Placed | Refused:
+        """Put the script's answer into an order or a refusal."""
         if answer.decision in _PLACED:
             order = placed_order(
-                self._codes, campaign, showing, quantity, answer.value, answer.sold_at_ms,
-                answer.price_fen, answer.card_remaining,
+                self._codes, campaign, purchase.showing, purchase.quantity, answer.value,
+                answer.sold_at_ms, answer.price_fen, answer.card_remaining,
             )  # fmt: skip
             return Placed(order, answer.decision is Decision.REPLAYED)
         return _refusal(answer, campaign.card_limit)

@@ -24,10 +24,11 @@ import msgspec
 import structlog
 from redis.asyncio import Redis
 
-from sale.db import claims, ledger
+from sale.db import claims, ledger, rehearsals
 from sale.domain import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.rebuild import freeze, rebuild
+from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.roll import Roll, call_the_roll, hear
 from sale.stock.scripts import CallReply, Scripts
 from sale.usecases.recovery_case import DIFFERENCES_MAX, NO_HEAD, Case, Progress, examine
@@ -68,7 +69,7 @@ class Unsafe(Refused):
     """A recovery would void numbers or set conflicts down: somebody must decide that."""
 
 
-async def recover(
+async def recover(  # noqa: C901 - one branch a thing that is found
     redis: Redis,
     scripts: Scripts,
     pool: asyncpg.Pool,
@@ -88,7 +89,9 @@ async def recover(
     """
     # The engine's own try is made again anyway; an operator waits for it to end.
     patience_s = 0.0 if lossless_only else LOCK_PATIENCE_S
-    async with _alone(pool, campaign_id, patience_s) as connection:
+    async with alone(pool, campaign_id, patience_s) as connection:
+        if await rehearsals.is_purged(connection, campaign_id):
+            return await _leave_purged(redis, campaign_id, dry_run=dry_run)
         # Looking takes long: where nothing can sell already, all are heard before the first look.
         called = not dry_run and await _shut(redis, campaign_id)
         roll = await (_hear_all(redis, campaign_id) if called else hear(redis))
@@ -119,6 +122,21 @@ async def recover(
                 _tell(case)
                 return _report(case, changed=True)
     raise Refused(Problem.UNAVAILABLE, f"{campaign_id}: its state keeps changing; try again")
+
+
+async def _leave_purged(redis: Redis, campaign_id: str, *, dry_run: bool) -> Recovery:
+    """A purged rehearsal that older files of Redis have brought back goes away again."""
+    there = bool(await redis.exists(campaign_keys(campaign_id).head))
+    if not there:
+        raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
+    if not dry_run:
+        try:
+            await remove_rehearsal(redis, campaign_id)
+        except NotRemoved as error:
+            raise Refused(Problem.UNAVAILABLE, str(error)) from None
+    does = "is removed" if not dry_run else "would be removed"
+    says = f"{campaign_id}: it was a rehearsal and was purged; what Redis still held {does}"
+    return Recovery(campaign_id, not dry_run, 0, 0, ["PostgreSQL has purged it"], says)
 
 
 def _check_safe(case: Case, *, lossless_only: bool, without_silent: bool) -> None:
@@ -227,7 +245,7 @@ def _losses(case: Case) -> str:
 
 
 @asynccontextmanager
-async def _alone(
+async def alone(
     pool: asyncpg.Pool, campaign_id: str, patience_s: float
 ) -> AsyncIterator[ledger.Connection]:
     """Hold a connection and the right to recover this campaign. Raises Refused."""

@@ -17,7 +17,15 @@ import msgspec
 from sale.db import operators as accounts
 from sale.db import roster as table
 from sale.db.roster import Card, changes_since, current_rev, inactive_cards
-from sale.domain import CARD_NO, REASON_MAX, Problem, Refused, mask_card
+from sale.domain import (
+    CARD_NO,
+    REASON_MAX,
+    REHEARSAL_CARDS,
+    Problem,
+    Refused,
+    is_made_up,
+    mask_card,
+)
 from sale.identity import SigningKey, card_tag, issue_member_token, pin_mac
 
 __all__ = [
@@ -321,6 +329,10 @@ class _Checker:
         card_no, name, union, phone, pin, status = fields
         if not CARD_NO.fullmatch(card_no):
             raise _BadFieldError("card_no: must be 12 to 19 digits")
+        if is_made_up(card_no):
+            raise _BadFieldError(
+                f"card_no: numbers from {REHEARSAL_CARDS}… are kept for rehearsals"
+            )
         if not name.strip() or len(name) > NAME_MAX or not name.isprintable():
             raise _BadFieldError(f"name: must be 1 to {NAME_MAX} printable characters")
         if union not in self._unions:

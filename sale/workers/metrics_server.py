@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.utils import floatToGoString
 
 from sale.config import UNIX_PREFIX, StartError, split_address
+from sale.metrics import SUMMED_GAUGES
 
 POLL_INTERVAL_S = 1.0
 SCRAPE_TIMEOUT_S = 0.8
@@ -64,7 +65,7 @@ class MergedMetrics:
 
     Counters and histograms are summed by name and labels, and those of a child that died are kept
     as last read, so that they never fall; gauges are the highest of those alive, except that of
-    names ending in ``_up`` the lowest counts.
+    names ending in ``_up`` the lowest counts, and those in ``SUMMED_GAUGES`` add up.
     """
 
     def __init__(self) -> None:
@@ -159,7 +160,7 @@ class _Snapshot:
             for key, value in theirs.samples.items():
                 if key not in ours.samples:
                     ours.samples[key] = value
-                elif summed:
+                elif summed or name in SUMMED_GAUGES:
                     ours.samples[key] += value
                 else:
                     choose = min if name.endswith("_up") else max

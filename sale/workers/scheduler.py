@@ -12,6 +12,7 @@ and so has the roster, because a recovery takes its time.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -25,7 +26,7 @@ from redis.exceptions import ResponseError
 from sale.bootstrap import Stores
 from sale.db.absence import POSTGRES_AWAY, in_words
 from sale.db.offices import SCHEDULER
-from sale.domain import CampaignState
+from sale.domain import Campaign, CampaignState
 from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, read_campaigns
 from sale.stock.connection import durability_faults, make_the_file_whole
 from sale.stock.scripts import CallReply
@@ -95,6 +96,7 @@ class Scheduler:
         self._metrics = SchedulerMetrics(registry)
         self._ailing: set[str] = set()
         self._met = ""
+        self._rehearsals: dict[str, Campaign] = {}
         self._isolation = Isolation()
         self._stalls = Stalls()
         self._healing = Healing(
@@ -234,14 +236,25 @@ class Scheduler:
         await sync_all(stores.redis, stores.scripts, stores.pool, self._isolation)
 
     async def _clock(self) -> None:
-        for now in await self._read_campaigns():
+        campaigns = await self._read_campaigns()
+        for now in campaigns:
             with self._isolation.of(now.campaign.id, "clock"):
                 await self._cross(now)
+        self._forget_gone({now.campaign.id for now in campaigns})
+
+    def _forget_gone(self, there: set[str]) -> None:
+        """Tell no stock of a rehearsal that was purged; what else is not there comes back."""
+        for campaign_id in self._rehearsals.keys() - there:
+            for showing in self._rehearsals.pop(campaign_id).showings:
+                with contextlib.suppress(KeyError):
+                    self._metrics.remaining.remove(campaign_id, showing.id)
 
     async def _cross(self, now: CampaignNow) -> None:
         if now.state is CampaignState.DELETED:
             return
         campaign_id = now.campaign.id
+        if now.campaign.rehearsal_of:
+            self._rehearsals[campaign_id] = now.campaign
         for showing, remaining in zip(now.campaign.showings, now.remaining, strict=True):
             self._metrics.remaining.labels(campaign_id, showing.id).set(remaining)
         if not now.recovering and now.state is not now.recorded:

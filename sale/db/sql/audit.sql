@@ -1,3 +1,9 @@
+-- name: campaigns -- All that are to be audited: a rehearsal that was purged is nowhere any more.
+SELECT campaign_id FROM campaign WHERE purged_at IS NULL;
+
+-- name: purged -- Whether a campaign was a rehearsal that was purged.
+SELECT purged_at IS NOT NULL FROM campaign WHERE campaign_id = $1;
+
 -- name: applied -- How far a campaign is applied, and what it has come to.
 SELECT applied, chain, state, opens_at, closes_at, price_fen, card_limit, epoch
 FROM campaign WHERE campaign_id = $1;

@@ -1,4 +1,5 @@
 -- name: hand_in -- Acknowledged sales; one that two processes know is the same row.
+-- What was told in a rehearsal that is gone is owed to nobody.
 INSERT INTO handed_in (
     campaign_id, seq, epoch, at, card_no, key_hash, showing_no, quantity, price_fen, process
 )
@@ -7,6 +8,7 @@ FROM unnest(
     $3::bigint[], $4::int[], $5::timestamptz[], $6::text[], $7::text[], $8::int[], $9::int[],
     $10::int[]
 ) AS told (seq, epoch, at, card_no, key_hash, showing_no, quantity, price_fen)
+WHERE NOT EXISTS (SELECT FROM campaign WHERE campaign_id = $1 AND purged_at IS NOT NULL)
 ON CONFLICT (campaign_id, seq, card_no, key_hash) DO NOTHING;
 
 -- name: unsettled -- What was handed in beyond number $2, at most $4 rows beyond number $3.

@@ -1,8 +1,8 @@
 -- name: position -- How far a campaign's ledger is applied.
 SELECT applied, chain FROM campaign WHERE campaign_id = $1;
 
--- name: positions -- How far each campaign's ledger is applied.
-SELECT campaign_id, applied, chain FROM campaign;
+-- name: positions -- How far each campaign's ledger is applied; not of rehearsals that are gone.
+SELECT campaign_id, applied, chain FROM campaign WHERE purged_at IS NULL;
 
 -- name: state -- A campaign's state as far as it is applied.
 SELECT state FROM campaign WHERE campaign_id = $1;

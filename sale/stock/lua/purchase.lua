@@ -6,9 +6,11 @@
 --
 -- ARGV   process · call number · incarnation that this process has attended and event number that
 --        it has seen since · nonce · how many events and how many ms PostgreSQL may be behind ·
---        then for each purchase: card · union · showing number · quantity · key hash (16 hex)
--- Reply  {0, now ms, seq, epoch, price_fen, then four integers a purchase: code, a, b, c}
---          1 sold          a = event number  b = tickets the card may still buy
+--        the purchases (MessagePack): {cards, unions, showing numbers, quantities, key hashes (16 hex)}
+-- Reply  {0, now ms, seq, epoch, price_fen, event number before the first sale,
+--         then one integer a purchase: not negative: sold, under the next number; it is how many
+--         tickets the card may still buy; negative: minus the place (from 0) in this reply of
+--         code, a, b, c}
 --          2 replayed      a = event number  b = tickets the card may still buy  c = sold at, ms
 --         -1 card revoked  -2 union not eligible  -3 same key, other content
 --         -4 not open (a = opens at, ms or 0)  -5 paused  -6 closed  -7 recovering  -8 draft
@@ -19,9 +21,7 @@
 -- Idempotency  a call number that is not above the process's last one is refused (LATE), so a
 --        delayed first attempt cannot sell after its retry was answered; the same purchase in a
 --        later call is found by its key.
--- Cost   8 to 18 µs of Redis' CPU a sold purchase in the benchmark, at about 127 a call; does not
---        grow with what is already sold.
---
+-- Cost   does not grow with what is already sold.
 -- A card's value is one record of 31 bytes an order: key hash (16), event number (5), sold at, ms
 -- (6), showing number (2), quantity (2).
 
@@ -44,18 +44,14 @@ end
 
 local RECORD, FIELDS = 31, '>I5I6I2I2'
 local PROCESSES_MAX = 1000
-local first_argument, purchases = 8, (#ARGV - 7) / 5
+local SOLD, REPLAYED_ORDER = 1, 2
+local pack, sub = struct.pack, string.sub
 
-local cards = {}
-for i = 0, purchases - 1 do
-  cards[i + 1] = ARGV[first_argument + i * 5]
-end
+local cards, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))
+local purchases = #cards
 local records = redis.call('HMGET', CARDS, unpack(cards))
 local revoked = redis.call('SMISMEMBER', REVOKED, unpack(cards))
-local record_of = {}
-for i = 1, purchases do
-  record_of[cards[i]] = records[i] or ''
-end
+local first_of = {} -- where a card comes first: its record stands there, also for what follows
 
 local remaining = {}
 local function left(showing)
@@ -67,8 +63,8 @@ local function left(showing)
   return n
 end
 
-local events = {}
-cross(head, events)
+local crossed = {}
+cross(head, crossed)
 local closed_by
 if head.recovering then closed_by = -7
 elseif head.state == 'scheduled' then closed_by = -4
@@ -81,33 +77,40 @@ elseif head.seq - head.applied >= tonumber(ARGV[6])
 end
 
 local everyone, limit, order_max = head.unions == '*', head.card_limit, head.order_max
-local tail = ',' .. head.price_fen .. ']'
-local changed, changed_stock = {}, {}
-local reply = { OK, head.now, 0, head.epoch, tonumber(head.price_fen) }
-local at = 5
+local before, after = '["sold","', '",' .. head.price_fen .. ']'
+-- What a showing and quantity add to each event and to each record.
+local in_event, in_record = {}, {}
+local sales, fields, changed_stock = {}, {}, {}
+local number, sold = head.seq + #crossed, 0
+local reply = { OK, head.now, 0, head.epoch, tonumber(head.price_fen), number }
+local said = #reply + purchases
+local told_code, told_a, told_at
 
 for i = 1, purchases do
-  local base = first_argument + (i - 1) * 5
-  local card, showing, quantity, key = cards[i], ARGV[base + 2], tonumber(ARGV[base + 3]), ARGV[base + 4]
+  local card, showing, quantity, key = cards[i], showings[i], quantities[i], keys[i]
   local code, a, b, c = 0, 0, 0, 0
+  local first = first_of[card]
+  if not first then
+    first_of[card], first = i, i
+  end
   if revoked[i] == 1 then
     code = -1
-  elseif not everyone and not string.find(head.unions, ',' .. ARGV[base + 1] .. ',', 1, true) then
+  elseif not everyone and not string.find(head.unions, ',' .. unions[i] .. ',', 1, true) then
     code = -2
   else
-    local orders, live = record_of[card], 0
+    local orders, live = records[first] or '', 0
     for from = 1, #orders, RECORD do
       local seq, sold_at, had_showing, had = struct.unpack(FIELDS, orders, from + 16)
       live = live + had
-      if string.sub(orders, from, from + 15) == key then
-        if tostring(had_showing) == showing and had == quantity then
-          code, a, c = 2, seq, sold_at
+      if sub(orders, from, from + 15) == key then
+        if had_showing == showing and had == quantity then
+          code, a, c = REPLAYED_ORDER, seq, sold_at
         else
           code = -3
         end
       end
     end
-    if code == 2 then
+    if code == REPLAYED_ORDER then
       b = limit - live
     elseif code == 0 and closed_by then
       code = closed_by
@@ -124,31 +127,43 @@ for i = 1, purchases do
       elseif stock < quantity then
         code, a = -10, stock
       else
-        events[#events + 1] = '["sold","' .. card .. '",' .. showing .. ',' .. quantity .. ',"'
-          .. key .. '"' .. tail
-        local seq = head.seq + #events
-        record_of[card] = orders .. key
-          .. struct.pack(FIELDS, seq, head.now, tonumber(showing), quantity)
-        changed[card] = true
+        local terms = showing * 4294967296 + quantity
+        if not in_event[terms] then
+          in_event[terms] = '",' .. showing .. ',' .. quantity .. ',"'
+          in_record[terms] = pack('>I6I2I2', head.now, showing, quantity)
+        end
+        number, sold = number + 1, sold + 1
+        sales[sold] = card .. in_event[terms] .. key
+        local record = orders .. key .. pack('>I5', number) .. in_record[terms]
+        records[first] = record
+        fields[2 * sold - 1], fields[2 * sold] = card, record -- twice in a call: the last one stands
         remaining[showing] = stock - quantity
         changed_stock[showing] = true
-        code, a, b = 1, seq, limit - live - quantity
+        code, b = SOLD, limit - live - quantity
       end
     end
   end
-  reply[at + 1], reply[at + 2], reply[at + 3], reply[at + 4] = code, a, b, c
-  at = at + 4
+  if code == SOLD then
+    reply[6 + i] = b
+  else
+    -- A crowd is refused for the same reason: said once.
+    if code ~= told_code or a ~= told_a or code == REPLAYED_ORDER then
+      told_code, told_a, told_at = code, a, said
+      reply[said + 1], reply[said + 2], reply[said + 3], reply[said + 4] = code, a, b, c
+      said = said + 4
+    end
+    reply[6 + i] = -told_at
+  end
 end
 
 -- Writes, in one block. Nothing above has changed anything.
-if #events > 0 then
-  append(head, events)
-  local fields, n = {}, 0
-  for card in pairs(changed) do
-    fields[n + 1], fields[n + 2] = card, record_of[card]
-    n = n + 2
+local count = #crossed + sold
+if count > 0 then
+  if sold > 0 then
+    crossed[#crossed + 1] = before .. table.concat(sales, after .. ',' .. before) .. after
   end
-  if n > 0 then
+  append_text(head, count, '[' .. table.concat(crossed, ',') .. ']')
+  if sold > 0 then
     redis.call('HSET', CARDS, unpack(fields))
     for showing in pairs(changed_stock) do
       redis.call('HSET', STOCK, 'r' .. showing, remaining[showing])
@@ -164,7 +179,7 @@ if not last_call and redis.call('HLEN', CALLS) > PROCESSES_MAX then
     redis.call('HDEL', CALLS, processes[i])
   end
 end
-if #events > 0 then
+if count > 0 then
   advance(head)
 end
 reply[3] = head.seq

@@ -1,0 +1,106 @@
+"""aiohttp's side of a connection: its own refusals are problem documents, and it can be drained.
+
+It stands alone where the fast lane is off, and inside a ``lane.Connection`` where it is on. This is
+the one module that leans on aiohttp's private state (what ``busy`` and ``idle`` look at);
+``tests/test_lane.py`` fails where a new version has changed it, and the version is pinned.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from aiohttp import web
+
+from sale.api.problems import problem_response
+from sale.domain import Problem, Refused
+from sale.usecases.admission import Admission
+
+KEEPALIVE_TIMEOUT_S: Final = 75.0
+
+
+class Handler(web.RequestHandler):
+    """aiohttp's handler of one connection.
+
+    ``draining`` tells whether each answer must be the connection's last; ``answered`` is called
+    behind every answer, when it has been written and before the handler is idle again.
+    ``admission`` counts the connection where this handler alone has it; beyond the bound it is
+    closed at once.
+    """
+
+    __slots__ = ("_admission", "_answered", "_draining")
+
+    def __init__(
+        self,
+        server: web.Server,
+        *,
+        draining: Callable[[], bool],
+        answered: Callable[[], None] | None = None,
+        admission: Admission | None = None,
+        keepalive_timeout: float = KEEPALIVE_TIMEOUT_S,
+    ) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            access_log=None,  # type: ignore[arg-type]  # as aiohttp itself passes it
+            keepalive_timeout=keepalive_timeout,
+        )
+        self._draining = draining
+        self._answered = answered
+        self._admission = admission
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, unless there are too many."""
+        if self._admission is not None and not self._admission.take_connection():
+            self._admission = None
+            transport.close()
+            return
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End."""
+        if self._admission is not None:
+            self._admission.release_connection()
+            self._admission = None
+        super().connection_lost(exc)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way here."""
+        return self._request_in_progress or bool(self._messages)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing to do until a further request comes."""
+        waiter = self._waiter
+        return waiter is not None and not waiter.done() and not self.busy
+
+    def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """Send an answer; while draining, it is this connection's last."""
+        if self._draining():
+            resp.force_close()
+        sending = super().finish_response(request, resp, start_time)
+        return sending if self._answered is None else _then(sending, self._answered)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer in fixed words: nothing of what was sent comes back."""
+        super().handle_error(request, status, exc, message)  # logs, and sees that nothing was sent
+        problem = Problem.UNAVAILABLE if status >= 500 else Problem.INVALID_REQUEST
+        response = problem_response(Refused(problem, "this is not a request that can be read"))
+        response.force_close()
+        return response
+
+
+async def _then(
+    sending: Coroutine[Any, Any, tuple[web.StreamResponse, bool]], answered: Callable[[], None]
+) -> tuple[web.StreamResponse, bool]:
+    sent = await sending
+    answered()
+    return sent

@@ -1,0 +1,433 @@
+"""The fast lane: plain purchases without aiohttp, on the same port and the same connections.
+
+Every connection is ours (``Connection``). It looks at each request where it begins: a purchase of
+the one plain shape is parsed here (by llhttp, as aiohttp does), checked, queued, and answered
+straight from the batch's result; there is no task, future, request or response object for it.
+Every other request is given, whole and alone, to an aiohttp handler that the connection keeps
+inside, and when that has answered, the next request is looked at again: phones and balancers mix
+both on one connection. What cannot be cut out for certain (chunked, ``Expect``, ``Upgrade``,
+HTTP/1.0, ``Connection: close``, whatever llhttp refuses) goes to aiohttp with all that follows, for
+good. So a request that two parsers might see differently is never cut by one and read by the other.
+
+Which of the two answers changes nothing in the answer: both check by ``exchange``, ask by
+``PurchaseDesk`` and word by ``order_answer`` (``tests/test_lane.py`` compares them). Why it is
+built so, and what was rejected, stands in ADR 0012.
+
+Bounds of a connection: ``HEAD_MAX`` bytes of a head and ``HEAD_WITHIN_S`` for it to come whole,
+``BODY_MAX`` and ``BODY_WITHIN_S`` for a purchase's body, one purchase under way, ``HELD_MAX`` bytes
+that wait behind it, ``KEEPALIVE_S`` between requests, ``UNREAD_WITHIN_S`` for a client that does
+not read its answers.
+"""
+
+import asyncio
+import time
+from typing import Final, cast
+
+import structlog
+from aiohttp import web
+
+from sale.api.aiohttp_handler import Handler
+from sale.api.exchange import (
+    BODY_MAX,
+    BODY_WITHIN_S,
+    BodyLate,
+    bearer_token,
+    check_media_type,
+    checked_key,
+    decode_body,
+)
+from sale.api.lane_head import HEAD_MAX, Head, HeadReader
+from sale.api.lane_wire import rendered
+from sale.api.limits import CHARGED, charge
+from sale.api.member import ORDER_REQUEST, order_answer
+from sale.api.problems import problem_answer
+from sale.api.routing import refused_by
+from sale.bootstrap import Engine
+from sale.domain import Campaign, Problem, Refused
+from sale.stock.batcher import Answer, Purchase
+from sale.usecases.admission import RETRY_MAX_S
+from sale.usecases.client_address import first_of
+from sale.usecases.rate_limits import TooFast
+
+HELD_MAX: Final = 64 * 1024
+HEAD_WITHIN_S: Final = 10.0
+KEEPALIVE_S: Final = 75.0
+UNREAD_WITHIN_S: Final = 30.0
+SWEEP_S: Final = 1.0
+NEVER: Final = float("inf")
+INNER_KEEPALIVE_S: Final = 1e8
+"""aiohttp's own timer would end a connection on which only the lane is busy: ours goes instead."""
+INNER_PAUSE_S: Final = 0.001
+
+log = structlog.get_logger()
+
+
+class Lane:
+    """The connections of one API process, and what they share."""
+
+    def __init__(self, engine: Engine, server: web.Server) -> None:
+        self.engine = engine
+        self.desk = engine.desk
+        self.admission = engine.admission
+        self.server = server
+        self.loop = asyncio.get_running_loop()
+        self.heads = HeadReader()
+        self.connections: set[Connection] = set()
+        self.draining = False
+        self.now = self.loop.time()
+        """The loop's clock, to the second: deadlines need no better."""
+        self._sweeper = self.loop.create_task(self._sweep())
+        self._same: tuple[Answer, Campaign, bytes] | None = None
+        self.overloaded = _overloaded()
+        """What is answered beyond capacity, by its Retry-After; made anew each second."""
+
+    def wire(self, purchase: "LanePurchase", answer: Answer) -> bytes:
+        """Give the bytes that an answer is told with; those whom one peek refuses share them."""
+        same = self._same
+        if same is not None and same[0] is answer and same[1] is purchase.campaign:
+            return same[2]
+        told = self.desk.word(purchase.campaign, purchase, answer)
+        wire = rendered(*order_answer(told), last=self.draining)
+        if isinstance(told, Refused) and answer.decision is not None and not self.draining:
+            self._same = (answer, purchase.campaign, wire)
+        return wire
+
+    def is_draining(self) -> bool:
+        """Whether each answer must be its connection's last."""
+        return self.draining
+
+    async def close(self) -> None:
+        """Close every connection that is left."""
+        self._sweeper.cancel()
+        await asyncio.gather(self._sweeper, return_exceptions=True)
+        for connection in list(self.connections):
+            connection.close()
+
+    async def _sweep(self) -> None:
+        """End connections that are past their deadline: one look a second at all of them.
+
+        A timer a connection would be moved with every request.
+        """
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = self.now = self.loop.time()
+            self.overloaded = _overloaded()
+            for connection in [each for each in self.connections if each.deadline < now]:
+                try:
+                    connection.expire()
+                except Exception:
+                    log.exception("connection.not_ended")
+                    self.connections.discard(connection)
+
+
+class Connection(asyncio.Protocol):
+    """One connection: cuts requests, serves purchases, lends the rest to aiohttp."""
+
+    __slots__ = (
+        "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_left",
+        "_lane", "_lent", "_purchase", "_reading_paused", "_resting", "_transport",
+        "_writing_paused", "deadline",
+    )  # fmt: skip
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._transport: asyncio.Transport | None = None
+        self.deadline = NEVER
+        """When it has waited too long, by the lane's clock; NEVER while the next move is ours."""
+        self._held = b""
+        self._awaited: tuple[Campaign, Head] | None = None
+        self._purchase: LanePurchase | None = None
+        self._inner: Handler | None = None
+        self._inner_left = 0
+        self._lent = self._answered = self._for_good = False
+        self._reading_paused = self._writing_paused = self._resting = False
+        self._admitted = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way here."""
+        return self._purchase is not None or (self._inner is not None and self._inner.busy)
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: the first request has as long as any head."""
+        self._transport = cast("asyncio.Transport", transport)
+        self.deadline = self._lane.now + HEAD_WITHIN_S
+        self._admitted = self._lane.admission.take_connection()
+        if self._admitted:
+            self._lane.connections.add(self)
+            return
+        wait_s = self._lane.admission.retry_after(time.monotonic())
+        refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
+        self._answer(rendered(*problem_answer(refused), last=True), last=True)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End. A purchase that is under way goes on: its order stands (HOLES.md row 23)."""
+        self._transport = None
+        self._held = b""
+        if self._admitted:
+            self._lane.connections.discard(self)
+            self._lane.admission.release_connection()
+        if self._inner is not None:
+            self._inner.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Look at nothing more until the client has read its answers; it has not for ever."""
+        self._writing_paused = True
+        self.deadline = self._lane.now + UNREAD_WITHIN_S
+        if self._inner is not None:
+            self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        self._writing_paused = False
+        self.deadline = NEVER if self.busy else self._lane.now + KEEPALIVE_S
+        if self._inner is not None:
+            self._inner.resume_writing()
+        self._advance()
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what has come, and look at it if nothing else is under way."""
+        inner = self._inner
+        if self._for_good and inner is not None:
+            inner.data_received(data)
+            return
+        if self._inner_left and inner is not None:
+            inner.data_received(data[: self._inner_left])
+            data, left = data[self._inner_left :], self._inner_left - len(data)
+            self._inner_left = max(left, 0)
+        if self._held:
+            self._held += data
+        else:
+            self._held = data
+        if self._awaited is None or len(self._held) >= self._awaited[1].whole:
+            self._advance()
+
+    # The way of a request.
+
+    def _advance(self) -> None:
+        """Serve what is held, as far as it can be served now."""
+        while self._held and self._ready():
+            end = self._held.find(b"\r\n\r\n") + 4
+            if end < 4 and len(self._held) <= HEAD_MAX:
+                self.deadline = min(self.deadline, self._lane.now + HEAD_WITHIN_S)
+                break
+            head = self._lane.heads.read(self._held, end) if end >= 4 else None
+            if head is None or self._lane.draining:
+                return self._hand_over()
+            campaign = self._lane.desk.known(head.campaign_id) if head.campaign_id else None
+            if campaign is None:
+                self._lend(head.whole)
+            elif head.whole - end > BODY_MAX:
+                return self._hand_over()
+            elif len(self._held) < head.whole:
+                self._awaited = campaign, head
+                self.deadline = self._lane.now + BODY_WITHIN_S
+                break
+            else:
+                body = self._held[end : head.whole]
+                self._held = self._held[head.whole :]
+                self._awaited = None
+                self._buy(campaign, head, body)
+        return self._bound_what_is_held()
+
+    def _ready(self) -> bool:
+        """Whether the next request may be looked at."""
+        if self._transport is None or self._transport.is_closing():
+            self._held = b""
+            return False
+        if self._for_good or self._writing_paused or self._resting or self._purchase is not None:
+            return False
+        if not self._lent:
+            return True
+        if not self._answered or self._inner_left or self._inner is None:
+            return False
+        if self._inner.idle:
+            self._lent = False
+            return True
+        # Its answer is out, and it is about to wait for more: not yet, but in a moment.
+        self._answered = False
+        self._lane.loop.call_later(INNER_PAUSE_S, self._inner_answered)
+        return False
+
+    def _buy(self, campaign: Campaign, head: Head, body: bytes) -> None:
+        """Check a purchase and queue it, or answer at once why not."""
+        desk = self._lane.desk
+        if wait_s := desk.turned_away():
+            return self._turn_away(campaign, wait_s)
+        try:
+            check_media_type(head.content_type or "")
+            wish = decode_body(body, ORDER_REQUEST)
+            key, token = checked_key(head.key), bearer_token(head.authorization or "")
+            checked = desk.check(campaign, wish.quantity, wish.showing, key, token)
+            purchase = LanePurchase(self, campaign, *checked)
+            desk.submit(campaign, purchase)
+        except Exception as error:  # noqa: BLE001 - told by what it is
+            refused = refused_by(error, f"/api/v1/campaigns/{campaign.id}/orders")
+            self._refuse(campaign, head, refused)
+        else:
+            self._purchase = purchase
+            self.deadline = NEVER
+        return None
+
+    def settle(self, purchase: "LanePurchase", answer: Answer) -> None:
+        """Answer the purchase that is under way; what waits behind it comes next."""
+        try:
+            wire = self._lane.wire(purchase, answer)
+        except Exception:
+            # What cannot be worded stands all the same, and is found by its key.
+            log.exception("purchase.not_worded", campaign=purchase.campaign.id)
+            wire = self._worded(Refused(Problem.UNAVAILABLE))
+        self._purchase = None
+        self._answer(wire, last=self._lane.draining)
+        if self._held:
+            self._lane.loop.call_soon(self._advance)
+
+    def _refuse(
+        self, campaign: Campaign, head: Head, refused: Refused, *, last: bool = False
+    ) -> None:
+        """Answer a purchase that was not queued."""
+        self._lane.desk.count_refused(campaign.id, refused.problem)
+        if refused.problem in CHARGED:
+            token = bearer_token(head.authorization or "")
+            limited = charge(
+                self._lane.engine, refused.problem, token, self._peer(), head.forwarded_for
+            )
+            if limited is not None:
+                refused = TooFast(limited)
+        last = last or self._lane.draining
+        self._answer(rendered(*problem_answer(refused), last=last), last=last)
+
+    def _turn_away(self, campaign: Campaign, wait_s: int) -> None:
+        """Refuse before anything is done, at the least cost; rest where these alone are too many.
+
+        What a resting connection sends waits in the kernel, where it costs nothing.
+        """
+        self._lane.desk.count_refused(campaign.id, Problem.OVERLOADED)
+        self._answer(self._lane.overloaded[wait_s], last=False)
+        rest_s = self._lane.admission.rest_s(time.monotonic())
+        if rest_s and self._transport is not None:
+            self._resting = True
+            self._bound_what_is_held()
+            self._lane.loop.call_later(rest_s, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = False
+        self._advance()
+
+    def _worded(self, refused: Refused) -> bytes:
+        return rendered(*problem_answer(refused), last=self._lane.draining)
+
+    def _answer(self, wire: bytes, *, last: bool) -> None:
+        if self._transport is None:
+            return
+        self._transport.write(wire)
+        if last:
+            self._transport.close()
+        elif not self._writing_paused:
+            self.deadline = self._lane.now + KEEPALIVE_S
+
+    def _peer(self) -> str:
+        transport = self._transport
+        return first_of(None if transport is None else transport.get_extra_info("peername"))
+
+    # What aiohttp serves.
+
+    def _lend(self, length: int) -> None:
+        """Give the next ``length`` bytes, a whole request or its beginning, to aiohttp."""
+        part, self._held = self._held[:length], self._held[length:]
+        self._inner_left = length - len(part)
+        self._lent, self._answered = True, False
+        self.deadline = NEVER
+        self._with_inner().data_received(part)
+
+    def _hand_over(self) -> None:
+        """Give all that is held and all that follows to aiohttp, for good."""
+        part, self._held = self._held, b""
+        self._for_good, self._awaited = True, None
+        self.deadline = self._lane.now + KEEPALIVE_S
+        inner = self._with_inner()
+        self._bound_what_is_held()
+        inner.data_received(part)
+
+    def _with_inner(self) -> Handler:
+        if self._inner is None:
+            self._inner = Handler(
+                self._lane.server,
+                draining=self._lane.is_draining,
+                answered=self._inner_answered,
+                keepalive_timeout=INNER_KEEPALIVE_S,
+            )
+            assert self._transport is not None  # noqa: S101 - nothing is read from a lost one
+            self._inner.connection_made(self._transport)
+            if self._writing_paused:
+                self._inner.pause_writing()
+        return self._inner
+
+    def _inner_answered(self) -> None:
+        self._answered = True
+        if not self._writing_paused:
+            self.deadline = self._lane.now + KEEPALIVE_S
+        if self._held:
+            self._lane.loop.call_soon(self._advance)
+
+    # Bounds.
+
+    def _bound_what_is_held(self) -> None:
+        """Read no more while too much waits behind a request that is under way."""
+        paused = self._resting or len(self._held) > HELD_MAX
+        if paused == self._reading_paused or self._transport is None:
+            return
+        self._reading_paused = paused
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def expire(self) -> None:
+        """End a connection that has waited too long, or give it longer."""
+        if self._transport is None:
+            return
+        if self._writing_paused:
+            self._transport.abort()
+        elif self._inner is not None and self._inner.busy:
+            self.deadline = self._lane.now + KEEPALIVE_S
+        elif self._awaited is not None:
+            self._refuse(*self._awaited, BodyLate(), last=True)
+        else:
+            self._transport.close()
+
+    def close(self) -> None:
+        """Close it, whatever is under way."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+class LanePurchase(Purchase):
+    """A purchase whose answer goes straight to its connection."""
+
+    __slots__ = ("_connection", "campaign")
+
+    def __init__(
+        self,
+        connection: Connection,
+        campaign: Campaign,
+        card_no: str,
+        union: str,
+        showing: int,
+        quantity: int,
+        key_hash: str,
+    ) -> None:
+        super().__init__(card_no, union, showing, quantity, key_hash)
+        self._connection = connection
+        self.campaign = campaign
+
+    def settle(self, answer: Answer) -> None:
+        """Answer the client, if it is still there."""
+        self._connection.settle(self, answer)
+
+
+def _overloaded() -> tuple[bytes, ...]:
+    refusals = [Refused(Problem.OVERLOADED, retry_after_s=s) for s in range(RETRY_MAX_S + 1)]
+    return tuple(rendered(*problem_answer(refused)) for refused in refusals)

@@ -1,0 +1,43 @@
+"""Puts an answer on the wire as aiohttp would: status line, headers in its order, body."""
+
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Final
+
+from aiohttp.http import SERVER_SOFTWARE
+
+_LINES: Final = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
+}
+
+
+class _Clock:
+    """The end of every head, which changes once a second."""
+
+    def __init__(self) -> None:
+        self.second = 0
+        self.tail = ""
+
+
+_clock: Final = _Clock()
+
+
+def rendered(status: int, body: bytes, headers: dict[str, str], *, last: bool = False) -> bytes:
+    """Give the bytes of an answer. ``last``: the connection closes behind it.
+
+    Nothing that a client sent may stand in ``headers``: they are written as they are.
+    """
+    lines = [_LINES[status]]
+    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    head = f"{''.join(lines)}Content-Length: {len(body)}\r\n{_date_and_server()}"
+    end = "Connection: close\r\n\r\n" if last else "\r\n"
+    return f"{head}{end}".encode("latin-1") + body
+
+
+def _date_and_server() -> str:
+    second = int(time.time())
+    if second != _clock.second:
+        _clock.second = second
+        _clock.tail = f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER_SOFTWARE}\r\n"
+    return _clock.tail

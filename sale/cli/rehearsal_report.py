@@ -1,0 +1,168 @@
+"""What came of a rehearsal: the generator's record and our own audit, in one table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+import msgspec
+
+from sale.cli.runtime import echo_fields, echo_table
+
+if TYPE_CHECKING:
+    from sale.usecases.audit import CampaignAudit
+
+RECORD: Final = "run.json"
+FINDINGS_SHOWN: Final = 20
+_SHARES: Final = ((0.5, "p50"), (0.99, "p99"), (0.999, "p99.9"))
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """A rehearsal as ``--json`` tells it.
+
+    ``clean``: the generator compared every answer with the books, nothing was wrong, and the audit
+    of the rehearsal and of the real campaign has no finding. ``bottleneck`` says why the generator
+    was the limit, or is ''. ``real_untouched`` is false where the real campaign has had an event
+    meanwhile, be it an operator's. ``purged``: its data is gone.
+    """
+
+    rehearsal: str
+    of: str
+    clean: bool
+    offered: int = 0
+    answered: int = 0
+    offered_rate: float = 0.0
+    achieved_rate: float = 0.0
+    outcomes: dict[str, int] = {}
+    latency_ms: dict[str, float] = {}
+    bottleneck: str = ""
+    orders: int = 0
+    tickets: int = 0
+    findings: list[str] = []
+    audit_clean: bool = False
+    real_untouched: bool = False
+    generator_status: int = 0
+    out: str = ""
+    report: str | None = None
+    purged: bool = False
+
+    @classmethod
+    def of_run(
+        cls,
+        identifier: str,
+        of: str,
+        out: Path,
+        *,
+        status: int,
+        audits: Sequence["CampaignAudit"],
+        untouched: bool,
+    ) -> "Outcome":
+        """Put together what is known. A run without a proof is not clean.
+
+        Raises OSError or ValueError where the generator has left no record.
+        """
+        record = msgspec.json.decode((out / RECORD).read_bytes(), type=_Record)
+        proof = record.proof
+        findings = [
+            f"{each.id}: {finding.invariant}: {finding.what}"
+            for each in audits
+            for finding in each.findings
+        ]
+        audited = len(audits) == 2 and all(each.clean for each in audits)
+        if proof is None:
+            findings.append("the load generator has proven nothing")
+        else:
+            findings += [f"{finding.kind}: {finding.what}" for finding in proof.findings]
+        if status and not record.bottleneck and not findings:
+            findings.append(f"the load generator ended with exit status {status}")
+        pages = sorted(out.glob("*.html"))
+        return cls(
+            rehearsal=identifier,
+            of=of,
+            clean=audited and proof is not None and proof.clean and not findings,
+            offered=record.offered,
+            answered=record.answered,
+            offered_rate=record.offered_rate,
+            achieved_rate=record.achieved_rate,
+            outcomes=record.outcomes,
+            latency_ms=_latency(record.latency),
+            bottleneck=record.bottleneck,
+            orders=proof.orders if proof else 0,
+            tickets=proof.tickets if proof else 0,
+            findings=findings,
+            audit_clean=audited,
+            real_untouched=untouched,
+            generator_status=status,
+            out=str(out),
+            report=str(pages[0]) if pages else None,
+        )
+
+
+def show(outcome: Outcome) -> None:
+    """Print it for people."""
+    rows = sorted(outcome.outcomes.items(), key=lambda each: -each[1])
+    echo_table(("outcome", "members"), rows)
+    latency = ", ".join(f"{name} {ms:,.1f} ms" for name, ms in outcome.latency_ms.items())
+    rates = f"{outcome.offered_rate:,.0f}/s offered, {outcome.achieved_rate:,.0f}/s answered"
+    echo_fields(
+        [
+            ("rehearsal", f"{outcome.rehearsal} of {outcome.of}"),
+            ("members", f"{outcome.offered:,} ({rates})"),
+            ("latency", latency or "not told"),
+            ("generator", outcome.bottleneck or "kept up"),
+            ("orders", f"{outcome.orders:,} with {outcome.tickets:,} tickets"),
+            ("audit", "clean" if outcome.audit_clean else "NOT CLEAN"),
+            (
+                "real campaign",
+                "untouched" if outcome.real_untouched else "has had events meanwhile",
+            ),
+            ("report", outcome.report or outcome.out),
+            ("its data", "removed; the audit log stays" if outcome.purged else "kept"),
+        ]
+    )
+    for finding in outcome.findings[:FINDINGS_SHOWN]:
+        click.echo(finding)
+    click.echo("clean: every answer stands in the books" if outcome.clean else "NOT CLEAN")
+    if outcome.bottleneck:
+        click.echo("but the generator was the limit, so it was no rehearsal of that rate")
+
+
+class _Finding(msgspec.Struct):
+    kind: str = ""
+    what: str = ""
+
+
+class _Proof(msgspec.Struct):
+    clean: bool
+    findings: list[_Finding] = []
+    orders: int = 0
+    tickets: int = 0
+
+
+class _Percentile(msgspec.Struct):
+    share: float
+    ms: float
+
+
+class _Record(msgspec.Struct):
+    """What is read of the generator's record; whatever else it holds is its own."""
+
+    offered: int = 0
+    answered: int = 0
+    offered_rate: float = 0.0
+    achieved_rate: float = 0.0
+    outcomes: dict[str, int] = {}
+    latency: list[_Percentile] = []
+    bottleneck: str = ""
+    proof: _Proof | None = None
+
+
+def _latency(percentiles: Sequence[_Percentile]) -> dict[str, float]:
+    """Give the latency that so large a share of the answers did not pass."""
+    told = {}
+    for share, name in _SHARES:
+        for each in percentiles:
+            if each.share >= share:
+                told[name] = each.ms
+                break
+    return told

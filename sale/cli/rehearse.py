@@ -1,0 +1,205 @@
+"""`sale rehearse`: a campaign's release played with made-up cards, proven, and removed again."""
+
+import contextlib
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import msgspec
+
+from sale.cli.rehearsal_play import Plan, ask, opened, play
+from sale.cli.rehearsal_report import RECORD, show
+from sale.cli.runtime import CommandContext, command_context, echo, note, run
+
+if TYPE_CHECKING:
+    from sale.stock.catalogue import CampaignNow
+
+CARDS_MAX: Final = 1_000_000
+RUSH_S: Final = 10.0
+"""All cards within so long, unless told otherwise: the first seconds are what a release is."""
+SECONDS_MAX: Final = 3_600.0
+OPENS_IN_S: Final = 15.0
+OPENS_IN_MIN_S: Final = 3.0
+OPENS_IN_MAX_S: Final = 86_400.0
+NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
+
+
+@click.command()
+@click.argument("campaign_id", metavar="[CAMPAIGN]", required=False)
+@click.option("--cards", type=click.IntRange(1, CARDS_MAX), help="How many made-up cards ask.")
+@click.option(
+    "--rate", type=click.FloatRange(0.1, 1e6), help="Members a second (default: cards / 10)."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(1, SECONDS_MAX), help="How long (default: cards / rate)."
+)
+@click.option(
+    "--opens-in",
+    type=click.FloatRange(OPENS_IN_MIN_S, OPENS_IN_MAX_S),
+    default=OPENS_IN_S,
+    show_default=True,
+    help="Seconds from your yes to the opening.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Of the load generator.",
+)
+@click.option("--target", metavar="H:P", help="Address of the API (default: where `up` listens).")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report."
+)
+@click.option("--reason", help="Why, for the audit log.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--keep", is_flag=True, help="Keep its data until `sale rehearse --purge ID`.")
+@click.option(
+    "--beside-real-sales", is_flag=True, help="Also while a real campaign sells, or soon."
+)
+@click.option("--purge", is_flag=True, help="Remove what is left of one rehearsal, or of all.")
+@command_context
+def rehearse(
+    context: CommandContext,
+    campaign_id: str | None,
+    *,
+    cards: int | None,
+    rate: float | None,
+    seconds: float | None,
+    opens_in: float,
+    processes: int,
+    target: str | None,
+    out: Path | None,
+    reason: str | None,
+    yes: bool,
+    keep: bool,
+    beside_real_sales: bool,
+    purge: bool,
+) -> int:
+    """Play a campaign's release with made-up cards on this deployment, prove it, remove it.
+
+    Exit: 0 where books and audit are clean; 1 where they are not, it could not be played, or the
+    load generator itself was the limit.
+    """
+    if purge:
+        return _purge(context, campaign_id, reason or "left over")
+    if campaign_id is None or cards is None:
+        raise click.UsageError("say which CAMPAIGN and how many --cards")
+    rate = rate or max(cards / RUSH_S, 1.0)
+    plan = Plan(
+        of=campaign_id,
+        cards=cards,
+        rate=rate,
+        seconds=seconds or min(max(cards / rate, 1.0), SECONDS_MAX),
+        target=target or _address(context),
+        out=out,
+        keep=keep,
+        beside_real_sales=beside_real_sales,
+        opens_in_s=opens_in,
+        processes=processes,
+    )
+    _check_generator()
+    if out is not None and (out / RECORD).exists():
+        raise click.ClickException(f"{out} holds the report of another run: name another folder")
+    _say_effect(plan, run(_look(context, plan)))
+    reason = _confirmed(reason, yes=yes)
+    outcome = run(play(context, plan, reason))
+    echo(context, outcome, lambda: show(outcome))
+    return 0 if outcome.clean and not outcome.bottleneck else 1
+
+
+def _check_generator() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise click.ClickException(
+            f"the load generator is not installed here ({', '.join(missing)} is missing): "
+            "pip install 'sale[loadtest]'"
+        )
+
+
+def _address(context: CommandContext) -> str:
+    """Where the API listens: as ``sale up`` wrote it down, else as the settings have it."""
+    settings = context.settings
+    listen = settings.listen
+    if settings.database_url is None:
+        with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
+            register = settings.data_dir / "run" / "processes.json"
+            listen = msgspec.json.decode(register.read_bytes(), type=dict[str, Any])["listen"]
+    host, _, port = listen.rpartition(":")
+    return f"{'127.0.0.1' if host in {'0.0.0.0', '[::]', ''} else host}:{port}"  # noqa: S104
+
+
+async def _look(context: CommandContext, plan: Plan) -> "CampaignNow":
+    """Give the campaign to be rehearsed. Raises Refused, click.ClickException."""
+    async with opened(context) as (_, desk):
+        original = await desk.original(plan.of)
+        selling = await desk.real_sales(plan.opens_in_s + plan.seconds)
+    if selling and not plan.beside_real_sales:
+        raise click.ClickException(
+            f"real members may be buying: {'; '.join(selling)}. A rehearsal would slow them down; "
+            "play it at another time, or say --beside-real-sales"
+        )
+    await ask(plan.target, "/api/v1/time")
+    return original
+
+
+def _say_effect(plan: Plan, original: "CampaignNow") -> None:
+    campaign, tickets = original.campaign, sum(original.tickets)
+    note(f"Rehearsal of {campaign.id} {campaign.title}")
+    keeps = "its data stays until sale rehearse --purge" if plan.keep else "its data is removed"
+    copy = f"{len(campaign.showings)} showings, {tickets:,} tickets, {campaign.card_limit} a card"
+    rush = f"{plan.rate:,.0f} members a second for {plan.seconds:,.0f} s"
+    for name, what in (
+        ("copy", f"{copy}; in no list; the real one's stock is not touched"),
+        ("buyers", f"{plan.cards:,} made-up cards, who buy nothing else; no real card buys here"),
+        ("rush", f"{rush}, from this host to {plan.target}"),
+        ("opening", f"{plan.opens_in_s:.0f} s after your yes and the making of the cards"),
+        (
+            "members",
+            "the same API processes, Redis, PostgreSQL and disks carry it: while it lasts,",
+        ),
+        ("", "real members' pages and purchases may be slower, or refused as overloaded"),
+        ("afterwards", f"closed, proven, reported; {keeps}; the audit log stays"),
+    ):
+        note(f"  {name:<10} {what}")
+
+
+def _confirmed(reason: str | None, *, yes: bool) -> str:
+    """Ask for a reason and a yes where a person is there to give them."""
+    if not sys.stdin.isatty() and (reason is None or not yes):
+        raise click.UsageError("nobody is there to be asked: give --reason R and --yes")
+    reason = reason or click.prompt("Why (for the audit log)", err=True)
+    if not yes:
+        click.confirm("Play it?", abort=True, err=True)
+    return str(reason)
+
+
+def _purge(context: CommandContext, campaign_id: str | None, reason: str) -> int:
+    """Remove one rehearsal, or all that are left."""
+    from sale.usecases.campaigns import Actor
+
+    async def work() -> list[dict[str, Any]]:
+        done = []
+        async with opened(context) as (_, desk), desk.alone():
+            ids = (
+                [each.id for each in await desk.left_over()]
+                if campaign_id is None
+                else [campaign_id]
+            )
+            for identifier in ids:
+                removed = await desk.purge(identifier, Actor(context.actor), reason)
+                done.append({"purged": identifier, **msgspec.structs.asdict(removed)})
+        return done
+
+    done = run(work())
+
+    def in_words() -> None:
+        for each in done:
+            click.echo(f"{each['purged']}: removed, with {each['orders']} orders")
+        if not done:
+            click.echo("no rehearsal is left")
+
+    echo(context, done, in_words)
+    return 0

@@ -1,0 +1,95 @@
+"""Rehearsals in PostgreSQL: which are left, and how one goes away.
+
+A rehearsal is struck off first, in one transaction with the row of the audit log that says so: from
+then on nobody audits, recovers or misses it. Then its rows are removed, some thousand at a time, so
+that a purge that dies goes on where it was. What may be removed is decided by the schema's triggers
+(``migrations/0007_rehearsals.sql``), not here. Its row in ``campaign`` stays.
+"""
+
+from typing import Final
+
+import msgspec
+
+from sale.db import queries
+from sale.db.ledger import Connection
+
+CHUNK_ROWS: Final = 20_000
+CHUNKS_MAX: Final = 10_000
+CHUNK_TIMEOUT_S: Final = 60.0
+PLAY_LOCK: Final = 0x53414C45_0010
+"""Advisory lock number of who plays or removes rehearsals: one at a time."""
+
+
+class LeftOver(msgspec.Struct, frozen=True):
+    """A rehearsal that has anything left; ``struck_off``: only its rows are still to go."""
+
+    id: str
+    rehearsal_of: str
+    state: str
+    applied: int
+    struck_off: bool
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """What went away with a rehearsal that was struck off."""
+
+    orders: int
+    tickets: int
+
+
+async def left_over(conn: Connection) -> list[LeftOver]:
+    """Rehearsals that have anything left, by ID."""
+    return [LeftOver(*row.values()) for row in await conn.fetch(_SQL["left_over"])]
+
+
+async def is_purged(conn: Connection, campaign_id: str) -> bool:
+    """Whether a campaign was a rehearsal that was struck off: it is to be nowhere any more."""
+    return bool(await conn.fetchval(_SQL["purged"], campaign_id))
+
+
+async def strike_off(
+    conn: Connection, campaign_id: str, applied: int, *, actor: str, reason: str
+) -> Removed | None:
+    """Strike a rehearsal off that stands at event ``applied``, and say so in the audit log.
+
+    None where it is not at that event, is struck off already, or is no rehearsal.
+    """
+    async with conn.transaction():
+        sold = await conn.fetchrow(_SQL["sold"], campaign_id, timeout=CHUNK_TIMEOUT_S)
+        row = await conn.fetchrow(_SQL["strike_off"], campaign_id, applied)
+        if row is None:
+            return None
+        data = {**sold, "rehearsal_of": row["rehearsal_of"], "events": applied}
+        told = msgspec.json.encode({**data, "chain": row["chain"]}).decode()
+        await conn.execute(_SQL["log"], actor, campaign_id, reason, told)
+        for table in ("conflict", "handed_in"):
+            await conn.execute(_SQL[f"remove_{table}"], campaign_id, timeout=CHUNK_TIMEOUT_S)
+    return Removed(**sold)
+
+
+async def remove_rows(conn: Connection, campaign_id: str) -> None:
+    """Remove what is left of a rehearsal that was struck off.
+
+    Raises asyncpg.IntegrityConstraintViolationError for any other campaign.
+    """
+    for table in ("orders", "card_use", "event"):
+        for _ in range(CHUNKS_MAX):
+            done = await conn.execute(
+                _SQL[f"remove_{table}"], campaign_id, CHUNK_ROWS, timeout=CHUNK_TIMEOUT_S
+            )
+            if int(done.split()[-1]) < CHUNK_ROWS:
+                break
+    await conn.execute(_SQL["remove_showing"], campaign_id)
+
+
+async def hold_play(conn: Connection) -> bool:
+    """Take the right to play or remove rehearsals for as long as this connection is held."""
+    return bool(await conn.fetchval("SELECT pg_try_advisory_lock($1)", PLAY_LOCK))
+
+
+async def leave_play(conn: Connection) -> None:
+    """Give it back."""
+    await conn.execute("SELECT pg_advisory_unlock($1)", PLAY_LOCK)
+
+
+_SQL: Final = queries.load("rehearsals")

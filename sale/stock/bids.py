@@ -1,0 +1,21 @@
+"""What a batch asks of ``purchase.lua``: one packed argument, column by column.
+
+MessagePack of five lists (cards, unions, showing numbers, quantities, key hashes), which the script
+reads by ``cmsgpack``. The header of ``purchase.lua`` says what was tried instead.
+"""
+
+from typing import Final, TypeAlias
+
+import msgspec
+
+Columns: TypeAlias = tuple[list[str], list[str], list[int], list[int], list[str]]
+"""Cards, unions, showing numbers, quantities, key hashes; all of the same length."""
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(Columns)
+
+pack_bids = _ENCODER.encode
+"""Pack ``Columns``."""
+
+unpack_bids = _DECODER.decode
+"""The reverse of ``pack_bids``."""

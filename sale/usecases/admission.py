@@ -1,0 +1,184 @@
+"""Who is let in: connections are counted, and requests beyond capacity are refused at once.
+
+An overloaded event loop does not look overloaded: its queue stands in the kernel, where nobody
+counts it. What can be seen is the *turn*: one poll of the loop hands out everything that has
+arrived, and that takes as long as the crowd is large. The first request of a turn notes the time
+and asks by ``call_soon`` to be told of the turn's end, which comes after all reads of that poll, on
+asyncio's own loop and on uvloop alike (``tests/test_admission.py`` tries both). A request that is
+read more than ``turn_max_s`` after its turn began is refused. So what a request waits in this
+process before anybody looks at it is bounded: the rest of the turn before its own, and
+``turn_max_s``. A heartbeat that measures the loop's lag was rejected: it knows of a crowd one beat
+late, and refuses the small turns that follow.
+
+The other reasons look at the purchases that were let in and wait for their batch: there are too
+many of them ("queue"), or the first of them has waited too long ("late").
+
+An answer that refuses still costs a system call or two. Where refusals are so many that they would
+cost sales, ``rest_s`` tells how long not to read from the connection that was refused.
+"""
+
+import asyncio
+import random
+import resource
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+FILES_RESERVE: Final = 256
+"""File descriptors kept for the stores, metrics, logs and listeners of a process."""
+
+LOOK_AGAIN_S: Final = 0.01
+CALM_S: Final = 5.0
+RETRY_MIN_S: Final = 1
+RETRY_SPREAD_S: Final = 5
+RETRY_MAX_S: Final = 20
+SPREAD_GROWS_EVERY_S: Final = 2.0
+SPREAD_EVERY_S: Final = 0.25
+REFUSALS_PER_S: Final = 2_000
+REST_S: Final = (0.1, 0.5)
+
+CONNECTIONS, TURN, QUEUE, LATE = "connections", "turn", "queue", "late"
+REASONS: Final = (CONNECTIONS, TURN, QUEUE, LATE)
+
+
+class Admission:
+    """Lets connections and requests of one process in, or says why not.
+
+    ``waiting`` gives how many purchases wait in all batchers, and since when the first of them does
+    (seconds of the monotonic clock; 0.0 where none waits). A bound of 0 is no bound, except that of
+    connections. All times are seconds of the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        connections_max: int,
+        turn_max_s: float,
+        waiting_max: int,
+        wait_max_s: float,
+        waiting: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
+        chance: random.Random | None = None,
+    ) -> None:
+        self.connections_max = connections_max
+        """The bound that holds; see ``files_allow``."""
+        self.connections = 0
+        self.shed: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
+        """Refused so far, by reason."""
+        self._turn_max_s = turn_max_s or float("inf")
+        self._waiting_max = waiting_max or float("inf")
+        self._wait_max_s = wait_max_s or float("inf")
+        self._waiting = waiting
+        self._chance = (chance or random.Random()).random  # noqa: S311 - spreads, hides nothing
+        self._loop = asyncio.get_running_loop()
+        self._turn_ends = float("inf")
+        self._in_turn = False
+        self._room = self._waiting_max
+        self._late = False
+        self._look_at = 0.0
+        self._over_since = 0.0
+        self._over_last = float("-inf")
+        self._spread_at = 0.0
+        self._spread_s = float(RETRY_SPREAD_S)
+        self._refusals_due = 0.0
+
+    def take_connection(self) -> bool:
+        """Count a connection in; False where there are too many and it must be closed."""
+        if self.connections >= self.connections_max:
+            self.shed[CONNECTIONS] += 1
+            return False
+        self.connections += 1
+        return True
+
+    def release_connection(self) -> None:
+        """Count a connection out that was let in."""
+        self.connections -= 1
+
+    def overloaded(self, now: float) -> str:
+        """Why a purchase that is read now must be refused; '' where it may go on.
+
+        Who refuses calls ``refuse`` with it.
+        """
+        if not self._in_turn:
+            self._begin_turn(now)
+        elif now > self._turn_ends:
+            return TURN
+        if now >= self._look_at:
+            self._look(now)
+        if self._late:
+            return LATE
+        self._room -= 1
+        return QUEUE if self._room < 0 else ""
+
+    def turn_is_over(self, now: float) -> str:
+        """Like ``overloaded``, for requests that wait in no queue."""
+        if not self._in_turn:
+            self._begin_turn(now)
+        elif now > self._turn_ends:
+            return TURN
+        return ""
+
+    def refuse(self, reason: str, now: float) -> int:
+        """Count a refusal; give its Retry-After in whole seconds, 1 to ``RETRY_MAX_S``."""
+        self.shed[reason] += 1
+        return self.retry_after(now)
+
+    def retry_after(self, now: float) -> int:
+        """Give a Retry-After by chance: the longer the overload lasts, the wider they are spread.
+
+        One second for all would bring everybody back at once.
+        """
+        if now >= self._spread_at:
+            self._widen(now)
+        return RETRY_MIN_S + int(self._chance() * self._spread_s)
+
+    def rest_s(self, now: float) -> float:
+        """Give how long not to read from a connection that was just refused; mostly 0.0.
+
+        Up to ``REFUSALS_PER_S`` in a second nobody rests. Beyond, what a connection has sent waits
+        in the kernel for a moment, by chance a shorter or longer one, and costs nothing there.
+        """
+        due = max(self._refusals_due, now) + 1 / REFUSALS_PER_S
+        if due > now + 1.0:
+            shortest, longest = REST_S
+            return shortest + self._chance() * (longest - shortest)
+        self._refusals_due = due
+        return 0.0
+
+    def _widen(self, now: float) -> None:
+        if now - self._over_last > CALM_S:
+            self._over_since = now
+        self._over_last = now
+        self._spread_at = now + SPREAD_EVERY_S
+        lasted_s = now - self._over_since
+        self._spread_s = min(RETRY_SPREAD_S + lasted_s / SPREAD_GROWS_EVERY_S, RETRY_MAX_S)
+
+    def _begin_turn(self, now: float) -> None:
+        self._in_turn = True
+        self._turn_ends = now + self._turn_max_s
+        self._loop.call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        self._in_turn = False
+
+    def _look(self, now: float) -> None:
+        """See what waits: now and then, because there may be hundreds of batchers."""
+        self._look_at = now + LOOK_AGAIN_S
+        count, since = self._waiting()
+        self._room = self._waiting_max - count
+        self._late = since > 0.0 and now - since > self._wait_max_s
+
+
+def files_allow(connections_max: int) -> int:
+    """How many connections this process may have: ``connections_max``, or what its files allow.
+
+    Raises the soft limit of open files towards the hard one where more are wanted.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections_max + FILES_RESERVE
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if most > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        return max(soft - FILES_RESERVE, 1)
+    return connections_max

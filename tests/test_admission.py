@@ -1,0 +1,238 @@
+"""Who is let in under load, and what those are told who are not."""
+
+import asyncio
+import random
+import resource
+import socket
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvloop
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import CollectorRegistry, generate_latest
+
+from sale.api.exchange import ENGINE
+from sale.api.health import add_health_routes
+from sale.api.routing import guarded
+from sale.metrics import LoadMetrics
+from sale.usecases.admission import (
+    CALM_S,
+    FILES_RESERVE,
+    LATE,
+    LOOK_AGAIN_S,
+    QUEUE,
+    REFUSALS_PER_S,
+    REST_S,
+    RETRY_MAX_S,
+    TURN,
+    Admission,
+    files_allow,
+)
+from sale.workers.metrics_server import _Snapshot
+
+TURN_S = 0.05
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def admission(seed: int = 1, **options: Any) -> Admission:
+    bounds: dict[str, Any] = {
+        "connections_max": 10,
+        "turn_max_s": TURN_S,
+        "waiting_max": 100,
+        "wait_max_s": 1.0,
+    }
+    return Admission(**(bounds | options), chance=random.Random(seed))
+
+
+def test_given_the_bound_when_more_connections_come_then_they_are_turned_away() -> None:
+    async def judge() -> None:
+        door = admission(connections_max=2)
+        assert [door.take_connection() for _ in range(3)] == [True, True, False]
+        assert (door.connections, door.shed["connections"]) == (2, 1)
+        door.release_connection()
+        assert door.take_connection()
+
+    asyncio.run(judge())
+
+
+async def test_given_a_long_turn_when_a_request_comes_late_in_it_then_it_is_refused() -> None:
+    door = admission()
+    assert door.overloaded(100.0) == ""
+    assert door.overloaded(100.0 + TURN_S / 2) == ""
+    assert door.overloaded(100.0 + TURN_S * 1.1) == TURN
+    assert door.turn_is_over(100.0 + TURN_S * 1.1) == TURN
+    await asyncio.sleep(0)
+    assert door.overloaded(100.0 + TURN_S * 1.2) == ""
+
+
+class _Reader(asyncio.Protocol):
+    def __init__(self, read: Callable[[], None]) -> None:
+        self._read = read
+
+    def data_received(self, data: bytes) -> None:
+        self._read()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("crowd", [40, 1_500])
+def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
+    loop: str, crowd: int
+) -> None:
+    """What the measure rests on: ``call_soon`` comes after all reads of a poll."""
+
+    async def judge() -> list[str]:
+        door = admission(waiting_max=0)
+        told: list[str] = []
+        all_read = asyncio.Event()
+        work_s = 2 * TURN_S / crowd
+
+        def read() -> None:
+            began = time.monotonic()
+            told.append(door.overloaded(began))
+            while time.monotonic() < began + work_s:
+                pass
+            if len(told) == crowd:
+                all_read.set()
+
+        pairs = [socket.socketpair() for _ in range(crowd)]
+        running, transports = asyncio.get_running_loop(), []
+        for ours, _ in pairs:
+            ours.setblocking(False)
+            made, _ = await running.create_connection(lambda: _Reader(read), sock=ours)
+            transports.append(made)
+        await asyncio.sleep(0.01)
+        for _, theirs in pairs:
+            theirs.send(b"x")
+        await asyncio.wait_for(all_read.wait(), 10)
+        await asyncio.sleep(0)
+        assert door.overloaded(time.monotonic()) == ""
+        for (_, theirs), made in zip(pairs, transports, strict=True):
+            made.abort()
+            theirs.close()
+        await asyncio.sleep(0.01)
+        return told
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        told = runner.run(judge())
+    admitted = told.index(TURN)
+    assert 0 < admitted < crowd
+    assert set(told[:admitted]) == {""}
+    assert set(told[admitted:]) == {TURN}
+
+
+async def test_given_a_full_house_when_more_purchases_come_then_they_are_refused() -> None:
+    waiting = (95, 99.9)
+    door = admission(waiting=lambda: waiting)
+    told = [door.overloaded(100.0) for _ in range(8)]
+    assert told == [""] * 5 + [QUEUE] * 3
+    waiting = (0, 0.0)
+    assert door.overloaded(100.0 + LOOK_AGAIN_S) == ""
+
+
+async def test_given_that_the_first_waits_too_long_when_more_come_then_they_are_refused() -> None:
+    door = admission(waiting=lambda: (3, 98.5))
+    assert door.overloaded(100.0) == LATE
+    assert door.turn_is_over(100.0) == ""
+
+
+async def test_given_bounds_of_zero_then_nothing_is_refused() -> None:
+    door = admission(turn_max_s=0, waiting_max=0, wait_max_s=0, waiting=lambda: (10**9, 1.0))
+    assert [door.overloaded(now) for now in (100.0, 200.0, 300.0)] == [""] * 3
+
+
+async def test_given_refusals_then_retry_after_is_spread_the_wider_the_longer_it_lasts() -> None:
+    door = admission()
+    first = [door.refuse(TURN, 100.0) for _ in range(500)]
+    assert set(first) == {1, 2, 3, 4, 5}
+    assert min(first.count(wait_s) for wait_s in set(first)) > 50
+    later = [door.retry_after(100.0 + step * 0.02) for step in range(1_000)]
+    assert max(later) > 10
+    for step in range(5_000):
+        assert 1 <= door.retry_after(120.0 + step * 0.02) <= RETRY_MAX_S
+    calm = [door.retry_after(300.0 + CALM_S) for _ in range(100)]
+    assert max(calm) <= 5
+    assert door.shed[TURN] == 500
+    assert [admission().refuse(TURN, 1.0) for _ in range(3)] == [first[0]] * 3
+
+
+async def test_given_more_refusals_than_are_cheap_then_connections_rest_a_little() -> None:
+    door = admission()
+    rests = [door.rest_s(100.0) for _ in range(REFUSALS_PER_S + 500)]
+    assert set(rests[: REFUSALS_PER_S - 1]) == {0.0}
+    assert all(REST_S[0] <= rest <= REST_S[1] for rest in rests[REFUSALS_PER_S + 1 :])
+    assert door.rest_s(101.0) == 0.0
+
+
+def test_given_the_limit_of_open_files_then_connections_stay_below_it() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1_000), hard))
+        assert files_allow(100) == 100
+        allowed = files_allow(2_000_000)
+        now_soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert allowed <= now_soft - FILES_RESERVE
+        assert now_soft == min(hard, 2_000_000 + FILES_RESERVE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+async def overrun() -> tuple[web.Application, Admission]:
+    """An application whose turn is over at each look."""
+    door = admission()
+    door._in_turn, door._turn_ends = True, 0.0
+    app = web.Application()
+    stores = SimpleNamespace(redis=None, pool=None, settings=None)
+    engine: Any = SimpleNamespace(
+        admission=door, batchers=SimpleNamespace(halted="stopping"), stores=stores
+    )
+    app[ENGINE] = engine
+    return app, door
+
+
+async def test_given_overload_when_asked_then_routes_say_so_and_health_answers(
+    overrun: tuple[web.Application, Admission],
+) -> None:
+    app, door = overrun
+
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(text="served")
+
+    app.router.add_get("/page", guarded(handler))
+    add_health_routes(app)
+    async with TestClient(TestServer(app)) as client:
+        waits = set()
+        for _ in range(40):
+            async with client.get("/page") as told:
+                assert told.status == 503
+                assert (await told.json())["code"] == "overloaded"
+                waits.add(int(told.headers["Retry-After"]))
+        async with client.get("/healthz") as told:
+            assert told.status == 200
+    assert len(waits) > 2
+    assert door.shed[TURN] == 40
+
+
+async def test_given_what_a_process_is_under_when_scraped_then_it_is_told_and_adds_up() -> None:
+    door = admission()
+    door.take_connection()
+    door.refuse(TURN, 1.0)
+    registry = CollectorRegistry()
+    registry.register(
+        LoadMetrics(lambda: door.connections, lambda: {"films": 7}, door.shed, {"card": 3})
+    )
+    text = generate_latest(registry).decode()
+    assert "sale_connections 1.0" in text
+    assert 'sale_purchases_waiting{campaign="films"} 7.0' in text
+    assert 'sale_shed_total{reason="turn"} 1.0' in text
+    assert 'sale_shed_total{reason="queue"} 0.0' in text
+    assert 'sale_rate_limited_total{scope="card"} 3.0' in text
+    two = _Snapshot()
+    two.add(_Snapshot.parse(text), gauges=True)
+    two.add(_Snapshot.parse(text), gauges=True)
+    assert "sale_connections 2.0" in two.text()
+    assert 'sale_purchases_waiting{campaign="films"} 14.0' in two.text()

@@ -2,9 +2,10 @@
 
 Member tokens are standard JWTs (HS256, ``kid``), issued with PyJWT. They are verified here by hand,
 because in a rush most tokens are seen for the first time, where a cache does not help, and PyJWT
-took 26 µs a token, half of all else that a purchase costs. The check is narrow on purpose: one algorithm, one
-key. The signature is compared first, over the bytes as they came, so nothing that a stranger wrote
-is ever parsed; ``alg`` is then only asked whether it agrees. PyJWT is the oracle of its tests.
+took 26 µs a token, half of all else that a purchase costs. The check is narrow on purpose: one
+algorithm, one key. The signature is compared first, over the bytes as they came, so nothing that a
+stranger wrote is ever parsed; ``alg`` is then only asked whether it agrees. PyJWT is the oracle of
+its tests.
 
 ``iat`` is not compared with the clock: a token of ours from a host whose clock runs ahead is still
 ours.

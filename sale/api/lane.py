@@ -47,6 +47,7 @@ from sale.domain import Campaign, Problem, Refused
 from sale.stock.batcher import Answer, Purchase
 from sale.usecases.admission import RETRY_MAX_S
 from sale.usecases.client_address import first_of
+from sale.usecases.purchase import Checked
 from sale.usecases.rate_limits import TooFast
 
 HELD_MAX: Final = 64 * 1024
@@ -208,28 +209,27 @@ class Connection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Serve what is held, as far as it can be served now."""
-        while self._held and self._ready():
-            end = self._held.find(b"\r\n\r\n") + 4
-            if end < 4 and len(self._held) <= HEAD_MAX:
+        while (held := self._held) and self._ready():
+            end = held.find(b"\r\n\r\n") + 4
+            if end < 4 and len(held) <= HEAD_MAX:
                 self.deadline = min(self.deadline, self._lane.now + HEAD_WITHIN_S)
                 break
-            head = self._lane.heads.read(self._held, end) if end >= 4 else None
+            head = self._lane.heads.read(held, end) if end >= 4 else None
             if head is None or self._lane.draining:
                 return self._hand_over()
             campaign = self._lane.desk.known(head.campaign_id) if head.campaign_id else None
+            whole = head.whole
             if campaign is None:
-                self._lend(head.whole)
-            elif head.whole - end > BODY_MAX:
+                self._lend(whole)
+            elif whole - end > BODY_MAX:
                 return self._hand_over()
-            elif len(self._held) < head.whole:
+            elif len(held) < whole:
                 self._awaited = campaign, head
                 self.deadline = self._lane.now + BODY_WITHIN_S
                 break
             else:
-                body = self._held[end : head.whole]
-                self._held = self._held[head.whole :]
-                self._awaited = None
-                self._buy(campaign, head, body)
+                self._held, self._awaited = held[whole:], None
+                self._buy(campaign, head, held[end:whole])
         return self._bound_what_is_held()
 
     def _ready(self) -> bool:
@@ -253,15 +253,15 @@ class Connection(asyncio.Protocol):
 
     def _buy(self, campaign: Campaign, head: Head, body: bytes) -> None:
         """Check a purchase and queue it, or answer at once why not."""
-        desk = self._lane.desk
-        if wait_s := desk.turned_away():
+        desk, now = self._lane.desk, time.monotonic()
+        if wait_s := desk.turned_away(now):
             return self._turn_away(campaign, wait_s)
         try:
             check_media_type(head.content_type or "")
             wish = decode_body(body, ORDER_REQUEST)
             key, token = checked_key(head.key), bearer_token(head.authorization or "")
-            checked = desk.check(campaign, wish.quantity, wish.showing, key, token)
-            purchase = LanePurchase(self, campaign, *checked)
+            checked = desk.check(campaign, wish.quantity, wish.showing, key, token, now)
+            purchase = LanePurchase(self, campaign, checked, now)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
             refused = refused_by(error, f"/api/v1/campaigns/{campaign.id}/orders")
@@ -410,16 +410,10 @@ class LanePurchase(Purchase):
     __slots__ = ("_connection", "campaign")
 
     def __init__(
-        self,
-        connection: Connection,
-        campaign: Campaign,
-        card_no: str,
-        union: str,
-        showing: int,
-        quantity: int,
-        key_hash: str,
+        self, connection: Connection, campaign: Campaign, checked: Checked, now: float
     ) -> None:
-        super().__init__(card_no, union, showing, quantity, key_hash)
+        self.card_no, self.union, self.showing, self.quantity, self.key_hash = checked
+        self.asked_at = now
         self._connection = connection
         self.campaign = campaign
 

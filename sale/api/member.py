@@ -57,7 +57,7 @@ def order_handler(desk: PurchaseDesk) -> Handler:
 
     async def place_order(request: web.Request) -> web.StreamResponse:
         try:
-            if wait_s := desk.turned_away():
+            if wait_s := desk.turned_away(time.monotonic()):
                 raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)  # noqa: TRY301
             wish = await read_body(request, ORDER_REQUEST)
             placed = await desk.purchase(

@@ -84,7 +84,7 @@ class PurchaseDesk:
             refused = await self._no_campaign(campaign_id)
             self.count_refused(campaign_id, refused.problem)
             return refused
-        checked = self.check(campaign, quantity, showing_id, key, token)
+        checked = self.check(campaign, quantity, showing_id, key, token, time.monotonic())
         purchase = AwaitedPurchase(*checked, self._loop)
         self.submit(campaign, purchase)
         return self.word(campaign, purchase, await purchase.answer)
@@ -93,9 +93,11 @@ class PurchaseDesk:
         """Give a campaign that this process has seen for sale; no I/O."""
         return self._catalogue.known(campaign_id)
 
-    def turned_away(self) -> int:
-        """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds."""
-        now = time.monotonic()
+    def turned_away(self, now: float) -> int:
+        """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds.
+
+        ``now``, here and in ``check``, is seconds of the monotonic clock.
+        """
         reason = self._admission.overloaded(now)
         return self._admission.refuse(reason, now) if reason else 0
 
@@ -106,6 +108,7 @@ class PurchaseDesk:
         showing_id: str | None,
         key: str,
         token: str | None,
+        now: float,
     ) -> Checked:
         """See to what needs no store: the request, whose token it is, how often it asks.
 
@@ -115,7 +118,7 @@ class PurchaseDesk:
         member = self._tokens.verify(token or "", time.time())
         if not may_meet(campaign, member.card_no):
             raise Refused(Problem.NOT_ELIGIBLE)
-        limited = self._limits.spend(member.card_no, campaign.id, time.monotonic())
+        limited = self._limits.spend(member.card_no, campaign.id, now)
         if limited is not None:
             raise TooFast(limited)
         return member.card_no, member.union, showing, quantity, key_hash(key)

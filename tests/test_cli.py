@@ -26,7 +26,7 @@ GROUPS = {
 }
 SINGLE = [
     *("up", "serve", "writer", "scheduler", "migrate"),
-    *("tokens", "audit", "recover", "losses", "doctor"),
+    *("tokens", "audit", "recover", "losses", "rehearse", "doctor"),
 ]
 COMMANDS = [
     *([name] for name in SINGLE),
@@ -44,6 +44,7 @@ NEEDS_ENGINE = [
     ["operator", "add", "x", "--role", "admin"],
     ["recover", "x"],
     ["losses", "x"],
+    ["rehearse", "--purge"],
     ["doctor"],
     ["migrate"],
 ]

@@ -211,7 +211,7 @@ class Connection(asyncio.Protocol):
         """Serve what is held, as far as it can be served now."""
         while (held := self._held) and self._ready():
             end = held.find(b"\r\n\r\n") + 4
-            if end < 4 and len(held) <= HEAD_MAX:
+            if end < 4 and _may_become_a_head(held):
                 self.deadline = min(self.deadline, self._lane.now + HEAD_WITHIN_S)
                 break
             head = self._lane.heads.read(held, end) if end >= 4 else None
@@ -420,6 +420,11 @@ class LanePurchase(Purchase):
     def settle(self, answer: Answer) -> None:
         """Answer the client, if it is still there."""
         self._connection.settle(self, answer)
+
+
+def _may_become_a_head(held: bytes) -> bool:
+    """Whether what has come so far is worth waiting for; aiohttp refuses the rest at once."""
+    return len(held) <= HEAD_MAX and held[:1].isupper() and b"\n\n" not in held
 
 
 def _overloaded() -> tuple[bytes, ...]:

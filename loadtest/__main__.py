@@ -4,17 +4,18 @@ import sys
 from importlib import import_module
 from typing import Final
 
+# Each is a package beside this file.
 COMMANDS: Final = {
-    "rush": ("loadtest.openloop_cli", "an open loop against a running engine, with proof"),
-    "report": ("loadtest.html_report", "a run's record as one HTML file, or two side by side"),
-    "bench": ("loadtest.bench", "the engine as a share of what its HTTP stack can do"),
-    "demo": ("loadtest.demo", "a whole engine and a whole release, from nothing"),
+    "rush": "an open loop against a running engine, with proof",
+    "report": "a run's record as one HTML file, or two side by side",
+    "bench": "the engine as a share of what its HTTP stack can do",
+    "demo": "a whole engine and a whole release, from nothing",
 }
 
 
 def usage() -> str:
     """What there is."""
-    lines = [f"  {name:<8}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: python -m loadtest COMMAND [OPTIONS]", "", *lines])
 
 
@@ -28,9 +29,8 @@ def main() -> None:
         complaint = f"no command {name!r}" if name else "a command is wanted"
         print(f"loadtest: {complaint}\n{usage()}", file=sys.stderr)
         sys.exit(2)
-    module, _ = COMMANDS[name]
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-    sys.exit(import_module(module).main())
+    sys.exit(import_module(f"loadtest.{name}.__main__").main())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, cast
 
-from loadtest.wire import UNKNOWN, ProtocolError, Response, ResponseParser
+from loadtest.wire import (
+    UNKNOWN,
+    ProtocolError,
+    Response,
+    ResponseParser,
+    get_request,
+    problem_code,
+)
 
 TIMEOUT_S: Final = 10.0
 RECONNECT_S: Final = 10.0
@@ -27,6 +34,10 @@ RECONNECT_PAUSE_S: Final = 0.05
 
 class Unreachable(ConnectionError):  # noqa: N818 - says what it is
     """No connection to the server could be made, or made again, in time."""
+
+
+class AnswerError(Exception):
+    """The server answered something else than was asked for; the message is for people."""
 
 
 @dataclass(slots=True)
@@ -305,6 +316,15 @@ class Client:
             for connection in list(self._live):
                 if connection.job is not None and connection.sent_at < before:
                     connection.abort("no answer in time")
+
+
+async def read_json(client: Client, path: str) -> Any:  # noqa: ANN401 - JSON
+    """GET a JSON document. Raises AnswerError."""
+    answer = await client.request(get_request(client.address, path))
+    if answer.status != 200:
+        why = problem_code(answer.status, answer.body) or answer.why
+        raise AnswerError(f"{client.address}, GET {path}: {answer.status or 'no answer'}, {why}")
+    return answer.json()
 
 
 def _ignore(_context: object, _answer: Response) -> None: ...

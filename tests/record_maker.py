@@ -3,16 +3,8 @@
 import math
 import random
 
-from loadtest.html_charts import OUTCOME_COLOURS
-from loadtest.record import (
-    Finding,
-    Percentile,
-    ProcessSample,
-    Proof,
-    Record,
-    Sample,
-    Second,
-)
+from loadtest.record import Finding, Percentile, ProcessSample, Proof, Record, Sample, Second
+from loadtest.report.charts import OUTCOME_COLOURS
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9995, 0.9999, 0.99999, 1.0)
 OUTCOMES = tuple(OUTCOME_COLOURS)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import pytest
 from service import Client, Service, free_port, new_key, until
 
-from loadtest.answers import AnswerBook
-from loadtest.books import check
+from loadtest.books.answers import AnswerBook
+from loadtest.books.check import check
+from loadtest.books.ledger import highest, load_books, wait_applied
 from loadtest.client import Client as LoadClient
-from loadtest.ledger import highest, load_books, wait_applied
+from loadtest.demo.play import AGAIN, ROUND_PAUSE_S, ROUNDS_MAX
 from loadtest.members import Attempt, Kind, Member
-from loadtest.rush import AGAIN, ROUND_PAUSE_S, ROUNDS_MAX
 from loadtest.wire import Response, get_request, purchase_request
 
 CONNECTIONS = 16

@@ -17,11 +17,12 @@ from record_maker import OUTCOMES, made_up, unbalanced
 
 from loadtest import record as records
 from loadtest.__main__ import main as loadtest_command
-from loadtest.html_charts import OUTCOME_COLOURS, charts, colour_of
-from loadtest.html_report import main, render, write_report
-from loadtest.html_runs import BINS_MAX
-from loadtest.html_tables import figure_groups, told_tables
 from loadtest.record import Percentile, Proof, Record, Sample, Second
+from loadtest.report.__main__ import main
+from loadtest.report.charts import OUTCOME_COLOURS, charts, colour_of
+from loadtest.report.page import render, write_report
+from loadtest.report.runs import BINS_MAX
+from loadtest.report.tables import figure_groups, told_tables
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 BROWSER_LIMIT_S = 40

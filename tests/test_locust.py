@@ -13,13 +13,12 @@ import gevent
 import msgspec
 import pytest
 
-from loadtest.answers import Answer, read_answers, write_answers
-from loadtest.engine import engine_up, environment
-from loadtest.locust_desk import BATCH, Booth, Desk, Setting
-from loadtest.locust_options import deeds_of, mix_of, phases_of
-from loadtest.locust_programs import About
-from loadtest.locust_proof import measured
-from loadtest.locust_scenarios import (
+from loadtest.books.answers import Answer, read_answers, write_answers
+from loadtest.crowd.desk import BATCH, Booth, Desk, Setting
+from loadtest.crowd.options import deeds_of, mix_of, phases_of
+from loadtest.crowd.programs import About
+from loadtest.crowd.proof import measured
+from loadtest.crowd.scenarios import (
     SCENARIOS,
     Mix,
     campaign_file,
@@ -28,7 +27,8 @@ from loadtest.locust_scenarios import (
     read_campaign,
     run_name,
 )
-from loadtest.locust_shape import Phases, Plan, target
+from loadtest.crowd.shape import Phases, Plan, target
+from loadtest.engine import engine_up, environment
 from loadtest.members import Member
 from loadtest.record import read
 from sale.domain import default_unions_path, load_unions, parse_campaign
@@ -290,7 +290,7 @@ async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_
         answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
         write_answers(answers, tmp_path / "tampered")
         status, told = await run_module(
-            *("loadtest.locust_proof", "prove", "--answers", str(tmp_path / "tampered")),
+            *("loadtest.crowd.proof", "prove", "--answers", str(tmp_path / "tampered")),
             *("--about", str(about), "--database-url", engine.database_url()),
         )
     assert status == 1, told

@@ -14,19 +14,19 @@ import msgspec
 import pytest
 from service import Client, Service, free_port
 
-from loadtest import arrivals, openloop_team
-from loadtest.answers import Answer
-from loadtest.arrivals import ArrivalsError
-from loadtest.asks import Asks, AsksError, members_of, write_minted
-from loadtest.openloop import OpenLoop, Unreachable
-from loadtest.openloop_cli import parser, plan_of, remarks, table, verdict
-from loadtest.openloop_record import fill
-from loadtest.openloop_tally import Bounds, Tally
-from loadtest.openloop_team import Plan, only_loopback, play
-from loadtest.openloop_worker import Part, summed_up
-from loadtest.proof import Where, prove
+from loadtest.books.answers import Answer
+from loadtest.books.proof import Where, prove
+from loadtest.client import AnswerError, Unreachable
 from loadtest.record import Finding, Proof, Record, RecordError, decode, encode
-from loadtest.rush import RushError
+from loadtest.rush import arrivals, team
+from loadtest.rush.__main__ import parser, plan_of, remarks, table, verdict
+from loadtest.rush.arrivals import ArrivalsError
+from loadtest.rush.asks import Asks, AsksError, members_of, write_minted
+from loadtest.rush.loop import OpenLoop
+from loadtest.rush.summary import fill
+from loadtest.rush.tally import Bounds, Tally
+from loadtest.rush.team import Plan, RushError, only_loopback, play
+from loadtest.rush.worker import Part, summed_up
 from loadtest.wire import get_request
 from sale.identity import MemberTokens, SigningKey
 
@@ -467,14 +467,14 @@ async def test_given_an_answer_that_the_books_do_not_have_when_proved_then_the_r
     """One sold answer is kept back and another doctored: both must be found."""
     campaign = await client.campaign(1_000)
     kept: list[Answer] = []
-    real = openloop_team.read_spool
+    real = team.read_spool
 
-    def doctored(job: openloop_team.Job) -> list[Answer]:
+    def doctored(job: team.Job) -> list[Answer]:
         first, second, *rest = real(job)
         kept.extend([first, second, *rest])
         return [msgspec.structs.replace(second, told_quantity=7), *rest]
 
-    monkeypatch.setattr(openloop_team, "read_spool", doctored)
+    monkeypatch.setattr(team, "read_spool", doctored)
     books = Where(database_url=service.database_url)
     key_file = str(service.data_dir / "signing.key")
     plan = small(service, campaign, rate=100, seconds=0.3, books=books, key_file=key_file)
@@ -496,5 +496,5 @@ async def test_given_a_plan_that_cannot_be_when_played_then_it_says_why(
         await play(small(service, campaign, quantity=4))
     with pytest.raises(RushError, match="no opening to wait for"):
         await play(small(service, campaign, at_opening=True, cards=5))
-    with pytest.raises(RushError, match="404"):
+    with pytest.raises(AnswerError, match="404"):
         await play(small(service, "nothing-here"))

@@ -18,10 +18,12 @@ import pytest
 from rich.console import Console
 from service import ROOT
 
-from loadtest import bench_compare, bench_peers
-from loadtest.bench_compare import SELLS_NOTHING, Comparing, Goal
-from loadtest.bench_compare_report import print_comparison
-from loadtest.bench_peers import (
+from loadtest.bench import compare, peers
+from loadtest.bench.compare import SELLS_NOTHING, Comparing, Goal
+from loadtest.bench.figures import CLEAN, Case
+from loadtest.bench.measure import FULL, Plan
+from loadtest.bench.offer import OfferError, read_feed, write_feed
+from loadtest.bench.peers import (
     AFTERNOON,
     BARE,
     NAIVE,
@@ -31,12 +33,10 @@ from loadtest.bench_peers import (
     RunningPeer,
     peer_up,
 )
-from loadtest.bench_report import CLEAN, Case
-from loadtest.bench_run import FULL, Plan
+from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
+from loadtest.bench.tables import print_comparison
 from loadtest.client import Client
 from loadtest.members import Mint
-from loadtest.offer import OfferError, read_feed, write_feed
-from loadtest.rig import PATTERN_CARD, SIGNING_KEY
 from sale.identity import SigningKey, issue_member_token
 
 TICKETS, CROWD = 100, 300
@@ -192,7 +192,7 @@ async def test_given_a_card_over_the_limit_when_checked_then_it_is_told() -> Non
 async def test_given_no_node_when_started_then_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_peers.shutil, "which", lambda _: None)
+    monkeypatch.setattr(peers.shutil, "which", lambda _: None)
     with pytest.raises(PeerMissingError, match="node and npm are not installed"):
         async with peer_up(NODE, tmp_path, CORES):
             pass
@@ -201,7 +201,7 @@ async def test_given_no_node_when_started_then_it_says_so(
 async def test_given_a_missing_package_when_started_then_it_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_peers.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(PeerMissingError, match="fastapi is not installed"):
         async with peer_up(AFTERNOON, tmp_path, CORES):
             pass
@@ -214,7 +214,7 @@ async def test_given_an_npm_that_fails_when_installed_then_its_reason_is_told(
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND'\necho 'log elsewhere'\nexit 1\n")
     npm.chmod(0o755)
     with pytest.raises(PeerMissingError, match="npm ci failed: error code ENOTFOUND"):
-        await bench_peers._install(str(npm), tmp_path / "cache")
+        await peers._install(str(npm), tmp_path / "cache")
 
 
 def test_given_the_node_peer_s_packages_then_they_are_exact_and_name_no_host() -> None:
@@ -308,14 +308,14 @@ async def test_given_peers_when_compared_then_the_table_tells_all_of_them(
         liar = dataclasses.replace(liar, stock=Liar(liar.stock))
         return [naive, liar], {"node": "node and npm are not installed", "bare": "no httptools"}
 
-    monkeypatch.setattr(bench_compare, "peers_up", some)
+    monkeypatch.setattr(compare, "peers_up", some)
     result = await Comparing(SmallBench(tmp_path, mint), tmp_path).run()
-    peers = {peer.name: peer for peer in result.peers}
-    assert peers["naive"].check == CLEAN
-    assert peers["naive"].purchases.requests == peers["naive"].sold_out.requests == 200
-    assert peers["naive"].ours == pytest.approx(1_100 / peers["naive"].purchases.rate, rel=0.5)
-    assert peers["afternoon"].check.startswith("OVERSOLD")
-    assert peers["node"].why_not == "node and npm are not installed"
+    told = {peer.name: peer for peer in result.peers}
+    assert told["naive"].check == CLEAN
+    assert told["naive"].purchases.requests == told["naive"].sold_out.requests == 200
+    assert told["naive"].ours == pytest.approx(1_100 / told["naive"].purchases.rate, rel=0.5)
+    assert told["afternoon"].check.startswith("OVERSOLD")
+    assert told["node"].why_not == "node and npm are not installed"
     assert result.full.mean == 250
     assert result.full.api_cores == 5
     met = {goal.what: goal.met for goal in result.goals}

@@ -12,7 +12,7 @@ from soak.play import ActTold
 from soak.run import run_seeds
 from soak.schedule import Act, plan
 
-from loadtest.answers import Answer
+from loadtest.books.answers import Answer
 
 SECONDS = 1.5
 FIXED = (1, 9, 19, 22, 24)

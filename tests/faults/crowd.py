@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from loadtest.answers import Answer, AnswerBook, read_answer
+from loadtest.books.answers import Answer, AnswerBook, read_answer
 from loadtest.client import Client, Unreachable
 from loadtest.members import Attempt, Kind, Member
 from loadtest.wire import UNKNOWN, Response, ResponseParser

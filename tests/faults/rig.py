@@ -19,8 +19,9 @@ from crowd import Load, Phone
 from machine import SERVERS, START_LIMIT_S, Machine
 from service import ADMIN, Ran, campaign_table, command
 
-from loadtest import books, ledger
-from loadtest.answers import Answer, AnswerBook
+from loadtest.books import ledger
+from loadtest.books.answers import Answer, AnswerBook
+from loadtest.books.check import check
 from loadtest.members import Member, read_members
 from sale.config import Settings
 from sale.db import claims
@@ -251,7 +252,7 @@ class Rig(Machine):
             except ledger.BooksError as error:
                 wrong.append(f"{campaign}: {error}")
                 continue
-            found = books.check(told, written, alone=alone)
+            found = check(told, written, alone=alone)
             wrong += [f"{campaign}: {one.kind}: {one.what}" for one in found]
             ran = await self.sale("audit", campaign, "--json")
             if ran.status != 0:

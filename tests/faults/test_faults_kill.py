@@ -6,7 +6,7 @@ import time
 import pytest
 from rig import Rig
 
-from loadtest.answers import outcome
+from loadtest.books.answers import outcome
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 

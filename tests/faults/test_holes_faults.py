@@ -9,7 +9,7 @@ import time
 import pytest
 from rig import Rig
 
-from loadtest.answers import Answer
+from loadtest.books.answers import Answer
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import PURCHASE
 

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import asyncpg
 
-from loadtest.answers import Answer
-from loadtest.books import Books, Finding, check, key_hash
-from loadtest.ledger import load_books
+from loadtest.books.answers import Answer
+from loadtest.books.check import check, key_hash
+from loadtest.books.ledger import Books, load_books
+from loadtest.record import Finding
 from sale.domain import parse_order_number
 from soak.members import Stall
 from soak.play import ActTold

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "faults"))
 from rig import rig_up
 from service import campaign_table
 
-from loadtest.answers import write_answers
-from loadtest.ledger import BooksError, wait_applied
+from loadtest.books.answers import write_answers
+from loadtest.books.ledger import BooksError, wait_applied
 from loadtest.members import Member
 from sale.stock.keys import campaign_keys
 from soak.judge import Wrong, history, judge_campaign

@@ -1,0 +1,281 @@
+"""The engine beside its peers, in one run: same client, same cores, rounds in turn.
+
+In each round everybody is offered the same bytes for as long: the constant, the engine's cases,
+then purchases and sold-out refusals of each peer. Ratios are taken within a round, and the median
+of them is told. A peer that sells wrongly is told so beside its figures, as a fast lie is none.
+"""
+
+import contextlib
+import statistics
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from loadtest.bench.figures import CLEAN, Case
+from loadtest.bench.measure import (
+    CONNECTIONS,
+    OURS,
+    SOLD_OUT_TICKETS,
+    STOCK,
+    Bench,
+    Target,
+    median,
+    middle,
+)
+from loadtest.bench.offer import OfferError
+from loadtest.bench.peers import NAIVE, NODE, PEERS, Peer, RunningPeer, peers_up
+from loadtest.client import Client, Unreachable
+from loadtest.engine import EngineError
+from loadtest.wire import ProtocolError
+
+FULL_CONNECTIONS: Final = 768
+"""Enough that a batch is full when the one before it comes back."""
+
+SELLS_NOTHING: Final = "sells nothing"
+TOO_MANY: Final = 2 * CONNECTIONS
+BATCH_FIELDS: Final = ("sale_batch_size_sum", "sale_batch_size_count")
+FAILURES: Final = (OfferError, EngineError, Unreachable, ProtocolError, OSError)
+
+
+class PeerResult(msgspec.Struct, frozen=True):
+    """A peer's figures. ``why_not``: why there are none; ``check``: ``clean``, or what it did.
+
+    ``ours`` is the engine's rate of purchases as a multiple of its.
+    """
+
+    name: str
+    title: str
+    leaves_out: str
+    why_not: str = ""
+    check: str = ""
+    purchases: Case | None = None
+    sold_out: Case | None = None
+    ours: float | None = None
+
+
+class FullBatches(msgspec.Struct, frozen=True):
+    """Purchases over so many connections that batches are full. ``mean``: purchases a call."""
+
+    connections: int
+    mean: float
+    case: Case
+
+    @property
+    def api_cores(self) -> float:
+        """API cores that one core of Redis feeds."""
+        return self.case.api_us / self.case.redis_us
+
+
+class Goal(msgspec.Struct, frozen=True):
+    """A target of the project and this run's figure; None: it was not measured."""
+
+    what: str
+    goal: float
+    got: float | None
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool | None:
+        """Whether this run reached it."""
+        if self.got is None:
+            return None
+        return self.got <= self.goal if self.at_most else self.got >= self.goal
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """Everything that one run measured. ``ours`` are the engine's cases, ``constant`` peer (a)."""
+
+    client: str
+    connections: int
+    rounds: int
+    seconds: int
+    constant: Case
+    ours: list[Case]
+    peers: list[PeerResult]
+    full: FullBatches
+    goals: list[Goal]
+    audit: str
+
+
+class Comparing:
+    """One comparison on one rig."""
+
+    def __init__(self, bench: Bench, cache: Path) -> None:
+        self.bench = bench
+        self.cache = cache
+        self.rounds: dict[tuple[str, str], list[Case]] = defaultdict(list)
+        self.answered: dict[str, list[int]] = defaultdict(list)
+        self.wrong: dict[str, str] = {}
+        self.progress = "first steps"
+
+    async def run(self) -> Comparison:
+        """Measure everybody. Raises EngineError, OfferError where it is the engine that fails."""
+        bench = self.bench
+        await bench.prepare()
+        async with contextlib.AsyncExitStack() as stack:
+            bench.note("the peers (the first time, npm installs one of them)")
+            up, missing = await peers_up(
+                stack,
+                bench.rig.folder / "peers",
+                bench.rig.server_cores,
+                bench.answer_bytes,
+                self.cache,
+            )
+            await bench.warm_up()
+            for running in up:
+                await self._try(running, self._prepare)
+            full = []
+            for number in range(bench.plan.rounds):
+                self.progress = f"round {number + 1} of {bench.plan.rounds}"
+                for name in ("constant", *OURS):
+                    bench.note(f"{self.progress}: {name}")
+                    self.rounds["ours", name].append(await bench.case(name))
+                bench.note(f"{self.progress}: full batches")
+                full.append(await self._full())
+                for running in up:
+                    await self._try(running, self._round)
+            for running in up:
+                await self._try(running, self._check)
+        return self._result(missing, full, await bench.audit())
+
+    async def _try(
+        self, running: RunningPeer, step: Callable[[RunningPeer], Awaitable[None]]
+    ) -> None:
+        """Take a step with a peer; one that failed is told so and left out from then on."""
+        name = running.peer.name
+        if name not in self.wrong:
+            self.bench.note(f"{self.progress}: {running.peer.title}")
+            try:
+                await step(running)
+            except FAILURES as error:
+                self.wrong[name] = str(error)[:200]
+
+    async def _prepare(self, running: RunningPeer) -> None:
+        """Put tickets on sale, sell one campaign out to a crowd, and warm it up."""
+        if not running.peer.sells:
+            return
+        await running.campaign("bench", STOCK)
+        await running.campaign("bench-sold-out", SOLD_OUT_TICKETS)
+        async with Client(running.address, CONNECTIONS) as client:
+            cards = self.bench.cards(SOLD_OUT_TICKETS + TOO_MANY)
+            raws = self.bench.requests("bench-sold-out", cards)
+            result = await client.run(((raw, None) for raw in raws), lambda *_: None)
+        sold = result.statuses[201]
+        self._note_wrong(
+            running,
+            f"sold {sold} of {SOLD_OUT_TICKETS} to a crowd" if sold != SOLD_OUT_TICKETS else "",
+            await running.misdeed("bench-sold-out", SOLD_OUT_TICKETS, least=sold, most=sold),
+        )
+        await self._purchases(running)
+
+    async def _round(self, running: RunningPeer) -> None:
+        name, bench = running.peer.name, self.bench
+        if not running.peer.sells:
+            case = await bench.measure("constant", bench.replays, _target(running))
+            self.rounds[name, "purchases"].append(case)
+            return
+        self.rounds[name, "purchases"].append(await self._purchases(running))
+        refused = bench.refused["bench-sold-out"]
+        case = await bench.measure("sold_out", refused, _target(running), refuses=True)
+        self.rounds[name, "sold_out"].append(case)
+
+    async def _purchases(self, running: RunningPeer) -> Case:
+        feed = self.bench.purchases(running.peer.name)
+        case = await self.bench.measure("purchases", feed, _target(running))
+        feed.file.unlink()
+        self.answered[running.peer.name].append(case.requests)
+        return case
+
+    async def _check(self, running: RunningPeer) -> None:
+        """Compare what was answered with the peer's Redis.
+
+        The client leaves with requests under way, which are sold and not counted.
+        """
+        if not running.peer.sells:
+            return
+        answered = self.answered[running.peer.name]
+        most = sum(answered) + CONNECTIONS * len(answered)
+        self._note_wrong(
+            running,
+            await running.misdeed("bench", STOCK, least=sum(answered), most=most),
+            await running.misdeed("bench-sold-out", SOLD_OUT_TICKETS, least=0, most=STOCK),
+        )
+
+    def _note_wrong(self, running: RunningPeer, *misdeeds: str) -> None:
+        if words := "; ".join(filter(None, misdeeds)):
+            self.wrong[running.peer.name] = words
+
+    async def _full(self) -> FullBatches:
+        bench = self.bench
+        feed = bench.purchases("serve")
+        before = await bench.rig.metrics()
+        case = await bench.measure("full", feed, bench.ours, connections=FULL_CONNECTIONS)
+        now = await bench.rig.metrics()
+        sold, calls = (now[field] - before[field] for field in BATCH_FIELDS)
+        feed.file.unlink()
+        await bench.rig.written("bench")
+        return FullBatches(FULL_CONNECTIONS, sold / max(calls, 1.0), case)
+
+    def _result(self, missing: dict[str, str], full: list[FullBatches], audit: str) -> Comparison:
+        constants = self.rounds["ours", "constant"]
+        ours = [median(self.rounds["ours", name], constants) for name in OURS]
+        peers = [self._peer(peer, missing.get(peer.name, ""), constants) for peer in PEERS]
+        by_redis = sorted(full, key=lambda each: each.case.redis_us)
+        middle_full = by_redis[(len(by_redis) - 1) // 2]
+        return Comparison(
+            client=self.bench.client,
+            connections=CONNECTIONS,
+            rounds=self.bench.plan.rounds,
+            seconds=self.bench.plan.seconds,
+            constant=middle(constants),
+            ours=ours,
+            peers=peers,
+            full=middle_full,
+            goals=goals(ours, peers, middle_full),
+            audit=audit,
+        )
+
+    def _peer(self, peer: Peer, why_not: str, constants: list[Case]) -> PeerResult:
+        purchases = self.rounds[peer.name, "purchases"]
+        sold_out = self.rounds[peer.name, "sold_out"]
+        wrong = self.wrong.get(peer.name, "")
+        ours = [
+            mine.rate / theirs.rate
+            for mine, theirs in zip(self.rounds["ours", "purchases"], purchases, strict=False)
+        ]
+        return PeerResult(
+            name=peer.name,
+            title=peer.title,
+            leaves_out=peer.leaves_out,
+            why_not=why_not,
+            check="" if why_not else wrong or (CLEAN if peer.sells else SELLS_NOTHING),
+            purchases=_median_of(purchases, constants),
+            sold_out=_median_of(sold_out, constants),
+            ours=statistics.median_low(ours) if ours else None,
+        )
+
+
+def goals(ours: list[Case], peers: list[PeerResult], full: FullBatches) -> list[Goal]:
+    """The project's targets, and what this run reached of them."""
+    share = {case.name: case.ratio for case in ours}
+    ahead = {peer.name: peer.ours for peer in peers if peer.check == CLEAN}
+    return [
+        Goal("purchases × (a)", 1.2, share["purchases"]),
+        Goal("replays × (a)", 1.2, share["replays"]),
+        Goal("sold-out refusals × (a)", 3.0, share["sold_out"]),
+        Goal("not-open refusals × (a)", 3.0, share["not_open"]),
+        Goal("purchases × Node's", 1.3, ahead.get(NODE.name)),
+        Goal("purchases × the naive service's", 4.0, ahead.get(NAIVE.name)),
+        Goal("Redis µs a purchase, full batches", 10.0, full.case.redis_us, at_most=True),
+    ]
+
+
+def _median_of(cases: list[Case], constants: list[Case]) -> Case | None:
+    return median(cases, constants[: len(cases)]) if cases else None
+
+
+def _target(running: RunningPeer) -> Target:
+    return Target(running.peer.name, running.address, running.pid, running.redis_pid)

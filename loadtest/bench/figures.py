@@ -1,0 +1,57 @@
+"""The benchmark's figures: what one run measured."""
+
+from typing import Final
+
+import msgspec
+
+CLEAN: Final = "clean"
+BUSY: Final = 0.9
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One kind of request. ``*_us``: CPU microseconds a request; ``*_busy``: share of a core;
+    ``ratio``: rate as a share of the constant peer's in the same round.
+    """
+
+    name: str
+    rate: float
+    latency_ms: tuple[float, float, float]
+    api_us: float
+    redis_us: float
+    server_busy: float
+    client_busy: float
+    books_busy: float
+    ratio: float = 1.0
+    requests: int = 0
+
+
+class Growth(msgspec.Struct, frozen=True):
+    """What a purchase costs when so many were sold in the campaign before it."""
+
+    sold: int
+    rate: float
+    api_us: float
+    redis_us: float
+
+
+class Result(msgspec.Struct, frozen=True):
+    """Everything that one run measured."""
+
+    client: str
+    connections: int
+    cases: list[Case]
+    growth: list[Growth]
+    redis_bytes_an_order: float
+    stream_entries_left: int
+    writer_rows_a_second: float
+    audit: str
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else used the server's core, so that the rates mean little."""
+        return min(case.server_busy for case in self.cases) < BUSY
+
+    def cpu_ratio(self, case: Case) -> float:
+        """CPU of the constant peer as a share of the case's; what others run hardly touches it."""
+        constant = self.cases[0]
+        return (constant.api_us + constant.redis_us) / (case.api_us + case.redis_us)

@@ -1,0 +1,352 @@
+"""The benchmark's measurements against one rig: what is offered to whom, and what it costs.
+
+Every measurement is a feed that is offered to a target for some seconds, closed loop. Rounds are
+compared within themselves, because a shared machine is quick in one and slow in the next.
+"""
+
+import asyncio
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import msgspec
+
+from loadtest.bench.figures import CLEAN, Case, Growth, Result
+from loadtest.bench.offer import Feed, OfferError, offer, read_feed, write_feed
+from loadtest.bench.rig import SHOWING, Rig, cpu_s, tree_cpu_s
+from loadtest.client import Client
+from loadtest.engine import EngineError
+
+CONNECTIONS: Final = 256
+SOLD_OUT_TICKETS: Final = 100
+FEED_MARGIN: Final = 1.6
+CHUNK: Final = 50_000
+PROBE_MAX: Final = 5_000
+FIRST_GUESS_RATE: Final = 30_000
+STOCK: Final = 10_000_000
+WRITER_S: Final = 90.0
+WRITER_POLL_S: Final = 0.005
+OUTCOMES: Final = {
+    "purchases": "sold",
+    "replays": "replayed",
+    "sold_out": "sold-out",
+    "not_open": "not-open",
+}
+OURS: Final = tuple(OUTCOMES)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured. ``cards`` replay, or are refused, in turn (so many that the engine's
+    limit of requests a card is not met); ``growth`` are the numbers sold at which the cost is
+    looked at.
+    """
+
+    seconds: int
+    rounds: int
+    backlog: int
+    cards: int
+    growth: tuple[int, ...]
+
+
+FULL: Final = Plan(
+    seconds=2, rounds=5, backlog=50_000, cards=20_000, growth=(1_000, 10_000, 100_000)
+)
+TINY: Final = Plan(seconds=1, rounds=1, backlog=2_000, cards=5_000, growth=(500, 2_000))
+MILLION: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom something is offered to. ``redis_pid`` None: it has no Redis."""
+
+    name: str
+    address: str
+    pid: int
+    redis_pid: int | None
+
+
+class Bench:
+    """One run against one rig."""
+
+    def __init__(
+        self, rig: Rig, plan: Plan, program: str | None, note: Callable[[str], None]
+    ) -> None:
+        self.rig = rig
+        self.plan = plan
+        self.program = program
+        self.note = note
+        self.mint = rig.mint
+        self.next_card = 1
+        self.rates: dict[str, float] = {}
+
+    async def run(self) -> Result:
+        """Measure everything."""
+        await self.prepare()
+        cases = await self._cases()
+        self.note("growth")
+        await self.rig.written("bench")
+        await self.rig.trimmed("bench")
+        memory_before = await self.rig.used_memory()
+        growth = await self._growth()
+        bytes_an_order, entries_left = await self._bytes_an_order(memory_before)
+        self.note("the writer's backlog")
+        rows_a_second = await self._writer()
+        audit = await self.audit()
+        return Result(
+            client=self.client,
+            connections=CONNECTIONS,
+            cases=cases,
+            growth=growth,
+            redis_bytes_an_order=bytes_an_order,
+            stream_entries_left=entries_left,
+            writer_rows_a_second=rows_a_second,
+            audit=audit,
+        )
+
+    @property
+    def client(self) -> str:
+        """The program that offers, in words."""
+        return f"wrk ({self.program})" if self.program else "our own client"
+
+    async def prepare(self) -> None:
+        """Make the campaigns and what is offered again and again; start the constant peer."""
+        self.note("campaigns and requests")
+        rig = self.rig
+        await rig.campaign("bench", STOCK)
+        await rig.campaign("bench-growth", STOCK)
+        await rig.campaign("bench-writer", STOCK)
+        await rig.campaign("bench-sold-out", SOLD_OUT_TICKETS)
+        await rig.campaign("bench-not-open", STOCK, datetime.now(UTC) + timedelta(days=365))
+        self.answer_bytes = await self._answer_bytes()
+        await rig.start_constant(self.answer_bytes)
+        await self._sell("bench-sold-out", SOLD_OUT_TICKETS)
+        self.refused = {
+            name: self.feed(name, range(10**9, 10**9 + self.plan.cards), cycle=True)
+            for name in ("bench-sold-out", "bench-not-open")
+        }
+        replayed = self.feed("bench", range(5 * 10**9, 5 * 10**9 + self.plan.cards), cycle=True)
+        await self._play(read_feed(replayed), replayed.count)
+        self.replays = replayed
+
+    async def _answer_bytes(self) -> int:
+        """Size of the body that a purchase is answered with."""
+        (raw,) = self.requests("bench", self.cards(1))
+        async with Client(self.rig.address) as client:
+            answer = await client.request(raw)
+        if answer.status != 201:
+            raise OfferError(f"the first purchase: {answer.status} {answer.body[:300]!r}")
+        return len(answer.body)
+
+    async def _cases(self) -> list[Case]:
+        rounds: dict[str, list[Case]] = {}
+        await self.warm_up()
+        for number in range(self.plan.rounds):
+            for name in ("constant", *OURS):
+                self.note(f"round {number + 1} of {self.plan.rounds}: {name}")
+                rounds.setdefault(name, []).append(await self.case(name))
+        constants = rounds["constant"]
+        return [
+            middle(constants),
+            *(median(cases, constants) for name, cases in rounds.items() if name != "constant"),
+        ]
+
+    async def warm_up(self) -> None:
+        """Offer purchases for a second, which also tells how many a measurement needs."""
+        feed = self.purchases("serve", seconds=1)
+        await self.measure("purchases", feed, self.ours, seconds=1)
+        feed.file.unlink()
+
+    @property
+    def ours(self) -> Target:
+        """The engine."""
+        return Target("serve", self.rig.address, self.rig.pid("serve"), self.rig.pid("redis"))
+
+    @property
+    def constant(self) -> Target:
+        """The constant peer; it uses no Redis, but the engine's beside it runs on the same core."""
+        pid = self.rig.pid("constant")
+        return Target("constant", self.rig.constant_address, pid, self.rig.pid("redis"))
+
+    async def case(self, name: str) -> Case:
+        """Measure one kind of request of the engine, or the constant peer."""
+        if name == "constant":
+            return await self.measure(name, self.replays, self.constant)
+        before = await self.rig.metrics()
+        if name == "purchases":
+            feed = self.purchases("serve")
+            got = await self.measure(name, feed, self.ours)
+            feed.file.unlink()
+            await self.rig.written("bench")
+        elif name == "replays":
+            got = await self.measure(name, self.replays, self.ours)
+        else:
+            feed = self.refused["bench-" + name.replace("_", "-")]
+            got = await self.measure(name, feed, self.ours, refuses=True)
+        await self._outcomes_were(name, before, got.requests)
+        return got
+
+    async def _outcomes_were(self, name: str, before: dict[str, float], requests: int) -> None:
+        """See that the engine decided so: a refusal for another reason may be cheaper."""
+        now = await self.rig.metrics()
+        told = {
+            label: int(value - before.get(label, 0.0))
+            for label, value in now.items()
+            if label.startswith("sale_purchases_total") and value > before.get(label, 0.0)
+        }
+        wanted = f'outcome="{OUTCOMES[name]}"'
+        if sum(count for label, count in told.items() if wanted in label) < requests:
+            raise OfferError(f"{name}: {requests} answered, but the engine counted {told}")
+
+    def purchases(self, target: str, seconds: int | None = None) -> Feed:
+        """Purchases of new cards, more than the target can sell in the time."""
+        rate = self.rates.get(target, FIRST_GUESS_RATE)
+        count = int(rate * (seconds or self.plan.seconds) * FEED_MARGIN) + 2 * CONNECTIONS
+        return self.feed("bench", self.cards(max(count, FIRST_GUESS_RATE)))
+
+    async def measure(
+        self,
+        name: str,
+        feed: Feed,
+        target: Target,
+        *,
+        refuses: bool = False,
+        seconds: int | None = None,
+        connections: int = CONNECTIONS,
+    ) -> Case:
+        """Offer a feed. Raises OfferError where not all (or with ``refuses`` none) is accepted."""
+        before = self._cpu(target)
+        got = await offer(
+            feed, target.address, seconds or self.plan.seconds, connections, program=self.program
+        )
+        api_s, redis_s, books_s = self._used(target, before)
+        expected = got.requests if refuses else 0
+        if got.refused != expected:
+            raise OfferError(
+                f"{target.name}, {name}: {got.refused} refused of {got.requests}, not {expected}"
+            )
+        if name == "purchases":
+            self.rates[target.name] = got.rate
+        return Case(
+            name=name,
+            rate=got.rate,
+            latency_ms=got.latency_ms,
+            api_us=api_s / got.requests * 1e6,
+            redis_us=redis_s / got.requests * 1e6,
+            server_busy=(api_s + redis_s) / got.duration_s,
+            client_busy=got.client_s / got.duration_s,
+            books_busy=books_s / got.duration_s,
+            requests=got.requests,
+        )
+
+    def _cpu(self, target: Target) -> tuple[float, float, float]:
+        rig = self.rig
+        books = cpu_s(rig.pid("writer")) + tree_cpu_s(rig.pid("postgresql"))
+        stock = 0.0 if target.redis_pid is None else cpu_s(target.redis_pid)
+        return cpu_s(target.pid), stock, books
+
+    def _used(self, target: Target, before: tuple[float, float, float]) -> list[float]:
+        return [after - first for after, first in zip(self._cpu(target), before, strict=True)]
+
+    async def _growth(self) -> list[Growth]:
+        """Sell in one campaign, and look at the cost at some numbers sold."""
+        sold, rows = 0, []
+        for goal in self.plan.growth:
+            while sold < goal:
+                count = min(CHUNK, goal - sold)
+                await self._sell("bench-growth", count)
+                sold += count
+                self.note(f"growth: {sold:,} sold")
+            await self.rig.written("bench-growth")
+            probe = min(goal, PROBE_MAX)
+            raws = list(self.requests("bench-growth", self.cards(probe)))
+            before, start = self._cpu(self.ours), time.perf_counter()
+            await self._play(iter(raws), probe)
+            took_s = time.perf_counter() - start
+            api_s, redis_s, _ = self._used(self.ours, before)
+            rows.append(Growth(sold, probe / took_s, api_s / probe * 1e6, redis_s / probe * 1e6))
+            sold += probe
+        self.grown = sold
+        return rows
+
+    async def _bytes_an_order(self, before: int) -> tuple[float, int]:
+        """Redis memory of what growth has sold, after the stream was trimmed."""
+        await self.rig.written("bench-growth")
+        left = await self.rig.trimmed("bench-growth")
+        return (await self.rig.used_memory() - before) / self.grown, left
+
+    async def _writer(self) -> float:
+        """Stop the writer, sell, let it go on: events a second that it writes.
+
+        Counted from its first batch on where there are several: its session ran out while it was
+        stopped, and the wait for a new one is not its work.
+        """
+        rig, pid = self.rig, self.rig.pid("writer")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await self._sell("bench-writer", self.plan.backlog)
+            seen = await rig.applied("bench-writer")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        head = await rig.head("bench-writer")
+        steps = [(time.perf_counter(), seen)]
+        while seen < head:
+            if time.perf_counter() - steps[0][0] > WRITER_S:
+                raise EngineError(f"the writer does not go on: at {seen:,} of {head:,}")
+            await asyncio.sleep(WRITER_POLL_S)
+            if (now := await rig.applied("bench-writer")) > seen:
+                seen = now
+                steps.append((time.perf_counter(), seen))
+        (began, first), (ended, last) = steps[1 if len(steps) > 2 else 0], steps[-1]
+        return (last - first) / (ended - began)
+
+    async def audit(self) -> str:
+        """What the engine's audit says of everything that was measured; a fast lie is no figure."""
+        self.note("audit of all that was sold")
+        try:
+            await self.rig.sale("audit")
+        except EngineError as error:
+            return str(error)
+        return CLEAN
+
+    async def _sell(self, campaign: str, count: int) -> None:
+        await self._play(self.requests(campaign, self.cards(count)), count)
+
+    async def _play(self, raws: Iterator[bytes], count: int) -> None:
+        async with Client(self.rig.address, min(CONNECTIONS, count)) as client:
+            plan = list(zip(raws, range(count), strict=True))
+            result = await client.run(plan, lambda *_: None)
+        if result.statuses[201] != count:
+            raise OfferError(f"sold {result.statuses[201]} of {count}: {dict(result.statuses)}")
+
+    def cards(self, count: int) -> range:
+        """Numbers of cards that have bought nothing yet."""
+        first, self.next_card = self.next_card, self.next_card + count
+        return range(first, first + count)
+
+    def requests(self, campaign: str, cards: range) -> Iterator[bytes]:
+        """Purchases of one ticket by these cards."""
+        return self.mint.requests(self.rig.address, campaign, SHOWING, cards)
+
+    def feed(self, campaign: str, cards: range, *, cycle: bool = False) -> Feed:
+        """Write such purchases to a file."""
+        file = self.rig.folder / f"{campaign}-{cards.start}.requests"
+        return write_feed(file, self.requests(campaign, cards), cycle=cycle)
+
+
+def middle(cases: list[Case]) -> Case:
+    """The one with the median rate."""
+    rate = statistics.median_low([case.rate for case in cases])
+    return next(case for case in cases if case.rate == rate)
+
+
+def median(cases: list[Case], constants: list[Case]) -> Case:
+    """The round whose share of its own round's constant is the median, whole."""
+    shares = [case.rate / base.rate for case, base in zip(cases, constants, strict=True)]
+    share = statistics.median_low(shares)
+    return msgspec.structs.replace(cases[shares.index(share)], ratio=share)

@@ -1,0 +1,168 @@
+"""Offers requests from a file to a server for some seconds: with wrk where it is there, else ours.
+
+wrk is C and costs a fifth of what our client costs a request, so it leaves more of its core to
+PostgreSQL and the writer. Both are closed loops over the same number of connections.
+"""
+
+import asyncio
+import resource
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from loadtest.client import Client
+
+GRACE_S: Final = 30.0
+CHUNK_REQUESTS: Final = 512
+
+
+class OfferError(Exception):
+    """The load could not be offered as meant; the figure would be wrong."""
+
+
+class Feed(msgspec.Struct, frozen=True):
+    """Equally long requests in a file. ``cycle``: begin anew at its end, else it must suffice."""
+
+    file: Path
+    size: int
+    count: int
+    cycle: bool = False
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What came of it. ``client_s`` is CPU time of the client; ``refused`` are 4xx and 5xx."""
+
+    requests: int
+    duration_s: float
+    refused: int
+    latency_ms: tuple[float, float, float]
+    client_s: float
+
+    @property
+    def rate(self) -> float:
+        """Answers a second."""
+        return self.requests / self.duration_s
+
+
+class _WrkResult(msgspec.Struct):
+    requests: int
+    duration_us: int
+    refused: int
+    lost: int
+    ended: int
+    p50_us: int
+    p95_us: int
+    p99_us: int
+
+
+def write_feed(file: Path, requests: Iterable[bytes], *, cycle: bool = False) -> Feed:
+    """Write a feed. Raises OfferError where the requests are not equally long."""
+    size = count = 0
+    with file.open("wb", buffering=1 << 20) as stream:
+        for raw in requests:
+            if size not in (0, len(raw)):
+                raise OfferError(f"requests of {size} and {len(raw)} bytes in one feed")
+            size = len(raw)
+            count += 1
+            stream.write(raw)
+    return Feed(file, size, count, cycle)
+
+
+def wrk() -> str | None:
+    """Path of wrk, or None."""
+    return shutil.which("wrk")
+
+
+async def offer(
+    feed: Feed, address: str, seconds: int, connections: int, *, program: str | None
+) -> Offer:
+    """Offer a feed for some seconds; ``program`` is wrk, or None for our own client.
+
+    Raises:
+        OfferError: requests were lost, or the feed came to its end.
+
+    """
+    if program is None:
+        return await _offer_ours(feed, address, seconds, connections)
+    return await _offer_wrk(feed, address, seconds, connections, program)
+
+
+async def _offer_wrk(
+    feed: Feed, address: str, seconds: int, connections: int, program: str
+) -> Offer:
+    before = _children_s()
+    with as_file(files("loadtest.bench").joinpath("wrk", "feed.lua")) as script:
+        load = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s"]
+        how = [str(feed.file), str(feed.size), "cycle" if feed.cycle else "once"]
+        process = await asyncio.create_subprocess_exec(
+            *(program, *load, "-s", str(script), f"http://{address}/", "--", *how),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(seconds + GRACE_S):
+                out, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+    _, found, line = out.partition(b"RESULT ")
+    if process.returncode or not found:
+        raise OfferError(f"wrk: {out.decode('utf-8', 'replace')[-500:]}")
+    result = msgspec.json.decode(line, type=_WrkResult)
+    if result.lost or result.ended:
+        raise OfferError(f"wrk: {result.lost} lost, {result.ended} past the end of the feed")
+    return Offer(
+        requests=result.requests,
+        duration_s=result.duration_us / 1e6,
+        refused=result.refused,
+        latency_ms=(result.p50_us / 1e3, result.p95_us / 1e3, result.p99_us / 1e3),
+        client_s=_children_s() - before,
+    )
+
+
+async def _offer_ours(feed: Feed, address: str, seconds: int, connections: int) -> Offer:
+    refused = 0
+
+    def count(_: object, answer: object) -> None:
+        nonlocal refused
+        refused += getattr(answer, "status", 0) >= 400
+
+    async with Client(address, connections) as client:
+        before = time.process_time()
+        deadline = time.perf_counter() + seconds
+        result = await client.run(_timed(feed, deadline), count, limit_s=seconds + GRACE_S)
+        client_s = time.process_time() - before
+    if result.unknown:
+        raise OfferError(f"{result.unknown} requests were lost")
+    p50, p95, p99 = result.percentiles_ms(0.5, 0.95, 0.99)
+    return Offer(result.requests, result.duration_s, refused, (p50, p95, p99), client_s)
+
+
+def _timed(feed: Feed, deadline: float) -> Iterator[tuple[bytes, None]]:
+    """The feed's requests until the time is up."""
+    while True:
+        for raw in read_feed(feed):
+            if time.perf_counter() > deadline:
+                return
+            yield raw, None
+        if not feed.cycle:
+            raise OfferError(f"the feed of {feed.count} requests came to its end")
+
+
+def read_feed(feed: Feed) -> Iterator[bytes]:
+    """The requests of a feed, once."""
+    with feed.file.open("rb") as stream:
+        while chunk := stream.read(feed.size * CHUNK_REQUESTS):
+            yield from (chunk[at : at + feed.size] for at in range(0, len(chunk), feed.size))
+
+
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

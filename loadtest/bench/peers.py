@@ -1,0 +1,232 @@
+"""The peers of the benchmark: who they are, how each is started, and whether what it sold is right.
+
+Each peer that sells gets a Redis of its own on the engine's core, started by the same code with the
+same settings as the engine's (append-only file, an fsync before each answer), so that none is
+measured while another's file is written anew.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.util
+import re
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import redis.asyncio
+
+from loadtest.bench.rig import SIGNING_KEY, pin, ready, spawn
+from loadtest.engine import EngineError, free_address, stop
+from sale.embedded import running
+
+NPM_S: Final = 180.0
+FIRST_PORT: Final = 18_280
+CARD_LIMIT: Final = 3
+NODE_FILES: Final = ("server.js", "package.json", "package-lock.json")
+CACHE: Final = Path.home() / ".cache" / "sale-peers"
+"""Where the Node peer's packages are kept between runs."""
+
+_NOT_DONE: Final = (
+    "hash chain, replay of a repeated key, opening times, revoked cards and unions, "
+    "books in PostgreSQL, verification of Redis"
+)
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """A server that the engine is measured against. ``leaves_out``: what ours does and it does not.
+
+    ``program`` is a Python module, or ``node``; ``needs`` are packages beyond the engine's own.
+    """
+
+    name: str
+    title: str
+    leaves_out: str
+    program: str
+    sells: bool = True
+    checks_tokens: bool = False
+    needs: tuple[str, ...] = ()
+    idle_status: int = 404
+
+
+BARE: Final = Peer(
+    "bare",
+    "httptools, constant",
+    "everything",
+    "loadtest.peers.bare",
+    sells=False,
+    idle_status=201,
+)
+NAIVE: Final = Peer(
+    "naive",
+    "aiohttp, one EVALSHA each",
+    f"token's signature, {_NOT_DONE}",
+    "loadtest.peers.naive",
+)
+AFTERNOON: Final = Peer(
+    "afternoon",
+    "FastAPI, one EVALSHA each",
+    _NOT_DONE,
+    "loadtest.peers.afternoon",
+    checks_tokens=True,
+    needs=("fastapi", "uvicorn"),
+)
+NODE: Final = Peer(
+    "node",
+    "Node, fastify, ioredis",
+    f"token's signature, {_NOT_DONE}",
+    "node",
+)
+PEERS: Final = (BARE, NAIVE, AFTERNOON, NODE)
+
+
+class PeerMissingError(Exception):
+    """The peer cannot run here; the message says in a few words what is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningPeer:
+    """A peer that answers. ``redis_pid`` and ``stock`` are of its own Redis; None: it has none."""
+
+    peer: Peer
+    address: str
+    pid: int
+    redis_pid: int | None = None
+    stock: Any = None
+
+    async def campaign(self, name: str, tickets: int) -> None:
+        """Put tickets on sale; each card may buy CARD_LIMIT."""
+        await self.stock.set(f"stock:{name}", tickets)
+
+    async def misdeed(self, campaign: str, tickets: int, *, least: int, most: int) -> str:
+        """Compare what it answered with its Redis: '' or what is wrong.
+
+        ``least`` to ``most`` tickets, one an order, were answered as sold.
+        """
+        left = int(await self.stock.get(f"stock:{campaign}"))
+        orders = int(await self.stock.xlen(f"orders:{campaign}"))
+        cards = [int(each) for each in await self.stock.hvals(f"cards:{campaign}")]
+        if left < 0 or orders > tickets:
+            return f"OVERSOLD: {orders} of {tickets}, {left} left"
+        if not tickets - left == orders == sum(cards):
+            return f"{tickets - left} gone, {orders} orders, {sum(cards)} on cards"
+        if not least <= orders <= most:
+            return f"{orders} orders, but {least} to {most} answered"
+        if max(cards, default=0) > CARD_LIMIT:
+            return f"a card has {max(cards)}, the limit is {CARD_LIMIT}"
+        return ""
+
+
+@contextlib.asynccontextmanager
+async def peer_up(
+    peer: Peer, folder: Path, cores: set[int], *, body_bytes: int = 330, cache: Path = CACHE
+) -> AsyncIterator[RunningPeer]:
+    """Run a peer, with a Redis of its own where it sells, until the block ends.
+
+    Raises:
+        PeerMissingError: what it needs is not installed here.
+        EngineError: it did not become ready; the message ends with what it said last.
+
+    """
+    command = await _command(peer, cache)
+    home = folder / peer.name
+    home.mkdir(parents=True)
+    async with contextlib.AsyncExitStack() as stack:
+        options = ["--body-bytes", str(body_bytes)]
+        stock = redis_pid = None
+        if peer.sells:
+            servers = await stack.enter_async_context(
+                running(home / "data", redis=True, postgres=False)
+            )
+            redis_pid = servers.pids["redis"]
+            pin(redis_pid, cores)
+            path = str(servers.sockets / "redis.sock")
+            stock = redis.asyncio.Redis(unix_socket_path=path)
+            stack.push_async_callback(stock.aclose)
+            options = ["--redis-socket", path]
+        if peer.checks_tokens:
+            options += ["--signing-key", SIGNING_KEY]
+        if peer is NODE:
+            script = files("loadtest.peers").joinpath("lua/buy.lua")
+            options += ["--script", str(stack.enter_context(as_file(script)))]
+        address = free_address(FIRST_PORT)
+        port = address.rpartition(":")[2]
+        log_file = home / f"{peer.name}.log"
+        process = await spawn([*command, "--port", port, *options], log_file, cores)
+        stack.push_async_callback(stop, process)
+        await ready(process, log_file, address, "/", peer.idle_status)
+        yield RunningPeer(peer, address, process.pid, redis_pid, stock)
+
+
+async def _command(peer: Peer, cache: Path) -> list[str]:
+    if peer is NODE:
+        node = shutil.which("node")
+        if node is None or (npm := shutil.which("npm")) is None:
+            raise PeerMissingError("node and npm are not installed")
+        return [node, str(await _install(npm, cache))]
+    for package in peer.needs:
+        if importlib.util.find_spec(package) is None:
+            raise PeerMissingError(f"{package} is not installed: pip install -e '.[peers]'")
+    return [sys.executable, "-m", peer.program]
+
+
+async def _install(npm: str, cache: Path) -> Path:
+    """Install the Node peer's packages exactly as locked; return the place of ``server.js``.
+
+    Kept in a folder that is named by its content. Raises PeerMissingError.
+    """
+    sources = {
+        name: files("loadtest.peers").joinpath("node", name).read_bytes() for name in NODE_FILES
+    }
+    home = cache / hashlib.sha256(b"\0".join(sources.values())).hexdigest()[:16]
+    server, done = home / "server.js", home / "node_modules" / ".sale-done"
+    if done.exists():
+        return server
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, content in sources.items():
+        (home / name).write_bytes(content)
+    process = await asyncio.create_subprocess_exec(
+        *(npm, "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund"),
+        cwd=home,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(NPM_S):
+            out, _ = await process.communicate()
+    except TimeoutError:
+        raise PeerMissingError(f"npm ci was not done in {NPM_S:.0f} s") from None
+    finally:
+        await stop(process)
+    if process.returncode:
+        lines = out.decode("utf-8", "replace").splitlines()
+        errors = [line.partition(" ")[2] for line in lines if re.match("npm (error|ERR!)", line)]
+        raise PeerMissingError(f"npm ci failed: {'; '.join(errors[:2])[:200] or '(nothing said)'}")
+    done.touch()
+    return server
+
+
+async def peers_up(
+    stack: contextlib.AsyncExitStack, folder: Path, cores: set[int], body_bytes: int, cache: Path
+) -> tuple[list[RunningPeer], dict[str, str]]:
+    """Run those that can run here on a stack; give them, and why each of the others cannot."""
+    up: list[RunningPeer] = []
+    missing: dict[str, str] = {}
+    for peer in PEERS:
+        try:
+            up.append(
+                await stack.enter_async_context(
+                    peer_up(peer, folder, cores, body_bytes=body_bytes, cache=cache)
+                )
+            )
+        except PeerMissingError as error:
+            missing[peer.name] = str(error)
+        except EngineError as error:
+            missing[peer.name] = f"did not start: {str(error).splitlines()[-1][:200]}"
+    return up, missing

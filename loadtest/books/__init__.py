@@ -1,0 +1,1 @@
+"""What clients were told, against what stands in PostgreSQL."""

@@ -1,0 +1,132 @@
+"""Reads a campaign's books from PostgreSQL, and waits until they are written up."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterable
+from importlib.resources import files
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+from loadtest.books.answers import Answer
+from sale.domain import order_number, parse_order_number
+
+CONNECT_S: Final = 10.0
+READ_S: Final = 120.0
+WAIT_S: Final = 60.0
+POLL_S: Final = 0.02
+
+
+class OrderRow(msgspec.Struct, frozen=True):
+    """One order as PostgreSQL has it."""
+
+    order_no: str
+    card: str
+    showing: str
+    quantity: int
+    price_fen: int
+    state: str
+    key_hash: str
+    created_at_ms: int = 0
+
+
+class Books(msgspec.Struct, frozen=True):
+    """A campaign in PostgreSQL: its orders, the stock of each showing, and its limits."""
+
+    orders: tuple[OrderRow, ...]
+    stock: dict[str, int]
+    card_limit: int
+    applied: int = 0
+    opens_at_ms: int | None = None
+
+
+class BooksError(Exception):
+    """The books cannot be read; the message is for people."""
+
+
+async def load_books(database_url: str, campaign: str) -> Books:
+    """Read orders, stock and limit of a campaign, at one moment. Raises BooksError."""
+    connection = await _connect(database_url)
+    try:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            head = await connection.fetchrow(_sql("campaign"), campaign)
+            showings = await connection.fetch(_sql("showings"), campaign)
+            rows = await connection.fetch(_sql("orders"), campaign, timeout=READ_S)
+    except asyncpg.PostgresError as error:
+        raise BooksError(f"PostgreSQL: {error}") from None
+    finally:
+        await connection.close(timeout=CONNECT_S)
+    if head is None:
+        raise BooksError(f"campaign {campaign}: not in PostgreSQL")
+    orders = tuple(
+        OrderRow(
+            order_no=order_number(campaign, row["seq"], row["created_at_ms"]),
+            card=row["card_no"],
+            showing=row["showing_id"] or "",
+            quantity=row["quantity"],
+            price_fen=row["price_fen"],
+            state=row["state"],
+            key_hash=row["key_hash"],
+            created_at_ms=row["created_at_ms"],
+        )
+        for row in rows
+    )
+    stock = {row["showing_id"]: row["stock"] for row in showings}
+    return Books(orders, stock, head["card_limit"], head["applied"], head["opens_at_ms"])
+
+
+def highest(answers: Iterable[Answer]) -> int:
+    """Highest event number that any client was told of, 0 for none."""
+    numbers = (parse_order_number(answer.order_no) for answer in answers if answer.sold)
+    return max((number[1] for number in numbers if number), default=0)
+
+
+async def wait_applied(
+    database_url: str, campaign: str, seq: int, *, within_s: float = WAIT_S
+) -> float:
+    """Wait until PostgreSQL has event ``seq``; return the seconds. Raises BooksError."""
+    start, applied = time.perf_counter(), -1
+    try:
+        async with (
+            asyncio.timeout(within_s),
+            contextlib.aclosing(progress(database_url, campaign)) as steps,
+        ):
+            async for applied in steps:
+                if applied >= seq:
+                    break
+    except TimeoutError:
+        raise BooksError(
+            f"campaign {campaign}: after {within_s:.0f} s PostgreSQL is at event {applied},"
+            f" clients were told of {seq}"
+        ) from None
+    return time.perf_counter() - start
+
+
+async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None]:
+    """Tell each further number that PostgreSQL has applied, as it is seen. Raises BooksError."""
+    connection, seen = await _connect(database_url), -1
+    try:
+        while True:
+            head = await connection.fetchrow(_sql("campaign"), campaign)
+            applied = 0 if head is None else head["applied"]
+            if applied > seen:
+                yield applied
+                seen = applied
+            await asyncio.sleep(POLL_S)
+    except asyncpg.PostgresError as error:
+        raise BooksError(f"PostgreSQL: {error}") from None
+    finally:
+        await connection.close(timeout=CONNECT_S)
+
+
+async def _connect(database_url: str) -> Any:  # noqa: ANN401 - asyncpg's connection is untyped
+    try:
+        return await asyncpg.connect(database_url, timeout=CONNECT_S, command_timeout=READ_S)
+    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
+        raise BooksError(f"PostgreSQL: {error}") from None
+
+
+def _sql(name: str) -> str:
+    return files("loadtest.books").joinpath("sql", f"{name}.sql").read_text("utf-8")

@@ -1,0 +1,143 @@
+"""The proof after a run: every answer against PostgreSQL, and the engine's own audit beside it.
+
+A load test that does not look at the books measures how fast wrong answers can be given.
+"""
+
+import asyncio
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from loadtest.books.answers import Answer
+from loadtest.books.check import check
+from loadtest.books.ledger import WAIT_S, BooksError, highest, load_books, wait_applied
+from loadtest.engine import EngineError, environment, find_database, stop
+from loadtest.record import Finding, Proof
+
+AUDIT_S: Final = 600.0
+AUDIT_FINDINGS_MAX: Final = 200
+SETTLED: Final = frozenset({"held", "confirmed", "collected"})
+
+
+class Where(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the books are: the data directory of a ``sale up``, or the stores' URLs.
+
+    With ``database_url`` alone the answers are compared, but the audit, which reads Redis as well,
+    cannot run.
+    """
+
+    data_dir: str = ""
+    database_url: str = ""
+    redis_url: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether there is any way to the books."""
+        return bool(self.data_dir or self.database_url)
+
+    def books_url(self) -> str:
+        """URL of PostgreSQL. Raises EngineError where none runs in the data directory."""
+        return self.database_url or find_database(Path(self.data_dir))
+
+    def settings(self) -> dict[str, str] | None:
+        """Settings for ``sale`` beside the engine, or None where they do not suffice."""
+        if self.database_url and not (self.redis_url or self.data_dir):
+            return None
+        told = {
+            "SALE_DATA_DIR": str(Path(self.data_dir).absolute()) if self.data_dir else "",
+            "SALE_DATABASE_URL": self.database_url,
+            "SALE_REDIS_URL": self.redis_url,
+        }
+        return {name: value for name, value in told.items() if value}
+
+
+async def prove(
+    answers: Iterable[Answer],
+    campaign: str,
+    where: Where,
+    *,
+    alone: bool = False,
+    within_s: float = WAIT_S,
+) -> Proof:
+    """Wait for the ledger, compare each answer with the books, and run ``sale audit``.
+
+    ``alone``: nobody else buys in this campaign and no ticket comes back to it, so that orders
+    nobody asked for, and refusals as sold out with tickets left, are findings too.
+
+    Raises:
+        BooksError: the books cannot be read, or the ledger is not written within ``within_s``.
+        EngineError: no PostgreSQL runs in the data directory.
+
+    """
+    told, url = list(answers), where.books_url()
+    await wait_applied(url, campaign, highest(told), within_s=within_s)
+    books = await load_books(url, campaign)
+    findings = await asyncio.to_thread(
+        check, told, books, alone=alone, only_falls=alone
+    )  # a million answers take seconds
+    settings = where.settings()
+    audit_clean: bool | None = None
+    if settings is not None:
+        audit_clean, found = await audit(campaign, settings)
+        findings = [*findings, *found]
+    live = [order for order in books.orders if order.state in SETTLED]
+    return Proof(
+        clean=not findings and audit_clean is not False,
+        findings=findings,
+        audit_clean=audit_clean,
+        orders=len(books.orders),
+        tickets=sum(order.quantity for order in live),
+    )
+
+
+class _AuditFinding(msgspec.Struct):
+    invariant: str
+    what: str
+
+
+class _AuditCampaign(msgspec.Struct):
+    findings: list[_AuditFinding]
+
+
+class _Audit(msgspec.Struct):
+    clean: bool
+    campaigns: list[_AuditCampaign]
+
+
+async def audit(campaign: str, settings: dict[str, str]) -> tuple[bool | None, list[Finding]]:
+    """Run ``sale audit CAMPAIGN``: whether clean (None: it could not check), and what it found."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sale", "audit", campaign, "--json"),
+        env=environment(**settings),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(AUDIT_S):
+            out, complaint = await process.communicate()
+    except TimeoutError:
+        raise EngineError(f"sale audit {campaign}: not done in {AUDIT_S:.0f} s") from None
+    finally:
+        await stop(process)
+    if process.returncode not in (0, 1):
+        said = complaint.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return None, [Finding("audit-not-done", f"sale audit: {' '.join(said)}")]
+    try:
+        told = msgspec.json.decode(out, type=_Audit)
+    except msgspec.DecodeError as error:
+        return None, [Finding("audit-not-done", f"sale audit: {error}")]
+    found = [
+        Finding(f"audit {finding.invariant}", finding.what)
+        for each in told.campaigns
+        for finding in each.findings
+    ]
+    if not told.clean and not found:
+        found = [Finding("audit", "sale audit is not clean")]
+    return told.clean, found[:AUDIT_FINDINGS_MAX]
+
+
+__all__ = ["BooksError", "EngineError", "Where", "audit", "prove"]

@@ -1,0 +1,179 @@
+"""The rushes of the federation as Locust plays them: one table, and the campaign of a run.
+
+Each row names its campaign file. Tickets, limits and unions stand there; how many come, when, and
+with whom, stands here, and is ours. A run plays a small part of the real crowd, so the stock is cut
+by the same share unless ``--full-stock`` is given: a tenth of the members meets a tenth of the
+tickets, and the sale ends as the real one did.
+"""
+
+import math
+import secrets
+import time
+import tomllib
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from loadtest.crowd.shape import Phases
+
+FOLDERS: Final = (Path("config/campaigns"), Path(__file__).parents[2] / "config/campaigns")
+SELLS_FOR: Final = timedelta(days=1)
+
+
+class Mix(msgspec.Struct, frozen=True):
+    """Who comes, by weight. Members and bots have a card each, refreshers have none."""
+
+    members: int = 1
+    refreshers: int = 0
+    bots: int = 0
+
+    @property
+    def all(self) -> int:
+        """Sum of the weights."""
+        return self.members + self.refreshers + self.bots
+
+
+class Deeds(msgspec.Struct, frozen=True):
+    """What the one operator does after the opening: stock added in all, in how many steps; pauses.
+
+    ``raise_share`` is of the campaign's own stock, ``raise_tickets`` an absolute number.
+    """
+
+    raise_share: float = 0.0
+    raise_tickets: int = 0
+    raises: int = 0
+    pauses: int = 0
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything for an operator to do."""
+        return self.raises + self.pauses > 0
+
+
+class Scenario(msgspec.Struct, frozen=True):
+    """A row of the table. ``crowd`` is how many come in the real rush, ``users`` in a run of ours.
+
+    ``own_share`` of the cards belong to a union that may buy, where not every union may.
+    """
+
+    told: str
+    users: int
+    crowd: int
+    mix: Mix
+    phases: Phases
+    deeds: Deeds = Deeds()
+    own_share: float = 1.0
+
+
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "five-yuan-films": Scenario(
+        told="all 182,850 card holders want 20,000 tickets at once, and bots with them",
+        users=1_500,
+        crowd=182_850,
+        mix=Mix(members=88, refreshers=10, bots=2),
+        phases=Phases(quiet_s=10, gathering_s=20, opening_s=5, tail_s=40),
+    ),
+    "ice-snow-carnival": Scenario(
+        told="10,000 look at two showings, and go on looking for long",
+        users=1_000,
+        crowd=10_000,
+        mix=Mix(members=60, refreshers=39, bots=1),
+        phases=Phases(quiet_s=10, gathering_s=15, opening_s=5, tail_s=90, tail_share=0.5),
+    ),
+    "illusion-art": Scenario(
+        told="2,400 tickets, booked out in minutes; one pause in the midst of it",
+        users=1_000,
+        crowd=6_000,
+        mix=Mix(members=80, refreshers=18, bots=2),
+        phases=Phases(quiet_s=10, gathering_s=20, opening_s=10, tail_s=50),
+        deeds=Deeds(pauses=1),
+    ),
+    "children-theatre-may": Scenario(
+        told="2,000 tickets raised to 3,000 while selling, and still short of demand",
+        users=800,
+        crowd=4_000,
+        mix=Mix(members=75, refreshers=24, bots=1),
+        phases=Phases(quiet_s=5, gathering_s=15, opening_s=10, tail_s=50),
+        deeds=Deeds(raise_share=0.5, raises=4),
+    ),
+    "interest-classes": Scenario(
+        told="thirty classes of 33 seats: many small stocks in one campaign",
+        users=600,
+        crowd=2_000,
+        mix=Mix(members=70, refreshers=30),
+        phases=Phases(quiet_s=5, gathering_s=15, opening_s=5, tail_s=40),
+    ),
+    "green-gift": Scenario(
+        told="a gift for every card holder of one subdistrict; others try in vain",
+        users=600,
+        crowd=8_000,
+        mix=Mix(members=90, refreshers=10),
+        phases=Phases(quiet_s=5, gathering_s=10, opening_s=5, tail_s=40),
+        own_share=0.9,
+    ),
+}
+
+
+class ScenarioError(Exception):
+    """The scenario's campaign file is missing or wrong; the message is for people."""
+
+
+def campaign_file(name: str) -> Path:
+    """Find the campaign file of a scenario. Raises ScenarioError."""
+    for folder in FOLDERS:
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise ScenarioError(f"config/campaigns/{name}.toml is missing: run Locust in the project")
+
+
+def read_campaign(name: str) -> dict[str, Any]:
+    """Read the campaign file of a scenario as a table. Raises ScenarioError."""
+    file = campaign_file(name)
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ScenarioError(f"{file}: {error}") from None
+
+
+def run_name(scenario: str) -> str:
+    """Make a campaign ID of its own for a run: 48 characters at most, never used twice."""
+    return f"{scenario[:32]}-{int(time.time()):x}{secrets.token_hex(2)}"
+
+
+def campaign_of_run(
+    scenario: Scenario,
+    table: dict[str, Any],
+    *,
+    identifier: str,
+    opens_at: datetime,
+    users: int,
+    full_stock: bool,
+) -> dict[str, Any]:
+    """Turn a campaign file into the campaign of a run, as the admin API takes it."""
+    share = 1.0 if full_stock else min(users / scenario.crowd, 1.0)
+    kept = {key: value for key, value in table.items() if key not in ("draft", "showings")}
+    showings = [
+        {key: value for key, value in showing.items() if key != "starts_at"}
+        | {"tickets": max(round(showing["tickets"] * share), 1)}
+        for showing in table["showings"]
+    ]
+    return kept | {
+        "id": identifier,
+        "title": f"{table['title']}（压力测试）",
+        "opens_at": opens_at.isoformat(),
+        "closes_at": (opens_at + SELLS_FOR).isoformat(),
+        "showings": showings,
+    }
+
+
+def cards_needed(mix: Mix, users: int, operators: int = 0) -> int:
+    """How many cards ``users`` need at most, with what Locust's rounding may add."""
+    seats = max(users - operators, 0)
+    holders = mix.members + mix.bots
+    if not mix.all or not holders:
+        return 0
+    if not mix.refreshers:
+        return seats
+    return min(seats, math.ceil(seats * holders / mix.all) + 2)

@@ -1,0 +1,1 @@
+"""A whole engine and a whole release, from nothing."""

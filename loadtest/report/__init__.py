@@ -1,0 +1,1 @@
+"""A run's record as one HTML file, or two side by side."""

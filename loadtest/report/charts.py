@@ -1,0 +1,368 @@
+"""The charts of a run's report: which there are, and what each shows.
+
+They are plotly's, as plain data: its Python objects check each property, at many times the cost of
+all else here, so a test lets them check instead. Colours are chosen to be told apart by people who
+see red and green alike (after Okabe and Ito), light and dark: what was served is green, a refusal
+that the rules ask for is blue to violet, trouble is yellow to red. The same outcome has the same
+colour in every report.
+"""
+
+import html
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+from loadtest.record import ProcessSample, Record, Sample
+from loadtest.report.runs import Run, runs_of
+
+OUTCOME_COLOURS: Final = {
+    "sold": "#009e73",
+    "replayed": "#7fd6b6",
+    "sold-out": "#0072b2",
+    "limit-exceeded": "#56b4e9",
+    "not-open": "#b9a6e8",
+    "paused": "#8d6cc9",
+    "closed": "#5f4aa3",
+    "not-eligible": "#cc79a7",
+    "card-revoked": "#a8507f",
+    "forbidden": "#e3b1cd",
+    "rate-limited": "#f0c808",
+    "overloaded": "#e69f00",
+    "unavailable": "#d55e00",
+    "no-answer": "#8c1c13",
+}
+"""In the order in which they are stacked and listed."""
+
+_OTHER_COLOURS: Final = ("#a6761d", "#8a8a8a", "#b5b09a", "#6d7f8b")
+_LINE_COLOURS: Final = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+_DASHES: Final = ("solid", "dash", "dot", "dashdot")
+_SHARES_TOLD: Final = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+
+Line = tuple[str, str, Sequence[float | None], str]
+"""Name, colour, values, dash."""
+
+
+class Chart(NamedTuple):
+    """One chart: an id, a title, a line that says how to read it, and a figure for each run."""
+
+    id: str
+    title: str
+    about: str
+    figures: list[dict[str, Any]]
+    shares_time: bool
+    wide: bool = False
+
+
+def charts(records: Sequence[Record]) -> list[Chart]:
+    """All charts of one run, or of two side by side with the same axes."""
+    runs = runs_of(records)
+    return [
+        _over_time(
+            "throughput",
+            "Throughput",
+            "Requests a second: offered by the plan, written, and answered. Answered below offered "
+            "is a queue that grows.",
+            runs,
+            _throughput,
+            by_second=True,
+        ),
+        _over_time(
+            "latency",
+            "Latency over time",
+            "Milliseconds from the intended send time, by the second of that time; log scale.",
+            runs,
+            _latency,
+            by_second=True,
+            log=True,
+        ),
+        _outcomes(runs),
+        _percentiles(runs),
+        _over_time("stock", "Stock left", "Tickets left, by showing.", runs, _stock),
+        _over_time(
+            "lag",
+            "Ledger lag",
+            "Events that PostgreSQL did not have yet.",
+            runs,
+            lambda run: [_sampled(run, "events", 4, lambda sample: sample.lag_events)],
+        ),
+        _over_time(
+            "lag-age",
+            "Age of the ledger lag",
+            "Seconds since the oldest of these events.",
+            runs,
+            lambda run: [_sampled(run, "seconds", 3, lambda sample: sample.lag_s)],
+        ),
+        _over_time(
+            "queue",
+            "Queue depth",
+            "Purchases that waited for a batch.",
+            runs,
+            lambda run: [_sampled(run, "waiting", 1, lambda sample: sample.queue)],
+        ),
+        _over_time(
+            "connections",
+            "Connections",
+            "Open connections to the API.",
+            runs,
+            lambda run: [_sampled(run, "connections", 0, lambda sample: sample.connections)],
+        ),
+        _over_time(
+            "cpu",
+            "CPU of each process",
+            "Per cent of one core, children counted. A process at 100 is a limit.",
+            runs,
+            lambda run: _by_process(run, lambda process: process.cpu * 100),
+        ),
+        _over_time(
+            "memory",
+            "Memory of each process",
+            "MiB in memory, children counted, shared pages once.",
+            runs,
+            lambda run: _by_process(run, lambda process: process.rss_bytes / 2**20),
+        ),
+    ]
+
+
+def colour_of(outcome: str) -> str:
+    """Colour of an outcome, the same in every report, also of one that is not known here."""
+    by_name = _OTHER_COLOURS[zlib.crc32(outcome.encode()) % len(_OTHER_COLOURS)]
+    return OUTCOME_COLOURS.get(outcome, by_name)
+
+
+def in_order(outcomes: Iterable[str]) -> list[str]:
+    """Outcomes as they are stacked and listed: known ones first, each once."""
+    known = list(OUTCOME_COLOURS)
+    return sorted(
+        set(outcomes), key=lambda name: (known.index(name) if name in known else len(known), name)
+    )
+
+
+def all_outcomes(record: Record) -> list[str]:
+    """Every outcome that a record has, in the total or in any second."""
+    names = set(record.outcomes)
+    return in_order(names.union(*(second.outcomes for second in record.seconds)))
+
+
+# Lines --------------------------------------------------------------------------------------------
+
+
+def _throughput(run: Run) -> list[Line]:
+    def rate(name: str) -> list[float | None]:
+        return [getattr(second, name) / run.width_s for second in run.seconds]
+
+    return [
+        ("offered", "#8a8a8a", rate("offered"), "dash"),
+        ("sent", "#e69f00", rate("sent"), "dot"),
+        ("answered", "#0072b2", rate("answered"), "solid"),
+    ]
+
+
+def _latency(run: Run) -> list[Line]:
+    styles = (
+        ("p50_ms", "p50", "#0072b2", "solid"),
+        ("p95_ms", "p95", "#009e73", "dash"),
+        ("p99_ms", "p99", "#d55e00", "solid"),
+        ("max_ms", "max", "#8a8a8a", "dot"),
+    )
+    return [
+        (name, colour, [getattr(second, field) or None for second in run.seconds], dash)
+        for field, name, colour, dash in styles
+    ]
+
+
+def _stock(run: Run) -> list[Line]:
+    return [
+        _sampled(run, showing, number, lambda sample, of=showing: sample.stock.get(of))  # type: ignore[misc]
+        for number, showing in enumerate(run.showings)
+    ]
+
+
+def _by_process(run: Run, figure: Callable[[ProcessSample], float]) -> list[Line]:
+    def of(sample: Sample, name: str) -> float | None:
+        found = sample.processes.get(name)
+        return None if found is None else figure(found)
+
+    return [
+        _sampled(run, name, number, lambda sample, of_name=name: of(sample, of_name))  # type: ignore[misc]
+        for number, name in enumerate(run.processes)
+    ]
+
+
+def _sampled(run: Run, name: str, number: int, figure: Callable[[Sample], float | None]) -> Line:
+    """One line of the samples; what was not read is below 0 and left out."""
+    values = [figure(sample) for sample in run.samples]
+    shown = [None if value is None or value < 0 else value for value in values]
+    colour = _LINE_COLOURS[number % len(_LINE_COLOURS)]
+    return name, colour, shown, _DASHES[number // len(_LINE_COLOURS) % len(_DASHES)]
+
+
+# Figures ------------------------------------------------------------------------------------------
+
+
+def _over_time(
+    identifier: str,
+    title: str,
+    about: str,
+    runs: Sequence[Run],
+    lines: Callable[[Run], list[Line]],
+    *,
+    by_second: bool = False,
+    log: bool = False,
+) -> Chart:
+    drawn = [lines(run) for run in runs]
+    values = [v for each in drawn for line in each for v in line[2] if v and _rounded(v)]
+    if by_second:
+        about += _merging(runs)
+    figures = []
+    for run, of_run in zip(runs, drawn, strict=True):
+        times = [point.t for point in (run.seconds if by_second else run.samples)]
+        traces = [
+            {
+                "type": "scatter",
+                "x": times,
+                "y": [_rounded(value) for value in shown],
+                "name": html.escape(name, quote=False),
+                "mode": "lines" if len(times) > 1 else "markers",
+                "line": {"color": colour, "dash": dash, "width": 2},
+                "marker": {"color": colour},
+                "hovertemplate": "%{y:,.4~g}",
+            }
+            for name, colour, shown, dash in of_run
+        ]
+        figures.append(_figure(traces, _times(runs), _vertical(values, log=log)))
+    return Chart(identifier, title, about, figures, shares_time=True)
+
+
+def _outcomes(runs: Sequence[Run]) -> Chart:
+    tops = [sum(second.outcomes.values()) / run.width_s for run in runs for second in run.seconds]
+    figures = []
+    for run in runs:
+        traces = [
+            {
+                "type": "bar",
+                "x": [second.t + run.width_s / 2 for second in run.seconds],
+                "y": [
+                    round(second.outcomes.get(name, 0) / run.width_s, 3) for second in run.seconds
+                ],
+                "width": run.width_s * 0.96,
+                "name": html.escape(name, quote=False),
+                "marker": {"color": colour_of(name), "line": {"width": 0}},
+                "hovertemplate": "%{y:,.4~g}",
+            }
+            for name in all_outcomes(run.record)
+        ]
+        figures.append(_figure(traces, _times(runs), _vertical(tops, log=False)))
+    about = "Final outcomes a second, by the second of the intended send time." + _merging(runs)
+    return Chart("outcomes", "Outcomes by second", about, figures, shares_time=True, wide=True)
+
+
+def _percentiles(runs: Sequence[Run]) -> Chart:
+    """One figure for all runs: lines that lie on each other compare best."""
+    traces = []
+    values: list[float] = []
+    shares: list[float] = []
+    for number, run in enumerate(runs):
+        for name, colour, points in (
+            ("all answers", "#0072b2", run.record.latency),
+            ("sold", "#009e73", run.record.latency_sold),
+        ):
+            known = [point for point in points if 0 <= point.share < 1 and 0 < point.ms < math.inf]
+            values += [point.ms for point in known]
+            shares += [point.share for point in known]
+            traces.append(
+                {
+                    "type": "scatter",
+                    "x": [1 / (1 - point.share) for point in known],
+                    "y": [point.ms for point in known],
+                    "name": name if len(runs) == 1 else f"{name}, {'AB'[number]}",
+                    "customdata": [_share(point.share) for point in known],
+                    "mode": "lines+markers",
+                    "line": {"color": colour, "dash": _DASHES[number], "width": 2},
+                    "marker": {"size": 5, "symbol": ("circle", "diamond-open")[number]},
+                    "hovertemplate": "%{customdata}: %{y:,.4~g} ms",
+                }
+            )
+    most = 1 / (1 - max(shares, default=0.99))
+    ticks = [share for share in _SHARES_TOLD if 1 / (1 - share) <= most * 1.05]
+    across = {
+        "type": "log",
+        "range": [0, math.log10(most) * 1.02 or 1],
+        "tickvals": [1 / (1 - share) for share in ticks],
+        "ticktext": [_share(share) for share in ticks],
+    }
+    about = (
+        "Share of the answers that came within so many milliseconds of their intended send time. "
+        "Each nine of the share has the same width; both scales are logarithmic."
+    )
+    figures = [_figure(traces, across, _vertical(values, log=True))]
+    return Chart("percentiles", "Latency percentiles", about, figures, shares_time=False)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 3)
+
+
+def _share(share: float) -> str:
+    return f"{share * 100:.10g} %"
+
+
+def _merging(runs: Sequence[Run]) -> str:
+    width_s = max(run.width_s for run in runs)
+    if width_s == 1:
+        return ""
+    return f" A point stands for {width_s} s: of rates it is the mean, of latencies the highest."
+
+
+def _times(runs: Sequence[Run]) -> dict[str, Any]:
+    """Options of the time axis: first to last second of all runs, so that they have the same."""
+    times = [float(sample.t) for run in runs for sample in run.samples]
+    for run in runs:
+        times += [float(second.t) for second in run.seconds]
+        times += [float(second.t + run.width_s) for second in run.seconds[-1:]]
+    span = [min(times), max(times)] if times else [0.0, 1.0]
+    return {"range": span, "ticksuffix": " s", "hoverformat": ".1f"}
+
+
+def _vertical(values: Sequence[float], *, log: bool) -> dict[str, Any]:
+    """Options of the upright axis, the same for both runs; a log scale shows whole decades."""
+    top = max(values, default=1.0) or 1.0
+    if not log:
+        return {"range": [0, top * 1.06]}
+    low = math.floor(math.log10(min(values, default=1.0)))
+    high = math.ceil(math.log10(top) + 0.02)
+    ticks = [10.0**power for power in range(low, max(high, low + 1) + 1)]
+    return {
+        "type": "log",
+        "range": [low, max(high, low + 1)],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,.10g} ms" for tick in ticks],
+    }
+
+
+def _figure(
+    traces: list[dict[str, Any]], across: dict[str, Any], upright: dict[str, Any]
+) -> dict[str, Any]:
+    """Traces with what all figures have in common; colours of ground and text are the page's."""
+    empty = all(value is None for trace in traces for value in trace["y"])
+    layout: dict[str, Any] = {
+        "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+        "legend": {
+            "orientation": "h",
+            "traceorder": "normal",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+        },
+        "barmode": "stack",
+        "hovermode": "x unified" if "ticksuffix" in across else "closest",
+        "dragmode": "zoom",
+        "showlegend": not empty,
+        "xaxis": {"automargin": True, "zeroline": False, **across},
+        "yaxis": {"automargin": True, "zeroline": False, "fixedrange": True, **upright},
+    }
+    if empty:
+        middle = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
+        layout["annotations"] = [{"text": "no data", "showarrow": False, **middle}]
+    return {"data": traces, "layout": layout}

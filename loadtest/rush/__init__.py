@@ -1,0 +1,1 @@
+"""The open loop: each request at its moment, whatever the server does; measured and proved."""

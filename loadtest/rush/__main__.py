@@ -1,0 +1,260 @@
+"""``python -m loadtest rush``: an open loop against a running engine, with proof.
+
+Exit status: 0 played, proved and clean; 1 anything else (books that do not balance, nothing proved,
+or a generator that was itself the limit, see `loadtest.rush.summary`); 2 bad usage.
+"""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import msgspec
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from loadtest import record as records
+from loadtest.books.ledger import BooksError
+from loadtest.books.proof import Where
+from loadtest.client import AnswerError, Unreachable
+from loadtest.engine import EngineError, cancelled_by_signals
+from loadtest.latency import TOLD_SHARES
+from loadtest.record import Percentile, Record
+from loadtest.rush.tally import REPLAYED, SOLD
+from loadtest.rush.team import Plan, RushError, only_loopback, play
+from loadtest.wire import ProtocolError
+from sale.config import SettingsError
+
+PROBLEMS: Final = (
+    EngineError, RushError, AnswerError, BooksError, ProtocolError, Unreachable, SettingsError,
+    ValueError, OSError,
+)  # fmt: skip
+FINDINGS_SHOWN: Final = 20
+WAITED_SHARE: Final = 0.01
+_DEFAULT: Final = Plan(target="", campaign="")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``rush``."""
+    made = argparse.ArgumentParser(
+        prog="python -m loadtest rush",
+        description="Offer an open loop of purchases to a running engine, and prove the books.",
+        epilog="@FILE reads options from a file, one a line: URLs with passwords belong there.",
+        fromfile_prefix_chars="@",
+    )
+    what = made.add_argument_group("what is asked of whom")
+    what.add_argument("--target", required=True, metavar="http://H:P", help="the engine")
+    what.add_argument("--campaign", required=True, metavar="ID")
+    what.add_argument("--showing", default="", metavar="ID", help="default: all in turn")
+    what.add_argument("--quantity", type=int, default=1, help="tickets; 0 mixes 1 to 3")
+    what.add_argument("--tokens", default="", metavar="FILE", help="as `sale tokens` writes it")
+    what.add_argument(
+        "--cards", type=int, default=0, help="distinct cards; default: all of the file, or minted"
+    )
+    what.add_argument(
+        "--signing-key-file", default="", metavar="FILE", help="mint tokens (no --tokens)"
+    )
+    what.add_argument("--first-card", type=int, default=1, help="number of the first minted card")
+    what.add_argument("--duplicate-share", type=float, default=0.0, help="who press twice, 0 to 1")
+    _when(made.add_argument_group("when"))
+    _bounds(made.add_argument_group("bounds, of all processes together"))
+    books = made.add_argument_group("the proof, and what is seen meanwhile")
+    books.add_argument("--data-dir", default="", metavar="D", help="of a running `sale up`")
+    books.add_argument("--database-url", default="", help="PostgreSQL of the engine")
+    books.add_argument("--redis-url", default="", help="with --database-url: audits as well")
+    books.add_argument("--metrics", default="", metavar="H:P", help="default: by --data-dir")
+    books.add_argument(
+        "--alone", action="store_true", help="nobody else buys, no ticket returns: check that too"
+    )
+    books.add_argument("--no-proof", action="store_true", help="do not look at the books")
+    books.add_argument("--ledger-within", type=float, default=_DEFAULT.ledger_within_s, metavar="S")
+    out = made.add_argument_group("result")
+    out.add_argument("--name", default=_DEFAULT.name, help="of the run, in record and report")
+    out.add_argument("--out", type=Path, metavar="DIR", help="write run.json and report.html")
+    out.add_argument("--json", action="store_true", help="the record on stdout, nothing else")
+    out.add_argument("--anywhere", action="store_true", help="load other machines than this one")
+    return made
+
+
+def _when(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--rate", type=float, default=_DEFAULT.rate, help="members a second")
+    group.add_argument("--seconds", type=float, default=_DEFAULT.seconds)
+    group.add_argument(
+        "--arrivals",
+        default=_DEFAULT.arrivals,
+        metavar="KIND",
+        help="constant, poisson, release, or file:PATH (offsets, or CSV t,count); default poisson",
+    )
+    group.add_argument("--seed", type=int, default=_DEFAULT.seed, help="of all that is by chance")
+    group.add_argument(
+        "--at-opening", action="store_true", help="start at the opening, by the engine's clock"
+    )
+
+
+def _bounds(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--processes", type=int, default=_DEFAULT.processes)
+    group.add_argument("--connections", type=int, default=_DEFAULT.connections)
+    group.add_argument(
+        "--warm",
+        type=int,
+        default=_DEFAULT.warm,
+        help="opened before the start; default: the busiest 0.1 s",
+    )
+    group.add_argument("--queue", type=int, default=_DEFAULT.queue, help="who may wait for one")
+    group.add_argument("--timeout", type=float, default=_DEFAULT.timeout_s, metavar="S")
+    group.add_argument("--retries", type=int, default=_DEFAULT.retries, help="0 to 100")
+    group.add_argument(
+        "--give-up", type=float, default=_DEFAULT.give_up_s, metavar="S", help="a member's patience"
+    )
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The plan of a command line. Raises ValueError for what cannot be."""
+    address = urlsplit(options.target)
+    if address.scheme != "http" or not address.hostname or address.path.strip("/"):
+        raise ValueError(f"--target {options.target}: not http://HOST:PORT")
+    if not 0 <= options.duplicate_share < 1:
+        raise ValueError("--duplicate-share: from 0 to below 1")
+    if not 0 <= options.retries <= 100 or options.connections < 1 or options.queue < 1:
+        raise ValueError("--retries 0 to 100; --connections and --queue at least 1")
+    if options.timeout <= 0 or options.give_up <= 0 or options.cards < 0 or options.first_card < 0:
+        raise ValueError("--timeout and --give-up above 0; --cards and --first-card not below 0")
+    where = Where(
+        data_dir=options.data_dir, database_url=options.database_url, redis_url=options.redis_url
+    )
+    host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
+    same = ("campaign", "name", "arrivals", "rate", "seconds", "seed", "tokens", "cards")
+    more = ("first_card", "quantity", "showing", "duplicate_share", "connections", "queue", "warm")
+    rest = ("processes", "retries", "at_opening", "alone", "metrics")
+    return Plan(
+        **{name: getattr(options, name) for name in (*same, *more, *rest)},
+        target=f"{host}:{address.port or 80}",
+        key_file=options.signing_key_file,
+        timeout_s=options.timeout,
+        give_up_s=options.give_up,
+        proof=not options.no_proof,
+        ledger_within_s=options.ledger_within,
+        books=where,
+    )
+
+
+def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
+    """Why a run does not count, a line each; none for a run that does."""
+    why = []
+    if record.bottleneck:
+        why.append(f"not reported, the generator itself was the limit: {record.bottleneck}")
+    if proof_wanted and record.proof is None:
+        why.append("not proved: give --data-dir or --database-url, or say --no-proof to do without")
+    if record.proof is not None and not record.proof.clean:
+        why.append(f"the books do not balance: {len(record.proof.findings)} findings")
+    return why
+
+
+def remarks(record: Record) -> list[str]:
+    """What a reader must know of a run that counts all the same, a line each."""
+    waited, bound = record.plan.get("waited for a connection", 0), record.plan.get("connections")
+    if not isinstance(waited, int) or waited <= WAITED_SHARE * record.offered:
+        return []
+    line = (
+        f"{waited:,} waits for a connection, all {bound:,} were taken: the server never had more"
+        " requests at once, and the wait counts as latency; raise --connections to press harder"
+    )
+    return [line]
+
+
+def table(record: Record) -> Table:
+    """The run for people. Latencies are left out where they are not the server's."""
+    made = Table(title=f"{record.name}: {record.campaign}", title_style="bold", show_header=False)
+    made.add_column()
+    made.add_column(justify="right")
+    made.add_row("members offered", f"{record.offered:,} ({record.offered_rate:,.0f}/s)")
+    made.add_row("requests sent, with repeats", f"{record.sent:,}")
+    made.add_row("answers", f"{record.answered:,}")
+    if not record.bottleneck:
+        made.add_row("members settled a second", f"{record.achieved_rate:,.0f}")
+    made.add_section()
+    for code, count in sorted(record.outcomes.items(), key=lambda item: -item[1]):
+        made.add_row(code if code in (SOLD, REPLAYED) else f"not sold: {code}", f"{count:,}")
+    made.add_section()
+    for title, latency in (("all", record.latency), ("sold", record.latency_sold)):
+        if latency:
+            shown = "  ".join(f"p{share * 100:g} {at(latency, share):.1f}" for share in TOLD_SHARES)
+            made.add_row(f"ms from the intended moment, {title}", shown)
+    made.add_section()
+    for name, value in record.plan.items():
+        if " " in name:
+            made.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value}")
+    if record.proof is not None:
+        proof = record.proof
+        made.add_section()
+        made.add_row("orders in PostgreSQL, tickets", f"{proof.orders:,}, {proof.tickets:,}")
+        clean = "[green]clean[/]" if proof.clean else f"[red]{len(proof.findings)} findings[/]"
+        made.add_row("every answer compared with PostgreSQL", clean)
+        audit = {True: "[green]clean[/]", False: "[red]findings[/]", None: "not run"}
+        made.add_row("sale audit", audit[proof.audit_clean])
+        for finding in proof.findings[:FINDINGS_SHOWN]:
+            made.add_row(f"[red]{finding.kind}[/]", finding.what)
+    return made
+
+
+def at(latency: list[Percentile], share: float) -> float:
+    """Milliseconds that at least a share of the answers stayed within."""
+    return next((each.ms for each in latency if each.share >= share), 0.0)
+
+
+async def _rush(options: argparse.Namespace, plan: Plan, console: Console) -> Record:
+    cancelled_by_signals()
+    if not options.anywhere and (why := only_loopback(plan.target)):
+        raise RushError(f"{why}: say --anywhere if it is yours to load")
+
+    def note(line: str) -> None:
+        if not options.json:
+            console.print(line, style="dim", highlight=False)
+
+    return await play(plan, note)
+
+
+def main() -> None:
+    """Run the command line; exit status as the module says."""
+    made = parser()
+    options = made.parse_args()
+    try:
+        plan = plan_of(options)
+    except ValueError as error:
+        made.error(str(error))
+    console = Console(stderr=True)
+    try:
+        record = uvloop.run(_rush(options, plan, console))
+        if options.out is not None:
+            _write(options.out, record)
+    except PROBLEMS as error:
+        print(f"rush: {error or type(error).__name__}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("rush: stopped", file=sys.stderr)
+        sys.exit(130)
+    if options.json:
+        sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+    else:
+        Console().print(table(record))
+    for line in remarks(record):
+        print(f"rush: note: {line}", file=sys.stderr)
+    why = verdict(record, proof_wanted=plan.proof)
+    for line in why:
+        print(f"rush: {line}", file=sys.stderr)
+    sys.exit(1 if why else 0)
+
+
+def _write(folder: Path, record: Record) -> None:
+    from loadtest.report.page import write_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write(folder / records.RECORD_NAME, record)
+    write_report(folder / "report.html", record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""The open loop of one process: each request at its intended moment, whatever the server does.
+
+The moments stand before the run. A kernel timer (`loadtest.rush.pacer`) wakes the loop for those
+that are due; each goes out on a free keep-alive connection. Where none is free the pool grows to
+its bound, and then members wait in a bounded queue. Latency counts from the *intended* moment to
+the member's last answer, repeats and all waiting included: a server that stalls is not spared the
+members that would have come meanwhile (coordinated omission). No task or future a request.
+
+A member asks again under its key after no answer, 503 and 429, as Retry-After says and a jitter
+later, a bounded number of times. How late this loop itself is (`late`, `lags`) is kept beside, so
+that a slow generator is not told as a slow server.
+"""
+
+import asyncio
+import gc
+import heapq
+import random
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, cast
+
+from loadtest.client import Unreachable
+from loadtest.rush.pacer import Pacer
+from loadtest.rush.tally import NO_ANSWER, NOT_SENT, REPLAYED, SOLD, Bounds, Tally
+from loadtest.wire import (
+    UNKNOWN,
+    ProtocolError,
+    ResponseParser,
+    closes,
+    problem_code,
+    retry_after_s,
+)
+
+TICK_S: Final = 0.0002
+BATCH: Final = 128
+BEAT_S: Final = 0.05
+OPENING_MAX: Final = 16
+"""Connections being opened at once: each costs the loop as much as ten requests."""
+
+CONNECT_S: Final = 10.0
+WARM_S: Final = 2.0
+BACKOFF_S: Final = 0.25
+BACKOFF_MAX_S: Final = 4.0
+RETRY_AFTER_MAX_S: Final = 30.0
+JITTER: Final = 0.5
+EARLY_PAUSE_S: Final = 0.05
+EARLY_WITHIN_S: Final = 2.0
+"""Whoever is told "not open" so soon after the opening came a moment early, and presses again."""
+
+AGAIN: Final = frozenset({UNKNOWN, 429, 503})
+_NAN: Final = float("nan")
+
+
+class Spool(Protocol):
+    """Takes down every answer: arrival number, status, whether replayed, body."""
+
+    def __call__(self, number: int, status: int, replayed: bool, body: bytes, /) -> object:  # noqa: FBT001
+        """Take down one answer."""
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection with at most one request under way; ``number`` -1 is none."""
+
+    __slots__ = ("loop", "number", "parser", "sent_at", "transport")
+
+    def __init__(self, loop: "OpenLoop") -> None:
+        self.loop = loop
+        self.transport: asyncio.Transport | None = None
+        self.parser = ResponseParser()
+        self.number = -1
+        self.sent_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        # A whole answer in one piece, as it mostly comes, needs no copies into a parser.
+        end = data.find(b"\r\n\r\n")
+        at = data.find(b"\r\nContent-Length: ", 0, end)
+        if self.parser.idle and at > 0 and data.startswith(b"HTTP/1.1 ") and data[9] != 49:
+            stop = data.find(b"\r", at + 18)
+            if int(data[at + 18 : stop]) == len(data) - end - 4 and self.number >= 0:
+                return self.loop.answered(self, int(data[9:12]), data[:end], data[end + 4 :])
+        try:
+            answers = self.parser.feed(data, most=0 if self.number < 0 else 1)
+        except ProtocolError as error:
+            return self.loop.fail(error)
+        for answer in answers:
+            self.loop.answered(self, answer.status, answer.head, answer.body)
+        return None
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.transport = None
+        self.loop.lost(self)
+
+
+class OpenLoop:
+    """Plays arrivals against one server (``host:port`` or ``unix:PATH``) and tells what came of it.
+
+    ``offsets`` are seconds from the start, rising; ``raw(n)`` gives the bytes of arrival ``n``. It
+    must give the same bytes each time: a repeat sends them again, under the same key.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        offsets: Sequence[float],
+        raw: Callable[[int], bytes],
+        spool: Spool,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self.address = address
+        self.offsets = offsets
+        self.raw = raw
+        self.spool = spool
+        self.bounds = bounds or Bounds()
+        count = len(offsets)
+        self.tally = Tally(
+            array("d", [_NAN]) * count, array("B", [2]) * count, array("f", [0.0]) * count
+        )
+        self._index = {code: number for number, code in enumerate(self.tally.codes)}
+        self._tries = array("B", bytes(count))
+        self._idle: deque[_Connection] = deque()
+        self._waiting: deque[int] = deque()
+        self._again: list[tuple[float, int]] = []
+        self._live: set[_Connection] = set()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._next = 0
+        self._left = count
+        self._start = 0.0
+        self._done: asyncio.Event = asyncio.Event()
+        self._error: Exception | None = None
+        self._why = ""
+        self._rng = random.Random()
+        self._pacer: Pacer | None = None
+
+    async def run(self, start: float) -> Tally:
+        """Play it all; ``start`` is the moment of offset 0 on ``time.monotonic()``.
+
+        It ends when all members have their last answer, or have given up. Raises Unreachable where
+        not one connection could be made before the start, ProtocolError.
+        """
+        self._start = start
+        await asyncio.sleep(max(start - WARM_S - time.monotonic(), 0))
+        try:
+            await self._warm()
+            gc.collect()
+            gc.freeze()
+            self._pacer = Pacer(self._tick)
+            self._pacer.at(start + self.offsets[0])
+            beats = asyncio.create_task(self._beat())
+            try:
+                await self._finished()
+            finally:
+                beats.cancel()
+                await asyncio.gather(beats, return_exceptions=True)
+                self._pacer.close()
+        finally:
+            await self._close()
+            gc.unfreeze()
+        if self._error:
+            raise self._error
+        return self.tally
+
+    @property
+    def offered(self) -> int:
+        """Arrivals taken up so far."""
+        return self._next
+
+    # The hot path ------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Send what is due, a bounded batch at a time so that answers are read between."""
+        offsets, late, last = self.offsets, self.tally.late, len(self.offsets)
+        number = self._next
+        for _ in range(BATCH):
+            now = time.monotonic() - self._start
+            if number >= last or (offset := offsets[number]) > now:
+                break
+            late[number] = now - offset
+            self._next = number = number + 1
+            self._dispatch(number - 1, now)
+        again, now = self._again, time.monotonic() - self._start
+        for _ in range(BATCH):
+            if not again or again[0][0] > now:
+                break
+            self._dispatch(heapq.heappop(again)[1], now)
+        self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        due = self.offsets[self._next] if self._next < len(self.offsets) else None
+        if self._again and (due is None or self._again[0][0] < due):
+            due = self._again[0][0]
+        if due is not None and self._pacer is not None:
+            self._pacer.at(self._start + max(due, now + TICK_S))
+
+    def _dispatch(self, number: int, now: float) -> None:
+        idle = self._idle
+        while idle:
+            connection = idle.popleft()
+            if connection.transport is not None:
+                return self._send(connection, number, now)
+        if len(self._waiting) >= self.bounds.queue:
+            return self._settle(number, NOT_SENT if not self._tries[number] else NO_ANSWER, now)
+        self._waiting.append(number)
+        if len(self._live) >= self.bounds.connections:
+            self.tally.pool_waits += 1
+        return self._grow()
+
+    def _send(self, connection: _Connection, number: int, now: float) -> None:
+        connection.number = number
+        connection.sent_at = now
+        self._tries[number] += 1
+        self.tally.sent[int(now)] += 1
+        connection.transport.write(self.raw(number))  # type: ignore[union-attr]
+
+    def _free(self, connection: _Connection, now: float) -> None:
+        """Use a free connection for who waits longest, or keep it."""
+        if not self._waiting:
+            self._idle.append(connection)
+            return
+        number = self._waiting.popleft()
+        # With room in the pool it was our own opening of connections that was waited for.
+        if not self._tries[number] and len(self._live) < self.bounds.connections:
+            self.tally.late[number] = now - self.offsets[number]
+        self._send(connection, number, now)
+
+    def answered(self, connection: _Connection, status: int, head: bytes, body: bytes) -> None:
+        """Take in an answer: settle its member, or have it ask again; use the connection anew."""
+        now = time.monotonic() - self._start
+        number, connection.number = connection.number, -1
+        self.tally.answered[int(now)] += 1
+        replayed = status == 201 and b"\r\nIdempotency-Replayed: true" in head
+        self.spool(number, status, replayed, body)
+        if status == 201:
+            self._settle(number, REPLAYED if replayed else SOLD, now)
+        else:
+            self._refused(number, status, head, body, now)
+        if status >= 400 and b"close" in head and closes(head):
+            if connection.transport is not None:
+                connection.transport.abort()
+        elif connection.transport is not None:
+            self._free(connection, now)
+
+    def _settle(self, number: int, code: str, now: float) -> None:
+        index = self._index.get(code)
+        if index is None:
+            index = self._index[code] = len(self.tally.codes)
+            self.tally.codes.append(code)
+        self.tally.outcome[number] = index
+        self.tally.done_at[number] = now
+        self._left -= 1
+        if not self._left:
+            self._done.set()
+
+    # Refusals, repeats -------------------------------------------------------------------------
+
+    def _refused(self, number: int, status: int, head: bytes, body: bytes, now: float) -> None:
+        code = problem_code(status, body) or NO_ANSWER
+        early = self.bounds.early_again and code == "not-open" and now < EARLY_WITHIN_S
+        if not early and status not in AGAIN:
+            return self._settle(number, code, now)
+        tries = self._tries[number]
+        if early:
+            wait_s = EARLY_PAUSE_S
+        else:
+            backoff_s = min(BACKOFF_S * 2 ** (tries - 1), BACKOFF_MAX_S)
+            wait_s = min(retry_after_s(head) or backoff_s, RETRY_AFTER_MAX_S)
+        wait_s *= 1 + JITTER * self._rng.random()
+        left_s = self.bounds.give_up_s - (now - self.offsets[number])
+        if tries > self.bounds.retries or wait_s > left_s:
+            return self._settle(number, code, now)
+        self.tally.retries += 1
+        heapq.heappush(self._again, (now + wait_s, number))
+        return self._arm(now)
+
+    def lost(self, connection: _Connection) -> None:
+        """Take note of a lost connection; a member whose request was on it does not know."""
+        if connection not in self._live:
+            return
+        self._live.discard(connection)
+        number, connection.number = connection.number, -1
+        self.tally.lost_connections += 1
+        if number >= 0:
+            self._unknown(number)
+
+    def _unknown(self, number: int) -> None:
+        self.spool(number, UNKNOWN, False, b"")  # noqa: FBT003 - the Spool's own order
+        self._refused(number, UNKNOWN, b"", b"", time.monotonic() - self._start)
+
+    def fail(self, error: Exception) -> None:
+        """End the run: the server sends what cannot be read."""
+        self._error = self._error or error
+        self._done.set()
+
+    # Connections -------------------------------------------------------------------------------
+
+    async def _warm(self) -> None:
+        """Open some connections before the start: at least one must come."""
+        left = min(self.bounds.warm, self.bounds.connections)
+        while left > 0:
+            for _ in range(min(left, OPENING_MAX)):
+                self._open()
+            before = len(self._live)
+            await asyncio.wait(self._opening, timeout=CONNECT_S)
+            left = left - OPENING_MAX if len(self._live) > before else 0
+        if not self._live:
+            raise Unreachable(f"{self.address}: {self._why or 'no connection'}")
+
+    def _grow(self) -> None:
+        """Open as many connections as members wait, within the bounds."""
+        wanted = min(len(self._waiting), OPENING_MAX) - len(self._opening)
+        room = self.bounds.connections - len(self._live) - len(self._opening)
+        for _ in range(min(wanted, room)):
+            self._open()
+
+    def _open(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._connect())
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _connect(self) -> None:
+        loop, made = asyncio.get_running_loop(), _Connection(self)
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                if self.address.startswith("unix:"):
+                    path = self.address.removeprefix("unix:")
+                    await loop.create_unix_connection(lambda: made, path)
+                else:
+                    host, _, port = self.address.rpartition(":")
+                    await loop.create_connection(lambda: made, host.strip("[]"), int(port))
+        except (OSError, TimeoutError) as error:  # the next beat tries again
+            self._why = str(error) or "no connection in time"
+            return
+        self._live.add(made)
+        self.tally.connections = max(self.tally.connections, len(self._live))
+        if made.transport is None:
+            self.lost(made)
+        else:
+            self._free(made, time.monotonic() - self._start)
+
+    async def _close(self) -> None:
+        opening = list(self._opening)
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+        live, self._live = list(self._live), set()
+        for connection in live:
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(0)
+
+    # Beside the hot path -----------------------------------------------------------------------
+
+    async def _finished(self) -> None:
+        """Wait for the last member, bounded; whoever is left then got no answer."""
+        patience_s = self.bounds.give_up_s + 2 * self.bounds.timeout_s
+        until = self._start + self.offsets[-1] + patience_s
+        before = time.process_time()
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                await self._done.wait()
+        except TimeoutError:
+            for connection in self._live:
+                if connection.number >= 0:
+                    self.spool(connection.number, UNKNOWN, False, b"")  # noqa: FBT003
+        self.tally.cpu_s = time.process_time() - before
+        self.tally.duration_s = time.monotonic() - self._start
+
+    async def _beat(self) -> None:
+        """Look after timeouts and connections, and at our own lag and CPU time."""
+        due, looked, cpu = time.monotonic() + BEAT_S, time.monotonic(), time.process_time()
+        while True:
+            await asyncio.sleep(max(due - time.monotonic(), 0))
+            moment = time.monotonic()
+            now = moment - self._start
+            if now > 0:
+                self.tally.lags.append(moment - due)
+            due = max(due + BEAT_S, moment)
+            if moment - looked >= 1.0:
+                used = time.process_time()
+                self.tally.cpu.append((used - cpu) / (moment - looked))
+                looked, cpu = moment, used
+            self._time_out(now)
+            if self._waiting:
+                self._grow()
+
+    def _time_out(self, now: float) -> None:
+        for connection in list(self._live):
+            overdue = now - connection.sent_at > self.bounds.timeout_s
+            if connection.number >= 0 and overdue and connection.transport is not None:
+                connection.transport.abort()
+        while self._waiting:
+            number = self._waiting[0]
+            if now - self.offsets[number] <= self.bounds.give_up_s:
+                break
+            self._waiting.popleft()
+            self._settle(number, NOT_SENT if not self._tries[number] else NO_ANSWER, now)

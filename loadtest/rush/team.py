@@ -1,0 +1,385 @@
+"""Plays an open-loop run with one or more processes, and makes its record, proof included.
+
+The generating processes do nothing else (`loadtest.rush.worker`); this one starts them, gives
+them one start moment, samples the engine meanwhile, adds their counts and histograms up, and
+compares every answer with the books.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import psutil
+
+from loadtest.books.answers import Answer
+from loadtest.books.ledger import WAIT_S
+from loadtest.books.proof import Where, prove
+from loadtest.client import Client, read_json
+from loadtest.engine import environment, stop
+from loadtest.record import Record
+from loadtest.rush.asks import MIXED, write_minted
+from loadtest.rush.summary import fill
+from loadtest.rush.tally import Bounds
+from loadtest.rush.worker import Job, Line, Load, read_part, read_spool
+from loadtest.sampler import Sampler, discover_processes
+from loadtest.surroundings import describe
+from loadtest.wire import ProtocolError, get_request
+from sale.config import Settings
+from sale.embedded.servers import launch_command
+from sale.identity import load_or_create_signing_key
+
+READY_S: Final = 120.0
+START_IN_S: Final = 0.5
+CLOCK_LOOKS: Final = 7
+OPENING_MAX_S: Final = 86_400.0
+SUM_UP_S: Final = 120.0
+PROCESSES_MAX: Final = 64
+METRICS_S: Final = 3.0
+WARM_LEAST: Final = 16
+
+
+class RushError(Exception):
+    """The rush could not be played; the message is for people."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """An open-loop run. ``target`` is ``host:port``.
+
+    ``arrivals``: see `loadtest.rush.arrivals.make`. Tokens come from a file as ``sale tokens``
+    writes it, or (``tokens`` empty) are minted for ``cards`` synthetic cards with the key in
+    ``key_file`` or the books' data directory. ``cards`` 0: all of the file. ``quantity`` 0 mixes
+    one to three. ``showing`` empty: all showings in turn. Bounds are of all processes together.
+    ``alone``: see `loadtest.books.proof.prove`. ``warm`` connections are opened before the start;
+    0: as many as come in the busiest tenth of a second.
+    """
+
+    target: str
+    campaign: str
+    name: str = "rush"
+    arrivals: str = "poisson"
+    rate: float = 100.0
+    seconds: float = 10.0
+    seed: int = 1
+    tokens: str = ""
+    key_file: str = ""
+    cards: int = 0
+    first_card: int = 1
+    quantity: int = 1
+    showing: str = ""
+    duplicate_share: float = 0.0
+    connections: int = 2_000
+    warm: int = 0
+    queue: int = 200_000
+    processes: int = 1
+    timeout_s: float = 10.0
+    retries: int = 5
+    give_up_s: float = 30.0
+    at_opening: bool = False
+    alone: bool = False
+    proof: bool = True
+    ledger_within_s: float = WAIT_S
+    metrics: str = ""
+    books: Where = msgspec.field(default_factory=Where)
+
+    def told(self) -> dict[str, str | int | float]:
+        """The plan for the record; files and URLs are nobody's business."""
+        hidden = ("tokens", "key_file", "books", "name", "campaign")
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in hidden}
+        return {name: int(v) if isinstance(v, bool) else v for name, v in shown.items()}
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One generating process."""
+
+    job: Job
+    process: asyncio.subprocess.Process
+    last: Line = field(default_factory=Line)
+
+    async def line(self, within_s: float) -> Line:
+        """Its next word. Raises RushError."""
+        if self.process.stdout is None:
+            raise RushError("a generator has no stdout")
+        try:
+            async with asyncio.timeout(within_s):
+                raw = await self.process.stdout.readline()
+        except TimeoutError:
+            raise RushError(f"generator {self.job.index + 1} is silent") from None
+        if not raw:
+            raise RushError(f"generator {self.job.index + 1} ended before it was done")
+        self.last = msgspec.json.decode(raw, type=Line)
+        if self.last.error:
+            raise RushError(self.last.error)
+        return self.last
+
+    async def until_done(self, within_s: float) -> None:
+        """Read its progress to the end. Raises RushError."""
+        async with asyncio.timeout(within_s):
+            while not self.last.done:
+                await self.line(within_s)
+
+
+Note = Callable[[str], None]
+
+
+async def play(plan: Plan, note: Note | None = None) -> Record:
+    """Play the plan against a running engine, and prove the books where ``plan.books`` is known.
+
+    ``note`` is told what goes on, a line at a time. The caller judges the record: a ``bottleneck``,
+    a ``proof`` that is missing or not clean.
+
+    Raises:
+        RushError, AnswerError, EngineError, BooksError: it could not be played, or not be proved.
+        ProtocolError, Unreachable, OSError, ValueError: bad plan or a server that is none.
+
+    """
+    note = note or _quiet
+    if not 1 <= plan.processes <= PROCESSES_MAX:
+        raise RushError(f"processes: 1 to {PROCESSES_MAX}")
+    with tempfile.TemporaryDirectory(prefix="sale-rush-") as made:
+        folder = Path(made)
+        campaign = await _campaign(plan)
+        load = await asyncio.to_thread(_load, plan, campaign, folder, note)
+        offsets = await asyncio.to_thread(load.offsets)
+        note(f"{len(offsets):,} members over {offsets[-1]:.1f} s, seed {plan.seed}")
+        warm = plan.warm or max(Counter(int(offset * 10) for offset in offsets).values())
+        plan = msgspec.structs.replace(plan, warm=min(max(warm, WARM_LEAST), plan.connections))
+        jobs = [_job(plan, load, index, folder) for index in range(plan.processes)]
+        record = await _play(plan, jobs, campaign, offsets[-1], note)
+        planned_s = offsets[-1] if load.arrivals.startswith("file:") else load.seconds
+        record.offered_rate = len(offsets) / max(planned_s, 1.0)
+        parts = [read_part(folder, job.index) for job in jobs]
+        await asyncio.to_thread(fill, record, parts)
+        if plan.proof and plan.books.known:
+            note("the ledger, and every answer compared with PostgreSQL")
+            answers = await asyncio.to_thread(_answers, jobs)
+            record.proof = await prove(
+                answers,
+                plan.campaign,
+                plan.books,
+                alone=plan.alone,
+                within_s=plan.ledger_within_s,
+            )
+    return record
+
+
+async def _campaign(plan: Plan) -> dict[str, Any]:
+    """The campaign as its members see it. Raises RushError and AnswerError."""
+    try:
+        async with Client(plan.target) as client:
+            found: dict[str, Any] = await read_json(client, f"/api/v1/campaigns/{plan.campaign}")
+    except OSError as error:
+        raise RushError(f"{plan.target}: {error.strerror or error}") from None
+    if not found.get("showings"):
+        raise RushError(f"{plan.target}: no engine answers there")
+    return found
+
+
+def only_loopback(target: str) -> str:
+    """Say why a target is not of this machine alone; '' if it is. Raises OSError."""
+    host, _, port = target.rpartition(":")
+    for found in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+        if not ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback:
+            return f"{host} is {found[4][0]}, not a loopback address"
+    return ""
+
+
+def _load(plan: Plan, campaign: dict[str, Any], folder: Path, note: Note) -> Load:
+    """Make what all processes share; mint tokens where there is no file."""
+    showings = [showing["id"] for showing in campaign["showings"]]
+    if plan.showing and plan.showing not in showings:
+        raise RushError(f"campaign {plan.campaign}: no showing {plan.showing}")
+    order_max = int(campaign["order_max"])
+    if plan.quantity != MIXED and not 1 <= plan.quantity <= order_max:
+        raise RushError(f"quantity {plan.quantity}: 1 to {order_max}, or 0 for a mixture")
+    load = Load(
+        address=plan.target,
+        campaign=plan.campaign,
+        tokens=plan.tokens or str(folder / "tokens"),
+        salt=f"r{secrets.token_hex(4)}",
+        showings=(plan.showing,) if plan.showing else tuple(showings),
+        order_max=min(order_max, int(campaign["card_limit"])),
+        arrivals=plan.arrivals,
+        rate=plan.rate,
+        seconds=plan.seconds,
+        seed=plan.seed,
+        cards=plan.cards,
+        quantity=plan.quantity,
+        duplicate_share=plan.duplicate_share,
+    )
+    if plan.tokens:
+        return load
+    cards = plan.cards or len(load.offsets())
+    if not (plan.key_file or plan.books.data_dir):
+        raise RushError("no tokens: give --tokens, --signing-key-file or --data-dir")
+    key = load_or_create_signing_key(
+        Settings(signing_key_file=Path(plan.key_file))
+        if plan.key_file
+        else Settings(data_dir=Path(plan.books.data_dir))
+    )
+    note(f"tokens of {cards:,} synthetic cards")
+    write_minted(Path(load.tokens), key, first=plan.first_card, count=cards)
+    return load
+
+
+def _job(plan: Plan, load: Load, index: int, folder: Path) -> Job:
+    def share(total: int) -> int:
+        return max(total // plan.processes, 1)
+
+    connections = share(plan.connections)
+    bounds = Bounds(
+        connections=connections,
+        warm=min(connections, share(plan.warm)),
+        queue=share(plan.queue),
+        timeout_s=plan.timeout_s,
+        retries=plan.retries,
+        give_up_s=plan.give_up_s,
+        early_again=plan.at_opening,
+    )
+    return Job(load=load, bounds=bounds, index=index, processes=plan.processes, folder=str(folder))
+
+
+async def _play(
+    plan: Plan, jobs: list[Job], campaign: dict[str, Any], last_s: float, note: Note
+) -> Record:
+    """Start the processes, let them play; what they counted lies in the folder then."""
+    data_dir = Path(plan.books.data_dir) if plan.books.data_dir else None
+    settings, versions, machine = await describe(data_dir)
+    async with contextlib.AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(_started(job)) for job in jobs]
+        await asyncio.gather(*(worker.line(READY_S) for worker in workers))
+        start, started_at = await _start_moment(plan, campaign, note)
+        sampler = await _sampling(plan, data_dir, workers, stack)
+        for worker in workers:
+            if worker.process.stdin is not None:
+                worker.process.stdin.write(f"{start!r}\n".encode())
+        patience_s = last_s + plan.give_up_s + 2 * plan.timeout_s + SUM_UP_S
+        within_s = max(start - time.monotonic(), 0) + patience_s
+        watch = asyncio.create_task(_tell_progress(workers, note))
+        stack.callback(watch.cancel)
+        await _all_done(workers, within_s)
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+    return Record(
+        name=plan.name,
+        campaign=plan.campaign,
+        started_at=started_at.isoformat(timespec="milliseconds"),
+        duration_s=0.0,
+        plan=plan.told(),
+        # perf_counter, which the sampler counts by, and monotonic are one clock on Linux.
+        samples=sampler.since(start) if sampler is not None else [],
+        settings=settings,
+        versions=versions,
+        machine=machine,
+    )
+
+
+async def _all_done(workers: list[_Worker], within_s: float) -> None:
+    try:
+        async with asyncio.TaskGroup() as group:
+            for worker in workers:
+                group.create_task(worker.until_done(within_s))
+    except* (RushError, TimeoutError) as problems:
+        first = problems.exceptions[0]
+        raise RushError(str(first) or "the generators are not done in time") from None
+
+
+@contextlib.asynccontextmanager
+async def _started(job: Job) -> AsyncIterator[_Worker]:
+    program = [sys.executable, "-m", "loadtest.rush.worker"]
+    process = await asyncio.create_subprocess_exec(
+        *launch_command("TERM", program=program),
+        env=environment(),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        if process.stdin is not None:
+            process.stdin.write(msgspec.json.encode(job) + b"\n")
+        yield _Worker(job, process)
+    finally:
+        await stop(process)
+
+
+async def _sampling(
+    plan: Plan, data_dir: Path | None, workers: list[_Worker], stack: contextlib.AsyncExitStack
+) -> Sampler | None:
+    metrics = plan.metrics or await _metrics_of(data_dir)
+    if not metrics:
+        return None
+    generators = {f"generator-{w.job.index + 1}": w.process.pid for w in workers}
+
+    def pids() -> dict[str, int]:
+        return discover_processes(data_dir or metrics) | generators
+
+    return await stack.enter_async_context(Sampler(metrics, plan.campaign, pids))
+
+
+async def _metrics_of(data_dir: Path | None) -> str:
+    """Address of the metrics of a ``sale up``, '' where none is found: it listens on one more."""
+    supervisor = discover_processes(data_dir).get("supervisor") if data_dir else None
+    if supervisor is None:
+        return ""
+    with contextlib.suppress(psutil.Error, OSError):
+        for listener in psutil.Process(supervisor).net_connections("tcp"):
+            if listener.status != psutil.CONN_LISTEN:
+                continue
+            address = f"127.0.0.1:{listener.laddr.port}"
+            with contextlib.suppress(ProtocolError, TimeoutError):
+                async with asyncio.timeout(METRICS_S), Client(address) as client:
+                    if (await client.request(get_request(address, "/metrics"))).status == 200:
+                        return address
+    return ""
+
+
+async def _start_moment(plan: Plan, campaign: dict[str, Any], note: Note) -> tuple[float, datetime]:
+    """The moment of offset 0 on our monotonic clock, and as the clock on the wall has it."""
+    if not plan.at_opening:
+        now = datetime.now(UTC)
+        return time.monotonic() + START_IN_S, now + timedelta(seconds=START_IN_S)
+    if campaign["opens_at"] is None:
+        raise RushError(f"campaign {plan.campaign} has no opening to wait for")
+    opens_at = datetime.fromisoformat(campaign["opens_at"])
+    best: tuple[float, float] | None = None
+    async with Client(plan.target) as client:
+        for _ in range(CLOCK_LOOKS):
+            asked = time.monotonic()
+            told = datetime.fromisoformat((await read_json(client, "/api/v1/time"))["now"])
+            took_s = time.monotonic() - asked
+            moment = asked + took_s / 2 + (opens_at - told).total_seconds()
+            if best is None or took_s < best[0]:
+                best = took_s, moment
+    if best is None or not START_IN_S <= best[1] - time.monotonic() <= OPENING_MAX_S:
+        raise RushError(f"campaign {plan.campaign} opens at {opens_at}: no opening to wait for")
+    note(f"waiting for the opening, {best[1] - time.monotonic():.1f} s")
+    return best[1], opens_at
+
+
+async def _tell_progress(workers: list[_Worker], note: Note) -> None:
+    while True:
+        await asyncio.sleep(1.0)
+        offered, sent, answered = (
+            sum(getattr(worker.last, name) for worker in workers)
+            for name in ("offered", "sent", "answered")
+        )
+        if offered:
+            note(f"offered {offered:,}, sent {sent:,}, answered {answered:,}")
+
+
+def _answers(jobs: list[Job]) -> list[Answer]:
+    return [answer for job in jobs for answer in read_spool(job)]
+
+
+def _quiet(_: str) -> None: ...

@@ -97,6 +97,7 @@ def set_up_logging(settings: Settings) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+    logging.getLogger("asyncio").setLevel(logging.NOTSET)  # the command line keeps it quiet
     logging.getLogger("aiohttp.server").addFilter(_worth_a_line)
 
 

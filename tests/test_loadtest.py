@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from loadtest import books as bookkeeping
-from loadtest.answers import Answer, AnswerBook, outcome, read_answers, write_answers
-from loadtest.books import Books, OrderRow, check, key_hash
+from loadtest.books import check as bookkeeping
+from loadtest.books.answers import Answer, AnswerBook, outcome, read_answers, write_answers
+from loadtest.books.check import check, key_hash
+from loadtest.books.ledger import Books, OrderRow
 from loadtest.client import Client, Unreachable
-from loadtest.demo import fresh
+from loadtest.demo.__main__ import fresh
+from loadtest.demo.play import metric
 from loadtest.engine import EngineError, environment
 from loadtest.members import Attempt, Kind, Member, Mint, gather
-from loadtest.rush import metric
 from loadtest.wire import (
     UNKNOWN,
     ProtocolError,

@@ -5,6 +5,7 @@ subcommand, so people may write them where they come to mind; the later one coun
 """
 
 import getpass
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
@@ -227,6 +228,8 @@ def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -
     """Run the root command; return the exit status. Every error is one line on stderr."""
     # Stdout is for results alone. Services set their own logging up when they start.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    # A future of asyncpg's that failed beside the call, and that nobody awaits, is no news to people.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         status = command.main(
             list(arguments) if arguments is not None else None,

@@ -228,7 +228,7 @@ def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -
     """Run the root command; return the exit status. Every error is one line on stderr."""
     # Stdout is for results alone. Services set their own logging up when they start.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    # A future of asyncpg's that failed beside the call, and that nobody awaits, is no news to people.
+    # A future of asyncpg's that fails beside the call, awaited by nobody, is no news to people.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         status = command.main(

@@ -104,7 +104,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     connections_max: int = 50_000
     turn_max_ms: int = 200
     waiting_max: int = 32_768
-    wait_max_ms: int = 2_000
+    wait_max_ms: int = 1_000
 
     # Rate limits (usecases/rate_limits.py), in each process: so many a second and so many at once;
     # 0 a second is no limit. People do not notice them. Of an address only what no valid card

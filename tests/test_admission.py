@@ -5,6 +5,7 @@ import random
 import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
+from sale.api import lane_crowd
 from sale.api.exchange import ENGINE
 from sale.api.health import add_health_routes
+from sale.api.lane_crowd import Crowd
 from sale.api.routing import guarded
 from sale.metrics import LoadMetrics
 from sale.usecases.admission import (
@@ -25,10 +28,11 @@ from sale.usecases.admission import (
     LATE,
     LOOK_AGAIN_S,
     QUEUE,
+    REFUSALS_AHEAD_S,
     REFUSALS_PER_S,
-    REST_S,
     RETRY_MAX_S,
     TURN,
+    WELCOME,
     Admission,
     files_allow,
 )
@@ -125,22 +129,89 @@ def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
 
 
 async def test_given_a_full_house_when_more_purchases_come_then_they_are_refused() -> None:
-    waiting = (95, 99.9)
+    waiting = (95, 99.9, 0)
     door = admission(waiting=lambda: waiting)
     told = [door.overloaded(100.0) for _ in range(8)]
     assert told == [""] * 5 + [QUEUE] * 3
-    waiting = (0, 0.0)
+    assert not door.has_room(100.0)
+    waiting = (0, 0.0, 0)
+    assert door.has_room(100.0 + LOOK_AGAIN_S)
     assert door.overloaded(100.0 + LOOK_AGAIN_S) == ""
 
 
-async def test_given_that_the_first_waits_too_long_when_more_come_then_they_are_refused() -> None:
-    door = admission(waiting=lambda: (3, 98.5))
-    assert door.overloaded(100.0) == LATE
-    assert door.turn_is_over(100.0) == ""
+class _Queue:
+    """Purchases that are served at a pace, as the batchers would tell of them."""
+
+    def __init__(self, per_s: float) -> None:
+        self.per_s = per_s
+        self.waits, self.taken, self.now = 0.0, 0.0, 100.0
+
+    def told(self) -> tuple[int, float, int]:
+        return int(self.waits), self.now if self.waits >= 1 else 0.0, int(self.taken)
+
+    def step(self, seconds: float) -> None:
+        self.now += seconds
+        taken = min(self.waits, self.per_s * seconds)
+        self.waits, self.taken = self.waits - taken, self.taken + taken
+
+
+@pytest.mark.parametrize("per_s", [700, 5_000])
+@pytest.mark.parametrize("times", [2, 10])
+async def test_given_more_than_can_be_served_then_nobody_waits_much_longer_than_told(
+    per_s: int, times: int
+) -> None:
+    """And the queue never runs dry: who is refused had not been served sooner by being let in."""
+    queue = _Queue(per_s)
+    door = admission(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    waits, shortest, told = [], float("inf"), Counter[str]()
+    for step in range(5_000):
+        for _ in range(per_s * times // 1_000):
+            reason = door.overloaded(queue.now)
+            told[reason] += 1
+            queue.waits += not reason
+        waits.append(queue.waits / per_s)
+        if step > 1_000:
+            shortest = min(shortest, queue.waits)
+        queue.step(0.001)
+    assert max(waits) < 1.5  # wait_max_s is 1
+    assert shortest > 0
+    assert set(told) == {"", LATE}
+
+
+async def test_given_a_pace_that_falls_then_the_wait_is_bounded_by_the_new_one() -> None:
+    queue = _Queue(5_000)
+    door = admission(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    for step in range(8_000):
+        queue.per_s = 5_000 if step < 2_000 else 1_000
+        for _ in range(10):
+            queue.waits += not door.overloaded(queue.now)
+        queue.step(0.001)
+    assert 0 < queue.waits / queue.per_s < 1.2
+
+
+async def test_given_a_store_that_stalls_for_a_moment_then_a_few_may_wait_for_it() -> None:
+    queue = _Queue(0)
+    door = admission(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    told = Counter[str]()
+    for _ in range(1_000):
+        reason = door.overloaded(queue.now)
+        told[reason] += 1
+        queue.waits += not reason
+        queue.step(0.001)
+    assert told == {"": WELCOME, LATE: 1_000 - WELCOME}
+    assert door.turn_is_over(queue.now) == ""
+
+
+async def test_given_a_campaign_that_goes_away_then_the_pace_is_measured_anew() -> None:
+    waiting = (2_000, 99.0, 50_000)
+    door = admission(waiting=lambda: waiting, waiting_max=0, turn_max_s=0)
+    door.overloaded(100.0)
+    waiting = (2_000, 99.0, 10)
+    assert door.overloaded(101.0) == ""
 
 
 async def test_given_bounds_of_zero_then_nothing_is_refused() -> None:
-    door = admission(turn_max_s=0, waiting_max=0, wait_max_s=0, waiting=lambda: (10**9, 1.0))
+    door = admission(turn_max_s=0, waiting_max=0, wait_max_s=0, waiting=lambda: (10**9, 1.0, 0))
     assert [door.overloaded(now) for now in (100.0, 200.0, 300.0)] == [""] * 3
 
 
@@ -159,12 +230,76 @@ async def test_given_refusals_then_retry_after_is_spread_the_wider_the_longer_it
     assert [admission().refuse(TURN, 1.0) for _ in range(3)] == [first[0]] * 3
 
 
-async def test_given_more_refusals_than_are_cheap_then_connections_rest_a_little() -> None:
-    door = admission()
-    rests = [door.rest_s(100.0) for _ in range(REFUSALS_PER_S + 500)]
-    assert set(rests[: REFUSALS_PER_S - 1]) == {0.0}
-    assert all(REST_S[0] <= rest <= REST_S[1] for rest in rests[REFUSALS_PER_S + 1 :])
-    assert door.rest_s(101.0) == 0.0
+def _refused_in(door: Admission, began: float, seconds: float) -> int:
+    now, told = began, 0
+    while now < began + seconds:
+        while door.may_refuse(now):
+            door.refuse(LATE, now)
+            told += 1
+        now += 0.01
+    return told
+
+
+async def test_given_more_refusals_than_are_cheap_then_the_next_must_wait() -> None:
+    door, (least, most) = admission(), REFUSALS_PER_S
+    cheap = _refused_in(door, 100.0, 2.0)
+    assert abs(cheap - (2.0 + REFUSALS_AHEAD_S) * least) <= 0.02 * least
+    for _ in range(100):
+        door.breathes(easily=True)
+    assert abs(_refused_in(door, 200.0, 1.0) - (1.0 + REFUSALS_AHEAD_S) * most) <= 0.02 * most
+    for _ in range(100):
+        door.breathes(easily=False)
+    assert door.refusals_per_s == least
+
+
+class _Standing:
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.called = call
+
+
+async def test_given_a_crowd_then_it_is_called_in_order_while_there_is_room_or_time() -> None:
+    waiting = (0, 0.0, 0)
+    door = admission(waiting=lambda: waiting, waiting_max=10)
+    crowd, seen = Crowd(door), []
+
+    def look(number: int) -> None:
+        now = time.monotonic()
+        reason = door.overloaded(now)
+        seen.append((number, reason))
+        if reason:
+            door.refuse(reason, now)
+
+    waiting = (10, time.monotonic(), 0)
+    for number in range(3_000):
+        crowd.join(_Standing(lambda number=number: look(number)), time.monotonic())
+    assert not seen
+    await asyncio.sleep(0.05)
+    told, asked = len(seen), len(crowd)
+    assert 0 < told < 3_000
+    assert told + asked == 3_000
+    assert {reason for _, reason in seen} == {QUEUE}
+    waiting = (0, 0.0, 0)
+    door._look_at = 0.0
+    await asyncio.sleep(0.05)
+    assert "" in {reason for _, reason in seen[told:]}
+    assert [number for number, _ in seen] == list(range(len(seen)))
+    crowd.close()
+
+
+async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lane_crowd, "STAND_S", 0.05)
+    waiting = (10, time.monotonic(), 0)
+    door = admission(waiting=lambda: waiting, waiting_max=10)
+    door._refusals_due = time.monotonic() + 60
+    crowd, called = Crowd(door), asyncio.Event()
+    began = time.monotonic()
+    crowd.join(_Standing(called.set), began)
+    await asyncio.wait_for(called.wait(), 5)
+    assert time.monotonic() - began >= 0.05
+    assert not len(crowd)
+    crowd.close()
 
 
 def test_given_the_limit_of_open_files_then_connections_stay_below_it() -> None:

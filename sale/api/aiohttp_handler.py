@@ -23,11 +23,12 @@ class Handler(web.RequestHandler):
 
     ``draining`` tells whether each answer must be the connection's last; ``answered`` is called
     behind every answer, when it has been written and before the handler is idle again.
-    ``admission`` counts the connection where this handler alone has it; beyond the bound it is
-    closed at once.
+    ``reading`` is called with whether it wants to read on, where a connection around it decides
+    that: aiohttp by itself resumes the transport at the end of every body. ``admission`` counts the
+    connection where this handler alone has it; beyond the bound it is closed at once.
     """
 
-    __slots__ = ("_admission", "_answered", "_draining")
+    __slots__ = ("_admission", "_answered", "_draining", "_reading")
 
     def __init__(
         self,
@@ -35,6 +36,7 @@ class Handler(web.RequestHandler):
         *,
         draining: Callable[[], bool],
         answered: Callable[[], None] | None = None,
+        reading: Callable[[bool], None] | None = None,
         admission: Admission | None = None,
         keepalive_timeout: float = KEEPALIVE_TIMEOUT_S,
     ) -> None:
@@ -46,6 +48,7 @@ class Handler(web.RequestHandler):
         )
         self._draining = draining
         self._answered = answered
+        self._reading = reading
         self._admission = admission
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -62,6 +65,18 @@ class Handler(web.RequestHandler):
             self._admission.release_connection()
             self._admission = None
         super().connection_lost(exc)
+
+    def _pause_transport_reading(self) -> None:
+        if self._reading is None:
+            super()._pause_transport_reading()
+        else:
+            self._reading(False)  # noqa: FBT003 - it is what the callback is about
+
+    def _resume_transport_reading(self) -> None:
+        if self._reading is None:
+            super()._resume_transport_reading()
+        else:
+            self._reading(True)  # noqa: FBT003
 
     @property
     def busy(self) -> bool:

@@ -14,9 +14,9 @@ Which of the two answers changes nothing in the answer: both check by ``exchange
 built so, and what was rejected, stands in ADR 0012.
 
 Bounds of a connection: ``HEAD_MAX`` bytes of a head and ``HEAD_WITHIN_S`` for it to come whole,
-``BODY_MAX`` and ``BODY_WITHIN_S`` for a purchase's body, one purchase under way, ``HELD_MAX`` bytes
-that wait behind it, ``KEEPALIVE_S`` between requests, ``UNREAD_WITHIN_S`` for a client that does
-not read its answers.
+``BODY_MAX`` and ``BODY_WITHIN_S`` for a purchase's body, one purchase under way or among the crowd
+(``lane_crowd.py``), ``HELD_MAX`` bytes that wait behind it, ``KEEPALIVE_S`` between requests,
+``UNREAD_WITHIN_S`` for a client that does not read its answers.
 """
 
 import asyncio
@@ -36,6 +36,7 @@ from sale.api.exchange import (
     checked_key,
     decode_body,
 )
+from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import HEAD_MAX, Head, HeadReader
 from sale.api.lane_wire import rendered
 from sale.api.limits import CHARGED, charge
@@ -45,7 +46,7 @@ from sale.api.routing import refused_by
 from sale.bootstrap import Engine
 from sale.domain import Campaign, Problem, Refused
 from sale.stock.batcher import Answer, Purchase
-from sale.usecases.admission import RETRY_MAX_S
+from sale.usecases.admission import RETRY_MAX_S, TURN
 from sale.usecases.client_address import first_of
 from sale.usecases.purchase import Checked
 from sale.usecases.rate_limits import TooFast
@@ -55,9 +56,11 @@ HEAD_WITHIN_S: Final = 10.0
 KEEPALIVE_S: Final = 75.0
 UNREAD_WITHIN_S: Final = 30.0
 SWEEP_S: Final = 1.0
+PURCHASE: Final = b"POST /api/v1/campaigns/"
 NEVER: Final = float("inf")
 INNER_KEEPALIVE_S: Final = 1e8
 """aiohttp's own timer would end a connection on which only the lane is busy: ours goes instead."""
+INNER_LOOKS: Final = 5
 INNER_PAUSE_S: Final = 0.001
 
 log = structlog.get_logger()
@@ -78,6 +81,7 @@ class Lane:
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
         self._sweeper = self.loop.create_task(self._sweep())
+        self.crowd = Crowd(engine.admission)
         self._same: tuple[Answer, Campaign, bytes] | None = None
         self.overloaded = _overloaded()
         """What is answered beyond capacity, by its Retry-After; made anew each second."""
@@ -100,6 +104,7 @@ class Lane:
     async def close(self) -> None:
         """Close every connection that is left."""
         self._sweeper.cancel()
+        self.crowd.close()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         for connection in list(self.connections):
             connection.close()
@@ -125,9 +130,9 @@ class Connection(asyncio.Protocol):
     """One connection: cuts requests, serves purchases, lends the rest to aiohttp."""
 
     __slots__ = (
-        "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_left",
-        "_lane", "_lent", "_purchase", "_reading_paused", "_resting", "_transport",
-        "_writing_paused", "deadline",
+        "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_full",
+        "_inner_left", "_lane", "_lent", "_looks", "_purchase", "_reading_paused", "_stands",
+        "_transport", "_writing_paused", "deadline",
     )  # fmt: skip
 
     def __init__(self, lane: Lane) -> None:
@@ -140,14 +145,18 @@ class Connection(asyncio.Protocol):
         self._purchase: LanePurchase | None = None
         self._inner: Handler | None = None
         self._inner_left = 0
+        self._inner_full = False
+        self._looks = 0
         self._lent = self._answered = self._for_good = False
-        self._reading_paused = self._writing_paused = self._resting = False
+        self._reading_paused = self._writing_paused = self._stands = False
         self._admitted = False
 
     @property
     def busy(self) -> bool:
         """Whether a request is under way here."""
-        return self._purchase is not None or (self._inner is not None and self._inner.busy)
+        if self._purchase is not None or self._stands:
+            return True
+        return self._inner is not None and self._inner.busy
 
     # What the transport calls.
 
@@ -198,16 +207,15 @@ class Connection(asyncio.Protocol):
             inner.data_received(data[: self._inner_left])
             data, left = data[self._inner_left :], self._inner_left - len(data)
             self._inner_left = max(left, 0)
-        if self._held:
-            self._held += data
-        else:
-            self._held = data
-        if self._awaited is None or len(self._held) >= self._awaited[1].whole:
+        before, self._held = self._held, self._held + data
+        if not before and self._lane.crowd and self._joins(data):
+            self._stand(time.monotonic())
+        elif self._awaited is None or len(self._held) >= self._awaited[1].whole:
             self._advance()
 
     # The way of a request.
 
-    def _advance(self) -> None:
+    def _advance(self, *, called: bool = False) -> None:
         """Serve what is held, as far as it can be served now."""
         while (held := self._held) and self._ready():
             end = held.find(b"\r\n\r\n") + 4
@@ -228,16 +236,55 @@ class Connection(asyncio.Protocol):
                 self.deadline = self._lane.now + BODY_WITHIN_S
                 break
             else:
-                self._held, self._awaited = held[whole:], None
-                self._buy(campaign, head, held[end:whole])
+                now = time.monotonic()
+                reason = self._lane.admission.overloaded(now)
+                if reason and not called and self._stands_rather(reason, now):
+                    break
+                self._held, self._awaited, called = held[whole:], None, False
+                if reason:
+                    self._turn_away(campaign, self._lane.admission.refuse(reason, now))
+                else:
+                    self._buy(campaign, head, held[end:whole], now)
         return self._bound_what_is_held()
+
+    def _joins(self, data: bytes) -> bool:
+        """Whether what has just come may stand among the crowd without being read any further."""
+        return data.startswith(PURCHASE) and self._ready()
+
+    def _stands_rather(self, reason: str, now: float) -> bool:
+        """Whether to stand among the crowd rather than be refused now; then it does."""
+        if reason != TURN and self._lane.admission.may_refuse(now):
+            return False
+        self._awaited = None
+        self._stand(now)
+        return True
+
+    def _stand(self, now: float) -> None:
+        """Wait among the crowd; what else comes here waits behind it."""
+        self._stands = True
+        self.deadline = NEVER
+        self._bound_what_is_held()
+        self._lane.crowd.join(self, now)
+
+    def called(self) -> None:
+        """Be looked at, and either queued or refused."""
+        self._stands = False
+        if self._transport is None:
+            self._held = b""
+            return
+        self.deadline = self._lane.now + KEEPALIVE_S
+        try:
+            self._advance(called=True)
+        except Exception:
+            log.exception("connection.not_served")
+            self.close()
 
     def _ready(self) -> bool:
         """Whether the next request may be looked at."""
         if self._transport is None or self._transport.is_closing():
             self._held = b""
             return False
-        if self._for_good or self._writing_paused or self._resting or self._purchase is not None:
+        if self._for_good or self._writing_paused or self._stands or self._purchase is not None:
             return False
         if not self._lent:
             return True
@@ -246,16 +293,18 @@ class Connection(asyncio.Protocol):
         if self._inner.idle:
             self._lent = False
             return True
-        # Its answer is out, and it is about to wait for more: not yet, but in a moment.
-        self._answered = False
-        self._lane.loop.call_later(INNER_PAUSE_S, self._inner_answered)
+        # Its answer is out, and it is about to wait for more: not yet, but some turns later, unless
+        # it waits for the rest of a body that it does not want.
+        self._answered, self._looks = False, self._looks + 1
+        if self._looks <= INNER_LOOKS:
+            self._lane.loop.call_soon(self._inner_answered)
+        else:
+            self._lane.loop.call_later(INNER_PAUSE_S, self._inner_answered)
         return False
 
-    def _buy(self, campaign: Campaign, head: Head, body: bytes) -> None:
+    def _buy(self, campaign: Campaign, head: Head, body: bytes, now: float) -> None:
         """Check a purchase and queue it, or answer at once why not."""
-        desk, now = self._lane.desk, time.monotonic()
-        if wait_s := desk.turned_away(now):
-            return self._turn_away(campaign, wait_s)
+        desk = self._lane.desk
         try:
             check_media_type(head.content_type or "")
             wish = decode_body(body, ORDER_REQUEST)
@@ -269,7 +318,6 @@ class Connection(asyncio.Protocol):
         else:
             self._purchase = purchase
             self.deadline = NEVER
-        return None
 
     def settle(self, purchase: "LanePurchase", answer: Answer) -> None:
         """Answer the purchase that is under way; what waits behind it comes next."""
@@ -300,21 +348,9 @@ class Connection(asyncio.Protocol):
         self._answer(rendered(*problem_answer(refused), last=last), last=last)
 
     def _turn_away(self, campaign: Campaign, wait_s: int) -> None:
-        """Refuse before anything is done, at the least cost; rest where these alone are too many.
-
-        What a resting connection sends waits in the kernel, where it costs nothing.
-        """
+        """Refuse before anything is done, at the least cost."""
         self._lane.desk.count_refused(campaign.id, Problem.OVERLOADED)
         self._answer(self._lane.overloaded[wait_s], last=False)
-        rest_s = self._lane.admission.rest_s(time.monotonic())
-        if rest_s and self._transport is not None:
-            self._resting = True
-            self._bound_what_is_held()
-            self._lane.loop.call_later(rest_s, self._rested)
-
-    def _rested(self) -> None:
-        self._resting = False
-        self._advance()
 
     def _worded(self, refused: Refused) -> bytes:
         return rendered(*problem_answer(refused), last=self._lane.draining)
@@ -338,7 +374,7 @@ class Connection(asyncio.Protocol):
         """Give the next ``length`` bytes, a whole request or its beginning, to aiohttp."""
         part, self._held = self._held[:length], self._held[length:]
         self._inner_left = length - len(part)
-        self._lent, self._answered = True, False
+        self._lent, self._answered, self._looks = True, False, 0
         self.deadline = NEVER
         self._with_inner().data_received(part)
 
@@ -357,6 +393,7 @@ class Connection(asyncio.Protocol):
                 self._lane.server,
                 draining=self._lane.is_draining,
                 answered=self._inner_answered,
+                reading=self._inner_reads,
                 keepalive_timeout=INNER_KEEPALIVE_S,
             )
             assert self._transport is not None  # noqa: S101 - nothing is read from a lost one
@@ -372,11 +409,15 @@ class Connection(asyncio.Protocol):
         if self._held:
             self._lane.loop.call_soon(self._advance)
 
+    def _inner_reads(self, on: bool) -> None:  # noqa: FBT001 - aiohttp's handler calls it
+        self._inner_full = not on
+        self._bound_what_is_held()
+
     # Bounds.
 
     def _bound_what_is_held(self) -> None:
         """Read no more while too much waits behind a request that is under way."""
-        paused = self._resting or len(self._held) > HELD_MAX
+        paused = self._inner_full or len(self._held) > HELD_MAX
         if paused == self._reading_paused or self._transport is None:
             return
         self._reading_paused = paused

@@ -198,6 +198,7 @@ class Batcher:
         self._all_refused = False
         self._ailing = ""
         self._asking: list[Purchase] = []
+        self._settled = 0
         self.mark = NOT_ATTENDED
         """A head behind it has lost something that somebody was told (INV-8)."""
         self.kept = Kept()
@@ -226,6 +227,11 @@ class Batcher:
     def waiting(self) -> int:
         """Purchases in the queue."""
         return len(self._queue)
+
+    @property
+    def taken(self) -> int:
+        """Purchases that have left the queue so far, whatever became of them."""
+        return self._settled + len(self._asking)
 
     @property
     def waiting_since(self) -> float:
@@ -411,6 +417,7 @@ class Batcher:
 
     def _settle(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         now = time.monotonic()
+        self._settled += len(purchases)
         for decision, count in Counter([answer.decision for answer in answers]).items():
             self._metrics.outcomes[self._campaign.id, OUTCOMES[decision]] += count
         self._metrics.seconds.observe_all([now - purchase.asked_at for purchase in purchases])
@@ -556,15 +563,19 @@ class Batchers:
         """Those that there are."""
         return list(self._by_campaign.values())
 
-    def waiting(self) -> tuple[int, float]:
-        """Purchases that wait in all of them, and since when the first does (0.0: none)."""
-        count, since = 0, 0.0
+    def waiting(self) -> tuple[int, float, int]:
+        """Purchases that wait in all of them, since when the first does, how many left so far.
+
+        Since 0.0: nobody waits, or Redis is what ails.
+        """
+        count, since, taken = 0, 0.0, 0
         for batcher in self._by_campaign.values():
             count += batcher.waiting
+            taken += batcher.taken
             first = batcher.waiting_since
             if first and (first < since or not since):
                 since = first
-        return count, since
+        return count, since, taken
 
     async def close(self) -> None:
         """Answer everything that waits, then stop."""

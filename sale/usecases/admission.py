@@ -11,16 +11,21 @@ process before anybody looks at it is bounded: the rest of the turn before its o
 late, and refuses the small turns that follow.
 
 The other reasons look at the purchases that were let in and wait for their batch: there are too
-many of them ("queue"), or the first of them has waited too long ("late").
+many of them ("queue"), or who comes now would wait too long ("late"): behind so many, at the pace
+at which they have left the queue of late. What the first of them has waited was tried instead and
+rejected: that is known only when it is too late for everybody behind, who came in a moment and then
+waited past their deadline together, while nobody at all was let in.
 
-An answer that refuses still costs a system call or two. Where refusals are so many that they would
-cost sales, ``rest_s`` tells how long not to read from the connection that was refused.
+A refusal costs a good part of what a purchase costs, most of it in the kernel. ``may_refuse`` tells
+when they become so many that they would cost sales; then the fast lane lets the crowd stand
+(``api/lane_crowd.py``).
 """
 
 import asyncio
+import math
 import random
 import resource
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final
 
@@ -28,14 +33,22 @@ FILES_RESERVE: Final = 256
 """File descriptors kept for the stores, metrics, logs and listeners of a process."""
 
 LOOK_AGAIN_S: Final = 0.01
+PACE_LEAST_S: Final = 0.05
+PACE_STEP_S: Final = 0.1
+PACE_OVER_S: Final = 1.0
+WELCOME: Final = 256
+"""So many may always wait, about a batch: a store that stalls for a moment is no overload."""
+
 CALM_S: Final = 5.0
 RETRY_MIN_S: Final = 1
 RETRY_SPREAD_S: Final = 5
 RETRY_MAX_S: Final = 20
 SPREAD_GROWS_EVERY_S: Final = 2.0
 SPREAD_EVERY_S: Final = 0.25
-REFUSALS_PER_S: Final = 2_000
-REST_S: Final = (0.1, 0.5)
+REFUSALS_PER_S: Final = (2_000.0, 20_000.0)
+REFUSALS_GROW: Final = 1.1
+REFUSALS_SHRINK: Final = 0.8
+REFUSALS_AHEAD_S: Final = 0.1
 
 CONNECTIONS, TURN, QUEUE, LATE = "connections", "turn", "queue", "late"
 REASONS: Final = (CONNECTIONS, TURN, QUEUE, LATE)
@@ -44,8 +57,9 @@ REASONS: Final = (CONNECTIONS, TURN, QUEUE, LATE)
 class Admission:
     """Lets connections and requests of one process in, or says why not.
 
-    ``waiting`` gives how many purchases wait in all batchers, and since when the first of them does
-    (seconds of the monotonic clock; 0.0 where none waits). A bound of 0 is no bound, except that of
+    ``waiting`` gives how many purchases wait in all batchers, since when the first of them does
+    (0.0 where none waits, or where the wait is not the crowd's fault), and how many have left the
+    queues since the process began. A bound of 0 is no bound, except that of
     connections. All times are seconds of the monotonic clock.
     """
 
@@ -56,7 +70,7 @@ class Admission:
         turn_max_s: float,
         waiting_max: int,
         wait_max_s: float,
-        waiting: Callable[[], tuple[int, float]] = lambda: (0, 0.0),
+        waiting: Callable[[], tuple[int, float, int]] = lambda: (0, 0.0, 0),
         chance: random.Random | None = None,
     ) -> None:
         self.connections_max = connections_max
@@ -66,20 +80,23 @@ class Admission:
         """Refused so far, by reason."""
         self._turn_max_s = turn_max_s or float("inf")
         self._waiting_max = waiting_max or float("inf")
-        self._wait_max_s = wait_max_s or float("inf")
+        self._wait_max_s = wait_max_s or math.inf
         self._waiting = waiting
         self._chance = (chance or random.Random()).random  # noqa: S311 - spreads, hides nothing
         self._loop = asyncio.get_running_loop()
         self._turn_ends = float("inf")
         self._in_turn = False
         self._room = self._waiting_max
-        self._late = False
+        self._lacking = QUEUE
+        self._pace = _Pace()
         self._look_at = 0.0
         self._over_since = 0.0
         self._over_last = float("-inf")
         self._spread_at = 0.0
         self._spread_s = float(RETRY_SPREAD_S)
         self._refusals_due = 0.0
+        self.refusals_per_s, _ = REFUSALS_PER_S
+        """How many may be refused without a second thought; see ``breathes``."""
 
     def take_connection(self) -> bool:
         """Count a connection in; False where there are too many and it must be closed."""
@@ -104,10 +121,8 @@ class Admission:
             return TURN
         if now >= self._look_at:
             self._look(now)
-        if self._late:
-            return LATE
         self._room -= 1
-        return QUEUE if self._room < 0 else ""
+        return self._lacking if self._room < 0 else ""
 
     def turn_is_over(self, now: float) -> str:
         """Like ``overloaded``, for requests that wait in no queue."""
@@ -120,6 +135,7 @@ class Admission:
     def refuse(self, reason: str, now: float) -> int:
         """Count a refusal; give its Retry-After in whole seconds, 1 to ``RETRY_MAX_S``."""
         self.shed[reason] += 1
+        self._refusals_due = max(self._refusals_due, now) + 1 / self.refusals_per_s
         return self.retry_after(now)
 
     def retry_after(self, now: float) -> int:
@@ -131,18 +147,26 @@ class Admission:
             self._widen(now)
         return RETRY_MIN_S + int(self._chance() * self._spread_s)
 
-    def rest_s(self, now: float) -> float:
-        """Give how long not to read from a connection that was just refused; mostly 0.0.
+    def may_refuse(self, now: float) -> bool:
+        """Whether refusals are few enough just now not to cost sales."""
+        return self._refusals_due <= now + REFUSALS_AHEAD_S
 
-        Up to ``REFUSALS_PER_S`` in a second nobody rests. Beyond, what a connection has sent waits
-        in the kernel for a moment, by chance a shorter or longer one, and costs nothing there.
+    def breathes(self, *, easily: bool) -> None:
+        """Allow more refusals while the process has time left, and fewer where it has not.
+
+        The least of them take about a twentieth of a core.
         """
-        due = max(self._refusals_due, now) + 1 / REFUSALS_PER_S
-        if due > now + 1.0:
-            shortest, longest = REST_S
-            return shortest + self._chance() * (longest - shortest)
-        self._refusals_due = due
-        return 0.0
+        least, most = REFUSALS_PER_S
+        if easily:
+            self.refusals_per_s = min(self.refusals_per_s * REFUSALS_GROW, most)
+        else:
+            self.refusals_per_s = max(self.refusals_per_s * REFUSALS_SHRINK, least)
+
+    def has_room(self, now: float) -> bool:
+        """Whether a purchase that is read now would find room in the queue."""
+        if now >= self._look_at:
+            self._look(now)
+        return self._room >= 1
 
     def _widen(self, now: float) -> None:
         if now - self._over_last > CALM_S:
@@ -163,9 +187,43 @@ class Admission:
     def _look(self, now: float) -> None:
         """See what waits: now and then, because there may be hundreds of batchers."""
         self._look_at = now + LOOK_AGAIN_S
-        count, since = self._waiting()
-        self._room = self._waiting_max - count
-        self._late = since > 0.0 and now - since > self._wait_max_s
+        count, since, taken = self._waiting()
+        self._room, self._lacking = self._waiting_max - count, QUEUE
+        if not since:
+            self._pace.rest(taken)
+            return
+        room = max(self._pace.per_s(now, taken) * self._wait_max_s, WELCOME) - count
+        if room < self._room:
+            self._room, self._lacking = room, LATE
+
+
+class _Pace:
+    """How many purchases a second leave the queue while somebody waits in it."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def rest(self, taken: int) -> None:
+        """Note that nobody waits: how few come then says nothing of how many could be served."""
+        self._taken = taken
+        self._seen.clear()
+
+    def per_s(self, now: float, taken: int) -> float:
+        """Give the pace of the last ``PACE_OVER_S``; infinite while too little was seen."""
+        seen = self._seen
+        if taken < self._taken:  # a campaign has gone, and its count with it
+            self.rest(taken)
+        if not seen:
+            # What has left since nobody waited counts: it was quick.
+            seen.append((now, self._taken))
+        elif now - seen[-1][0] >= PACE_STEP_S:
+            seen.append((now, taken))
+            while now - seen[1][0] >= PACE_OVER_S:
+                seen.popleft()
+        self._taken = taken
+        began, before = seen[0]
+        return (taken - before) / (now - began) if now - began >= PACE_LEAST_S else math.inf
 
 
 def files_allow(connections_max: int) -> int:

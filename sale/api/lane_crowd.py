@@ -1,0 +1,73 @@
+"""The crowd before the door: purchases that were read and wait until there is time to look at them.
+
+A refusal costs a third of what a purchase costs, most of it in the kernel. So a process that
+refuses everybody at once, as fast as they come, sells nothing any more: all its time goes into
+refusals, fewer purchases leave the queue, and because they leave it slowly still more are refused.
+That state feeds itself. So beyond capacity requests are only read, and stand here. They are called
+in order, for ``CALL_S`` at a time so that batches are answered between, as long as there is room
+for them, or as ``Admission.may_refuse`` allows to refuse; nobody stands longer than about
+``STAND_S``. Who stands asks nothing more, so a crowd of so many connections is so large and no
+larger.
+"""
+
+import asyncio
+import time
+from collections import deque
+from typing import Final, Protocol
+
+from sale.usecases.admission import Admission
+
+CALL_S: Final = 0.005
+LATE_S: Final = 0.002
+"""A pause that took so much longer than asked for: the process has no time to spare."""
+
+STAND_S: Final = 4.0
+
+
+class Standing(Protocol):
+    """A connection whose request waits."""
+
+    def called(self) -> None:
+        """Look at the request now, and answer it or queue it. Must not raise."""
+
+
+class Crowd:
+    """Who stands before the door of one process, in the order in which they came."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._loop = asyncio.get_running_loop()
+        self._standing: deque[tuple[float, Standing]] = deque()
+        self._calling: asyncio.Handle | None = None
+        self._paused_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._standing)
+
+    def join(self, connection: Standing, now: float) -> None:
+        """Stand behind all others; ``called`` comes once."""
+        self._standing.append((now, connection))
+        if self._calling is None:
+            self._calling = self._loop.call_soon(self._call)
+
+    def close(self) -> None:
+        """Call nobody any more."""
+        if self._calling is not None:
+            self._calling.cancel()
+
+    def _call(self) -> None:
+        standing, admission = self._standing, self._admission
+        began = now = time.monotonic()
+        if self._paused_at:
+            admission.breathes(easily=now - self._paused_at < CALL_S + LATE_S)
+            self._paused_at = 0.0
+        while standing and now - began < CALL_S:
+            since, connection = standing[0]
+            if not (admission.has_room(now) or admission.may_refuse(now) or now - since > STAND_S):
+                self._paused_at = now
+                self._calling = self._loop.call_later(CALL_S, self._call)
+                return
+            standing.popleft()
+            connection.called()
+            now = time.monotonic()
+        self._calling = self._loop.call_soon(self._call) if standing else None

@@ -1,0 +1,364 @@
+"""What must hold of a head and of a connection, whatever is sent."""
+
+import asyncio
+import contextlib
+import random
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import structlog
+from aiohttp import web
+from aiohttp.log import server_logger
+from aiohttp.streams import EMPTY_PAYLOAD
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
+from sale.api import lane as lane_module
+from sale.api import lane_crowd
+from sale.api.lane import Connection, Lane
+from sale.api.lane_head import HeadReader
+from sale.domain import Campaign, Showing
+from sale.identity import Member
+from sale.metrics import PurchaseMetrics
+from sale.stock.batcher import Answer
+from sale.stock.scripts import Decision
+from sale.usecases.admission import LATE, QUEUE, TURN, Admission
+from sale.usecases.purchase import PurchaseDesk
+
+from .oracle import Request, oracle, parsed, plain_ones
+from .sent import ANY, CAMPAIGN, CUTS, ORDERS, SOUND, STREAMS, pieces_of
+
+NEXT = b"GET /next HTTP/1.1\r\nHost: sale\r\n\r\n"
+SMALL_HELD_MAX = 512
+QUIET_TURNS = 12
+TURNS_MAX = 3_000
+ANSWERED = re.compile(rb"HTTP/\d\.\d \d{3} ")
+FILMS = Campaign(
+    id=CAMPAIGN,
+    title="五元看大片",
+    category="culture",
+    price_fen=500,
+    payment="counter",
+    card_limit=3,
+    order_max=3,
+    unions=("*",),
+    owner="district",
+    showings=(Showing(id="general", title="通用券", tickets=1),),
+)
+
+
+def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes) -> None:
+    """Where a head is called plain, aiohttp sees this one request that ends there, and no other."""
+    end = data.find(b"\r\n\r\n") + 4
+    if end < 4:
+        return
+    head = reader.read(data, end)
+    assert head == HeadReader().read(data, end), "what came before changes nothing"
+    if head is None:
+        return
+    assert head.whole >= end
+    if head.whole > len(data) + 65_536:
+        return
+    whole = data[: head.whole].ljust(head.whole, b"b")
+    for pieces in ([whole + NEXT], [whole[at : at + 1] for at in range(len(whole))] + [NEXT]):
+        found, refused = parsed(loop, pieces)
+        if refused and not head.campaign_id:
+            continue  # lent to aiohttp, which refuses it and closes
+        assert not refused, "the lane takes what aiohttp refuses"
+        assert len(found) == 2, found
+        (message, payload), (following, _) = found
+        assert following.path == "/next"
+        assert payload.is_eof()
+        assert not message.should_close
+        assert not message.upgrade
+        assert not message.chunked
+        assert message.compression is None
+        body = b"" if payload is EMPTY_PAYLOAD else payload.read_nowait()
+        assert body == whole[end:]
+        sale = message.method == "POST" and message.path.startswith("/api/v1/campaigns/")
+        if head.campaign_id:
+            assert sale
+            assert message.path == f"/api/v1/campaigns/{head.campaign_id}/orders"
+            for ours, name in (
+                (head.authorization, "Authorization"),
+                (head.key, "Idempotency-Key"),
+                (head.content_type, "Content-Type"),
+                (head.forwarded_for, "X-Forwarded-For"),
+            ):
+                assert ours == message.headers.get(name), name
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what is written; ``full`` makes every write one too many."""
+
+    def __init__(self, connection: Connection, *, full: bool) -> None:
+        super().__init__()
+        self.written = bytearray()
+        self.closing = False
+        self.reading = True
+        self.paused_writing = False
+        self._connection = connection
+        self._full = full
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def write(self, data: Any) -> None:
+        assert not self.closing, "an answer on a connection that is closed"
+        self.written += data
+        if self._full and not self.paused_writing:
+            self.paused_writing = True
+            self._connection.pause_writing()
+            asyncio.get_running_loop().call_later(0, self._drained)
+
+    def writelines(self, parts: Any) -> None:
+        self.write(b"".join(parts))
+
+    def _drained(self) -> None:
+        if self.paused_writing:
+            self.paused_writing = False
+            self._connection.resume_writing()
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        if not self.closing:
+            self.closing = True
+            asyncio.get_running_loop().call_soon(self._connection.connection_lost, None)
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def is_reading(self) -> bool:
+        return self.reading
+
+
+class Rush(Admission):
+    """Lets in and refuses by chance; who is refused is written down as None."""
+
+    def __init__(self, seen: list[Request | None], seed: int, **bounds: Any) -> None:
+        super().__init__(**bounds)
+        self._seen, self._dice = seen, random.Random(seed)
+
+    def overloaded(self, now: float) -> str:
+        return self._dice.choice(["", "", TURN, QUEUE, LATE])
+
+    def has_room(self, now: float) -> bool:
+        return self._dice.random() < 0.5
+
+    def may_refuse(self, now: float) -> bool:
+        return self._dice.random() < 0.5
+
+    def refuse(self, reason: str, now: float) -> int:
+        self._seen.append(None)
+        return super().refuse(reason, now)
+
+
+class Counter:
+    """The engine behind the lane, which sells nothing and writes down what it was asked."""
+
+    def __init__(self, rush: int | None) -> None:
+        self.seen: list[Request | None] = []
+        self.under_way = 0
+        self.halted = ""
+        self._body, self._key = b"", None
+        bounds = {"connections_max": 10, "turn_max_s": 0, "waiting_max": 0, "wait_max_s": 0}
+        self.door = Admission(**bounds) if rush is None else Rush(self.seen, rush, **bounds)
+        whoever: Any = self
+        self.desk = PurchaseDesk(
+            whoever, whoever, whoever, whoever, PurchaseMetrics(), whoever, whoever, self.door
+        )
+        self.admission, self.limits, self.addresses = self.door, self, self
+
+    # What the lane's own checks are replaced by: any body and key will do.
+
+    def body(self, body: bytes, _: Any) -> Any:
+        self._body = body
+        return SimpleNamespace(quantity=1, showing=None)
+
+    def key(self, key: str | None) -> str:
+        self._key = key
+        return key or ""
+
+    # What the desk asks: who it is, what there is, and the batcher.
+
+    def known(self, campaign_id: str) -> Any:
+        return FILMS if campaign_id == CAMPAIGN else None
+
+    def verify(self, *_: Any) -> Member:
+        return Member("110101012345", "district")
+
+    def spend(self, *_: Any) -> None:
+        """No limits."""
+
+    def of(self, _: Any) -> "Counter":
+        return self
+
+    def submit(self, purchase: Any) -> bool:
+        assert not self.under_way, "two purchases of one connection at a time"
+        self.seen.append(Request("POST", ORDERS, self._body, self._key))
+        self.under_way += 1
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._settle, purchase)
+        return True
+
+    def _settle(self, purchase: Any) -> None:
+        self.under_way -= 1
+        purchase.settle(Answer(Decision.SOLD_OUT))
+
+    async def serve(self, request: web.BaseRequest) -> web.Response:
+        """The rest of the engine, as aiohttp calls it."""
+        body = await request.read()
+        key = request.headers.get("Idempotency-Key")
+        self.seen.append(Request(request.method, request._message.path, body, key))
+        return web.Response(text="said aiohttp")
+
+
+async def check_connection(
+    pieces: list[bytes],
+    *,
+    full: bool,
+    rush: int | None = None,
+    held_max: int = lane_module.HELD_MAX,
+) -> None:
+    """A connection serves exactly the requests that aiohttp's parser sees, each once, in order.
+
+    It never reads on while more than ``held_max`` waits. In a ``rush`` some are refused.
+    """
+    loop = asyncio.get_running_loop()
+    troubles: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, trouble: troubles.append(trouble))
+    data = b"".join(pieces)
+    wanted, refused = oracle(loop, data)
+    counter = Counter(rush)
+    server = web.Server(counter.serve)  # type: ignore[arg-type]
+    crowd = mock.patch.multiple(lane_crowd, CALL_S=0.0002, STAND_S=0.001)
+    with (
+        crowd,
+        mock.patch.multiple(
+            lane_module,
+            decode_body=counter.body,
+            checked_key=counter.key,
+            check_media_type=lambda _: None,
+            INNER_PAUSE_S=0,
+            HELD_MAX=held_max,
+        ),
+    ):
+        lane = Lane(counter, server)  # type: ignore[arg-type]
+        connection = Connection(lane)
+        wire = Wire(connection, full=full)
+        connection.connection_made(wire)
+        for number, piece in enumerate(pieces):
+            if not await _reads(wire, connection):
+                break
+            assert len(connection._held) <= held_max, "it reads on"
+            connection.data_received(piece)
+            if number % 3:
+                await asyncio.sleep(0)
+        await _quiet(counter, wire, lane)
+        answers = len(ANSWERED.findall(wire.written))
+        closed, held = wire.closing, connection._held
+        wire.close()
+        await asyncio.sleep(0)
+        await lane.close()
+        await server.shutdown(0)
+        await asyncio.sleep(0)
+    assert not troubles, troubles
+    served = len(counter.seen)
+    took = zip(counter.seen, wanted, strict=False)
+    assert all(mine in (None, theirs) for mine, theirs in took), (counter.seen, wanted)
+    if refused:
+        # aiohttp forgets what it had read in one piece with what it refuses; the lane never does.
+        assert served >= min(plain_ones(data), len(wanted)), (counter.seen, wanted)
+        # The lane looks at a head when it is whole, or its time is over.
+        assert closed or b"\r\n\r\n" not in held, "what cannot be read ends the connection"
+    else:
+        assert served == len(wanted), (counter.seen, wanted)
+    assert served <= answers <= served + refused, wire.written
+    assert counter.door.connections == 0
+
+
+async def _reads(wire: Wire, connection: Connection) -> bool:
+    """Wait until it takes more; not where it is closed, or aiohttp alone and for good stops it."""
+    for turn in range(TURNS_MAX):
+        if wire.reading or wire.closing:
+            return not wire.closing
+        # aiohttp stops reading where a chunk cannot be read and its handler waits for more.
+        if connection._for_good and turn > QUIET_TURNS:
+            return False
+        await asyncio.sleep(0)
+    raise AssertionError("it hangs")
+
+
+async def _quiet(counter: Counter, wire: Wire, lane: Lane) -> None:
+    """Wait until nothing moves any more."""
+    still, before = 0, None
+    for _ in range(TURNS_MAX):
+        now = (len(counter.seen), len(wire.written), wire.closing, wire.paused_writing)
+        still = still + 1 if now == before and not (counter.under_way or lane.crowd) else 0
+        before = now
+        if still > QUIET_TURNS:
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never comes to rest")
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """Requests that are wrong are no news here."""
+    kept = structlog.get_config()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    with mock.patch.object(server_logger, "disabled", new=True):
+        try:
+            yield
+        finally:
+            structlog.configure(**kept)
+
+
+def properties(runner: asyncio.Runner, examples: int, seed: int) -> list[Callable[[], None]]:
+    """The properties, each as a function that tries so many examples of this seed."""
+    how = settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    reader = HeadReader()
+
+    @seeded(seed)
+    @how
+    @given(data=ANY)
+    def heads(data: bytes) -> None:
+        check_head(runner.get_loop(), reader, data)
+
+    @seeded(seed)
+    @how
+    @given(data=STREAMS, cuts=CUTS, full=st.booleans())
+    def connections(data: bytes, cuts: list[float] | int, full: bool) -> None:
+        runner.run(check_connection(pieces_of(data, cuts), full=full))
+
+    @seeded(seed)
+    @how
+    @given(sound=st.lists(SOUND, min_size=2, max_size=12), full=st.booleans())
+    def bounds(sound: list[bytes], full: bool) -> None:
+        runner.run(check_connection(sound, full=full, held_max=SMALL_HELD_MAX))
+
+    @seeded(seed)
+    @how
+    @given(data=STREAMS, cuts=CUTS, rush=st.integers(0, 2**16))
+    def rushes(data: bytes, cuts: list[float] | int, rush: int) -> None:
+        runner.run(check_connection(pieces_of(data, cuts), full=False, rush=rush))
+
+    return [heads, connections, bounds, rushes]

@@ -1,0 +1,258 @@
+"""What is sent through both lanes: purchases of every kind, and what else comes to a port."""
+
+from collections.abc import Iterator
+
+from lane_heads import Case, heads, one, starts
+from lane_rig import LAST, TIME, WISH, Member
+
+BODY_MAX = 16 * 1024
+
+
+def states(m: Member) -> Iterator[Case]:
+    """What a campaign, a card or an order makes of a purchase."""
+    yield one("sold", m.buy())
+    yield one("two sold", m.world.member().buy(body=b'{"quantity":2}'))
+    for campaign in ("sold-out", "not-open", "paused", "closed", "draft", "theirs", "unknown"):
+        yield one(campaign, m.buy(campaign))
+    yield one("no such place", m.buy(target=b"/api/v1/nothing"))
+    yield one("a hall", m.buy("halls", b'{"quantity":1,"showing":"a"}'))
+    yield one("a full hall", m.buy("halls", b'{"quantity":1,"showing":"b"}'))
+    yield one("no such hall", m.buy("halls", b'{"quantity":1,"showing":"z"}'))
+    yield one("which hall", m.buy("halls"))
+    for name, second in {"replayed": WISH, "another wish": b'{"quantity":2}'}.items():
+        other = m.world.member()
+        yield one(
+            name, *(other.buy("open", body, Idempotency_Key=b"one") for body in (WISH, second))
+        )
+    other = m.world.member()
+    yield one("over the limit", *(other.buy(body=b'{"quantity":%d}' % n) for n in (2, 2, 1, 1)))
+
+
+def tokens(m: Member, revoked: str, expired: str, operator: str) -> Iterator[Case]:
+    """Who asks."""
+    good = b"Bearer " + m.token.encode()
+    for name, value in {
+        "revoked": b"Bearer " + revoked.encode(),
+        "expired": b"Bearer " + expired.encode(),
+        "an operator's": b"Bearer " + operator.encode(),
+        "garbage": b"Bearer garbage",
+        "two dots": b"Bearer a.b.c",
+        "tampered": good[:-2] + b"xx",
+        "long": b"Bearer " + b"a" * 3_000,
+        "no scheme": m.token.encode(),
+        "another scheme": b"Basic " + m.token.encode(),
+        "empty": b"",
+        "the scheme alone": b"Bearer",
+        "two blanks": b"Bearer  " + m.token.encode(),
+        "a tab": b"Bearer\t" + m.token.encode(),
+        "not ASCII": b"Bearer \xe4\xb8\xad",
+    }.items():
+        yield one(f"token: {name}", m.buy(Authorization=value))
+    yield one("token: none", m.buy(drop=["Authorization"]))
+    yield one("token: lower case", m.buy("sold-out", Authorization=b"bearer " + m.token.encode()))
+    yield one("token: blanks behind", m.buy("sold-out", Authorization=good + b" \t "))
+    yield one("token: none, bad body", m.buy(body=b"{", drop=["Authorization"]))
+    yield one("token: none, unknown campaign", m.buy("unknown", drop=["Authorization"]))
+    yield one("token: twice", m.buy("sold-out", WISH, b"authorization: " + good))
+
+
+def keys(m: Member) -> Iterator[Case]:
+    """The idempotency key."""
+    for name, value in {
+        "empty": b"",
+        "blank": b" ",
+        "over-long": b"a" * 65,
+        "of another alphabet": b"a.b",
+        "with a blank": b"a b",
+        "not ASCII": b"\xe4\xb8\xad",
+        "with a quote": b'"abc"',
+        "with a comma": b"a,b",
+    }.items():
+        yield one(f"key: {name}", m.buy(Idempotency_Key=value))
+    yield one("key: none", m.buy(drop=["Idempotency-Key"]))
+    yield one("key: longest", m.buy("sold-out", Idempotency_Key=b"a" * 64))
+    yield one("key: blanks around", m.buy("sold-out", Idempotency_Key=b" \t a \t "))
+    yield one("key: twice", m.buy("sold-out", WISH, b"Idempotency-Key: other"))
+    yield one("key: twice in two cases", m.buy("sold-out", WISH, b"IDEMPOTENCY-KEY: other"))
+
+
+def media_types(m: Member) -> Iterator[Case]:
+    """What the body says it is."""
+    for value in (
+        *(b"", b"text/plain", b"application/JSON", b"application/json; charset=utf-8"),
+        *(b"application/json;charset=latin-1", b"application/json; charset=utf-8; a=b"),
+        *(b"application/problem+json", b'application/json; charset="utf-8"', b"application/json;"),
+        *(b" application/json ", b"multipart/form-data", b"application/json, text/plain", b"\xff"),
+    ):
+        yield one(f"type: {value!r}", m.buy("sold-out", Content_Type=value))
+    yield one("type: none", m.buy("sold-out", drop=["Content-Type"]))
+    yield one("type: twice", m.buy("sold-out", WISH, b"content-type: text/plain"))
+    yield one("type: packed", m.buy("sold-out", WISH, b"Content-Encoding: gzip"))
+    yield one("type: as it is", m.buy("sold-out", WISH, b"Content-Encoding: identity"))
+
+
+def bodies(m: Member) -> Iterator[Case]:
+    """JSON, and what is none."""
+    for body in (
+        *(b"{}", b"", b"[]", b"null", b"1", b'"a"', b"{", b'{"quantity":1', b'{"quantity":1}}'),
+        *(b'{"quantity":true}', b'{"quantity":"2"}', b'{"quantity":1e0}', b'{"quantity":1.0}'),
+        *(b'{"quantity":1.5}', b'{"quantity":-0}', b'{"quantity":0}', b'{"quantity":-1}'),
+        *(b'{"quantity":4}', b'{"quantity":01}', b'{"quantity":NaN}', b'{"quantity":Infinity}'),
+        *(b'{"quantity":null}', b'{"quantity":[1]}', b'{"quantity":{}}', b"{'quantity':1}"),
+        *(b'{"quantity":' + b"9" * 30 + b"}", b'{"quantity":' + b"9" * 5_000 + b"}"),
+        *(b'{"quantity":1e999}', b'{"quantity":9223372036854775808}', b"[" * 5_000),
+        *(b'{"quantity":1,"quantity":2}', b'{"quantity":1,"other":1}', b'{"QUANTITY":1}'),
+        *(
+            b'{"quantity":1,"showing":1}',
+            b'{"quantity":1,"showing":null}',
+            b'{"showing":"general"}',
+        ),
+        *(b'{"quantity":1,"showing":""}', b'{"quantity":1,"showing":"\\u0000"}'),
+        *(b'{"quantity":1,"showing":"\\ud800"}', b'{"quantity":1,"showing":"\xff"}'),
+        *(b'{"quantity":1,"showing":"' + "通用券".encode() + b'"}', b"\xef\xbb\xbf" + WISH),
+        *(WISH.decode().encode("utf-16"), b"\xff\xfe", b"\x00", WISH + b"\x00", b"\r\n\r\n"),
+        *(WISH + b"\n", b" \r\n\t" + WISH, b"/**/" + WISH, WISH[:-1] + b",}", b"a=b&c=d"),
+        TIME,
+    ):
+        yield one(f"body: {body[:30]!r} {body[-9:]!r} ({len(body)})", m.buy("sold-out", body))
+    for length in (BODY_MAX - 1, BODY_MAX):
+        yield one(f"body: {length} bytes", m.buy("sold-out", WISH.ljust(length)))
+        yield one(f"body: {length} bytes of nothing", m.buy("sold-out", b"a" * length))
+    yield one("body: 16 KiB and 1", m.buy("sold-out", WISH.ljust(BODY_MAX + 1)))
+    yield one("body: 100 KB", m.buy("sold-out", b"a" * 100_000))
+
+
+def lengths(m: Member) -> Iterator[Case]:
+    """Where a body ends, said rightly, doubtfully or wrongly."""
+    n = b"%d" % len(WISH)
+    for name, value in {
+        "nought before": b"0" + n,
+        "many noughts before": b"0" * 100 + n,
+        "blanks around": b" \t" + n + b" \t ",
+    }.items():
+        yield one(f"length: {name}", m.buy("sold-out", Content_Length=value))
+    for name, value in {
+        "negative": b"-1",
+        "signed": b"+" + n,
+        "empty": b"",
+        "a word": b"abc",
+        "hexadecimal": b"0x0e",
+        "with a line": b"1_4",
+        "twice in one": n + b"," + n,
+        "twice with a blank": n + b" " + n,
+        "beyond 64 bits": b"99999999999999999999",
+        "a fraction": n + b".0",
+        "Arabic digits": "١٤".encode(),
+    }.items():
+        yield one(f"length: {name}", m.buy("sold-out", Content_Length=value))
+    for name, line in {
+        "twice alike": b"Content-Length: " + n,
+        "twice unlike": b"Content-Length: 0",
+        "twice in two cases": b"content-length: " + n,
+        "and chunked": b"Transfer-Encoding: chunked",
+        "and identity": b"Transfer-Encoding: identity",
+    }.items():
+        yield one(f"length: {name}", m.buy("sold-out", WISH, line))
+    yield one(
+        "length: chunked and a length",
+        m.buy(
+            "sold-out",
+            WISH,
+            b"Content-Length: 14",
+            drop=["Content-Length"],
+            Transfer_Encoding=b"chunked",
+        ),
+    )
+    yield one("length: none", m.buy("sold-out", b"", drop=["Content-Length"]))
+    yield one("length: none, no host", m.buy("sold-out", b"", drop=["Content-Length", "Host"]))
+
+
+def chunked(m: Member) -> Iterator[Case]:
+    """Bodies in chunks: aiohttp's, with all that follows."""
+
+    def packed(body: bytes, value: bytes = b"chunked", *extra: bytes) -> bytes:
+        return m.buy("sold-out", body, *extra, drop=["Content-Length"], Transfer_Encoding=value)
+
+    yield one("chunked", packed(b"e\r\n" + WISH + b"\r\n0\r\n\r\n"))
+    yield one(
+        "chunked in three",
+        packed(b"2\r\n" + WISH[:2] + b"\r\nc;a=b\r\n" + WISH[2:] + b"\r\n0\r\n\r\n"),
+    )
+    yield one("chunked with a trailer", packed(b"e\r\n" + WISH + b"\r\n0\r\nA: b\r\n\r\n"))
+    yield one("chunked, nothing", packed(b"0\r\n\r\n"))
+    for name, body in {
+        "bad size": b"zz\r\n" + WISH + b"\r\n0\r\n\r\n",
+        "negative size": b"-e\r\n" + WISH + b"\r\n0\r\n\r\n",
+        "huge size": b"f" * 17 + b"\r\n" + WISH + b"\r\n0\r\n\r\n",
+        "bare LF": b"e\n" + WISH + b"\n0\n\n",
+    }.items():
+        yield one(f"chunked: {name}", packed(body))
+    for value in (
+        b"chunked, chunked",
+        b"gzip, chunked",
+        b"chunked, gzip",
+        b"xchunked",
+        b"Chunked",
+        b"chunked ",
+    ):
+        yield one(
+            f"chunked: {value!r}",
+            packed(b"e\r\n" + WISH + b"\r\n0\r\n\r\n", value),
+        )
+
+
+def others(m: Member) -> Iterator[Case]:
+    """Requests that are no purchases."""
+    yield one("time", TIME)
+    for path in (
+        b"/healthz",
+        b"/api/v1/campaigns",
+        b"/api/v1/orders",
+        b"/openapi.json",
+        b"/",
+        b"/x",
+    ):
+        yield one(f"get {path!r}", TIME.replace(b"/api/v1/time", path))
+    yield one(
+        "get with a body",
+        b"GET /api/v1/time HTTP/1.1\r\nHost: sale\r\nContent-Length: 3\r\n\r\nabc",
+    )
+    yield one("login", b"POST /api/v1/login HTTP/1.1\r\nHost: sale\r\nContent-Length: 2\r\n\r\n{}")
+    yield one(
+        "own orders",
+        TIME.replace(b"/api/v1/time", b"/api/v1/orders").replace(
+            b"Host: sale", b"Host: sale\r\nAuthorization: Bearer " + m.world.member().token.encode()
+        ),
+    )
+
+
+def behind(m: Member) -> Iterator[Case]:
+    """Requests whose length a proxy might see otherwise: what follows is no part of them."""
+    yield one("two", m.buy("sold-out"), TIME)
+    yield one("three", m.buy("sold-out"), m.buy("paused"), TIME)
+    short = m.buy("sold-out", Content_Length=b"5")
+    cut = short.index(b"\r\n\r\n") + 9
+    yield one("too short a length", short[:cut], short[cut:] + b"\r\n\r\n")
+    hidden = m.buy("sold-out", body=m.buy("paused"))
+    yield one("a request for a body", hidden)
+
+
+def all_cases(m: Member, *, revoked: str, expired: str, operator: str) -> list[Case]:
+    """Everything, for one card; names tell cases apart."""
+    cases = [
+        *states(m),
+        *tokens(m, revoked, expired, operator),
+        *keys(m),
+        *media_types(m),
+        *bodies(m),
+        *lengths(m),
+        *chunked(m),
+        *heads(m),
+        *starts(m),
+        *others(m),
+        *behind(m),
+    ]
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
+    assert all(LAST not in case.whole for case in cases)
+    return cases

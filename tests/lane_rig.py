@@ -1,0 +1,268 @@
+"""Two API processes in one, with the fast lane and without, and whose requests they get."""
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from unittest import mock
+
+import uvloop
+from aiohttp.log import server_logger
+from lane_client import Told, Wire
+from service import Client, Service, free_port, in_s, showings
+
+from sale.api import exchange
+from sale.api import lane as lane_module
+from sale.api.app import Api, listening
+from sale.api.lane import Connection, Lane
+from sale.bootstrap import Engine, open_engine
+from sale.config import Settings
+from sale.identity import issue_member_token
+
+UNBOUNDED = (
+    *("turn_max_ms", "waiting_max", "wait_max_ms"),
+    *("card_campaign_per_s", "card_per_s", "address_per_s"),
+)
+KERNEL_HOLDS = 128 * 1024
+LOOPS = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
+LAST = b"GET /healthz HTTP/1.1\r\nHost: sale\r\nConnection: close\r\n\r\n"
+TIME = b"GET /api/v1/time HTTP/1.1\r\nHost: sale\r\n\r\n"
+WISH = b'{"quantity":1}'
+T = TypeVar("T")
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Side:
+    """One of the two: an engine and its listener."""
+
+    name: str
+    port: int
+    engine: Engine
+    api: Api
+
+    @property
+    def lane(self) -> Lane:
+        assert self.api._lane is not None
+        return self.api._lane
+
+    @property
+    def connection(self) -> Connection:
+        """The one connection that there is."""
+        (connection,) = self.lane.connections
+        return connection
+
+    async def connect(self, *, reads: bool = True) -> Wire:
+        """Open a connection, by a client that reads what comes, or nothing."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        if not reads:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, KERNEL_HOLDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(sock, ("127.0.0.1", self.port))
+        transport, wire = await loop.create_connection(Wire, sock=sock)
+        if not reads:
+            transport.pause_reading()
+        return wire
+
+    @contextlib.asynccontextmanager
+    async def wire(self, **how: Any) -> AsyncIterator[Wire]:
+        wire = await self.connect(**how)
+        try:
+            yield wire
+        finally:
+            wire.transport.abort()
+            await wire.closed.wait()
+
+    async def ask(self, *pieces: bytes, count: int = 1, heads: Sequence[bool] = ()) -> Told:
+        """Send pieces on a connection of their own, take the answers, and see how it goes on.
+
+        What follows is a last request: it is answered too, unless the connection was closed.
+        """
+        async with self.wire() as wire:
+            wire.heads = heads
+            if count == len(pieces):
+                for number, piece in enumerate(pieces):
+                    await wire.send(piece)
+                    told = await wire.answers(number + 1)
+            else:
+                await wire.send(*pieces)
+                told = await wire.answers(count)
+            if not told.closed:
+                await wire.send(LAST)
+                told = await wire.until_closed()
+            told.closed = not told.answers or b'{"status":"ok"' not in told.answers[-1].raw
+            return told
+
+    async def orders_of(self, member: "Member") -> int:
+        """How many orders a card has."""
+        told = await self.ask(member.buy(body=b"", method=b"GET", target=b"/api/v1/orders"))
+        return len(told.answers[0].body["items"])
+
+
+@dataclass
+class World:
+    """Campaigns in each state, members, and the loop that the two sides live on."""
+
+    service: Service
+    loop_name: str
+    loop: asyncio.AbstractEventLoop
+    campaigns: dict[str, str]
+    revoked: str
+
+    def run(self, work: Coroutine[Any, Any, T], within_s: float = 60) -> T:
+        """Run a coroutine beside the two sides."""
+
+        async def bounded() -> T:
+            async with asyncio.timeout(within_s):
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(bounded(), self.loop).result()
+
+    def card(self) -> tuple[str, str]:
+        """Number and token of a card that nobody has used."""
+        number = f"62995{next(_numbers):011d}"
+        now_s = int(time.time() // 1_000 * 1_000)  # one second for all: tokens of one length
+        return number, issue_member_token(
+            self.service.key, number, "district", now_s=now_s, ttl_s=90_000
+        )
+
+    def member(self) -> "Member":
+        return Member(self, *self.card())
+
+    @contextlib.asynccontextmanager
+    async def side(self, *, fast_lane: bool, **changes: Any) -> AsyncIterator[Side]:
+        """Open an engine; limits and overload are off where ``changes`` do not set them."""
+        port = free_port()
+        unbounded = dict.fromkeys(UNBOUNDED, 0)
+        settings = Settings(
+            **{
+                "redis_url": self.service.redis_url,
+                "database_url": self.service.database_url,
+                "data_dir": self.service.data_dir,
+                "listen": f"127.0.0.1:{port}",
+                "fast_lane": fast_lane,
+                **unbounded,
+                **changes,
+            }
+        )
+        async with open_engine(settings) as engine, listening(engine) as api:
+            # A kernel holds megabytes else, and the process never sees that its client stopped.
+            api._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_HOLDS)
+            side = Side("lane" if fast_lane else "aiohttp", port, engine, api)
+            for campaign in self.campaigns:  # from now on it knows them
+                await side.ask(self.member().buy(campaign))
+            yield side
+
+    @contextlib.asynccontextmanager
+    async def both(self, **changes: Any) -> AsyncIterator[tuple[Side, Side]]:
+        async with (
+            self.side(fast_lane=True, **changes) as lane,
+            self.side(fast_lane=False, **changes) as aiohttp,
+        ):
+            yield lane, aiohttp
+
+
+@dataclass
+class Member:
+    """A card's requests, as bytes."""
+
+    world: World
+    card: str
+    token: str
+    key_no: int = 0
+
+    def headers(self) -> dict[str, bytes]:
+        self.key_no += 1
+        return {
+            "Host": b"sale",
+            "Authorization": b"Bearer " + self.token.encode(),
+            "Idempotency-Key": b"key-%d" % self.key_no,
+            "Content-Type": b"application/json",
+        }
+
+    def buy(
+        self,
+        campaign: str = "open",
+        body: bytes = WISH,
+        *extra: bytes,
+        drop: Sequence[str] = (),
+        method: bytes = b"POST",
+        target: bytes | None = None,
+        version: bytes = b"HTTP/1.1",
+        **changes: bytes,
+    ) -> bytes:
+        """A purchase, or what is left of one.
+
+        ``extra`` are whole header lines; ``changes`` are values of headers, ``_`` for ``-``; a
+        length is added where none is given and it is not in ``drop``.
+        """
+        headers = self.headers()
+        headers["Content-Length"] = b"%d" % len(body)
+        headers |= {name.replace("_", "-"): value for name, value in changes.items()}
+        lines = [name.encode() + b": " + headers[name] for name in headers if name not in drop]
+        if target is None:
+            named = self.world.campaigns.get(campaign, campaign)
+            target = f"/api/v1/campaigns/{named}/orders".encode()
+        start = method + b" " + target + b" " + version
+        return b"\r\n".join([start, *lines, *extra, b"", body])
+
+
+@contextlib.contextmanager
+def world_on(
+    service: Service, loop_name: str, made: dict[str, str], revoked: str
+) -> Iterator[World]:
+    """A loop in a thread of its own, on which tests put their coroutines."""
+    loop = LOOPS[loop_name]()
+    thread = threading.Thread(target=loop.run_forever, name=f"lane-{loop_name}")
+    thread.start()
+    thresholds = gc.get_threshold()
+    try:
+        with mock.patch.object(server_logger, "disabled", new=True):
+            yield World(service, loop_name, loop, made, revoked)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+async def make_campaigns(service: Service) -> dict[str, str]:
+    """Campaigns in every state, by what they are."""
+    client = Client(service)
+    try:
+        made = {
+            "open": await client.campaign(tickets=1_000_000),
+            "sold-out": await client.campaign(tickets=0),
+            "not-open": await client.campaign(opens_at=in_s(30 * 86_400)),
+            "paused": await client.campaign(),
+            "closed": await client.campaign(),
+            "draft": await client.campaign(draft=True),
+            "halls": await client.campaign(showings=showings(1_000, 0)),
+            "theirs": await client.campaign(unions=["donghuamen"]),
+        }
+        for each in ("paused", "closed"):
+            await client.step(made[each], "pause" if each == "paused" else "close")
+        return made
+    finally:
+        await client.close()
+
+
+@contextlib.contextmanager
+def shorter(**seconds: float) -> Iterator[None]:
+    """Shorten the bounds of a connection; a sweep has to begin within the block."""
+    bounds = {"SWEEP_S": 0.02, "HEAD_WITHIN_S": 1.0, "BODY_WITHIN_S": 1.0, **seconds}
+    with (
+        mock.patch.multiple(lane_module, **bounds),
+        mock.patch.object(exchange, "BODY_WITHIN_S", bounds["BODY_WITHIN_S"]),
+    ):
+        yield

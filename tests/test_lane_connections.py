@@ -1,0 +1,371 @@
+"""How a connection of the fast lane lives and ends: bounds, time limits, the end of a process."""
+
+import asyncio
+import contextlib
+import inspect
+import re
+from collections.abc import Callable
+
+import pytest
+from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
+from lane_client import Told, Wire, until
+from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
+from lane_rig import TIME, WISH, Member, Side, World, shorter
+
+from sale.api import aiohttp_handler
+from sale.api.aiohttp_handler import Handler
+from sale.api.lane import HELD_MAX, Connection
+
+READ_MAX = 256 * 1024
+"""What an event loop reads at once."""
+
+PAGE = TIME.replace(b"/api/v1/time", b"/openapi.json")
+
+
+@pytest.mark.parametrize("fast_lane", [True, False])
+def test_given_a_client_that_closes_its_half_then_it_is_told_rightly_or_not_at_all(
+    world: World, fast_lane: bool
+) -> None:
+    async def judge() -> None:
+        async with world.side(fast_lane=fast_lane) as side:
+            for times in range(10):
+                member = world.member()
+                bought, asked_late = member.buy(Idempotency_Key=b"one"), member.buy("sold-out")
+                for raw, status in (
+                    (bought, "201 Created"),
+                    (asked_late, "409 Conflict"),
+                    (TIME, "200 OK"),
+                ):
+                    async with side.wire() as wire:
+                        await wire.send(raw, raw) if times % 2 else await wire.send(raw)
+                        wire.transport.write_eof()
+                        told = await wire.until_closed()
+                        assert {each.status for each in told.answers} <= {f"HTTP/1.1 {status}"}
+                        assert len(told.answers) <= 1 + times % 2
+                        assert not told.rest
+                (again,) = (await side.ask(bought)).answers[:1]
+                assert again.status == "HTTP/1.1 201 Created"
+                assert await side.orders_of(member) == 1
+
+    world.run(judge())
+
+
+@BOTH_LOOPS
+def test_given_a_client_that_leaves_during_its_purchase_then_the_order_stands(world: World) -> None:
+    async def judge() -> None:
+        async with world.side(fast_lane=True) as side:
+            members = [world.member() for _ in range(20)]
+            wishes = [member.buy(Idempotency_Key=b"one") for member in members]
+            wires = [await side.connect() for _ in wishes]
+            with world.service.stopped("redis"):
+                for wire, wish in zip(wires, wishes, strict=True):
+                    wire.transport.write(wish)
+                await until(lambda: sum(each.busy for each in side.lane.connections) == 20)
+                for wire in wires:
+                    wire.transport.abort()
+                await until(lambda: not side.lane.connections)
+            for wish, member in zip(wishes, members, strict=True):
+                told = (await side.ask(wish)).answers[0]
+                assert told.status == "HTTP/1.1 201 Created"
+                assert told.body["card_remaining"] == 2
+                assert await side.orders_of(member) == 1
+
+    world.run(judge())
+
+
+def _numbered(member: Member, number: int, *, mixed: bool = True) -> bytes:
+    """A request whose answer tells its number; every tenth is aiohttp's, body and all."""
+    theirs = mixed and number % 10 == 9
+    target = b"/api/v1/campaigns/sold%2dout/orders" if theirs else None
+    return member.buy("sold-out", b'{"quantity":1,"n%d":1}' % number, target=target)
+
+
+async def _stalled(
+    side: Side, wire: Wire, asked: bytes, waits: Callable[[Connection], bool]
+) -> Connection:
+    """Send more than is served now; give the connection, when it waits and reads no more of it."""
+    wire.transport.write(asked)
+    await until(lambda: any(waits(each) for each in side.lane.connections))
+    connection = side.connection
+    await until(lambda: connection._reading_paused)
+    seen: list[tuple[int, bool]] = []
+    for _ in range(20):
+        await asyncio.sleep(0.02)
+        seen.append((len(connection._held), connection._transport.is_reading()))
+        if len(seen) > 4 and len(set(seen[-4:])) == 1:
+            break
+    held, reading = seen[-1]
+    assert not reading, seen
+    assert HELD_MAX < held <= HELD_MAX + READ_MAX < len(asked), seen
+    return connection
+
+
+@BOTH_LOOPS
+@pytest.mark.parametrize("mixed", [True, False])
+def test_given_a_client_that_reads_nothing_then_little_is_held_and_nothing_lost(
+    world: World, mixed: bool
+) -> None:
+    count = 2_000
+
+    async def judge() -> None:
+        member = world.member()
+        asked = b"".join(_numbered(member, number, mixed=mixed) for number in range(count))
+        async with world.side(fast_lane=True) as side, side.wire(reads=False) as wire:
+            connection = await _stalled(side, wire, asked, lambda each: each._writing_paused)
+            assert connection._transport.get_write_buffer_size() < READ_MAX
+            wire.transport.resume_reading()
+            told = await wire.answers(count)
+            numbers = [
+                re.search(r"`n(\d+)`", each.body["detail_en"].replace("'", "`"))
+                for each in told.answers
+            ]
+            assert [int(each[1]) for each in numbers if each] == list(range(count))
+
+    world.run(judge())
+
+
+def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: World) -> None:
+    member = world.member()
+    rest = b"".join(_numbered(member, number) for number in range(1_200))
+
+    async def judge() -> None:
+        async with world.side(fast_lane=True) as side, side.wire() as wire:
+            with world.service.stopped("redis"):
+                asked = world.member().buy() + rest
+                await _stalled(side, wire, asked, lambda each: each._purchase is not None)
+            told = await wire.answers(1_201)
+            assert told.statuses == [201] + [400] * 1_200
+
+    world.run(judge())
+
+
+def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> None:
+    bounds = {
+        "HEAD_WITHIN_S": 0.3,
+        "BODY_WITHIN_S": 0.3,
+        "KEEPALIVE_S": 1.5,
+        "UNREAD_WITHIN_S": 0.4,
+    }
+    spare_s = 1.0  # of a busy machine
+
+    async def judge() -> None:
+        loop = asyncio.get_running_loop()
+        member = world.member()
+        purchase, late = member.buy("sold-out"), member.buy("sold-out", WISH.ljust(400))
+
+        async def lasts(side: Side, least_s: float, *first: bytes, drip: bytes = b"") -> Told:
+            async with side.wire() as wire:
+                began = loop.time()
+                for number, piece in enumerate(first):
+                    await wire.send(piece)
+                    if number < len(first) - 1:
+                        await wire.answers(number + 1)
+                        await asyncio.sleep(0.05)
+                        began = loop.time()
+                for at in range(len(drip)):
+                    if wire.closed.is_set():
+                        break
+                    await wire.send(drip[at : at + 1])
+                    await asyncio.sleep(0.02)
+                told = await wire.until_closed()
+                took_s = loop.time() - began
+                assert least_s - 0.05 <= took_s <= least_s + spare_s, (first, drip, took_s)
+                return told
+
+        async def unread(side: Side) -> None:
+            async with side.wire(reads=False) as wire:
+                wire.transport.write(PAGE * 100)
+                (connection,) = side.lane.connections
+                await until(lambda: connection._writing_paused)
+                began = loop.time()
+                await until(lambda: connection not in side.lane.connections)
+                assert 0.3 <= loop.time() - began <= 0.4 + spare_s
+
+        async with world.both() as (lane, aiohttp):
+            await unread(lane)
+            end = late.index(b"\r\n\r\n") + 4
+            told = await asyncio.gather(
+                lasts(lane, 0.3),
+                lasts(lane, 0.3, purchase[:60]),
+                lasts(lane, 0.3, b"P", drip=purchase[1:]),
+                lasts(lane, 1.5, b"\r", drip=b"\r" * 200),  # aiohttp's, for good
+                lasts(lane, 1.5, purchase),
+                lasts(lane, 1.5, purchase, purchase),
+                lasts(lane, 1.5, TIME),
+                lasts(lane, 1.5, TIME, purchase, TIME),
+                lasts(lane, 0.3, purchase, purchase[:60]),
+                lasts(lane, 0.3, TIME, purchase[:60]),
+                lasts(lane, 0.3, late[: end + 5]),
+                lasts(lane, 0.3, late[: end + 5], drip=late[end + 5 : -300]),
+                lasts(lane, 0.3, purchase, late[: end + 5]),
+            )
+            assert [len(each.answers) for each in told] == [0, 0, 0, 0, 1, 2, 1, 3, 1, 1, 1, 1, 2]
+            async with aiohttp.wire() as wire:  # which closes later: it lingers for the rest
+                await wire.send(late[: end + 5])
+                told.append(await wire.answers(1))
+            one, dripped, second, theirs = (each.answers[-1].told for each in told[-4:])
+            assert one == dripped == second == theirs
+            assert one[2]["field"] == "body"
+            assert not lane.lane.connections
+
+    with shorter(**bounds):
+        world.run(judge())
+
+
+@BOTH_LOOPS
+def test_given_more_connections_than_allowed_then_the_others_are_told_and_room_is_kept(
+    world: World,
+) -> None:
+    async def judge() -> None:
+        async with world.side(fast_lane=True, connections_max=3) as side:
+            wires = [await side.connect() for _ in range(5)]
+            for wire in wires[3:]:
+                told = await wire.until_closed()
+                assert told.statuses == [503]
+                assert dict(told.answers[0].headers)["Connection"] == "close"
+                assert 1 <= int(dict(told.answers[0].headers)["Retry-After"]) <= 60
+                assert told.answers[0].body["code"] == "overloaded"
+            assert side.engine.admission.connections == 3
+            for wire in wires[:3]:
+                await wire.send(world.member().buy())
+                assert (await wire.answers(1)).statuses == [201]
+            wires[0].transport.abort()
+            await until(lambda: side.engine.admission.connections == 2)
+            assert (await side.ask(TIME)).statuses == [200, 200]
+            for wire in wires:
+                wire.transport.abort()
+            await until(lambda: side.engine.admission.connections == 0)
+
+    world.run(judge())
+
+
+# The end of a process.
+
+
+@pytest.mark.parametrize("fast_lane", [True, False])
+def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_are_told(
+    world: World, fast_lane: bool
+) -> None:
+    async def judge() -> dict[str, Told]:
+        loop = asyncio.get_running_loop()
+        async with world.side(fast_lane=fast_lane) as side, contextlib.AsyncExitStack() as stack:
+            names = (
+                "under way",
+                "behind it",
+                "purchase",
+                "other",
+                "half a body",
+                "half a head",
+                "idle",
+            )
+            wires = {name: await stack.enter_async_context(side.wire()) for name in names}
+            for name in names[2:]:
+                await wires[name].send(TIME if name == "other" else world.member().buy("sold-out"))
+                assert len((await wires[name].answers(1)).answers) == 1
+                wires[name].told.clear()
+            rest = world.member().buy("sold-out")
+            head = rest.index(b"\r\n\r\n") + 4
+            with world.service.stopped("redis"):
+                await wires["under way"].send(world.member().buy())
+                await wires["behind it"].send(world.member().buy() + TIME)
+                await wires["half a body"].send(rest[: head + 3])
+                await wires["half a head"].send(rest[:50])
+                await asyncio.sleep(0.05)
+                assert wires["under way"].transport.is_closing() is False
+                draining = loop.create_task(side.api.drain())
+                await asyncio.sleep(0.05)
+                await wires["purchase"].send(world.member().buy())
+                await wires["other"].send(TIME.replace(b"/api/v1/time", b"/healthz"))
+                await wires["half a body"].send(rest[head + 3 :])
+                await wires["half a head"].send(rest[50:])
+                await asyncio.sleep(0.05)
+            await draining
+            await side.api.close()
+            told = {}
+            for name, wire in wires.items():
+                if name != "idle" or fast_lane:  # aiohttp's own are closed by its runner, later
+                    told[name] = await wire.until_closed()
+            return told
+
+    told = world.run(judge())
+
+    assert told["under way"].statuses == [201]
+    assert told["behind it"].statuses in ([201], [201, 503])
+    assert told["other"].statuses == [200]
+    for name in ("purchase", "half a body", "half a head"):
+        assert told[name].statuses == [503], name
+        assert told[name].answers[0].body["code"] == "unavailable"
+    for name, each in told.items():
+        if each.answers:
+            assert dict(each.answers[-1].headers).get("Connection") == "close", name
+    assert all(not told[name].answers for name in told if name == "idle")
+
+
+# What it leans on.
+
+
+async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_lane_expects() -> (
+    None
+):
+    """The private state that ``aiohttp_handler`` reads: its names, and what they mean."""
+    source = inspect.getsource(aiohttp_handler)
+    ours = set(Handler.__slots__)
+    theirs = {*web.RequestHandler.__slots__, *BaseProtocol.__slots__}
+    used = set(re.findall(r"self\.(_\w+)", source)) - ours
+    assert {"_waiter", "_messages", "_request_in_progress"} <= used
+    overridden = {"_pause_transport_reading", "_resume_transport_reading"} & vars(Handler).keys()
+    assert all(name in theirs or hasattr(web.RequestHandler, name) for name in used | overridden)
+
+    begun, go_on, told = asyncio.Event(), asyncio.Event(), list[tuple[bool, bool]]()
+
+    async def serve(request: web.BaseRequest) -> web.Response:
+        begun.set()
+        await go_on.wait()
+        await request.read()
+        return web.Response(text="done")
+
+    server = web.Server(serve)  # type: ignore[arg-type]
+    handlers: list[Handler] = []
+
+    def make() -> Handler:
+        handler = Handler(
+            server,
+            draining=lambda: False,
+            answered=lambda: told.append((handler.busy, handler.idle)),
+        )
+        handlers.append(handler)
+        return handler
+
+    listener = await asyncio.get_running_loop().create_server(make, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*listener.sockets[0].getsockname())
+    try:
+        await until(lambda: bool(handlers))
+        (handler,) = handlers
+        await until(lambda: handler.idle)
+        for turn in range(1, 4):
+            assert (handler.busy, handler.idle) == (False, True)
+            handler.data_received(TIME)
+            assert (handler.busy, handler.idle) == (True, False), "parsed, not begun"
+            await begun.wait()
+            assert (handler.busy, handler.idle) == (True, False), "under way"
+            go_on.set()
+            await reader.readuntil(b"done")
+            assert told == [(True, False)] * turn, "told once, before it is idle"
+            await until(lambda: handler.idle)
+            begun.clear()
+            go_on.clear()
+        handler.data_received(TIME[:20])
+        assert (handler.busy, handler.idle) == (False, True), "half a head is nothing yet"
+        handler.data_received(TIME[20:] + TIME)
+        go_on.set()
+        await until(lambda: len(told) == 5)
+        assert told[3] == (True, False), "another waits behind it"
+        await until(lambda: handler.idle)
+    finally:
+        writer.close()
+        await writer.wait_closed()
+        listener.close()
+        await server.shutdown(1)
+        await listener.wait_closed()
+    assert (handler.busy, handler.idle) == (False, False), "what is lost waits for nothing"

@@ -1,0 +1,18 @@
+"""Some seconds of ``fuzz_lane``; by hand for as long as wanted: ``python -m tests.fuzz_lane``."""
+
+import asyncio
+
+import pytest
+from fuzz_lane.properties import properties, quiet_logs
+
+EXAMPLES = {"heads": 600, "connections": 200, "bounds": 150, "rushes": 150}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_given_anything_when_it_is_sent_then_the_lane_takes_it_as_aiohttp_does(
+    name: str, seed: int
+) -> None:
+    with quiet_logs(), asyncio.Runner() as runner:
+        found = properties(runner, EXAMPLES[name], seed)
+        (prove,) = (each for each in found if each.__name__ == name)
+        prove()

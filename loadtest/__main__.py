@@ -9,13 +9,14 @@ COMMANDS: Final = {
     "rush": "an open loop against a running engine, with proof",
     "report": "a run's record as one HTML file, or two side by side",
     "bench": "the engine as a share of what its HTTP stack can do",
+    "overload": "what is sold while more is asked than can be done",
     "demo": "a whole engine and a whole release, from nothing",
 }
 
 
 def usage() -> str:
     """What there is."""
-    lines = [f"  {name:<8}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<9}{what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: python -m loadtest COMMAND [OPTIONS]", "", *lines])
 
 

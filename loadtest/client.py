@@ -104,7 +104,7 @@ class _Connection(asyncio.Protocol):
             return
         for answer in answers:
             self.settle(answer)
-            if answer.status >= 400 and (answer.header("connection") or "").lower() == "close":
+            if b"close" in answer.head and (answer.header("connection") or "").lower() == "close":
                 self.abort("the server closes")
             else:
                 self.client.next_for(self)

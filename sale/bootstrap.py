@@ -238,6 +238,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 lambda: {each.campaign_id: each.waiting for each in batchers.all()},
                 admission.shed,
                 limits.limited,
+                lambda: admission.standing,
             )
         )
         attending = Attending(stores.redis, stores.pool, batchers)

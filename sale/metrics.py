@@ -22,7 +22,9 @@ LATENCY_BOUNDS_S: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
-SUMMED_GAUGES: Final = frozenset({"sale_connections", "sale_purchases_waiting"})
+SUMMED_GAUGES: Final = frozenset(
+    {"sale_connections", "sale_purchases_standing", "sale_purchases_waiting"}
+)
 """Gauges of which several processes' values add up, where of others the highest counts."""
 
 
@@ -111,7 +113,9 @@ class LoadMetrics(Collector):
         waiting: Callable[[], Mapping[str, int]] = dict,
         shed: Mapping[str, int] | None = None,
         limited: Mapping[str, int] | None = None,
+        standing: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._standing = standing
         self._connections = connections
         self._waiting = waiting
         self._shed = shed or {}
@@ -121,6 +125,11 @@ class LoadMetrics(Collector):
         """Give what is and what was counted so far."""
         yield GaugeMetricFamily(
             "sale_connections", "Connections of clients.", value=float(self._connections())
+        )
+        yield GaugeMetricFamily(
+            "sale_purchases_standing",
+            "Purchases that stand before the fast lane's door.",
+            value=float(self._standing()),
         )
         waiting = GaugeMetricFamily(
             "sale_purchases_waiting", "Purchases that wait for their batch.", labels=("campaign",)

@@ -253,8 +253,13 @@ async def test_given_more_refusals_than_are_cheap_then_the_next_must_wait() -> N
 
 
 class _Standing:
+    lost = False
+
     def __init__(self, call: Callable[[], None]) -> None:
-        self.called = call
+        self._call = call
+
+    def called(self, since: float) -> None:
+        self._call()
 
 
 async def test_given_a_crowd_then_it_is_called_in_order_while_there_is_room_or_time() -> None:

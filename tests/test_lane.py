@@ -283,12 +283,12 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
                 with world.service.stopped("redis"):
                     unavailable = await _asked_in_turn(side, [world.member().buy()])
                 door = side.engine.admission
-                door._in_turn, door._turn_ends = True, 0.0
+                door._look_at, door._room = float("inf"), 0  # a full house, and no look at it
                 overloaded = await _asked_in_turn(
                     side, [world.member().buy(), world.member().buy()]
                 )
                 shed = dict(door.shed)
-                door._in_turn = False
+                door._look_at = 0.0
                 told.append((unavailable, overloaded, shed))
             return told
 

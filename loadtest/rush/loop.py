@@ -40,7 +40,6 @@ OPENING_MAX: Final = 16
 """Connections being opened at once: each costs the loop as much as ten requests."""
 
 CONNECT_S: Final = 10.0
-WARM_S: Final = 2.0
 BACKOFF_S: Final = 0.25
 BACKOFF_MAX_S: Final = 4.0
 RETRY_AFTER_MAX_S: Final = 30.0
@@ -83,8 +82,10 @@ class _Connection(asyncio.Protocol):
             stop = data.find(b"\r", at + 18)
             if int(data[at + 18 : stop]) == len(data) - end - 4 and self.number >= 0:
                 return self.loop.answered(self, int(data[9:12]), data[:end], data[end + 4 :])
+        if self.number < 0 and self.transport is not None:
+            return self.transport.abort()  # told before it asked: that there are too many of us
         try:
-            answers = self.parser.feed(data, most=0 if self.number < 0 else 1)
+            answers = self.parser.feed(data, most=1)
         except ProtocolError as error:
             return self.loop.fail(error)
         for answer in answers:
@@ -118,7 +119,10 @@ class OpenLoop:
         self.bounds = bounds or Bounds()
         count = len(offsets)
         self.tally = Tally(
-            array("d", [_NAN]) * count, array("B", [2]) * count, array("f", [0.0]) * count
+            array("d", [_NAN]) * count,
+            array("B", [2]) * count,
+            array("f", [0.0]) * count,
+            sent_at=array("d", [_NAN]) * count,
         )
         self._index = {code: number for number, code in enumerate(self.tally.codes)}
         self._tries = array("B", bytes(count))
@@ -143,7 +147,7 @@ class OpenLoop:
         not one connection could be made before the start, ProtocolError.
         """
         self._start = start
-        await asyncio.sleep(max(start - WARM_S - time.monotonic(), 0))
+        await asyncio.sleep(max(start - self.bounds.warm_s - time.monotonic(), 0))
         try:
             await self._warm()
             gc.collect()
@@ -211,7 +215,7 @@ class OpenLoop:
 
     def _send(self, connection: _Connection, number: int, now: float) -> None:
         connection.number = number
-        connection.sent_at = now
+        connection.sent_at = self.tally.sent_at[number] = now
         self._tries[number] += 1
         self.tally.sent[int(now)] += 1
         connection.transport.write(self.raw(number))  # type: ignore[union-attr]
@@ -238,7 +242,7 @@ class OpenLoop:
             self._settle(number, REPLAYED if replayed else SOLD, now)
         else:
             self._refused(number, status, head, body, now)
-        if status >= 400 and b"close" in head and closes(head):
+        if b"close" in head and closes(head):
             if connection.transport is not None:
                 connection.transport.abort()
         elif connection.transport is not None:
@@ -267,7 +271,10 @@ class OpenLoop:
             wait_s = EARLY_PAUSE_S
         else:
             backoff_s = min(BACKOFF_S * 2 ** (tries - 1), BACKOFF_MAX_S)
-            wait_s = min(retry_after_s(head) or backoff_s, RETRY_AFTER_MAX_S)
+            told_s = retry_after_s(head)
+            if status == 503:
+                self.tally.told_to_wait[told_s] += 1
+            wait_s = min(told_s or backoff_s, RETRY_AFTER_MAX_S)
         wait_s *= 1 + JITTER * self._rng.random()
         left_s = self.bounds.give_up_s - (now - self.offsets[number])
         if tries > self.bounds.retries or wait_s > left_s:

@@ -96,7 +96,7 @@ class Api:
             return
         self.draining = True
         if self._lane is not None:
-            self._lane.draining = True
+            self._lane.drain()
         self._engine.batchers.halted = STOPPING
         self._engine.metrics.halted = True
         log.info("api.stopping", connections=len(self._connections))

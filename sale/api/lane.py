@@ -97,6 +97,10 @@ class Lane:
             self._same = (answer, purchase.campaign, wire)
         return wire
 
+    def drain(self) -> None:
+        """Make each answer its connection's last from now on, and let nobody stand any longer."""
+        self.draining = self.crowd.emptying = True
+
     def is_draining(self) -> bool:
         """Whether each answer must be its connection's last."""
         return self.draining
@@ -150,6 +154,11 @@ class Connection(asyncio.Protocol):
         self._lent = self._answered = self._for_good = False
         self._reading_paused = self._writing_paused = self._stands = False
         self._admitted = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the client has gone."""
+        return self._transport is None
 
     @property
     def busy(self) -> bool:
@@ -215,8 +224,11 @@ class Connection(asyncio.Protocol):
 
     # The way of a request.
 
-    def _advance(self, *, called: bool = False) -> None:
-        """Serve what is held, as far as it can be served now."""
+    def _advance(self, *, since: float | None = None) -> None:
+        """Serve what is held, as far as it can be served now.
+
+        ``since``: the first of it has stood in the crowd since then, and is answered now.
+        """
         while (held := self._held) and self._ready():
             end = held.find(b"\r\n\r\n") + 4
             if end < 4 and _may_become_a_head(held):
@@ -237,14 +249,15 @@ class Connection(asyncio.Protocol):
                 break
             else:
                 now = time.monotonic()
-                reason = self._lane.admission.overloaded(now)
-                if reason and not called and self._stands_rather(reason, now):
+                reason = self._lane.admission.overloaded(now, called=since is not None)
+                if reason and since is None and self._stands_rather(reason, now):
                     break
-                self._held, self._awaited, called = held[whole:], None, False
+                asked_at, since = since or now, None
+                self._held, self._awaited = held[whole:], None
                 if reason:
                     self._turn_away(campaign, self._lane.admission.refuse(reason, now))
                 else:
-                    self._buy(campaign, head, held[end:whole], now)
+                    self._buy(campaign, head, held[end:whole], asked_at)
         return self._bound_what_is_held()
 
     def _joins(self, data: bytes) -> bool:
@@ -266,15 +279,16 @@ class Connection(asyncio.Protocol):
         self._bound_what_is_held()
         self._lane.crowd.join(self, now)
 
-    def called(self) -> None:
-        """Be looked at, and either queued or refused."""
+    def called(self, since: float) -> None:
+        """Be looked at, and either queued or refused; it has stood ``since`` then."""
         self._stands = False
         if self._transport is None:
             self._held = b""
             return
-        self.deadline = self._lane.now + KEEPALIVE_S
+        if not self._writing_paused:
+            self.deadline = self._lane.now + KEEPALIVE_S
         try:
-            self._advance(called=True)
+            self._advance(since=since)
         except Exception:
             log.exception("connection.not_served")
             self.close()
@@ -302,15 +316,15 @@ class Connection(asyncio.Protocol):
             self._lane.loop.call_later(INNER_PAUSE_S, self._inner_answered)
         return False
 
-    def _buy(self, campaign: Campaign, head: Head, body: bytes, now: float) -> None:
+    def _buy(self, campaign: Campaign, head: Head, body: bytes, asked_at: float) -> None:
         """Check a purchase and queue it, or answer at once why not."""
         desk = self._lane.desk
         try:
             check_media_type(head.content_type or "")
             wish = decode_body(body, ORDER_REQUEST)
             key, token = checked_key(head.key), bearer_token(head.authorization or "")
-            checked = desk.check(campaign, wish.quantity, wish.showing, key, token, now)
-            purchase = LanePurchase(self, campaign, checked, now)
+            checked = desk.check(campaign, wish.quantity, wish.showing, key, token, asked_at)
+            purchase = LanePurchase(self, campaign, checked, asked_at)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
             refused = refused_by(error, f"/api/v1/campaigns/{campaign.id}/orders")
@@ -321,6 +335,8 @@ class Connection(asyncio.Protocol):
 
     def settle(self, purchase: "LanePurchase", answer: Answer) -> None:
         """Answer the purchase that is under way; what waits behind it comes next."""
+        if self._purchase is not purchase:
+            return  # settled twice by a fault of ours: a second answer would be another request's
         try:
             wire = self._lane.wire(purchase, answer)
         except Exception:
@@ -430,8 +446,8 @@ class Connection(asyncio.Protocol):
         """End a connection that has waited too long, or give it longer."""
         if self._transport is None:
             return
-        if self._writing_paused:
-            self._transport.abort()
+        if self._writing_paused or self._transport.is_closing():
+            self._transport.abort()  # what a client does not read is never flushed
         elif self._inner is not None and self._inner.busy:
             self.deadline = self._lane.now + KEEPALIVE_S
         elif self._awaited is not None:

@@ -1,13 +1,13 @@
 """The crowd before the door: purchases that were read and wait until there is time to look at them.
 
-A refusal costs a third of what a purchase costs, most of it in the kernel. So a process that
+A refusal costs a good part of what a purchase costs, most of it in the kernel. So a process that
 refuses everybody at once, as fast as they come, sells nothing any more: all its time goes into
 refusals, fewer purchases leave the queue, and because they leave it slowly still more are refused.
 That state feeds itself. So beyond capacity requests are only read, and stand here. They are called
 in order, for ``CALL_S`` at a time so that batches are answered between, as long as there is room
 for them, or as ``Admission.may_refuse`` allows to refuse; nobody stands longer than about
-``STAND_S``. Who stands asks nothing more, so a crowd of so many connections is so large and no
-larger.
+``STAND_S``, and that counts towards the purchase's deadline. Who stands asks nothing more: a
+connection stands once.
 """
 
 import asyncio
@@ -25,9 +25,12 @@ STAND_S: Final = 4.0
 
 
 class Standing(Protocol):
-    """A connection whose request waits."""
+    """A connection whose request waits; ``lost`` once its client has gone."""
 
-    def called(self) -> None:
+    @property
+    def lost(self) -> bool: ...  # noqa: D102
+
+    def called(self, since: float) -> None:
         """Look at the request now, and answer it or queue it. Must not raise."""
 
 
@@ -40,6 +43,8 @@ class Crowd:
         self._standing: deque[tuple[float, Standing]] = deque()
         self._calling: asyncio.Handle | None = None
         self._paused_at = 0.0
+        self.emptying = False
+        """Whether everybody is called at once: the process is to stop."""
 
     def __len__(self) -> int:
         return len(self._standing)
@@ -47,6 +52,7 @@ class Crowd:
     def join(self, connection: Standing, now: float) -> None:
         """Stand behind all others; ``called`` comes once."""
         self._standing.append((now, connection))
+        self._admission.standing = len(self._standing)
         if self._calling is None:
             self._calling = self._loop.call_soon(self._call)
 
@@ -63,11 +69,16 @@ class Crowd:
             self._paused_at = 0.0
         while standing and now - began < CALL_S:
             since, connection = standing[0]
-            if not (admission.has_room(now) or admission.may_refuse(now) or now - since > STAND_S):
+            if connection.lost:
+                standing.popleft()
+                continue
+            due = self.emptying or now - since > STAND_S
+            if not (due or admission.has_room(now) or admission.may_refuse(now)):
                 self._paused_at = now
                 self._calling = self._loop.call_later(CALL_S, self._call)
                 return
             standing.popleft()
-            connection.called()
+            admission.standing = len(standing)
+            connection.called(since)
             now = time.monotonic()
         self._calling = self._loop.call_soon(self._call) if standing else None

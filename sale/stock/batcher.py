@@ -563,19 +563,20 @@ class Batchers:
         """Those that there are."""
         return list(self._by_campaign.values())
 
-    def waiting(self) -> tuple[int, float, int]:
+    def waiting(self) -> tuple[int, float, int, int]:
         """Purchases that wait in all of them, since when the first does, how many left so far.
 
-        Since 0.0: nobody waits, or Redis is what ails.
+        Since 0.0: nobody waits, or Redis is what ails; the last number is how many wait for that.
         """
-        count, since, taken = 0, 0.0, 0
+        count, since, taken, ailing = 0, 0.0, 0, 0
         for batcher in self._by_campaign.values():
             count += batcher.waiting
             taken += batcher.taken
             first = batcher.waiting_since
+            ailing += 0 if first else batcher.waiting
             if first and (first < since or not since):
                 since = first
-        return count, since, taken
+        return count, since, taken, ailing
 
     async def close(self) -> None:
         """Answer everything that waits, then stop."""

@@ -27,7 +27,7 @@ import random
 import resource
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 FILES_RESERVE: Final = 256
 """File descriptors kept for the stores, metrics, logs and listeners of a process."""
@@ -49,18 +49,28 @@ REFUSALS_PER_S: Final = (2_000.0, 20_000.0)
 REFUSALS_GROW: Final = 1.1
 REFUSALS_SHRINK: Final = 0.8
 REFUSALS_AHEAD_S: Final = 0.1
+REFUSALS_DUE_MAX_S: Final = 1.0
 
 CONNECTIONS, TURN, QUEUE, LATE = "connections", "turn", "queue", "late"
 REASONS: Final = (CONNECTIONS, TURN, QUEUE, LATE)
 
 
+class Waiting(NamedTuple):
+    """How many purchases wait, and since when the first does (0.0: nobody, or only for a store that
+    ails), how many have left the queues so far, and how many of those that wait do so for a store.
+    """
+
+    purchases: int
+    since: float
+    taken: int
+    ailing: int = 0
+
+
 class Admission:
     """Lets connections and requests of one process in, or says why not.
 
-    ``waiting`` gives how many purchases wait in all batchers, since when the first of them does
-    (0.0 where none waits, or where the wait is not the crowd's fault), and how many have left the
-    queues since the process began. A bound of 0 is no bound, except that of
-    connections. All times are seconds of the monotonic clock.
+    ``waiting`` gives what waits in the batchers (``Waiting``). A bound of 0 is no bound, except
+    that of connections. All times are seconds of the monotonic clock.
     """
 
     def __init__(
@@ -70,12 +80,18 @@ class Admission:
         turn_max_s: float,
         waiting_max: int,
         wait_max_s: float,
-        waiting: Callable[[], tuple[int, float, int]] = lambda: (0, 0.0, 0),
+        waiting: Callable[[], tuple[int, float, int] | tuple[int, float, int, int]] = lambda: (
+            0,
+            0.0,
+            0,
+        ),
         chance: random.Random | None = None,
     ) -> None:
         self.connections_max = connections_max
         """The bound that holds; see ``files_allow``."""
         self.connections = 0
+        self.standing = 0
+        """Purchases in the crowd before the fast lane's door."""
         self.shed: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         """Refused so far, by reason."""
         self._turn_max_s = turn_max_s or float("inf")
@@ -110,15 +126,16 @@ class Admission:
         """Count a connection out that was let in."""
         self.connections -= 1
 
-    def overloaded(self, now: float) -> str:
+    def overloaded(self, now: float, *, called: bool = False) -> str:
         """Why a purchase that is read now must be refused; '' where it may go on.
 
-        Who refuses calls ``refuse`` with it.
+        Who refuses calls ``refuse`` with it. Who is ``called`` from the crowd came earlier.
         """
-        if not self._in_turn:
-            self._begin_turn(now)
-        elif now > self._turn_ends:
-            return TURN
+        if not called:
+            if not self._in_turn:
+                self._begin_turn(now)
+            elif now > self._turn_ends:
+                return TURN
         if now >= self._look_at:
             self._look(now)
         self._room -= 1
@@ -135,7 +152,8 @@ class Admission:
     def refuse(self, reason: str, now: float) -> int:
         """Count a refusal; give its Retry-After in whole seconds, 1 to ``RETRY_MAX_S``."""
         self.shed[reason] += 1
-        self._refusals_due = max(self._refusals_due, now) + 1 / self.refusals_per_s
+        due = max(self._refusals_due, now) + 1 / self.refusals_per_s
+        self._refusals_due = min(due, now + REFUSALS_DUE_MAX_S)  # some are refused without a choice
         return self.retry_after(now)
 
     def retry_after(self, now: float) -> int:
@@ -187,12 +205,12 @@ class Admission:
     def _look(self, now: float) -> None:
         """See what waits: now and then, because there may be hundreds of batchers."""
         self._look_at = now + LOOK_AGAIN_S
-        count, since, taken = self._waiting()
+        count, since, taken, ailing = Waiting(*self._waiting())
         self._room, self._lacking = self._waiting_max - count, QUEUE
         if not since:
             self._pace.rest(taken)
             return
-        room = max(self._pace.per_s(now, taken) * self._wait_max_s, WELCOME) - count
+        room = max(self._pace.per_s(now, taken) * self._wait_max_s, WELCOME) - (count - ailing)
         if room < self._room:
             self._room, self._lacking = room, LATE
 

@@ -22,7 +22,7 @@ from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase, Batchers, Purchase
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
-from sale.usecases.admission import QUEUE, Admission
+from sale.usecases.admission import LATE, QUEUE, Admission
 from sale.usecases.orders import TicketCodes, key_hash, placed_order
 from sale.usecases.rate_limits import RateLimits, TooFast
 
@@ -80,7 +80,10 @@ class PurchaseDesk:
             async with asyncio.timeout(self._batchers.deadline_s):
                 campaign = await self._catalogue.for_sale(campaign_id)
         if campaign is None:
-            self._tokens.verify(token or "", time.time())
+            member = self._tokens.verify(token or "", time.time())
+            limited = self._limits.spend_card(member.card_no, time.monotonic())
+            if limited is not None:
+                raise TooFast(limited)
             refused = await self._no_campaign(campaign_id)
             self.count_refused(campaign_id, refused.problem)
             return refused
@@ -98,7 +101,8 @@ class PurchaseDesk:
 
         ``now``, here and in ``check``, is seconds of the monotonic clock.
         """
-        reason = self._admission.overloaded(now)
+        # Nobody overtakes the crowd by a request that the fast lane does not serve.
+        reason = self._admission.overloaded(now) or (LATE if self._admission.standing else "")
         return self._admission.refuse(reason, now) if reason else 0
 
     def check(
@@ -116,11 +120,11 @@ class PurchaseDesk:
         """
         showing = _check_request(campaign, quantity, showing_id)
         member = self._tokens.verify(token or "", time.time())
-        if not may_meet(campaign, member.card_no):
-            raise Refused(Problem.NOT_ELIGIBLE)
         limited = self._limits.spend(member.card_no, campaign.id, now)
         if limited is not None:
             raise TooFast(limited)
+        if not may_meet(campaign, member.card_no):
+            raise Refused(Problem.NOT_ELIGIBLE)
         return member.card_no, member.union, showing, quantity, key_hash(key)
 
     def submit(self, campaign: Campaign, purchase: Purchase) -> None:

@@ -150,7 +150,7 @@ class Rush(Admission):
         super().__init__(**bounds)
         self._seen, self._dice = seen, random.Random(seed)
 
-    def overloaded(self, now: float) -> str:
+    def overloaded(self, now: float, *, called: bool = False) -> str:
         return self._dice.choice(["", "", TURN, QUEUE, LATE])
 
     def has_room(self, now: float) -> bool:

@@ -1,0 +1,1 @@
+"""What the engine sells while more is asked of it than it can do."""

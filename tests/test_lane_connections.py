@@ -189,7 +189,7 @@ def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> 
                 lasts(lane, 0.3),
                 lasts(lane, 0.3, purchase[:60]),
                 lasts(lane, 0.3, b"P", drip=purchase[1:]),
-                lasts(lane, 1.5, b"\r", drip=b"\r" * 200),  # aiohttp's, for good
+                lasts(lane, 0.3, b"\r", drip=b"\r" * 200),  # aiohttp's, for good
                 lasts(lane, 1.5, purchase),
                 lasts(lane, 1.5, purchase, purchase),
                 lasts(lane, 1.5, TIME),

@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_full",
         "_inner_left", "_lane", "_lent", "_looks", "_purchase", "_reading_paused", "_stands",
-        "_transport", "_writing_paused", "deadline",
+        "_transport", "_unended", "_writing_paused", "deadline",
     )  # fmt: skip
 
     def __init__(self, lane: Lane) -> None:
@@ -150,6 +150,7 @@ class Connection(asyncio.Protocol):
         self._inner: Handler | None = None
         self._inner_left = 0
         self._inner_full = False
+        self._unended = 0
         self._looks = 0
         self._lent = self._answered = self._for_good = False
         self._reading_paused = self._writing_paused = self._stands = False
@@ -211,6 +212,7 @@ class Connection(asyncio.Protocol):
         inner = self._inner
         if self._for_good and inner is not None:
             inner.data_received(data)
+            self._bound_what_does_not_end(inner, len(data))
             return
         if self._inner_left and inner is not None:
             inner.data_received(data[: self._inner_left])
@@ -398,10 +400,11 @@ class Connection(asyncio.Protocol):
         """Give all that is held and all that follows to aiohttp, for good."""
         part, self._held = self._held, b""
         self._for_good, self._awaited = True, None
-        self.deadline = self._lane.now + KEEPALIVE_S
+        self.deadline = self._lane.now + HEAD_WITHIN_S
         inner = self._with_inner()
         self._bound_what_is_held()
         inner.data_received(part)
+        self._bound_what_does_not_end(inner, len(part))
 
     def _with_inner(self) -> Handler:
         if self._inner is None:
@@ -442,6 +445,12 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
+    def _bound_what_does_not_end(self, inner: Handler, length: int) -> None:
+        """End what sends a head without an end: aiohttp bounds its lines, and takes many."""
+        self._unended = 0 if inner.busy else self._unended + length
+        if self._unended > HELD_MAX and self._transport is not None:
+            self._transport.abort()
+
     def expire(self) -> None:
         """End a connection that has waited too long, or give it longer."""
         if self._transport is None:
@@ -450,10 +459,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()  # what a client does not read is never flushed
         elif self._inner is not None and self._inner.busy:
             self.deadline = self._lane.now + KEEPALIVE_S
-        elif self._awaited is not None:
-            self._refuse(*self._awaited, BodyLate(), last=True)
         else:
+            if self._awaited is not None:
+                self._refuse(*self._awaited, BodyLate(), last=True)
             self._transport.close()
+            self.deadline = self._lane.now + UNREAD_WITHIN_S  # for what is still to be read
 
     def close(self) -> None:
         """Close it, whatever is under way."""

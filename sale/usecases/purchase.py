@@ -77,13 +77,14 @@ class PurchaseDesk:
         """
         campaign = self.known(campaign_id)
         if campaign is None:
-            async with asyncio.timeout(self._batchers.deadline_s):
-                campaign = await self._catalogue.for_sale(campaign_id)
-        if campaign is None:
+            # No store pays for a guesser: token and pace come first.
             member = self._tokens.verify(token or "", time.time())
             limited = self._limits.spend_card(member.card_no, time.monotonic())
             if limited is not None:
                 raise TooFast(limited)
+            async with asyncio.timeout(self._batchers.deadline_s):
+                campaign = await self._catalogue.for_sale(campaign_id)
+        if campaign is None:
             refused = await self._no_campaign(campaign_id)
             self.count_refused(campaign_id, refused.problem)
             return refused

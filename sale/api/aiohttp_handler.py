@@ -6,12 +6,14 @@ the one module that leans on aiohttp's private state (what ``busy`` and ``idle``
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from aiohttp import web
 
-from sale.api.problems import problem_response
+from sale.api.lane_wire import rendered
+from sale.api.problems import problem_answer, problem_response
 from sale.domain import Problem, Refused
 from sale.usecases.admission import Admission
 
@@ -54,7 +56,12 @@ class Handler(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many."""
         if self._admission is not None and not self._admission.take_connection():
+            wait_s = self._admission.retry_after(time.monotonic())
             self._admission = None
+            refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
+            cast("asyncio.Transport", transport).write(
+                rendered(*problem_answer(refused), last=True)
+            )
             transport.close()
             return
         super().connection_made(transport)

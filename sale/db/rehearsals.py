@@ -42,6 +42,11 @@ async def left_over(conn: Connection) -> list[LeftOver]:
     return [LeftOver(*row.values()) for row in await conn.fetch(_SQL["left_over"])]
 
 
+async def real(conn: Connection) -> set[str]:
+    """Campaigns that are no rehearsals, as far as their ledger is applied."""
+    return {row["campaign_id"] for row in await conn.fetch(_SQL["real"])}
+
+
 async def is_purged(conn: Connection, campaign_id: str) -> bool:
     """Whether a campaign was a rehearsal that was struck off: it is to be nowhere any more."""
     return bool(await conn.fetchval(_SQL["purged"], campaign_id))

@@ -314,6 +314,7 @@ class Batcher:
                     return
                 if reply[0] == CallReply.UNATTENDED and await self.attend() and attempt == 0:
                     attempt = 1
+                    batch = self._asking = self._drop_overdue(batch)
                     continue
                 self._ails("purchase.untrusted", CallReply(reply[0]).name.lower())
                 if reply[0] not in _PASSING:
@@ -322,7 +323,7 @@ class Batcher:
                     break
             await asyncio.sleep(RETRY_PAUSES_S[min(attempt, len(RETRY_PAUSES_S) - 1)])
             attempt += 1
-            batch = self._drop_overdue(batch)
+            batch = self._asking = self._drop_overdue(batch)
         self._give_up(batch)
 
     async def attend(self) -> bool:

@@ -103,9 +103,10 @@ class Line:
                 _Wire, given.get("host") or "localhost", int(given.get("port") or 6379)
             )
         try:
-            if given.get("password"):
+            if given.get("username") or given.get("password"):
                 user = [given["username"]] if given.get("username") else []
-                await wire.call(pack("AUTH", *user, given["password"]), self._timeout_s)
+                password = given.get("password") or ""
+                await wire.call(pack("AUTH", *user, password), self._timeout_s)
             if given.get("db"):
                 await wire.call(pack("SELECT", int(given["db"])), self._timeout_s)
         except BaseException as error:

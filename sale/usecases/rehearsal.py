@@ -146,9 +146,11 @@ class Rehearsals:
         """Rehearsals that have anything left, in either store."""
         async with self._pool.acquire() as connection:
             found = {each.id: each for each in await rehearsals.left_over(connection)}
+            real = await rehearsals.real(connection)
         for now in await read_campaigns(self._redis):
             campaign = now.campaign
-            if campaign.rehearsal_of and campaign.id not in found:
+            # What Redis says of a campaign that PostgreSQL knows as a real one is not believed.
+            if campaign.rehearsal_of and campaign.id not in found and campaign.id not in real:
                 found[campaign.id] = LeftOver(
                     campaign.id, campaign.rehearsal_of, now.state.value, 0, struck_off=False
                 )
@@ -168,8 +170,9 @@ class Rehearsals:
                     f"{campaign_id!r} is no rehearsal: nothing of it is removed",
                 )
             raise Refused(Problem.NOT_FOUND, f"no rehearsal {campaign_id!r} is left")
-        await self.close(campaign_id, actor)
-        await self._let_go(campaign_id)
+        if not left.struck_off:
+            await self.close(campaign_id, actor)
+            await self._let_go(campaign_id)
         async with alone(self._pool, campaign_id, LOCK_PATIENCE_S) as connection:
             removed = Removed(0, 0)
             if not await rehearsals.is_purged(connection, campaign_id):

@@ -9,6 +9,9 @@ WHERE rehearsal_of <> '' AND (
     OR EXISTS (SELECT FROM showing s WHERE s.campaign_id = c.campaign_id))
 ORDER BY campaign_id;
 
+-- name: real -- Campaigns that are no rehearsals, as far as their ledger is applied.
+SELECT campaign_id FROM campaign WHERE rehearsal_of = '' AND applied > 0;
+
 -- name: purged -- Whether a campaign was a rehearsal that was struck off.
 SELECT EXISTS (SELECT FROM campaign WHERE campaign_id = $1 AND purged_at IS NOT NULL);
 

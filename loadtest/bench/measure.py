@@ -24,7 +24,7 @@ from loadtest.engine import EngineError
 
 CONNECTIONS: Final = 256
 SOLD_OUT_TICKETS: Final = 100
-FEED_MARGIN: Final = 1.6
+FEED_MARGIN: Final = 3.0
 CHUNK: Final = 50_000
 PROBE_MAX: Final = 5_000
 FIRST_GUESS_RATE: Final = 30_000

@@ -15,7 +15,7 @@ import msgspec
 
 from loadtest.bench.compare import Goal
 from loadtest.bench.figures import CLEAN, Case
-from loadtest.bench.measure import CONNECTIONS, FEED_MARGIN, FIRST_GUESS_RATE, STOCK, Bench
+from loadtest.bench.measure import CONNECTIONS, FIRST_GUESS_RATE, STOCK, Bench
 from loadtest.bench.offer import Feed, Offer, OfferError, offer
 from loadtest.bench.rig import busy_s, tree_cpu_s
 from loadtest.engine import EngineError
@@ -24,6 +24,7 @@ CAMPAIGN: Final = "bench-durable"
 GOAL: Final = 0.3
 PROBE_S: Final = 3
 WARM_S: Final = 2.0
+MARGIN: Final = 1.6
 SECONDS_MIN: Final = 5
 SAMPLE_S: Final = 1.0
 FULL_SHARE: Final = 0.85
@@ -112,7 +113,7 @@ class Lasting:
         """Offer purchases, and look each second how far the books are."""
         bench = self.bench
         bench.note(f"durable: requests for {seconds} s")
-        feed = self._feed(int(rate * seconds * FEED_MARGIN) + 2 * CONNECTIONS)
+        feed = self._feed(int(rate * seconds * MARGIN) + 2 * CONNECTIONS)
         bench.note(f"durable: {seconds} s")
         moments = [await self._moment()]
         selling = asyncio.create_task(

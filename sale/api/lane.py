@@ -259,7 +259,7 @@ class Connection(asyncio.Protocol):
                 if reason:
                     self._turn_away(campaign, self._lane.admission.refuse(reason, now))
                 else:
-                    self._buy(campaign, head, held[end:whole], asked_at)
+                    self._buy(campaign, head, held[end:whole], asked_at, now)
         return self._bound_what_is_held()
 
     def _joins(self, data: bytes) -> bool:
@@ -318,14 +318,16 @@ class Connection(asyncio.Protocol):
             self._lane.loop.call_later(INNER_PAUSE_S, self._inner_answered)
         return False
 
-    def _buy(self, campaign: Campaign, head: Head, body: bytes, asked_at: float) -> None:
+    def _buy(
+        self, campaign: Campaign, head: Head, body: bytes, asked_at: float, now: float
+    ) -> None:
         """Check a purchase and queue it, or answer at once why not."""
         desk = self._lane.desk
         try:
             check_media_type(head.content_type or "")
             wish = decode_body(body, ORDER_REQUEST)
             key, token = checked_key(head.key), bearer_token(head.authorization or "")
-            checked = desk.check(campaign, wish.quantity, wish.showing, key, token, asked_at)
+            checked = desk.check(campaign, wish.quantity, wish.showing, key, token, now)
             purchase = LanePurchase(self, campaign, checked, asked_at)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
@@ -447,7 +449,7 @@ class Connection(asyncio.Protocol):
 
     def _bound_what_does_not_end(self, inner: Handler, length: int) -> None:
         """End what sends a head without an end: aiohttp bounds its lines, and takes many."""
-        self._unended = 0 if inner.busy else self._unended + length
+        self._unended = self._unended + length if inner.idle else 0
         if self._unended > HELD_MAX and self._transport is not None:
             self._transport.abort()
 

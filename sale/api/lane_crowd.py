@@ -71,6 +71,7 @@ class Crowd:
             since, connection = standing[0]
             if connection.lost:
                 standing.popleft()
+                admission.standing = len(standing)
                 continue
             due = self.emptying or now - since > STAND_S
             if not (due or admission.has_room(now) or admission.may_refuse(now)):

@@ -427,8 +427,9 @@ class Batcher:
 
     def _drop_overdue(self, batch: list[Purchase]) -> list[Purchase]:
         overdue_before = time.monotonic() - self._deadline_s
-        if batch and batch[0].asked_at >= overdue_before:
-            return batch  # whoever is behind the first came later
+        # Not the first alone: who has stood in the crowd was there before many who wait.
+        if batch and min([p.asked_at for p in batch]) >= overdue_before:
+            return batch
         self._give_up([p for p in batch if p.asked_at < overdue_before])
         return [p for p in batch if p.asked_at >= overdue_before]
 

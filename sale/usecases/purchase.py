@@ -22,7 +22,7 @@ from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase, Batchers, Purchase
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
-from sale.usecases.admission import LATE, QUEUE, Admission
+from sale.usecases.admission import QUEUE, Admission
 from sale.usecases.orders import TicketCodes, key_hash, placed_order
 from sale.usecases.rate_limits import RateLimits, TooFast
 
@@ -102,8 +102,7 @@ class PurchaseDesk:
 
         ``now``, here and in ``check``, is seconds of the monotonic clock.
         """
-        # Nobody overtakes the crowd by a request that the fast lane does not serve.
-        reason = self._admission.overloaded(now) or (LATE if self._admission.standing else "")
+        reason = self._admission.overloaded(now)
         return self._admission.refuse(reason, now) if reason else 0
 
     def check(

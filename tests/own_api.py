@@ -1,0 +1,77 @@
+"""An API process of a test's own, beside those of the running system, on the same stores."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+from service import Service, free_port
+
+from loadtest.bench.rig import ready, spawn
+from loadtest.engine import stop
+from loadtest.members import Mint
+from sale.identity import issue_member_token
+
+_numbers = itertools.count(700_000_000)
+
+
+@dataclass
+class OwnApi:
+    """It, and purchases for it by cards that nobody else has."""
+
+    service: Service
+    address: str
+    pid: int
+
+    def purchases(self, campaign: str, count: int) -> list[bytes]:
+        """Requests for one ticket each."""
+        card = "6222000000000000"
+        pattern = issue_member_token(self.service.key, card, "district", now_s=int(time.time()))
+        cards: Iterator[int] = itertools.islice(_numbers, count)
+        mint = Mint(pattern, card, self.service.key.secret)
+        return list(mint.requests(self.address, campaign, "general", cards))
+
+    @property
+    def rss(self) -> int:
+        """Bytes of memory that it has."""
+        return int(psutil.Process(self.pid).memory_info().rss)
+
+
+@contextlib.asynccontextmanager
+async def own_api(
+    service: Service, folder: Path, *, redis_late_ms: float = 0, **settings: str
+) -> AsyncIterator[OwnApi]:
+    """Run one with some settings; Redis answers it so much later."""
+    cores = os.sched_getaffinity(0)
+    redis_url = service.redis_url
+    async with contextlib.AsyncExitStack() as stack:
+        if redis_late_ms:
+            target, listen = urlsplit(redis_url).path, folder / "far"
+            module = (sys.executable, "-m", "loadtest.overload.delay")
+            command = [*module, str(listen), target, str(redis_late_ms)]
+            relay = await spawn(command, folder / "far.log", cores)
+            stack.push_async_callback(stop, relay)
+            async with asyncio.timeout(10):
+                while not listen.exists():
+                    await asyncio.sleep(0.02)
+            redis_url = f"unix://{listen}"
+        address = f"127.0.0.1:{free_port()}"
+        given = {
+            "SALE_REDIS_URL": redis_url,
+            "SALE_DATABASE_URL": service.database_url,
+            "SALE_DATA_DIR": str(service.data_dir),
+            "SALE_LISTEN": address,
+        }
+        command = [sys.executable, "-m", "sale", "serve"]
+        command += ["--metrics-listen", f"unix:{folder}/metrics"]
+        process = await spawn(command, folder / "serve.log", cores, **(given | settings))
+        stack.push_async_callback(stop, process)
+        await ready(process, folder / "serve.log", address, "/readyz", 200)
+        yield OwnApi(service, address, process.pid)

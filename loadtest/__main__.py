@@ -31,7 +31,11 @@ def main() -> None:
         print(f"loadtest: {complaint}\n{usage()}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-    sys.exit(import_module(f"loadtest.{name}.__main__").main())
+    try:
+        sys.exit(import_module(f"loadtest.{name}.__main__").main())
+    except KeyboardInterrupt:  # mostly while it is still being imported
+        print("loadtest: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

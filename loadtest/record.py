@@ -89,10 +89,11 @@ class Record(msgspec.Struct, kw_only=True):
     ``bottleneck`` is empty, or says why the generator itself was the limit: then neither rates nor
     latencies are the server's, and they are left out. A member that got no answer counts in
     ``latency`` with the time until it gave up: leaving it out would flatter. ``proof`` is ``None``
-    if nothing was proved. ``offered`` counts the intended members, ``sent`` and ``answered`` what
-    was written and came back, with repeats. ``offered_rate`` is members a second over the plan's
-    time, ``achieved_rate`` members with a last answer a second, until the last of these answers.
-    ``latency_sold`` is of those who were told of an order, new or replayed.
+    if nothing was proved; ``not_proved`` says why where it was tried in vain. ``offered`` counts
+    the intended members, ``sent`` and ``answered`` what was written and came back, with repeats.
+    ``offered_rate`` is members a second over the plan's time, ``achieved_rate`` members with a last
+    answer a second, until the last of these answers. ``latency_sold`` is of those who were told of
+    an order, new or replayed.
     """
 
     version: int = VERSION
@@ -116,6 +117,7 @@ class Record(msgspec.Struct, kw_only=True):
     versions: dict[str, str] = msgspec.field(default_factory=dict)
     machine: dict[str, str] = msgspec.field(default_factory=dict)
     proof: Proof | None = None
+    not_proved: str = ""
 
 
 def encode(record: Record) -> bytes:

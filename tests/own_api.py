@@ -59,7 +59,7 @@ async def own_api(
             relay = await spawn(command, folder / "far.log", cores)
             stack.push_async_callback(stop, relay)
             async with asyncio.timeout(10):
-                while not listen.exists():
+                while not listen.exists():  # noqa: ASYNC110 - another process makes it
                     await asyncio.sleep(0.02)
             redis_url = f"unix://{listen}"
         address = f"127.0.0.1:{free_port()}"

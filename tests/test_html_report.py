@@ -109,7 +109,7 @@ def test_given_numbers_that_are_none_when_reported_then_the_page_stays_readable(
 def test_given_a_clean_run_when_reported_then_verdict_and_figures_stand_there() -> None:
     run = made_up()
     said = text_of(render(run))
-    assert "✓ The books balance. 60,000 orders and 60,000 tickets" in said
+    assert "✓ The books balance. 60,000 orders in the campaign, 60,000 tickets" in said
     assert "NOT" not in said
     assert "limited by the generator" not in said
     for value in (run.offered, run.sent, run.answered):
@@ -129,6 +129,29 @@ def test_given_a_bottleneck_and_open_books_when_reported_then_both_are_loud() ->
     assert "oversold : general: 60,001 of 60,000" in said
     assert "… and 11 more in the record." in said
     assert said.count("limited by the generator") == len(charts([made_up()]))
+
+
+def test_given_a_generator_that_was_the_limit_when_reported_then_no_rate_is_the_server_s() -> None:
+    run = unbalanced(made_up())
+    run.achieved_rate = 0.0
+    said = text_of(render(run))
+    assert "Achieved – the generator was the limit" in said
+    assert "achieved a second –" in said
+
+
+@pytest.mark.parametrize(("duration_s", "share"), [(8.0, 95), (10.0, 95), (20.0, 48)])
+def test_given_a_run_when_reported_then_its_share_is_of_those_offered_in_the_same_time(
+    duration_s: float, share: int
+) -> None:
+    """Of 1,000 a second for 10 s, 9,500 were settled: early, in time, or after twice the time."""
+    run = empty(offered=10_000, offered_rate=1_000.0, duration_s=duration_s)
+    run.achieved_rate = 9_500 / duration_s
+    assert f"/s {share}% of offered" in text_of(render(run))
+
+
+def test_given_no_proof_when_reported_then_it_says_why() -> None:
+    assert "The books were not looked at." in text_of(render(empty(plan={"proof": 0})))
+    assert "PostgreSQL: gone" in text_of(render(empty(not_proved="PostgreSQL: gone")))
 
 
 @pytest.mark.parametrize(

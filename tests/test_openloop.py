@@ -15,17 +15,20 @@ import pytest
 from service import Client, Service, free_port
 
 from loadtest.books.answers import Answer
+from loadtest.books.check import FINDINGS_MAX
+from loadtest.books.ledger import wait_applied
 from loadtest.books.proof import Where, prove
-from loadtest.client import AnswerError, Unreachable
+from loadtest.client import Unreachable
 from loadtest.record import Finding, Proof, Record, RecordError, decode, encode
 from loadtest.rush import arrivals, team
-from loadtest.rush.__main__ import parser, plan_of, remarks, table, verdict
+from loadtest.rush.__main__ import main, parser, plan_of, remarks, table, verdict
 from loadtest.rush.arrivals import ArrivalsError
 from loadtest.rush.asks import Asks, AsksError, members_of, write_minted
 from loadtest.rush.loop import OpenLoop
+from loadtest.rush.plan import Plan, RushError
 from loadtest.rush.summary import fill
 from loadtest.rush.tally import Bounds, Tally
-from loadtest.rush.team import Plan, RushError, only_loopback, play
+from loadtest.rush.team import only_loopback, play
 from loadtest.rush.worker import Part, summed_up
 from loadtest.wire import get_request
 from sale.identity import MemberTokens, SigningKey
@@ -90,6 +93,11 @@ def test_given_a_bad_recording_when_read_then_it_says_so(tmp_path: Path, text: s
 def test_given_impossible_arrivals_when_made_then_refused(how: tuple[str, float, float]) -> None:
     with pytest.raises(ArrivalsError):
         arrivals.make(*how, seed=1)
+
+
+def test_given_no_recording_when_read_then_it_says_so_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ArrivalsError, match=r"/none: No such file or directory$"):
+        arrivals.recorded(tmp_path / "none", seed=1)
 
 
 # What is asked -----------------------------------------------------------------------------------
@@ -366,6 +374,12 @@ def test_given_a_slow_server_when_told_then_the_generator_s_few_ms_are_no_reason
     assert not record_of(part_of([4.0] * 300, late_ms=2)).bottleneck
 
 
+def test_given_a_generator_that_lagged_when_told_then_no_p99_is_above_its_max() -> None:
+    part = part_of([20.0] * 300)
+    plan = record_of(msgspec.structs.replace(part, lags=array("f", [0.002] * 9).tobytes())).plan
+    assert plan["generator lateness p99 ms"] == plan["generator lateness max ms"] == 2
+
+
 async def test_given_a_loop_that_is_held_up_when_played_then_it_finds_itself_late() -> None:
     async def quick(_: bytes) -> bytes:
         return SOLD
@@ -388,7 +402,9 @@ def test_given_a_run_when_judged_then_it_counts_only_with_clean_books() -> None:
     record.proof = Proof(clean=True)
     assert verdict(record, proof_wanted=True) == []
     record.proof = Proof(clean=False, findings=[Finding("lost", "order x")])
-    assert "do not balance: 1" in verdict(record, proof_wanted=True)[0]
+    assert "do not balance: 1 finding" in verdict(record, proof_wanted=True)[0]
+    record.proof.findings *= FINDINGS_MAX
+    assert "do not balance: 1,000 or more findings" in verdict(record, proof_wanted=True)[0]
     assert table(record).row_count > 10
     record.plan |= {"connections": 5, "waited for a connection": 9}
     assert "all 5 were taken" in remarks(record)[0]
@@ -429,7 +445,7 @@ def test_given_a_command_line_when_read_then_a_plan_or_a_word_why_not() -> None:
     with pytest.raises(ValueError, match="http://HOST:PORT"):
         plan("--target", "127.0.0.1:8080")
     assert only_loopback("127.0.0.1:1") == only_loopback("[::1]:1") == ""
-    assert "not a loopback address" in only_loopback("192.0.2.7:80")
+    assert only_loopback("192.0.2.7:80") == "192.0.2.7 is not a loopback address"
 
 
 def small(service: Service, campaign: str, **changes: object) -> Plan:
@@ -496,5 +512,37 @@ async def test_given_a_plan_that_cannot_be_when_played_then_it_says_why(
         await play(small(service, campaign, quantity=4))
     with pytest.raises(RushError, match="no opening to wait for"):
         await play(small(service, campaign, at_opening=True, cards=5))
-    with pytest.raises(AnswerError, match="404"):
+    with pytest.raises(RushError, match=r"^no campaign nothing-here at 127\.0\.0\.1:"):
         await play(small(service, "nothing-here"))
+
+
+@pytest.mark.load
+async def test_given_books_that_are_out_of_reach_when_played_then_told_all_the_same(
+    service: Service, client: Client
+) -> None:
+    """And a campaign that has orders since then is nobody's alone."""
+    campaign = await client.campaign(100)
+    away = Where(database_url=f"postgresql://x@127.0.0.1:{free_port()}/x")
+    key_file = str(service.data_dir / "signing.key")
+    plan = small(service, campaign, rate=40, seconds=0.3, alone=False, books=away)
+    record = await play(msgspec.structs.replace(plan, key_file=key_file))
+    assert record.offered == record.outcomes["sold"] > 0
+    assert record.proof is None
+    assert record.not_proved.startswith("PostgreSQL: ")
+    assert f"not proved: {record.not_proved}" in verdict(record, proof_wanted=True)
+    assert decode(encode(record)).not_proved == record.not_proved
+    await wait_applied(service.database_url, campaign, record.offered)
+    with pytest.raises(RushError, match="orders already"):
+        await play(small(service, campaign))
+
+
+def test_given_a_folder_that_cannot_be_when_rushed_then_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["--target", f"http://127.0.0.1:{free_port()}", "--campaign", "x", "--out"]
+    monkeypatch.setattr("sys.argv", ["rush", *words, str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"rush: --out {tmp_path}/file/out: Not a directory\n"

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
+import click
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -17,6 +19,8 @@ from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import BEHIND_MAX, Bid, campaign, card, key
 
 from sale.bootstrap import open_stores
+from sale.cli import rehearse
+from sale.cli.rehearsal_report import Outcome, show
 from sale.config import Settings
 from sale.db import claims, rehearsals
 from sale.db.claims import Claim
@@ -495,6 +499,31 @@ async def test_given_wrong_words_when_rehearsed_then_one_line_says_what(
         assert ran.status == status, ran
         assert says in ran.err.splitlines()[-1], ran
         assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize("says_yes", [True, False])
+def test_given_a_person_when_asked_then_a_reason_is_wanted_and_a_no_makes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, says_yes: bool
+) -> None:
+    said = iter(["  ", " because "])
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("click.prompt", lambda *_, **__: next(said))
+    monkeypatch.setattr("click.confirm", lambda *_, **__: says_yes)
+    if says_yes:
+        assert rehearse._confirmed(" ", yes=False) == "because"
+        return
+    with pytest.raises(click.Abort):
+        rehearse._confirmed(None, yes=False)
+    assert capsys.readouterr().err == "nothing was made\n"
+
+
+def test_given_a_generator_that_was_the_limit_when_shown_then_no_rate_is_the_server_s(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = Outcome(rehearsal="r", of="films", clean=True, offered=5, offered_rate=5.0)
+    show(msgspec.structs.replace(outcome, bottleneck="late"))
+    assert "5/s offered, – answered" in capsys.readouterr().out
 
 
 @pytest.mark.load

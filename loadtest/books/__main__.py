@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from loadtest.books.answers import read_answers
-from loadtest.books.check import check
+from loadtest.books.check import check, so_many
 from loadtest.books.ledger import BooksError, highest, load_books, wait_applied
 from loadtest.engine import EngineError, find_database
 from loadtest.record import Finding
@@ -37,7 +37,7 @@ def main() -> None:
         sys.exit(3)
     for finding in findings:
         print(f"{finding.kind}: {finding.what}")
-    print(f"books: {len(findings)} findings" if findings else "books: clean")
+    print(f"books: {so_many(findings)}" if findings else "books: clean")
     sys.exit(1 if findings else 0)
 
 

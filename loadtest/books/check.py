@@ -11,7 +11,7 @@ two, and never one of other content.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from loadtest.books.answers import Answer
@@ -56,6 +56,14 @@ def check(
     _check_answers(by_key, books, found)
     _check_codes(by_key, found)
     return found.list
+
+
+def so_many(findings: Sequence[Finding]) -> str:
+    """How many findings there are, in words: beyond ``FINDINGS_MAX`` they are not counted."""
+    count = len(findings)
+    if count >= FINDINGS_MAX:
+        return f"{FINDINGS_MAX:,} or more findings"
+    return "1 finding" if count == 1 else f"{count} findings"
 
 
 class _Findings:

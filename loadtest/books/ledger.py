@@ -17,6 +17,12 @@ CONNECT_S: Final = 10.0
 READ_S: Final = 120.0
 WAIT_S: Final = 60.0
 POLL_S: Final = 0.02
+_PROBLEMS: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a server that dies in mid-call
+)
 
 
 class OrderRow(msgspec.Struct, frozen=True):
@@ -54,8 +60,8 @@ async def load_books(database_url: str, campaign: str) -> Books:
             head = await connection.fetchrow(_sql("campaign"), campaign)
             showings = await connection.fetch(_sql("showings"), campaign)
             rows = await connection.fetch(_sql("orders"), campaign, timeout=READ_S)
-    except asyncpg.PostgresError as error:
-        raise BooksError(f"PostgreSQL: {error}") from None
+    except _PROBLEMS as error:
+        raise _unreadable(error) from None
     finally:
         await connection.close(timeout=CONNECT_S)
     if head is None:
@@ -75,6 +81,17 @@ async def load_books(database_url: str, campaign: str) -> Books:
     )
     stock = {row["showing_id"]: row["stock"] for row in showings}
     return Books(orders, stock, head["card_limit"], head["applied"], head["opens_at_ms"])
+
+
+async def count_orders(database_url: str, campaign: str) -> int:
+    """How many orders PostgreSQL has of a campaign. Raises BooksError."""
+    connection = await _connect(database_url)
+    try:
+        return int(await connection.fetchval(_sql("count"), campaign))
+    except _PROBLEMS as error:
+        raise _unreadable(error) from None
+    finally:
+        await connection.close(timeout=CONNECT_S)
 
 
 def highest(answers: Iterable[Answer]) -> int:
@@ -115,8 +132,8 @@ async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None
                 yield applied
                 seen = applied
             await asyncio.sleep(POLL_S)
-    except asyncpg.PostgresError as error:
-        raise BooksError(f"PostgreSQL: {error}") from None
+    except _PROBLEMS as error:
+        raise _unreadable(error) from None
     finally:
         await connection.close(timeout=CONNECT_S)
 
@@ -124,8 +141,12 @@ async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None
 async def _connect(database_url: str) -> Any:  # noqa: ANN401 - asyncpg's connection is untyped
     try:
         return await asyncpg.connect(database_url, timeout=CONNECT_S, command_timeout=READ_S)
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
-        raise BooksError(f"PostgreSQL: {error}") from None
+    except _PROBLEMS as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> BooksError:
+    return BooksError(f"PostgreSQL: {error or type(error).__name__}")
 
 
 def _sql(name: str) -> str:

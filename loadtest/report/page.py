@@ -113,8 +113,10 @@ def _head(run: Record, letter: str) -> dict[str, Any]:
 def _verdict(run: Record) -> Verdict:
     proof = run.proof
     if proof is None:
-        return Verdict("warn", "!", "Not proved.", "The books were not checked.", [], 0)
-    why = f"{count(proof.orders)} orders and {count(proof.tickets)} tickets in PostgreSQL. "
+        why = "not looked at" if run.plan.get("proof") == 0 else "not checked"
+        why = run.not_proved or f"The books were {why}."
+        return Verdict("warn", "!", "Not proved.", why, [], 0)
+    why = f"{count(proof.orders)} orders in the campaign, {count(proof.tickets)} tickets. "
     why += {
         None: "The engine’s audit was not run.",
         True: "The engine’s audit is clean.",
@@ -133,19 +135,30 @@ def _facts(run: Record) -> list[Fact]:
         ms = at_share(run.latency, share)
         return Fact(name, NONE if ms is None else f"{measure(ms)} ms", "all answers")
 
-    kept = f"{run.achieved_rate / run.offered_rate:.0%} of offered" if run.offered_rate else ""
     sold = run.outcomes.get("sold", 0)
     share = f"{sold / run.offered:.1%} of offered" if run.offered else ""
     return [
         Fact("Offered", count(run.offered), f"{measure(run.offered_rate)} a second"),
         Fact("Sent", count(run.sent), "with repeats"),
         Fact("Answered", count(run.answered), "with repeats"),
-        Fact("Achieved", f"{measure(run.achieved_rate)}/s", kept),
+        _achieved(run),
         Fact("Sold", count(sold), share),
         latency("p50", 0.5),
         latency("p99", 0.99),
         latency("p99.9", 0.999),
     ]
+
+
+def _achieved(run: Record) -> Fact:
+    """Members settled a second, and as a share of those offered in the same time.
+
+    Offered are all, where the last answer came before the planned time was over.
+    """
+    if run.bottleneck:
+        return Fact("Achieved", NONE, "the generator was the limit")
+    due = max(run.offered, run.offered_rate * run.duration_s)
+    share = f"{run.achieved_rate * run.duration_s / due:.0%} of offered" if due else ""
+    return Fact("Achieved", f"{measure(run.achieved_rate)}/s", share)
 
 
 def _section(chart: Chart, runs: Sequence[Record]) -> dict[str, Any]:

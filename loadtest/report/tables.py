@@ -94,7 +94,11 @@ def _totals(records: Sequence[Record]) -> list[Row]:
         ("sent, with repeats", [run.sent for run in records], count),
         ("answered, with repeats", [run.answered for run in records], count),
         ("offered a second", [run.offered_rate for run in records], measure),
-        ("achieved a second", [run.achieved_rate for run in records], measure),
+        (
+            "achieved a second",
+            [None if run.bottleneck else run.achieved_rate for run in records],
+            measure,
+        ),
         ("duration, s", [run.duration_s for run in records], measure),
         (
             "orders in the books",

@@ -7,6 +7,7 @@ or a generator that was itself the limit, see `loadtest.rush.summary`); 2 bad us
 import argparse
 import asyncio
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -15,16 +16,19 @@ import msgspec
 import uvloop
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loadtest import record as records
+from loadtest.books.check import so_many
 from loadtest.books.ledger import BooksError
 from loadtest.books.proof import Where
 from loadtest.client import AnswerError, Unreachable
 from loadtest.engine import EngineError, cancelled_by_signals
 from loadtest.latency import TOLD_SHARES
 from loadtest.record import Percentile, Record
+from loadtest.rush.plan import Plan, RushError, Stopped
 from loadtest.rush.tally import REPLAYED, SOLD
-from loadtest.rush.team import Plan, RushError, only_loopback, play
+from loadtest.rush.team import only_loopback, play
 from loadtest.wire import ProtocolError
 from sale.config import SettingsError
 
@@ -35,6 +39,10 @@ PROBLEMS: Final = (
 FINDINGS_SHOWN: Final = 20
 WAITED_SHARE: Final = 0.01
 _DEFAULT: Final = Plan(target="", campaign="")
+
+
+class _Interrupted(Exception):  # noqa: N818 - says what it is
+    """Ctrl-C or SIGTERM; the message says how far the run was."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -146,10 +154,12 @@ def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
     why = []
     if record.bottleneck:
         why.append(f"not reported, the generator itself was the limit: {record.bottleneck}")
-    if proof_wanted and record.proof is None:
+    if record.not_proved:
+        why.append(f"not proved: {record.not_proved}")
+    elif proof_wanted and record.proof is None:
         why.append("not proved: give --data-dir or --database-url, or say --no-proof to do without")
     if record.proof is not None and not record.proof.clean:
-        why.append(f"the books do not balance: {len(record.proof.findings)} findings")
+        why.append(f"the books do not balance: {so_many(record.proof.findings)}")
     return why
 
 
@@ -187,17 +197,26 @@ def table(record: Record) -> Table:
     for name, value in record.plan.items():
         if " " in name:
             made.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value}")
-    if record.proof is not None:
+    if record.proof is None:
+        made.add_section()
+        made.add_row("the books", Text(_unproved(record)))
+    else:
         proof = record.proof
         made.add_section()
-        made.add_row("orders in PostgreSQL, tickets", f"{proof.orders:,}, {proof.tickets:,}")
-        clean = "[green]clean[/]" if proof.clean else f"[red]{len(proof.findings)} findings[/]"
+        made.add_row("orders in the campaign, tickets", f"{proof.orders:,}, {proof.tickets:,}")
+        clean = "[green]clean[/]" if proof.clean else f"[red]{so_many(proof.findings)}[/]"
         made.add_row("every answer compared with PostgreSQL", clean)
         audit = {True: "[green]clean[/]", False: "[red]findings[/]", None: "not run"}
         made.add_row("sale audit", audit[proof.audit_clean])
         for finding in proof.findings[:FINDINGS_SHOWN]:
             made.add_row(f"[red]{finding.kind}[/]", finding.what)
     return made
+
+
+def _unproved(record: Record) -> str:
+    if record.not_proved:
+        return f"not proved: {record.not_proved}"
+    return "not looked at" + " (--no-proof)" * (record.plan.get("proof") == 0)
 
 
 def at(latency: list[Percentile], share: float) -> float:
@@ -214,7 +233,16 @@ async def _rush(options: argparse.Namespace, plan: Plan, console: Console) -> Re
         if not options.json:
             console.print(line, style="dim", highlight=False)
 
-    return await play(plan, note)
+    try:
+        return await play(plan, note)
+    except Stopped as stopped:
+        offered, answered = stopped.args
+        raise _Interrupted(
+            f"stopped: {offered:,} members offered and {answered:,} answers, as last counted;"
+            " the orders made were not checked"
+        ) from None
+    except asyncio.CancelledError:
+        raise _Interrupted("stopped; orders made, if any, were not checked") from None
 
 
 def main() -> None:
@@ -226,15 +254,18 @@ def main() -> None:
     except ValueError as error:
         made.error(str(error))
     console = Console(stderr=True)
+    unwritten = ""
     try:
+        if options.out is not None:
+            _make_folder(options.out)
         record = uvloop.run(_rush(options, plan, console))
         if options.out is not None:
-            _write(options.out, record)
+            unwritten = _write(options.out, record)
     except PROBLEMS as error:
         print(f"rush: {error or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("rush: stopped", file=sys.stderr)
+    except (KeyboardInterrupt, asyncio.CancelledError, _Interrupted) as error:
+        print(f"rush: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
     if options.json:
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
@@ -242,18 +273,32 @@ def main() -> None:
         Console().print(table(record))
     for line in remarks(record):
         print(f"rush: note: {line}", file=sys.stderr)
-    why = verdict(record, proof_wanted=plan.proof)
+    why = verdict(record, proof_wanted=plan.proof) + [unwritten] * bool(unwritten)
     for line in why:
         print(f"rush: {line}", file=sys.stderr)
     sys.exit(1 if why else 0)
 
 
-def _write(folder: Path, record: Record) -> None:
+def _make_folder(folder: Path) -> None:
+    """See before the load that we may write there. Raises RushError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RushError(f"--out {folder}: {error.strerror or error}") from None
+
+
+def _write(folder: Path, record: Record) -> str:
+    """Write record and report; say why not, or nothing: the run is told all the same."""
     from loadtest.report.page import write_report
 
-    folder.mkdir(parents=True, exist_ok=True)
-    records.write(folder / records.RECORD_NAME, record)
-    write_report(folder / "report.html", record)
+    try:
+        records.write(folder / records.RECORD_NAME, record)
+        write_report(folder / "report.html", record)
+    except OSError as error:
+        return f"--out {folder}: not written: {error.strerror or error}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def recorded(file: Path, seed: int) -> "array[float]":
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             rows = [row for row in csv.reader(stream) if row and not row[0].startswith("#")]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
+        raise ArrivalsError(f"arrivals file {file}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ArrivalsError(f"arrivals file {file}: {error}") from None
     if rows and rows[0] in (["t", "count"], ["offset_s"]):
         del rows[0]

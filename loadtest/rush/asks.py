@@ -65,7 +65,9 @@ class Asks:
         try:
             with tokens.open("rb") as stream:
                 self._lines = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise AsksError(f"tokens file {tokens}: {error.strerror or error}") from None
+        except ValueError as error:
             raise AsksError(f"tokens file {tokens}: {error}") from None
         self._file = tokens
         self._starts = _line_starts(self._lines, cards)

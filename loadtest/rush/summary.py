@@ -90,22 +90,17 @@ def _bottleneck(record: Record, parts: Sequence[Part], late_ms: float, p99_ms: f
     if late_ms > LATE_MS and late_ms > LATE_SHARE * p99_ms:
         return (
             f"the generator itself was {late_ms:.1f} ms late at p99, of {p99_ms:.1f} ms measured;"
-            " offer less, or give it a core of its own"
+            " offer less, give it a core of its own, or run it again on a quieter host"
         )
     return ""
 
 
 def _own_figures(parts: Sequence[Part], record: Record) -> dict[str, str | int | float]:
-    late: list[float] = []
-    for part in parts:
-        late.append(at_share(_floats(part.late, "f"), 0.99))
-        late.append(at_share(_floats(part.lags, "f"), 0.99))
+    late = [_floats(raw, "f") for part in parts for raw in (part.late, part.lags)]
     waits = sum(part.pool_waits for part in parts)
     return {
-        "generator lateness p99 ms": round(max(late) * 1e3, 3),
-        "generator lateness max ms": round(
-            max(max(_floats(part.late, "f"), default=0.0) for part in parts) * 1e3, 3
-        ),
+        "generator lateness p99 ms": round(max(at_share(each, 0.99) for each in late) * 1e3, 3),
+        "generator lateness max ms": round(max(max(each, default=0.0) for each in late) * 1e3, 3),
         "generator cpu us a request": round(
             sum(part.cpu_s for part in parts) / max(record.sent, 1) * 1e6, 1
         ),

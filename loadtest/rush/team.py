@@ -24,18 +24,19 @@ import msgspec
 import psutil
 
 from loadtest.books.answers import Answer
-from loadtest.books.ledger import WAIT_S
-from loadtest.books.proof import Where, prove
+from loadtest.books.ledger import BooksError, count_orders
+from loadtest.books.proof import prove
 from loadtest.client import Client, read_json
-from loadtest.engine import environment, stop
+from loadtest.engine import EngineError, environment, stop
 from loadtest.record import Record
 from loadtest.rush.asks import MIXED, write_minted
+from loadtest.rush.plan import Plan, RushError, Stopped
 from loadtest.rush.summary import fill
 from loadtest.rush.tally import Bounds
 from loadtest.rush.worker import Job, Line, Load, read_part, read_spool
 from loadtest.sampler import Sampler, discover_processes
 from loadtest.surroundings import describe
-from loadtest.wire import ProtocolError, get_request
+from loadtest.wire import ProtocolError, get_request, problem_code
 from sale.config import Settings
 from sale.embedded.servers import launch_command
 from sale.identity import load_or_create_signing_key
@@ -48,56 +49,7 @@ SUM_UP_S: Final = 120.0
 PROCESSES_MAX: Final = 64
 METRICS_S: Final = 3.0
 WARM_LEAST: Final = 16
-
-
-class RushError(Exception):
-    """The rush could not be played; the message is for people."""
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """An open-loop run. ``target`` is ``host:port``.
-
-    ``arrivals``: see `loadtest.rush.arrivals.make`. Tokens come from a file as ``sale tokens``
-    writes it, or (``tokens`` empty) are minted for ``cards`` synthetic cards with the key in
-    ``key_file`` or the books' data directory. ``cards`` 0: all of the file. ``quantity`` 0 mixes
-    one to three. ``showing`` empty: all showings in turn. Bounds are of all processes together.
-    ``alone``: see `loadtest.books.proof.prove`. ``warm`` connections are opened before the start;
-    0: as many as come in the busiest tenth of a second.
-    """
-
-    target: str
-    campaign: str
-    name: str = "rush"
-    arrivals: str = "poisson"
-    rate: float = 100.0
-    seconds: float = 10.0
-    seed: int = 1
-    tokens: str = ""
-    key_file: str = ""
-    cards: int = 0
-    first_card: int = 1
-    quantity: int = 1
-    showing: str = ""
-    duplicate_share: float = 0.0
-    connections: int = 2_000
-    warm: int = 0
-    queue: int = 200_000
-    processes: int = 1
-    timeout_s: float = 10.0
-    retries: int = 5
-    give_up_s: float = 30.0
-    at_opening: bool = False
-    alone: bool = False
-    proof: bool = True
-    ledger_within_s: float = WAIT_S
-    metrics: str = ""
-    books: Where = msgspec.field(default_factory=Where)
-
-    def told(self) -> dict[str, str | int | float]:
-        """The plan for the record; files and URLs are nobody's business."""
-        hidden = ("tokens", "key_file", "books", "name", "campaign")
-        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in hidden}
-        return {name: int(v) if isinstance(v, bool) else v for name, v in shown.items()}
+UNPROVABLE: Final = (BooksError, EngineError, OSError, ValueError)
 
 
 @dataclass(slots=True)
@@ -151,6 +103,7 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
     with tempfile.TemporaryDirectory(prefix="sale-rush-") as made:
         folder = Path(made)
         campaign = await _campaign(plan)
+        await _check_alone(plan)
         load = await asyncio.to_thread(_load, plan, campaign, folder, note)
         offsets = await asyncio.to_thread(load.offsets)
         note(f"{len(offsets):,} members over {offsets[-1]:.1f} s, seed {plan.seed}")
@@ -161,25 +114,48 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         planned_s = offsets[-1] if load.arrivals.startswith("file:") else load.seconds
         record.offered_rate = len(offsets) / max(planned_s, 1.0)
         parts = [read_part(folder, job.index) for job in jobs]
-        await asyncio.to_thread(fill, record, parts)
-        if plan.proof and plan.books.known:
-            note("the ledger, and every answer compared with PostgreSQL")
-            answers = await asyncio.to_thread(_answers, jobs)
-            record.proof = await prove(
-                answers,
-                plan.campaign,
-                plan.books,
-                alone=plan.alone,
-                within_s=plan.ledger_within_s,
-            )
+        try:
+            await asyncio.to_thread(fill, record, parts)
+            if plan.proof and plan.books.known:
+                note("the ledger, and every answer compared with PostgreSQL")
+                await _prove(plan, jobs, record)
+        except asyncio.CancelledError:
+            raise Stopped(record.offered, record.answered) from None
     return record
+
+
+async def _prove(plan: Plan, jobs: list[Job], record: Record) -> None:
+    """Put the proof into the record, or why there is none: the run is told all the same."""
+    books, within_s = plan.books, plan.ledger_within_s
+    try:
+        answers = await asyncio.to_thread(_answers, jobs)
+        record.proof = await prove(
+            answers, plan.campaign, books, alone=plan.alone, within_s=within_s
+        )
+    except UNPROVABLE as error:
+        record.not_proved = " ".join(str(error).split()) or type(error).__name__
+
+
+async def _check_alone(plan: Plan) -> None:
+    """Orders from before would all be findings. Raises RushError, BooksError, EngineError."""
+    if not (plan.alone and plan.proof and plan.books.known):
+        return
+    if count := await count_orders(plan.books.books_url(), plan.campaign):
+        raise RushError(
+            f"campaign {plan.campaign} has {count:,} orders already, so this rush is not --alone:"
+            " name a fresh campaign, or leave --alone away"
+        )
 
 
 async def _campaign(plan: Plan) -> dict[str, Any]:
     """The campaign as its members see it. Raises RushError and AnswerError."""
     try:
         async with Client(plan.target) as client:
-            found: dict[str, Any] = await read_json(client, f"/api/v1/campaigns/{plan.campaign}")
+            path = f"/api/v1/campaigns/{plan.campaign}"
+            answer = await client.request(get_request(plan.target, path))
+            if answer.status == 404 and problem_code(404, answer.body) == "not-found":
+                raise RushError(f"no campaign {plan.campaign} at {plan.target}")
+            found: dict[str, Any] = await read_json(client, path)
     except OSError as error:
         raise RushError(f"{plan.target}: {error.strerror or error}") from None
     if not found.get("showings"):
@@ -191,8 +167,10 @@ def only_loopback(target: str) -> str:
     """Say why a target is not of this machine alone; '' if it is. Raises OSError."""
     host, _, port = target.rpartition(":")
     for found in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
-        if not ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback:
-            return f"{host} is {found[4][0]}, not a loopback address"
+        address = str(found[4][0])
+        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            which = "" if address == host.strip("[]") else f"{address}, "
+            return f"{host} is {which}not a loopback address"
     return ""
 
 
@@ -269,7 +247,12 @@ async def _play(
         within_s = max(start - time.monotonic(), 0) + patience_s
         watch = asyncio.create_task(_tell_progress(workers, note))
         stack.callback(watch.cancel)
-        await _all_done(workers, within_s)
+        try:
+            await _all_done(workers, within_s)
+        except asyncio.CancelledError:
+            if time.monotonic() < start:
+                raise
+            raise Stopped(_sum(workers, "offered"), _sum(workers, "answered")) from None
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
     return Record(
@@ -277,6 +260,8 @@ async def _play(
         campaign=plan.campaign,
         started_at=started_at.isoformat(timespec="milliseconds"),
         duration_s=0.0,
+        offered=_sum(workers, "offered"),
+        answered=_sum(workers, "answered"),
         plan=plan.told(),
         # perf_counter, which the sampler counts by, and monotonic are one clock on Linux.
         samples=sampler.since(start) if sampler is not None else [],
@@ -370,12 +355,14 @@ async def _start_moment(plan: Plan, campaign: dict[str, Any], note: Note) -> tup
 async def _tell_progress(workers: list[_Worker], note: Note) -> None:
     while True:
         await asyncio.sleep(1.0)
-        offered, sent, answered = (
-            sum(getattr(worker.last, name) for worker in workers)
-            for name in ("offered", "sent", "answered")
-        )
+        offered, sent, answered = (_sum(workers, name) for name in ("offered", "sent", "answered"))
         if offered:
             note(f"offered {offered:,}, sent {sent:,}, answered {answered:,}")
+
+
+def _sum(workers: list[_Worker], name: str) -> int:
+    """What all processes told last."""
+    return sum(getattr(worker.last, name) for worker in workers)
 
 
 def _answers(jobs: list[Job]) -> list[Answer]:

@@ -54,7 +54,9 @@ def failed(request: web.Request, error: Exception) -> web.StreamResponse:
 def refused_by(error: Exception, path: str) -> Refused:
     """Give the refusal that an error is told as; what is a fault of ours is logged."""
     if isinstance(error, Refused):
-        return error
+        # Its traceback leads to the frame that keeps it: a cycle for each refusal, and for some
+        # thousands of them a collection for which everybody waits.
+        return error.with_traceback(None)
     if isinstance(error, web.HTTPException):
         return Refused(Problem.INVALID_REQUEST, error.reason)
     if isinstance(error, STORE_ERRORS):

@@ -70,7 +70,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         ]
         audited = len(audits) == 2 and all(each.clean for each in audits)
         if proof is None:
-            findings.append("the load generator has proven nothing")
+            why = record.not_proved or "it was not told where the books are"
+            findings.append(f"the load generator has proven nothing: {why}")
         else:
             findings += [f"{finding.kind}: {finding.what}" for finding in proof.findings]
         if status and not record.bottleneck and not findings:
@@ -103,7 +104,8 @@ def show(outcome: Outcome) -> None:
     rows = sorted(outcome.outcomes.items(), key=lambda each: -each[1])
     echo_table(("outcome", "members"), rows)
     latency = ", ".join(f"{name} {ms:,.1f} ms" for name, ms in outcome.latency_ms.items())
-    rates = f"{outcome.offered_rate:,.0f}/s offered, {outcome.achieved_rate:,.0f}/s answered"
+    achieved = "–" if outcome.bottleneck else f"{outcome.achieved_rate:,.0f}/s"
+    rates = f"{outcome.offered_rate:,.0f}/s offered, {achieved} answered"
     echo_fields(
         [
             ("rehearsal", f"{outcome.rehearsal} of {outcome.of}"),
@@ -155,6 +157,7 @@ class _Record(msgspec.Struct):
     latency: list[_Percentile] = []
     bottleneck: str = ""
     proof: _Proof | None = None
+    not_proved: str = ""
 
 
 def _latency(percentiles: Sequence[_Percentile]) -> dict[str, float]:

@@ -59,7 +59,9 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 @click.option(
     "--beside-real-sales", is_flag=True, help="Also while a real campaign sells, or soon."
 )
-@click.option("--purge", is_flag=True, help="Remove what is left of one rehearsal, or of all.")
+@click.option(
+    "--purge", is_flag=True, help="Remove what is left of one rehearsal, or of all; asks nothing."
+)
 @command_context
 def rehearse(
     context: CommandContext,
@@ -149,7 +151,8 @@ def _say_effect(plan: Plan, original: "CampaignNow") -> None:
     campaign, tickets = original.campaign, sum(original.tickets)
     note(f"Rehearsal of {campaign.id} {campaign.title}")
     keeps = "its data stays until sale rehearse --purge" if plan.keep else "its data is removed"
-    copy = f"{len(campaign.showings)} showings, {tickets:,} tickets, {campaign.card_limit} a card"
+    showings = "1 showing" if len(campaign.showings) == 1 else f"{len(campaign.showings)} showings"
+    copy = f"{showings}, {tickets:,} tickets, {campaign.card_limit} a card"
     rush = f"{plan.rate:,.0f} members a second for {plan.seconds:,.0f} s"
     for name, what in (
         ("copy", f"{copy}; in no list; the real one's stock is not touched"),
@@ -168,12 +171,18 @@ def _say_effect(plan: Plan, original: "CampaignNow") -> None:
 
 def _confirmed(reason: str | None, *, yes: bool) -> str:
     """Ask for a reason and a yes where a person is there to give them."""
-    if not sys.stdin.isatty() and (reason is None or not yes):
+    reason = (reason or "").strip()
+    if not sys.stdin.isatty() and not (reason and yes):
         raise click.UsageError("nobody is there to be asked: give --reason R and --yes")
-    reason = reason or click.prompt("Why (for the audit log)", err=True)
-    if not yes:
-        click.confirm("Play it?", abort=True, err=True)
-    return str(reason)
+    try:
+        while not reason:
+            reason = str(click.prompt("Why (for the audit log)", err=True)).strip()
+        if yes or click.confirm("Play it?", err=True):
+            return reason
+    except click.Abort:
+        note("")  # behind the prompt
+    note("nothing was made")
+    raise click.Abort
 
 
 def _purge(context: CommandContext, campaign_id: str | None, reason: str) -> int:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from fuzz_lane.properties import properties, quiet_logs
 
-EXAMPLES = {"heads": 600, "connections": 200, "bounds": 150, "rushes": 150}
+EXAMPLES = {"heads": 600, "shapes_of_heads": 600, "connections": 200, "bounds": 150, "rushes": 150}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -43,7 +43,9 @@ def bearer(request: web.Request) -> str | None:
 
 def bearer_token(authorization: str) -> str | None:
     """Give the token of a header ``Authorization``, or None."""
-    return authorization[7:] if authorization[:7].lower() == "bearer " else None
+    if authorization.startswith("Bearer ") or authorization[:7].lower() == "bearer ":
+        return authorization[7:]
+    return None
 
 
 def checked_key(key: str | None) -> str:

@@ -48,6 +48,7 @@ from sale.domain import Campaign, Problem, Refused
 from sale.stock.batcher import Answer, Purchase
 from sale.usecases.admission import RETRY_MAX_S, TURN
 from sale.usecases.client_address import first_of
+from sale.usecases.orders import key_hash
 from sale.usecases.purchase import Checked
 from sale.usecases.rate_limits import TooFast
 
@@ -72,6 +73,7 @@ class Lane:
     def __init__(self, engine: Engine, server: web.Server) -> None:
         self.engine = engine
         self.desk = engine.desk
+        self.known = engine.desk.known
         self.admission = engine.admission
         self.server = server
         self.loop = asyncio.get_running_loop()
@@ -80,6 +82,7 @@ class Lane:
         self.draining = False
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
+        self._outbox: list[tuple[Connection, bytes]] = []
         self._sweeper = self.loop.create_task(self._sweep())
         self.crowd = Crowd(engine.admission)
         self._same: tuple[Answer, Campaign, bytes] | None = None
@@ -97,6 +100,24 @@ class Lane:
             self._same = (answer, purchase.campaign, wire)
         return wire
 
+    def post(self, connection: "Connection", wire: bytes) -> None:
+        """Send an answer soon, together with the others of its batch.
+
+        Each write wakes the client's side. Between two of them lies the wording of one answer, in
+        which a quick client falls asleep again: written in one go, 256 answers wake it less often.
+        """
+        if not self._outbox:
+            self.loop.call_soon(self._send)
+        self._outbox.append((connection, wire))
+
+    def _send(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        for connection, wire in outbox:
+            try:
+                connection.send(wire)
+            except Exception:
+                log.exception("connection.not_answered")
+
     def drain(self) -> None:
         """Make each answer its connection's last from now on, and let nobody stand any longer."""
         self.draining = self.crowd.emptying = True
@@ -109,6 +130,7 @@ class Lane:
         """Close every connection that is left."""
         self._sweeper.cancel()
         self.crowd.close()
+        self._send()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         for connection in list(self.connections):
             connection.close()
@@ -135,8 +157,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_full",
-        "_inner_left", "_lane", "_lent", "_looks", "_purchase", "_reading_paused", "_stands",
-        "_transport", "_unended", "_writing_paused", "deadline",
+        "_inner_left", "_lane", "_lent", "_looks", "_purchase", "_reading_paused", "_shape",
+        "_stands", "_transport", "_unended", "_writing_paused", "deadline",
     )  # fmt: skip
 
     def __init__(self, lane: Lane) -> None:
@@ -146,8 +168,9 @@ class Connection(asyncio.Protocol):
         """When it has waited too long, by the lane's clock; NEVER while the next move is ours."""
         self._held = b""
         self._awaited: tuple[Campaign, Head] | None = None
-        self._purchase: LanePurchase | None = None
+        self._purchase: Purchase | None = None
         self._inner: Handler | None = None
+        self._shape = lane.heads.shape
         self._inner_left = 0
         self._inner_full = False
         self._unended = 0
@@ -231,36 +254,54 @@ class Connection(asyncio.Protocol):
 
         ``since``: the first of it has stood in the crowd since then, and is answered now.
         """
+        lane = self._lane
         while (held := self._held) and self._ready():
-            end = held.find(b"\r\n\r\n") + 4
-            if end < 4 and _may_become_a_head(held):
-                self.deadline = min(self.deadline, self._lane.now + HEAD_WITHIN_S)
-                break
-            head = self._lane.heads.read(held, end) if end >= 4 else None
-            if head is None or self._lane.draining:
-                return self._hand_over()
-            campaign = self._lane.desk.known(head.campaign_id) if head.campaign_id else None
+            head = self._shape.read(held)
+            if head is None or lane.draining:
+                head = self._look(held)
+                if head is None:
+                    break
+            campaign = lane.known(head.campaign_id)
             whole = head.whole
             if campaign is None:
                 self._lend(whole)
-            elif whole - end > BODY_MAX:
-                return self._hand_over()
+            elif whole - head.end > BODY_MAX:
+                self._hand_over()
+                break
             elif len(held) < whole:
                 self._awaited = campaign, head
-                self.deadline = self._lane.now + BODY_WITHIN_S
+                self.deadline = lane.now + BODY_WITHIN_S
                 break
             else:
                 now = time.monotonic()
-                reason = self._lane.admission.overloaded(now, called=since is not None)
+                reason = lane.admission.overloaded(now, called=since is not None)
                 if reason and since is None and self._stands_rather(reason, now):
                     break
                 asked_at, since = since or now, None
                 self._held, self._awaited = held[whole:], None
                 if reason:
-                    self._turn_away(campaign, self._lane.admission.refuse(reason, now))
+                    self._turn_away(campaign, lane.admission.refuse(reason, now))
                 else:
-                    self._buy(campaign, head, held[end:whole], asked_at, now)
-        return self._bound_what_is_held()
+                    self._buy(campaign, head, held[head.end : whole], asked_at, now)
+        if self._reading_paused or self._inner_full or len(self._held) > HELD_MAX:
+            self._bound_what_is_held()
+
+    def _look(self, held: bytes) -> Head | None:
+        """Read a head that is not of the usual shape.
+
+        None: it is not whole yet, or it was handed over.
+        """
+        lane = self._lane
+        end = held.find(b"\r\n\r\n") + 4
+        if end < 4 and _may_become_a_head(held):
+            self.deadline = min(self.deadline, lane.now + HEAD_WITHIN_S)
+            return None
+        head = lane.heads.read(held, end) if end >= 4 else None
+        if head is None or lane.draining:
+            self._hand_over()
+            return None
+        self._shape = lane.heads.shape
+        return head
 
     def _joins(self, data: bytes) -> bool:
         """Whether what has just come may stand among the crowd without being read any further."""
@@ -347,6 +388,11 @@ class Connection(asyncio.Protocol):
             # What cannot be worded stands all the same, and is found by its key.
             log.exception("purchase.not_worded", campaign=purchase.campaign.id)
             wire = self._worded(Refused(Problem.UNAVAILABLE))
+        self._purchase = _ANSWERED
+        self._lane.post(self, wire)
+
+    def send(self, wire: bytes) -> None:
+        """Send the answer to the purchase that is under way."""
         self._purchase = None
         self._answer(wire, last=self._lane.draining)
         if self._held:
@@ -476,19 +522,28 @@ class Connection(asyncio.Protocol):
 class LanePurchase(Purchase):
     """A purchase whose answer goes straight to its connection."""
 
-    __slots__ = ("_connection", "campaign")
+    __slots__ = ("_connection", "_key", "campaign")
 
     def __init__(
         self, connection: Connection, campaign: Campaign, checked: Checked, now: float
     ) -> None:
-        self.card_no, self.union, self.showing, self.quantity, self.key_hash = checked
+        self.card_no, self.union, self.showing, self.quantity, self._key = checked
         self.asked_at = now
         self._connection = connection
         self.campaign = campaign
 
+    @property
+    def key_hash(self) -> str:  # type: ignore[override]
+        """The key as the script knows it, made when it is asked for: most are refused by a peek."""
+        return key_hash(self._key)
+
     def settle(self, answer: Answer) -> None:
         """Answer the client, if it is still there."""
         self._connection.settle(self, answer)
+
+
+_ANSWERED: Final = Purchase.__new__(Purchase)
+"""Under way until its answer is sent, and settled already."""
 
 
 def _may_become_a_head(held: bytes) -> bool:

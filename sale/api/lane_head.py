@@ -5,10 +5,16 @@ is plain if where its request ends is beyond doubt: HTTP/1.1, a host, a length o
 twice, and none that changes how the rest is read. Whoever sends something else is served too, by
 aiohttp.
 
-llhttp calls nothing of ours for a header but ``dict.__setitem__``: a method of ours for each of
-them, with its checks, took as long as the rest of the reading (2 of 4 µs for five headers).
+Clients are of few kinds, and each sends the same headers in the same order. So what llhttp has
+taken for a plain purchase ``LEARNED_AFTER`` times becomes a ``Shape``: a regular expression of
+exactly these lines, which admits less than llhttp does (visible ASCII, one blank behind a colon)
+and finds all that is wanted in one step. A head that is not of the connection's shape is read by
+llhttp as before: 5.0 µs (a ``dict.__setitem__`` a header, called from C; a method of ours for each
+had been slower still) against 2.3 by the shape, for the six lines of the benchmark's requests.
 """
 
+import re
+import time
 from typing import Final, NamedTuple
 
 import httptools
@@ -18,9 +24,14 @@ from sale.domain import CAMPAIGN_ID
 PATH_PREFIX: Final = b"/api/v1/campaigns/"
 PATH_SUFFIX: Final = b"/orders"
 _PATHS_MAX: Final = 1_024
-_KINDS_MAX: Final = 1_024
+_KINDS_MAX: Final = 256
 _NAMES_MAX_BYTES: Final = 512
-"""What is remembered of clients is short: any stranger can choose it."""
+"""What is remembered of clients is short, and all of it is forgotten when it becomes too much: any
+stranger can choose it."""
+
+LEARNED_AFTER: Final = 8
+LEARN_EVERY_S: Final = 0.25
+"""Making a shape takes about a millisecond: who invents header after header must not get many."""
 
 HEAD_MAX: Final = 8_190
 HEADERS_MAX: Final = 128
@@ -40,10 +51,13 @@ _NEVER_PLAIN: Final = frozenset(
 
 
 class Head(NamedTuple):
-    """What the lane needs of a plain head. ``whole`` is the request's length in bytes, body
-    included; ``campaign_id`` is '' where it is no purchase. Headers that were not sent are None.
+    """What the lane needs of a plain head.
+
+    ``end`` is where the body begins and ``whole`` the request's length in bytes, body included;
+    ``campaign_id`` is '' where it is no purchase. Headers that were not sent are None.
     """
 
+    end: int
     whole: int
     campaign_id: str
     authorization: str | None
@@ -52,15 +66,84 @@ class Head(NamedTuple):
     forwarded_for: str | None
 
 
+class Shape:
+    """The heads of purchases that have just these headers, in this order and spelling.
+
+    ``wanted``: for each of ``_WANTED``, its name as it comes, or b''. No ``names``: no head at all.
+    """
+
+    __slots__ = ("_groups", "_match")
+
+    def __init__(self, names: tuple[bytes, ...], wanted: tuple[bytes, ...]) -> None:
+        length, connection, *others = wanted
+        lines, groups, number = [], {}, 1
+        for name in names:
+            value = _ANY_VALUE
+            if name == connection:
+                value = _KEEP_ALIVE
+            elif name in wanted:
+                value = _LENGTH if name == length else _VALUE
+                number += 1
+                groups[name] = number
+            lines.append(f"{re.escape(name.decode('ascii'))}: {value}\r\n")
+        # The last group never takes part: what did not come is None.
+        never = number + 1
+        self._groups = (1, *(groups.get(name, never) for name in (length, *others)))
+        self._match = re.compile(f"{_LINE}{''.join(lines)}\r\n(.){{0}}" if names else "(?!)").match
+
+    def read(self, held: bytes) -> Head | None:
+        """Read the head at the beginning of ``held``; None where it is not of this shape, or not
+        whole, or longer than ``HEAD_MAX``.
+        """
+        match = self._match(held[:HEAD_MAX].decode("latin-1"))
+        if match is None:
+            return None
+        campaign_id, length, authorization, key, content_type, forwarded_for = match.group(
+            *self._groups
+        )
+        end = match.end()
+        return Head(
+            end, end + int(length or 0), campaign_id, authorization, key, content_type,
+            forwarded_for,
+        )  # fmt: skip
+
+
+# Possessive (+), so that no head is tried in more than one way.
+_ANY_VALUE: Final = "[ -~]*+"
+_VALUE: Final = "([!-~]++(?: ++[!-~]++)*+)"
+_LENGTH: Final = "([0-9]{1,9}+)"
+_KEEP_ALIVE: Final = "[Kk][Ee][Ee][Pp]-[Aa][Ll][Ii][Vv][Ee]"
+_LINE: Final = (
+    f"POST {PATH_PREFIX.decode()}({CAMPAIGN_ID.pattern}+){PATH_SUFFIX.decode()} HTTP/1\\.1\r\n"
+)
+UNKNOWN: Final = Shape((), (b"",) * len(_WANTED))
+"""The shape of a client that is not known yet: nothing is of it."""
+
+
+class _Kind:
+    """Headers that come together: which of them are read, how often they came, their shape."""
+
+    __slots__ = ("seen", "shape", "wanted")
+
+    def __init__(self, wanted: tuple[bytes, ...]) -> None:
+        self.wanted = wanted
+        self.seen = 0
+        self.shape = UNKNOWN
+
+
 class HeadReader:
     """Reads one head after another; one for a whole process, because no head is read in parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, learned_after: int = LEARNED_AFTER) -> None:
         self._found: dict[bytes, bytes] = {}
         self.on_header = self._found.__setitem__  # httptools calls it with name and value
         self._parser = httptools.HttpRequestParser(self)
-        self._wanted: dict[tuple[bytes, ...], tuple[bytes, ...]] = {}
+        self._kinds: dict[tuple[bytes, ...], _Kind] = {}
         self._paths: dict[bytes, str] = {}
+        self._learned_after = learned_after
+        self._learn_at = 0.0
+        self.shape = UNKNOWN
+        """That of the purchase that was read last: what a new connection is likely to send."""
 
     def read(self, data: bytes, end: int) -> Head | None:
         """Read the head in ``data[:end]``; None where it is not plain, or not HTTP at all."""
@@ -73,14 +156,14 @@ class HeadReader:
             self._parser.feed_data(data[:end])
             # llhttp has seen to it that each CR ends a line: fewer headers means one came twice.
             names = tuple(found)
-            wanted = None
+            kind = None
             if len(names) == data.count(b"\r", 0, end) - 2:
-                wanted = self._wanted.get(names) or self._want(names)
-            if wanted is None:
+                kind = self._kinds.get(names) or self._kind(names)
+            if kind is None:
                 self._begin_anew()
                 return None
             length, connection, *others = [
-                found[name].rstrip(b" \t").decode("ascii") if name else None for name in wanted
+                found[name].rstrip(b" \t").decode("ascii") if name else None for name in kind.wanted
             ]
             if connection is not None and connection.lower() != "keep-alive":
                 self._begin_anew()
@@ -94,24 +177,33 @@ class HeadReader:
             self._begin_anew()
             return None
         campaign_id = self._campaign_id(data[5 : line_end - 9]) if data[:5] == b"POST " else ""
-        return Head(whole, campaign_id, *others)
+        if campaign_id:
+            self.shape = kind.shape if kind.shape is not UNKNOWN else self._learn(names, kind)
+        return Head(end, whole, campaign_id, *others)
 
-    def _want(self, names: tuple[bytes, ...]) -> tuple[bytes, ...] | None:
-        """Choose what is read where these headers come; None if such a request is not plain.
-
-        Clients are of few kinds, so the choice is kept by the names that come together.
-        """
+    def _kind(self, names: tuple[bytes, ...]) -> _Kind | None:
+        """Choose what is read where these headers come; None if such a request is not plain."""
         lowered = [name.lower() for name in names]
         if len(set(lowered)) < len(names) or b"host" not in lowered or len(names) > HEADERS_MAX:
             return None
         if any(name in _NEVER_PLAIN for name in lowered):
             return None
-        wanted = tuple(
-            next((name for name in names if name.lower() == field), b"") for field in _WANTED
+        kind = _Kind(
+            tuple(next((name for name in names if name.lower() == field), b"") for field in _WANTED)
         )
-        if len(self._wanted) < _KINDS_MAX and sum(map(len, names)) <= _NAMES_MAX_BYTES:
-            self._wanted[names] = wanted
-        return wanted
+        if sum(map(len, names)) <= _NAMES_MAX_BYTES:
+            if len(self._kinds) >= _KINDS_MAX:
+                self._kinds.clear()
+            self._kinds[names] = kind
+        return kind
+
+    def _learn(self, names: tuple[bytes, ...], kind: _Kind) -> Shape:
+        """Make the shape of purchases that come again and again."""
+        kind.seen += 1
+        if kind.seen >= self._learned_after and (now := time.monotonic()) >= self._learn_at:
+            self._learn_at = now + LEARN_EVERY_S
+            kind.shape = Shape(names, kind.wanted)
+        return kind.shape
 
     def _begin_anew(self) -> None:
         """Begin the next head with nothing of this one."""

@@ -28,11 +28,13 @@ def rendered(status: int, body: bytes, headers: dict[str, str], *, last: bool = 
 
     Nothing that a client sent may stand in ``headers``: they are written as they are.
     """
-    lines = [_LINES[status]]
-    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-    head = f"{''.join(lines)}Content-Length: {len(body)}\r\n{_date_and_server()}"
+    # Joined, not formatted: aiohttp's header names are a kind of str that formatting is slow for.
+    head = [_LINES[status]]
+    for name, value in headers.items():
+        head += (name, ": ", value, "\r\n")
     end = "Connection: close\r\n\r\n" if last else "\r\n"
-    return f"{head}{end}".encode("latin-1") + body
+    head += ("Content-Length: ", str(len(body)), "\r\n", _date_and_server(), end)
+    return "".join(head).encode("latin-1") + body
 
 
 def _date_and_server() -> str:

@@ -40,6 +40,7 @@ from sale.stock.suspects import PLACES, Suspects
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
+GATHER_S: Final = 0.005
 PEEKED_MAX: Final = 4_096
 CALLS_PER_DEADLINE: Final = 3
 
@@ -252,8 +253,12 @@ class Batcher:
         self._give_up(self._asking + self._take(len(self._queue)))
 
     async def _drain(self) -> None:
+        telling = False
         try:
             while self._queue:
+                if not telling:
+                    await self._gather()
+                telling = False
                 if self._all_refused:
                     batch = await self._refuse_by_peek()
                 else:
@@ -263,12 +268,26 @@ class Batcher:
                 if self._asking:
                     await self._decide(self._asking)
                     self._asking = []
+                    telling = True
         except Exception:
             # A fault of ours must not leave anybody waiting: unknown is an honest answer.
             log.exception("batcher.failed", campaign=self._campaign.id)
             self._give_up(self._asking + self._take(len(self._queue)))
         finally:
             self._task = None
+
+    async def _gather(self) -> None:
+        """Wait as long as each turn of the loop brings more, until there is a full batch.
+
+        A call costs the same whatever it carries (its fsync above all), and what has arrived by now
+        is not all that waits in the kernel. Nobody waits for somebody who may not come: a turn that
+        brings nothing ends it.
+        """
+        queue, before = self._queue, 0
+        until = time.monotonic() + GATHER_S
+        while before < len(queue) < self._batch_max and time.monotonic() < until:
+            before = len(queue)
+            await asyncio.sleep(0)
 
     def _take(self, most: int) -> list[Purchase]:
         queue = self._queue
@@ -385,7 +404,10 @@ class Batcher:
         else:
             answers = self._answers_of(batch, reply)
             self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
-        self._settle(batch, answers)
+        # Told in the loop's next turn: by then the next call is on its way, and Redis decides (and
+        # waits for its disk) while this process words answers.
+        self._settled += len(batch)
+        self._loop.call_soon(self._tell, batch, answers)
 
     def _answers_of(self, batch: list[Purchase], reply: list[int]) -> list[Answer]:
         """Read a reply in which not everybody was sold something, and keep what was."""
@@ -417,8 +439,11 @@ class Batcher:
         return answers
 
     def _settle(self, purchases: list[Purchase], answers: list[Answer]) -> None:
-        now = time.monotonic()
         self._settled += len(purchases)
+        self._tell(purchases, answers)
+
+    def _tell(self, purchases: list[Purchase], answers: list[Answer]) -> None:
+        now = time.monotonic()
         for decision, count in Counter([answer.decision for answer in answers]).items():
             self._metrics.outcomes[self._campaign.id, OUTCOMES[decision]] += count
         self._metrics.seconds.observe_all([now - purchase.asked_at for purchase in purchases])

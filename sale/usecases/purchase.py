@@ -30,7 +30,7 @@ POSTGRES_PATIENCE_S: Final = 1.0
 ABSENT_S: Final = 0.1
 ABSENT_MAX: Final = 1_000
 Checked = tuple[str, str, int, int, str]
-"""A request that may be asked: card, union, showing number, quantity, hash of its key."""
+"""A request that may be asked: card, union, showing number, quantity, its key."""
 
 _PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
 
@@ -62,6 +62,7 @@ class PurchaseDesk:
         self._absent: dict[str, tuple[float, Refused]] = {}
         self._metrics = metrics
         self._catalogue = catalogue
+        self.known = catalogue.known
         self._batchers = batchers
         self._tokens = tokens
         self._codes = codes
@@ -89,13 +90,10 @@ class PurchaseDesk:
             self.count_refused(campaign_id, refused.problem)
             return refused
         checked = self.check(campaign, quantity, showing_id, key, token, time.monotonic())
-        purchase = AwaitedPurchase(*checked, self._loop)
+        card_no, union, showing, quantity, key = checked
+        purchase = AwaitedPurchase(card_no, union, showing, quantity, key_hash(key), self._loop)
         self.submit(campaign, purchase)
         return self.word(campaign, purchase, await purchase.answer)
-
-    def known(self, campaign_id: str) -> Campaign | None:
-        """Give a campaign that this process has seen for sale; no I/O."""
-        return self._catalogue.known(campaign_id)
 
     def turned_away(self, now: float) -> int:
         """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds.
@@ -125,7 +123,7 @@ class PurchaseDesk:
             raise TooFast(limited)
         if not may_meet(campaign, member.card_no):
             raise Refused(Problem.NOT_ELIGIBLE)
-        return member.card_no, member.union, showing, quantity, key_hash(key)
+        return member.card_no, member.union, showing, quantity, key
 
     def submit(self, campaign: Campaign, purchase: Purchase) -> None:
         """Queue a checked purchase; it will be settled once. Raises Refused."""

@@ -18,9 +18,9 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from sale.api import lane as lane_module
-from sale.api import lane_crowd
+from sale.api import lane_crowd, lane_head
 from sale.api.lane import Connection, Lane
-from sale.api.lane_head import HeadReader
+from sale.api.lane_head import UNKNOWN, HeadReader, Shape
 from sale.domain import Campaign, Showing
 from sale.identity import Member
 from sale.metrics import PurchaseMetrics
@@ -30,10 +30,11 @@ from sale.usecases.admission import LATE, QUEUE, TURN, Admission
 from sale.usecases.purchase import PurchaseDesk
 
 from .oracle import Request, oracle, parsed, plain_ones
-from .sent import ANY, CAMPAIGN, CUTS, ORDERS, SOUND, STREAMS, pieces_of
+from .sent import ANY, CAMPAIGN, CUTS, ORDERS, SOUND, STREAMS, WITH_DAMAGE, pieces_of
 
 NEXT = b"GET /next HTTP/1.1\r\nHost: sale\r\n\r\n"
 SMALL_HELD_MAX = 512
+SHAPES_MAX = 64
 QUIET_TURNS = 12
 TURNS_MAX = 3_000
 ANSWERED = re.compile(rb"HTTP/\d\.\d \d{3} ")
@@ -60,7 +61,7 @@ def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes)
     assert head == HeadReader().read(data, end), "what came before changes nothing"
     if head is None:
         return
-    assert head.whole >= end
+    assert head.whole >= head.end == end
     if head.whole > len(data) + 65_536:
         return
     whole = data[: head.whole].ljust(head.whole, b"b")
@@ -90,6 +91,24 @@ def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes)
                 (head.forwarded_for, "X-Forwarded-For"),
             ):
                 assert ours == message.headers.get(name), name
+
+
+def check_shape(reader: HeadReader, shapes: list[Shape], data: bytes) -> None:
+    """A shape takes nothing but what llhttp calls plain, and takes it for the same.
+
+    ``reader`` learns at the first sight of a purchase; ``shapes`` gathers what it learned.
+    """
+    end = data.find(b"\r\n\r\n") + 4
+    head = HeadReader().read(data, end) if end >= 4 else None
+    for shape in shapes:
+        assert shape.read(data) in (None, head), "a shape sees what llhttp does not"
+    if head is not None and head.campaign_id:
+        with mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0):
+            reader.read(data, end)
+        if reader.shape not in shapes:
+            shapes.append(reader.shape)
+            del shapes[1:-SHAPES_MAX]
+        assert reader.shape.read(data) in (None, head)
 
 
 class Wire(asyncio.Transport):
@@ -253,8 +272,10 @@ async def check_connection(
             INNER_PAUSE_S=0,
             HELD_MAX=held_max,
         ),
+        mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0),
     ):
         lane = Lane(counter, server)  # type: ignore[arg-type]
+        lane.heads = HeadReader(learned_after=1)
         connection = Connection(lane)
         wire = Wire(connection, full=full)
         connection.connection_made(wire)
@@ -343,6 +364,15 @@ def properties(runner: asyncio.Runner, examples: int, seed: int) -> list[Callabl
     def heads(data: bytes) -> None:
         check_head(runner.get_loop(), reader, data)
 
+    learning, shapes = HeadReader(learned_after=1), [UNKNOWN]
+
+    @seeded(seed)
+    @how
+    @given(requests=WITH_DAMAGE, other=ANY)
+    def shapes_of_heads(requests: tuple[bytes, bytes], other: bytes) -> None:
+        for data in (*requests, other):
+            check_shape(learning, shapes, data)
+
     @seeded(seed)
     @how
     @given(data=STREAMS, cuts=CUTS, full=st.booleans())
@@ -361,4 +391,4 @@ def properties(runner: asyncio.Runner, examples: int, seed: int) -> list[Callabl
     def rushes(data: bytes, cuts: list[float] | int, rush: int) -> None:
         runner.run(check_connection(pieces_of(data, cuts), full=False, rush=rush))
 
-    return [heads, connections, bounds, rushes]
+    return [heads, shapes_of_heads, connections, bounds, rushes]

@@ -47,6 +47,7 @@ _VALUES = st.one_of(
                 b"0",
                 b"-1",
                 b"+5",
+                b" 5",
                 b"05",
                 b"5,5",
                 b"5 ",
@@ -84,6 +85,12 @@ _VALUES = st.one_of(
         ]
     ),
     st.binary(max_size=6),
+)
+_ENDINGS = st.sampled_from(
+    [
+        *(b"+5", b"-1", b" 5", b"5 ", b"05", b"5_0", b"0x5", b"5,5", b"\t5", b"", b"5" * 10),
+        *(b"close", b"keep-alive, close", b"Keep-alive", b"upgrade", b"keep-alive\x00"),
+    ]
 )
 _SEPARATORS = st.sampled_from([b": "] * 8 + [b":", b" : ", b":\t", b"", b":  "])
 _ENDS = st.sampled_from([b"\r\n"] * 20 + [b"\n", b"\r", b"\r\n\r\n", b"\r\r\n", b""])
@@ -174,8 +181,25 @@ def damaged(draw: st.DrawFn, requests: st.SearchStrategy[bytes]) -> bytes:
     return bytes(data)
 
 
+@st.composite
+def revalued(draw: st.DrawFn, request: bytes) -> bytes:
+    """A request with another value of one header, most often one that says where it ends."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    framing = [n for n, line in enumerate(lines) if line[:2].lower() == b"co" and n]
+    at = draw(st.sampled_from(framing) | st.integers(1, len(lines) - 1))
+    value = draw(_ENDINGS if at in framing else _VALUES)
+    lines[at] = lines[at].partition(b":")[0] + draw(_SEPARATORS) + value
+    return b"\r\n".join([*lines, b"", body])
+
+
 SOUND = plain_purchases() | other_requests()
 ANY = SOUND | odd_requests() | damaged(SOUND)
+WITH_DAMAGE = plain_purchases().flatmap(
+    lambda request: st.tuples(st.just(request), damaged(st.just(request)) | revalued(request))
+)
+"""A purchase, and the same one damaged."""
+
 CUTS = st.lists(st.floats(0, 1), max_size=8) | st.integers(1, 5)
 """Where to cut: at these shares of the whole, or every so many bytes."""
 

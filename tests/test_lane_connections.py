@@ -133,7 +133,7 @@ def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: 
         async with world.side(fast_lane=True) as side, side.wire() as wire:
             with world.service.stopped("redis"):
                 asked = world.member().buy() + rest
-                await _stalled(side, wire, asked, lambda each: each._purchase is not None)
+                await _stalled(side, wire, asked, lambda each: each.purchase is not None)
             told = await wire.answers(1_201)
             assert told.statuses == [201] + [400] * 1_200
 

@@ -1,8 +1,9 @@
 """The engine beside its peers, in one run: same client, same cores, rounds in turn.
 
-In each round everybody is offered the same bytes for as long: the constant, the engine's cases,
-then purchases and sold-out refusals of each peer. Ratios are taken within a round, and the median
-of them is told. A peer that sells wrongly is told so beside its figures, as a fast lie is none.
+In each round everybody is offered the same bytes for as long: the engine's cases, the constant
+before and after each of them, then purchases and sold-out refusals of each peer. Ratios are taken
+within a round, and the median of them is told. A peer that sells wrongly is told so beside its
+figures, as a fast lie is none.
 """
 
 import contextlib
@@ -115,6 +116,7 @@ class Comparing:
         """Measure everybody. Raises EngineError, OfferError where it is the engine that fails."""
         bench = self.bench
         await bench.prepare()
+        bench.rig.books_stand_back()
         async with contextlib.AsyncExitStack() as stack:
             bench.note("the peers (the first time, npm installs one of them)")
             up, missing = await peers_up(
@@ -130,9 +132,8 @@ class Comparing:
             full = []
             for number in range(bench.plan.rounds):
                 self.progress = f"round {number + 1} of {bench.plan.rounds}"
-                for name in ("constant", *OURS):
-                    bench.note(f"{self.progress}: {name}")
-                    self.rounds["ours", name].append(await bench.case(name))
+                for name, case in (await bench.round(self.progress)).items():
+                    self.rounds["ours", name].append(case)
                 bench.note(f"{self.progress}: full batches")
                 full.append(await self._full())
                 for running in up:
@@ -221,7 +222,7 @@ class Comparing:
 
     def _result(self, missing: dict[str, str], full: list[FullBatches], audit: str) -> Comparison:
         constants = self.rounds["ours", "constant"]
-        ours = [median(self.rounds["ours", name], constants) for name in OURS]
+        ours = [median(self.rounds["ours", name]) for name in OURS]
         peers = [self._peer(peer, missing.get(peer.name, ""), constants) for peer in PEERS]
         by_redis = sorted(full, key=lambda each: each.case.redis_us)
         middle_full = by_redis[(len(by_redis) - 1) // 2]
@@ -274,7 +275,9 @@ def goals(ours: list[Case], peers: list[PeerResult], full: FullBatches) -> list[
 
 
 def _median_of(cases: list[Case], constants: list[Case]) -> Case | None:
-    return median(cases, constants[: len(cases)]) if cases else None
+    """A peer's median, as a share of its rounds' constants; None where it has failed."""
+    shares = [case.beside(base) for case, base in zip(cases, constants, strict=False)]
+    return median(shares) if shares else None
 
 
 def _target(running: RunningPeer) -> Target:

@@ -1,5 +1,6 @@
 """The benchmark's figures: what one run measured."""
 
+import statistics
 from typing import Final
 
 import msgspec
@@ -10,7 +11,8 @@ BUSY: Final = 0.9
 
 class Case(msgspec.Struct, frozen=True):
     """One kind of request. ``*_us``: CPU microseconds a request; ``*_busy``: share of a core;
-    ``ratio``: rate as a share of the constant peer's in the same round.
+    ``ratio``: rate as a share of the constant peer's just before and after; ``cpu_ratio``: the same
+    by CPU time, which what others run hardly touches.
     """
 
     name: str
@@ -22,7 +24,21 @@ class Case(msgspec.Struct, frozen=True):
     client_busy: float
     books_busy: float
     ratio: float = 1.0
+    cpu_ratio: float = 1.0
     requests: int = 0
+
+    @property
+    def server_us(self) -> float:
+        """CPU microseconds a request, API and Redis."""
+        return self.api_us + self.redis_us
+
+    def beside(self, *constants: "Case") -> "Case":
+        """Give this case with its shares of the constant peer, as measured close to it."""
+        rate = statistics.fmean(each.rate for each in constants)
+        server_us = statistics.fmean(each.server_us for each in constants)
+        return msgspec.structs.replace(
+            self, ratio=self.rate / rate, cpu_ratio=server_us / self.server_us
+        )
 
 
 class Growth(msgspec.Struct, frozen=True):
@@ -50,8 +66,3 @@ class Result(msgspec.Struct, frozen=True):
     def disturbed(self) -> bool:
         """Whether something else used the server's core, so that the rates mean little."""
         return min(case.server_busy for case in self.cases) < BUSY
-
-    def cpu_ratio(self, case: Case) -> float:
-        """CPU of the constant peer as a share of the case's; what others run hardly touches it."""
-        constant = self.cases[0]
-        return (constant.api_us + constant.redis_us) / (case.api_us + case.redis_us)

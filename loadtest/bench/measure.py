@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-import msgspec
-
 from loadtest.bench.figures import CLEAN, Case, Growth, Result
 from loadtest.bench.offer import Feed, OfferError, offer, read_feed, write_feed
 from loadtest.bench.rig import SHOWING, Rig, cpu_s, tree_cpu_s
@@ -88,6 +86,7 @@ class Bench:
     async def run(self) -> Result:
         """Measure everything."""
         await self.prepare()
+        self.rig.books_stand_back()
         cases = await self._cases()
         self.note("growth")
         await self.rig.written("bench")
@@ -144,17 +143,33 @@ class Bench:
         return len(answer.body)
 
     async def _cases(self) -> list[Case]:
-        rounds: dict[str, list[Case]] = {}
         await self.warm_up()
-        for number in range(self.plan.rounds):
-            for name in ("constant", *OURS):
-                self.note(f"round {number + 1} of {self.plan.rounds}: {name}")
-                rounds.setdefault(name, []).append(await self.case(name))
-        constants = rounds["constant"]
-        return [
-            middle(constants),
-            *(median(cases, constants) for name, cases in rounds.items() if name != "constant"),
+        rounds = [
+            await self.round(f"round {number + 1} of {self.plan.rounds}")
+            for number in range(self.plan.rounds)
         ]
+        return [
+            middle([cases["constant"] for cases in rounds]),
+            *(median([cases[name] for cases in rounds]) for name in OURS),
+        ]
+
+    async def round(self, title: str) -> dict[str, Case]:
+        """Measure each kind of request between two measurements of the constant peer.
+
+        A shared machine changes its speed within seconds: a share of the mean of both neighbours
+        says more than one of a constant that was measured a while ago.
+        """
+        cases: dict[str, Case] = {}
+        constants = []
+        for name in (None, *OURS):
+            if name is not None:
+                self.note(f"{title}: {name}")
+                cases[name] = await self.case(name)
+            self.note(f"{title}: constant")
+            constants.append(await self.case("constant"))
+        for name, before, after in zip(OURS, constants, constants[1:], strict=False):
+            cases[name] = cases[name].beside(before, after)
+        return {"constant": middle(constants), **cases}
 
     async def warm_up(self) -> None:
         """Offer purchases for a second, which also tells how many a measurement needs."""
@@ -345,8 +360,7 @@ def middle(cases: list[Case]) -> Case:
     return next(case for case in cases if case.rate == rate)
 
 
-def median(cases: list[Case], constants: list[Case]) -> Case:
-    """The round whose share of its own round's constant is the median, whole."""
-    shares = [case.rate / base.rate for case, base in zip(cases, constants, strict=True)]
-    share = statistics.median_low(shares)
-    return msgspec.structs.replace(cases[shares.index(share)], ratio=share)
+def median(cases: list[Case]) -> Case:
+    """The round whose share of the constant is the median, whole."""
+    ratio = statistics.median_low([case.ratio for case in cases])
+    return next(case for case in cases if case.ratio == ratio)

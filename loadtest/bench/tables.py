@@ -73,7 +73,7 @@ def _cases(result: Result) -> Table:
             f"{case.rate:,.0f}",
             f"{ratio:.2f}",
             met,
-            f"{result.cpu_ratio(case):.2f}",
+            f"{case.cpu_ratio:.2f}",
             f"{case.latency_ms[0]:.1f}",
             f"{case.latency_ms[2]:.1f}",
             f"{case.api_us:.1f}",

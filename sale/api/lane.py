@@ -94,14 +94,19 @@ class Lane:
         same = self._same
         if same is not None and same[0] is answer and same[1] is purchase.campaign:
             return same[2]
-        told = self.desk.word(purchase.campaign, purchase, answer)
-        wire = rendered(*order_answer(told), last=self.draining)
+        try:
+            told = self.desk.word(purchase.campaign, purchase, answer)
+            wire = rendered(*order_answer(told), last=self.draining)
+        except Exception:
+            # What cannot be worded stands all the same, and is found by its key.
+            log.exception("purchase.not_worded", campaign=purchase.campaign.id)
+            return rendered(*problem_answer(Refused(Problem.UNAVAILABLE)), last=self.draining)
         if isinstance(told, Refused) and answer.decision is not None and not self.draining:
             self._same = (answer, purchase.campaign, wire)
         return wire
 
     def post(self, connection: "Connection", wire: bytes) -> None:
-        """Send an answer soon, together with the others of its batch.
+        """Send the answer to a connection's purchase soon, with the others of its batch.
 
         Each write wakes the client's side. Between two of them lies the wording of one answer, in
         which a quick client falls asleep again: written in one go, 256 answers wake it less often.
@@ -157,8 +162,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_full",
-        "_inner_left", "_lane", "_lent", "_looks", "_purchase", "_reading_paused", "_shape",
-        "_stands", "_transport", "_unended", "_writing_paused", "deadline",
+        "_inner_left", "_lane", "_lent", "_looks", "_reading_paused", "_shape",
+        "_stands", "_transport", "_unended", "_writing_paused", "deadline", "purchase",
     )  # fmt: skip
 
     def __init__(self, lane: Lane) -> None:
@@ -168,7 +173,8 @@ class Connection(asyncio.Protocol):
         """When it has waited too long, by the lane's clock; NEVER while the next move is ours."""
         self._held = b""
         self._awaited: tuple[Campaign, Head] | None = None
-        self._purchase: Purchase | None = None
+        self.purchase: Purchase | None = None
+        """The one that is under way."""
         self._inner: Handler | None = None
         self._shape = lane.heads.shape
         self._inner_left = 0
@@ -187,7 +193,7 @@ class Connection(asyncio.Protocol):
     @property
     def busy(self) -> bool:
         """Whether a request is under way here."""
-        if self._purchase is not None or self._stands:
+        if self.purchase is not None or self._stands:
             return True
         return self._inner is not None and self._inner.busy
 
@@ -341,7 +347,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             self._held = b""
             return False
-        if self._for_good or self._writing_paused or self._stands or self._purchase is not None:
+        if self._for_good or self._writing_paused or self._stands or self.purchase is not None:
             return False
         if not self._lent:
             return True
@@ -369,31 +375,18 @@ class Connection(asyncio.Protocol):
             wish = decode_body(body, ORDER_REQUEST)
             key, token = checked_key(head.key), bearer_token(head.authorization or "")
             checked = desk.check(campaign, wish.quantity, wish.showing, key, token, now)
-            purchase = LanePurchase(self, campaign, checked, asked_at)
+            purchase = LanePurchase(self._lane, self, campaign, checked, asked_at)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
             refused = refused_by(error, f"/api/v1/campaigns/{campaign.id}/orders")
             self._refuse(campaign, head, refused)
         else:
-            self._purchase = purchase
+            self.purchase = purchase
             self.deadline = NEVER
 
-    def settle(self, purchase: "LanePurchase", answer: Answer) -> None:
-        """Answer the purchase that is under way; what waits behind it comes next."""
-        if self._purchase is not purchase:
-            return  # settled twice by a fault of ours: a second answer would be another request's
-        try:
-            wire = self._lane.wire(purchase, answer)
-        except Exception:
-            # What cannot be worded stands all the same, and is found by its key.
-            log.exception("purchase.not_worded", campaign=purchase.campaign.id)
-            wire = self._worded(Refused(Problem.UNAVAILABLE))
-        self._purchase = _ANSWERED
-        self._lane.post(self, wire)
-
     def send(self, wire: bytes) -> None:
-        """Send the answer to the purchase that is under way."""
-        self._purchase = None
+        """Send the answer to the purchase that is under way; what waits behind it comes next."""
+        self.purchase = None
         self._answer(wire, last=self._lane.draining)
         if self._held:
             self._lane.loop.call_soon(self._advance)
@@ -417,9 +410,6 @@ class Connection(asyncio.Protocol):
         """Refuse before anything is done, at the least cost."""
         self._lane.desk.count_refused(campaign.id, Problem.OVERLOADED)
         self._answer(self._lane.overloaded[wait_s], last=False)
-
-    def _worded(self, refused: Refused) -> bytes:
-        return rendered(*problem_answer(refused), last=self._lane.draining)
 
     def _answer(self, wire: bytes, *, last: bool) -> None:
         if self._transport is None:
@@ -522,14 +512,15 @@ class Connection(asyncio.Protocol):
 class LanePurchase(Purchase):
     """A purchase whose answer goes straight to its connection."""
 
-    __slots__ = ("_connection", "_key", "campaign")
+    __slots__ = ("_connection", "_key", "_lane", "campaign")
 
     def __init__(
-        self, connection: Connection, campaign: Campaign, checked: Checked, now: float
+        self, lane: Lane, connection: Connection, campaign: Campaign, checked: Checked, now: float
     ) -> None:
         self.card_no, self.union, self.showing, self.quantity, self._key = checked
         self.asked_at = now
         self._connection = connection
+        self._lane = lane
         self.campaign = campaign
 
     @property
@@ -539,7 +530,10 @@ class LanePurchase(Purchase):
 
     def settle(self, answer: Answer) -> None:
         """Answer the client, if it is still there."""
-        self._connection.settle(self, answer)
+        connection = self._connection
+        if connection.purchase is self:  # a second answer would be another request's
+            connection.purchase = _ANSWERED
+            self._lane.post(connection, self._lane.wire(self, answer))
 
 
 _ANSWERED: Final = Purchase.__new__(Purchase)

@@ -110,7 +110,7 @@ class Shape:
 
 # Possessive (+), so that no head is tried in more than one way.
 _ANY_VALUE: Final = "[ -~]*+"
-_VALUE: Final = "([!-~]++(?: ++[!-~]++)*+)"
+_VALUE: Final = "([!-~][ -~]*+)(?<! )"
 _LENGTH: Final = "([0-9]{1,9}+)"
 _KEEP_ALIVE: Final = "[Kk][Ee][Ee][Pp]-[Aa][Ll][Ii][Vv][Ee]"
 _LINE: Final = (

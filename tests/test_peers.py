@@ -21,7 +21,7 @@ from service import ROOT
 from loadtest.bench import compare, peers
 from loadtest.bench.compare import SELLS_NOTHING, Comparing, Goal
 from loadtest.bench.figures import CLEAN, Case
-from loadtest.bench.measure import FULL, Plan
+from loadtest.bench.measure import FULL, Bench, Plan
 from loadtest.bench.offer import OfferError, read_feed, write_feed
 from loadtest.bench.peers import (
     AFTERNOON,
@@ -245,7 +245,11 @@ class SmallBench:
         self.next_card = 1
         self.calls = 0
         self.rig = SimpleNamespace(
-            folder=folder, server_cores=CORES, metrics=self.metrics, written=self.nothing
+            folder=folder,
+            server_cores=CORES,
+            metrics=self.metrics,
+            written=self.nothing,
+            books_stand_back=lambda: None,
         )
         self.replays = self.feed("bench", self.cards(10))
         self.refused = {"bench-sold-out": self.feed("bench-sold-out", self.cards(200))}
@@ -258,6 +262,7 @@ class SmallBench:
     async def nothing(self, *_: object) -> None: ...
 
     prepare = warm_up = nothing
+    round = Bench.round
 
     async def audit(self) -> str:
         return CLEAN

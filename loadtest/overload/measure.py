@@ -275,17 +275,17 @@ def _step_of(
         sold=within[SOLD] / window_s,
         refused=within[OVERLOADED] / window_s,
         other={code: n for code, n in record.outcomes.items() if n and code not in known},
-        p50_ms=_at(sold_ms, 0.5),
-        p99_ms=_at(sold_ms, 0.99),
-        intended_p99_ms=_at(intended_ms, 0.99),
-        refused_p99_ms=_at(refused_ms, 0.99),
+        p50_ms=value_at(sold_ms, 0.5),
+        p99_ms=value_at(sold_ms, 0.99),
+        intended_p99_ms=value_at(intended_ms, 0.99),
+        refused_p99_ms=value_at(refused_ms, 0.99),
         sold_per_cpu_s=within[SOLD] / max(server_s, 1e-9),
         told_to_wait={int(wait_s): n for wait_s, n in sorted(tally.told_to_wait.items())},
         bottleneck=record.bottleneck,
     )
 
 
-def _at(values: list[float], share: float) -> float:
+def value_at(values: list[float], share: float) -> float:
     """Value that a share of the values stay within; 0.0 for none."""
     ranked = sorted(values)
     return ranked[max(math.ceil(share * len(ranked)) - 1, 0)] if ranked else 0.0

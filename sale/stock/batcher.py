@@ -40,7 +40,7 @@ from sale.stock.suspects import PLACES, Suspects
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
-GATHER_S: Final = 0.005
+CROWD: Final = 16
 PEEKED_MAX: Final = 4_096
 CALLS_PER_DEADLINE: Final = 3
 
@@ -277,15 +277,15 @@ class Batcher:
             self._task = None
 
     async def _gather(self) -> None:
-        """Wait as long as each turn of the loop brings more, until there is a full batch.
+        """Wait as long as each turn of the loop brings a crowd, until there is a full batch.
 
-        A call costs the same whatever it carries (its fsync above all), and what has arrived by now
-        is not all that waits in the kernel. Nobody waits for somebody who may not come: a turn that
-        brings nothing ends it.
+        A call costs the same whatever it carries (its fsync above all), and in a rush what has
+        arrived by now is not all that waits in the kernel. Nobody waits for somebody who may not
+        come: a turn that brings few ends it (with one that brings any, half of the capacity had
+        its median at five times what it is without).
         """
         queue, before = self._queue, 0
-        until = time.monotonic() + GATHER_S
-        while before < len(queue) < self._batch_max and time.monotonic() < until:
+        while before + CROWD <= len(queue) < self._batch_max:
             before = len(queue)
             await asyncio.sleep(0)
 

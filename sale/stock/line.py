@@ -1,8 +1,9 @@
 """A connection of our own, for the two scripts that carry a rush.
 
-redis-py stays for everything else. Its way costs a call about five times this one's (taking a
-connection from the pool, looking whether it still lives, a timer and a lock each): that is shared
-by a batch, but a rush's batches are as small as the process is fast.
+redis-py stays for everything else. A small call costs the client 92 µs of CPU by redis-py and 20 by
+this (``python -m loadtest.bench.shapes``): taking a connection from the pool, looking whether it
+still lives, a timer and a lock each. A batch shares that, but a rush's batches are as small as the
+process is fast.
 
 One connection, calls answered in the order in which they were sent. A call whose answer does not
 come in time, or that is cancelled, takes the connection with it: a late answer must never be taken

@@ -22,6 +22,15 @@
 --        delayed first attempt cannot sell after its retry was answered; the same purchase in a
 --        later call is found by its key.
 -- Cost   does not grow with what is already sold.
+-- Shape  µs a purchase, Redis + client, at 1, 32 and 256 a call (the least of 12 rounds on a shared
+--        machine, where tenths are noise; python -m loadtest.bench.shapes):
+--          MessagePack columns, an integer a sale (this)  58.5 + 5.9   5.3 + 0.3   3.2 + 0.1
+--          MessagePack rows                               58.1 + 6.8   6.4 + 0.5   3.8 + 0.2
+--          JSON columns                                   66.6 + 7.1   6.8 + 0.4   3.7 + 0.1
+--          five arguments a purchase                      66.7 + 8.0   6.6 + 1.1   3.7 + 0.8
+--          an array an answer                             64.3 + 6.2   7.2 + 0.5   5.1 + 0.3
+--          all answers as MessagePack                     71.6 + 5.8   5.2 + 0.4   4.9 + 0.2
+--        Arguments one by one cost the client most, answers as arrays Redis; JSON is as good as this.
 -- A card's value is one record of 31 bytes an order: key hash (16), event number (5), sold at, ms
 -- (6), showing number (2), quantity (2).
 

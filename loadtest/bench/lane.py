@@ -1,0 +1,251 @@
+"""What the fast lane costs in Python, part by part, without kernel, Redis and network.
+
+``python -m loadtest.bench.lane``. The real lane, desk, checks and batcher are given the benchmark's
+requests on transports that lead nowhere; a batch is settled as if the script had answered. The
+least of several rounds is told: it hardly moves where the rates of a shared machine do, so a change
+to the lane can be judged by it. What the rest of a request costs is in the kernel, the loop and
+Redis.
+"""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+import structlog
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
+from loadtest.bench.tables import wide_console
+from loadtest.members import Mint
+from sale.api.exchange import bearer_token, checked_key, decode_body
+from sale.api.lane import Connection, Lane
+from sale.api.lane_head import HeadReader
+from sale.api.lane_wire import rendered
+from sale.api.member import ORDER_REQUEST, order_answer
+from sale.domain import Campaign, Showing
+from sale.identity import MemberTokens, SigningKey, issue_member_token
+from sale.metrics import PurchaseMetrics
+from sale.stock.batcher import Answer, Batcher, Mark, Purchase
+from sale.stock.bids import pack_bids
+from sale.stock.scripts import Decision
+from sale.usecases.admission import Admission
+from sale.usecases.orders import TicketCodes, key_hash
+from sale.usecases.purchase import Placed, PurchaseDesk
+from sale.usecases.rate_limits import Rate, RateLimits
+
+BATCH: Final = 256
+BATCHES: Final = 40
+ROUNDS: Final = 12
+NAME: Final = "bench"
+NOW_MS: Final = 1_764_000_000_000
+CAMPAIGN: Final = Campaign(
+    id=NAME,
+    title="tickets",
+    category="culture",
+    price_fen=500,
+    payment="counter",
+    card_limit=3,
+    order_max=3,
+    unions=("*",),
+    owner="district",
+    showings=(Showing(id="general", title="tickets", tickets=10_000_000),),
+)
+
+
+class _Nowhere(asyncio.Transport):
+    """A transport that forgets what is written."""
+
+    def write(self, data: Any) -> None:  # noqa: ANN401 - as asyncio has it
+        """Forget it."""
+
+    def is_closing(self) -> bool:
+        """Never."""
+        return False
+
+    def close(self) -> None:
+        """Nothing was open."""
+
+
+class _Taker:
+    """The batchers behind a desk: keeps what is queued."""
+
+    halted = ""
+    deadline_s = 1e9
+
+    def __init__(self) -> None:
+        self.queue: list[Purchase] = []
+
+    def of(self, _: Campaign) -> "_Taker":
+        """Give the only one."""
+        return self
+
+    def submit(self, purchase: Purchase) -> bool:
+        """Queue it."""
+        self.queue.append(purchase)
+        return True
+
+
+class Parts:
+    """One measurement; µs a purchase by part, the least of the rounds."""
+
+    def __init__(self) -> None:
+        self.key = SigningKey(SIGNING_KEY.encode())
+        pattern = issue_member_token(self.key, PATTERN_CARD, "district", now_s=int(time.time()))
+        mint = Mint(pattern, PATTERN_CARD, self.key.secret)
+        cards = range(10**9, 10**9 + BATCH * BATCHES)
+        self.requests = list(mint.requests("127.0.0.1:18080", NAME, "general", cards))
+        self.least: dict[str, float] = {}
+
+    async def run(self) -> dict[str, float]:
+        """Measure."""
+        for _ in range(ROUNDS):
+            await self._round(sold=True)
+            await self._round(sold=False)
+            self._single_parts()
+        return self.least
+
+    async def _round(self, *, sold: bool) -> None:
+        taker, limits = _Taker(), _limits()
+        catalogue = cast("Any", SimpleNamespace(known={NAME: CAMPAIGN}.get))
+        door = Admission(connections_max=BATCH, turn_max_s=0, waiting_max=0, wait_max_s=0)
+        desk = PurchaseDesk(
+            catalogue, cast("Any", taker), MemberTokens(self.key), _codes(),
+            PurchaseMetrics(), cast("Any", None), limits, door,
+        )  # fmt: skip
+        engine = SimpleNamespace(desk=desk, admission=door, limits=limits)
+        lane = Lane(cast("Any", engine), cast("Any", None))
+        connections = [Connection(lane) for _ in range(BATCH)]
+        for connection in connections:
+            connection.connection_made(_Nowhere())
+        batcher = _batcher()
+        kind = "sold" if sold else "refused by a peek"
+        with _no_collector():
+            for start in range(0, len(self.requests), BATCH):
+                began = time.perf_counter()
+                for connection, raw in zip(connections, self.requests[start:], strict=False):
+                    connection.data_received(raw)
+                queued = time.perf_counter()
+                batch, taker.queue = taker.queue, []
+                if sold:
+                    await self._sell(batcher, batch, start)
+                else:
+                    batcher._settle(batch, [Answer(Decision.SOLD_OUT)] * BATCH)  # noqa: SLF001
+                for _ in range(3):  # told, posted, sent
+                    await asyncio.sleep(0)
+                told = time.perf_counter()
+                self._note("read, check, queue (token never seen)", queued - began, BATCH)
+                self._note(f"pack, word, answer: {kind}", told - queued, BATCH)
+        await lane.close()
+
+    async def _sell(self, batcher: Batcher, batch: list[Purchase], start: int) -> None:
+        bids = pack_bids(
+            (
+                [p.card_no for p in batch],
+                [p.union for p in batch],
+                [p.showing for p in batch],
+                [p.quantity for p in batch],
+                [p.key_hash for p in batch],
+            )
+        )
+        reply = [0, NOW_MS, start + BATCH, 1, 500, start] + [2] * BATCH
+        batcher._answer(batch, bids, reply)  # noqa: SLF001
+
+    def _single_parts(self) -> None:
+        """Steps on the way, each alone."""
+        raws, reader = self.requests, HeadReader(learned_after=1)
+        ends = [raw.find(b"\r\n\r\n") + 4 for raw in raws]
+        heads = [reader.read(raw, end) for raw, end in zip(raws, ends, strict=True)]
+        plain = [head for head in heads if head is not None]
+        tokens = [bearer_token(head.authorization or "") or "" for head in plain]
+        keys = [head.key or "" for head in plain]
+        bodies = [raw[end:] for raw, end in zip(raws, ends, strict=True)]
+        verifier, limits, codes, now = MemberTokens(self.key), _limits(), _codes(), time.time()
+        shape = reader.shape
+        self._each(" head, by llhttp", lambda: [reader.read(r, e) for r, e in zip(raws, ends)])  # noqa: B905
+        self._each(" head, by its shape", lambda: [shape.read(raw) for raw in raws])
+        self._each(" body", lambda: [decode_body(body, ORDER_REQUEST) for body in bodies])
+        self._each(" key", lambda: [checked_key(key) for key in keys])
+        self._each(" key's hash (only for the script)", lambda: [key_hash(key) for key in keys])
+        self._each(" token, never seen", lambda: [verifier.verify(token, now) for token in tokens])
+        self._each(" token, seen before", lambda: [verifier.verify(token, now) for token in tokens])
+        cards = [verifier.verify(token, now).card_no for token in tokens]
+        self._each(" rate limits", lambda: [limits.spend(card, NAME, 100.0) for card in cards])
+        desk = SimpleNamespace(_codes=codes)
+        answers = [Answer(Decision.SOLD, n, 2, NOW_MS, NOW_MS, 500) for n in range(len(raws))]
+        purchase = cast("Any", SimpleNamespace(showing=0, quantity=1))
+        placed: list[Placed] = []
+        word = PurchaseDesk.word
+        self._each(
+            " word an order",
+            lambda: placed.extend(
+                cast("Placed", word(cast("Any", desk), CAMPAIGN, purchase, answer))
+                for answer in answers
+            ),
+        )
+        worded = [order_answer(each) for each in placed]
+        self._each(" its JSON", lambda: [order_answer(each) for each in placed])
+        self._each(" its bytes on the wire", lambda: [rendered(*each) for each in worded])
+
+    def _each(self, name: str, work: Callable[[], object]) -> None:
+        with _no_collector():
+            began = time.perf_counter()
+            work()
+            self._note(name, time.perf_counter() - began, len(self.requests))
+
+    def _note(self, name: str, took_s: float, count: int) -> None:
+        each_us = took_s / count * 1e6
+        self.least[name] = min(each_us, self.least.get(name, each_us))
+
+
+def _batcher() -> Batcher:
+    batcher = Batcher(
+        CAMPAIGN, cast("Any", None), NAME, PurchaseMetrics(), batch_max=BATCH, queue_max=BATCH,
+        deadline_s=1e9, behind_max=(1, 1), next_call=lambda: 1,
+    )  # fmt: skip
+    batcher.mark = Mark("run:repl:1", 1)
+    return batcher
+
+
+def _limits() -> RateLimits:
+    return RateLimits(card_campaign=Rate(5, 10), card=Rate(10, 20), address=Rate(1, 1))
+
+
+def _codes() -> TicketCodes:
+    return TicketCodes(SIGNING_KEY.encode()[:32])
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def print_parts(least: dict[str, float], console: Console) -> None:
+    """Print the table."""
+    table = Table(title=f"CPU µs a purchase, the least of {ROUNDS} rounds")
+    table.add_column("")
+    table.add_column("µs", justify="right")
+    for name, each_us in sorted(least.items(), key=lambda item: item[0].startswith(" ")):
+        table.add_row(name, f"{each_us:.2f}")
+    console.print(table)
+
+
+def main() -> None:
+    """Print what each part costs."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    print_parts(uvloop.run(Parts().run()), wide_console())
+
+
+if __name__ == "__main__":
+    main()

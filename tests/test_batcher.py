@@ -30,7 +30,7 @@ from sale import embedded
 from sale.domain import Campaign
 from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
-from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Batchers
+from sale.stock.batcher import CROWD, Answer, AwaitedPurchase, Batcher, Batchers
 from sale.stock.connection import open_redis
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts
 from sale.stock.suspects import Suspects
@@ -210,6 +210,63 @@ async def test_purchases_that_wait_together_go_in_one_call(
     assert len({answer.value for answer in answers}) == 600
     assert {answer.price_fen for answer in answers} == {500}
     await stock.check_books()
+
+
+async def test_crowd_that_comes_over_several_turns_goes_in_one_call(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    stock = await open_stock(redis, 1_000)
+    shop = open_shop(redis, campaign(1_000))
+    await shop.one(card(999), key(1))
+    before = await calls_of(stock)
+    purchases = []
+    for turn in range(5):
+        purchases += [shop.submit(Bid(card(turn * CROWD + n), key(1))) for n in range(CROWD)]
+        await asyncio.sleep(0)
+    answers = [await purchase.answer for purchase in purchases if purchase]
+    assert decisions(answers) == [Decision.SOLD] * 5 * CROWD
+    assert await calls_of(stock) == before + 1
+
+
+async def test_few_that_come_one_after_the_other_wait_for_nobody(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    """A turn that brings one more must not hold up who is there: the next may bring one as well."""
+    stock = await open_stock(redis, 1_000)
+    shop = open_shop(redis, campaign(1_000))
+    await shop.one(card(999), key(1))
+    first = shop.submit(Bid(card(0), key(1)))
+    assert first is not None
+    came = 0
+    while not first.answer.done():
+        came += 1
+        shop.submit(Bid(card(came), key(1)))
+        await asyncio.sleep(0)
+    entry = (await stock.entries())[3]
+    assert entry.last - entry.first < 2, "its call took those who were there, and no others"
+    assert came > 2
+
+
+async def test_answers_are_told_while_the_next_call_is_under_way(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 1_000)
+    shop = open_shop(redis, campaign(1_000), batch_max=10)
+    await shop.one(card(999), key(1))
+    before, begun = shop.batchers._calls, []
+
+    class Watched(AwaitedPurchase):
+        def settle(self, answer: Answer) -> None:
+            begun.append(shop.batchers._calls - before)
+            super().settle(answer)
+
+    loop = asyncio.get_running_loop()
+    purchases = [Watched(card(n), "dongsi", 0, 1, key(1), loop) for n in range(20)]
+    for purchase in purchases:
+        assert shop.batcher.submit(purchase)
+    answers = [await purchase.answer for purchase in purchases]
+    assert decisions(answers) == [Decision.SOLD] * 20
+    assert begun == [2] * 20, "the second call had begun when the first one's answers were told"
 
 
 async def test_queue_is_bounded_and_says_so(redis: Redis, open_shop: OpenShop) -> None:

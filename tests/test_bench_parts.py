@@ -1,0 +1,28 @@
+"""The small programs that measure parts: they run, and measure what the engine really does."""
+
+import pytest
+
+from loadtest.bench import lane, shapes
+from sale.stock.scripts import PURCHASE
+
+
+def test_given_the_purchase_script_then_each_shape_is_it_with_one_line_changed() -> None:
+    compared = shapes.shapes()
+    assert compared[0].source == PURCHASE.source
+    sources = [shape.source for shape in compared]
+    assert len(set(sources)) == len(sources)
+    for source in sources[1:]:
+        kept = set(PURCHASE.source.splitlines()) - set(source.splitlines())
+        assert len(kept) <= 1, kept
+
+
+async def test_given_the_lane_when_its_parts_are_measured_then_each_has_a_figure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lane, "ROUNDS", 1)
+    monkeypatch.setattr(lane, "BATCHES", 2)
+    least = await lane.Parts().run()
+    whole = least["read, check, queue (token never seen)"]
+    assert 0 < least[" head, by its shape"] < least[" head, by llhttp"]
+    assert 0 < least[" token, seen before"] < least[" token, never seen"] < whole
+    assert min(least.values()) > 0

@@ -51,9 +51,9 @@ async def try_lock(conn: "asyncpg.Connection[Any]", office: Office) -> bool:
     return taken
 
 
-async def unlock(conn: "asyncpg.Connection[Any]", office: Office) -> None:
-    """Give the office back."""
-    await conn.fetchval(_SQL["unlock"], office.lock)
+async def unlock(conn: "asyncpg.Connection[Any]") -> None:
+    """Give back the office that this session has: in one message (``workers/leadership.py``)."""
+    await conn.execute(_SQL["unlock"])
 
 
 async def expel(conn: "asyncpg.Connection[Any]", name: str) -> int:

@@ -3,7 +3,10 @@
 One process holds the lock and works, the others ask for it several times a second. A holder that is
 killed loses it with its connection. One that is stopped, or cut off, must lose it as well, so the
 lock's connection has an idle timeout that is longer than the heartbeat and shorter than any pause
-we mean to survive. A holder whose heart gets no answer drops its work without waiting for it.
+we mean to survive. Between the messages of a prepared statement a session is not idle, for as long
+as the next one does not come; so what a holder says is one message (``execute`` without arguments),
+or it would keep the lock where it is stopped between two. A holder whose heart gets no answer drops
+its work without waiting for it.
 
 The lock only saves work. Nobody may rely on it for being alone: between the loss and the moment at
 which the holder notices, there are two. What both do must be a compare-and-set.
@@ -24,6 +27,7 @@ from sale.db import offices
 from sale.db.absence import POSTGRES_AWAY, in_words
 from sale.db.offices import Office
 from sale.workers.backoff import pause
+from sale.workers.lifetime import ended
 from sale.workers.pooling import connected, own_backend, pools_transactions
 
 LOCK_TIMEOUT_S: Final = 1.5
@@ -64,8 +68,8 @@ class Leadership:
     ) -> None:
         """Wait for the lock, calling ``stand_by`` while another has it; then do ``work``.
 
-        Returns when the work has ended, or ``stop`` is set. ``sever`` is called before work is
-        cancelled: it cuts the connections on which the work may be waiting.
+        Returns when the work has ended, or ``stop`` is set. ``sever`` is called each time before
+        work is cancelled: it cuts the connections on which the work may be waiting.
 
         Raises:
             UnfitProxy: something before PostgreSQL hands its sessions round.
@@ -89,7 +93,7 @@ class Leadership:
             if await self._take(conn, stop, stand_by):
                 await self._hold(conn, backend, stop, work, sever)
                 with contextlib.suppress(*POSTGRES_AWAY):
-                    await offices.unlock(conn, self._office)
+                    await offices.unlock(conn)
 
     async def _take(
         self, conn: "asyncpg.Connection[Any]", stop: asyncio.Event, stand_by: Callable[[], None]
@@ -123,24 +127,21 @@ class Leadership:
                 beating.result()
         finally:
             self._beat_at_s = float("-inf")
-            if not working.done():
-                sever()
-            for task in everything:
-                task.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
+            # Before each try: work that has outlived one may have connected again.
+            await ended(everything, first=lambda: None if working.done() else sever())
 
     async def _beat(self, conn: "asyncpg.Connection[Any]", backend: int) -> None:
         """Keep the lock's connection from its idle timeout; ends by the error that it is lost."""
-        ended = asyncio.Event()
-        conn.add_termination_listener(lambda _: ended.set())
+        lost = asyncio.Event()
+        conn.add_termination_listener(lambda _: lost.set())
         while True:
-            await pause(ended, HEARTBEAT_S)
+            await pause(lost, HEARTBEAT_S)
             asked_s = time.monotonic()
             try:
-                found = await conn.fetchval("SELECT pg_backend_pid()")
+                found = await conn.execute(f"SELECT WHERE pg_backend_pid() = {backend}")
             except (*POSTGRES_AWAY, asyncpg.PostgresError) as error:
                 raise LockLost(f"and the lock with it ({in_words(error)})") from error
-            if found != backend:
+            if found != "SELECT 1":
                 raise pools_transactions(self._database_url)
             self._beat_at_s = asked_s
 

@@ -1,13 +1,19 @@
-"""When a process is told to end, or to renew itself: a signal sets an event, and nothing else."""
+"""When a process is told to end, or to renew itself: a signal sets an event, and nothing else.
+
+And how work ends that has to, whether it was told or has lost what it works for.
+"""
 
 import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Final
 
 import structlog
+
+CANCEL_AGAIN_S: Final = 0.1
+"""What goes on this long after it was cancelled is cancelled anew."""
 
 log = structlog.get_logger()
 
@@ -69,6 +75,24 @@ async def ends_in_time(
         await asyncio.wait({task, waiting})
     if not task.cancelled():
         task.result()
+
+
+async def ended(
+    tasks: Sequence[asyncio.Future[Any]], *, first: Callable[[], None] = lambda: None
+) -> None:
+    """Cancel tasks until all of them have ended, calling ``first`` before each try.
+
+    Once is not enough, as libraries lose cancellations and the work goes on for ever. redis-py
+    sends by ``wait_for``, which in Python 3.11 swallows one that meets the end of the sending; and
+    asyncpg's transaction, cut off, puts an InterfaceError in its place, which reads as PostgreSQL's
+    being away. A process that wakes from a stop does all at once, and so meets them often.
+    """
+    while going_on := [task for task in tasks if not task.done()]:
+        first()
+        for task in going_on:
+            task.cancel()
+        await asyncio.wait(going_on, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)  # whatever they raised is no news
 
 
 def _has_terminal() -> bool:

@@ -16,7 +16,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 import structlog
@@ -38,6 +38,7 @@ from sale.usecases.stalls import Stalls
 from sale.usecases.verification import verify_all
 from sale.workers.backoff import Backoff, pause
 from sale.workers.leadership import Leadership
+from sale.workers.lifetime import ended
 
 HEALTH_TIMEOUT_S: Final = 2.0
 STOP_PATIENCE_S: Final = 5.0
@@ -119,16 +120,13 @@ class Scheduler:
         ]
         auditing = asyncio.create_task(self._audit_for_ever(stop))
         patience = asyncio.create_task(_patience(stop))
-        ended = asyncio.gather(*working)
+        rounds = asyncio.gather(*working)
         try:
-            await asyncio.wait((ended, patience), return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                ended.result()
+            await asyncio.wait((rounds, patience), return_when=asyncio.FIRST_COMPLETED)
+            if rounds.done():
+                rounds.result()
         finally:
-            everything: list[asyncio.Future[Any]] = [*working, ended, auditing, patience]
-            for task in everything:
-                task.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
+            await ended([*working, rounds, auditing, patience])
             self._metrics.active.set(0)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:

@@ -1,8 +1,8 @@
 -- name: try_lock -- Take an advisory lock for this session, or false where another has it.
 SELECT pg_try_advisory_lock($1);
 
--- name: unlock -- Give it back, so that the next need not wait for the session's end.
-SELECT pg_advisory_unlock($1);
+-- name: unlock -- Give back what the session has, so that the next need not wait for its end.
+SELECT pg_advisory_unlock_all();
 
 -- name: expel -- End other sessions of the name $1: those of a holder that has lost its lock.
 SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity

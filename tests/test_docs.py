@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,19 @@ def test_given_the_balancer_then_no_request_is_sent_twice() -> None:
     text = (ROOT / "config/deploy/haproxy.cfg").read_text("utf-8")
     assert re.findall(r"^\s*retry-on (.+)$", text, re.MULTILINE) == ["conn-failure"]
     assert "/readyz" in text
+
+
+def test_given_the_balancer_when_a_client_forges_its_address_then_the_header_is_replaced() -> None:
+    """HOLES.md row 22: behind a balancer that is not known all clients are one address."""
+    text = (ROOT / "config/deploy/haproxy.cfg").read_text("utf-8")
+    assert "http-request set-header X-Forwarded-For %[src]" in text
+    assert "option forwardfor" not in text, "it would add one to the client's own"
+    compose = _compose()
+    (front,) = compose["networks"]["front"]["ipam"]["config"]
+    api = compose["services"]["api"]
+    assert ip_network(api["environment"]["SALE_TRUSTED_PROXIES"]) == ip_network(front["subnet"])
+    assert set(compose["x-engine"]["environment"]) < set(api["environment"])
+    assert "front" in compose["services"]["balancer"]["networks"]
 
 
 def test_given_the_readme_then_it_names_both_commands_and_the_places_of_the_figures() -> None:

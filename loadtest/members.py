@@ -173,9 +173,19 @@ class Mint:
     ) -> Iterator[bytes]:
         """Purchases of one ticket by the given cards (numbers below 10^12), all equally long."""
         for number in cards:
-            card_no = f"6222{number:012d}"
-            key = f"{salt}{number:012d}"
+            card_no = minted_card(number)
+            key = minted_key(number, salt)
             yield purchase_request(host, campaign, self.token(card_no), key, 1, showing)
+
+
+def minted_card(number: int) -> str:
+    """Card of a number in `Mint.requests`."""
+    return f"6222{number:012d}"
+
+
+def minted_key(number: int, salt: str = "k") -> str:
+    """Key under which it asks."""
+    return f"{salt}{number:012d}"
 
 
 def _pad(data: bytes) -> str:

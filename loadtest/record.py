@@ -19,13 +19,13 @@ class Second(msgspec.Struct, kw_only=True):
     ``outcomes`` counts the final outcomes of that second's members: ``sold``, ``replayed``, a
     problem's code, or ``no-answer``. The latencies are of its members' last answers, in
     milliseconds from the intended send time. ``sent`` and ``answered`` count what was written and
-    what came back within this second, repeats included.
+    what came back within this second, repeats included; ``answered`` is None where it is withheld.
     """
 
     t: int
     offered: int = 0
     sent: int = 0
-    answered: int = 0
+    answered: int | None = 0
     outcomes: dict[str, int] = msgspec.field(default_factory=dict)
     p50_ms: float = 0.0
     p95_ms: float = 0.0
@@ -87,13 +87,14 @@ class Record(msgspec.Struct, kw_only=True):
     """One run.
 
     ``bottleneck`` is empty, or says why the generator itself was the limit: then neither rates nor
-    latencies are the server's, and they are left out. A member that got no answer counts in
-    ``latency`` with the time until it gave up: leaving it out would flatter. ``proof`` is ``None``
-    if nothing was proved; ``not_proved`` says why where it was tried in vain. ``offered`` counts
-    the intended members, ``sent`` and ``answered`` what was written and came back, with repeats.
-    ``offered_rate`` is members a second over the plan's time, ``achieved_rate`` members with a last
-    answer a second, until the last of these answers. ``latency_sold`` is of those who were told of
-    an order, new or replayed.
+    latencies are the server's, and `withhold` has taken them out; sums stay, as the books are told
+    beside them. ``notes`` say what a reader must know of a run that counts. A member that got no
+    answer counts in ``latency`` with the time until it gave up: leaving it out would flatter.
+    ``proof`` is ``None`` if nothing was proved; ``not_proved`` says why where it was tried in vain.
+    ``offered`` counts the intended members, ``sent`` and ``answered`` what was written and came
+    back, with repeats. ``offered_rate`` is members a second over the plan's time, ``achieved_rate``
+    members with a last answer a second, until the last of these answers. ``latency_sold`` is of
+    those who were told of an order, new or replayed.
     """
 
     version: int = VERSION
@@ -108,6 +109,7 @@ class Record(msgspec.Struct, kw_only=True):
     offered_rate: float = 0.0
     achieved_rate: float = 0.0
     bottleneck: str = ""
+    notes: list[str] = msgspec.field(default_factory=list)
     outcomes: dict[str, int] = msgspec.field(default_factory=dict)
     latency: list[Percentile] = msgspec.field(default_factory=list)
     latency_sold: list[Percentile] = msgspec.field(default_factory=list)
@@ -118,6 +120,15 @@ class Record(msgspec.Struct, kw_only=True):
     machine: dict[str, str] = msgspec.field(default_factory=dict)
     proof: Proof | None = None
     not_proved: str = ""
+
+
+def withhold(record: Record) -> None:
+    """Take out of a record whatever could be read as the server's rate or latency."""
+    record.achieved_rate = 0.0
+    record.latency, record.latency_sold = [], []
+    for second in record.seconds:
+        second.answered, second.outcomes = None, {}
+        second.p50_ms = second.p95_ms = second.p99_ms = second.max_ms = 0.0
 
 
 def encode(record: Record) -> bytes:
@@ -133,6 +144,8 @@ def decode(raw: bytes) -> Record:
         raise RecordError(f"no record of a run: {error}") from error
     if record.version != VERSION:
         raise RecordError(f"a record of version {record.version}; this kit reads version {VERSION}")
+    if record.bottleneck:
+        withhold(record)  # older ones told what was answered by the second
     return record
 
 

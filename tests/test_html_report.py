@@ -133,10 +133,30 @@ def test_given_a_bottleneck_and_open_books_when_reported_then_both_are_loud() ->
 
 def test_given_a_generator_that_was_the_limit_when_reported_then_no_rate_is_the_server_s() -> None:
     run = unbalanced(made_up())
-    run.achieved_rate = 0.0
+    records.withhold(run)
     said = text_of(render(run))
     assert "Achieved – the generator was the limit" in said
     assert "achieved a second –" in said
+    drawn = {chart.id: chart.figures[0]["data"] for chart in charts([run])}
+    offered, sent, answered = drawn["throughput"]
+    assert answered["name"] == "answered"
+    for line in (answered, *drawn["outcomes"], *drawn["latency"], *drawn["percentiles"]):
+        assert not any(line["y"]), line["name"]
+    assert all(offered["y"])
+    assert all(sent["y"])
+
+
+def test_given_a_withheld_run_of_many_seconds_when_merged_then_nothing_comes_back() -> None:
+    run = unbalanced(made_up(seconds=1_500))
+    records.withhold(run)
+    drawn = {chart.id: chart.figures[0]["data"] for chart in charts([run])}
+    assert set(drawn["throughput"][2]["y"]) == {None}
+    assert {value for bar in drawn["outcomes"] for value in bar["y"]} == {None}
+
+
+def test_given_notes_when_reported_then_they_stand_beside_the_verdict() -> None:
+    said = text_of(render(empty(notes=[EVIL, "late"])))
+    assert f"{EVIL} late" in said
 
 
 @pytest.mark.parametrize(("duration_s", "share"), [(8.0, 95), (10.0, 95), (20.0, 48)])

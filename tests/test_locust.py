@@ -1,19 +1,23 @@
-"""Locust: the table of rushes, the shape, cards and answers at the desk, and one real run."""
+"""Locust: the table of rushes, the shape, cards and answers at the desk, and real runs."""
 
 import argparse
 import asyncio
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import gevent
 import msgspec
 import pytest
 
 from loadtest.books.answers import Answer, read_answers, write_answers
+from loadtest.books.ledger import load_books
+from loadtest.crowd import setup
 from loadtest.crowd.desk import BATCH, Booth, Desk, Setting
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import About
@@ -28,7 +32,7 @@ from loadtest.crowd.scenarios import (
     run_name,
 )
 from loadtest.crowd.shape import Phases, Plan, target
-from loadtest.engine import engine_up, environment
+from loadtest.engine import Engine, engine_up, environment
 from loadtest.members import Member
 from loadtest.record import read
 from sale.domain import default_unions_path, load_unions, parse_campaign
@@ -242,56 +246,121 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
+    """A whole engine with 120 cards."""
+    folder = tmp_path_factory.mktemp("locust")
+    async with engine_up(folder / "d") as engine:
+        await engine.command("cards", "sample", "120", "--out", str(folder / "r.csv"))
+        await engine.command("cards", "import", str(folder / "r.csv"))
+        yield engine
+
+
+def where(engine: Engine) -> list[str]:
+    return ["--host", engine.url, "--data-dir", str(engine.data_dir), "--headless"]
+
+
+@pytest.mark.load
+async def test_given_all_scenarios_when_set_up_then_the_engine_makes_each_campaign(
+    engine: Engine,
+) -> None:
+    api = setup.Api(engine.url)
+    token = await asyncio.to_thread(setup.operator_token, str(engine.data_dir), "")
+    for name, scenario in SCENARIOS.items():
+        table = campaign_of_run(
+            scenario,
+            read_campaign(name),
+            identifier=run_name(name),
+            opens_at=api.now() + setup.seconds(60),
+            users=30,
+            full_stock=False,
+        )
+        made = await asyncio.to_thread(setup.make_campaign, api, token, table)
+        found = await asyncio.to_thread(setup.find_campaign, api, made["id"])
+        assert (found["id"], found["state"]) == (table["id"], "scheduled")
+        assert [each["id"] for each in found["showings"]] == [
+            each["id"] for each in read_campaign(name)["showings"]
+        ]
+        assert found["order_max"] >= 1
+        await asyncio.to_thread(setup.close_campaign, api, token, made["id"])
+
+
+@pytest.mark.load
+async def test_given_stock_that_is_added_when_played_then_it_is_there_once_and_books_balance(
+    engine: Engine, tmp_path: Path
+) -> None:
+    lengths = ["--quiet", "0", "--gathering", "1", "--opening", "1", "--tail", "5"]
+    who = ["-u", "30", "--bots", "0", "--raise-stock", "2"]
+    status, told = await run_locust(
+        *(*where(engine), *lengths, *who, "--scenario", "children-theatre-may"),
+        *("--only-summary", "--out", str(tmp_path)),
+    )
+    assert status == 0, told
+    assert "books: clean" in told
+    assert "audit: clean" in told
+    # Two tickets in two steps, each asked for twice under its key.
+    (line,) = [each for each in told.splitlines() if "/[id]/stock " in each and "POST" in each][:1]
+    assert int(line.split()[2]) >= 4
+    record = read(tmp_path / "run.json")
+    assert record.outcomes["sold"] > 0
+    books = await load_books(engine.database_url(), record.campaign)
+    assert books.stock == {"general": await at_first(engine, record.campaign) + 2}
+
+
+async def at_first(engine: Engine, campaign: str) -> int:
+    """Tickets with which it was made."""
+    connection = await asyncpg.connect(engine.database_url())
+    query = "SELECT config->'showings'->0->'tickets' FROM campaign WHERE campaign_id = $1"
+    try:
+        return int(await connection.fetchval(query, campaign))
+    finally:
+        await connection.close()
+
+
 @pytest.mark.load
 async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_proven(
-    tmp_path: Path,
+    engine: Engine, tmp_path: Path
 ) -> None:
-    roster, out, port = tmp_path / "r.csv", tmp_path / "out", free_port()
+    out, port = tmp_path / "out", free_port()
     lengths = ["--quiet", "1", "--gathering", "2", "--opening", "1", "--tail", "5"]
     ports = ["--processes", "2", "--master-port", port, "--master-bind-port", port]
-    async with engine_up(tmp_path / "d") as engine:
-        await engine.command("cards", "sample", "120", "--out", str(roster))
-        await engine.command("cards", "import", str(roster))
-        where = ["--host", engine.url, "--data-dir", str(engine.data_dir), "--headless"]
-        many = run_locust(*where, *ports, "--scenario", "illusion-art", "-u", "5000")
-        wrong = run_locust(*where, "--campaign", "mistyped")
-        # given a mistyped campaign, or more users than cards: told at the start, in one line
-        refused = await asyncio.gather(many, wrong)
-        for (status, told), said in zip(
-            refused, ("cards, 4,", "'mistyped' is not known"), strict=True
-        ):
-            assert status == 2, told
-            assert said in told.splitlines()[-1]
-            assert "Traceback" not in told
-        # when a release is played
-        status, told = await run_locust(
-            *(*where, *ports, *lengths, "--only-summary", "--out", str(out)),
-            *("--scenario", "illusion-art", "-u", "60", "--members", "70", "--bots", "5"),
-        )
-        # then it was proven, and all that should have happened has
-        assert status == 0, told
-        assert "books: clean" in told
-        assert "audit: clean" in told
-        record = read(out / "run.json")
-        assert record.plan["processes"] == 2
-        assert record.proof is not None
-        assert record.proof.clean
-        assert record.proof.orders == record.outcomes["sold"]
-        assert {"sold", "sold-out", "unauthenticated"} <= set(record.outcomes), record.outcomes
-        for step in ("pause", "resume"):
-            assert f"/api/v1/admin/campaigns/[id]/{step} " in told, "the operator was on duty"
-        assert record.samples
-        assert (out / "report.html").stat().st_size > 10_000
-        # and one answer that says otherwise than the books is found
-        about = tmp_path / "about.json"
-        about.write_bytes(msgspec.json.encode(About("again", record.campaign, 0.0, 1.0)))
-        answers = read_answers(out / "answers.jsonl")
-        first = next(number for number, each in enumerate(answers) if each.sold)
-        answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
-        write_answers(answers, tmp_path / "tampered")
-        status, told = await run_module(
-            *("loadtest.crowd.proof", "prove", "--answers", str(tmp_path / "tampered")),
-            *("--about", str(about), "--database-url", engine.database_url()),
-        )
+    many = run_locust(*where(engine), *ports, "--scenario", "illusion-art", "-u", "5000")
+    wrong = run_locust(*where(engine), "--campaign", "mistyped")
+    # given a mistyped campaign, or more users than cards: told at the start, in one line
+    refused = await asyncio.gather(many, wrong)
+    for (status, told), said in zip(refused, ("cards, 4,", "'mistyped' is not known"), strict=True):
+        assert status == 2, told
+        assert said in told.splitlines()[-1]
+        assert "Traceback" not in told
+    # when a release is played
+    status, told = await run_locust(
+        *(*where(engine), *ports, *lengths, "--only-summary", "--out", str(out)),
+        *("--scenario", "illusion-art", "-u", "60", "--members", "70", "--bots", "5"),
+    )
+    # then it was proven, and all that should have happened has
+    assert status == 0, told
+    assert "books: clean" in told
+    assert "audit: clean" in told
+    record = read(out / "run.json")
+    assert record.plan["processes"] == 2
+    assert record.proof is not None
+    assert record.proof.clean
+    assert record.proof.orders == record.outcomes["sold"]
+    assert {"sold", "sold-out", "unauthenticated"} <= set(record.outcomes), record.outcomes
+    for step in ("pause", "resume"):
+        assert f"/api/v1/admin/campaigns/[id]/{step} " in told, "the operator was on duty"
+    assert record.samples
+    assert (out / "report.html").stat().st_size > 10_000
+    # and one answer that says otherwise than the books is found
+    about = tmp_path / "about.json"
+    about.write_bytes(msgspec.json.encode(About("again", record.campaign, 0.0, 1.0)))
+    answers = read_answers(out / "answers.jsonl")
+    first = next(number for number, each in enumerate(answers) if each.sold)
+    answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
+    write_answers(answers, tmp_path / "tampered")
+    status, told = await run_module(
+        *("loadtest.crowd.proof", "prove", "--answers", str(tmp_path / "tampered")),
+        *("--about", str(about), "--database-url", engine.database_url()),
+    )
     assert status == 1, told
     assert "lost: order lost.1.000000" in told

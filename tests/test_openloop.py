@@ -82,6 +82,28 @@ def test_given_a_recording_when_read_then_its_times_from_its_first_moment(tmp_pa
     assert made == arrivals.make(f"file:{counted}", 0, 0, seed=1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "within"),
+    [
+        # Steps of half a second, the last as long as the one before it.
+        ("0,40\n0.5,0\n1.0,40\n", [(0, 0.5), (1, 1.5)]),
+        ("5,40\n0,40\n", [(0, 5), (5, 10)]),
+        ("100,40\n105,40\n106,40\n", [(0, 5), (5, 6), (6, 7)]),
+        ("7,40\n", [(0, 1)]),
+    ],
+)
+def test_given_counts_of_any_step_when_read_then_each_is_spread_over_its_own(
+    tmp_path: Path, rows: str, within: list[tuple[float, float]]
+) -> None:
+    (tmp_path / "f").write_text("t,count\n" + rows)
+    made = arrivals.recorded(tmp_path / "f", seed=1)
+    assert len(made) == 40 * len(within)
+    for number, (since, until) in enumerate(within):
+        here = made[40 * number : 40 * number + 40]
+        assert since <= min(here) < since + 0.25 * (until - since)
+        assert until > max(here) > until - 0.25 * (until - since)
+
+
 @pytest.mark.parametrize("text", ["", "soon\n", "1,2,3\n", "1,-2\n", "nan\n", "1,999999999\n"])
 def test_given_a_bad_recording_when_read_then_it_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
@@ -363,6 +385,9 @@ def test_given_a_generator_that_was_the_limit_when_told_then_it_refuses(
     assert record.latency == record.latency_sold == []
     assert record.achieved_rate == 0
     assert {second.p99_ms for second in record.seconds} == {0.0}
+    assert {second.answered for second in record.seconds} == {None}
+    assert not any(second.outcomes for second in record.seconds)
+    assert (record.sent, record.outcomes) == (300, {"sold": 300})
     (why,) = verdict(record, proof_wanted=False)
     assert "the generator itself was the limit" in why
 
@@ -372,6 +397,45 @@ def test_given_a_slow_server_when_told_then_the_generator_s_few_ms_are_no_reason
 ):
     assert not record_of(part_of([200.0] * 300, late_ms=10)).bottleneck
     assert not record_of(part_of([4.0] * 300, late_ms=2)).bottleneck
+
+
+def test_given_a_generator_that_was_a_little_late_when_told_then_its_share_is_told_too() -> None:
+    assert record_of(part_of([20.0] * 300, late_ms=1.9)).notes == []
+    record = record_of(part_of([20.0] * 300, late_ms=4))
+    assert not record.bottleneck
+    assert [note for note in remarks(record) if "may be 4.0 of the 20.0 ms" in note]
+
+
+def test_given_a_run_of_a_second_when_told_then_it_says_what_was_not_seen() -> None:
+    part = part_of([20.0] * 100)
+    assert record_of(part).notes == []
+    short = msgspec.structs.replace(part, cpu=[1.0])
+    for parts in ((short,), (part, short)):
+        (note,) = record_of(*parts).notes
+        assert "short of CPU" in note
+
+
+def test_given_an_older_record_of_a_slow_generator_when_read_then_its_figures_are_withheld() -> (
+    None
+):
+    record = record_of(part_of([20.0] * 300))
+    record.bottleneck = "late"
+    again = decode(encode(record))
+    assert again.latency == again.latency_sold == []
+    assert again.achieved_rate == 0
+    assert {(each.answered, each.p99_ms) for each in again.seconds} == {(None, 0.0)}
+
+
+async def test_given_a_wait_for_the_start_when_played_then_its_idle_cpu_does_not_count() -> None:
+    async def quick(_: bytes) -> bytes:
+        return SOLD
+
+    async with serving(quick) as address:
+        loop = OpenLoop(
+            address, array("d", [0.0]), lambda _: get_request("h", "/"), lambda *_: None
+        )
+        tally = await loop.run(time.monotonic() + 1.3)
+    assert tally.cpu == []
 
 
 def test_given_a_generator_that_lagged_when_told_then_no_p99_is_above_its_max() -> None:

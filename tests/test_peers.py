@@ -19,7 +19,14 @@ from rich.console import Console
 from service import ROOT
 
 from loadtest.bench import compare, peers
-from loadtest.bench.compare import SELLS_NOTHING, Comparing, Goal
+from loadtest.bench.compare import (
+    SELLS_NOTHING,
+    Comparing,
+    Comparison,
+    FullBatches,
+    Goal,
+    PeerResult,
+)
 from loadtest.bench.figures import CLEAN, Case
 from loadtest.bench.measure import FULL, Bench, Plan
 from loadtest.bench.offer import OfferError, read_feed, write_feed
@@ -358,6 +365,65 @@ class Liar:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real, name)
+
+
+def made_peer(name: str, ratio: float, why_not: str = "") -> PeerResult:
+    if why_not:
+        return PeerResult(name, f"the {name} one", "", why_not)
+    case = msgspec.structs.replace(made_case("purchases", 1_000.0 * ratio, 100), ratio=ratio)
+    return PeerResult(name, f"the {name} one", "", check=CLEAN, purchases=case, sold_out=case)
+
+
+def made_comparison() -> Comparison:
+    ours = [made_case("purchases", 1_200.0, 100), made_case("sold_out", 4_000.0, 100)]
+    return Comparison(
+        client="wrk",
+        connections=256,
+        rounds=1,
+        seconds=1,
+        constant=made_case("constant", 1_000.0, 100),
+        ours=ours,
+        peers=[made_peer("naive", 0.73), made_peer("node", 0.0, "not installed")],
+        full=FullBatches(768, 250.0, ours[0]),
+        goals=[],
+        audit=CLEAN,
+    )
+
+
+def test_given_a_comparison_when_drawn_then_it_stands_there_as_png_and_svg(tmp_path: Path) -> None:
+    from loadtest.bench import plots
+
+    made = plots.draw(made_comparison(), tmp_path)
+    assert sorted(file.name for file in made) == [
+        "peers-cpu.png", "peers-cpu.svg", "peers-ratio.png", "peers-ratio.svg",
+    ]  # fmt: skip
+    for file in made:
+        head = file.read_bytes()[:8]
+        assert head == b"\x89PNG\r\n\x1a\n" if file.suffix == ".png" else head.startswith(b"<?xml")
+    drawn = (tmp_path / "peers-ratio.svg").read_text("utf-8")
+    for words in ("this engine", "aiohttp, constant", "the naive one", "0.73 ×  (730/s)"):
+        assert f"<!-- {words} -->" in drawn
+    assert "the node one" not in drawn  # it was not measured
+    assert "<!-- 40 + 8 µs -->" in (tmp_path / "peers-cpu.svg").read_text("utf-8")
+
+
+def test_given_a_result_that_was_written_when_drawn_later_then_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loadtest.bench import plots
+
+    (tmp_path / "result.json").write_bytes(msgspec.json.encode(made_comparison()))
+    monkeypatch.setattr("sys.argv", ["plots", str(tmp_path / "result.json"), str(tmp_path / "new")])
+    plots.main()
+    made = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    for file in plots.draw(made_comparison(), tmp_path):
+        again = tmp_path / "new" / file.name
+        assert again in made
+        assert again.read_bytes() == file.read_bytes()
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        plots.main()
+    assert capsys.readouterr().err.startswith(f"plots: {tmp_path}/result.json: ")
 
 
 def test_given_a_goal_then_it_is_met_from_its_figure_on() -> None:

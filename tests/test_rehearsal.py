@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import asyncpg
 import click
@@ -18,8 +19,11 @@ from service import ADMIN, CAMPAIGNS, ROOT, Client, Service
 from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import BEHIND_MAX, Bid, campaign, card, key
 
+from loadtest import record as records
+from loadtest.rush import arrivals
 from sale.bootstrap import open_stores
 from sale.cli import rehearse
+from sale.cli.rehearsal_play import Plan, _options
 from sale.cli.rehearsal_report import Outcome, show
 from sale.config import Settings
 from sale.db import claims, rehearsals
@@ -489,6 +493,7 @@ async def test_given_wrong_words_when_rehearsed_then_one_line_says_what(
         ((real, *cards, "--beside-real-sales"), 2, "--yes"),
         ((real, *cards, "--beside-real-sales", "--reason", "r"), 2, "--yes"),
         ((real, *cards, "--reason", "r", "--yes"), 1, "--beside-real-sales"),
+        ((real, *cards, "--arrivals", "noon"), 2, "--arrivals"),
         (("no-such", *cards, "--reason", "r", "--yes"), 1, "no campaign"),
         ((real, "--purge"), 1, "no rehearsal"),
         (("no-such", "--purge"), 1, "no rehearsal"),
@@ -499,6 +504,17 @@ async def test_given_wrong_words_when_rehearsed_then_one_line_says_what(
         assert ran.status == status, ran
         assert says in ran.err.splitlines()[-1], ran
         assert "Traceback" not in ran.err
+
+
+def test_given_arrivals_when_played_then_the_generator_knows_them_and_is_told(
+    tmp_path: Path,
+) -> None:
+    assert list(rehearse.ARRIVALS) == sorted(arrivals.KINDS, reverse=True)
+    context = SimpleNamespace(settings=Settings(data_dir=tmp_path), as_json=False)
+    plan = Plan(of="films", cards=5, rate=5, seconds=1, arrivals="constant", target="h:1", out=None,
+                keep=False, beside_real_sales=False, opens_in_s=3, processes=1)  # fmt: skip
+    words = _options(context, plan, "copy", tmp_path / "t", tmp_path / "o")
+    assert words[words.index("--arrivals") + 1] == "constant"
 
 
 @pytest.mark.parametrize("says_yes", [True, False])
@@ -550,6 +566,9 @@ async def test_given_a_deployment_when_a_release_is_rehearsed_then_it_is_proven_
     assert (told["real_untouched"], told["purged"], told["audit_clean"]) == (True, True, True)
     assert told["tickets"] == 20  # more was asked for than there was
     assert told["outcomes"]["sold-out"] > 0
+    assert told["bottleneck"] or "only its lateness was judged" in told["notes"][-1]
+    record = records.read(out / "run.json")
+    assert record.plan["arrivals"] == "release"
     assert told["report"] == str(out / "report.html")
     assert (await client.remaining(real)) == [20]
     assert (await client.get(f"{CAMPAIGNS}/{told['rehearsal']}")).status == 404

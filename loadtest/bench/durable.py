@@ -22,7 +22,7 @@ from loadtest.engine import EngineError
 
 CAMPAIGN: Final = "bench-durable"
 GOAL: Final = 0.3
-PROBE_S: Final = 3
+PROBE_MORE_S: Final = 1
 WARM_S: Final = 2.0
 MARGIN: Final = 1.6
 SECONDS_MIN: Final = 5
@@ -84,14 +84,15 @@ class Lasting:
     async def run(self) -> Durable:
         """Measure. Raises EngineError, OfferError …"""
         bench, rig = self.bench, self.rig
-        await bench.prepare()
+        await bench.prepare_constant()
+        await bench.prepare_replays()
         await rig.campaign(CAMPAIGN, STOCK)
         before = await self._constant()
         rig.repin(apart=False)
         os.sched_setaffinity(0, self.cores)
         for number in range(2, self.workers + 1):
             await rig.serve(f"serve-{number}", self.cores)
-        probe, _ = await self._sell(PROBE_S, FIRST_GUESS_RATE)
+        probe, _ = await self._sell(bench.plan.seconds + PROBE_MORE_S, FIRST_GUESS_RATE)
         bench.note(f"durable: {self.seconds} s")
         got, moments = await self._sell(self.seconds, probe.rate)
         bench.note("durable: the rest of the ledger")

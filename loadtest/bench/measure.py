@@ -86,6 +86,8 @@ class Bench:
     async def run(self) -> Result:
         """Measure everything."""
         await self.prepare()
+        await self.rig.campaign("bench-growth", STOCK)
+        await self.rig.campaign("bench-writer", STOCK)
         self.rig.books_stand_back()
         cases = await self._cases()
         self.note("growth")
@@ -115,23 +117,32 @@ class Bench:
 
     async def prepare(self) -> None:
         """Make the campaigns and what is offered again and again; start the constant peer."""
+        await self.prepare_constant()
+        await self.prepare_replays()
+        await self._prepare_refusals()
+
+    async def prepare_constant(self) -> None:
+        """Make the campaign of purchases, and start the constant peer with answers of that size."""
         self.note("campaigns and requests")
+        await self.rig.campaign("bench", STOCK)
+        self.answer_bytes = await self._answer_bytes()
+        await self.rig.start_constant(self.answer_bytes)
+
+    async def prepare_replays(self) -> None:
+        """Sell what is asked for again and again, of the constant peer as well."""
+        replayed = self.feed("bench", range(5 * 10**9, 5 * 10**9 + self.plan.cards), cycle=True)
+        await self._play(read_feed(replayed), replayed.count)
+        self.replays = replayed
+
+    async def _prepare_refusals(self) -> None:
         rig = self.rig
-        await rig.campaign("bench", STOCK)
-        await rig.campaign("bench-growth", STOCK)
-        await rig.campaign("bench-writer", STOCK)
         await rig.campaign("bench-sold-out", SOLD_OUT_TICKETS)
         await rig.campaign("bench-not-open", STOCK, datetime.now(UTC) + timedelta(days=365))
-        self.answer_bytes = await self._answer_bytes()
-        await rig.start_constant(self.answer_bytes)
         await self._sell("bench-sold-out", SOLD_OUT_TICKETS)
         self.refused = {
             name: self.feed(name, range(10**9, 10**9 + self.plan.cards), cycle=True)
             for name in ("bench-sold-out", "bench-not-open")
         }
-        replayed = self.feed("bench", range(5 * 10**9, 5 * 10**9 + self.plan.cards), cycle=True)
-        await self._play(read_feed(replayed), replayed.count)
-        self.replays = replayed
 
     async def _answer_bytes(self) -> int:
         """Size of the body that a purchase is answered with."""

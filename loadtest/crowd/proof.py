@@ -81,10 +81,13 @@ def _seconds(
 ) -> list[Second]:
     rows: defaultdict[int, Second] = defaultdict(lambda: Second(t=0))
     spent: defaultdict[int, list[float]] = defaultdict(list)
+    answered: Counter[int] = Counter()
     for answer in answers:
         rows[_second(answer.sent_at, start)].sent += 1
         if answer.status:
-            rows[_second(answer.received_at, start)].answered += 1
+            answered[_second(answer.received_at, start)] += 1
+    for t, count in answered.items():
+        rows[t].answered = count
     for first, last in lasts:
         t = _second(first, start)
         rows[t].offered += 1

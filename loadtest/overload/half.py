@@ -2,7 +2,9 @@
 
 Capacity is what a closed loop reaches. Half of it arrives in an open loop (Poisson), at the
 constant peer and at the engine in turn, and latency counts from the intended moment. The figure is
-the p99 of the engine's purchases as a multiple of the constant's median at the same rate.
+the p99 of the engine's purchases as a multiple of the constant's median at the same rate; a round
+in which the generator was the limit, on either side, has none. After each round every answer to a
+purchase is compared with PostgreSQL.
 """
 
 import statistics
@@ -17,6 +19,8 @@ from rich.table import Table
 from loadtest.bench.compare import Goal
 from loadtest.bench.measure import Bench
 from loadtest.overload.measure import value_at
+from loadtest.overload.spool import Compared, Spool
+from loadtest.overload.tables import print_books
 from loadtest.record import Record
 from loadtest.rush import arrivals
 from loadtest.rush.loop import OpenLoop
@@ -29,6 +33,7 @@ GOAL: Final = 10.0
 CONNECTIONS: Final = 512
 SETTLE_S: Final = 0.5
 BEGINS_IN_S: Final = 1.0
+CAMPAIGN: Final = "bench"
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -38,6 +43,7 @@ class Side(msgspec.Struct, frozen=True):
     p99_ms: float
     unsold: int
     bottleneck: str
+    notes: list[str] = []
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -46,59 +52,74 @@ class Round(msgspec.Struct, frozen=True):
     constant: Side
     purchases: Side
 
-    @property
-    def ratio(self) -> float:
-        """p99 of purchases as a multiple of the constant's median."""
-        return self.purchases.p99_ms / self.constant.p50_ms
-
 
 class Half(msgspec.Struct, frozen=True):
-    """All of it; rates a second."""
+    """All of it; rates a second. ``compared`` and ``audit`` as in `loadtest.overload.measure`."""
 
     capacity: float
     rate: float
     rounds: list[Round]
+    compared: int
     audit: str
 
     @property
+    def constant_p50_ms(self) -> float | None:
+        """The constant's least median: a disturbed one would flatter the engine."""
+        sound = [each.constant for each in self.rounds if not each.constant.bottleneck]
+        return min((side.p50_ms for side in sound if side.p50_ms), default=None)
+
+    def ratio(self, each: Round) -> float | None:
+        """p99 as a multiple of the constant's median; None where it is not the servers' figure."""
+        base_ms = self.constant_p50_ms
+        limited = each.constant.bottleneck or each.purchases.bottleneck
+        if base_ms is None or limited or not each.purchases.p99_ms:
+            return None
+        return each.purchases.p99_ms / base_ms
+
+    @property
     def goal(self) -> Goal:
-        """The target, and the median of this run's rounds."""
-        median = statistics.median(each.ratio for each in self.rounds)
+        """The target, and the median of the rounds that have a figure."""
+        ratios = [ratio for each in self.rounds if (ratio := self.ratio(each)) is not None]
+        median = statistics.median(ratios) if ratios else None
         return Goal("p99 at half of capacity, × (a)'s median", GOAL, median, at_most=True)
 
 
 async def half(bench: Bench, seconds: float, rounds: int) -> Half:
     """Measure. Raises EngineError, OfferError …"""
-    await bench.prepare()
+    await bench.prepare_constant()
     bench.rig.books_stand_back()
     await bench.warm_up()
     bench.note("capacity, closed loop")
     capacity = (await bench.case("purchases")).rate
-    done = []
+    done, compared = [], Compared(bench)
     for number in range(1, rounds + 1):
         bench.note(f"round {number} of {rounds}: half of {capacity:,.0f} a second")
-        constant = await _offered(bench, bench.rig.constant_address, capacity * SHARE, seconds)
-        purchases = await _offered(bench, bench.rig.address, capacity * SHARE, seconds)
-        await bench.rig.written("bench")
+        constant, _ = await _offered(bench, bench.rig.constant_address, capacity * SHARE, seconds)
+        purchases, spool = await _offered(bench, bench.rig.address, capacity * SHARE, seconds)
+        await compared.add(CAMPAIGN, spool)
         done.append(Round(constant, purchases))
-    return Half(capacity, capacity * SHARE, done, await bench.audit())
+    audit = await compared.verdict()
+    return Half(capacity, capacity * SHARE, done, compared.answers, audit)
 
 
-async def _offered(bench: Bench, address: str, rate: float, seconds: float) -> Side:
+async def _offered(bench: Bench, address: str, rate: float, seconds: float) -> tuple[Side, Spool]:
     offsets = arrivals.make("poisson", rate, seconds, seed=1)
-    raws = list(bench.requests("bench", bench.cards(len(offsets))))
+    cards = bench.cards(len(offsets))
+    raws, spool = list(bench.requests(CAMPAIGN, cards)), Spool(cards)
     bounds = Bounds(connections=CONNECTIONS, warm=CONNECTIONS, warm_s=BEGINS_IN_S, retries=0)
-    loop = OpenLoop(address, offsets, raws.__getitem__, lambda *_: None, bounds)
+    loop = OpenLoop(address, offsets, raws.__getitem__, spool, bounds)
     tally = await loop.run(time.monotonic() + BEGINS_IN_S)
-    record = Record(name="half", campaign="bench", started_at="", duration_s=0.0)
+    record = Record(name="half", campaign=CAMPAIGN, started_at="", duration_s=0.0)
     fill(record, [summed_up(offsets, tally)])
     took_ms = _took_ms(offsets, tally)
-    return Side(
+    side = Side(
         p50_ms=value_at(took_ms, 0.5),
         p99_ms=value_at(took_ms, 0.99),
         unsold=record.offered - record.outcomes.get(SOLD, 0),
         bottleneck=record.bottleneck,
+        notes=record.notes,
     )
+    return side, spool
 
 
 def _took_ms(offsets: Sequence[float], tally: Tally) -> list[float]:
@@ -114,25 +135,32 @@ def print_half(result: Half, console: Console) -> None:
     table = Table(
         title=f"Half of {result.capacity:,.0f} purchases a second, open loop: {result.rate:,.0f}/s"
     )
-    for heading in ("round", "(a) p50 ms", "(a) p99 ms", "p50 ms", "p99 ms", "p99 / (a) p50"):
+    for heading in ("round", "(a) p50 ms", "(a) p99 ms", "p50 ms", "p99 ms", "p99 / least (a) p50"):
         table.add_column(heading, justify="right")
     for number, each in enumerate(result.rounds, start=1):
         figures = (
             each.constant.p50_ms, each.constant.p99_ms, each.purchases.p50_ms,
             each.purchases.p99_ms,
         )  # fmt: skip
-        table.add_row(str(number), *(f"{ms:.2f}" for ms in figures), f"{each.ratio:.1f}")
+        ratio = result.ratio(each)
+        told = "–" if ratio is None else f"{ratio:.1f}"
+        table.add_row(str(number), *(f"{ms:.2f}" for ms in figures), told)
     table.caption = (
         "ms from the intended moment; (a): aiohttp's constant answer at the same rate. "
-        f"Audit of all that was sold: {result.audit}"
+        "–: the generator was the limit, and the round does not count."
     )
     console.print(table)
     for number, each in enumerate(result.rounds, start=1):
         for name, side in (("(a)", each.constant), ("purchases", each.purchases)):
             if side.bottleneck:
                 console.print(f"[yellow]{number}, {name}: the generator's limit: {side.bottleneck}")
+            for note in side.notes:
+                console.print(f"[yellow]{number}, {name}: {note}")
             if side.unsold:
                 console.print(f"[yellow]{number}, {name}: {side.unsold:,} were not sold")
+    print_books(result.compared, result.audit, console)
     goal = result.goal
-    colour = "green" if goal.met else "red"
-    console.print(f"{goal.what}: [{colour}]{goal.got:.1f}[/] (≤ {goal.goal:g})")
+    got = "[yellow]not measured[/]"
+    if goal.got is not None:
+        got = f"[{'green' if goal.met else 'red'}]{goal.got:.1f}[/]"
+    console.print(f"{goal.what}: {got} (≤ {goal.goal:g})")

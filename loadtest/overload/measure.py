@@ -7,7 +7,8 @@ the limit, and only the queue is shorter than by default: so many connections as
 have would all find a place in the usual one. How much it reached is told beside what it was asked.
 
 Capacity is what a closed loop reaches in the scene. A scene's members each come once, on a
-connection that is open already, and do not ask again.
+connection that is open already, and do not ask again. After each step every answer of it is
+compared with PostgreSQL; of the closed loops, whose client keeps no answers, the audit alone tells.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from loadtest.bench.measure import STOCK, Bench
 from loadtest.bench.offer import offer
 from loadtest.bench.rig import cpu_s, ready, spawn, tree_cpu_s
 from loadtest.engine import EngineError, stop
+from loadtest.overload.spool import Compared, Spool
 from loadtest.record import Record
 from loadtest.rush import arrivals
 from loadtest.rush.loop import OpenLoop
@@ -103,12 +105,17 @@ class Scene(msgspec.Struct, frozen=True):
 
 
 class Overload(msgspec.Struct, frozen=True):
-    """All of it. ``purchase_us`` is CPU time by process; ``refusal_us`` that of the API alone."""
+    """All of it. ``purchase_us`` is CPU time by process; ``refusal_us`` that of the API alone.
+
+    ``compared`` answers were compared with PostgreSQL; ``audit`` is ``clean``, or what that or the
+    audit of all that was sold has found.
+    """
 
     client: str
     purchase_us: dict[str, float]
     refusal_us: float
     scenes: list[Scene]
+    compared: int
     audit: str
 
 
@@ -119,6 +126,7 @@ class Overloading:
         self.bench = bench
         self.rig = bench.rig
         self.plan = plan
+        self.compared = Compared(bench)
 
     async def run(self) -> Overload:
         """Measure everything. Raises EngineError, OfferError …"""
@@ -136,7 +144,8 @@ class Overloading:
             purchase_us=purchase_us,
             refusal_us=refusal_us,
             scenes=scenes,
-            audit=await self.bench.audit(),
+            compared=self.compared.answers,
+            audit=await self.compared.verdict(),
         )
 
     async def _far(self) -> Scene:
@@ -198,13 +207,13 @@ class Overloading:
         for times in multiples:
             self.bench.note(f"{times:g} × {capacity:,.0f} a second")
             steps.append(await self._step(capacity, times))
-            await self.rig.written(CAMPAIGN)
         return steps
 
     async def _step(self, capacity: float, times: float) -> Step:
         plan, rate = self.plan, capacity * times
         offsets = arrivals.make("poisson", rate, plan.seconds, seed=1)
-        raws = list(self.bench.requests(CAMPAIGN, self.bench.cards(len(offsets))))
+        cards = self.bench.cards(len(offsets))
+        raws, spool = list(self.bench.requests(CAMPAIGN, cards)), Spool(cards)
         warm = min(int(rate * 2) + PROBE_CONNECTIONS, plan.connections)
         bounds = Bounds(
             connections=plan.connections,
@@ -215,7 +224,7 @@ class Overloading:
             retries=0,
             give_up_s=PATIENCE_S,
         )
-        loop = OpenLoop(self.rig.address, offsets, raws.__getitem__, _no_spool, bounds)
+        loop = OpenLoop(self.rig.address, offsets, raws.__getitem__, spool, bounds)
         start = time.monotonic() + bounds.warm_s
         playing = asyncio.create_task(loop.run(start))
         used = asyncio.create_task(self._server_s(start + SETTLE_S, start + plan.seconds))
@@ -228,6 +237,7 @@ class Overloading:
             await asyncio.gather(playing, used, return_exceptions=True)
         record = Record(name=CAMPAIGN, campaign=CAMPAIGN, started_at="", duration_s=0.0)
         fill(record, [summed_up(offsets, tally)])
+        await self.compared.add(CAMPAIGN, spool)
         return _step_of(times, offsets, tally, record, plan.seconds, server_s)
 
     async def _server_s(self, since: float, until: float) -> float:
@@ -289,10 +299,6 @@ def value_at(values: list[float], share: float) -> float:
     """Value that a share of the values stay within; 0.0 for none."""
     ranked = sorted(values)
     return ranked[max(math.ceil(share * len(ranked)) - 1, 0)] if ranked else 0.0
-
-
-def _no_spool(number: int, status: int, replayed: bool, body: bytes, /) -> None:  # noqa: FBT001
-    """Keep no answers: the audit compares the books."""
 
 
 @contextlib.contextmanager

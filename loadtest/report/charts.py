@@ -62,7 +62,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
             "throughput",
             "Throughput",
             "Requests a second: offered by the plan, written, and answered. Answered below offered "
-            "is a queue that grows.",
+            "is a queue that grows. Where the generator was the limit, answers are not told.",
             runs,
             _throughput,
             by_second=True,
@@ -149,7 +149,8 @@ def all_outcomes(record: Record) -> list[str]:
 
 def _throughput(run: Run) -> list[Line]:
     def rate(name: str) -> list[float | None]:
-        return [getattr(second, name) / run.width_s for second in run.seconds]
+        counts = (getattr(second, name) for second in run.seconds)
+        return [None if count is None else count / run.width_s for count in counts]
 
     return [
         ("offered", "#8a8a8a", rate("offered"), "dash"),
@@ -243,7 +244,10 @@ def _outcomes(runs: Sequence[Run]) -> Chart:
                 "type": "bar",
                 "x": [second.t + run.width_s / 2 for second in run.seconds],
                 "y": [
-                    round(second.outcomes.get(name, 0) / run.width_s, 3) for second in run.seconds
+                    None
+                    if second.answered is None
+                    else round(second.outcomes.get(name, 0) / run.width_s, 3)
+                    for second in run.seconds
                 ],
                 "width": run.width_s * 0.96,
                 "name": html.escape(name, quote=False),

@@ -105,6 +105,7 @@ def _head(run: Record, letter: str) -> dict[str, Any]:
         "started_at": run.started_at,
         "duration": f"{measure(run.duration_s)} s",
         "bottleneck": run.bottleneck,
+        "notes": run.notes,
         "verdict": _verdict(run),
         "facts": _facts(run),
     }

@@ -52,6 +52,7 @@ def _merged(start: int, width_s: int, group: list[Second]) -> Second:
     """Sums of counts, and of latencies the highest: percentiles do not add up."""
     if width_s == 1 and len(group) == 1:
         return group[0]
+    answered = [second.answered for second in group if second.answered is not None]
     outcomes: dict[str, int] = {}
     for second in group:
         for name, count in second.outcomes.items():
@@ -60,7 +61,7 @@ def _merged(start: int, width_s: int, group: list[Second]) -> Second:
         t=start,
         offered=sum(second.offered for second in group),
         sent=sum(second.sent for second in group),
-        answered=sum(second.answered for second in group),
+        answered=sum(answered) if answered else None,
         outcomes=outcomes,
         p50_ms=max(second.p50_ms for second in group),
         p95_ms=max(second.p95_ms for second in group),

@@ -165,14 +165,15 @@ def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
 
 def remarks(record: Record) -> list[str]:
     """What a reader must know of a run that counts all the same, a line each."""
+    lines = list(record.notes)
     waited, bound = record.plan.get("waited for a connection", 0), record.plan.get("connections")
-    if not isinstance(waited, int) or waited <= WAITED_SHARE * record.offered:
-        return []
-    line = (
-        f"{waited:,} waits for a connection, all {bound:,} were taken: the server never had more"
-        " requests at once, and the wait counts as latency; raise --connections to press harder"
-    )
-    return [line]
+    if isinstance(waited, int) and waited > WAITED_SHARE * record.offered:
+        lines.append(
+            f"{waited:,} waits for a connection, all {bound:,} were taken: the server never had"
+            " more requests at once, and the wait counts as latency; raise --connections to press"
+            " harder"
+        )
+    return lines
 
 
 def table(record: Record) -> Table:

@@ -5,6 +5,7 @@ where chance is wanted, so that a run can be repeated and nothing is computed wh
 """
 
 import csv
+import itertools
 import math
 import random
 from array import array
@@ -14,6 +15,9 @@ from typing import Final
 
 KINDS: Final = ("constant", "poisson", "release")
 ARRIVALS_MAX: Final = 20_000_000
+STEP_S: Final = 1.0
+"""How long a count lasts that has no other beside it."""
+
 RELEASE_TAIL_SHARE: Final = 0.15
 """How far into a release the rate has fallen to a third, as a share of its whole time."""
 
@@ -55,10 +59,10 @@ def make(kind: str, rate: float, seconds: float, seed: int) -> "array[float]":
 
 
 def recorded(file: Path, seed: int) -> "array[float]":
-    """Read a recording: an offset in seconds a line, or CSV ``t,count`` (members within second t).
+    """Read a recording: an offset in seconds a line, or CSV ``t,count`` (members from second t on).
 
-    Members of a counted second are spread over it by chance. Offsets may stand in any order; the
-    first is moved to 0. Raises ArrivalsError.
+    A count is spread by chance over the time to the next ``t``, the last over as long as the one
+    before it. Rows may stand in any order; the first is moved to 0. Raises ArrivalsError.
     """
     try:
         with file.open(encoding="utf-8", newline="") as stream:
@@ -69,17 +73,23 @@ def recorded(file: Path, seed: int) -> "array[float]":
         raise ArrivalsError(f"arrivals file {file}: {error}") from None
     if rows and rows[0] in (["t", "count"], ["offset_s"]):
         del rows[0]
-    made, rng = array("d"), random.Random(seed)
-    for number, row in enumerate(rows, start=1):
-        made.extend(_row(row, f"arrivals file {file}, row {number}", rng))
-        _check_count(len(made))
-    if not made:
+    told = [
+        _row(row, f"arrivals file {file}, row {number}") for number, row in enumerate(rows, start=1)
+    ]
+    if not any(count for _, count, _ in told):
         raise ArrivalsError(f"arrivals file {file}: nobody comes")
-    first = min(made) if len(rows[0]) == 1 else min(float(row[0]) for row in rows)
-    return array("d", sorted(offset - first for offset in made))
+    _check_count(sum(count for _, count, _ in told))
+    lasts, rng = _lasts([at for at, _, spread in told if spread]), random.Random(seed)
+    first = min(at for at, _, _ in told)
+    made = array("d")
+    for at, count, spread in told:
+        width_s = lasts[at] if spread else 0.0
+        made.extend(at - first + width_s * rng.random() for _ in range(count))
+    return array("d", sorted(made))
 
 
-def _row(row: list[str], where: str, rng: random.Random) -> list[float]:
+def _row(row: list[str], where: str) -> tuple[float, int, bool]:
+    """Moment, how many, and whether they are spread over a time."""
     try:
         at = float(row[0])
         count = int(row[1]) if len(row) == 2 else 1
@@ -87,8 +97,15 @@ def _row(row: list[str], where: str, rng: random.Random) -> list[float]:
         raise ArrivalsError(f"{where}: {','.join(row)!r} is no offset and no t,count") from None
     if len(row) > 2 or not math.isfinite(at) or count < 0:
         raise ArrivalsError(f"{where}: {','.join(row)!r} is no offset and no t,count")
-    _check_count(count)
-    return [at] if len(row) == 1 else [at + rng.random() for _ in range(count)]
+    return at, count, len(row) == 2
+
+
+def _lasts(moments: list[float]) -> dict[float, float]:
+    """How long each counted step lasts: to the next one, the last as long as the one before it."""
+    steps = sorted(set(moments))
+    widths = [after - before for before, after in itertools.pairwise(steps)]
+    widths.append(widths[-1] if widths else STEP_S)
+    return dict(zip(steps, widths, strict=False))
 
 
 def _poisson(rng: random.Random, rate: float, seconds: float) -> Iterator[float]:

@@ -385,6 +385,8 @@ class OpenLoop:
             now = moment - self._start
             if now > 0:
                 self.tally.lags.append(moment - due)
+            else:  # nothing is asked yet: its seconds begin with the first
+                looked, cpu = moment, time.process_time()
             due = max(due + BEAT_S, moment)
             if moment - looked >= 1.0:
                 used = time.process_time()

@@ -10,7 +10,10 @@ A run is refused as a measure of the server where the generator itself was the l
 - *not sent*: more than ``UNSENT_SHARE`` of the members never found a connection within the queue
   and patience that they were given: the offered load was not offered.
 
-Then latencies and the achieved rate are left out of the record, and ``bottleneck`` says why.
+Then no rate and no latency is left in the record, and ``bottleneck`` says why.
+
+What falls short of that is told in ``notes``: lateness that is more than ``LATE_TOLD`` of the
+latency at p99, and a run too short for the second test.
 
 Members that waited because all ``--connections`` were taken are no such case: they waited for the
 server, and their latency counts. It is told (``waited for a connection``), because the server never
@@ -27,12 +30,13 @@ from typing import Final
 from hdrh.histogram import HdrHistogram
 
 from loadtest.latency import at_share, new_histogram, percentiles
-from loadtest.record import Record, Second
+from loadtest.record import Record, Second, withhold
 from loadtest.rush.tally import NO_ANSWER, NOT_SENT
 from loadtest.rush.worker import Part
 
 LATE_MS: Final = 3.0
 LATE_SHARE: Final = 0.4
+LATE_TOLD: Final = 0.1
 BUSY_CPU: Final = 0.95
 BUSY_SHARE: Final = 0.1
 BUSY_LEAST: Final = 2
@@ -50,7 +54,7 @@ class Member:
 
 
 def fill(record: Record, parts: Sequence[Part]) -> None:
-    """Put what the processes counted into a record: counts, seconds, latencies, ``bottleneck``."""
+    """Put what the processes counted into a record: counts, seconds, latencies, the judgement."""
     everything = _added(part.latency for part in parts)
     sold = _added(part.latency_sold for part in parts)
     record.seconds = _seconds(parts)
@@ -61,13 +65,13 @@ def fill(record: Record, parts: Sequence[Part]) -> None:
         record.outcomes = dict(Counter(record.outcomes) + Counter(second.outcomes))
     record.duration_s = max(part.duration_s for part in parts)
     record.plan |= _own_figures(parts, record)
-    late_ms = record.plan["generator lateness p99 ms"]
+    late_ms = float(record.plan["generator lateness p99 ms"])
     p99_ms = everything.get_value_at_percentile(99) / 1e3
-    record.bottleneck = _bottleneck(record, parts, float(late_ms), p99_ms)
+    record.bottleneck = _bottleneck(record, parts, late_ms, p99_ms)
     if record.bottleneck:
-        for second in record.seconds:
-            second.p50_ms = second.p95_ms = second.p99_ms = second.max_ms = 0.0
+        withhold(record)
         return
+    record.notes = _notes(parts, late_ms, p99_ms)
     record.latency, record.latency_sold = percentiles(everything), percentiles(sold)
     told = record.offered - record.outcomes.get(NO_ANSWER, 0) - record.outcomes.get(NOT_SENT, 0)
     record.achieved_rate = told / record.duration_s
@@ -93,6 +97,19 @@ def _bottleneck(record: Record, parts: Sequence[Part], late_ms: float, p99_ms: f
             " offer less, give it a core of its own, or run it again on a quieter host"
         )
     return ""
+
+
+def _notes(parts: Sequence[Part], late_ms: float, p99_ms: float) -> list[str]:
+    notes = []
+    if late_ms > LATE_TOLD * p99_ms:
+        notes.append(
+            f"the generator's own lateness may be {late_ms:.1f} of the {p99_ms:.1f} ms at p99"
+        )
+    if min(len(part.cpu) for part in parts) < BUSY_LEAST:
+        notes.append(
+            "too short to see whether the generator was short of CPU: only its lateness was judged"
+        )
+    return notes
 
 
 def _own_figures(parts: Sequence[Part], record: Record) -> dict[str, str | int | float]:

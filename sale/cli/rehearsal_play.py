@@ -35,6 +35,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     cards: int
     rate: float
     seconds: float
+    arrivals: str
     target: str
     out: Path | None
     keep: bool
@@ -149,7 +150,8 @@ def _options(
     """Options of the generator, for a file: everybody on this host sees a command line."""
     options = [
         *("--target", _url(plan.target), "--campaign", identifier, "--tokens", str(tokens)),
-        *("--rate", f"{plan.rate:g}", "--seconds", f"{plan.seconds:g}", "--arrivals", "poisson"),
+        *("--rate", f"{plan.rate:g}", "--seconds", f"{plan.seconds:g}"),
+        *("--arrivals", plan.arrivals),
         *("--quantity", "0", "--alone", "--at-opening", "--anywhere"),
         *("--processes", str(plan.processes), "--ledger-within", str(LEDGER_WITHIN_S)),
         *("--name", f"rehearsal of {plan.of}", "--out", str(out)),

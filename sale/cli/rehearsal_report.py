@@ -22,8 +22,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     ``clean``: the generator compared every answer with the books, nothing was wrong, and the audit
     of the rehearsal and of the real campaign has no finding. ``bottleneck`` says why the generator
-    was the limit, or is ''. ``real_untouched`` is false where the real campaign has had an event
-    meanwhile, be it an operator's. ``purged``: its data is gone.
+    was the limit, or is ''; ``notes`` what else must be known of its figures. ``real_untouched`` is
+    false where the real campaign has had an event meanwhile, be it an operator's. ``purged``: its
+    data is gone.
     """
 
     rehearsal: str
@@ -36,6 +37,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int] = {}
     latency_ms: dict[str, float] = {}
     bottleneck: str = ""
+    notes: list[str] = []
     orders: int = 0
     tickets: int = 0
     findings: list[str] = []
@@ -88,6 +90,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             outcomes=record.outcomes,
             latency_ms=_latency(record.latency),
             bottleneck=record.bottleneck,
+            notes=record.notes,
             orders=proof.orders if proof else 0,
             tickets=proof.tickets if proof else 0,
             findings=findings,
@@ -112,6 +115,7 @@ def show(outcome: Outcome) -> None:
             ("members", f"{outcome.offered:,} ({rates})"),
             ("latency", latency or "not told"),
             ("generator", outcome.bottleneck or "kept up"),
+            *(("note", note) for note in outcome.notes),
             ("orders", f"{outcome.orders:,} with {outcome.tickets:,} tickets"),
             ("audit", "clean" if outcome.audit_clean else "NOT CLEAN"),
             (
@@ -156,6 +160,7 @@ class _Record(msgspec.Struct):
     outcomes: dict[str, int] = {}
     latency: list[_Percentile] = []
     bottleneck: str = ""
+    notes: list[str] = []
     proof: _Proof | None = None
     not_proved: str = ""
 

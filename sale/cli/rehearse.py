@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from sale.stock.catalogue import CampaignNow
 
 CARDS_MAX: Final = 1_000_000
+ARRIVALS: Final = {
+    "release": "half of them in the first tenth of it",
+    "poisson": "by chance all along",
+    "constant": "evenly",
+}
+"""How they come, as the load generator names it, and in words."""
+
 RUSH_S: Final = 10.0
 """All cards within so long, unless told otherwise: the first seconds are what a release is."""
 SECONDS_MAX: Final = 3_600.0
@@ -30,10 +37,19 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 @click.argument("campaign_id", metavar="[CAMPAIGN]", required=False)
 @click.option("--cards", type=click.IntRange(1, CARDS_MAX), help="How many made-up cards ask.")
 @click.option(
-    "--rate", type=click.FloatRange(0.1, 1e6), help="Members a second (default: cards / 10)."
+    "--rate",
+    type=click.FloatRange(0.1, 1e6),
+    help="Members a second, the mean (default: cards / 10).",
 )
 @click.option(
     "--seconds", type=click.FloatRange(1, SECONDS_MAX), help="How long (default: cards / rate)."
+)
+@click.option(
+    "--arrivals",
+    type=click.Choice(list(ARRIVALS)),
+    default="release",
+    show_default=True,
+    help="How they come from the opening on: a crowd and a long tail, by chance, or evenly.",
 )
 @click.option(
     "--opens-in",
@@ -70,6 +86,7 @@ def rehearse(
     cards: int | None,
     rate: float | None,
     seconds: float | None,
+    arrivals: str,
     opens_in: float,
     processes: int,
     target: str | None,
@@ -95,6 +112,7 @@ def rehearse(
         cards=cards,
         rate=rate,
         seconds=seconds or min(max(cards / rate, 1.0), SECONDS_MAX),
+        arrivals=arrivals,
         target=target or _address(context),
         out=out,
         keep=keep,
@@ -153,7 +171,8 @@ def _say_effect(plan: Plan, original: "CampaignNow") -> None:
     keeps = "its data stays until sale rehearse --purge" if plan.keep else "its data is removed"
     showings = "1 showing" if len(campaign.showings) == 1 else f"{len(campaign.showings)} showings"
     copy = f"{showings}, {tickets:,} tickets, {campaign.card_limit} a card"
-    rush = f"{plan.rate:,.0f} members a second for {plan.seconds:,.0f} s"
+    members = f"{max(plan.rate * plan.seconds, 1):,.0f} members in {plan.seconds:,.0f} s"
+    rush = f"{members}, {ARRIVALS[plan.arrivals]}"
     for name, what in (
         ("copy", f"{copy}; in no list; the real one's stock is not touched"),
         ("buyers", f"{plan.cards:,} made-up cards, who buy nothing else; no real card buys here"),

@@ -83,6 +83,11 @@ class Wire(asyncio.Protocol):
                 for _ in range(2):
                     await asyncio.sleep(0)
 
+    def end(self) -> None:
+        """Send no more, and read on."""
+        if not self.closed.is_set():
+            self.transport.write_eof()
+
     async def answers(self, count: int) -> Told:
         """Wait until there are so many final answers, or the connection is closed."""
         ends_at = time.monotonic() + ANSWER_WITHIN_S

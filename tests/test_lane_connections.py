@@ -5,73 +5,26 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
+from fuzz_lane.properties import Counter
+from fuzz_lane.properties import Wire as FuzzWire
 from lane_client import Told, Wire, until
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from lane_rig import TIME, WISH, Member, Side, World, shorter
 
 from sale.api import aiohttp_handler
+from sale.api import lane as lane_module
 from sale.api.aiohttp_handler import Handler
-from sale.api.lane import HELD_MAX, Connection
+from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
 
 READ_MAX = 256 * 1024
 """What an event loop reads at once."""
 
 PAGE = TIME.replace(b"/api/v1/time", b"/openapi.json")
-
-
-@pytest.mark.parametrize("fast_lane", [True, False])
-def test_given_a_client_that_closes_its_half_then_it_is_told_rightly_or_not_at_all(
-    world: World, fast_lane: bool
-) -> None:
-    async def judge() -> None:
-        async with world.side(fast_lane=fast_lane) as side:
-            for times in range(10):
-                member = world.member()
-                bought, asked_late = member.buy(Idempotency_Key=b"one"), member.buy("sold-out")
-                for raw, status in (
-                    (bought, "201 Created"),
-                    (asked_late, "409 Conflict"),
-                    (TIME, "200 OK"),
-                ):
-                    async with side.wire() as wire:
-                        await wire.send(raw, raw) if times % 2 else await wire.send(raw)
-                        wire.transport.write_eof()
-                        told = await wire.until_closed()
-                        assert {each.status for each in told.answers} <= {f"HTTP/1.1 {status}"}
-                        assert len(told.answers) <= 1 + times % 2
-                        assert not told.rest
-                (again,) = (await side.ask(bought)).answers[:1]
-                assert again.status == "HTTP/1.1 201 Created"
-                assert await side.orders_of(member) == 1
-
-    world.run(judge())
-
-
-@BOTH_LOOPS
-def test_given_a_client_that_leaves_during_its_purchase_then_the_order_stands(world: World) -> None:
-    async def judge() -> None:
-        async with world.side(fast_lane=True) as side:
-            members = [world.member() for _ in range(20)]
-            wishes = [member.buy(Idempotency_Key=b"one") for member in members]
-            wires = [await side.connect() for _ in wishes]
-            with world.service.stopped("redis"):
-                for wire, wish in zip(wires, wishes, strict=True):
-                    wire.transport.write(wish)
-                await until(lambda: sum(each.busy for each in side.lane.connections) == 20)
-                for wire in wires:
-                    wire.transport.abort()
-                await until(lambda: not side.lane.connections)
-            for wish, member in zip(wishes, members, strict=True):
-                told = (await side.ask(wish)).answers[0]
-                assert told.status == "HTTP/1.1 201 Created"
-                assert told.body["card_remaining"] == 2
-                assert await side.orders_of(member) == 1
-
-    world.run(judge())
 
 
 def _numbered(member: Member, number: int, *, mixed: bool = True) -> bytes:
@@ -138,6 +91,105 @@ def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: 
             assert told.statuses == [201] + [400] * 1_200
 
     world.run(judge())
+
+
+@BOTH_LOOPS
+def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_a_request_waits(
+    world: World,
+) -> None:
+    bound, whole, half = 100_000, 100, 50
+
+    async def judge() -> None:
+        async with world.side(fast_lane=True) as side, contextlib.AsyncExitStack() as stack:
+
+            async def connected() -> tuple[Wire, Connection]:
+                known = set(side.lane.connections)
+                wire = await stack.enter_async_context(side.wire())
+                await until(lambda: len(side.lane.connections) > len(known))
+                (connection,) = side.lane.connections - known
+                return wire, connection
+
+            async def brings(connection: Connection, wire: Wire, *sent: bytes) -> int:
+                before = len(connection._held)
+                wire.transport.write(b"".join(sent))
+                if connection._transport.is_reading():
+                    await until(lambda: len(connection._held) > before)
+                await asyncio.sleep(0.05)
+                assert side.lane.held == sum(len(each._held) for each in side.lane.connections)
+                return len(connection._held) - before
+
+            fat = [await connected() for _ in range(5)]
+            with world.service.stopped("redis"):
+                sizes, rests = [], []
+                for wire, each in fat:
+                    rest = [_numbered(world.member(), number) for number in range(whole)]
+                    rests.append(b"".join(rest[half:]))
+                    sizes.append(await brings(each, wire, world.member().buy(), *rest[:half]))
+                assert all(HELD_FREELY < size < bound / 3 for size in sizes)
+                over = [sum(sizes[: number + 1]) > bound for number in range(5)]
+                assert [each._reading_paused for _, each in fat] == over
+                for (wire, each), rest, waits in zip(fat, rests, over, strict=True):
+                    assert await brings(each, wire, rest) == (0 if waits else len(rest))
+                    assert each._reading_paused
+                # Who holds a request or two is read on, and given back what it held when it goes.
+                wire, small = await connected()
+                held = side.lane.held
+                assert await brings(small, wire, world.member().buy(), TIME)
+                assert await brings(small, wire, TIME) == len(TIME)
+                assert not small._reading_paused
+                wire.transport.abort()
+                # So is who waits for the rest of its own body: when there is room.
+                late = world.member().buy("sold-out", WISH.ljust(16_000))
+                bodies = [await connected() for _ in range(4)]
+                for wire, each in bodies:
+                    assert await brings(each, wire, late[:9_000])
+                    assert each._reading_paused
+                assert side.lane.held <= bound + len(fat) * (len(rests[0]) + HELD_FREELY) + 36_000
+                assert side.lane.unread.keys() == {each for _, each in fat + bodies}
+                assert side.lane.held > held
+            for wire, _ in fat:
+                assert (await wire.answers(1 + whole)).statuses == [201] + [400] * whole
+            for wire, _ in bodies[1:]:  # the first of them brings nothing
+                wire.transport.write(late[9_000:])
+                assert (await wire.answers(1)).statuses == [409]
+            wire, first = bodies[0]
+            await until(lambda: side.lane.held == len(first._held) == 9_000)
+            wire.transport.abort()
+            await until(lambda: first not in side.lane.connections)
+            assert (side.lane.held, side.lane.unread) == (0, {})
+            assert all(each._transport.is_reading() for each in side.lane.connections)
+
+    with mock.patch.object(lane_module, "HELD_BY_ALL_MAX", bound):
+        world.run(judge())
+
+
+class _NeverRead(FuzzWire):
+    """A transport whose client takes nothing any more: closing it waits for ever."""
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        asyncio.get_running_loop().call_soon(self._connection.connection_lost, None)
+
+
+async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_ends_in_time() -> (
+    None
+):
+    """Without an end the next move were ours, and no deadline would run."""
+    counter = Counter(None)
+    server = web.Server(counter.serve)  # type: ignore[arg-type]
+    with shorter(UNREAD_WITHIN_S=0.05):
+        lane = Lane(counter, server)  # type: ignore[arg-type]
+        try:
+            connection = Connection(lane)
+            connection.connection_made(_NeverRead(connection, full=False))
+            connection.data_received(TIME[:-2] + b"Content-Length: 9\r\n\r\nabc")
+            connection.eof_received()
+            await until(lambda: connection.lost, 2)
+        finally:
+            await lane.close()
+            await server.shutdown(0)
 
 
 def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> None:
@@ -316,12 +368,13 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
 ):
     """The private state that ``aiohttp_handler`` reads: its names, and what they mean."""
     source = inspect.getsource(aiohttp_handler)
-    ours = set(Handler.__slots__)
+    overridden = {"_pause_transport_reading", "_resume_transport_reading"} & vars(Handler).keys()
+    ours = {*Handler.__slots__, *(name for name in vars(Handler) if name[:2] != "__")} - overridden
     theirs = {*web.RequestHandler.__slots__, *BaseProtocol.__slots__}
     used = set(re.findall(r"self\.(_\w+)", source)) - ours
-    assert {"_waiter", "_messages", "_request_in_progress"} <= used
-    overridden = {"_pause_transport_reading", "_resume_transport_reading"} & vars(Handler).keys()
+    assert {"_waiter", "_messages", "_request_in_progress", "_message_tail"} <= used
     assert all(name in theirs or hasattr(web.RequestHandler, name) for name in used | overridden)
+    assert not any(name in theirs for name in ours)
 
     begun, go_on, told = asyncio.Event(), asyncio.Event(), list[tuple[bool, bool]]()
 

@@ -1,8 +1,12 @@
 """aiohttp's side of a connection: its own refusals are problem documents, and it can be drained.
 
 It stands alone where the fast lane is off, and inside a ``lane.Connection`` where it is on. This is
-the one module that leans on aiohttp's private state (what ``busy`` and ``idle`` look at);
-``tests/test_lane.py`` fails where a new version has changed it, and the version is pinned.
+the one module that leans on aiohttp's private state (what ``busy``, ``idle`` and ``_end`` look at);
+``tests/test_lane_connections.py`` fails where a new version has changed it, and the version is
+pinned.
+
+aiohttp by itself closes a connection at the client's end of file, and whoever shuts down only the
+sending side gets no answer. Ours answers what came whole, and closes then.
 """
 
 import asyncio
@@ -11,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, cast
 
 from aiohttp import web
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from sale.api.lane_wire import rendered
 from sale.api.problems import problem_answer, problem_response
@@ -18,6 +23,8 @@ from sale.domain import Problem, Refused
 from sale.usecases.admission import Admission
 
 KEEPALIVE_TIMEOUT_S: Final = 75.0
+ENDED_WITHIN_S: Final = 75.0
+"""How long a client that sends no more may wait for its answers, and take to read them."""
 
 
 class Handler(web.RequestHandler):
@@ -30,7 +37,9 @@ class Handler(web.RequestHandler):
     connection where this handler alone has it; beyond the bound it is closed at once.
     """
 
-    __slots__ = ("_admission", "_answered", "_draining", "_reading")
+    __slots__ = (
+        "_admission", "_answered", "_body", "_draining", "_end_by", "_ended", "_reading",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -52,6 +61,10 @@ class Handler(web.RequestHandler):
         self._answered = answered
         self._reading = reading
         self._admission = admission
+        self._body: StreamReader = EMPTY_PAYLOAD
+        """That of the request that came last."""
+        self._ended = False
+        self._end_by: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many."""
@@ -71,7 +84,46 @@ class Handler(web.RequestHandler):
         if self._admission is not None:
             self._admission.release_connection()
             self._admission = None
+        if self._end_by is not None:
+            self._end_by.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has come; whether its last body is whole is asked at the end."""
+        super().data_received(data)
+        self._keep_body()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp never keeps it open
+        """Answer what has come whole, then close: the client sends no more, and may still read.
+
+        Who has left altogether looks the same; the answer then goes nowhere.
+        """
+        self._ended = True
+        self._end()
+        transport = self.transport
+        if transport is not None and self._answered is None and self._end_by is None:
+            self._end_by = self._loop.call_later(ENDED_WITHIN_S, transport.abort)
+        return transport is not None
+
+    def _keep_body(self) -> None:
+        if self._messages:
+            self._body = self._messages[-1][1]
+
+    def _end(self) -> None:
+        """Close, unless a request that is whole has still to begin: behind its answer then."""
+        self._keep_body()
+        waiting = len(self._messages)
+        cut_off = not self._body.is_eof() and self._body.exception() is None
+        if waiting > cut_off or self._message_tail:
+            return
+        # aiohttp waits for nothing, and has taken up what came: the last of that is under way.
+        begun = self._waiter is None and self._request_count > waiting
+        if begun and waiting == cut_off:
+            self.close()  # when that is answered
+            return
+        if cut_off:
+            self._body.set_exception(web.RequestPayloadError("the client sends no more"))
+        self.force_close()
 
     def _pause_transport_reading(self) -> None:
         if self._reading is None:
@@ -102,8 +154,18 @@ class Handler(web.RequestHandler):
         """Send an answer; while draining, it is this connection's last."""
         if self._draining():
             resp.force_close()
-        sending = super().finish_response(request, resp, start_time)
-        return sending if self._answered is None else _then(sending, self._answered)
+        return self._then(super().finish_response(request, resp, start_time))
+
+    async def _then(
+        self, sending: Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
+    ) -> tuple[web.StreamResponse, bool]:
+        sent = await sending
+        self._keep_body()  # what came behind an upgrade is parsed by now
+        if self._answered is not None:
+            self._answered()
+        if self._ended:
+            self._end()
+        return sent
 
     def handle_error(
         self,
@@ -118,11 +180,3 @@ class Handler(web.RequestHandler):
         response = problem_response(Refused(problem, "this is not a request that can be read"))
         response.force_close()
         return response
-
-
-async def _then(
-    sending: Coroutine[Any, Any, tuple[web.StreamResponse, bool]], answered: Callable[[], None]
-) -> tuple[web.StreamResponse, bool]:
-    sent = await sending
-    answered()
-    return sent

@@ -16,7 +16,12 @@ built so, and what was rejected, stands in ADR 0012.
 Bounds of a connection: ``HEAD_MAX`` bytes of a head and ``HEAD_WITHIN_S`` for it to come whole,
 ``BODY_MAX`` and ``BODY_WITHIN_S`` for a purchase's body, one purchase under way or among the crowd
 (``lane_crowd.py``), ``HELD_MAX`` bytes that wait behind it, ``KEEPALIVE_S`` between requests,
-``UNREAD_WITHIN_S`` for a client that does not read its answers.
+``UNREAD_WITHIN_S`` for a client that does not read its answers. All of them together hold about
+``HELD_BY_ALL_MAX``.
+
+A client that shuts down its sending side gets the answers to all that it sent whole; then its
+connection is closed. One that has left looks the same until it is written to. So what it has under
+way is answered, but out of the crowd, where nothing is done for it yet, it is refused at once.
 """
 
 import asyncio
@@ -46,13 +51,22 @@ from sale.api.routing import refused_by
 from sale.bootstrap import Engine
 from sale.domain import Campaign, Problem, Refused
 from sale.stock.batcher import Answer, Purchase
-from sale.usecases.admission import RETRY_MAX_S, TURN
+from sale.usecases.admission import LATE, RETRY_MAX_S, TURN
 from sale.usecases.client_address import first_of
 from sale.usecases.orders import key_hash
 from sale.usecases.purchase import Checked
 from sale.usecases.rate_limits import TooFast
 
 HELD_MAX: Final = 64 * 1024
+HELD_BY_ALL_MAX: Final = 64 * 1024 * 1024
+"""Bytes that wait on all connections of a process, beyond which none that holds more than
+``HELD_FREELY`` is read on. A thousand that hold their most are this many, and 50,000 that hold a
+purchase or two are fewer; 50,000 that hold their most would be 3 GB. What each brings by its last
+read comes on top."""
+
+HELD_FREELY: Final = 8 * 1024
+"""More than any one purchase has."""
+
 HEAD_WITHIN_S: Final = 10.0
 KEEPALIVE_S: Final = 75.0
 UNREAD_WITHIN_S: Final = 30.0
@@ -80,6 +94,11 @@ class Lane:
         self.heads = HeadReader()
         self.connections: set[Connection] = set()
         self.draining = False
+        self.held = 0
+        """Bytes that wait on all connections."""
+        self.unread: dict[Connection, None] = {}
+        """Those that are not read on because all together hold too much, in their order."""
+        self._reads_on = False
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
         self._outbox: list[tuple[Connection, bytes]] = []
@@ -123,6 +142,22 @@ class Lane:
             except Exception:
                 log.exception("connection.not_answered")
 
+    def hold(self, more: int) -> None:
+        """Count bytes that wait on a connection, or no longer do."""
+        self.held += more
+        if self.unread and not self._reads_on and self.held < HELD_BY_ALL_MAX:
+            self._reads_on = True
+            self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        """Let some be read on; the others when it is known what these bring."""
+        self._reads_on = False
+        room = HELD_BY_ALL_MAX - self.held
+        while self.unread and room > 0:
+            next(iter(self.unread)).bound_what_is_held()
+            room -= HELD_MAX
+        self.hold(0)
+
     def drain(self) -> None:
         """Make each answer its connection's last from now on, and let nobody stand any longer."""
         self.draining = self.crowd.emptying = True
@@ -161,9 +196,10 @@ class Connection(asyncio.Protocol):
     """One connection: cuts requests, serves purchases, lends the rest to aiohttp."""
 
     __slots__ = (
-        "_admitted", "_answered", "_awaited", "_for_good", "_held", "_inner", "_inner_full",
-        "_inner_left", "_lane", "_lent", "_looks", "_reading_paused", "_shape",
-        "_stands", "_transport", "_unended", "_writing_paused", "deadline", "purchase",
+        "_admitted", "_answered", "_awaited", "_counted", "_ended", "_for_good", "_held", "_inner",
+        "_inner_full", "_inner_left", "_lane", "_lent", "_looks", "_reading_paused", "_shape",
+        "_stands", "_transport", "_unended", "_unsettled", "_writing_paused", "deadline",
+        "purchase",
     )  # fmt: skip
 
     def __init__(self, lane: Lane) -> None:
@@ -172,6 +208,8 @@ class Connection(asyncio.Protocol):
         self.deadline = NEVER
         """When it has waited too long, by the lane's clock; NEVER while the next move is ours."""
         self._held = b""
+        self._counted = 0
+        """How much of it the lane's sum has."""
         self._awaited: tuple[Campaign, Head] | None = None
         self.purchase: Purchase | None = None
         """The one that is under way."""
@@ -183,7 +221,9 @@ class Connection(asyncio.Protocol):
         self._looks = 0
         self._lent = self._answered = self._for_good = False
         self._reading_paused = self._writing_paused = self._stands = False
-        self._admitted = False
+        self._admitted = self._ended = False
+        self._unsettled = False
+        """Whether there is more to do when all is served: to count, to read on, or to close."""
 
     @property
     def lost(self) -> bool:
@@ -215,6 +255,7 @@ class Connection(asyncio.Protocol):
         """End. A purchase that is under way goes on: its order stands (HOLES.md row 23)."""
         self._transport = None
         self._held = b""
+        self.bound_what_is_held()
         if self._admitted:
             self._lane.connections.discard(self)
             self._lane.admission.release_connection()
@@ -252,6 +293,17 @@ class Connection(asyncio.Protocol):
             self._stand(time.monotonic())
         elif self._awaited is None or len(self._held) >= self._awaited[1].whole:
             self._advance()
+        else:
+            self.bound_what_is_held()
+
+    def eof_received(self) -> bool:
+        """Serve what has come whole, then close; the transport is to stay open until then."""
+        if not self._ended:
+            self._ended = self._unsettled = True
+            if self._stands and not self._lane.draining:
+                self._leave_the_crowd()
+            self._advance()
+        return True
 
     # The way of a request.
 
@@ -289,8 +341,8 @@ class Connection(asyncio.Protocol):
                     self._turn_away(campaign, lane.admission.refuse(reason, now))
                 else:
                     self._buy(campaign, head, held[head.end : whole], asked_at, now)
-        if self._reading_paused or self._inner_full or len(self._held) > HELD_MAX:
-            self._bound_what_is_held()
+        if self._held or self._unsettled:
+            self._settle()
 
     def _look(self, held: bytes) -> Head | None:
         """Read a head that is not of the usual shape.
@@ -315,7 +367,7 @@ class Connection(asyncio.Protocol):
 
     def _stands_rather(self, reason: str, now: float) -> bool:
         """Whether to stand among the crowd rather than be refused now; then it does."""
-        if reason != TURN and self._lane.admission.may_refuse(now):
+        if self._ended or (reason != TURN and self._lane.admission.may_refuse(now)):
             return False
         self._awaited = None
         self._stand(now)
@@ -325,14 +377,25 @@ class Connection(asyncio.Protocol):
         """Wait among the crowd; what else comes here waits behind it."""
         self._stands = True
         self.deadline = NEVER
-        self._bound_what_is_held()
+        self.bound_what_is_held()
         self._lane.crowd.join(self, now)
+
+    def _leave_the_crowd(self) -> None:
+        """Be refused: most who send no more while they stand have left, and would be sold to."""
+        self._stands = False
+        held, lane = self._held, self._lane
+        head = self._shape.read(held) or self._look(held)
+        if head is None or head.whole > min(len(held), head.end + BODY_MAX):
+            return
+        campaign = lane.known(head.campaign_id)
+        if campaign is not None:
+            self._held = held[head.whole :]
+            self._turn_away(campaign, lane.admission.refuse(LATE, time.monotonic()))
 
     def called(self, since: float) -> None:
         """Be looked at, and either queued or refused; it has stood ``since`` then."""
         self._stands = False
         if self._transport is None:
-            self._held = b""
             return
         if not self._writing_paused:
             self.deadline = self._lane.now + KEEPALIVE_S
@@ -388,7 +451,7 @@ class Connection(asyncio.Protocol):
         """Send the answer to the purchase that is under way; what waits behind it comes next."""
         self.purchase = None
         self._answer(wire, last=self._lane.draining)
-        if self._held:
+        if self._held or self._ended:
             self._lane.loop.call_soon(self._advance)
 
     def _refuse(
@@ -440,8 +503,8 @@ class Connection(asyncio.Protocol):
         self._for_good, self._awaited = True, None
         self.deadline = self._lane.now + HEAD_WITHIN_S
         inner = self._with_inner()
-        self._bound_what_is_held()
         inner.data_received(part)
+        self.bound_what_is_held()
         self._bound_what_does_not_end(inner, len(part))
 
     def _with_inner(self) -> Handler:
@@ -463,25 +526,60 @@ class Connection(asyncio.Protocol):
         self._answered = True
         if not self._writing_paused:
             self.deadline = self._lane.now + KEEPALIVE_S
-        if self._held:
+        if self._held or self._ended:
             self._lane.loop.call_soon(self._advance)
 
     def _inner_reads(self, on: bool) -> None:  # noqa: FBT001 - aiohttp's handler calls it
         self._inner_full = not on
-        self._bound_what_is_held()
+        self.bound_what_is_held()
+        if on and self._ended:
+            self._lane.loop.call_soon(self._advance)
+
+    def _settle(self) -> None:
+        """See to what is held when no more of it can be served now, and to the end."""
+        self.bound_what_is_held()
+        if self._ended:
+            self._end()
+
+    def _end(self) -> None:
+        """Close, if nothing that came whole is left to serve: the client sends no more."""
+        transport = self._transport
+        if self._ready() and transport is not None:
+            if self._held and self._awaited is None:
+                self._hand_over()  # half a head: aiohttp may know already that it will be none
+            else:
+                transport.close()
+        inner = self._inner
+        if inner is not None and (self._for_good or self._inner_left) and not self._inner_full:
+            inner.eof_received()
+        if transport is not None and transport.is_closing():
+            self.deadline = self._lane.now + UNREAD_WITHIN_S
 
     # Bounds.
 
-    def _bound_what_is_held(self) -> None:
-        """Read no more while too much waits behind a request that is under way."""
-        paused = self._inner_full or len(self._held) > HELD_MAX
-        if paused == self._reading_paused or self._transport is None:
+    def bound_what_is_held(self) -> None:
+        """Read no more while too much waits behind a request that is under way, or in all."""
+        lane, held = self._lane, len(self._held)
+        if held != self._counted:
+            more, self._counted = held - self._counted, held
+            lane.hold(more)
+        transport = self._transport
+        if transport is None or self._ended:  # there is nothing more to read
+            lane.unread.pop(self, None)
             return
-        self._reading_paused = paused
-        if paused:
-            self._transport.pause_reading()
-        else:
-            self._transport.resume_reading()
+        much = held > HELD_FREELY and lane.held > HELD_BY_ALL_MAX
+        if much:
+            lane.unread[self] = None
+        elif lane.unread:
+            lane.unread.pop(self, None)
+        paused = much or self._inner_full or held > HELD_MAX
+        self._unsettled = paused or held > 0
+        if paused != self._reading_paused:
+            self._reading_paused = paused
+            if paused:
+                transport.pause_reading()
+            else:
+                transport.resume_reading()
 
     def _bound_what_does_not_end(self, inner: Handler, length: int) -> None:
         """End what sends a head without an end: aiohttp bounds its lines, and takes many."""

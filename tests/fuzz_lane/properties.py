@@ -247,19 +247,22 @@ async def check_connection(
     pieces: list[bytes],
     *,
     full: bool,
+    ends: bool,
     rush: int | None = None,
     held_max: int = lane_module.HELD_MAX,
+    held_by_all_max: int = lane_module.HELD_BY_ALL_MAX,
 ) -> None:
     """A connection serves exactly the requests that aiohttp's parser sees, each once, in order.
 
-    It never reads on while more than ``held_max`` waits. In a ``rush`` some are refused.
+    It never reads on while more than ``held_max`` waits, nor ``held_by_all_max`` on all. In a
+    ``rush`` some are refused. Where the client ``ends``, it is served all the same, then closed.
     """
     loop = asyncio.get_running_loop()
     troubles: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, trouble: troubles.append(trouble))
     data = b"".join(pieces)
     wanted, refused = oracle(loop, data)
-    counter = Counter(rush)
+    counter, ended = Counter(rush), False
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     crowd = mock.patch.multiple(lane_crowd, CALL_S=0.0002, STAND_S=0.001)
     with (
@@ -271,6 +274,8 @@ async def check_connection(
             check_media_type=lambda _: None,
             INNER_PAUSE_S=0,
             HELD_MAX=held_max,
+            HELD_BY_ALL_MAX=held_by_all_max,
+            HELD_FREELY=0,
         ),
         mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0),
     ):
@@ -282,15 +287,21 @@ async def check_connection(
         for number, piece in enumerate(pieces):
             if not await _reads(wire, connection):
                 break
-            assert len(connection._held) <= held_max, "it reads on"
+            assert len(connection._held) <= min(held_max, held_by_all_max), "it reads on"
             connection.data_received(piece)
+            assert lane.held == len(connection._held), "what it holds is counted"
             if number % 3:
                 await asyncio.sleep(0)
+        else:
+            if ended := ends and await _reads(wire, connection):
+                assert connection.eof_received(), "what is under way is still to be written"
         await _quiet(counter, wire, lane)
         answers = len(ANSWERED.findall(wire.written))
         closed, held = wire.closing, connection._held
+        assert closed or not ended, "nothing else would ever close it"
         wire.close()
         await asyncio.sleep(0)
+        assert (lane.held, lane.unread) == (0, {})
         await lane.close()
         await server.shutdown(0)
         await asyncio.sleep(0)
@@ -375,20 +386,25 @@ def properties(runner: asyncio.Runner, examples: int, seed: int) -> list[Callabl
 
     @seeded(seed)
     @how
-    @given(data=STREAMS, cuts=CUTS, full=st.booleans())
-    def connections(data: bytes, cuts: list[float] | int, full: bool) -> None:
-        runner.run(check_connection(pieces_of(data, cuts), full=full))
+    @given(data=STREAMS, cuts=CUTS, full=st.booleans(), ends=st.booleans())
+    def connections(data: bytes, cuts: list[float] | int, full: bool, ends: bool) -> None:
+        runner.run(check_connection(pieces_of(data, cuts), full=full, ends=ends))
 
     @seeded(seed)
     @how
-    @given(sound=st.lists(SOUND, min_size=2, max_size=12), full=st.booleans())
-    def bounds(sound: list[bytes], full: bool) -> None:
-        runner.run(check_connection(sound, full=full, held_max=SMALL_HELD_MAX))
+    @given(
+        sound=st.lists(SOUND, min_size=2, max_size=12),
+        full=st.booleans(),
+        ends=st.booleans(),
+        bound=st.sampled_from(["held_max", "held_by_all_max"]),
+    )
+    def bounds(sound: list[bytes], full: bool, ends: bool, bound: str) -> None:
+        runner.run(check_connection(sound, full=full, ends=ends, **{bound: SMALL_HELD_MAX}))
 
     @seeded(seed)
     @how
-    @given(data=STREAMS, cuts=CUTS, rush=st.integers(0, 2**16))
-    def rushes(data: bytes, cuts: list[float] | int, rush: int) -> None:
-        runner.run(check_connection(pieces_of(data, cuts), full=False, rush=rush))
+    @given(data=STREAMS, cuts=CUTS, rush=st.integers(0, 2**16), ends=st.booleans())
+    def rushes(data: bytes, cuts: list[float] | int, rush: int, ends: bool) -> None:
+        runner.run(check_connection(pieces_of(data, cuts), full=False, rush=rush, ends=ends))
 
     return [heads, shapes_of_heads, connections, bounds, rushes]

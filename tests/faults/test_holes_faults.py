@@ -29,11 +29,13 @@ async def test_row_03_postgresql_away_for_15_s_and_no_member_notices(rig: Rig) -
     for link in rig.links("postgres"):
         link.cut()
     await asyncio.sleep(AWAY_S)
-    behind = await rig.sold(campaign) - await rig.written(campaign)
+    sold = await rig.sold(campaign)
+    behind = sold - await rig.written(campaign)
     for link in rig.links("postgres"):
         link.heal()
     started = time.monotonic()
-    while await rig.written(campaign) < await rig.sold(campaign):
+    # What was sold meanwhile: behind the rush that goes on it is always some events.
+    while await rig.written(campaign) < sold:
         assert time.monotonic() - started < AWAY_S / 2, "it does not catch up"
         await asyncio.sleep(0.05)
     await load.finish()

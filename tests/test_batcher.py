@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis.asyncio as redis_asyncio
@@ -267,6 +268,47 @@ async def test_answers_are_told_while_the_next_call_is_under_way(
     answers = [await purchase.answer for purchase in purchases]
     assert decisions(answers) == [Decision.SOLD] * 20
     assert begun == [2] * 20, "the second call had begun when the first one's answers were told"
+
+
+async def test_fault_in_the_telling_leaves_nobody_waiting(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 1_000)
+    shop = open_shop(redis, campaign(1_000))
+    await shop.one(card(999), key(1))
+
+    class Broken(AwaitedPurchase):
+        def settle(self, answer: Answer) -> None:
+            if answer.decision is not None:
+                raise RuntimeError("a fault of ours")
+            super().settle(answer)
+
+    loop = asyncio.get_running_loop()
+    kinds = [AwaitedPurchase, Broken, AwaitedPurchase]
+    purchases = [kind(card(n), "dongsi", 0, 1, key(1), loop) for n, kind in enumerate(kinds)]
+    for purchase in purchases:
+        assert shop.batcher.submit(purchase)
+    async with asyncio.timeout(ANSWER_WITHIN_S):
+        answers = [await purchase.answer for purchase in purchases]
+    assert decisions(answers) == [Decision.SOLD, None, None]
+
+
+async def test_reply_that_lacks_answers_leaves_nobody_waiting(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 1_000)
+    shop = open_shop(redis, campaign(1_000))
+    await shop.one(card(999), key(1))
+    whole = shop.batcher._scripts.purchase
+
+    async def cut(*arguments: Any) -> list[int]:
+        return (await whole(*arguments))[:-2]
+
+    with mock.patch.object(shop.batcher._scripts, "purchase", cut):
+        answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(6)))
+    assert decisions(answers) == [None] * 6
+    again = await shop.ask(*(Bid(card(n), key(1)) for n in range(6)))
+    assert decisions(again) == [Decision.REPLAYED] * 6
 
 
 async def test_queue_is_bounded_and_says_so(redis: Redis, open_shop: OpenShop) -> None:

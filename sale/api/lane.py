@@ -62,10 +62,10 @@ HELD_BY_ALL_MAX: Final = 64 * 1024 * 1024
 """Bytes that wait on all connections of a process, beyond which none that holds more than
 ``HELD_FREELY`` is read on. A thousand that hold their most are this many, and 50,000 that hold a
 purchase or two are fewer; 50,000 that hold their most would be 3 GB. What each brings by its last
-read comes on top."""
+read comes on top: up to 256 KiB, of who sends more than it waits for answers to."""
 
 HELD_FREELY: Final = 8 * 1024
-"""More than any one purchase has."""
+"""More than a purchase of ours has: a token, a key and a short body are under 1 KiB."""
 
 HEAD_WITHIN_S: Final = 10.0
 KEEPALIVE_S: Final = 75.0
@@ -160,6 +160,7 @@ class Lane:
 
     def drain(self) -> None:
         """Make each answer its connection's last from now on, and let nobody stand any longer."""
+        self._send()  # what was worded before does not say that it is the last
         self.draining = self.crowd.emptying = True
 
     def is_draining(self) -> bool:
@@ -394,6 +395,8 @@ class Connection(asyncio.Protocol):
 
     def called(self, since: float) -> None:
         """Be looked at, and either queued or refused; it has stood ``since`` then."""
+        if not self._stands:
+            return
         self._stands = False
         if self._transport is None:
             return
@@ -494,6 +497,7 @@ class Connection(asyncio.Protocol):
         part, self._held = self._held[:length], self._held[length:]
         self._inner_left = length - len(part)
         self._lent, self._answered, self._looks = True, False, 0
+        self._awaited = None  # its campaign may have gone since
         self.deadline = NEVER
         self._with_inner().data_received(part)
 

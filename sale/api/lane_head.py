@@ -31,7 +31,9 @@ stranger can choose it."""
 
 LEARNED_AFTER: Final = 8
 LEARN_EVERY_S: Final = 0.25
-"""Making a shape takes about a millisecond: who invents header after header must not get many."""
+SHAPE_NAMES_MAX: Final = 32
+"""Making a shape takes about a millisecond and some kilobytes: who invents header after header must
+not get many, nor large ones; a connection keeps the one it had last."""
 
 HEAD_MAX: Final = 8_190
 HEADERS_MAX: Final = 128
@@ -200,6 +202,8 @@ class HeadReader:
     def _learn(self, names: tuple[bytes, ...], kind: _Kind) -> Shape:
         """Make the shape of purchases that come again and again."""
         kind.seen += 1
+        if len(names) > SHAPE_NAMES_MAX:
+            return UNKNOWN
         if kind.seen >= self._learned_after and (now := time.monotonic()) >= self._learn_at:
             self._learn_at = now + LEARN_EVERY_S
             kind.shape = Shape(names, kind.wanted)

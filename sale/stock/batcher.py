@@ -44,6 +44,9 @@ from sale.stock.suspects import PLACES, Suspects
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
 CROWD: Final = 16
+GATHER_S: Final = 0.005
+"""A turn may be long for reasons that are none of the crowd's."""
+
 PEEKED_MAX: Final = 4_096
 CALLS_PER_DEADLINE: Final = 3
 
@@ -288,7 +291,8 @@ class Batcher:
         its median at five times what it is without).
         """
         queue, before = self._queue, 0
-        while before + CROWD <= len(queue) < self._batch_max:
+        until = time.monotonic() + GATHER_S
+        while before + CROWD <= len(queue) < self._batch_max and time.monotonic() < until:
             before = len(queue)
             await asyncio.sleep(0)
 
@@ -372,6 +376,7 @@ class Batcher:
             if None in values:
                 return False
             run_id, replid, epoch, seq = (value.decode() for value in values)
+            told = self.kept.total
             behind = int(epoch) <= self.mark.epoch and int(seq) < self.mark.seq
             if int(epoch) < self.mark.epoch or behind or await self.kept.lacking(redis, keys):
                 self._ails("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
@@ -379,6 +384,10 @@ class Batcher:
         except (RedisError, OSError, TimeoutError, ValueError) as error:
             self._ails("purchase.unknown", type(error).__name__)
             return False
+        if self.kept.total != told:
+            return (
+                False  # an answer of the incarnation before came meanwhile: it was not looked for
+            )
         self.mark = Mark(f"{run_id}:{replid}:{epoch}", int(seq))
         return True
 
@@ -407,6 +416,8 @@ class Batcher:
         else:
             answers = self._answers_of(batch, reply)
             self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
+        if len(answers) != len(batch):
+            raise ValueError(f"{len(answers)} answers to {len(batch)} purchases")
         # Told in the loop's next turn: by then the next call is on its way, and Redis decides (and
         # waits for its disk) while this process words answers.
         self._settled += len(batch)
@@ -446,6 +457,15 @@ class Batcher:
         self._tell(purchases, answers)
 
     def _tell(self, purchases: list[Purchase], answers: list[Answer]) -> None:
+        try:
+            self._tell_each(purchases, answers)
+        except Exception:
+            # A fault of ours must not leave anybody waiting; who has an answer takes no second one.
+            log.exception("batcher.failed", campaign=self._campaign.id)
+            for purchase in purchases:
+                purchase.settle(UNKNOWN)
+
+    def _tell_each(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         now = time.monotonic()
         for decision, count in Counter([answer.decision for answer in answers]).items():
             self._metrics.outcomes[self._campaign.id, OUTCOMES[decision]] += count

@@ -18,6 +18,7 @@ from sale.stock.scripts import Decision
 from sale.usecases.attendance import Attending
 from sale.usecases.healing import Healing
 from sale.usecases.verification import verify_all
+from sale.workers.lifetime import ended
 
 MADE = campaign(200, card_limit=3)
 
@@ -47,8 +48,7 @@ class Api:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await ended([self._task])  # redis-py may swallow a cancellation
         await self.batchers.close()
 
 

@@ -22,7 +22,6 @@ async def test_given_the_lane_when_its_parts_are_measured_then_each_has_a_figure
     monkeypatch.setattr(lane, "ROUNDS", 1)
     monkeypatch.setattr(lane, "BATCHES", 2)
     least = await lane.Parts().run()
-    whole = least["read, check, queue (token never seen)"]
-    assert 0 < least[" head, by its shape"] < least[" head, by llhttp"]
-    assert 0 < least[" token, seen before"] < least[" token, never seen"] < whole
+    assert {"read, check, queue (token never seen)", " head, by its shape"} < set(least)
+    assert len(least) == 14
     assert min(least.values()) > 0

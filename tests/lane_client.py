@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 ANSWER_WITHIN_S = 10.0
+UNREADABLE = "HTTP/1.0 400 Bad Request"
+"""What aiohttp answers to bytes that are no request."""
+
 T = TypeVar("T")
 
 
@@ -116,7 +119,9 @@ class Wire(asyncio.Protocol):
             headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
             named = {name.lower(): value for name, value in headers}
             interim = status.startswith("HTTP/1.1 1")
-            bodiless = interim or (final < len(self.heads) and self.heads[final])
+            # aiohttp's refusal of what it cannot read is no answer to a HEAD that it forgets.
+            to_head = final < len(self.heads) and self.heads[final] and status != UNREADABLE
+            bodiless = interim or to_head
             stop = end + (0 if bodiless else int(named.get("content-length", 0)))
             if len(self.got) < stop:
                 break

@@ -1,32 +1,23 @@
 """The fast lane answers as aiohttp does, and one connection may mix both.
 
 Each request of ``lane_requests`` goes through an API process with the lane and one without, over
-real sockets and on both event loops; what comes back must be the same but for ``MEANT``.
+real sockets and on both event loops; what comes back must be the same but for ``MEANT``. Some
+thousands more are made of them by ``test_lane_conformance.py``.
 """
 
-import random
 import time
 from typing import Any
 
-import pytest
-from fuzz_lane.oracle import plain_ones
-from lane_attacks import Attack, attacks
 from lane_client import Answer, Told, in_turn
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from lane_requests import BODY_MAX, Case, all_cases
-from lane_rig import LAST, TIME, WISH, Side, World, shorter
+from lane_requests import Case, all_cases
+from lane_rig import TIME, WISH, Side, World, shorter
 
 AT_ONCE = 48
-PIPELINES = 3
-"""How often all requests are shuffled and sent in pipelines."""
-
 TRIES = 5
 
 MEANT: dict[str, str] = {}
 """Requests that the two answer differently, and why that is meant."""
-
-FORGOTTEN_BEHIND = frozenset({"head: upgrade"})
-"""Behind these, aiohttp never looks at what came in the same read: no pipeline is made of them."""
 
 
 def cases_for(world: World) -> list[Case]:
@@ -45,12 +36,6 @@ async def alone(world: World, side: Side) -> dict[str, Told]:
         [side.ask(*case.pieces, count=case.count, heads=case.heads) for case in cases], AT_ONCE
     )
     return {case.name: each for case, each in zip(cases, told, strict=True)}
-
-
-def cut(data: bytes, times: int, rng: random.Random) -> list[bytes]:
-    """Cut bytes at so many places."""
-    cuts = sorted(rng.sample(range(1, len(data)), times))
-    return [data[at:to] for at, to in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
 # Both alike.
@@ -77,111 +62,6 @@ def test_given_any_request_then_both_lanes_answer_alike(world: World) -> None:
     assert {"HTTP/1.1 201 Created", "HTTP/1.1 409 Conflict"} <= {
         told.answers[0].status for told in ours.values() if told.answers
     }
-
-
-@BOTH_LOOPS
-def test_given_pipelines_cut_anywhere_then_each_request_is_answered_as_if_alone(
-    world: World, rng: random.Random
-) -> None:
-    async def one(side: Side, cases: list[Case], expected: dict[str, Told]) -> None:
-        data = b"".join(case.whole for case in cases) + LAST
-        heads = tuple(head for case in cases for head in case.heads)
-        pieces = cut(data, rng.choice([0, 0, 1, 3, 10]), rng)
-        names, lengths = [case.name for case in cases], [len(piece) for piece in pieces]
-        async with side.wire() as wire:
-            wire.heads = heads
-            await wire.send(*pieces)
-            try:
-                told = await wire.until_closed()
-            except AssertionError:
-                pytest.fail(f"never ends: {names} {lengths} {wire.got!r}")
-        wanted, sure = _together(cases, expected)
-        got = [answer.told for answer in told.answers]
-        if got != wanted:
-            # aiohttp forgets what it read in one piece with what it refuses.
-            assert got[-1][0].endswith("400 Bad Request"), (names, lengths, told, wanted)
-            assert len(got) > sure, (names, lengths, told)
-            assert got[:-1] == wanted[: len(got) - 1], (names, lengths, told)
-        assert not told.rest, names
-
-    async def judge() -> None:
-        async with world.side(fast_lane=True) as lane:
-            expected = await alone(world, lane)
-            work = []
-            for _ in range(PIPELINES):
-                cases = [each for each in cases_for(world) if each.name not in FORGOTTEN_BEHIND]
-                rng.shuffle(cases)
-                while cases:
-                    count = rng.choice([2, 2, 3, 5, 8, 20])
-                    work.append(one(lane, cases[:count], expected))
-                    del cases[:count]
-            await in_turn(work, AT_ONCE)
-
-    with shorter():  # what never ends, and what aiohttp waits for in vain: a chunk it refused
-        world.run(judge())
-
-
-def _together(cases: list[Case], expected: dict[str, Told]) -> tuple[list[Any], int]:
-    """The answers that a pipeline is worth and how many of them are sure."""
-    wanted: list[Any] = []
-    sure, certain = 0, True
-    for case in cases:
-        told = expected[case.name]
-        answers = [answer.told for answer in told.answers]
-        if not told.closed:
-            answers.pop()
-        wanted += answers
-        small = all(len(piece) <= BODY_MAX for piece in case.pieces)  # above, aiohttp says so
-        certain = certain and small and plain_ones(case.whole) == case.count
-        sure += len(answers) if certain else 0
-        if told.closed:
-            return wanted, sure
-    return [*wanted, expected["time"].answers[-1].told], sure
-
-
-@pytest.mark.parametrize("fast_lane", [True, False])
-def test_given_requests_cut_at_each_byte_then_the_answers_are_the_same(
-    world: World, fast_lane: bool
-) -> None:
-    member = world.member()
-    requests = {
-        "sold": member.buy(Idempotency_Key=b"one"),
-        "refused": member.buy("sold-out"),
-        "wrong": member.buy("sold-out", b'{"quantity":x}'),
-        "another's": TIME,
-        "unknown": member.buy("unknown"),
-    }
-
-    async def each(side: Side, raw: bytes, cuts: range) -> None:
-        replay = None
-        async with side.wire() as wire:
-            await wire.send(raw)
-            (first,) = (await wire.answers(1)).answers
-            for number, cut in enumerate(cuts):
-                await wire.send(raw[:cut], raw[cut:])
-                told = (await wire.answers(number + 2)).answers[-1]
-                if raw != requests["sold"]:
-                    assert told.told == first.told, (cut, told)
-                else:
-                    assert ("Idempotency-Replayed", "true") in told.headers, (cut, told)
-                    assert replay is None or told.body == replay.body
-                    replay = told
-
-    async def dribbled(side: Side, raw: bytes) -> None:
-        async with side.wire() as wire:
-            await wire.send(*(raw[at : at + 1] for at in range(len(raw))))
-            told = await wire.answers(1)
-            assert len(told.answers) == 1, told
-
-    async def judge() -> None:
-        async with world.side(fast_lane=fast_lane) as side:
-            work = [dribbled(side, raw) for raw in requests.values()]
-            for raw in requests.values():
-                step = 4 if fast_lane else 16
-                work += [each(side, raw, range(1 + k, len(raw), step)) for k in range(4)]
-            await in_turn(work, 8)
-
-    world.run(judge())
 
 
 @BOTH_LOOPS
@@ -296,42 +176,3 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
 
     assert ours == theirs
     assert [each[0][2]["code"] for each in ours[:2]] == ["unavailable", "overloaded"]
-
-
-# Smuggling.
-
-
-@pytest.mark.parametrize("fast_lane", [True, False])
-def test_given_a_hidden_purchase_then_it_is_one_only_where_a_strict_proxy_sees_one(
-    world: World, fast_lane: bool, rng: random.Random
-) -> None:
-    async def judge() -> list[tuple[str, list[int], int]]:
-        async with world.side(fast_lane=fast_lane) as side:
-            tried = [*attacks(world.member()), *attacks(world.member())]
-            told = await in_turn(
-                [_attacked(side, each.raw + LAST, rng.choice([0, 0, 1, 3]), rng) for each in tried],
-                AT_ONCE,
-            )
-            return [
-                (attack.name, answers.statuses, sold)
-                for attack, answers in zip(tried, told, strict=True)
-                if not _withstood(attack, answers, sold := await side.orders_of(attack.victim))
-            ]
-
-    with shorter(HEAD_WITHIN_S=0.5, BODY_WITHIN_S=0.5):
-        assert world.run(judge()) == []
-
-
-def _withstood(attack: Attack, told: Told, sold: int) -> bool:
-    if attack.requests:
-        return len(told.answers) == attack.requests + 1 and sold == attack.requests - 1
-    return told.closed and len(told.answers) <= 1 and not sold
-
-
-async def _attacked(side: Side, raw: bytes, cuts: int, rng: random.Random) -> Told:
-    """What comes of an attack with a last request behind it, cut at so many places."""
-    async with side.wire() as wire:
-        await wire.send(*cut(raw, cuts, rng))
-        told = await wire.until_closed()
-        told.closed = not told.answers or b'{"status":"ok"' not in told.answers[-1].raw
-        return told

@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
 from fuzz_lane.properties import Counter
 from fuzz_lane.properties import Wire as FuzzWire
+from fuzz_lane.sent import ORDERS
 from lane_client import Told, Wire, until
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from lane_rig import TIME, WISH, Member, Side, World, shorter
@@ -161,6 +162,30 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
 
     with mock.patch.object(lane_module, "HELD_BY_ALL_MAX", bound):
         world.run(judge())
+
+
+async def test_given_room_again_when_who_may_read_on_brings_nothing_then_the_others_may_too() -> (
+    None
+):
+    asked = f"POST {ORDERS} HTTP/1.1\r\nHost: sale\r\nContent-Length: 16000\r\n\r\n".encode()
+    counter = Counter(None)
+    server = web.Server(counter.serve)  # type: ignore[arg-type]
+    with shorter(HELD_BY_ALL_MAX=30_000):
+        lane = Lane(counter, server)  # type: ignore[arg-type]
+        try:
+            wires = []
+            for size in (15_000, 9_000, 9_000, 9_000):
+                connection = Connection(lane)
+                wires.append(FuzzWire(connection, full=False))
+                connection.connection_made(wires[-1])
+                connection.data_received(asked.ljust(size))
+            assert [wire.reading for wire in wires] == [True, True, False, False]
+            wires[0].close()
+            await until(lambda: all(wire.reading for wire in wires), 1)
+            assert lane.held == 27_000
+        finally:
+            await lane.close()
+            await server.shutdown(0)
 
 
 class _NeverRead(FuzzWire):

@@ -105,8 +105,10 @@ async def _closed(wire: Wire) -> Told:
     return await wire.until_closed()
 
 
-async def _ended(side: Side, raw: bytes, *before: bytes, under_way_s: float = 0) -> Told:
-    """What is answered to bytes and an end behind them."""
+async def _ended(
+    side: Side, raw: bytes, *before: bytes, under_way_s: float = 0, answered: int = 0
+) -> Told:
+    """What is answered to bytes and an end behind them, and perhaps behind some answers."""
     async with side.wire() as wire:
         for number, each in enumerate(before):
             await wire.send(each)
@@ -114,6 +116,7 @@ async def _ended(side: Side, raw: bytes, *before: bytes, under_way_s: float = 0)
         wire.told.clear()
         await wire.send(raw)
         await asyncio.sleep(under_way_s)
+        await wire.answers(answered)
         wire.end()
         return await _closed(wire)
 
@@ -126,7 +129,9 @@ async def _stayed(side: Side, raw: bytes, count: int) -> list[object]:
 
 
 @BOTH_LOOPS
-@pytest.mark.parametrize("when", ["at once", "on a kept connection", "when it is under way"])
+@pytest.mark.parametrize(
+    "when", ["at once", "on a kept connection", "when it is under way", "when it is answered"]
+)
 def test_given_a_client_that_closes_its_half_then_it_gets_just_its_answers_from_both_lanes(
     world: World, when: str
 ) -> None:
@@ -140,8 +145,11 @@ def test_given_a_client_that_closes_its_half_then_it_gets_just_its_answers_from_
                 stack.enter_context(world.service.stopped("redis"))
                 late_s = 0.15
             work = [
-                asyncio.create_task(_ended(side, raw, *before, under_way_s=late_s))
-                for raw, _ in sent.values()
+                asyncio.create_task(
+                    _ended(side, raw, *before, under_way_s=late_s, answered=len(worth) * answered)
+                )
+                for name, (raw, worth) in sent.items()
+                for answered in (when == "when it is answered" and name != NOT_YET,)
             ]
             await asyncio.sleep(2 * late_s)
         told = dict(zip(sent, await asyncio.gather(*work), strict=True))

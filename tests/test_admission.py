@@ -6,7 +6,8 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sale.api import lane_crowd
+from sale.api import lane_crowd, limits
 from sale.api.exchange import ENGINE
 from sale.api.health import add_health_routes
 from sale.api.lane_crowd import Crowd
-from sale.api.routing import guarded
+from sale.api.limits import Door
+from sale.api.member import order_handler
+from sale.api.routing import PurchaseResource, guarded
+from sale.domain import Problem, Refused
 from sale.metrics import LoadMetrics
 from sale.usecases.admission import (
     CALM_S,
@@ -31,11 +35,13 @@ from sale.usecases.admission import (
     REFUSALS_AHEAD_S,
     REFUSALS_PER_S,
     RETRY_MAX_S,
+    STANDS,
     TURN,
     WELCOME,
     Admission,
     files_allow,
 )
+from sale.usecases.purchase import PurchaseDesk
 from sale.workers.metrics_server import _Snapshot
 
 TURN_S = 0.05
@@ -305,6 +311,164 @@ async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_
     assert time.monotonic() - began >= 0.05
     assert not len(crowd)
     crowd.close()
+
+
+class _Desk:
+    """One at which everybody who is let in hears that there is nothing left."""
+
+    def __init__(self, door: Admission) -> None:
+        self._admission = door
+        self.asked: list[str] = []
+        self.stood_s: list[float] = []
+        self.called = 0
+
+    def turned_away(self, now: float, *, called: bool = False) -> int:
+        self.called += called
+        desk: Any = self
+        return PurchaseDesk.turned_away(desk, now, called=called)
+
+    async def purchase(self, *asked: Any, stood_s: float) -> Refused:
+        self.asked.append(asked[3])
+        self.stood_s.append(stood_s)
+        return Refused(Problem.SOLD_OUT, remaining=0)
+
+    def count_refused(self, *_: Any) -> None: ...
+
+
+@dataclass
+class _Beyond:
+    """Purchases that aiohttp serves, while there is neither room nor time to refuse."""
+
+    client: TestClient[Any, Any]
+    door: Admission
+    desk: Any
+    crowd: Crowd
+    waiting: tuple[int, float, int]
+
+    def make_room(self, *, room: bool = True) -> None:
+        waits = 0 if room else 10
+        self.waiting, self.door._look_at = (waits, time.monotonic() * waits, 0), 0.0
+
+    async def buy(self, key: str) -> tuple[int, str, str]:
+        """Status, Retry-After, and what is said of the connection."""
+        path = "/api/v1/campaigns/films/orders"
+        headers = {"Idempotency-Key": key}
+        async with self.client.post(path, json={"quantity": 1}, headers=headers) as told:
+            await told.read()
+            said = told.headers.get("Connection", "")
+            return told.status, told.headers.get("Retry-After", ""), said
+
+    async def standing(self, *keys: str) -> list["asyncio.Task[tuple[int, str, str]]"]:
+        """Purchases that stand, in this order."""
+        tasks = []
+        for number, key in enumerate(keys, start=len(self.crowd) + 1):
+            tasks.append(asyncio.create_task(self.buy(key)))
+            async with asyncio.timeout(5):
+                while len(self.crowd) < number:  # noqa: ASYNC110 - it has no event of its own
+                    await asyncio.sleep(0.001)
+        return tasks
+
+
+class _Server(TestServer):
+    """One that lets handlers go on whose client has gone, as ours does."""
+
+    async def _make_runner(self, **options: Any) -> web.AppRunner:
+        return web.AppRunner(self.app, **options | {"handler_cancellation": False})
+
+
+@pytest.fixture
+async def beyond() -> AsyncIterator[_Beyond]:
+    door = admission(waiting=lambda: made.waiting, waiting_max=10)
+    door._refusals_due = time.monotonic() + 60
+    crowd, app = Crowd(door), web.Application()
+    desk: Any = _Desk(door)
+    engine: Any = SimpleNamespace(admission=door)
+    app[ENGINE] = engine
+    app.router.register_resource(PurchaseResource(order_handler(desk, Door(desk, crowd))))
+    async with TestClient(_Server(app)) as client:
+        made = _Beyond(client, door, desk, crowd, (10, time.monotonic(), 0))
+        yield made
+        crowd.close()
+
+
+async def test_given_no_room_and_no_time_to_refuse_when_aiohttp_serves_then_purchases_stand(
+    beyond: _Beyond,
+) -> None:
+    tasks = await beyond.standing("a", "b", "c")
+    await asyncio.sleep(0.05)
+    assert beyond.door.standing == 3
+    assert not any(task.done() for task in tasks)
+    beyond.make_room()
+    assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 3
+    assert beyond.desk.asked == ["a", "b", "c"]
+    assert min(beyond.desk.stood_s) >= 0.05
+    assert (await beyond.buy("d"))[0] == 409
+    assert beyond.desk.stood_s[3] == 0
+    assert not beyond.door.shed.total()
+
+
+async def test_given_a_crowd_when_aiohttp_serves_then_nobody_overtakes_it(beyond: _Beyond) -> None:
+    seen: list[list[str]] = []
+    beyond.crowd.join(_Standing(lambda: seen.append(list(beyond.desk.asked))), time.monotonic())
+    (task,) = await beyond.standing("a")
+    beyond.make_room()
+    door = Door(beyond.desk, beyond.crowd)
+    assert door.turned_away(time.monotonic()) == STANDS
+    assert (await task)[0] == 409
+    assert (seen, beyond.desk.asked) == ([[]], ["a"])
+    assert door.turned_away(time.monotonic()) == 0
+
+
+async def test_given_purchases_of_aiohttps_that_stood_too_long_then_they_are_refused(
+    beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane_crowd, "STAND_S", 0.05)
+    began = time.monotonic()
+    for task in await beyond.standing("a", "b"):
+        status, wait_s, said = await task
+        assert (status, said) == (503, "")
+        assert 1 <= int(wait_s) <= RETRY_MAX_S
+    assert time.monotonic() - began >= 0.05
+    assert beyond.door.shed[QUEUE] == 2
+    assert beyond.desk.asked == []
+
+
+async def test_given_a_process_that_is_to_stop_then_those_of_aiohttps_stand_no_longer(
+    beyond: _Beyond,
+) -> None:
+    tasks = await beyond.standing("a", "b")
+    beyond.crowd.emptying = True
+    async with asyncio.timeout(2):
+        assert [told[0] for told in await asyncio.gather(*tasks)] == [503] * 2
+
+
+async def test_given_too_many_of_aiohttps_that_stand_then_the_next_is_told_and_closed(
+    beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "WAITERS_MAX", 2)
+    tasks = await beyond.standing("a", "b")
+    status, wait_s, said = await beyond.buy("c")
+    assert (status, said) == (503, "close")
+    assert int(wait_s) >= 1
+    assert beyond.door.shed.total() == 1
+    beyond.make_room()
+    assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 2
+    beyond.make_room(room=False)
+    tasks = await beyond.standing("d", "e")
+    beyond.make_room()
+    assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 2
+
+
+async def test_given_a_client_of_aiohttps_that_goes_while_it_stands_then_nothing_is_bought_for_it(
+    beyond: _Beyond,
+) -> None:
+    gone, stays = await beyond.standing("a", "b")
+    gone.cancel()
+    await asyncio.gather(gone, return_exceptions=True)
+    await asyncio.sleep(0.05)
+    beyond.make_room()
+    assert (await stays)[0] == 409
+    assert (beyond.desk.asked, beyond.desk.called) == (["b"], 1)
 
 
 def test_given_the_limit_of_open_files_then_connections_stay_below_it() -> None:

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from sale import config
 from sale.cli.main import sale
 from sale.metrics import LoadMetrics, PurchaseMetrics
+from sale.usecases.client_address import ClientAddresses
 from sale.workers.ledger_writer import LedgerMetrics
 from sale.workers.scheduler import SchedulerMetrics
 
@@ -275,6 +276,10 @@ def test_given_the_balancer_when_a_client_forges_its_address_then_the_header_is_
     api = compose["services"]["api"]
     assert ip_network(api["environment"]["SALE_TRUSTED_PROXIES"]) == ip_network(front["subnet"])
     assert set(compose["x-engine"]["environment"]) < set(api["environment"])
+    assert "ports" not in api, "who comes by the host comes from a trusted address"
+    known = ClientAddresses(api["environment"]["SALE_TRUSTED_PROXIES"])
+    balancer = str(ip_network(front["subnet"])[2])
+    assert known.of(balancer, "198.51.100.7") == "198.51.100.7"
     assert "front" in compose["services"]["balancer"]["networks"]
 
 

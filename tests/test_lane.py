@@ -5,10 +5,11 @@ real sockets and on both event loops; what comes back must be the same but for `
 thousands more are made of them by ``test_lane_conformance.py``.
 """
 
+import asyncio
 import time
 from typing import Any
 
-from lane_client import Answer, Told, in_turn
+from lane_client import Answer, Told, in_turn, until
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from lane_requests import Case, all_cases
 from lane_rig import TIME, WISH, Side, World, shorter
@@ -176,3 +177,28 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
 
     assert ours == theirs
     assert [each[0][2]["code"] for each in ours[:2]] == ["unavailable", "overloaded"]
+
+
+def test_given_a_purchase_that_stood_past_its_deadline_when_called_then_nothing_is_bought(
+    world: World,
+) -> None:
+    async def judge() -> list[Any]:
+        async with world.both(purchase_deadline_ms=300) as sides:
+            told = []
+            for side in sides:
+                member, door = world.member(), side.engine.admission
+                door._look_at, door._room = float("inf"), 0  # a full house, and no look at it
+                door._refusals_due = float("inf")  # and no time to refuse
+                asked = asyncio.create_task(_asked_in_turn(side, [member.buy()]))
+                await until(lambda: door.standing == 1, 5)  # noqa: B023 - awaited here
+                await asyncio.sleep(0.4)
+                door._look_at = 0.0
+                answers = await asked
+                told.append((answers, await side.orders_of(member)))
+            return told
+
+    ours, theirs = world.run(judge())
+
+    assert ours == theirs
+    answers, orders = ours
+    assert (answers[0][2]["code"], orders) == ("unavailable", 0)

@@ -21,6 +21,7 @@ from sale.api import aiohttp_handler
 from sale.api import lane as lane_module
 from sale.api.aiohttp_handler import Handler
 from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
+from sale.api.lane_crowd import Crowd
 
 READ_MAX = 256 * 1024
 """What an event loop reads at once."""
@@ -171,7 +172,7 @@ async def test_given_room_again_when_who_may_read_on_brings_nothing_then_the_oth
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(HELD_BY_ALL_MAX=30_000):
-        lane = Lane(counter, server)  # type: ignore[arg-type]
+        lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
         try:
             wires = []
             for size in (15_000, 9_000, 9_000, 9_000):
@@ -205,7 +206,7 @@ async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_en
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(UNREAD_WITHIN_S=0.05):
-        lane = Lane(counter, server)  # type: ignore[arg-type]
+        lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
         try:
             connection = Connection(lane)
             connection.connection_made(_NeverRead(connection, full=False))

@@ -17,61 +17,93 @@ from loadtest.rush.tally import SOLD, Bounds, Tally
 BATCH, LATE_MS, WAIT_MS, DEADLINE_S = 8, 20, 300, 2.0
 SECONDS = 2.0
 SETTLED_S = 0.5
+FAR = Bounds(connections=1_000, warm=200, warm_s=0.5, retries=0, give_up_s=5)
+NEAR = Bounds(connections=6_000, warm=3_000, warm_s=1.5, retries=0, give_up_s=5)
 
 
-@pytest.fixture
-async def api(service: Service, tmp_path: Path) -> AsyncIterator[OwnApi]:
+@pytest.fixture(params=[True, False], ids=["lane", "aiohttp"])
+async def api(
+    request: pytest.FixtureRequest, service: Service, tmp_path: Path
+) -> AsyncIterator[OwnApi]:
     """One whose capacity is small, because Redis answers late and a call holds few."""
     settings = {
         "SALE_BATCH_MAX": str(BATCH),
         "SALE_WAIT_MAX_MS": str(WAIT_MS),
         "SALE_PURCHASE_DEADLINE_MS": str(int(DEADLINE_S * 1_000)),
+        "SALE_FAST_LANE": str(request.param).lower(),
     }
     async with own_api(service, tmp_path, redis_late_ms=LATE_MS, **settings) as api:
         yield api
 
 
-async def _closed_loop(api: OwnApi, campaign: str, count: int) -> float:
+async def _closed_loop(api: OwnApi, campaign: str, count: int, connections: int) -> float:
     """Sell in a closed loop, never more under way than the queue holds; give how many a second."""
     raws = api.purchases(campaign, count)
-    async with LoadClient(api.address, 4 * BATCH) as client:
+    async with LoadClient(api.address, connections) as client:
         began = time.monotonic()
         done = await client.run([(raw, None) for raw in raws], lambda *_: None)
         assert done.statuses == {201: count}
         return count / (time.monotonic() - began)
 
 
-async def _open_loop(api: OwnApi, campaign: str, rate: float) -> Tally:
+async def _open_loop(api: OwnApi, campaign: str, rate: float, bounds: Bounds) -> Tally:
     offsets = arrivals.make("poisson", rate, SECONDS, seed=1)
     raws = api.purchases(campaign, len(offsets))
-    bounds = Bounds(connections=1_000, warm=200, warm_s=0.5, retries=0, give_up_s=5)
     loop = OpenLoop(api.address, offsets, raws.__getitem__, lambda *_: None, bounds)
-    return await loop.run(time.monotonic() + 0.6)
+    return await loop.run(time.monotonic() + bounds.warm_s + 0.1)
+
+
+def _sold(tally: Tally) -> list[tuple[float, float]]:
+    """When each was sold, and how long that took since it was sent; seconds."""
+    rows = zip(tally.done_at, tally.sent_at, tally.outcome, strict=True)
+    return [(done, done - sent) for done, sent, each in rows if tally.codes[each] == SOLD]
+
+
+def _rate(tally: Tally) -> float:
+    """Sold a second, from when the crowd has settled to the end of the offer."""
+    in_time = sum(SETTLED_S <= done_at < SECONDS for done_at, _ in _sold(tally))
+    return in_time / (SECONDS - SETTLED_S)
 
 
 @pytest.mark.load
-async def test_given_five_times_the_capacity_then_as_much_is_sold_and_all_others_are_told_to_wait(
-    service: Service, client: Client, api: OwnApi
+@pytest.mark.parametrize("times", [2, 5])
+async def test_given_more_than_the_capacity_then_as_much_is_sold_and_all_others_are_told_to_wait(
+    service: Service, client: Client, api: OwnApi, times: int
 ) -> None:
     campaign = await client.campaign(tickets=20_000)
-    capacity = await _closed_loop(api, campaign, 250)
-    tally = await _open_loop(api, campaign, 5 * capacity)
-    outcomes = Counter(tally.codes[each] for each in tally.outcome)
-    assert set(outcomes) == {SOLD, "overloaded"}, outcomes
-    sold = [
-        (done_at, done_at - sent_at)
-        for done_at, sent_at, outcome in zip(
-            tally.done_at, tally.sent_at, tally.outcome, strict=True
-        )
-        if tally.codes[outcome] == SOLD
-    ]
-    in_time = sum(SETTLED_S <= done_at < SECONDS for done_at, _ in sold)
-    assert in_time / (SECONDS - SETTLED_S) > 0.6 * capacity
-    assert sorted(took_s for _, took_s in sold)[int(len(sold) * 0.99)] < DEADLINE_S
-    told = tally.told_to_wait
-    assert told.total() == outcomes["overloaded"] > in_time
-    assert min(told) >= 1
-    assert max(told) <= 20
-    assert len(told) >= 4
-    assert max(told.values()) < 0.5 * told.total()
-    assert (await client.remaining(campaign)) == [20_000 - 250 - outcomes[SOLD]]
+    capacity = await _closed_loop(api, campaign, 250, 4 * BATCH)
+    windows: list[Tally] = []
+    # Once more where it was too few: others use these cores too.
+    while len(windows) < 2 and max(map(_rate, windows), default=0) < 0.8 * capacity:
+        windows.append(await _open_loop(api, campaign, times * capacity, FAR))
+    assert max(map(_rate, windows)) > 0.8 * capacity
+    sold = 250
+    for tally in windows:
+        outcomes = Counter(tally.codes[each] for each in tally.outcome)
+        assert set(outcomes) == {SOLD, "overloaded"}, outcomes
+        took_s = sorted(took_s for _, took_s in _sold(tally))
+        assert took_s[int(len(took_s) * 0.99)] < DEADLINE_S
+        told = tally.told_to_wait
+        assert told.total() == outcomes["overloaded"]
+        assert times == 2 or outcomes["overloaded"] > outcomes[SOLD]
+        assert min(told) >= 1
+        assert max(told) <= 20
+        assert len(told) >= 4
+        assert max(told.values()) < 0.5 * told.total()
+        sold += outcomes[SOLD]
+    assert (await client.remaining(campaign)) == [20_000 - sold]
+
+
+@pytest.mark.load
+async def test_given_no_time_for_more_when_aiohttp_serves_all_then_refusals_leave_some_to_sell(
+    service: Service, client: Client, tmp_path: Path
+) -> None:
+    """Here reading alone takes half of the CPU; with all refused at once a fifth was sold."""
+    campaign = await client.campaign(tickets=200_000)
+    settings = {"SALE_WAIT_MAX_MS": "250", "SALE_FAST_LANE": "false"}
+    async with own_api(service, tmp_path, **settings) as api:
+        await _closed_loop(api, campaign, 1_000, 128)
+        capacity, shares = await _closed_loop(api, campaign, 3_000, 128), [0.0]
+        while len(shares) < 4 and shares[-1] < 1 / 3:
+            shares.append(_rate(await _open_loop(api, campaign, 2 * capacity, NEAR)) / capacity)
+        assert max(shares) > 1 / 3, shares

@@ -26,6 +26,7 @@ from loadtest.bench.tables import wide_console
 from loadtest.members import Mint
 from sale.api.exchange import bearer_token, checked_key, decode_body
 from sale.api.lane import Connection, Lane
+from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import HeadReader
 from sale.api.lane_wire import rendered
 from sale.api.member import ORDER_REQUEST, order_answer
@@ -120,7 +121,7 @@ class Parts:
             PurchaseMetrics(), cast("Any", None), limits, door,
         )  # fmt: skip
         engine = SimpleNamespace(desk=desk, admission=door, limits=limits)
-        lane = Lane(cast("Any", engine), cast("Any", None))
+        lane = Lane(cast("Any", engine), cast("Any", None), Crowd(door))
         connections = [Connection(lane) for _ in range(BATCH)]
         for connection in connections:
             connection.connection_made(_Nowhere())

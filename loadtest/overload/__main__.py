@@ -19,9 +19,10 @@ from loadtest.bench.figures import CLEAN
 from loadtest.bench.measure import TINY
 from loadtest.bench.offer import OfferError, wrk
 from loadtest.bench.tables import wide_console
-from loadtest.client import Unreachable
+from loadtest.client import AnswerError, Unreachable
 from loadtest.engine import EngineError
 from loadtest.overload.half import Half, half, print_half
+from loadtest.overload.idle import Idle, idle, print_idle
 from loadtest.overload.measure import Overload, Overloading, Plan
 from loadtest.overload.tables import print_overload
 from loadtest.wire import ProtocolError
@@ -30,15 +31,19 @@ from sale.usecases.admission import files_allow
 SECONDS_MIN = 2.0
 
 
-async def measured(plan: Plan, half_rounds: int, console: Console | None) -> Overload | Half:
+async def measured(
+    plan: Plan, half_rounds: int, connections: int, console: Console | None
+) -> Overload | Half | Idle:
     """Measure a plan on an engine of its own. Raises EngineError, OfferError …"""
     async with bench_up(TINY, program=wrk(), console=console) as bench:
         if half_rounds:
             return await half(bench, plan.seconds, half_rounds)
+        if connections:
+            return await idle(bench, connections, plan.seconds)
         return await Overloading(bench, plan).run()
 
 
-def _plan(arguments: Sequence[str] | None) -> tuple[Plan, int, bool]:
+def _plan(arguments: Sequence[str] | None) -> tuple[Plan, int, int, bool]:
     parser = argparse.ArgumentParser(prog="overload", description=__doc__.splitlines()[0])
     default = Plan()
     parser.add_argument("--seconds", type=float, default=default.seconds, help="of each multiple")
@@ -51,12 +56,20 @@ def _plan(arguments: Sequence[str] | None) -> tuple[Plan, int, bool]:
             default=getattr(default, scene),
             help=f"multiples of the capacity where {what}; none: not at all",
         )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--half",
         type=int,
         metavar="ROUNDS",
         default=0,
         help="no overload: latency at half of the capacity, beside the constant's",
+    )
+    instead.add_argument(
+        "--idle",
+        type=int,
+        metavar="CONNECTIONS",
+        default=0,
+        help="no overload: what connections cost that are kept open and idle",
     )
     parser.add_argument("--connections", type=int, default=default.connections)
     parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
@@ -65,6 +78,8 @@ def _plan(arguments: Sequence[str] | None) -> tuple[Plan, int, bool]:
         parser.error(f"--seconds: at least {SECONDS_MIN:g}")
     if options.half < 0:
         parser.error("--half: rounds are above 0")
+    if options.idle < 0:
+        parser.error("--idle: connections are above 0")
     if min((*options.far, *options.near), default=1.0) <= 0 or options.connections < 1:
         parser.error("multiples and connections are above 0")
     plan = Plan(
@@ -73,17 +88,17 @@ def _plan(arguments: Sequence[str] | None) -> tuple[Plan, int, bool]:
         near=tuple(options.near),
         connections=files_allow(options.connections),
     )
-    return plan, options.half, options.json
+    return plan, options.half, options.idle, options.json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    plan, half_rounds, as_json = _plan(arguments)
+    plan, half_rounds, connections, as_json = _plan(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     console = None if as_json else wide_console()
     try:
-        result = uvloop.run(measured(plan, half_rounds, console))
-    except (EngineError, OfferError, ProtocolError, Unreachable, OSError) as error:
+        result = uvloop.run(measured(plan, half_rounds, connections, console))
+    except (EngineError, OfferError, ProtocolError, AnswerError, Unreachable, OSError) as error:
         print(f"overload: {error}", file=sys.stderr)
         sys.exit(1)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -93,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(msgspec.json.encode(result).decode())
     elif isinstance(result, Half):
         print_half(result, console)
+    elif isinstance(result, Idle):
+        print_idle(result, console)
     else:
         print_overload(result, plan, console)
     sys.exit(0 if result.audit == CLEAN else 1)

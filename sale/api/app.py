@@ -23,6 +23,8 @@ from sale.api.aiohttp_handler import Handler
 from sale.api.exchange import BODY_MAX, ENGINE
 from sale.api.health import add_health_routes
 from sale.api.lane import Connection, Lane
+from sale.api.lane_crowd import Crowd
+from sale.api.limits import Door
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
 from sale.api.routing import add_fallback
@@ -40,11 +42,11 @@ STOPPING: Final = "stopping"
 log = structlog.get_logger()
 
 
-def make_app(engine: Engine) -> web.Application:
+def make_app(engine: Engine, crowd: Crowd) -> web.Application:
     """Put the application together. There is no middleware: see ``routing.py``."""
     app = web.Application(client_max_size=BODY_MAX)
     app[ENGINE] = engine
-    add_member_routes(app, engine.desk)
+    add_member_routes(app, engine.desk, Door(engine.desk, crowd))
     add_admin_routes(app)
     add_page_routes(app)
     add_health_routes(app)
@@ -55,10 +57,11 @@ def make_app(engine: Engine) -> web.Application:
 @contextlib.asynccontextmanager
 async def listening(engine: Engine) -> AsyncIterator["Api"]:
     """Serve on ``settings.listen`` while the block runs, then drain. Raises StartError."""
-    runner = web.AppRunner(make_app(engine), shutdown_timeout=CANCEL_TIMEOUT_S)
+    crowd = Crowd(engine.admission)  # one for both ways in, or one would overtake the other
+    runner = web.AppRunner(make_app(engine, crowd), shutdown_timeout=CANCEL_TIMEOUT_S)
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - set up just now
-    api = Api(engine, runner.server)
+    api = Api(engine, runner.server, crowd)
     try:
         await api.listen()
         yield api
@@ -71,13 +74,14 @@ async def listening(engine: Engine) -> AsyncIterator["Api"]:
 class Api:
     """The listener of one process and its connections."""
 
-    def __init__(self, engine: Engine, server: web.Server) -> None:
+    def __init__(self, engine: Engine, server: web.Server, crowd: Crowd) -> None:
         self._engine = engine
+        self._crowd = crowd
         self._handlers = server
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
-        self._lane = Lane(engine, server) if engine.stores.settings.fast_lane else None
+        self._lane = Lane(engine, server, crowd) if engine.stores.settings.fast_lane else None
         self.draining = False
 
     async def listen(self) -> None:
@@ -95,6 +99,7 @@ class Api:
         if self.draining or self._server is None:
             return
         self.draining = True
+        self._crowd.emptying = True
         if self._lane is not None:
             self._lane.drain()
         self._engine.batchers.halted = STOPPING
@@ -114,6 +119,7 @@ class Api:
 
     async def close(self) -> None:
         """Close the connections of the lane; aiohttp's runner closes those that are its own."""
+        self._crowd.close()
         if self._lane is not None:
             await self._lane.close()
 

@@ -84,7 +84,7 @@ log = structlog.get_logger()
 class Lane:
     """The connections of one API process, and what they share."""
 
-    def __init__(self, engine: Engine, server: web.Server) -> None:
+    def __init__(self, engine: Engine, server: web.Server, crowd: Crowd) -> None:
         self.engine = engine
         self.desk = engine.desk
         self.known = engine.desk.known
@@ -103,7 +103,7 @@ class Lane:
         """The loop's clock, to the second: deadlines need no better."""
         self._outbox: list[tuple[Connection, bytes]] = []
         self._sweeper = self.loop.create_task(self._sweep())
-        self.crowd = Crowd(engine.admission)
+        self.crowd = crowd
         self._same: tuple[Answer, Campaign, bytes] | None = None
         self.overloaded = _overloaded()
         """What is answered beyond capacity, by its Retry-After; made anew each second."""

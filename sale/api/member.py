@@ -21,6 +21,7 @@ from sale.api.exchange import (
     read_body,
     tagged_response,
 )
+from sale.api.limits import Crowded, Door
 from sale.api.problems import Worded, problem_answer
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
@@ -30,6 +31,7 @@ from sale.domain import CampaignState, Order, Problem, Refused, may_meet, rfc333
 from sale.identity import Member
 from sale.stock.catalogue import CampaignNow, redis_now_ms
 from sale.stock.records import read_card
+from sale.usecases.admission import STANDS
 from sale.usecases.orders import live_tickets
 from sale.usecases.purchase import Placed, PurchaseDesk
 from sale.usecases.rate_limits import TooFast
@@ -37,9 +39,9 @@ from sale.usecases.rate_limits import TooFast
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
 
 
-def add_member_routes(app: web.Application, desk: PurchaseDesk) -> None:
+def add_member_routes(app: web.Application, desk: PurchaseDesk, door: Door) -> None:
     """Register the members' part of ``/api/v1``."""
-    app.router.register_resource(PurchaseResource(order_handler(desk)))
+    app.router.register_resource(PurchaseResource(order_handler(desk, door)))
     for path, handler in (
         ("time", tell_time),
         ("campaigns", list_campaigns),
@@ -52,13 +54,18 @@ def add_member_routes(app: web.Application, desk: PurchaseDesk) -> None:
         app.router.add_get(f"/api/v1/{path}", guarded(handler))
 
 
-def order_handler(desk: PurchaseDesk) -> Handler:
+def order_handler(desk: PurchaseDesk, door: Door) -> Handler:
     """Give the handler of POST /api/v1/campaigns/{id}/orders."""
 
     async def place_order(request: web.Request) -> web.StreamResponse:
         try:
-            if wait_s := desk.turned_away(time.monotonic()):
-                raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)  # noqa: TRY301
+            now, stood_s = time.monotonic(), 0.0
+            if wait_s := door.turned_away(now):
+                if wait_s == STANDS:
+                    wait_s = await door.stand(request, now)
+                    stood_s = time.monotonic() - now
+                if wait_s:
+                    raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)  # noqa: TRY301
             wish = await read_body(request, ORDER_REQUEST)
             placed = await desk.purchase(
                 request.match_info["id"],
@@ -66,11 +73,15 @@ def order_handler(desk: PurchaseDesk) -> Handler:
                 wish.showing,
                 checked_key(request.headers.get(KEY_HEADER)),
                 bearer(request),
+                stood_s=stood_s,
             )
         except Exception as error:  # noqa: BLE001 - guarded here: a wrapper is a coroutine more
             problem = error.problem if isinstance(error, Refused) else Problem.UNAVAILABLE
             desk.count_refused(request.match_info["id"], problem)
-            return failed(request, error)
+            response = failed(request, error)
+            if isinstance(error, Crowded):
+                response.force_close()
+            return response
         status, body, headers = order_answer(placed)
         return web.Response(status=status, body=body, headers=headers)
 

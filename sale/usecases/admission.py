@@ -17,8 +17,8 @@ rejected: that is known only when it is too late for everybody behind, who came 
 waited past their deadline together, while nobody at all was let in.
 
 A refusal costs a good part of what a purchase costs, most of it in the kernel. ``may_refuse`` tells
-when they become so many that they would cost sales; then the fast lane lets the crowd stand
-(``api/lane_crowd.py``).
+when they become so many that they would cost sales; then the crowd is let stand
+(``api/lane_crowd.py``), that of the fast lane and that of aiohttp alike (``api/limits.py``).
 """
 
 import asyncio
@@ -53,6 +53,8 @@ REFUSALS_DUE_MAX_S: Final = 1.0
 
 CONNECTIONS, TURN, QUEUE, LATE = "connections", "turn", "queue", "late"
 REASONS: Final = (CONNECTIONS, TURN, QUEUE, LATE)
+STANDS: Final = -1
+"""In place of a Retry-After: neither let in nor refused now."""
 
 
 class Waiting(NamedTuple):

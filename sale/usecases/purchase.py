@@ -22,7 +22,7 @@ from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase, Batchers, Purchase
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
-from sale.usecases.admission import QUEUE, Admission
+from sale.usecases.admission import QUEUE, STANDS, TURN, Admission
 from sale.usecases.orders import TicketCodes, key_hash, placed_order
 from sale.usecases.rate_limits import RateLimits, TooFast
 
@@ -69,11 +69,19 @@ class PurchaseDesk:
         self._loop = asyncio.get_running_loop()
 
     async def purchase(
-        self, campaign_id: str, quantity: int, showing_id: str | None, key: str, token: str | None
+        self,
+        campaign_id: str,
+        quantity: int,
+        showing_id: str | None,
+        key: str,
+        token: str | None,
+        *,
+        stood_s: float = 0.0,
     ) -> Placed | Refused:
         """Buy ``quantity`` tickets of a showing, once a card and key: for those who can wait.
 
-        Raises Refused for what is wrong with the request or the token. What the script refuses is
+        ``stood_s``: how long it has stood in the crowd, which counts towards its deadline. Raises
+        Refused for what is wrong with the request or the token. What the script refuses is
         returned, not raised: a sold-out campaign refuses by the hundred thousand.
         """
         campaign = self.known(campaign_id)
@@ -92,16 +100,23 @@ class PurchaseDesk:
         checked = self.check(campaign, quantity, showing_id, key, token, time.monotonic())
         card_no, union, showing, quantity, key = checked
         purchase = AwaitedPurchase(card_no, union, showing, quantity, key_hash(key), self._loop)
+        purchase.asked_at -= stood_s
         self.submit(campaign, purchase)
         return self.word(campaign, purchase, await purchase.answer)
 
-    def turned_away(self, now: float) -> int:
+    def turned_away(self, now: float, *, called: bool = False) -> int:
         """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds.
 
+        ``STANDS`` where it had better stand in the crowd; not if it is ``called`` from there.
         ``now``, here and in ``check``, is seconds of the monotonic clock.
         """
-        reason = self._admission.overloaded(now)
-        return self._admission.refuse(reason, now) if reason else 0
+        admission = self._admission
+        reason = admission.overloaded(now, called=called)
+        if not reason:
+            return 0
+        if not called and (reason == TURN or not admission.may_refuse(now)):
+            return STANDS
+        return admission.refuse(reason, now)
 
     def check(
         self,

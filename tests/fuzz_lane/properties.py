@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from sale.api import lane as lane_module
 from sale.api import lane_crowd, lane_head
 from sale.api.lane import Connection, Lane
+from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import UNKNOWN, HeadReader, Shape
 from sale.domain import Campaign, Showing
 from sale.identity import Member
@@ -279,7 +280,7 @@ async def check_connection(
         ),
         mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0),
     ):
-        lane = Lane(counter, server)  # type: ignore[arg-type]
+        lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
         lane.heads = HeadReader(learned_after=1)
         connection = Connection(lane)
         wire = Wire(connection, full=full)

@@ -268,6 +268,40 @@ def test_given_a_client_that_leaves_during_its_purchase_then_the_order_stands(
     world.run(judge())
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_given_a_later_chunk_that_cannot_be_read_then_both_lanes_say_so_at_once_and_close(
+    world: World, ends: bool
+) -> None:
+    """aiohttp by itself lets whoever reads the body wait for the rest, ten seconds here."""
+
+    async def asked(side: Side, begun: bytes, broken: bytes) -> Told:
+        async with side.wire() as wire:
+            wire.transport.write(begun)
+            await until(lambda: any(each.busy for each in side.api._connections))
+            await asyncio.sleep(0.02)
+            wire.transport.write(broken)
+            if ends:
+                wire.end()
+            return await _closed(wire)
+
+    async def judge() -> None:
+        async with world.both() as sides:
+            told = []
+            for side in sides:
+                member = world.member()
+                head = member.buy(
+                    "open", b"", drop=["Content-Length"], Transfer_Encoding=b"chunked"
+                )
+                told.append(await asked(side, head, b"zz\r\n"))
+                told.append(await asked(side, head + b"e\r\n" + WISH[:9], WISH[9:] + b"\r\nzz\r\n"))
+                assert await side.orders_of(member) == 0
+        assert [each.statuses for each in told] == [[400]] * 4
+        assert [each.alike() for each in told[:2]] == [each.alike() for each in told[2:]]
+        assert not any(each.rest for each in told)
+
+    world.run(judge())
+
+
 async def test_given_this_aiohttp_then_a_handler_alone_ends_as_it_is_built_to() -> None:
     """At the moments that no client can choose: before it begins, and between two requests."""
     served: list[str] = []

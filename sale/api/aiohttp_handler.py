@@ -38,7 +38,8 @@ class Handler(web.RequestHandler):
     """
 
     __slots__ = (
-        "_admission", "_answered", "_body", "_draining", "_end_by", "_ended", "_reading",
+        "_admission", "_answered", "_body", "_done_with", "_draining", "_end_by", "_ended",
+        "_reading", "_unreadable",
     )  # fmt: skip
 
     def __init__(
@@ -63,7 +64,9 @@ class Handler(web.RequestHandler):
         self._admission = admission
         self._body: StreamReader = EMPTY_PAYLOAD
         """That of the request that came last."""
-        self._ended = False
+        self._done_with: StreamReader = EMPTY_PAYLOAD
+        """That of the request that was answered last."""
+        self._ended = self._unreadable = False
         self._end_by: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -90,8 +93,16 @@ class Handler(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come; whether its last body is whole is asked at the end."""
+        body = self._body
         super().data_received(data)
         self._keep_body()
+        if self._body is not body and not body.is_eof() and body.exception() is None:
+            # Only its parser's error comes behind a body that is not whole. aiohttp would let
+            # whoever reads that body wait for the rest.
+            self._unreadable = True
+            if body is not self._done_with:
+                body.set_exception(web.RequestPayloadError("a chunk cannot be read"))
+            body.feed_eof()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp never keeps it open
         """Answer what has come whole, then close: the client sends no more, and may still read.
@@ -151,15 +162,16 @@ class Handler(web.RequestHandler):
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
-        """Send an answer; while draining, it is this connection's last."""
-        if self._draining():
+        """Send an answer; the connection's last while draining, or before what cannot be read."""
+        if self._unreadable or self._draining():
             resp.force_close()
-        return self._then(super().finish_response(request, resp, start_time))
+        return self._then(request.content, super().finish_response(request, resp, start_time))
 
     async def _then(
-        self, sending: Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
+        self, body: StreamReader, sending: Coroutine[Any, Any, tuple[web.StreamResponse, bool]]
     ) -> tuple[web.StreamResponse, bool]:
         sent = await sending
+        self._done_with = body
         self._keep_body()  # what came behind an upgrade is parsed by now
         if self._answered is not None:
             self._answered()

@@ -221,19 +221,22 @@ def test_given_one_who_stands_in_the_crowd_when_it_sends_no_more_then_it_is_refu
 
 
 @pytest.mark.parametrize("fast_lane", [True, False])
-def test_given_one_who_sends_no_more_and_reads_nothing_then_its_connection_ends(
-    world: World, fast_lane: bool
+@pytest.mark.parametrize("ends", [True, False])
+def test_given_one_who_reads_nothing_and_perhaps_sends_no_more_then_its_connection_ends(
+    world: World, fast_lane: bool, ends: bool
 ) -> None:
     async def judge() -> None:
         async with world.side(fast_lane=fast_lane) as side:
             for raw in (PAGE * 16, world.member().buy("sold-out") + PAGE * 15):
                 async with side.wire(reads=False) as wire:
                     wire.transport.write(raw)
-                    wire.end()
+                    if ends:
+                        wire.end()
                     await until(lambda: len(side.api._connections) == 1)
                     await until(lambda: not side.api._connections)
 
-    with shorter(UNREAD_WITHIN_S=0.4), mock.patch.object(aiohttp_handler, "ENDED_WITHIN_S", 0.5):
+    alone = {"ENDED_WITHIN_S": 0.5} if ends else {"UNREAD_WITHIN_S": 0.4}
+    with shorter(UNREAD_WITHIN_S=0.4), mock.patch.multiple(aiohttp_handler, **alone):
         world.run(judge())
 
 

@@ -23,6 +23,9 @@ from sale.domain import Problem, Refused
 from sale.usecases.admission import Admission
 
 KEEPALIVE_TIMEOUT_S: Final = 75.0
+UNREAD_WITHIN_S: Final = 30.0
+"""How long a client may leave unread what has been written to it."""
+
 ENDED_WITHIN_S: Final = 75.0
 """How long a client that sends no more may wait for its answers, and take to read them."""
 
@@ -39,7 +42,7 @@ class Handler(web.RequestHandler):
 
     __slots__ = (
         "_admission", "_answered", "_body", "_done_with", "_draining", "_end_by", "_ended",
-        "_reading", "_unreadable",
+        "_reading", "_unread", "_unreadable",
     )  # fmt: skip
 
     def __init__(
@@ -68,6 +71,7 @@ class Handler(web.RequestHandler):
         """That of the request that was answered last."""
         self._ended = self._unreadable = False
         self._end_by: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many."""
@@ -87,9 +91,22 @@ class Handler(web.RequestHandler):
         if self._admission is not None:
             self._admission.release_connection()
             self._admission = None
-        if self._end_by is not None:
-            self._end_by.cancel()
+        for timer in (self._end_by, self._unread):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait until the client has read its answers: aiohttp would for ever."""
+        super().pause_writing()
+        if self._answered is None and self.transport is not None:
+            self._unread = self._loop.call_later(UNREAD_WITHIN_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come; whether its last body is whole is asked at the end."""

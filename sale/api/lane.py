@@ -31,7 +31,7 @@ from typing import Final, cast
 import structlog
 from aiohttp import web
 
-from sale.api.aiohttp_handler import Handler
+from sale.api.aiohttp_handler import UNREAD_WITHIN_S, Handler
 from sale.api.exchange import (
     BODY_MAX,
     BODY_WITHIN_S,
@@ -69,7 +69,6 @@ HELD_FREELY: Final = 8 * 1024
 
 HEAD_WITHIN_S: Final = 10.0
 KEEPALIVE_S: Final = 75.0
-UNREAD_WITHIN_S: Final = 30.0
 SWEEP_S: Final = 1.0
 PURCHASE: Final = b"POST /api/v1/campaigns/"
 NEVER: Final = float("inf")

@@ -282,3 +282,28 @@ async def test_given_numbers_that_the_dead_had_seen_when_verified_then_redis_is_
     # When and then: its last report counts, also where nobody hears from it any more.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).voided == [(told[0], told[-1])]
+
+
+async def test_given_who_told_has_ended_in_order_when_redis_lost_it_then_it_is_filled_in_again(
+    shop: Shop, apis: list[Api]
+):
+    # Given: Redis had everything when the process ended, and PostgreSQL had not seen it.
+    async with going_back(shop):
+        told = seqs(await apis[0].buy(1, 2))
+        await apis[0].attending.sign_off()
+    # When and then
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    recovered = await shop.recover()
+    assert (recovered.filled, recovered.voided) == (2, [])
+    assert [answer.value for answer in await apis[1].buy(1, 2)] == told
+
+
+async def test_given_who_told_has_ended_in_order_when_nothing_is_lost_then_what_it_handed_in_stands(
+    shop: Shop, apis: list[Api]
+):
+    await apis[0].buy(1, 2)
+    await apis[0].attending.sign_off()
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    assert (await finish(shop)).clean
+    async with shop.pool.acquire() as connection:
+        assert [each.settled for each in await claims.settle(connection)] == ["stands"] * 2

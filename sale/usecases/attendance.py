@@ -1,8 +1,8 @@
 """What an API process does for the day on which Redis comes back with less than members were told.
 
 It keeps what it acknowledged until PostgreSQL has it, reports some times a second what it has seen
-and whether all it keeps is there, and hands in what it keeps when Redis lacks it or the campaign is
-being recovered. See ``stock/roll.py`` for who listens.
+and whether all it keeps is there, and hands in what it keeps when Redis lacks it, the campaign is
+being recovered, or the process ends. See ``stock/roll.py`` for who listens.
 """
 
 import asyncio
@@ -54,6 +54,7 @@ class Attending:
         self._lacks: dict[str, tuple[tuple[str, int, int], int]] = {}
         self._looking: dict[str, asyncio.Task[Report]] = {}
         self._ailing = ""
+        self._leaving = False
 
     async def run(self) -> None:
         """Beat for ever; what fails is tried again with the next beat."""
@@ -73,7 +74,12 @@ class Attending:
             await self._stop_looking()
 
     async def sign_off(self) -> None:
-        """Say that nobody need wait for this process, after a last look: it may have to hand in."""
+        """Say that nobody need wait for this process, after it has handed in what it still keeps.
+
+        Also where Redis has all of it: should its files be lost before the writer has seen them,
+        nobody else knows.
+        """
+        self._leaving = True
         try:
             async with asyncio.timeout(SIGN_OFF_TIMEOUT_S):
                 await self.beat()
@@ -149,7 +155,7 @@ class Attending:
         handed = await self._hand_in(
             batcher,
             (str(identity), epoch),
-            due=lacks > 0 or head is None or head["recovering"] != "",
+            due=self._leaving or lacks > 0 or head is None or head["recovering"] != "",
         )
         if handed and lacks and epoch > mark.epoch:
             # The recovery is over, and what it could not use is kept by PostgreSQL.
@@ -192,7 +198,10 @@ class Attending:
         except POSTGRES_ERRORS as error:
             log.warning("attendance.not_handed_in", campaign=campaign_id, why=type(error).__name__)
             return False
-        log.warning("attendance.handed_in", campaign=campaign_id, sales=count)
+        if self._leaving:
+            log.info("attendance.handed_in_at_end", campaign=campaign_id, sales=count)
+        else:
+            log.warning("attendance.handed_in", campaign=campaign_id, sales=count)
         self._handed[campaign_id] = told
         return kept.total == told[2]  # else it was told more meanwhile
 

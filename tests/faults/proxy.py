@@ -168,22 +168,23 @@ class Proxy:
             task = self._loop.create_task(self._serve(client))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            # Not in the task: one that is cancelled before its first step runs nothing.
+            task.add_done_callback(lambda _: client.close())
 
     async def _serve(self, client: socket.socket) -> None:
-        with contextlib.closing(client):
+        try:
+            server = await self._connect()
+        except (OSError, TimeoutError):
+            return
+        with contextlib.closing(server):
+            pair = _Pair(self, client, server)
+            self._pairs.add(pair)
             try:
-                server = await self._connect()
-            except (OSError, TimeoutError):
-                return
-            with contextlib.closing(server):
-                pair = _Pair(self, client, server)
-                self._pairs.add(pair)
-                try:
-                    # Who cuts while the connection is being made cuts this one too.
-                    if self._listener is not None:
-                        await pair.run()
-                finally:
-                    self._pairs.discard(pair)
+                # Who cuts while the connection is being made cuts this one too.
+                if self._listener is not None:
+                    await pair.run()
+            finally:
+                self._pairs.discard(pair)
 
     async def _connect(self) -> socket.socket:
         if self.target.startswith("unix:"):

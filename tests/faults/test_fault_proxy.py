@@ -156,3 +156,17 @@ async def test_a_trap_holds_the_answer_to_its_word_alone(proxy: Proxy) -> None:
         assert await line.hear(0.1) == b"(nothing)"
         proxy.release()
         assert await line.hear() == b"COMMIT"
+
+
+async def test_close_in_the_very_turn_of_an_accept_leaves_nothing_open(proxy: Proxy) -> None:
+    made = asyncio.ensure_future(Line(proxy).__aenter__())
+    while not proxy._tasks:
+        proxy._accept()
+        if not proxy._tasks:
+            await asyncio.sleep(0)
+    (serving,) = proxy._tasks
+    await proxy.close()
+    assert serving.cancelled()
+    line = await made
+    assert await line.hear() == b""
+    line.writer.transport.abort()

@@ -8,12 +8,14 @@ draft is never kept: it may be deleted and made anew with other showings.
 import asyncio
 import contextlib
 import time
+from functools import lru_cache
 from typing import Any, Final
 
 import msgspec
 from redis.asyncio import Redis
 
 from sale.domain import Campaign, CampaignState
+from sale.stock import survey
 from sale.stock.atomic import read_at_once
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 
@@ -22,6 +24,7 @@ FRESH_S: Final = 0.8
 ABSENT_S: Final = 0.1
 """For what members may not know of yet: it may be opened by hand any moment."""
 UNKNOWN_MAX: Final = 1_000
+CONFIGS_KEPT: Final = 1_024
 
 
 class CampaignNow(msgspec.Struct, frozen=True):
@@ -150,14 +153,22 @@ async def read_campaigns(redis: Redis) -> list[CampaignNow]:
 
     One whose values are damaged is left out, so that the others are seen: the audit tells of it.
     """
+    keys = [campaign_keys(campaign_id) for campaign_id in await campaign_ids(redis)]
     async with redis.pipeline(transaction=False) as pipe:
-        for campaign_id in await campaign_ids(redis):
-            _ask(pipe, campaign_id)
-        replies = await pipe.execute()
+        pipe.time()
+        survey.ask(pipe, [each.head for each in keys], _HEAD_FIELDS)
+        survey.ask(pipe, [each.stock for each in keys])
+        clock, *replies = await pipe.execute()
+    half = len(replies) // 2
+    heads = survey.told(replies[:half], len(keys))
+    stocks = survey.told(replies[half:], len(keys))
     read = []
-    for at in range(0, len(replies), 3):
+    for head, stock in zip(heads, stocks, strict=True):
+        for reply in (head, stock):
+            if isinstance(reply, Exception):
+                raise reply
         with contextlib.suppress(ValueError):
-            read.append(_parse(*replies[at : at + 3]))
+            read.append(_parse(clock, head, dict(zip(stock[::2], stock[1::2], strict=True))))
     return [now for now in read if now is not None]
 
 
@@ -174,7 +185,7 @@ def _parse(
     config, state, opens_at, closes_at, recovering, seq, chain, epoch, roster_rev, last_ms = head
     if config is None or state is None or seq is None or chain is None or epoch is None:
         return None
-    campaign = _CONFIG.decode(config)
+    campaign = _campaign(config)
     now_ms = max(clock[0] * 1000 + clock[1] // 1000, int(last_ms or 0))
     opens_at_ms, closes_at_ms = _moment(opens_at), _moment(closes_at)
     showings = range(len(campaign.showings))
@@ -232,4 +243,5 @@ _HEAD_FIELDS: Final = [
     "config", "state", "opens_at", "closes_at", "recovering", "seq", "chain", "epoch",
     "roster_rev", "clock",
 ]  # fmt: skip
-_CONFIG: Final = msgspec.json.Decoder(Campaign)
+_campaign: Final = lru_cache(maxsize=CONFIGS_KEPT)(msgspec.json.Decoder(Campaign).decode)
+"""All campaigns are read some times a second, and what they are made of does not change."""

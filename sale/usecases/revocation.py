@@ -20,6 +20,7 @@ from sale.domain import CampaignState
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
+from sale.stock.survey import read_heads
 from sale.usecases.isolation import Isolation
 
 CHUNK: Final = 1_000
@@ -41,10 +42,7 @@ async def sync_all(
     async with pool.acquire() as connection:
         newest = await roster.current_rev(connection)
     ids = await campaign_ids(redis)
-    async with redis.pipeline(transaction=False) as pipe:
-        for campaign_id in ids:
-            pipe.hmget(campaign_keys(campaign_id).head, ["roster_rev", "state"])
-        heads = await pipe.execute(raise_on_error=False)
+    heads = await read_heads(redis, ids, "roster_rev", "state")
     behind = 0
     for campaign_id, head in zip(ids, heads, strict=True):
         with isolation.of(campaign_id, "roster"):

@@ -27,6 +27,7 @@ from sale.stock.keys import campaign_keys
 from sale.stock.roll import LOOKING, Roll, call_the_roll, hear
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.stream import stream_rows
+from sale.stock.survey import read_heads
 from sale.usecases.isolation import Isolation
 from sale.usecases.stalls import Stalls
 
@@ -62,13 +63,9 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     roll = await hear(redis)
     identity = (roll.identity.run_id, roll.identity.replid, scripts.nonce)
     ids = await campaign_ids(redis)
-    async with redis.pipeline(transaction=False) as pipe:
-        for campaign_id in ids:
-            pipe.hmget(
-                campaign_keys(campaign_id).head,
-                ["run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"],
-            )
-        heads = await pipe.execute(raise_on_error=False)
+    heads = await read_heads(
+        redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
+    )
     fit, held = set(), set()
     called = False
     weak: Sequence[str] = ()

@@ -8,6 +8,7 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from sale.events import CorruptLedger, Entry, parse_entry
+from sale.stock import survey
 from sale.stock.keys import CAMPAIGNS
 
 REDIS_TIMEOUT_S: Final = 5.0
@@ -38,9 +39,9 @@ class LedgerSource:
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.smembers(CAMPAIGNS)
-        for head in heads:
-            pipe.hmget(head, list(fields))
-        clock, members, *found = await bounded(pipe.execute(raise_on_error=False))
+        survey.ask(pipe, heads, fields)
+        clock, members, *replies = await bounded(pipe.execute(raise_on_error=False))
+        found = survey.told(replies, len(heads))
         for reply in (clock, members):
             if isinstance(reply, Exception):
                 raise reply

@@ -1,0 +1,56 @@
+"""Many campaigns are read in few calls, and what is wrong with one is its own trouble."""
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+
+from sale.stock import survey
+from sale.stock.keys import campaign_keys
+from sale.stock.survey import KEYS_A_CALL, read_heads
+
+COUNT = 2 * KEYS_A_CALL + 7
+IDS = [f"c{number}" for number in range(COUNT)]
+
+
+@pytest.fixture
+async def heads(redis: Redis) -> Redis:
+    """Heads with their number as seq; the 5th is missing, the 70th is no hash."""
+    for number, campaign_id in enumerate(IDS):
+        key = campaign_keys(campaign_id).head
+        if number == 70:
+            await redis.set(key, "damaged")
+        elif number != 5:
+            await redis.hset(key, mapping={"seq": number, "state": "open"})
+    return redis
+
+
+async def test_given_many_heads_when_read_then_each_tells_its_own_in_order(heads: Redis) -> None:
+    told = await read_heads(heads, IDS, "seq", "lacking", "state")
+    for number, each in enumerate(told):
+        if number == 70:
+            assert isinstance(each, ResponseError)
+            assert "WRONGTYPE" in str(each)
+        elif number == 5:
+            assert each == [None, None, None]
+        else:
+            assert each == [str(number).encode(), None, b"open"]
+    assert len(told) == COUNT
+    assert await read_heads(heads, [], "seq") == []
+
+
+async def test_given_no_fields_when_asked_then_whole_hashes_are_told(heads: Redis) -> None:
+    pipe = heads.pipeline(transaction=False)
+    keys = [campaign_keys(each).head for each in IDS]
+    survey.ask(pipe, keys)
+    replies = await pipe.execute(raise_on_error=False)
+    assert len(replies) == 3
+    told = survey.told(replies, COUNT)
+    assert (told[5], sorted(told[6])) == ([], [b"6", b"open", b"seq", b"state"])
+    assert isinstance(told[70], ResponseError)
+
+
+def test_given_a_call_that_failed_when_told_then_each_of_its_keys_has_the_error() -> None:
+    lost = RedisConnectionError("lost")
+    first = [[b"1"]] * KEYS_A_CALL
+    assert survey.told([first, lost], KEYS_A_CALL + 3) == [*first, lost, lost, lost]

@@ -128,7 +128,7 @@ class LoadMetrics(Collector):
         )
         yield GaugeMetricFamily(
             "sale_purchases_standing",
-            "Purchases that stand before the fast lane's door.",
+            "Purchases that stand in the crowd.",
             value=float(self._standing()),
         )
         waiting = GaugeMetricFamily(

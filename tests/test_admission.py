@@ -17,11 +17,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sale.api import lane_crowd, limits
+from sale.api import door as door_module
+from sale.api import lane_crowd
+from sale.api.door import Door
 from sale.api.exchange import ENGINE
 from sale.api.health import add_health_routes
 from sale.api.lane_crowd import Crowd
-from sale.api.limits import Door
 from sale.api.member import order_handler
 from sale.api.routing import PurchaseResource, guarded
 from sale.domain import Problem, Refused
@@ -313,6 +314,21 @@ async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_
     crowd.close()
 
 
+async def test_given_a_fault_of_one_who_is_called_then_the_others_are_called_all_the_same() -> None:
+    crowd, called, told = Crowd(admission()), asyncio.Event(), []
+
+    def broken() -> None:
+        raise RuntimeError("a fault of ours")
+
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: told.append(what))
+    for then in (broken, called.set):
+        crowd.join(_Standing(then), time.monotonic())
+    await asyncio.wait_for(called.wait(), 5)
+    assert len(told) == 1
+    assert crowd._calling is None
+    crowd.close()
+
+
 class _Desk:
     """One at which everybody who is let in hears that there is nothing left."""
 
@@ -445,7 +461,7 @@ async def test_given_a_process_that_is_to_stop_then_those_of_aiohttps_stand_no_l
 async def test_given_too_many_of_aiohttps_that_stand_then_the_next_is_told_and_closed(
     beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "WAITERS_MAX", 2)
+    monkeypatch.setattr(door_module, "WAITERS_MAX", 2)
     tasks = await beyond.standing("a", "b")
     status, wait_s, said = await beyond.buy("c")
     assert (status, said) == (503, "close")

@@ -31,7 +31,7 @@ from sale import embedded
 from sale.domain import Campaign
 from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
-from sale.stock.batcher import CROWD, Answer, AwaitedPurchase, Batcher, Batchers
+from sale.stock.batcher import GATHER_AT_LEAST, Answer, AwaitedPurchase, Batcher, Batchers
 from sale.stock.connection import open_redis
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts
 from sale.stock.suspects import Suspects
@@ -222,10 +222,13 @@ async def test_crowd_that_comes_over_several_turns_goes_in_one_call(
     before = await calls_of(stock)
     purchases = []
     for turn in range(5):
-        purchases += [shop.submit(Bid(card(turn * CROWD + n), key(1))) for n in range(CROWD)]
+        purchases += [
+            shop.submit(Bid(card(turn * GATHER_AT_LEAST + n), key(1)))
+            for n in range(GATHER_AT_LEAST)
+        ]
         await asyncio.sleep(0)
     answers = [await purchase.answer for purchase in purchases if purchase]
-    assert decisions(answers) == [Decision.SOLD] * 5 * CROWD
+    assert decisions(answers) == [Decision.SOLD] * 5 * GATHER_AT_LEAST
     assert await calls_of(stock) == before + 1
 
 
@@ -831,3 +834,56 @@ async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redi
     await stock.create(campaign(1))
     await suspects.load()  # no roster_rev yet
     assert not suspects.complete_for(1, 1, 0)
+
+
+# Faults of ours and of the store, while a peek refuses everybody ----------------------------------
+
+
+async def test_fault_in_refusing_by_a_peek_leaves_nobody_waiting(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 1)
+    shop = open_shop(redis, campaign(1))
+    await shop.until_it_peeks()
+    batcher = shop.batcher
+    assert batcher._suspects is not None
+    with mock.patch.object(batcher._suspects, "bits", bytearray(0)):
+        answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(5)))
+    assert decisions(answers) == [None] * 5
+    assert (batcher.waiting, batcher._asking) == (0, [])
+    assert (await shop.one(card(7), key(2))).decision is Decision.SOLD_OUT
+
+
+@pytest.mark.parametrize(
+    ("what", "well"), [("purchase.unknown", True), ("purchase.rejected", False)]
+)
+async def test_store_that_ailed_is_well_again_by_a_peek_that_it_answers(
+    redis: Redis, open_shop: OpenShop, what: str, well: bool
+) -> None:
+    """Else what waits counted as waiting for a store, and nobody were told to come later."""
+    await open_stock(redis, 1)
+    shop = open_shop(redis, campaign(1))
+    await shop.until_it_peeks()
+    shop.batcher._ails(what, "for a while")
+    waiting = [shop.submit(Bid(card(n), key(1))) for n in range(2)]
+    assert shop.batcher.waiting_since == 0.0
+    await asyncio.gather(*(each.answer for each in waiting if each))
+    again = shop.submit(Bid(card(3), key(1)))
+    assert (shop.batcher.waiting_since > 0) is well
+    assert again is not None
+    assert (await again.answer).decision is Decision.SOLD_OUT
+
+
+async def test_peeks_that_find_more_undecided_than_a_call_holds_keep_the_order(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    await open_stock(redis, 30)
+    shop = open_shop(redis, campaign(30), batch_max=8)
+    shop.batcher._all_refused = True
+    loaded = Suspects(redis, shop.batcher._keys)
+    await loaded.load()
+    shop.batcher._suspects = loaded
+    answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(40)))
+    assert decisions(answers) == [Decision.SOLD] * 30 + [Decision.SOLD_OUT] * 10
+    numbers = [answer.value for answer in answers[:30]]
+    assert numbers == sorted(numbers)

@@ -177,7 +177,7 @@ def test_given_the_logs_when_compared_with_their_table_then_each_action_is_liste
     for text in SOURCES.values():
         in_code |= set(
             re.findall(
-                r"(?:log\.(?:debug|info|warning|error|exception)|_ails)\(\s*(?:#[^\n]*\s*)?\"([\w.]+)\"",
+                r"(?:log\.(?:debug|info|warning|error|exception)|_ails|_warn)\(\s*(?:#[^\n]*\s*)?\"([\w.]+)\"",
                 text,
             )
         )

@@ -17,7 +17,7 @@ from lane_client import Told, Wire, until
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from lane_rig import TIME, WISH, Member, Side, World, shorter
 
-from sale.api import aiohttp_handler
+from sale.api import aiohttp_handler, lane_head
 from sale.api import lane as lane_module
 from sale.api.aiohttp_handler import Handler
 from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
@@ -454,3 +454,25 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
         await server.shutdown(1)
         await listener.wait_closed()
     assert (handler.busy, handler.idle) == (False, False), "what is lost waits for nothing"
+
+
+def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_own_shape(
+    world: World,
+) -> None:
+    async def judge() -> None:
+        async with world.side(fast_lane=True) as side, side.wire() as one, side.wire() as other:
+            with mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0):
+                side.lane.heads._learn_at = 0.0
+                member, told = world.member(), {one: 0, other: 0}
+                for wire, extra in ((one, b"A: b"), (other, b"C: d")) * 10:
+                    await wire.send(member.buy("sold-out", WISH, extra))
+                    told[wire] += 1
+                    await wire.answers(told[wire])
+                await one.send(TIME)
+                await one.answers(11)
+            raw = member.buy("sold-out", WISH, b"A: b")
+            mine = [each for each in side.lane.connections if each._shape.read(raw) is not None]
+            assert len(mine) == 1
+            assert mine[0]._inner is not None
+
+    world.run(judge())

@@ -221,6 +221,31 @@ def test_given_one_who_stands_in_the_crowd_when_it_sends_no_more_then_it_is_refu
 
 
 @pytest.mark.parametrize("fast_lane", [True, False])
+def test_given_one_of_aiohttps_who_stands_when_it_sends_no_more_then_it_is_not_sold_to(
+    world: World, fast_lane: bool
+) -> None:
+    async def judge() -> None:
+        async with world.side(fast_lane=fast_lane) as side:
+            leaves, stays = world.member(), world.member()
+            with no_room():
+                wires = [await side.connect() for _ in range(2)]
+                for number, (wire, member) in enumerate(zip(wires, (leaves, stays), strict=True)):
+                    await wire.send(
+                        member.buy("open", b"e\r\n" + WISH + b"\r\n0\r\n\r\n",
+                                   drop=["Content-Length"], Transfer_Encoding=b"chunked")
+                    )  # fmt: skip
+                    await until(lambda: side.engine.admission.standing == number + 1)  # noqa: B023
+                wires[0].end()
+                await asyncio.sleep(0.05)
+            assert (await _closed(wires[0])).statuses == [503]
+            assert (await wires[1].answers(1)).statuses == [201]
+            wires[1].transport.abort()
+            assert (await side.orders_of(leaves), await side.orders_of(stays)) == (0, 1)
+
+    world.run(judge())
+
+
+@pytest.mark.parametrize("fast_lane", [True, False])
 @pytest.mark.parametrize("ends", [True, False])
 def test_given_one_who_reads_nothing_and_perhaps_sends_no_more_then_its_connection_ends(
     world: World, fast_lane: bool, ends: bool

@@ -42,7 +42,7 @@ class Handler(web.RequestHandler):
 
     __slots__ = (
         "_admission", "_answered", "_body", "_done_with", "_draining", "_end_by", "_ended",
-        "_reading", "_unread", "_unreadable",
+        "_reading", "_unread", "_unreadable", "client_ended",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +70,8 @@ class Handler(web.RequestHandler):
         self._done_with: StreamReader = EMPTY_PAYLOAD
         """That of the request that was answered last."""
         self._ended = self._unreadable = False
+        self.client_ended = False
+        """Whether the client sends no more; most who do so have left."""
         self._end_by: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
@@ -126,7 +128,7 @@ class Handler(web.RequestHandler):
 
         Who has left altogether looks the same; the answer then goes nowhere.
         """
-        self._ended = True
+        self._ended = self.client_ended = True
         self._end()
         transport = self.transport
         if transport is not None and self._answered is None and self._end_by is None:

@@ -20,11 +20,11 @@ from aiohttp import web
 
 from sale.api.admin import add_admin_routes
 from sale.api.aiohttp_handler import Handler
+from sale.api.door import Door
 from sale.api.exchange import BODY_MAX, ENGINE
 from sale.api.health import add_health_routes
 from sale.api.lane import Connection, Lane
 from sale.api.lane_crowd import Crowd
-from sale.api.limits import Door
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
 from sale.api.routing import add_fallback

@@ -300,6 +300,8 @@ class Connection(asyncio.Protocol):
         """Serve what has come whole, then close; the transport is to stay open until then."""
         if not self._ended:
             self._ended = self._unsettled = True
+            if self._inner is not None:
+                self._inner.client_ended = True
             if self._stands and not self._lane.draining:
                 self._leave_the_crowd()
             self._advance()
@@ -358,7 +360,8 @@ class Connection(asyncio.Protocol):
         if head is None or lane.draining:
             self._hand_over()
             return None
-        self._shape = lane.heads.shape
+        if head.campaign_id:
+            self._shape = lane.heads.shape
         return head
 
     def _joins(self, data: bytes) -> bool:
@@ -521,6 +524,7 @@ class Connection(asyncio.Protocol):
             )
             assert self._transport is not None  # noqa: S101 - nothing is read from a lost one
             self._inner.connection_made(self._transport)
+            self._inner.client_ended = self._ended
             if self._writing_paused:
                 self._inner.pause_writing()
         return self._inner

@@ -7,7 +7,7 @@ That state feeds itself. So beyond capacity requests are only read, and stand he
 in order, for ``CALL_S`` at a time so that batches are answered between, as long as there is room
 for them, or as ``Admission.may_refuse`` allows to refuse; nobody stands longer than about
 ``STAND_S``, and that counts towards the purchase's deadline. Who stands asks nothing more: a
-connection stands once.
+connection stands for one request at a time.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ STAND_S: Final = 4.0
 
 
 class Standing(Protocol):
-    """A connection whose request waits; ``lost`` once its client has gone."""
+    """A request that waits; ``lost`` once there is nobody to answer. It may stand several times."""
 
     @property
     def lost(self) -> bool: ...  # noqa: D102
@@ -62,6 +62,19 @@ class Crowd:
             self._calling.cancel()
 
     def _call(self) -> None:
+        paused = False
+        try:
+            paused = self._call_some()
+        finally:  # a fault of one must not leave all others standing for ever
+            self._calling = None
+            if self._standing:
+                soon = self._loop.call_soon
+                self._calling = (
+                    self._loop.call_later(CALL_S, self._call) if paused else soon(self._call)
+                )
+
+    def _call_some(self) -> bool:
+        """Call whom there is time for; whether it is better to pause then."""
         standing, admission = self._standing, self._admission
         began = now = time.monotonic()
         if self._paused_at:
@@ -76,10 +89,9 @@ class Crowd:
             due = self.emptying or now - since > STAND_S
             if not (due or admission.has_room(now) or admission.may_refuse(now)):
                 self._paused_at = now
-                self._calling = self._loop.call_later(CALL_S, self._call)
-                return
+                return True
             standing.popleft()
             admission.standing = len(standing)
             connection.called(since)
             now = time.monotonic()
-        self._calling = self._loop.call_soon(self._call) if standing else None
+        return False

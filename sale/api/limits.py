@@ -1,26 +1,21 @@
 """Turning requests away before work is done for them, and charging those that went wrong.
 
-Both ways into the process use this: the guard of every route (``routing.py``), and the fast lane.
+The guard of every route (``routing.py``) does both; the fast lane charges by the same rule, and has
+its own way of turning away.
 """
 
-import asyncio
 import time
 from typing import Final
 
 from aiohttp import web
 
 from sale.api.exchange import ENGINE, bearer
-from sale.api.lane_crowd import Crowd
 from sale.bootstrap import Engine
 from sale.domain import Problem, Refused
 from sale.identity import operator_token_hash
-from sale.usecases.admission import RETRY_MIN_S, STANDS, TURN
+from sale.usecases.admission import TURN
 from sale.usecases.client_address import first_of
-from sale.usecases.purchase import PurchaseDesk
 from sale.usecases.rate_limits import Limited, TooFast
-
-WAITERS_MAX: Final = 16_384
-"""Purchases that aiohttp holds in the crowd: 7 kB each, beside 4 for its connection."""
 
 CHARGED: Final = frozenset(
     {
@@ -42,60 +37,6 @@ def admit(engine: Engine) -> None:
     now = time.monotonic()
     if engine.admission.turn_is_over(now):
         raise Refused(Problem.OVERLOADED, retry_after_s=engine.admission.refuse(TURN, now))
-
-
-class Crowded(Refused):
-    """Refused without a choice: too many stand already. Its connection is closed behind it."""
-
-
-class Door:
-    """Lets purchases in that aiohttp serves, behind whoever stands in the crowd.
-
-    They stand in that of the fast lane, in one order: refusing each at once, they overtook it, and
-    took the CPU of those who would have been sold to.
-    """
-
-    def __init__(self, desk: PurchaseDesk, crowd: Crowd) -> None:
-        self.crowd = crowd
-        self._desk = desk
-        self._waiters = 0
-
-    def turned_away(self, now: float) -> int:
-        """Like the desk's: 0, a Retry-After, or ``STANDS``; then ``stand`` is to be awaited."""
-        return STANDS if self.crowd else self._desk.turned_away(now)
-
-    async def stand(self, request: web.Request, now: float) -> int:
-        """Wait among the crowd, some seconds at most; give 0 or a Retry-After. Raises Crowded."""
-        if self._waiters >= WAITERS_MAX:
-            wait_s = request.app[ENGINE].admission.refuse(TURN, now)
-            raise Crowded(Problem.OVERLOADED, retry_after_s=wait_s)
-        standing = _Waiter(self._desk, request)
-        self._waiters += 1
-        try:
-            self.crowd.join(standing, now)
-            return await standing.wait_s
-        finally:
-            self._waiters -= 1
-
-
-class _Waiter:
-    """A purchase in the crowd whose handler awaits ``wait_s``."""
-
-    __slots__ = ("_desk", "_request", "wait_s")
-    lost: Final = False  # called all the same: its handler must end
-
-    def __init__(self, desk: PurchaseDesk, request: web.Request) -> None:
-        self._desk = desk
-        self._request = request
-        self.wait_s: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-    def called(self, _: float) -> None:
-        """Be let in or refused; nothing is asked for whose client or handler has gone."""
-        if self.wait_s.done():
-            return
-        gone = self._request.transport is None
-        now = time.monotonic()
-        self.wait_s.set_result(RETRY_MIN_S if gone else self._desk.turned_away(now, called=True))
 
 
 def charge(

@@ -6,6 +6,7 @@ from typing import Final
 import msgspec
 from aiohttp import hdrs, web
 
+from sale.api.door import Crowded, Door
 from sale.api.exchange import (
     ENCODER,
     ENGINE,
@@ -21,7 +22,6 @@ from sale.api.exchange import (
     read_body,
     tagged_response,
 )
-from sale.api.limits import Crowded, Door
 from sale.api.problems import Worded, problem_answer
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView

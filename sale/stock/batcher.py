@@ -43,12 +43,13 @@ from sale.stock.suspects import PLACES, Suspects
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
-CROWD: Final = 16
+GATHER_AT_LEAST: Final = 16
 GATHER_S: Final = 0.005
 """A turn may be long for reasons that are none of the crowd's."""
 
 PEEKED_MAX: Final = 4_096
 CALLS_PER_DEADLINE: Final = 3
+LOAD_AGAIN_S: Final = 0.5
 
 log = structlog.get_logger()
 
@@ -203,7 +204,9 @@ class Batcher:
         self._loading: asyncio.Task[None] | None = None
         self._attending: asyncio.Task[bool] | None = None
         self._all_refused = False
-        self._ailing = ""
+        self._warned = ""
+        self._store_ails = False
+        self._load_not_before = 0.0
         self._asking: list[Purchase] = []
         self._settled = 0
         self.mark = NOT_ATTENDED
@@ -222,7 +225,7 @@ class Batcher:
         return bool(self._campaign.rehearsal_of)
 
     def submit(self, purchase: Purchase) -> bool:
-        """Queue a purchase; its ``answer`` will be set. False where the queue is full."""
+        """Queue a purchase; it will be settled, once. False where the queue is full."""
         if len(self._queue) >= self._queue_max:
             return False
         self._queue.append(purchase)
@@ -246,7 +249,7 @@ class Batcher:
 
         Then there is no crowd to be refused, and what is told is "unavailable".
         """
-        return 0.0 if self._ailing or not self._queue else self._queue[0].asked_at
+        return 0.0 if self._store_ails or not self._queue else self._queue[0].asked_at
 
     async def close(self) -> None:
         """Answer what is queued, bounded by the deadline, then stop."""
@@ -259,7 +262,7 @@ class Batcher:
         self._give_up(self._asking + self._take(len(self._queue)))
 
     async def _drain(self) -> None:
-        telling = False
+        telling = False  # then answers are worded meanwhile: whoever they bring is not waited for
         try:
             while self._queue:
                 if not telling:
@@ -278,7 +281,8 @@ class Batcher:
         except Exception:
             # A fault of ours must not leave anybody waiting: unknown is an honest answer.
             log.exception("batcher.failed", campaign=self._campaign.id)
-            self._give_up(self._asking + self._take(len(self._queue)))
+            asking, self._asking = self._asking, []
+            self._give_up(asking + self._take(len(self._queue)))
         finally:
             self._task = None
 
@@ -292,7 +296,7 @@ class Batcher:
         """
         queue, before = self._queue, 0
         until = time.monotonic() + GATHER_S
-        while before + CROWD <= len(queue) < self._batch_max and time.monotonic() < until:
+        while before + GATHER_AT_LEAST <= len(queue) < self._batch_max and time.monotonic() < until:
             before = len(queue)
             await asyncio.sleep(0)
 
@@ -335,7 +339,7 @@ class Batcher:
             else:
                 # An answer of an incarnation that is over says nothing of this one: asked again.
                 if reply[0] == CallReply.OK and mark.incarnation == self.mark.incarnation:
-                    self._ailing = ""
+                    self._warned, self._store_ails = "", False
                     self._answer(batch, bids, reply)
                     return
                 if reply[0] == CallReply.UNATTENDED and await self.attend() and attempt == 0:
@@ -392,10 +396,14 @@ class Batcher:
         return True
 
     def _ails(self, action: str, why: str) -> None:
+        self._store_ails = True
+        self._warn(action, why)
+
+    def _warn(self, action: str, why: str) -> None:
         """Tell of a trouble once, not once a batch."""
-        if self._ailing != action + why:
+        if self._warned != action + why:
             log.warning(action, campaign=self._campaign.id, why=why)
-        self._ailing = action + why
+        self._warned = action + why
 
     def _give_up(self, purchases: list[Purchase]) -> None:
         self._settle(purchases, [UNKNOWN] * len(purchases))
@@ -494,22 +502,24 @@ class Batcher:
         except (Untrusted, RedisError, OSError, TimeoutError):
             suspects = None
         except CorruptLedger as error:
-            self._ails("suspects.not_loaded", str(error))
+            self._warn("suspects.not_loaded", str(error))
             suspects = self._suspects = None
         if suspects is None:
             return self._take(self._batch_max)
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
+        if not self._warned.startswith("purchase.rejected"):  # what may be read may still not be written
+            self._warned, self._store_ails = "", False
         refusal, left = _closed_by(peek), peek.remaining
         by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]
         if refusal is not None:
             by_showing, left = [refusal] * len(left), (0,) * len(left)
         unions = None if "*" in self._campaign.unions else self._campaign.unions
-        queue, bits = self._queue, suspects.bits
+        bits = suspects.bits
         undecided: list[Purchase] = []
         refused: list[Purchase] = []
         answers: list[Answer] = []
-        for _ in range(asked):
-            purchase = queue.popleft()
+        self._asking = taken = self._take(asked)  # found there, should anything go wrong here
+        for number, purchase in enumerate(taken, start=1):
             place = hash(purchase.card_no) & PLACES
             if (
                 bits[place >> 3] >> (place & 7) & 1
@@ -518,10 +528,12 @@ class Batcher:
             ):
                 undecided.append(purchase)
                 if len(undecided) == self._batch_max:
+                    self._queue.extendleft(reversed(taken[number:]))
                     break
             else:
                 refused.append(purchase)
                 answers.append(by_showing[purchase.showing])
+        self._asking = undecided
         self._settle(refused, answers)
         if len(undecided) > self._batch_max // 2:
             self._all_refused = False
@@ -532,15 +544,19 @@ class Batcher:
         suspects = self._suspects
         if suspects is None:
             suspects = self._suspects = Suspects(self._scripts.redis, self._keys)
-        if not suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
-            if 0 <= suspects.seq < peek.seq and suspects.epoch == peek.epoch:
-                await suspects.catch_up(peek.seq)
+        if suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+            return suspects
+        if self._loading is not None and not self._loading.done():
+            return None  # it sets the marks itself
+        if 0 <= suspects.seq < peek.seq and suspects.epoch == peek.epoch:
+            await suspects.catch_up(peek.seq)
             if suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
                 return suspects
-            if self._loading is None or self._loading.done():
-                self._loading = self._loop.create_task(self._load(suspects, peek))
-            return None
-        return suspects
+            if 0 <= suspects.seq < peek.seq:
+                return None  # the next peek goes on from there
+        if self._loop.time() >= self._load_not_before:
+            self._loading = self._loop.create_task(self._load(suspects, peek))
+        return None
 
     async def _load(self, suspects: Suspects, peek: Peek) -> None:
         try:
@@ -549,7 +565,8 @@ class Batcher:
             else:
                 await suspects.load()
         except (RedisError, OSError, TimeoutError) as error:
-            self._ails("suspects.not_loaded", type(error).__name__)
+            self._warn("suspects.not_loaded", type(error).__name__)
+            self._load_not_before = self._loop.time() + LOAD_AGAIN_S
 
 
 class Batchers:

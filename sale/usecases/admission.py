@@ -1,14 +1,15 @@
-"""Who is let in: connections are counted, and requests beyond capacity are refused at once.
+"""Who is let in: connections are counted, and requests beyond capacity are turned away.
 
 An overloaded event loop does not look overloaded: its queue stands in the kernel, where nobody
 counts it. What can be seen is the *turn*: one poll of the loop hands out everything that has
 arrived, and that takes as long as the crowd is large. The first request of a turn notes the time
 and asks by ``call_soon`` to be told of the turn's end, which comes after all reads of that poll, on
 asyncio's own loop and on uvloop alike (``tests/test_admission.py`` tries both). A request that is
-read more than ``turn_max_s`` after its turn began is refused. So what a request waits in this
-process before anybody looks at it is bounded: the rest of the turn before its own, and
-``turn_max_s``. A heartbeat that measures the loop's lag was rejected: it knows of a crowd one beat
-late, and refuses the small turns that follow.
+read more than ``turn_max_s`` after its turn began is refused or, if it is a purchase, stands in the
+crowd (``api/lane_crowd.py``). So what a request waits in this process before anybody looks at it is
+bounded: the rest of the turn before its own, ``turn_max_s``, and as long as a purchase may stand. A
+heartbeat that measures the loop's lag was rejected: it knows of a crowd one beat late, and refuses
+the small turns that follow.
 
 The other reasons look at the purchases that were let in and wait for their batch: there are too
 many of them ("queue"), or who comes now would wait too long ("late"): behind so many, at the pace
@@ -18,7 +19,7 @@ waited past their deadline together, while nobody at all was let in.
 
 A refusal costs a good part of what a purchase costs, most of it in the kernel. ``may_refuse`` tells
 when they become so many that they would cost sales; then the crowd is let stand
-(``api/lane_crowd.py``), that of the fast lane and that of aiohttp alike (``api/limits.py``).
+that of the fast lane and that of aiohttp alike (``api/door.py``).
 """
 
 import asyncio
@@ -93,7 +94,7 @@ class Admission:
         """The bound that holds; see ``files_allow``."""
         self.connections = 0
         self.standing = 0
-        """Purchases in the crowd before the fast lane's door."""
+        """Purchases that stand in the crowd."""
         self.shed: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         """Refused so far, by reason."""
         self._turn_max_s = turn_max_s or float("inf")
@@ -129,9 +130,9 @@ class Admission:
         self.connections -= 1
 
     def overloaded(self, now: float, *, called: bool = False) -> str:
-        """Why a purchase that is read now must be refused; '' where it may go on.
+        """Why a purchase that is read now may not go on, or ''.
 
-        Who refuses calls ``refuse`` with it. Who is ``called`` from the crowd came earlier.
+        Who refuses it calls ``refuse`` with that. Who is ``called`` from the crowd came earlier.
         """
         if not called:
             if not self._in_turn:

@@ -11,6 +11,7 @@ order may stand or not. Only the asker can settle it, by the same key.
 """
 
 import asyncio
+import math
 import time
 from array import array
 from collections import Counter, deque
@@ -66,8 +67,8 @@ class RunResult:
     def percentiles_ms(self, *shares: float) -> tuple[float, ...]:
         """Latency in ms that the given shares (0 to 1) of the answers stayed within."""
         ranked = sorted(self.latencies_s)
-        last = len(ranked) - 1
-        return tuple(ranked[round(share * last)] * 1e3 if ranked else 0.0 for share in shares)
+        places = [max(math.ceil(share * len(ranked)) - 1, 0) for share in shares]
+        return tuple(ranked[place] * 1e3 if ranked else 0.0 for place in places)
 
 
 Callback = Callable[[Any, Response], None]

@@ -304,6 +304,20 @@ async def test_given_no_certain_answer_when_asked_again_then_with_the_same_bytes
     assert tally.sent.total() == 8
 
 
+async def test_given_a_repeat_that_found_no_connection_when_told_then_its_last_answer_counts() -> (
+    None
+):
+    """It was our own pool that was full: "no answer" would blame the server."""
+
+    async def reply(path: bytes) -> bytes | None:
+        return OVERLOADED if path == b"/0" else SILENT
+
+    bounds = Bounds(connections=1, timeout_s=2.4, retries=2, give_up_s=2.1)
+    tally, spooled = await played(reply, [0.0, 0.1], bounds)
+    assert outcomes(tally) == {"overloaded": 1, "no-answer": 1}
+    assert spooled == [(0, 503), (1, 0)]
+
+
 async def test_given_a_full_queue_when_played_then_who_is_never_sent_is_told() -> None:
     async def slow(_: bytes) -> bytes:
         await asyncio.sleep(0.1)

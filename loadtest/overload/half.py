@@ -18,7 +18,7 @@ from rich.table import Table
 
 from loadtest.bench.compare import Goal
 from loadtest.bench.measure import Bench
-from loadtest.overload.measure import value_at
+from loadtest.latency import at_share
 from loadtest.overload.spool import Compared, Spool
 from loadtest.overload.tables import print_books
 from loadtest.record import Record
@@ -113,8 +113,8 @@ async def _offered(bench: Bench, address: str, rate: float, seconds: float) -> t
     fill(record, [summed_up(offsets, tally)])
     took_ms = _took_ms(offsets, tally)
     side = Side(
-        p50_ms=value_at(took_ms, 0.5),
-        p99_ms=value_at(took_ms, 0.99),
+        p50_ms=at_share(took_ms, 0.5),
+        p99_ms=at_share(took_ms, 0.99),
         unsold=record.offered - record.outcomes.get(SOLD, 0),
         bottleneck=record.bottleneck,
         notes=record.notes,

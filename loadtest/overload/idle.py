@@ -24,7 +24,8 @@ from loadtest.bench.measure import STOCK, Bench
 from loadtest.bench.rig import ready
 from loadtest.client import AnswerError
 from loadtest.engine import stop
-from loadtest.overload.measure import OPENED_PER_S, SETTLE_S, value_at
+from loadtest.latency import at_share
+from loadtest.overload.measure import OPENED_PER_S, SETTLE_S
 from loadtest.overload.spool import Compared, Spool
 from loadtest.overload.tables import print_books
 from loadtest.record import Record
@@ -226,8 +227,8 @@ class _Idling:
         return Window(
             when=when,
             idle=still,
-            p50_ms=value_at(took_ms, 0.5),
-            p99_ms=value_at(took_ms, 0.99),
+            p50_ms=at_share(took_ms, 0.5),
+            p99_ms=at_share(took_ms, 0.99),
             unsold=record.offered - len(took_ms),
             bottleneck=record.bottleneck,
         )

@@ -13,7 +13,6 @@ compared with PostgreSQL; of the closed loops, whose client keeps no answers, th
 
 import asyncio
 import contextlib
-import math
 import sys
 import time
 from collections import Counter
@@ -29,6 +28,7 @@ from loadtest.bench.measure import STOCK, Bench
 from loadtest.bench.offer import offer
 from loadtest.bench.rig import cpu_s, ready, spawn, tree_cpu_s
 from loadtest.engine import EngineError, stop
+from loadtest.latency import at_share
 from loadtest.overload.spool import Compared, Spool
 from loadtest.record import Record
 from loadtest.rush import arrivals
@@ -43,6 +43,7 @@ PROBE_S: Final = 2
 PROBE_CONNECTIONS: Final = 256
 FIRST_RATE: Final = 30_000
 REFUSED_S: Final = 2
+REFUSED_LEAST: Final = 0.95
 REFUSED_CARDS: Final = 20_000
 SETTLE_S: Final = 0.5
 OPENED_PER_S: Final = 4_000
@@ -162,7 +163,8 @@ class Overloading:
             _, capacity = await self._capacity(FIRST_RATE // 5)
             return Scene("far", capacity, await self._steps(capacity, plan.far))
         finally:
-            await stop(rig.processes.pop("serve"))
+            if "serve" in rig.processes:
+                await stop(rig.processes.pop("serve"))
             await stop(relay)
 
     async def _serve(self, **settings: str) -> None:
@@ -192,7 +194,7 @@ class Overloading:
         return {name: (after[name] - before[name]) / got.requests * 1e6 for name in PARTS}, got.rate
 
     async def _refusal_us(self) -> float:
-        """CPU µs of the API a refusal, where nearly all are refused."""
+        """CPU µs of the API a refusal, where nearly all are refused. Raises EngineError."""
         self.bench.note("the cost of a refusal")
         await self._serve(SALE_WAITING_MAX="1", SALE_BATCH_MAX="1")
         feed = self.bench.feed(CAMPAIGN, self.bench.cards(REFUSED_CARDS), cycle=True)
@@ -200,7 +202,10 @@ class Overloading:
         got = await offer(
             feed, self.rig.address, REFUSED_S, PROBE_CONNECTIONS, program=self.bench.program
         )
-        return (cpu_s(self.rig.pid("serve")) - before) / got.requests * 1e6
+        used_s = cpu_s(self.rig.pid("serve")) - before
+        if got.refused < REFUSED_LEAST * got.requests:
+            raise EngineError(f"the cost of a refusal: {got.refused} refused of {got.requests}")
+        return used_s / got.requests * 1e6
 
     async def _steps(self, capacity: float, multiples: tuple[float, ...]) -> list[Step]:
         steps = []
@@ -285,20 +290,14 @@ def _step_of(
         sold=within[SOLD] / window_s,
         refused=within[OVERLOADED] / window_s,
         other={code: n for code, n in record.outcomes.items() if n and code not in known},
-        p50_ms=value_at(sold_ms, 0.5),
-        p99_ms=value_at(sold_ms, 0.99),
-        intended_p99_ms=value_at(intended_ms, 0.99),
-        refused_p99_ms=value_at(refused_ms, 0.99),
+        p50_ms=at_share(sold_ms, 0.5),
+        p99_ms=at_share(sold_ms, 0.99),
+        intended_p99_ms=at_share(intended_ms, 0.99),
+        refused_p99_ms=at_share(refused_ms, 0.99),
         sold_per_cpu_s=within[SOLD] / max(server_s, 1e-9),
         told_to_wait={int(wait_s): n for wait_s, n in sorted(tally.told_to_wait.items())},
         bottleneck=record.bottleneck,
     )
-
-
-def value_at(values: list[float], share: float) -> float:
-    """Value that a share of the values stay within; 0.0 for none."""
-    ranked = sorted(values)
-    return ranked[max(math.ceil(share * len(ranked)) - 1, 0)] if ranked else 0.0
 
 
 @contextlib.contextmanager

@@ -129,6 +129,8 @@ class OpenLoop:
         self._idle: deque[_Connection] = deque()
         self._waiting: deque[int] = deque()
         self._again: list[tuple[float, int]] = []
+        self._told: dict[int, str] = {}
+        """What those were told last who ask again."""
         self._live: set[_Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._next = 0
@@ -207,7 +209,7 @@ class OpenLoop:
             if connection.transport is not None:
                 return self._send(connection, number, now)
         if len(self._waiting) >= self.bounds.queue:
-            return self._settle(number, NOT_SENT if not self._tries[number] else NO_ANSWER, now)
+            return self._settle(number, self._told.get(number, NOT_SENT), now)
         self._waiting.append(number)
         if len(self._live) >= self.bounds.connections:
             self.tally.pool_waits += 1
@@ -280,6 +282,7 @@ class OpenLoop:
         if tries > self.bounds.retries or wait_s > left_s:
             return self._settle(number, code, now)
         self.tally.retries += 1
+        self._told[number] = code
         heapq.heappush(self._again, (now + wait_s, number))
         return self._arm(now)
 
@@ -406,4 +409,4 @@ class OpenLoop:
             if now - self.offsets[number] <= self.bounds.give_up_s:
                 break
             self._waiting.popleft()
-            self._settle(number, NOT_SENT if not self._tries[number] else NO_ANSWER, now)
+            self._settle(number, self._told.get(number, NOT_SENT), now)

@@ -507,7 +507,7 @@ class Batcher:
         if suspects is None:
             return self._take(self._batch_max)
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
-        if not self._warned.startswith("purchase.rejected"):  # what may be read may still not be written
+        if not self._warned.startswith("purchase.rejected"):  # it may be read, and not be written
             self._warned, self._store_ails = "", False
         refusal, left = _closed_by(peek), peek.remaining
         by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]

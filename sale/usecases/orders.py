@@ -4,6 +4,7 @@ An order is readable from the moment of its 201: what the writer has not applied
 the card's record in Redis, everything else from PostgreSQL.
 """
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from typing import Final
@@ -89,7 +90,7 @@ class OwnOrders:
             for record in records:
                 if record.seq == seq and record.at_ms & LOW_BITS == low_bits:
                     return self._from_redis(campaign, record, records)
-        async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
+        async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
             row = await ledger.order(connection, campaign_id, seq)
         if row is None or row.card_no != card_no or row.created_at_ms & LOW_BITS != low_bits:
             raise Refused(Problem.NOT_FOUND, "no such order")
@@ -104,7 +105,7 @@ class OwnOrders:
         """
         found: dict[OrderCursor, Order] = {}
         try:
-            async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
+            async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
                 rows = await ledger.orders_of_card(
                     connection, card_no, before=before, limit=limit + 1
                 )

@@ -163,7 +163,7 @@ class PurchaseDesk:
         asked_at, refused = self._absent.get(campaign_id, (0.0, None))
         if refused is not None and time.monotonic() - asked_at < ABSENT_S:
             return refused
-        async with self._pool.acquire(timeout=POSTGRES_PATIENCE_S) as connection:
+        async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
             state = await ledger.state(connection, campaign_id)
         refused = Refused(Problem.UNAVAILABLE)
         if state is None or state in {CampaignState.DRAFT, CampaignState.DELETED}:

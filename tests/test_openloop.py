@@ -309,8 +309,8 @@ async def test_given_a_repeat_that_found_no_connection_when_told_then_its_last_a
 ):
     """It was our own pool that was full: "no answer" would blame the server."""
 
-    async def reply(path: bytes) -> bytes | None:
-        return OVERLOADED if path == b"/0" else SILENT
+    async def reply(request: bytes) -> bytes | None:
+        return OVERLOADED if request.split(b" ")[1] == b"/0" else SILENT
 
     bounds = Bounds(connections=1, timeout_s=2.4, retries=2, give_up_s=2.1)
     tally, spooled = await played(reply, [0.0, 0.1], bounds)

@@ -1,4 +1,4 @@
-"""Thirty short seeds of the soak, and proofs that its judges would notice."""
+"""Some short seeds of the soak, and proofs that its judges would notice."""
 
 import random
 import shutil
@@ -17,8 +17,10 @@ from loadtest.books.answers import Answer
 SECONDS = 1.5
 FIXED = (1, 9, 19, 22, 24)
 """Seeds that once were hard: everything killed at once, in short succession."""
-SEEDS = 28
-LOSSY_SEEDS = 2
+SEEDS = 12
+FIXED_LOSSY = (944913306,)
+"""All who were told had ended in order, and no writer lived, when the end of the file was lost."""
+LOSSY_SEEDS = 3
 
 
 @pytest.fixture
@@ -44,7 +46,8 @@ async def test_given_random_faults_when_members_and_operators_come_then_all_they
 async def test_given_lost_files_when_members_come_then_what_is_lost_is_listed_and_sold_once(
     folder: Path, rng: random.Random
 ) -> None:
-    seeds = [rng.getrandbits(31) for _ in range(LOSSY_SEEDS)]
+    random_seeds = (rng.getrandbits(31) for _ in range(LOSSY_SEEDS - len(FIXED_LOSSY)))
+    seeds = [*FIXED_LOSSY, *random_seeds]
     broken = await run_seeds(seeds, SECONDS, folder, lossy=True)
     assert not broken, "\n".join(broken[0].report())
 

@@ -19,7 +19,7 @@ from lane_rig import TIME, WISH, Member, Side, World, shorter
 
 from sale.api import aiohttp_handler, lane_head
 from sale.api import lane as lane_module
-from sale.api.aiohttp_handler import Handler
+from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
 from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
 from sale.api.lane_crowd import Crowd
 
@@ -394,8 +394,11 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
 ):
     """The private state that ``aiohttp_handler`` reads: its names, and what they mean."""
     source = inspect.getsource(aiohttp_handler)
-    overridden = {"_pause_transport_reading", "_resume_transport_reading"} & vars(Handler).keys()
-    ours = {*Handler.__slots__, *(name for name in vars(Handler) if name[:2] != "__")} - overridden
+    classes = (Handler, InnerHandler, LoneHandler)
+    overridden = {"_pause_transport_reading", "_resume_transport_reading"}
+    assert overridden <= vars(InnerHandler).keys()
+    names = {name for each in classes for name in vars(each) if name[:2] != "__"}
+    ours = names.union(*(each.__slots__ for each in classes)) - overridden
     theirs = {*web.RequestHandler.__slots__, *BaseProtocol.__slots__}
     used = set(re.findall(r"self\.(_\w+)", source)) - ours
     assert {"_waiter", "_messages", "_request_in_progress", "_message_tail"} <= used
@@ -411,13 +414,15 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
         return web.Response(text="done")
 
     server = web.Server(serve)  # type: ignore[arg-type]
-    handlers: list[Handler] = []
+    handlers: list[InnerHandler] = []
 
-    def make() -> Handler:
-        handler = Handler(
+    def make() -> InnerHandler:
+        handler = InnerHandler(
             server,
             draining=lambda: False,
             answered=lambda: told.append((handler.busy, handler.idle)),
+            reading=lambda _: None,
+            keepalive_timeout=75.0,
         )
         handlers.append(handler)
         return handler

@@ -17,7 +17,7 @@ from lane_rig import TIME, WISH, Side, World, shorter
 from test_attack_lane import no_room
 
 from sale.api import aiohttp_handler
-from sale.api.aiohttp_handler import Handler
+from sale.api.aiohttp_handler import LoneHandler
 
 CLOSED_WITHIN_S = 5.0
 """Less than any bound of a connection: it is closed because all is answered."""
@@ -347,7 +347,8 @@ async def test_given_this_aiohttp_then_a_handler_alone_ends_as_it_is_built_to() 
             for rest in (b"", cut_off, half):
                 served.clear()
                 server = web.Server(serve)  # type: ignore[arg-type]
-                handler, transport = Handler(server, draining=lambda: False), mock.Mock()
+                handler = LoneHandler(server, draining=lambda: False, admission=mock.Mock())
+                transport = mock.Mock()
                 transport.is_closing = lambda made=transport: made.close.called
                 handler.connection_made(transport)
                 for _ in range(turns % 4):

@@ -1,9 +1,9 @@
 """aiohttp's side of a connection: its own refusals are problem documents, and it can be drained.
 
-It stands alone where the fast lane is off, and inside a ``lane.Connection`` where it is on. This is
-the one module that leans on aiohttp's private state (what ``busy``, ``idle`` and ``_end`` look at);
-``tests/test_lane_connections.py`` fails where a new version has changed it, and the version is
-pinned.
+It stands alone where the fast lane is off (``LoneHandler``), and inside a ``lane.Connection`` where
+it is on (``InnerHandler``). This is the one module that leans on aiohttp's private state (what
+``busy``, ``idle`` and ``_end`` look at); ``tests/test_lane_connections.py`` fails where a new version
+has changed it, and the version is pinned.
 
 aiohttp by itself closes a connection at the client's end of file, and whoever shuts down only the
 sending side gets no answer. Ours answers what came whole, and closes then.
@@ -33,26 +33,16 @@ ENDED_WITHIN_S: Final = 75.0
 class Handler(web.RequestHandler):
     """aiohttp's handler of one connection.
 
-    ``draining`` tells whether each answer must be the connection's last; ``answered`` is called
-    behind every answer, when it has been written and before the handler is idle again.
-    ``reading`` is called with whether it wants to read on, where a connection around it decides
-    that: aiohttp by itself resumes the transport at the end of every body. ``admission`` counts the
-    connection where this handler alone has it; beyond the bound it is closed at once.
+    ``draining`` tells whether each answer must be the connection's last.
     """
 
-    __slots__ = (
-        "_admission", "_answered", "_body", "_done_with", "_draining", "_end_by", "_ended",
-        "_reading", "_unread", "_unreadable", "client_ended",
-    )  # fmt: skip
+    __slots__ = ("_body", "_done_with", "_draining", "_ended", "_unreadable", "client_ended")
 
     def __init__(
         self,
         server: web.Server,
         *,
         draining: Callable[[], bool],
-        answered: Callable[[], None] | None = None,
-        reading: Callable[[bool], None] | None = None,
-        admission: Admission | None = None,
         keepalive_timeout: float = KEEPALIVE_TIMEOUT_S,
     ) -> None:
         super().__init__(
@@ -62,9 +52,6 @@ class Handler(web.RequestHandler):
             keepalive_timeout=keepalive_timeout,
         )
         self._draining = draining
-        self._answered = answered
-        self._reading = reading
-        self._admission = admission
         self._body: StreamReader = EMPTY_PAYLOAD
         """That of the request that came last."""
         self._done_with: StreamReader = EMPTY_PAYLOAD
@@ -72,43 +59,6 @@ class Handler(web.RequestHandler):
         self._ended = self._unreadable = False
         self.client_ended = False
         """Whether the client sends no more; most who do so have left."""
-        self._end_by: asyncio.TimerHandle | None = None
-        self._unread: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, unless there are too many."""
-        if self._admission is not None and not self._admission.take_connection():
-            wait_s = self._admission.retry_after(time.monotonic())
-            self._admission = None
-            refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
-            cast("asyncio.Transport", transport).write(
-                rendered(*problem_answer(refused), last=True)
-            )
-            transport.close()
-            return
-        super().connection_made(transport)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """End."""
-        if self._admission is not None:
-            self._admission.release_connection()
-            self._admission = None
-        for timer in (self._end_by, self._unread):
-            if timer is not None:
-                timer.cancel()
-        super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        """Wait until the client has read its answers: aiohttp would for ever."""
-        super().pause_writing()
-        if self._answered is None and self.transport is not None:
-            self._unread = self._loop.call_later(UNREAD_WITHIN_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Go on."""
-        super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Parse what has come; whether its last body is whole is asked at the end."""
@@ -130,10 +80,7 @@ class Handler(web.RequestHandler):
         """
         self._ended = self.client_ended = True
         self._end()
-        transport = self.transport
-        if transport is not None and self._answered is None and self._end_by is None:
-            self._end_by = self._loop.call_later(ENDED_WITHIN_S, transport.abort)
-        return transport is not None
+        return self.transport is not None
 
     def _keep_body(self) -> None:
         if self._messages:
@@ -154,18 +101,6 @@ class Handler(web.RequestHandler):
         if cut_off:
             self._body.set_exception(web.RequestPayloadError("the client sends no more"))
         self.force_close()
-
-    def _pause_transport_reading(self) -> None:
-        if self._reading is None:
-            super()._pause_transport_reading()
-        else:
-            self._reading(False)  # noqa: FBT003 - it is what the callback is about
-
-    def _resume_transport_reading(self) -> None:
-        if self._reading is None:
-            super()._resume_transport_reading()
-        else:
-            self._reading(True)  # noqa: FBT003
 
     @property
     def busy(self) -> bool:
@@ -192,11 +127,13 @@ class Handler(web.RequestHandler):
         sent = await sending
         self._done_with = body
         self._keep_body()  # what came behind an upgrade is parsed by now
-        if self._answered is not None:
-            self._answered()
+        self._answer_is_out()
         if self._ended:
             self._end()
         return sent
+
+    def _answer_is_out(self) -> None:
+        """Take note that an answer is written; the handler is not idle yet."""
 
     def handle_error(
         self,
@@ -211,3 +148,95 @@ class Handler(web.RequestHandler):
         response = problem_response(Refused(problem, "this is not a request that can be read"))
         response.force_close()
         return response
+
+
+class InnerHandler(Handler):
+    """aiohttp's side of a connection that the lane has.
+
+    ``answered`` is called behind every answer, when it has been written and before the handler is
+    idle again; ``reading`` with whether it wants to read on, which the connection around decides:
+    aiohttp by itself resumes the transport at the end of every body.
+    """
+
+    __slots__ = ("_answered", "_reading")
+
+    def __init__(
+        self,
+        server: web.Server,
+        *,
+        draining: Callable[[], bool],
+        answered: Callable[[], None],
+        reading: Callable[[bool], None],
+        keepalive_timeout: float,
+    ) -> None:
+        super().__init__(server, draining=draining, keepalive_timeout=keepalive_timeout)
+        self._answered = answered
+        self._reading = reading
+
+    def _answer_is_out(self) -> None:
+        self._answered()
+
+    def _pause_transport_reading(self) -> None:
+        self._reading(False)  # noqa: FBT003 - it is what the callback is about
+
+    def _resume_transport_reading(self) -> None:
+        self._reading(True)  # noqa: FBT003
+
+
+class LoneHandler(Handler):
+    """A connection that aiohttp has alone: the fast lane is off.
+
+    ``admission`` counts it; beyond the bound it is told so and closed at once.
+    """
+
+    __slots__ = ("_admission", "_end_by", "_unread")
+
+    def __init__(
+        self, server: web.Server, *, draining: Callable[[], bool], admission: Admission
+    ) -> None:
+        super().__init__(server, draining=draining)
+        self._admission: Admission | None = admission
+        self._end_by: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, unless there are too many."""
+        if self._admission is not None and not self._admission.take_connection():
+            wait_s = self._admission.retry_after(time.monotonic())
+            self._admission = None
+            refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
+            cast("asyncio.Transport", transport).write(
+                rendered(*problem_answer(refused), last=True)
+            )
+            transport.close()
+            return
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End."""
+        if self._admission is not None:
+            self._admission.release_connection()
+            self._admission = None
+        for timer in (self._end_by, self._unread):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what has come whole, then close; not for ever."""
+        open_still = super().eof_received()
+        if self.transport is not None and self._end_by is None:
+            self._end_by = self._loop.call_later(ENDED_WITHIN_S, self.transport.abort)
+        return open_still
+
+    def pause_writing(self) -> None:
+        """Wait until the client has read its answers: aiohttp would for ever."""
+        super().pause_writing()
+        if self.transport is not None:
+            self._unread = self._loop.call_later(UNREAD_WITHIN_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()

@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from sale.api.admin import add_admin_routes
-from sale.api.aiohttp_handler import Handler
+from sale.api.aiohttp_handler import Handler, LoneHandler
 from sale.api.door import Door
 from sale.api.exchange import BODY_MAX, ENGINE
 from sale.api.health import add_health_routes
@@ -146,7 +146,9 @@ class Api:
     def _connection(self) -> Connection | Handler:
         if self._lane is not None:
             return Connection(self._lane)
-        return Handler(self._handlers, draining=self._is_draining, admission=self._engine.admission)
+        return LoneHandler(
+            self._handlers, draining=self._is_draining, admission=self._engine.admission
+        )
 
     def _is_draining(self) -> bool:
         return self.draining

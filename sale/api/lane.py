@@ -31,7 +31,7 @@ from typing import Final, cast
 import structlog
 from aiohttp import web
 
-from sale.api.aiohttp_handler import UNREAD_WITHIN_S, Handler
+from sale.api.aiohttp_handler import UNREAD_WITHIN_S, InnerHandler
 from sale.api.exchange import (
     BODY_MAX,
     BODY_WITHIN_S,
@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
         self._awaited: tuple[Campaign, Head] | None = None
         self.purchase: Purchase | None = None
         """The one that is under way."""
-        self._inner: Handler | None = None
+        self._inner: InnerHandler | None = None
         self._shape = lane.heads.shape
         self._inner_left = 0
         self._inner_full = False
@@ -513,9 +513,9 @@ class Connection(asyncio.Protocol):
         self.bound_what_is_held()
         self._bound_what_does_not_end(inner, len(part))
 
-    def _with_inner(self) -> Handler:
+    def _with_inner(self) -> InnerHandler:
         if self._inner is None:
-            self._inner = Handler(
+            self._inner = InnerHandler(
                 self._lane.server,
                 draining=self._lane.is_draining,
                 answered=self._inner_answered,
@@ -588,7 +588,7 @@ class Connection(asyncio.Protocol):
             else:
                 transport.resume_reading()
 
-    def _bound_what_does_not_end(self, inner: Handler, length: int) -> None:
+    def _bound_what_does_not_end(self, inner: InnerHandler, length: int) -> None:
         """End what sends a head without an end: aiohttp bounds its lines, and takes many."""
         self._unended = self._unended + length if inner.idle else 0
         if self._unended > HELD_MAX and self._transport is not None:

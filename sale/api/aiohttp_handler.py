@@ -2,8 +2,8 @@
 
 It stands alone where the fast lane is off (``LoneHandler``), and inside a ``lane.Connection`` where
 it is on (``InnerHandler``). This is the one module that leans on aiohttp's private state (what
-``busy``, ``idle`` and ``_end`` look at); ``tests/test_lane_connections.py`` fails where a new version
-has changed it, and the version is pinned.
+``busy``, ``idle`` and ``_end`` look at); ``tests/test_lane_connections.py`` fails where a new
+version has changed it, and the version is pinned.
 
 aiohttp by itself closes a connection at the client's end of file, and whoever shuts down only the
 sending side gets no answer. Ours answers what came whole, and closes then.
@@ -22,7 +22,7 @@ from sale.api.problems import problem_answer, problem_response
 from sale.domain import Problem, Refused
 from sale.usecases.admission import Admission
 
-KEEPALIVE_TIMEOUT_S: Final = 75.0
+KEEPALIVE_S: Final = 75.0
 UNREAD_WITHIN_S: Final = 30.0
 """How long a client may leave unread what has been written to it."""
 
@@ -43,7 +43,7 @@ class Handler(web.RequestHandler):
         server: web.Server,
         *,
         draining: Callable[[], bool],
-        keepalive_timeout: float = KEEPALIVE_TIMEOUT_S,
+        keepalive_timeout: float = KEEPALIVE_S,
     ) -> None:
         super().__init__(
             server,

@@ -31,7 +31,7 @@ from typing import Final, cast
 import structlog
 from aiohttp import web
 
-from sale.api.aiohttp_handler import UNREAD_WITHIN_S, InnerHandler
+from sale.api.aiohttp_handler import KEEPALIVE_S, UNREAD_WITHIN_S, InnerHandler
 from sale.api.exchange import (
     BODY_MAX,
     BODY_WITHIN_S,
@@ -68,7 +68,6 @@ HELD_FREELY: Final = 8 * 1024
 """More than a purchase of ours has: a token, a key and a short body are under 1 KiB."""
 
 HEAD_WITHIN_S: Final = 10.0
-KEEPALIVE_S: Final = 75.0
 SWEEP_S: Final = 1.0
 PURCHASE: Final = b"POST /api/v1/campaigns/"
 NEVER: Final = float("inf")

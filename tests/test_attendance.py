@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,8 +14,10 @@ from stock_maker import BEHIND_MAX, campaign, card, key
 from sale.db import claims
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
+from sale.stock.connection import open_redis
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision
+from sale.usecases import attendance
 from sale.usecases.attendance import Attending
 from sale.usecases.healing import Healing
 from sale.usecases.verification import verify_all
@@ -307,3 +310,63 @@ async def test_given_who_told_has_ended_in_order_when_nothing_is_lost_then_what_
     assert (await finish(shop)).clean
     async with shop.pool.acquire() as connection:
         assert [each.settled for each in await claims.settle(connection)] == ["stands"] * 2
+
+
+async def test_given_redis_away_when_a_process_ends_in_order_then_it_hands_in_all_the_same(
+    shop: Shop, apis: list[Api]
+):
+    async with going_back(shop):
+        told = seqs(await apis[0].buy(1, 2, 3))
+        away = open_redis("unix:///nowhere/redis.sock")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(apis[0].attending, "_redis", away)
+            await apis[0].attending.sign_off()
+        await away.aclose()
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    assert (await shop.recover()).filled == 3
+    assert [answer.value for answer in await apis[1].buy(1, 2, 3)] == told
+
+
+async def test_given_postgres_away_when_a_process_ends_in_order_then_its_last_word_stays(
+    shop: Shop, apis: list[Api], capsys: pytest.CaptureFixture[str]
+):
+    # Given: it could not hand in what it keeps; what it has seen is on the roll.
+    async with going_back(shop):
+        told = seqs(await apis[0].buy(1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apis[0].attending, "_pool", _Away())
+        await apis[0].attending.sign_off()
+    assert "attendance.kept_back" in capsys.readouterr().out
+    # When and then: Redis is not believed though nobody is there to speak.
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    assert (await shop.recover()).voided == [(told[0], told[-1])]
+
+
+async def test_given_postgres_that_is_silent_when_a_process_ends_then_it_ends_all_the_same(
+    shop: Shop, apis: list[Api]
+):
+    async def silence(*_: object) -> None:
+        await asyncio.sleep(60)
+
+    await apis[0].buy(1)
+    began, ended_pools = time.monotonic(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "hand_in", silence)
+        patch.setattr(apis[0].attending, "_pool", _Ended(shop.pool, ended_pools))
+        patch.setattr(attendance, "HAND_IN_ALL_S", 0.2)
+        await apis[0].attending.sign_off()
+    assert time.monotonic() - began < 3
+    assert ended_pools == ["terminated"]
+
+
+class _Ended:
+    """A pool that notes its end, and goes on."""
+
+    def __init__(self, pool: Any, noted: list[str]) -> None:
+        self._pool, self._noted = pool, noted
+
+    def acquire(self) -> Any:
+        return self._pool.acquire()
+
+    def terminate(self) -> None:
+        self._noted.append("terminated")

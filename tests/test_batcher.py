@@ -865,6 +865,7 @@ async def test_store_that_ailed_is_well_again_by_a_peek_that_it_answers(
     shop = open_shop(redis, campaign(1))
     await shop.until_it_peeks()
     shop.batcher._ails(what, "for a while")
+    shop.batcher._store_rejects = not well
     waiting = [shop.submit(Bid(card(n), key(1))) for n in range(2)]
     assert shop.batcher.waiting_since == 0.0
     await asyncio.gather(*(each.answer for each in waiting if each))
@@ -887,3 +888,20 @@ async def test_peeks_that_find_more_undecided_than_a_call_holds_keep_the_order(
     assert decisions(answers) == [Decision.SOLD] * 30 + [Decision.SOLD_OUT] * 10
     numbers = [answer.value for answer in answers[:30]]
     assert numbers == sorted(numbers)
+
+
+async def test_buyers_among_a_crowd_that_is_too_late_do_not_take_its_cheap_refusals_away(
+    redis: Redis, open_shop: OpenShop
+) -> None:
+    """A buyer who asks again is the script's to answer, and stands in every batch of a rush."""
+    stock = await open_stock(redis, 1)
+    shop = open_shop(redis, campaign(1), batch_max=32)
+    await shop.one(card(1), key(1))
+    await shop.until_it_peeks()
+    calls = await calls_of(stock)
+    for turn in range(10):
+        others = [Bid(card(1_000 + 100 * turn + n), key(1)) for n in range(99)]
+        answers = await shop.ask(*others[:50], Bid(card(1), key(1)), *others[50:])
+        assert decisions(answers).count(Decision.SOLD_OUT) == 99
+        assert answers[50].decision is Decision.REPLAYED
+    assert await calls_of(stock) - calls <= 12, "a small call a round for the buyer, and no more"

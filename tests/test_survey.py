@@ -4,8 +4,10 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
+from stock_maker import open_stock
 
 from sale.stock import survey
+from sale.stock.catalogue import read_campaigns
 from sale.stock.keys import campaign_keys
 from sale.stock.survey import KEYS_A_CALL, read_heads
 
@@ -54,3 +56,14 @@ def test_given_a_call_that_failed_when_told_then_each_of_its_keys_has_the_error(
     lost = RedisConnectionError("lost")
     first = [[b"1"]] * KEYS_A_CALL
     assert survey.told([first, lost], KEYS_A_CALL + 3) == [*first, lost, lost, lost]
+
+
+async def test_given_a_stock_of_another_type_when_campaigns_are_read_then_the_others_are_seen(
+    redis: Redis,
+) -> None:
+    for campaign_id in ("sound", "damaged"):
+        await open_stock(redis, 5, campaign_id=campaign_id)
+    await redis.set(campaign_keys("damaged").stock, "no hash")
+    assert [now.campaign.id for now in await read_campaigns(redis)] == ["sound"]
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await read_campaigns(redis, strictly=True)

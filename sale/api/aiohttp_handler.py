@@ -36,7 +36,7 @@ class Handler(web.RequestHandler):
     ``draining`` tells whether each answer must be the connection's last.
     """
 
-    __slots__ = ("_body", "_done_with", "_draining", "_ended", "_unreadable", "client_ended")
+    __slots__ = ("_body", "_broken", "_done_with", "_draining", "_ended", "client_ended")
 
     def __init__(
         self,
@@ -56,7 +56,9 @@ class Handler(web.RequestHandler):
         """That of the request that came last."""
         self._done_with: StreamReader = EMPTY_PAYLOAD
         """That of the request that was answered last."""
-        self._ended = self._unreadable = False
+        self._broken: StreamReader = EMPTY_PAYLOAD
+        """One of which a later part could not be read: nothing follows it."""
+        self._ended = False
         self.client_ended = False
         """Whether the client sends no more; most who do so have left."""
 
@@ -68,7 +70,7 @@ class Handler(web.RequestHandler):
         if self._body is not body and not body.is_eof() and body.exception() is None:
             # Only its parser's error comes behind a body that is not whole. aiohttp would let
             # whoever reads that body wait for the rest.
-            self._unreadable = True
+            self._broken = body
             if body is not self._done_with:
                 body.set_exception(web.RequestPayloadError("a chunk cannot be read"))
             body.feed_eof()
@@ -116,8 +118,9 @@ class Handler(web.RequestHandler):
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
-        """Send an answer; the connection's last while draining, or before what cannot be read."""
-        if self._unreadable or self._draining():
+        """Send an answer; the connection's last while draining, or to what could not be read."""
+        broken = self._broken is not EMPTY_PAYLOAD and request.content is self._broken
+        if broken or self._draining():
             resp.force_close()
         return self._then(request.content, super().finish_response(request, resp, start_time))
 

@@ -205,7 +205,9 @@ class Batcher:
         self._attending: asyncio.Task[bool] | None = None
         self._all_refused = False
         self._warned = ""
-        self._store_ails = False
+        self._store_ails = self._store_rejects = False
+        self._peeked = False
+        """Whether a peek has refused whom it could before this batch."""
         self._load_not_before = 0.0
         self._asking: list[Purchase] = []
         self._settled = 0
@@ -271,7 +273,7 @@ class Batcher:
                 if self._all_refused:
                     batch = await self._refuse_by_peek()
                 else:
-                    batch = self._take(self._batch_max)
+                    batch, self._peeked = self._take(self._batch_max), False
                 # Who waited too long has gone: what was never asked is not bought behind them.
                 self._asking = self._drop_overdue(batch)
                 if self._asking:
@@ -332,6 +334,7 @@ class Batcher:
             except ResponseError as error:
                 # Rejected before its first write: out of memory, or a replica that is read-only.
                 self._ails("purchase.rejected", str(error)[:200])
+                self._store_rejects = True
                 self._all_refused = True  # a peek only reads: who can be refused by one still is
                 break
             except (RedisError, OSError, TimeoutError) as error:
@@ -339,7 +342,8 @@ class Batcher:
             else:
                 # An answer of an incarnation that is over says nothing of this one: asked again.
                 if reply[0] == CallReply.OK and mark.incarnation == self.mark.incarnation:
-                    self._warned, self._store_ails = "", False
+                    self._warned = ""
+                    self._store_ails = self._store_rejects = False
                     self._answer(batch, bids, reply)
                     return
                 if reply[0] == CallReply.UNATTENDED and await self.attend() and attempt == 0:
@@ -415,7 +419,7 @@ class Batcher:
         self._metrics.batch_size.observe(len(batch))
         if len(reply) == _RESULTS_AT + len(batch):
             # Everything was sold: what a rush is made of, without a look at each.
-            self._all_refused = False
+            self._all_refused &= self._peeked
             self.kept.add_batch(epoch, price_fen, number + 1, now_ms, len(batch), bids)
             answers = [
                 Answer(Decision.SOLD, event, left, now_ms, now_ms, price_fen)
@@ -423,7 +427,9 @@ class Batcher:
             ]
         else:
             answers = self._answers_of(batch, reply)
-            self._all_refused = all(answer.decision in _BY_PEEK for answer in answers)
+            if not self._peeked:  # else the peek has seen how many it could not refuse
+                by_peek = sum([answer.decision in _BY_PEEK for answer in answers])
+                self._all_refused = 2 * by_peek > len(answers)
         if len(answers) != len(batch):
             raise ValueError(f"{len(answers)} answers to {len(batch)} purchases")
         # Told in the loop's next turn: by then the next call is on its way, and Redis decides (and
@@ -493,6 +499,7 @@ class Batcher:
         """Refuse whom one peek can refuse; return who must be decided by the script."""
         # A peek says nothing to those who came after it was sent: tickets may have come back.
         asked = min(len(self._queue), PEEKED_MAX)
+        self._peeked = False
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 peek = await self._scripts.peek(
@@ -507,7 +514,8 @@ class Batcher:
         if suspects is None:
             return self._take(self._batch_max)
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
-        if not self._warned.startswith("purchase.rejected"):  # it may be read, and not be written
+        self._peeked = True
+        if not self._store_rejects:  # else it may be read, and not be written
             self._warned, self._store_ails = "", False
         refusal, left = _closed_by(peek), peek.remaining
         by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]

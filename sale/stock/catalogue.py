@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from sale.domain import Campaign, CampaignState
 from sale.stock import survey
@@ -148,10 +149,11 @@ async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:
     return _parse(*await read_at_once(redis, head, lambda pipe: _ask(pipe, campaign_id)))
 
 
-async def read_campaigns(redis: Redis) -> list[CampaignNow]:
+async def read_campaigns(redis: Redis, *, strictly: bool = False) -> list[CampaignNow]:
     """Read all campaigns in one round trip; each may be read between two of its events.
 
     One whose values are damaged is left out, so that the others are seen: the audit tells of it.
+    ``strictly``: a key of another type raises ResponseError.
     """
     keys = [campaign_keys(campaign_id) for campaign_id in await campaign_ids(redis)]
     async with redis.pipeline(transaction=False) as pipe:
@@ -164,9 +166,11 @@ async def read_campaigns(redis: Redis) -> list[CampaignNow]:
     stocks = survey.told(replies[half:], len(keys))
     read = []
     for head, stock in zip(heads, stocks, strict=True):
-        for reply in (head, stock):
-            if isinstance(reply, Exception):
-                raise reply
+        errors = [reply for reply in (head, stock) if isinstance(reply, Exception)]
+        if errors and (strictly or not isinstance(errors[0], ResponseError)):
+            raise errors[0]
+        if errors:
+            continue
         with contextlib.suppress(ValueError):
             read.append(_parse(clock, head, dict(zip(stock[::2], stock[1::2], strict=True))))
     return [now for now in read if now is not None]

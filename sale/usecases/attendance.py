@@ -18,7 +18,6 @@ from sale.db import claims, rehearsals
 from sale.db.claims import Claim
 from sale.db.pool import POSTGRES_ERRORS
 from sale.stock.batcher import Batcher, Batchers, Mark
-from sale.stock.connection import REDIS_ERRORS
 from sale.stock.kept import KeptSale
 from sale.stock.keys import campaign_keys
 from sale.stock.roll import (
@@ -38,6 +37,8 @@ HAND_IN_TIMEOUT_S: Final = 10.0
 HAND_IN_CHUNK: Final = 2_000
 LOOK_PATIENCE_S: Final = 0.2
 """A look that takes longer goes on beside the beats, so that this process is heard meanwhile."""
+HAND_IN_ALL_S: Final = 2.0
+STOP_S: Final = 0.3
 SIGN_OFF_TIMEOUT_S: Final = 1.0
 
 log = structlog.get_logger()
@@ -74,32 +75,55 @@ class Attending:
             await self._stop_looking()
 
     async def sign_off(self) -> None:
-        """Say that nobody need wait for this process, after it has handed in what it still keeps.
+        """Say that nobody need wait for this process, once it has handed in what it still keeps.
 
         Also where Redis has all of it: should its files be lost before the writer has seen them,
-        nobody else knows.
+        nobody else knows. Where not all could be handed in, its last report stays on the roll, and
+        says how far it has seen.
         """
-        self._leaving = True
-        try:
-            async with asyncio.timeout(SIGN_OFF_TIMEOUT_S):
-                await self.beat()
-                if self._looking:
-                    await asyncio.wait(self._looking.values())
-        except (*REDIS_ERRORS, *POSTGRES_ERRORS):
-            log.info("attendance.no_last_look")
         await self._stop_looking()
+        kept_back = await self._hand_in_all()
         try:
             async with asyncio.timeout(SIGN_OFF_TIMEOUT_S):
-                await sign_off(self._redis, self._batchers.process)
-        except (*REDIS_ERRORS,):
-            log.info("attendance.not_signed_off")
+                if kept_back:
+                    log.warning("attendance.kept_back", sales=kept_back)
+                    await self.beat()
+                else:
+                    await sign_off(self._redis, self._batchers.process)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the process ends
+            log.info("attendance.not_signed_off", why=type(error).__name__)
+        await self._stop_looking()
+
+    async def _hand_in_all(self) -> int:
+        """Hand in everything that is kept, bounded; give how much is kept back."""
+        self._leaving = True
+        handing = {
+            asyncio.create_task(self._hand_in(batcher, ("", 0), due=True)): batcher
+            for batcher in self._batchers.all()
+            if len(batcher.kept)
+        }
+        if not handing:
+            return 0
+        done, late = await asyncio.wait(handing, timeout=HAND_IN_ALL_S)
+        if late:
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late, timeout=STOP_S)
+            # asyncpg waits for a silent PostgreSQL even when it is cancelled.
+            self._pool.terminate()
+        return sum(
+            len(batcher.kept)
+            for task, batcher in handing.items()
+            if task not in done or task.cancelled() or task.exception() or not task.result()
+        )
 
     async def _stop_looking(self) -> None:
         tasks = list(self._looking.values())
         self._looking.clear()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_S)
 
     async def beat(self) -> None:
         """Look at every campaign once, and report. Raises the stores' errors."""
@@ -155,7 +179,7 @@ class Attending:
         handed = await self._hand_in(
             batcher,
             (str(identity), epoch),
-            due=self._leaving or lacks > 0 or head is None or head["recovering"] != "",
+            due=lacks > 0 or head is None or head["recovering"] != "",
         )
         if handed and lacks and epoch > mark.epoch:
             # The recovery is over, and what it could not use is kept by PostgreSQL.

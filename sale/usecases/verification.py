@@ -135,7 +135,6 @@ async def verify(
             async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
                 position = await ledger.position(connection, campaign_id)
                 handed_in = await claims.highest(connection, campaign_id)
-                handed_in = await claims.highest(connection, campaign_id)
         except POSTGRES_ERRORS:
             if not why and not _witnessed(roll, campaign_id, epoch):
                 raise

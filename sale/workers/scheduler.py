@@ -264,7 +264,7 @@ class Scheduler:
         """Read all in one round trip, or one by one where a damaged key spoils that."""
         redis, found = self._stores.redis, []
         try:
-            return await read_campaigns(redis)
+            return await read_campaigns(redis, strictly=True)
         except ResponseError:
             for campaign_id in await campaign_ids(redis):
                 with self._isolation.of(campaign_id, "read"):

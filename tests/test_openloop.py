@@ -16,7 +16,7 @@ from service import Client, Service, free_port
 
 from loadtest.books.answers import Answer
 from loadtest.books.check import FINDINGS_MAX
-from loadtest.books.ledger import wait_applied
+from loadtest.books.ledger import BooksError, count_orders, wait_applied
 from loadtest.books.proof import Where, prove
 from loadtest.client import Unreachable
 from loadtest.record import Finding, Proof, Record, RecordError, decode, encode
@@ -517,9 +517,15 @@ def test_given_a_command_line_when_read_then_a_plan_or_a_word_why_not() -> None:
     assert not made.proof
     assert made.books == Where(data_dir="d")
     assert "d" not in made.told().values()
-    for wrong in (["--duplicate-share", "1"], ["--retries", "-1"], ["--timeout", "0"]):
-        with pytest.raises(ValueError, match="--"):
-            plan(*wrong)
+    assert made.name == "poisson, 5/s, 10 s"
+    for option, value in (
+        *(("duplicate-share", "1"), ("retries", "-1"), ("timeout", "0"), ("rate", "-5")),
+        *(("rate", "inf"), ("cards", "-3"), ("warm", "-1"), ("ledger-within", "-1")),
+    ):
+        with pytest.raises(ValueError, match=f"--{option} {value}: from"):
+            plan(f"--{option}", value)
+    with pytest.raises(ValueError, match="--redis-url: give --database-url"):
+        plan("--redis-url", "redis://127.0.0.1:1")
     with pytest.raises(ValueError, match="http://HOST:PORT"):
         plan("--target", "127.0.0.1:8080")
     assert only_loopback("127.0.0.1:1") == only_loopback("[::1]:1") == ""
@@ -595,15 +601,29 @@ async def test_given_a_plan_that_cannot_be_when_played_then_it_says_why(
 
 
 @pytest.mark.load
-async def test_given_books_that_are_out_of_reach_when_played_then_told_all_the_same(
+async def test_given_books_that_are_out_of_reach_when_played_then_refused_before_anything(
     service: Service, client: Client
 ) -> None:
-    """And a campaign that has orders since then is nobody's alone."""
     campaign = await client.campaign(100)
     away = Where(database_url=f"postgresql://x@127.0.0.1:{free_port()}/x")
     key_file = str(service.data_dir / "signing.key")
     plan = small(service, campaign, rate=40, seconds=0.3, alone=False, books=away)
-    record = await play(msgspec.structs.replace(plan, key_file=key_file))
+    with pytest.raises(BooksError, match="PostgreSQL: "):
+        await play(msgspec.structs.replace(plan, key_file=key_file))
+    assert await count_orders(service.database_url, campaign) == 0
+
+
+async def test_given_books_that_went_away_meanwhile_when_played_then_told_all_the_same(
+    service: Service, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a campaign that has orders since then is nobody's alone."""
+    campaign = await client.campaign(100)
+
+    async def gone(*_: object, **__: object) -> None:
+        raise BooksError("PostgreSQL: it went away")
+
+    monkeypatch.setattr("loadtest.rush.team.prove", gone)
+    record = await play(small(service, campaign, rate=40, seconds=0.3, alone=False))
     assert record.offered == record.outcomes["sold"] > 0
     assert record.proof is None
     assert record.not_proved.startswith("PostgreSQL: ")

@@ -134,6 +134,9 @@ class Run:
             raise SetupError("the books must be checked: give --data-dir, or --database-url")
         if not self.mix().all:
             raise SetupError("nobody comes: one of --members, --refreshers, --bots must be above 0")
+        for option, given, least in (("-u", told.num_users, 1), ("-r", told.spawn_rate, 0.001)):
+            if given is not None and given < least:
+                raise SetupError(f"{option} {given:g}: must be above 0")
         if told.num_users is None:
             told.num_users = self._scenario.users if self._scenario else 1
         if told.spawn_rate is None:
@@ -191,6 +194,7 @@ class Run:
         try:
             setting = self._open()
         except (SetupError, ScenarioError, OSError) as error:
+            self._close_campaign()
             self.told = f"loadtest: {error}\n"
             print(f"loadtest: {error}", file=sys.stderr)
             self._environment.process_exit_code = REFUSED
@@ -206,6 +210,7 @@ class Run:
 
     def _open(self) -> Setting:
         told = self._options
+        self._close_campaign()  # of a run that never began, or was never ended
         table = setup.find_campaign(self._api, told.campaign) if told.campaign else None
         self._plan = self._planned(table)
         self._alone = False
@@ -303,6 +308,8 @@ class Run:
         if self.leads and self._began is not None:
             self._runner.stop()
             self._conclude(0.0)  # nobody listens to the workers any more
+        if self.leads:
+            self._close_campaign()
 
     def _gather(self, patience_s: float) -> None:
         if self._workers is not None:

@@ -162,5 +162,5 @@ def print_half(result: Half, console: Console) -> None:
     goal = result.goal
     got = "[yellow]not measured[/]"
     if goal.got is not None:
-        got = f"[{'green' if goal.met else 'red'}]{goal.got:.1f}[/]"
+        got = f"[green]{goal.got:.1f}, met[/]" if goal.met else f"[red]{goal.got:.1f}, not met[/]"
     console.print(f"{goal.what}: {got} (≤ {goal.goal:g})")

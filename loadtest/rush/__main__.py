@@ -6,6 +6,7 @@ or a generator that was itself the limit, see `loadtest.rush.summary`); 2 bad us
 
 import argparse
 import asyncio
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -37,8 +38,16 @@ PROBLEMS: Final = (
     ValueError, OSError,
 )  # fmt: skip
 FINDINGS_SHOWN: Final = 20
+REPORT_NAME: Final = "report.html"
 WAITED_SHARE: Final = 0.01
 _DEFAULT: Final = Plan(target="", campaign="")
+_LEAST: Final = 0.001
+_NUMBERS: Final = (
+    ("duplicate_share", 0, 1), ("retries", 0, 101), ("connections", 1, math.inf),
+    ("queue", 1, math.inf), ("warm", 0, math.inf), ("timeout", _LEAST, math.inf),
+    ("give_up", _LEAST, math.inf), ("cards", 0, math.inf), ("first_card", 0, math.inf),
+    ("rate", _LEAST, math.inf), ("seconds", _LEAST, math.inf), ("ledger_within", _LEAST, math.inf),
+)  # fmt: skip
 
 
 class _Interrupted(Exception):  # noqa: N818 - says what it is
@@ -80,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     books.add_argument("--no-proof", action="store_true", help="do not look at the books")
     books.add_argument("--ledger-within", type=float, default=_DEFAULT.ledger_within_s, metavar="S")
     out = made.add_argument_group("result")
-    out.add_argument("--name", default=_DEFAULT.name, help="of the run, in record and report")
+    out.add_argument(
+        "--name", default="", help="of the run, in record and report; default: what was offered"
+    )
     out.add_argument("--out", type=Path, metavar="DIR", help="write run.json and report.html")
     out.add_argument("--json", action="store_true", help="the record on stdout, nothing else")
     out.add_argument("--anywhere", action="store_true", help="load other machines than this one")
@@ -124,21 +135,19 @@ def plan_of(options: argparse.Namespace) -> Plan:
     address = urlsplit(options.target)
     if address.scheme != "http" or not address.hostname or address.path.strip("/"):
         raise ValueError(f"--target {options.target}: not http://HOST:PORT")
-    if not 0 <= options.duplicate_share < 1:
-        raise ValueError("--duplicate-share: from 0 to below 1")
-    if not 0 <= options.retries <= 100 or options.connections < 1 or options.queue < 1:
-        raise ValueError("--retries 0 to 100; --connections and --queue at least 1")
-    if options.timeout <= 0 or options.give_up <= 0 or options.cards < 0 or options.first_card < 0:
-        raise ValueError("--timeout and --give-up above 0; --cards and --first-card not below 0")
+    _check_numbers(options)
+    if options.redis_url and not (options.database_url or options.data_dir):
+        raise ValueError("--redis-url: give --database-url too")
     where = Where(
         data_dir=options.data_dir, database_url=options.database_url, redis_url=options.redis_url
     )
     host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
-    same = ("campaign", "name", "arrivals", "rate", "seconds", "seed", "tokens", "cards")
+    same = ("campaign", "arrivals", "rate", "seconds", "seed", "tokens", "cards")
     more = ("first_card", "quantity", "showing", "duplicate_share", "connections", "queue", "warm")
     rest = ("processes", "retries", "at_opening", "alone", "metrics")
     return Plan(
         **{name: getattr(options, name) for name in (*same, *more, *rest)},
+        name=options.name or f"{options.arrivals}, {options.rate:,g}/s, {options.seconds:g} s",
         target=f"{host}:{address.port or 80}",
         key_file=options.signing_key_file,
         timeout_s=options.timeout,
@@ -147,6 +156,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
         ledger_within_s=options.ledger_within,
         books=where,
     )
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name, least, below in _NUMBERS:
+        given = getattr(options, name)
+        if not least <= given < below:
+            most = f" and below {below:g}" if below < math.inf else ""
+            raise ValueError(f"--{name.replace('_', '-')} {given:g}: from {least:g}{most}")
 
 
 def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
@@ -268,6 +285,8 @@ def main() -> None:
     except (KeyboardInterrupt, asyncio.CancelledError, _Interrupted) as error:
         print(f"rush: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
+    if options.out is not None and not unwritten:
+        console.print(f"report: {options.out / REPORT_NAME}", highlight=False)
     if options.json:
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
     else:
@@ -296,7 +315,7 @@ def _write(folder: Path, record: Record) -> str:
 
     try:
         records.write(folder / records.RECORD_NAME, record)
-        write_report(folder / "report.html", record)
+        write_report(folder / REPORT_NAME, record)
     except OSError as error:
         return f"--out {folder}: not written: {error.strerror or error}"
     return ""

@@ -103,7 +103,9 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
     with tempfile.TemporaryDirectory(prefix="sale-rush-") as made:
         folder = Path(made)
         campaign = await _campaign(plan)
-        await _check_alone(plan)
+        await _look_at_books(plan)
+        if not plan.at_opening and campaign.get("state") != "open":
+            note(f"campaign {plan.campaign} is {campaign.get('state')}: it refuses everybody")
         load = await asyncio.to_thread(_load, plan, campaign, folder, note)
         offsets = await asyncio.to_thread(load.offsets)
         note(f"{len(offsets):,} members over {offsets[-1]:.1f} s, seed {plan.seed}")
@@ -136,11 +138,15 @@ async def _prove(plan: Plan, jobs: list[Job], record: Record) -> None:
         record.not_proved = " ".join(str(error).split()) or type(error).__name__
 
 
-async def _check_alone(plan: Plan) -> None:
-    """Orders from before would all be findings. Raises RushError, BooksError, EngineError."""
-    if not (plan.alone and plan.proof and plan.books.known):
+async def _look_at_books(plan: Plan) -> None:
+    """See before the load that they can be read; orders from before would all be findings.
+
+    Raises RushError, BooksError, EngineError.
+    """
+    if not (plan.proof and plan.books.known):
         return
-    if count := await count_orders(plan.books.books_url(), plan.campaign):
+    count = await count_orders(plan.books.books_url(), plan.campaign)
+    if plan.alone and count:
         raise RushError(
             f"campaign {plan.campaign} has {count:,} orders already, so this rush is not --alone:"
             " name a fresh campaign, or leave --alone away"
@@ -166,7 +172,11 @@ async def _campaign(plan: Plan) -> dict[str, Any]:
 def only_loopback(target: str) -> str:
     """Say why a target is not of this machine alone; '' if it is. Raises OSError."""
     host, _, port = target.rpartition(":")
-    for found in socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM):
+    try:
+        every = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OSError(f"{target}: {error.strerror or error}") from None
+    for found in every:
         address = str(found[4][0])
         if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
             which = "" if address == host.strip("[]") else f"{address}, "

@@ -67,9 +67,12 @@ def oracle(loop: asyncio.AbstractEventLoop, data: bytes) -> tuple[list[Request],
 
 
 def plain_ones(data: bytes) -> int:
-    """How many requests at the beginning of ``data`` are whole and plain."""
+    """How many requests at the beginning of ``data`` are whole and plain.
+
+    An empty line before one is not: where it comes alone, the lane hands over for good.
+    """
     reader, count = HeadReader(), 0
-    while (end := data.find(b"\r\n\r\n") + 4) >= 4:
+    while data[:1].isupper() and (end := data.find(b"\r\n\r\n") + 4) >= 4:
         head = reader.read(data, end)
         if head is None or head.whole > len(data):
             break

@@ -21,11 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest.bench.measure import STOCK, Bench
-from loadtest.bench.rig import ready
 from loadtest.client import AnswerError
-from loadtest.engine import stop
 from loadtest.latency import at_share
-from loadtest.overload.measure import OPENED_PER_S, SETTLE_S
+from loadtest.overload.measure import OPENED_PER_S, SETTLE_S, serve_anew
 from loadtest.overload.spool import Compared, Spool
 from loadtest.overload.tables import print_books
 from loadtest.record import Record
@@ -100,20 +98,9 @@ def shares(connections: int) -> dict[str, int]:
 async def idle(bench: Bench, asked: int, seconds: float) -> Idle:
     """Measure. Raises EngineError, AnswerError, OSError …"""
     connections = max(files_allow(asked + SPARE) - SPARE, 1)
-    await _serve(bench, connections + SPARE)
+    await serve_anew(bench.rig, SALE_CONNECTIONS_MAX=str(connections + SPARE))
     await bench.rig.campaign(CAMPAIGN, STOCK)
     return await _Idling(bench, connections, min(seconds, SECONDS_MAX)).run(asked)
-
-
-async def _serve(bench: Bench, connections_max: int) -> None:
-    """Start the API anew, with room for so many."""
-    rig = bench.rig
-    await stop(rig.processes.pop("serve"))
-    rig.settings["SALE_CONNECTIONS_MAX"] = str(connections_max)
-    socket = f"unix:{rig.servers.sockets}/bench-serve"
-    program = ("sale", "serve", "--metrics-listen", socket)
-    await rig.spawn("serve", *program, cores=rig.server_cores)
-    await ready(rig.processes["serve"], rig.log("serve"), rig.address, "/readyz", 200)
 
 
 class _Idling:

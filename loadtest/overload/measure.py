@@ -26,7 +26,7 @@ import msgspec
 
 from loadtest.bench.measure import STOCK, Bench
 from loadtest.bench.offer import offer
-from loadtest.bench.rig import cpu_s, ready, spawn, tree_cpu_s
+from loadtest.bench.rig import Rig, cpu_s, ready, spawn, tree_cpu_s
 from loadtest.engine import EngineError, stop
 from loadtest.latency import at_share
 from loadtest.overload.spool import Compared, Spool
@@ -137,7 +137,7 @@ class Overloading:
         if self.plan.far:
             scenes.append(await self._far())
         if self.plan.near:
-            await self._serve(SALE_WAIT_MAX_MS=str(self.plan.near_wait_ms))
+            await serve_anew(self.rig, SALE_WAIT_MAX_MS=str(self.plan.near_wait_ms))
             scenes.append(Scene("near", near, await self._steps(near, self.plan.near)))
         refusal_us = await self._refusal_us()
         return Overload(
@@ -159,24 +159,15 @@ class Overloading:
         relay = await spawn(command, rig.log("far"), rig.client_cores)
         try:
             await _until(listen.exists, "the delaying relay")
-            await self._serve(SALE_REDIS_URL=f"unix://{listen}", SALE_BATCH_MAX=str(plan.far_batch))
+            await serve_anew(
+                self.rig, SALE_REDIS_URL=f"unix://{listen}", SALE_BATCH_MAX=str(plan.far_batch)
+            )
             _, capacity = await self._capacity(FIRST_RATE // 5)
             return Scene("far", capacity, await self._steps(capacity, plan.far))
         finally:
             if "serve" in rig.processes:
                 await stop(rig.processes.pop("serve"))
             await stop(relay)
-
-    async def _serve(self, **settings: str) -> None:
-        """Start the API anew with settings of its own. Raises EngineError."""
-        rig = self.rig
-        if "serve" in rig.processes:
-            await stop(rig.processes.pop("serve"))
-        socket = f"unix:{rig.servers.sockets}/bench-serve"
-        with _replaced(rig.settings, settings):
-            program = ("sale", "serve", "--metrics-listen", socket)
-            await rig.spawn("serve", *program, cores=rig.server_cores)
-        await ready(rig.processes["serve"], rig.log("serve"), rig.address, "/readyz", 200)
 
     async def _capacity(self, rate_most: int) -> tuple[dict[str, float], float]:
         """Sell in a closed loop: CPU µs a purchase by process, and purchases a second."""
@@ -196,7 +187,7 @@ class Overloading:
     async def _refusal_us(self) -> float:
         """CPU µs of the API a refusal, where nearly all are refused. Raises EngineError."""
         self.bench.note("the cost of a refusal")
-        await self._serve(SALE_WAITING_MAX="1", SALE_BATCH_MAX="1")
+        await serve_anew(self.rig, SALE_WAITING_MAX="1", SALE_BATCH_MAX="1")
         feed = self.bench.feed(CAMPAIGN, self.bench.cards(REFUSED_CARDS), cycle=True)
         before = cpu_s(self.rig.pid("serve"))
         got = await offer(
@@ -298,6 +289,17 @@ def _step_of(
         told_to_wait={int(wait_s): n for wait_s, n in sorted(tally.told_to_wait.items())},
         bottleneck=record.bottleneck,
     )
+
+
+async def serve_anew(rig: Rig, **settings: str) -> None:
+    """Start the API anew with settings of its own. Raises EngineError."""
+    if "serve" in rig.processes:
+        await stop(rig.processes.pop("serve"))
+    socket = f"unix:{rig.servers.sockets}/bench-serve"
+    with _replaced(rig.settings, settings):
+        program = ("sale", "serve", "--metrics-listen", socket)
+        await rig.spawn("serve", *program, cores=rig.server_cores)
+    await ready(rig.processes["serve"], rig.log("serve"), rig.address, "/readyz", 200)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
         raise BodyLate from None
     except web.RequestPayloadError:
         raise Refused(
-            Problem.INVALID_REQUEST, "the body cannot be unpacked", field="body"
+            Problem.INVALID_REQUEST, "the body cannot be read", field="body"
         ) from None
     except web.HTTPRequestEntityTooLarge:
         body = bytes(BODY_MAX + 1)

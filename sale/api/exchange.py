@@ -75,9 +75,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
     except TimeoutError:
         raise BodyLate from None
     except web.RequestPayloadError:
-        raise Refused(
-            Problem.INVALID_REQUEST, "the body cannot be read", field="body"
-        ) from None
+        raise Refused(Problem.INVALID_REQUEST, "the body cannot be read", field="body") from None
     except web.HTTPRequestEntityTooLarge:
         body = bytes(BODY_MAX + 1)
     return decode_body(body, decoder)

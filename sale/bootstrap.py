@@ -26,7 +26,7 @@ from sale.db.pool import POSTGRES_ERRORS, close_pool, open_pool
 from sale.domain import default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import LoadMetrics, PurchaseMetrics
-from sale.stock.batcher import Batchers
+from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.connection import REDIS_ERRORS, durability_faults, open_redis
 from sale.stock.scripts import Scripts

@@ -18,7 +18,8 @@ from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
 from sale.db import ledger
 from sale.domain import CampaignState, Refused
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Purchase
+from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
 from sale.stock.keys import campaign_keys

@@ -13,7 +13,8 @@ from stock_maker import BEHIND_MAX, campaign, card, key
 
 from sale.db import claims
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
+from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision

@@ -31,7 +31,8 @@ from sale import embedded
 from sale.domain import Campaign
 from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
-from sale.stock.batcher import GATHER_AT_LEAST, Answer, AwaitedPurchase, Batcher, Batchers
+from sale.stock.batcher import GATHER_AT_LEAST, Answer, AwaitedPurchase, Batcher
+from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts
 from sale.stock.suspects import Suspects
@@ -762,7 +763,7 @@ async def test_filter_never_misses_a_buyer_or_a_revoked_card(
     redis: Redis, rng: random.Random
 ) -> None:
     stock = await open_stock(redis, 2_000, card_limit=5)
-    suspects = Suspects(redis, stock.keys)
+    suspects = Suspects(redis, stock.id)
     bought: set[str] = set()
     revoked: set[str] = set()
     rev, complete = 0, 0
@@ -797,7 +798,7 @@ async def test_filter_never_misses_a_buyer_or_a_revoked_card(
 
 async def test_filter_is_loaded_again_where_the_ledger_was_trimmed_before_it(redis: Redis) -> None:
     stock = await open_stock(redis, 10)
-    suspects = Suspects(redis, stock.keys)
+    suspects = Suspects(redis, stock.id)
     await suspects.load()
     for n in range(3):
         await stock.buy_one(card(n), key(1))
@@ -813,7 +814,7 @@ async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
     stock = await open_stock(redis, 100_000)
     for at in range(0, 5_000, 250):
         await stock.buy(*(Bid(card(n), key(1)) for n in range(at, at + 250)))
-    suspects = Suspects(redis, stock.keys)
+    suspects = Suspects(redis, stock.id)
     loading = asyncio.create_task(suspects.load())
     at = 5_000
     while not loading.done():
@@ -828,7 +829,7 @@ async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
 
 async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redis) -> None:
     stock = Stock(redis)
-    suspects = Suspects(redis, stock.keys)
+    suspects = Suspects(redis, stock.id)
     await suspects.load()
     assert suspects.seq == -1
     await stock.create(campaign(1))
@@ -881,7 +882,7 @@ async def test_peeks_that_find_more_undecided_than_a_call_holds_keep_the_order(
     await open_stock(redis, 30)
     shop = open_shop(redis, campaign(30), batch_max=8)
     shop.batcher._all_refused = True
-    loaded = Suspects(redis, shop.batcher._keys)
+    loaded = Suspects(redis, shop.batcher.campaign_id)
     await loaded.load()
     shop.batcher._suspects = loaded
     answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(40)))

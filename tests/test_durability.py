@@ -22,7 +22,8 @@ from sale.config import Durability, Settings, SettingsError, load
 from sale.db.pool import close_pool, open_pool
 from sale.embedded.binaries import find_redis
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
+from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.batchers import Batchers
 from sale.stock.connection import durability_faults, open_redis
 from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
 

@@ -43,7 +43,8 @@ from sale.domain import (
 )
 from sale.identity import MemberTokens, SigningKey
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
+from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue, campaign_ids, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.removal import NotRemoved, remove_rehearsal

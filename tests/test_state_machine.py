@@ -29,7 +29,8 @@ from sale.db import ledger
 from sale.db.pool import open_pool
 from sale.events import GENESIS, SOLD, Event, check_chain, parse_entry
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batchers
+from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
 from sale.stock.roll import hear
@@ -261,8 +262,9 @@ class Sale(RuleBasedStateMachine):
         ]
         assert all(batcher.submit(purchase) for purchase in purchases)
         answers = [await purchase.answer for purchase in purchases]
-        if batcher._loading is not None:
-            await batcher._loading
+        suspects = batcher._suspects
+        if suspects is not None and suspects.loading is not None:
+            await suspects.loading
         return answers
 
     def _maybe_recorded(self) -> None:

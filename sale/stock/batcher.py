@@ -49,7 +49,6 @@ GATHER_S: Final = 0.005
 
 PEEKED_MAX: Final = 4_096
 CALLS_PER_DEADLINE: Final = 3
-LOAD_AGAIN_S: Final = 0.5
 
 log = structlog.get_logger()
 
@@ -201,14 +200,12 @@ class Batcher:
         self._queue: deque[Purchase] = deque()
         self._task: asyncio.Task[None] | None = None
         self._suspects: Suspects | None = None
-        self._loading: asyncio.Task[None] | None = None
         self._attending: asyncio.Task[bool] | None = None
         self._all_refused = False
         self._warned = ""
         self._store_ails = self._store_rejects = False
         self._peeked = False
         """Whether a peek has refused whom it could before this batch."""
-        self._load_not_before = 0.0
         self._asking: list[Purchase] = []
         self._settled = 0
         self.mark = NOT_ATTENDED
@@ -257,10 +254,12 @@ class Batcher:
         """Answer what is queued, bounded by the deadline, then stop."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=self._deadline_s)
-        for task in (self._task, self._loading, self._attending):
+        for task in (self._task, self._attending):
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        if self._suspects is not None:
+            await self._suspects.close()
         self._give_up(self._asking + self._take(len(self._queue)))
 
     async def _drain(self) -> None:
@@ -495,24 +494,33 @@ class Batcher:
         self._give_up([p for p in batch if p.asked_at < overdue_before])
         return [p for p in batch if p.asked_at >= overdue_before]
 
-    async def _refuse_by_peek(self) -> list[Purchase]:
-        """Refuse whom one peek can refuse; return who must be decided by the script."""
-        # A peek says nothing to those who came after it was sent: tickets may have come back.
-        asked = min(len(self._queue), PEEKED_MAX)
-        self._peeked = False
+    async def _peek(self) -> tuple[Peek, Suspects] | None:
+        """Look at the campaign; None where nobody can be refused by that."""
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 peek = await self._scripts.peek(
                     self._keys, self.mark, len(self._campaign.showings), self._line
                 )
-                suspects = await self._suspects_at(peek)
+                suspects = self._suspects
+                if suspects is None:
+                    suspects = self._suspects = Suspects(self._scripts.redis, self._campaign.id)
+                return (peek, suspects) if await suspects.come_up_to(peek) else None
         except (Untrusted, RedisError, OSError, TimeoutError):
-            suspects = None
+            return None
         except CorruptLedger as error:
             self._warn("suspects.not_loaded", str(error))
-            suspects = self._suspects = None
-        if suspects is None:
+            self._suspects = None
+            return None
+
+    async def _refuse_by_peek(self) -> list[Purchase]:
+        """Refuse whom one peek can refuse; return who must be decided by the script."""
+        # A peek says nothing to those who came after it was sent: tickets may have come back.
+        asked = min(len(self._queue), PEEKED_MAX)
+        self._peeked = False
+        seen = await self._peek()
+        if seen is None:
             return self._take(self._batch_max)
+        peek, suspects = seen
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
         self._peeked = True
         if not self._store_rejects:  # else it may be read, and not be written
@@ -546,122 +554,6 @@ class Batcher:
         if len(undecided) > self._batch_max // 2:
             self._all_refused = False
         return undecided
-
-    async def _suspects_at(self, peek: Peek) -> Suspects | None:
-        """Give the filter if it is complete up to what the peek saw, and see to it otherwise."""
-        suspects = self._suspects
-        if suspects is None:
-            suspects = self._suspects = Suspects(self._scripts.redis, self._keys)
-        if suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
-            return suspects
-        if self._loading is not None and not self._loading.done():
-            return None  # it sets the marks itself
-        if 0 <= suspects.seq < peek.seq and suspects.epoch == peek.epoch:
-            await suspects.catch_up(peek.seq)
-            if suspects.complete_for(peek.seq, peek.epoch, peek.roster_rev):
-                return suspects
-            if 0 <= suspects.seq < peek.seq:
-                return None  # the next peek goes on from there
-        if self._loop.time() >= self._load_not_before:
-            self._loading = self._loop.create_task(self._load(suspects, peek))
-        return None
-
-    async def _load(self, suspects: Suspects, peek: Peek) -> None:
-        try:
-            if suspects.complete_for(peek.seq, peek.epoch, suspects.roster_rev):
-                await suspects.load_revoked()
-            else:
-                await suspects.load()
-        except (RedisError, OSError, TimeoutError) as error:
-            self._warn("suspects.not_loaded", type(error).__name__)
-            self._load_not_before = self._loop.time() + LOAD_AGAIN_S
-
-
-class Batchers:
-    """The batchers of this process, one a campaign, made when first asked for."""
-
-    def __init__(
-        self,
-        scripts: Scripts,
-        process: str,
-        metrics: PurchaseMetrics,
-        *,
-        batch_max: int,
-        queue_max: int,
-        deadline_s: float,
-        behind_max: tuple[int, int],
-    ) -> None:
-        self._scripts = scripts
-        self.process = process
-        self.halted = ""
-        """Why this process sells nothing at all, or ''."""
-        self._behind_max = behind_max
-        self._metrics = metrics
-        self._batch_max = batch_max
-        self._queue_max = queue_max
-        self.deadline_s = deadline_s
-        self._by_campaign: dict[str, Batcher] = {}
-        self._calls = 0
-        self._line = Line.to(scripts.redis)
-
-    def of(self, campaign: Campaign) -> Batcher:
-        """Give the batcher of a campaign that is known to exist."""
-        batcher = self._by_campaign.get(campaign.id)
-        if batcher is None:
-            batcher = self._by_campaign[campaign.id] = Batcher(
-                campaign,
-                self._scripts,
-                self.process,
-                self._metrics,
-                batch_max=self._batch_max,
-                queue_max=self._queue_max,
-                deadline_s=self.deadline_s,
-                behind_max=self._behind_max,
-                next_call=self._next_call,
-                line=self._line,
-            )
-        return batcher
-
-    def saw(self, campaign_id: str, seq: int) -> None:
-        """Note an event that this process has told an operator of."""
-        batcher = self._by_campaign.get(campaign_id)
-        if batcher is not None and batcher.mark is not NOT_ATTENDED:
-            batcher.mark = Mark(batcher.mark.incarnation, max(batcher.mark.seq, seq))
-
-    def forget(self, campaign_id: str) -> None:
-        """Drop the batcher of a campaign that has gone away, unless somebody waits in it."""
-        batcher = self._by_campaign.get(campaign_id)
-        if batcher is not None and not batcher.waiting:
-            del self._by_campaign[campaign_id]
-
-    def all(self) -> list[Batcher]:
-        """Those that there are."""
-        return list(self._by_campaign.values())
-
-    def waiting(self) -> tuple[int, float, int, int]:
-        """Purchases that wait in all of them, since when the first does, how many left so far.
-
-        Since 0.0: nobody waits, or Redis is what ails; the last number is how many wait for that.
-        """
-        count, since, taken, ailing = 0, 0.0, 0, 0
-        for batcher in self._by_campaign.values():
-            count += batcher.waiting
-            taken += batcher.taken
-            first = batcher.waiting_since
-            ailing += 0 if first else batcher.waiting
-            if first and (first < since or not since):
-                since = first
-        return count, since, taken, ailing
-
-    async def close(self) -> None:
-        """Answer everything that waits, then stop."""
-        await asyncio.gather(*(batcher.close() for batcher in self._by_campaign.values()))
-        if self._line is not None:
-            await self._line.close()
-
-    def _next_call(self) -> int:
-        self._calls += 1
-        return self._calls
 
 
 def _closed_by(peek: Peek) -> Answer | None:

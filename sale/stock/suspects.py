@@ -9,39 +9,92 @@ buyers 6 % of the others go the longer way, by arithmetic. The alternative, a se
 grow with the buyers.
 """
 
+import asyncio
 from typing import Final
 
+import structlog
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from sale.events import SOLD, parse_entry
-from sale.stock.keys import CampaignKeys
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import Peek
 
 BITS: Final = 1 << 24
 PLACES: Final = BITS - 1
 SCAN_COUNT: Final = 2_000
 CATCH_UP_ENTRIES: Final = 64
+LOAD_AGAIN_S: Final = 0.5
+
+log = structlog.get_logger()
 
 
 class Suspects:
     """Cards that have bought or may not buy, complete up to ``seq`` and ``roster_rev``."""
 
-    def __init__(self, redis: Redis, keys: CampaignKeys) -> None:
+    def __init__(self, redis: Redis, campaign_id: str) -> None:
         self._redis = redis
-        self._keys = keys
+        self._campaign_id = campaign_id
+        self._keys = campaign_keys(campaign_id)
+        self._loop = asyncio.get_running_loop()
+        self._load_not_before = 0.0
+        self._ails = False
         self.bits = bytearray(BITS // 8)
         """Bit ``hash(card) & PLACES``; the batcher looks here itself, a call would cost more."""
         self.seq = -1
         self.epoch = -1
         self.roster_rev = -1
+        self.loading: asyncio.Task[None] | None = None
+        """Under way, or the last: it takes a while, and nobody waits for it."""
 
     def __contains__(self, card_no: str) -> bool:
         """Whether this card must be asked about; may be wrongly True, never wrongly False."""
         place = hash(card_no) & PLACES
         return bool(self.bits[place >> 3] >> (place & 7) & 1)
 
+    async def come_up_to(self, peek: Peek) -> bool:
+        """Whether everything that the peek saw is held; where it is not, see to that.
+
+        Raises CorruptLedger, RedisError, OSError.
+        """
+        if self.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+            return True
+        if self.loading is not None and not self.loading.done():
+            return False  # it sets the marks itself
+        if 0 <= self.seq < peek.seq and self.epoch == peek.epoch:
+            await self.catch_up(peek.seq)
+            if self.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+                return True
+            if 0 <= self.seq < peek.seq:
+                return False  # the next peek goes on from there
+        if self._loop.time() >= self._load_not_before:
+            self.loading = self._loop.create_task(self._load(peek))
+        return False
+
+    async def close(self) -> None:
+        """Load nothing any more."""
+        if self.loading is not None and not self.loading.done():
+            self.loading.cancel()
+            await asyncio.gather(self.loading, return_exceptions=True)
+
     def complete_for(self, seq: int, epoch: int, roster_rev: int) -> bool:
         """Whether everything up to these marks is held."""
         return self.seq >= seq and self.epoch == epoch and self.roster_rev == roster_rev
+
+    async def _load(self, peek: Peek) -> None:
+        try:
+            if self.complete_for(peek.seq, peek.epoch, self.roster_rev):
+                await self.load_revoked()
+            else:
+                await self.load()
+        except (RedisError, OSError, TimeoutError) as error:
+            if not self._ails:
+                why = type(error).__name__
+                log.warning("suspects.not_loaded", campaign=self._campaign_id, why=why)
+            self._ails = True
+            self._load_not_before = self._loop.time() + LOAD_AGAIN_S
+        else:
+            self._ails = False
 
     async def load(self) -> None:
         """Read all buyers and revoked cards, in bounded steps, while sales may go on.

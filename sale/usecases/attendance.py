@@ -17,7 +17,8 @@ from redis.asyncio import Redis
 from sale.db import claims, rehearsals
 from sale.db.claims import Claim
 from sale.db.pool import POSTGRES_ERRORS
-from sale.stock.batcher import Batcher, Batchers, Mark
+from sale.stock.batcher import Batcher, Mark
+from sale.stock.batchers import Batchers
 from sale.stock.kept import KeptSale
 from sale.stock.keys import campaign_keys
 from sale.stock.roll import (

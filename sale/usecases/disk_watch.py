@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Batchers
+from sale.stock.batchers import Batchers
 from sale.stock.connection import REDIS_ERRORS
 
 INTERVAL_S: Final = 1.0

@@ -19,7 +19,8 @@ from sale.db import ledger
 from sale.domain import Campaign, CampaignState, Order, Problem, Refused, may_meet, rfc3339
 from sale.identity import MemberTokens
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Batchers, Purchase
+from sale.stock.batcher import Answer, AwaitedPurchase, Purchase
+from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
 from sale.usecases.admission import QUEUE, STANDS, TURN, Admission

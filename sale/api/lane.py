@@ -41,20 +41,18 @@ from sale.api.exchange import (
     checked_key,
     decode_body,
 )
+from sale.api.lane_answers import LaneAnswers, LanePurchase, overloaded_answers
 from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import HEAD_MAX, Head, HeadReader
 from sale.api.lane_wire import rendered
 from sale.api.limits import CHARGED, charge
-from sale.api.member import ORDER_REQUEST, order_answer
+from sale.api.member import ORDER_REQUEST
 from sale.api.problems import problem_answer
 from sale.api.routing import refused_by
 from sale.bootstrap import Engine
 from sale.domain import Campaign, Problem, Refused
-from sale.stock.batcher import Answer, Purchase
-from sale.usecases.admission import LATE, RETRY_MAX_S, TURN
+from sale.usecases.admission import LATE, TURN
 from sale.usecases.client_address import first_of
-from sale.usecases.orders import key_hash
-from sale.usecases.purchase import Checked
 from sale.usecases.rate_limits import TooFast
 
 HELD_MAX: Final = 64 * 1024
@@ -99,46 +97,11 @@ class Lane:
         self._reads_on = False
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
-        self._outbox: list[tuple[Connection, bytes]] = []
         self._sweeper = self.loop.create_task(self._sweep())
         self.crowd = crowd
-        self._same: tuple[Answer, Campaign, bytes] | None = None
-        self.overloaded = _overloaded()
+        self.answers = LaneAnswers(engine.desk)
+        self.overloaded = overloaded_answers()
         """What is answered beyond capacity, by its Retry-After; made anew each second."""
-
-    def wire(self, purchase: "LanePurchase", answer: Answer) -> bytes:
-        """Give the bytes that an answer is told with; those whom one peek refuses share them."""
-        same = self._same
-        if same is not None and same[0] is answer and same[1] is purchase.campaign:
-            return same[2]
-        try:
-            told = self.desk.word(purchase.campaign, purchase, answer)
-            wire = rendered(*order_answer(told), last=self.draining)
-        except Exception:
-            # What cannot be worded stands all the same, and is found by its key.
-            log.exception("purchase.not_worded", campaign=purchase.campaign.id)
-            return rendered(*problem_answer(Refused(Problem.UNAVAILABLE)), last=self.draining)
-        if isinstance(told, Refused) and answer.decision is not None and not self.draining:
-            self._same = (answer, purchase.campaign, wire)
-        return wire
-
-    def post(self, connection: "Connection", wire: bytes) -> None:
-        """Send the answer to a connection's purchase soon, with the others of its batch.
-
-        Each write wakes the client's side. Between two of them lies the wording of one answer, in
-        which a quick client falls asleep again: written in one go, 256 answers wake it less often.
-        """
-        if not self._outbox:
-            self.loop.call_soon(self._send)
-        self._outbox.append((connection, wire))
-
-    def _send(self) -> None:
-        outbox, self._outbox = self._outbox, []
-        for connection, wire in outbox:
-            try:
-                connection.send(wire)
-            except Exception:
-                log.exception("connection.not_answered")
 
     def hold(self, more: int) -> None:
         """Count bytes that wait on a connection, or no longer do."""
@@ -158,7 +121,7 @@ class Lane:
 
     def drain(self) -> None:
         """Make each answer its connection's last from now on, and let nobody stand any longer."""
-        self._send()  # what was worded before does not say that it is the last
+        self.answers.drain()
         self.draining = self.crowd.emptying = True
 
     def is_draining(self) -> bool:
@@ -169,7 +132,7 @@ class Lane:
         """Close every connection that is left."""
         self._sweeper.cancel()
         self.crowd.close()
-        self._send()
+        self.answers.send()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         for connection in list(self.connections):
             connection.close()
@@ -182,7 +145,7 @@ class Lane:
         while True:
             await asyncio.sleep(SWEEP_S)
             now = self.now = self.loop.time()
-            self.overloaded = _overloaded()
+            self.overloaded = overloaded_answers()
             for connection in [each for each in self.connections if each.deadline < now]:
                 try:
                     connection.expire()
@@ -210,7 +173,7 @@ class Connection(asyncio.Protocol):
         self._counted = 0
         """How much of it the lane's sum has."""
         self._awaited: tuple[Campaign, Head] | None = None
-        self.purchase: Purchase | None = None
+        self.purchase: LanePurchase | None = None
         """The one that is under way."""
         self._inner: InnerHandler | None = None
         self._shape = lane.heads.shape
@@ -442,7 +405,7 @@ class Connection(asyncio.Protocol):
             wish = decode_body(body, ORDER_REQUEST)
             key, token = checked_key(head.key), bearer_token(head.authorization or "")
             checked = desk.check(campaign, wish.quantity, wish.showing, key, token, now)
-            purchase = LanePurchase(self._lane, self, campaign, checked, asked_at)
+            purchase = LanePurchase(self._lane.answers, self, campaign, checked, asked_at)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
             refused = refused_by(error, f"/api/v1/campaigns/{campaign.id}/orders")
@@ -613,42 +576,6 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-class LanePurchase(Purchase):
-    """A purchase whose answer goes straight to its connection."""
-
-    __slots__ = ("_connection", "_key", "_lane", "campaign")
-
-    def __init__(
-        self, lane: Lane, connection: Connection, campaign: Campaign, checked: Checked, now: float
-    ) -> None:
-        self.card_no, self.union, self.showing, self.quantity, self._key = checked
-        self.asked_at = now
-        self._connection = connection
-        self._lane = lane
-        self.campaign = campaign
-
-    @property
-    def key_hash(self) -> str:  # type: ignore[override]
-        """The key as the script knows it, made when it is asked for: most are refused by a peek."""
-        return key_hash(self._key)
-
-    def settle(self, answer: Answer) -> None:
-        """Answer the client, if it is still there."""
-        connection = self._connection
-        if connection.purchase is self:  # a second answer would be another request's
-            connection.purchase = _ANSWERED
-            self._lane.post(connection, self._lane.wire(self, answer))
-
-
-_ANSWERED: Final = Purchase.__new__(Purchase)
-"""Under way until its answer is sent, and settled already."""
-
-
 def _may_become_a_head(held: bytes) -> bool:
     """Whether what has come so far is worth waiting for; aiohttp refuses the rest at once."""
     return len(held) <= HEAD_MAX and held[:1].isupper() and b"\n\n" not in held
-
-
-def _overloaded() -> tuple[bytes, ...]:
-    refusals = [Refused(Problem.OVERLOADED, retry_after_s=s) for s in range(RETRY_MAX_S + 1)]
-    return tuple(rendered(*problem_answer(refused)) for refused in refusals)

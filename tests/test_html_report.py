@@ -394,3 +394,8 @@ async def test_given_two_runs_when_opened_then_all_is_drawn_and_nothing_is_asked
     for outcome in made_up(seconds=9).outcomes:
         assert f">{outcome}</text>" in body
     assert not [line for line in asked if b"google" not in line], asked
+
+
+def test_start_is_told_as_people_write_it() -> None:
+    told = text_of(render(empty(started_at="2026-11-28T09:59:58.750+08:00")))
+    assert "started 2026-11-28 09:59:58 UTC+08:00," in told

@@ -12,6 +12,7 @@ import functools
 import importlib.resources
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -102,13 +103,21 @@ def _head(run: Record, letter: str) -> dict[str, Any]:
         "letter": letter,
         "name": run.name,
         "campaign": run.campaign,
-        "started_at": run.started_at,
+        "started_at": _moment(run.started_at),
         "duration": f"{measure(run.duration_s)} s",
         "bottleneck": run.bottleneck,
         "notes": run.notes,
         "verdict": _verdict(run),
         "facts": _facts(run),
     }
+
+
+def _moment(iso: str) -> str:
+    """A moment as people write it, to the second; what is none is shown as it stands."""
+    try:
+        return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
+    except ValueError:
+        return iso
 
 
 def _verdict(run: Record) -> Verdict:

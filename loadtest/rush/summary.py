@@ -118,10 +118,12 @@ def _own_figures(parts: Sequence[Part], record: Record) -> dict[str, str | int |
     return {
         "generator lateness p99 ms": round(max(at_share(each, 0.99) for each in late) * 1e3, 3),
         "generator lateness max ms": round(max(max(each, default=0.0) for each in late) * 1e3, 3),
-        "generator cpu us a request": round(
+        "generator CPU µs a request": round(
             sum(part.cpu_s for part in parts) / max(record.sent, 1) * 1e6, 1
         ),
-        "generator cpu most": round(max(max(part.cpu, default=0.0) for part in parts), 3),
+        "generator CPU at most, of a core": round(
+            max(max(part.cpu, default=0.0) for part in parts), 3
+        ),
         "generator rss MiB": round(max(part.rss_bytes for part in parts) / 2**20, 1),
         "connections opened": sum(part.connections for part in parts),
         "connections lost": sum(part.lost_connections for part in parts),

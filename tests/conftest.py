@@ -6,6 +6,7 @@ import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -16,31 +17,40 @@ from service import client, crowd, service  # noqa: F401 - fixtures
 from sale import embedded
 from sale.db.migrate import migrate
 
-SEED = int(os.environ.pop("SALE_TEST_SEED", 0)) or secrets.randbits(32)
+SEED = pytest.StashKey[int]()
 TEMPLATE = "template_sale"
 LEAK_GRACE_S = 2.0
 
 
-def pytest_report_header() -> str:
-    return f"seed: SALE_TEST_SEED={SEED} repeats this run's random choices"
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed: SALE_TEST_SEED={config.stash[SEED]} repeats this run's random choices"
 
 
-def pytest_configure() -> None:
-    """Settings of the caller's environment are no test's business."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the seed; other settings of the caller's environment are no test's business."""
+    given = int(os.environ.get("SALE_TEST_SEED", "0"))
+    shared = getattr(config, "workerinput", {}).get("seed")  # of the process that started this one
+    config.stash[SEED] = shared or given or secrets.randbits(32)
     for name in list(os.environ):
         if name.startswith("SALE_"):
             del os.environ[name]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a process of xdist the seed that the report's head tells."""
+    node.workerinput["seed"] = node.config.stash[SEED]
+
+
 @pytest.fixture(scope="session")
-def seed() -> int:
-    return SEED
+def seed(pytestconfig: pytest.Config) -> int:
+    return pytestconfig.stash[SEED]
 
 
 @pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
+def rng(request: pytest.FixtureRequest, seed: int) -> random.Random:
     """Random choices that depend on the seed and the test alone, not on the order of tests."""
-    return random.Random(f"{SEED} {request.node.nodeid}")
+    return random.Random(f"{seed} {request.node.nodeid}")
 
 
 @pytest.fixture(scope="session")

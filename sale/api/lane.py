@@ -251,7 +251,7 @@ class Connection(asyncio.Protocol):
             data, left = data[self._inner_left :], self._inner_left - len(data)
             self._inner_left = max(left, 0)
         before, self._held = self._held, self._held + data
-        if not before and self._lane.crowd and self._joins(data):
+        if not before and self._lane.admission.standing and self._joins(data):
             self._stand(time.monotonic())
         elif self._awaited is None or len(self._held) >= self._awaited[1].whole:
             self._advance()

@@ -17,12 +17,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
+from sale.api import crowd as crowd_module
 from sale.api import door as door_module
-from sale.api import lane_crowd
+from sale.api.crowd import Crowd
 from sale.api.door import Door
 from sale.api.exchange import ENGINE
 from sale.api.health import add_health_routes
-from sale.api.lane_crowd import Crowd
 from sale.api.member import order_handler
 from sale.api.routing import PurchaseResource, guarded
 from sale.domain import Problem, Refused
@@ -301,7 +301,7 @@ async def test_given_a_crowd_then_it_is_called_in_order_while_there_is_room_or_t
 async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_is_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lane_crowd, "STAND_S", 0.05)
+    monkeypatch.setattr(crowd_module, "STAND_S", 0.05)
     waiting = (10, time.monotonic(), 0)
     door = admission(waiting=lambda: waiting, waiting_max=10)
     door._refusals_due = time.monotonic() + 60
@@ -438,7 +438,7 @@ async def test_given_a_crowd_when_aiohttp_serves_then_nobody_overtakes_it(beyond
 async def test_given_purchases_of_aiohttps_that_stood_too_long_then_they_are_refused(
     beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane_crowd, "STAND_S", 0.05)
+    monkeypatch.setattr(crowd_module, "STAND_S", 0.05)
     began = time.monotonic()
     for task in await beyond.standing("a", "b"):
         status, wait_s, said = await task

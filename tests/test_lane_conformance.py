@@ -260,15 +260,29 @@ def test_given_pipelines_cut_anywhere_then_both_lanes_answer_each_request_as_if_
             assert names == [case.name for case in same]
             wanted, sure = _together(cases, expected)
             forgets = not closing.isdisjoint(names)
-            kept = mine == wanted or (len(mine) > sure and forgets and _forgot(mine, wanted))
-            assert kept, (names, mine, wanted)
-            assert other == wanted or (forgets and _forgot(other, wanted)), (names, other, wanted)
+            for got, least in ((mine, sure), (other, -1)):
+                forgot = len(got) > least and forgets and _forgot(got, wanted)
+                assert forgot or _as_wanted(got, wanted), (names, got, wanted)
         whole = sum(len(cases) for cases, _ in ours)
         alike = sum(mine == other for (_, mine), (_, other) in zip(ours, theirs, strict=True))
         counted(whole, f"requests in {len(ours)} pipelines ({alike} answered just alike)")
 
     with shorter():  # what never ends, and what aiohttp waits for in vain: a chunk it refused
         world.run(judge())
+
+
+def _as_wanted(got: list[Any], wanted: list[Any]) -> bool:
+    """Whether these are the answers.
+
+    Where its head came in a read of its own, it is the handler who says of a chunk that it cannot
+    be read; else aiohttp does, before there is a handler.
+    """
+    if got == wanted:
+        return True
+    if len(got) != len(wanted) or got[:-1] != wanted[:-1] or wanted[-1][0] != UNREADABLE:
+        return False
+    status, _, body = got[-1]
+    return status == "HTTP/1.1 400 Bad Request" and "the body cannot be read" in body["detail"]
 
 
 def _forgot(got: list[Any], wanted: list[Any]) -> bool:

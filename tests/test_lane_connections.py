@@ -20,8 +20,8 @@ from lane_rig import TIME, WISH, Member, Side, World, shorter
 from sale.api import aiohttp_handler, lane_head
 from sale.api import lane as lane_module
 from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
+from sale.api.crowd import Crowd
 from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
-from sale.api.lane_crowd import Crowd
 
 READ_MAX = 256 * 1024
 """What an event loop reads at once."""

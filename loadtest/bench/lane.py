@@ -24,9 +24,9 @@ from rich.table import Table
 from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
 from loadtest.bench.tables import wide_console
 from loadtest.members import Mint
+from sale.api.crowd import Crowd
 from sale.api.exchange import bearer_token, checked_key, decode_body
 from sale.api.lane import Connection, Lane
-from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import HeadReader
 from sale.api.lane_wire import rendered
 from sale.api.member import ORDER_REQUEST, order_answer

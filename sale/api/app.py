@@ -20,11 +20,11 @@ from aiohttp import web
 
 from sale.api.admin import add_admin_routes
 from sale.api.aiohttp_handler import Handler, LoneHandler
+from sale.api.crowd import Crowd
 from sale.api.door import Door
 from sale.api.exchange import BODY_MAX, ENGINE
 from sale.api.health import add_health_routes
 from sale.api.lane import Connection, Lane
-from sale.api.lane_crowd import Crowd
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
 from sale.api.routing import add_fallback
@@ -118,7 +118,10 @@ class Api:
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
-        """Close the connections of the lane; aiohttp's runner closes those that are its own."""
+        """Call nobody from the crowd any more, and close the connections of the lane.
+
+        aiohttp's runner closes those that are its own.
+        """
         self._crowd.close()
         if self._lane is not None:
             await self._lane.close()

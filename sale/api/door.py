@@ -6,8 +6,8 @@ from typing import Final
 
 from aiohttp import web
 
+from sale.api.crowd import Crowd
 from sale.api.exchange import ENGINE
-from sale.api.lane_crowd import Crowd
 from sale.domain import Problem, Refused
 from sale.usecases.admission import RETRY_MIN_S, STANDS, TURN
 from sale.usecases.purchase import PurchaseDesk

@@ -15,7 +15,7 @@ built so, and what was rejected, stands in ADR 0012.
 
 Bounds of a connection: ``HEAD_MAX`` bytes of a head and ``HEAD_WITHIN_S`` for it to come whole,
 ``BODY_MAX`` and ``BODY_WITHIN_S`` for a purchase's body, one purchase under way or among the crowd
-(``lane_crowd.py``), ``HELD_MAX`` bytes that wait behind it, ``KEEPALIVE_S`` between requests,
+(``crowd.py``), ``HELD_MAX`` bytes that wait behind it, ``KEEPALIVE_S`` between requests,
 ``UNREAD_WITHIN_S`` for a client that does not read its answers. All of them together hold about
 ``HELD_BY_ALL_MAX``.
 
@@ -32,6 +32,7 @@ import structlog
 from aiohttp import web
 
 from sale.api.aiohttp_handler import KEEPALIVE_S, UNREAD_WITHIN_S, InnerHandler
+from sale.api.crowd import Crowd
 from sale.api.exchange import (
     BODY_MAX,
     BODY_WITHIN_S,
@@ -42,7 +43,6 @@ from sale.api.exchange import (
     decode_body,
 )
 from sale.api.lane_answers import LaneAnswers, LanePurchase, overloaded_answers
-from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import HEAD_MAX, Head, HeadReader
 from sale.api.lane_wire import rendered
 from sale.api.limits import CHARGED, charge
@@ -120,9 +120,9 @@ class Lane:
         self.hold(0)
 
     def drain(self) -> None:
-        """Make each answer its connection's last from now on, and let nobody stand any longer."""
+        """Make each answer its connection's last from now on."""
         self.answers.drain()
-        self.draining = self.crowd.emptying = True
+        self.draining = True
 
     def is_draining(self) -> bool:
         """Whether each answer must be its connection's last."""
@@ -131,7 +131,6 @@ class Lane:
     async def close(self) -> None:
         """Close every connection that is left."""
         self._sweeper.cancel()
-        self.crowd.close()
         self.answers.send()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         for connection in list(self.connections):
@@ -373,21 +372,23 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def _ready(self) -> bool:
-        """Whether the next request may be looked at."""
+        """Whether the next request may be looked at; what a closed one has held is dropped."""
         if self._transport is None or self._transport.is_closing():
             self._held = b""
             return False
         if self._for_good or self._writing_paused or self._stands or self.purchase is not None:
             return False
-        if not self._lent:
-            return True
+        return not self._lent or self._taken_back()
+
+    def _taken_back(self) -> bool:
+        """Take the connection back from aiohttp if it is done; if it is about to be, look again."""
         if not self._answered or self._inner_left or self._inner is None:
             return False
         if self._inner.idle:
             self._lent = False
             return True
-        # Its answer is out, and it is about to wait for more: not yet, but some turns later, unless
-        # it waits for the rest of a body that it does not want.
+        # Its answer is out, and it is about to wait for more: some turns later, unless it waits for
+        # the rest of a body that it does not want.
         self._answered, self._looks = False, self._looks + 1
         if self._looks <= INNER_LOOKS:
             self._lane.loop.call_soon(self._inner_answered)

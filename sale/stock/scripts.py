@@ -7,7 +7,9 @@ ledger.
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
 from enum import IntEnum
+from functools import partial
 from importlib.resources import files
 from typing import Any, Final
 
@@ -138,11 +140,10 @@ class Scripts:
         ``behind_max`` is how far PostgreSQL may be behind, in events and in ms. It goes on
         ``line`` where one is given and no replica is waited for.
         """
-        head = (7, *keys, process, call, *mark, self.nonce, *behind_max, bids)
-        try:
-            reply: list[int] = await self._send(line, "EVALSHA", PURCHASE.sha, *head)
-        except NoScriptError:
-            reply = await self._send(line, "EVAL", PURCHASE.source, *head)
+        reply: list[int] = await _by_hash(
+            partial(self._send, line), PURCHASE, keys, process, call, *mark, self.nonce,
+            *behind_max, bids,
+        )  # fmt: skip
         return reply
 
     async def _send(self, line: Line | None, *command: str | int | bytes) -> Any:  # noqa: ANN401
@@ -170,10 +171,8 @@ class Scripts:
     ) -> Peek:
         """Run ``peek.lua``, on ``line`` where one is given. Raises Untrusted."""
         arguments = (*mark, self.nonce, *range(showings))
-        if line is None:
-            reply = await self._run(PEEK, keys, *arguments)
-        else:
-            reply = await self._run_on(line, PEEK, keys, *arguments)
+        execute = self._execute if line is None else partial(_on, line)
+        reply = await _by_hash(execute, PEEK, keys, *arguments)
         if reply[0] != CallReply.OK:
             raise Untrusted(CallReply(reply[0]))
         return Peek(
@@ -264,19 +263,7 @@ class Scripts:
 
     async def _run(self, script: "Script", keys: CampaignKeys, *args: Any) -> Any:  # noqa: ANN401
         execute = self._execute_awaited if self._wait and script.awaited else self._execute
-        try:
-            return await execute("EVALSHA", script.sha, 7, *keys, *args)
-        except NoScriptError:
-            # A Redis that restarted has lost its scripts. NOSCRIPT means: not executed.
-            return await execute("EVAL", script.source, 7, *keys, *args)
-
-    async def _run_on(
-        self, line: Line, script: "Script", keys: CampaignKeys, *args: str | int
-    ) -> Any:  # noqa: ANN401
-        try:
-            return await line.call(pack("EVALSHA", script.sha, 7, *keys, *args))
-        except NoScriptError:
-            return await line.call(pack("EVAL", script.source, 7, *keys, *args))
+        return await _by_hash(execute, script, keys, *args)
 
     async def _execute(self, *command: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         return await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -302,6 +289,23 @@ class Scripts:
         if acknowledged < wanted:
             raise NotReplicated(f"{acknowledged} of {wanted} replicas had it after {timeout_ms} ms")
         return reply
+
+
+async def _by_hash(
+    execute: Callable[..., Awaitable[Any]],
+    script: "Script",
+    keys: CampaignKeys,
+    *args: Any,  # noqa: ANN401 - as redis-py has it
+) -> Any:  # noqa: ANN401
+    try:
+        return await execute("EVALSHA", script.sha, len(keys), *keys, *args)
+    except NoScriptError:
+        # A Redis that restarted has lost its scripts. NOSCRIPT means: not executed.
+        return await execute("EVAL", script.source, len(keys), *keys, *args)
+
+
+async def _on(line: Line, *command: str | int) -> Any:  # noqa: ANN401 - Redis' reply
+    return await line.call(pack(*command))
 
 
 async def _read(connection: AbstractConnection) -> Any:  # noqa: ANN401 - Redis' reply

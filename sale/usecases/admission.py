@@ -6,7 +6,7 @@ arrived, and that takes as long as the crowd is large. The first request of a tu
 and asks by ``call_soon`` to be told of the turn's end, which comes after all reads of that poll, on
 asyncio's own loop and on uvloop alike (``tests/test_admission.py`` tries both). A request that is
 read more than ``turn_max_s`` after its turn began is refused or, if it is a purchase, stands in the
-crowd (``api/lane_crowd.py``). So what a request waits in this process before anybody looks at it is
+crowd (``api/crowd.py``). So what a request waits in this process before anybody looks at it is
 bounded: the rest of the turn before its own, ``turn_max_s``, and as long as a purchase may stand. A
 heartbeat that measures the loop's lag was rejected: it knows of a crowd one beat late, and refuses
 the small turns that follow.

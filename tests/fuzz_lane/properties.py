@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
+from sale.api import crowd as crowd_module
 from sale.api import lane as lane_module
-from sale.api import lane_crowd, lane_head
+from sale.api import lane_head
+from sale.api.crowd import Crowd
 from sale.api.lane import Connection, Lane
-from sale.api.lane_crowd import Crowd
 from sale.api.lane_head import UNKNOWN, HeadReader, Shape
 from sale.domain import Campaign, Showing
 from sale.identity import Member
@@ -265,7 +266,7 @@ async def check_connection(
     wanted, refused = oracle(loop, data)
     counter, ended = Counter(rush), False
     server = web.Server(counter.serve)  # type: ignore[arg-type]
-    crowd = mock.patch.multiple(lane_crowd, CALL_S=0.0002, STAND_S=0.001)
+    crowd = mock.patch.multiple(crowd_module, CALL_S=0.0002, STAND_S=0.001)
     with (
         crowd,
         mock.patch.multiple(
@@ -303,6 +304,7 @@ async def check_connection(
         wire.close()
         await asyncio.sleep(0)
         assert (lane.held, lane.unread) == (0, {})
+        lane.crowd.close()
         await lane.close()
         await server.shutdown(0)
         await asyncio.sleep(0)

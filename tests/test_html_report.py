@@ -255,6 +255,22 @@ def test_given_all_charts_when_plotly_checks_them_then_it_knows_every_property()
             go.Figure(figure)
 
 
+def test_given_a_quiet_time_before_the_rush_then_charts_begin_shortly_before_it() -> None:
+    run = made_up()
+    early = msgspec.structs.replace(run.samples[0], t=-15.0)
+    run.samples = [early, *run.samples]
+    begins = {
+        figure["layout"]["xaxis"]["range"][0]
+        for chart in charts([run])
+        if chart.id != "percentiles"
+        for figure in chart.figures
+    }
+    assert begins == {0.0}
+    run.samples.insert(1, msgspec.structs.replace(early, t=-1.5))
+    (throughput, *_) = charts([run])
+    assert throughput.figures[0]["layout"]["xaxis"]["range"][0] == -1.5
+
+
 # Two runs -----------------------------------------------------------------------------------------
 
 

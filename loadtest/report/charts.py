@@ -37,6 +37,7 @@ OUTCOME_COLOURS: Final = {
 _OTHER_COLOURS: Final = ("#a6761d", "#8a8a8a", "#b5b09a", "#6d7f8b")
 _LINE_COLOURS: Final = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 _DASHES: Final = ("solid", "dash", "dot", "dashdot")
+QUIET_SHOWN_S: Final = 2.0
 _SHARES_TOLD: Final = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 
 Line = tuple[str, str, Sequence[float | None], str]
@@ -319,8 +320,13 @@ def _merging(runs: Sequence[Run]) -> str:
 
 
 def _times(runs: Sequence[Run]) -> dict[str, Any]:
-    """Options of the time axis: first to last second of all runs, so that they have the same."""
-    times = [float(sample.t) for run in runs for sample in run.samples]
+    """Options of the time axis: first to last second of all runs, so that they have the same.
+
+    Of what was sampled before anybody asked, only the last moment is shown.
+    """
+    asked_from = min((second.t for run in runs for second in run.seconds), default=0)
+    sampled = [float(sample.t) for run in runs for sample in run.samples]
+    times = [moment for moment in sampled if moment >= asked_from - QUIET_SHOWN_S]
     for run in runs:
         times += [float(second.t) for second in run.seconds]
         times += [float(second.t + run.width_s) for second in run.seconds[-1:]]

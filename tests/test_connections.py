@@ -82,6 +82,7 @@ async def _standing(
             each.transport.abort()
 
 
+@pytest.mark.load
 async def test_given_hundreds_that_idle_or_stop_midway_then_they_cost_little_and_sales_go_on(
     service: Service, client: Client, tmp_path: Path
 ) -> None:

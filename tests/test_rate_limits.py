@@ -285,6 +285,7 @@ async def _slow_tenth(client: Client, campaign: str) -> float:
     return sorted(took)[math.ceil(len(took) * 0.9) - 1]
 
 
+@pytest.mark.load
 async def test_given_a_card_that_hammers_then_it_costs_the_others_nothing(
     service: Service, client: Client, crowd: Client
 ) -> None:

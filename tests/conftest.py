@@ -1,4 +1,4 @@
-"""Fixtures: one real Redis and PostgreSQL for the whole run, a fresh database for each test."""
+"""Fixtures: a real Redis and PostgreSQL for each process of the run, a database for each test."""
 
 import asyncio
 import os

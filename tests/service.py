@@ -1,4 +1,4 @@
-"""A whole system, started once for all tests that look at it from outside, and ways to talk to it.
+"""A whole system, started once for all tests of a process that look from outside.
 
 ``service`` is the real ``sale up`` with two API workers on servers of its own. Each test makes
 campaigns of its own in it, so tests do not meet. At the end the whole of it must pass the audit.

@@ -13,6 +13,8 @@ import redis.asyncio as redis_asyncio
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from stock_maker import (
     BEHIND_MAX,
     NONCE,
@@ -26,6 +28,7 @@ from stock_maker import (
     open_stock,
     operation,
 )
+from structlog.testing import capture_logs
 
 from sale import embedded
 from sale.domain import Campaign
@@ -835,6 +838,28 @@ async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redi
     await stock.create(campaign(1))
     await suspects.load()  # no roster_rev yet
     assert not suspects.complete_for(1, 1, 0)
+
+
+async def test_filter_that_cannot_be_loaded_tells_each_cause_once_and_pauses(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Peek(0, 1, 1, "open", 0, 0, (1,))
+    suspects = Suspects(redis, (await open_stock(redis, 1)).id)
+    causes: list[Exception] = [
+        RedisConnectionError(), RedisConnectionError(), ResponseError(), ValueError(), OSError(),
+    ]  # fmt: skip
+    monkeypatch.setattr(suspects, "load", mock.AsyncMock(side_effect=causes))
+    with capture_logs() as said:
+        for _ in causes:
+            assert not await suspects.come_up_to(seen)
+            assert suspects.loading is not None
+            await suspects.loading
+            last = suspects.loading
+            assert not await suspects.come_up_to(seen)
+            assert suspects.loading is last, "it is tried again a while later"
+            suspects._load_not_before = 0.0
+    told = [each["why"] for each in said if each["event"] == "suspects.not_loaded"]
+    assert told == ["ConnectionError", "ResponseError", "ValueError", "OSError"]
 
 
 # Faults of ours and of the store, while a peek refuses everybody ----------------------------------

@@ -290,7 +290,7 @@ async def test_given_an_opening_moment_when_a_crowd_waits_then_it_opens_on_time_
     assert len(created) == 40
     assert {one.code for one in seen} == {"", "sold-out"}
     assert created[0] >= opens_at
-    assert (created[0] - opens_at).total_seconds() < 0.5
+    assert (created[0] - opens_at).total_seconds() < 2
     assert len(refused) > 60
     for one in refused:
         assert datetime.fromisoformat(one.json()["opens_at"]) == opens_at
@@ -573,7 +573,7 @@ async def test_given_an_allowance_then_it_tells_the_first_reason_that_holds(
                 zip(("eligible", "reason", "card_limit", "card_remaining"), expected, strict=True)
             )
 
-        await until(told, within_s=1.2)  # a campaign's state is kept for a moment
+        await until(told, within_s=5)  # a campaign's state is kept for a moment
 
     campaign = await client.campaign(tickets=2, card_limit=2)
     await allows(campaign, True, None, 2, 2)

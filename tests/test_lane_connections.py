@@ -20,8 +20,9 @@ from lane_rig import TIME, WISH, Member, Side, World, shorter
 from sale.api import aiohttp_handler, lane_head
 from sale.api import lane as lane_module
 from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
-from sale.api.crowd import Crowd
+from sale.api.crowd import STAND_S, Crowd
 from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
+from sale.usecases.admission import QUEUE
 
 READ_MAX = 256 * 1024
 """What an event loop reads at once."""
@@ -185,6 +186,7 @@ async def test_given_room_again_when_who_may_read_on_brings_nothing_then_the_oth
             await until(lambda: all(wire.reading for wire in wires), 1)
             assert lane.held == 27_000
         finally:
+            lane.crowd.close()
             await lane.close()
             await server.shutdown(0)
 
@@ -214,6 +216,7 @@ async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_en
             connection.eof_received()
             await until(lambda: connection.lost, 2)
         finally:
+            lane.crowd.close()
             await lane.close()
             await server.shutdown(0)
 
@@ -384,6 +387,34 @@ def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_a
         if each.answers:
             assert dict(each.answers[-1].headers).get("Connection") == "close", name
     assert all(not told[name].answers for name in told if name == "idle")
+
+
+@pytest.mark.parametrize("fast_lane", [True, False])
+def test_given_a_crowd_for_which_there_is_no_time_when_told_to_stop_then_it_stands_no_longer(
+    world: World, fast_lane: bool
+) -> None:
+    async def judge() -> tuple[Told, float]:
+        loop = asyncio.get_running_loop()
+        async with world.side(fast_lane=fast_lane) as side, side.wire() as wire:
+            admission = side.engine.admission
+            with mock.patch.multiple(
+                admission,
+                overloaded=lambda *_, **__: QUEUE,
+                has_room=lambda _: False,
+                may_refuse=lambda _: False,
+            ):
+                await wire.send(world.member().buy())
+                await until(lambda: admission.standing == 1)
+                began = loop.time()
+                draining = loop.create_task(side.api.drain())
+                told = await wire.answers(1)
+                took_s = loop.time() - began
+                await draining
+            return told, took_s
+
+    told, took_s = world.run(judge())
+    assert told.statuses == [503]
+    assert took_s < STAND_S / 2
 
 
 # What it leans on.

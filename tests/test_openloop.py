@@ -290,7 +290,7 @@ async def test_given_no_certain_answer_when_asked_again_then_with_the_same_bytes
                 return b'HTTP/1.1 409 C\r\nContent-Length: 19\r\n\r\n{"code":"sold-out"}'
         return SOLD
 
-    bounds = Bounds(connections=8, timeout_s=0.15, retries=2, give_up_s=5)
+    bounds = Bounds(connections=8, timeout_s=0.5, retries=2, give_up_s=9)
     tally, spooled = await played(reply, [0.0, 0.0, 0.0, 0.0], bounds)
     assert outcomes(tally) == {"sold": 2, "no-answer": 1, "sold-out": 1}
     times = Counter(path for _, path in asked)
@@ -298,7 +298,7 @@ async def test_given_no_certain_answer_when_asked_again_then_with_the_same_bytes
     assert Counter(spooled) == Counter({(0, 503): 1, (0, 201): 1, (1, 0): 1, (1, 201): 1,
                                         (2, 0): 3, (3, 409): 1})  # fmt: skip
     first, second = (at for at, path in asked if path == b"/0")
-    assert 1.0 <= second - first < 1.8  # Retry-After, and a jitter later
+    assert 1.0 <= second - first < 3.0  # Retry-After, and a jitter later
     assert tally.done_at[0] >= 1.0  # the whole attempt counts, from its first intended moment
     assert tally.retries == 4
     assert tally.sent.total() == 8

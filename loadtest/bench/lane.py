@@ -143,6 +143,7 @@ class Parts:
                 told = time.perf_counter()
                 self._note("read, check, queue (token never seen)", queued - began, BATCH)
                 self._note(f"pack, word, answer: {kind}", told - queued, BATCH)
+        lane.crowd.close()
         await lane.close()
 
     async def _sell(self, batcher: Batcher, batch: list[Purchase], start: int) -> None:

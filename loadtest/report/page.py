@@ -114,6 +114,8 @@ def _head(run: Record, letter: str) -> dict[str, Any]:
 
 def _moment(iso: str) -> str:
     """A moment as people write it, to the second; what is none is shown as it stands."""
+    if "T" not in iso:
+        return iso
     try:
         return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     except ValueError:

@@ -49,9 +49,9 @@ class Crowd:
     def __len__(self) -> int:
         return len(self._standing)
 
-    def join(self, connection: Standing, now: float) -> None:
+    def join(self, request: Standing, now: float) -> None:
         """Stand behind all others; ``called`` comes once."""
-        self._standing.append((now, connection))
+        self._standing.append((now, request))
         self._admission.standing = len(self._standing)
         if self._calling is None:
             self._calling = self._loop.call_soon(self._call)
@@ -81,8 +81,8 @@ class Crowd:
             admission.breathes(easily=now - self._paused_at < CALL_S + LATE_S)
             self._paused_at = 0.0
         while standing and now - began < CALL_S:
-            since, connection = standing[0]
-            if connection.lost:
+            since, request = standing[0]
+            if request.lost:
                 standing.popleft()
                 admission.standing = len(standing)
                 continue
@@ -92,6 +92,6 @@ class Crowd:
                 return True
             standing.popleft()
             admission.standing = len(standing)
-            connection.called(since)
+            request.called(since)
             now = time.monotonic()
         return False

@@ -99,7 +99,7 @@ class Lane:
         """The loop's clock, to the second: deadlines need no better."""
         self._sweeper = self.loop.create_task(self._sweep())
         self.crowd = crowd
-        self.answers = LaneAnswers(engine.desk)
+        self.answers = LaneAnswers(engine.desk, self.is_draining)
         self.overloaded = overloaded_answers()
         """What is answered beyond capacity, by its Retry-After; made anew each second."""
 
@@ -121,7 +121,7 @@ class Lane:
 
     def drain(self) -> None:
         """Make each answer its connection's last from now on."""
-        self.answers.drain()
+        self.answers.send()  # what was worded before does not say that it is the last
         self.draining = True
 
     def is_draining(self) -> bool:
@@ -129,7 +129,7 @@ class Lane:
         return self.draining
 
     async def close(self) -> None:
-        """Close every connection that is left."""
+        """Close every connection that is left; whose the crowd is has closed that before."""
         self._sweeper.cancel()
         self.answers.send()
         await asyncio.gather(self._sweeper, return_exceptions=True)

@@ -1,6 +1,7 @@
 """The answers to the fast lane's purchases: worded, put on the wire, and sent a batch at a time."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import structlog
@@ -26,33 +27,29 @@ class Buyer(Protocol):
 
 
 class LaneAnswers:
-    """Those of one process."""
+    """Those of one process. While ``draining``, each is its connection's last, and says so."""
 
-    def __init__(self, desk: PurchaseDesk) -> None:
+    def __init__(self, desk: PurchaseDesk, draining: Callable[[], bool]) -> None:
         self._desk = desk
+        self._draining = draining
         self._loop = asyncio.get_running_loop()
         self._outbox: list[tuple[Buyer, bytes]] = []
         self._same: tuple[Answer, Campaign, bytes] | None = None
-        self._last = False
-
-    def drain(self) -> None:
-        """Say in each answer from now on that it is its connection's last."""
-        self.send()  # what was worded before does not say so
-        self._last = True
 
     def wire(self, purchase: "LanePurchase", answer: Answer) -> bytes:
         """Give the bytes that an answer is told with; those whom one peek refuses share them."""
         same = self._same
         if same is not None and same[0] is answer and same[1] is purchase.campaign:
             return same[2]
+        last = self._draining()
         try:
             told = self._desk.word(purchase.campaign, purchase, answer)
-            wire = rendered(*order_answer(told), last=self._last)
+            wire = rendered(*order_answer(told), last=last)
         except Exception:
             # What cannot be worded stands all the same, and is found by its key.
             log.exception("purchase.not_worded", campaign=purchase.campaign.id)
-            return rendered(*problem_answer(Refused(Problem.UNAVAILABLE)), last=self._last)
-        if isinstance(told, Refused) and answer.decision is not None and not self._last:
+            return rendered(*problem_answer(Refused(Problem.UNAVAILABLE)), last=last)
+        if isinstance(told, Refused) and answer.decision is not None and not last:
             self._same = (answer, purchase.campaign, wire)
         return wire
 

@@ -14,7 +14,6 @@ from typing import Final
 
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from sale.events import SOLD, parse_entry
 from sale.stock.keys import campaign_keys
@@ -38,7 +37,7 @@ class Suspects:
         self._keys = campaign_keys(campaign_id)
         self._loop = asyncio.get_running_loop()
         self._load_not_before = 0.0
-        self._ails = False
+        self._ails = ""
         self.bits = bytearray(BITS // 8)
         """Bit ``hash(card) & PLACES``; the batcher looks here itself, a call would cost more."""
         self.seq = -1
@@ -87,14 +86,14 @@ class Suspects:
                 await self.load_revoked()
             else:
                 await self.load()
-        except (RedisError, OSError, TimeoutError) as error:
-            if not self._ails:
-                why = type(error).__name__
+        except Exception as error:  # noqa: BLE001 - refusals take the longer way meanwhile
+            why = type(error).__name__
+            if why != self._ails:
                 log.warning("suspects.not_loaded", campaign=self._campaign_id, why=why)
-            self._ails = True
+            self._ails = why
             self._load_not_before = self._loop.time() + LOAD_AGAIN_S
         else:
-            self._ails = False
+            self._ails = ""
 
     async def load(self) -> None:
         """Read all buyers and revoked cards, in bounded steps, while sales may go on.

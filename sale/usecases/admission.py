@@ -18,8 +18,8 @@ rejected: that is known only when it is too late for everybody behind, who came 
 waited past their deadline together, while nobody at all was let in.
 
 A refusal costs a good part of what a purchase costs, most of it in the kernel. ``may_refuse`` tells
-when they become so many that they would cost sales; then the crowd is let stand
-that of the fast lane and that of aiohttp alike (``api/door.py``).
+when they become so many that they would cost sales; then the crowd is let stand, that of the fast
+lane and that of aiohttp alike (``api/door.py``).
 """
 
 import asyncio
@@ -94,7 +94,7 @@ class Admission:
         """The bound that holds; see ``files_allow``."""
         self.connections = 0
         self.standing = 0
-        """Purchases that stand in the crowd."""
+        """Purchases that stand in the one crowd of this process, which keeps it."""
         self.shed: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         """Refused so far, by reason."""
         self._turn_max_s = turn_max_s or float("inf")

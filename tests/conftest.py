@@ -62,19 +62,22 @@ async def servers(
         yield servers
 
 
-@pytest.fixture(scope="session")
-def redis_url(servers: embedded.EmbeddedServers) -> str:
-    assert servers.endpoints.redis_url is not None
-    return servers.endpoints.redis_url
+@pytest.fixture
+async def redis_url(servers: embedded.EmbeddedServers) -> str:
+    """URL of the tests' Redis, which is empty, whichever test was there before; its scripts too."""
+    url = servers.endpoints.redis_url
+    assert url is not None
+    async with redis.asyncio.from_url(url) as emptied:
+        await emptied.flushall()
+        await emptied.script_flush()
+    return url
 
 
 @pytest.fixture
 async def redis_client(redis_url: str) -> AsyncIterator["redis.asyncio.Redis"]:
-    """A client of the tests' Redis, empty (and its script cache with it)."""
-    async with redis.asyncio.from_url(redis_url) as emptied:
-        await emptied.flushall()
-        await emptied.script_flush()
-        yield emptied
+    """A client of the tests' Redis."""
+    async with redis.asyncio.from_url(redis_url) as connected:
+        yield connected
 
 
 @pytest.fixture(name="redis")

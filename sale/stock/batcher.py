@@ -22,6 +22,7 @@ pipelining single EVALSHAs (one fsync each under ``appendfsync always``).
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 from itertools import islice
@@ -118,7 +119,7 @@ _RESULTS_AT: Final = 6
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
 
-class Purchase:
+class Purchase(ABC):
     """One purchase on its way to the script; ``asked_at`` in seconds of the monotonic clock.
 
     Who asks says by ``settle`` what an answer is for: a future for a handler that awaits it
@@ -138,9 +139,9 @@ class Purchase:
         self.key_hash = key_hash
         self.asked_at = time.monotonic()
 
+    @abstractmethod
     def settle(self, answer: Answer) -> None:
         """Take the answer, once. It must not raise, nor wait: a whole batch is behind it."""
-        raise NotImplementedError
 
 
 class AwaitedPurchase(Purchase):

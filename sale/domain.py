@@ -26,6 +26,7 @@ CARD_LIMIT_MAX: Final = 1_000
 SHOWINGS_MAX: Final = 500
 PRICE_MAX_FEN: Final = 10_000_000
 TITLE_MAX: Final = 200
+ACCOUNT_NAME_MAX: Final = 64
 REASON_MAX: Final = 500
 DISTRICT: Final = "district"
 REHEARSAL_UNION: Final = "rehearsal"
@@ -209,13 +210,43 @@ def rfc3339(ms: int) -> str:
     return from_ms(ms).isoformat(timespec="milliseconds")
 
 
-def is_plain(text: str) -> bool:
-    """Whether a text holds no control characters and no halves of characters.
+def shown_text(text: str, length_max: int) -> str:
+    """Give a text that people will read as it is kept: composed (NFC), no spaces around it.
 
-    PostgreSQL cannot hold NUL, and a terminal obeys the others; an ideographic space is a letter
-    like any other, so ``str.isprintable`` does not do.
+    It must look like what it is: refused are control characters, halves of characters, what turns
+    the direction of writing, and what is there and cannot be seen, because two texts that look the
+    same would differ, or one text would look like another. Spaces of every width may stand inside,
+    rare Han may stand anywhere (``str.isprintable`` refuses both). Raises ValueError in words.
     """
-    return not any(unicodedata.category(character) in {"Cc", "Cs"} for character in text)
+    wrong_length = f"must be a text of 1 to {length_max} characters"
+    if len(text) > 4 * length_max:  # bounds the work: composing makes one character of up to four
+        raise ValueError(wrong_length)
+    text = unicodedata.normalize("NFC", text)
+    for number, character in enumerate(text, 1):
+        if _is_hidden(character) and not _joins_emoji(text, number - 1):
+            raise ValueError(
+                "must not hold control characters or invisible ones: "
+                f"character {number} is U+{ord(character):04X}"
+            )
+    text = text.strip()
+    if not 1 <= len(text) <= length_max or not any(map(_is_seen, text)):
+        raise ValueError(wrong_length)
+    return text
+
+
+def account_name(text: str) -> str:
+    """Give the one way of writing an account's name: full width and half, é of one part or two.
+
+    Names stand in the audit log, so no two may look alike that are not the same (NFKC). Raises
+    ValueError in words.
+    """
+    try:
+        name = shown_text(unicodedata.normalize("NFKC", text), ACCOUNT_NAME_MAX)
+    except ValueError as wrong:
+        raise ValueError(f"a name {wrong}") from None
+    if any(character.isspace() or _IN_EMOJI.match(character) for character in name):
+        raise ValueError(f"a name is 1 to {ACCOUNT_NAME_MAX} characters without spaces")
+    return name
 
 
 def is_made_up(card_no: str) -> bool:
@@ -337,8 +368,10 @@ def load_unions(path: Path) -> dict[str, str]:
     """Read ``config/unions.toml``: code to name. Raises ValueError in words."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
-        unions = {str(row["code"]): str(row["name"]) for row in table["unions"]}
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        unions = {
+            str(row["code"]): shown_text(str(row["name"]), TITLE_MAX) for row in table["unions"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"unions file {path}: {error}") from None
     if DISTRICT not in unions:
         raise ValueError(f"unions file {path}: no union with the code {DISTRICT!r}")
@@ -368,6 +401,36 @@ CATEGORIES: Final = ("education", "culture", "sport", "health", "living")
 _ORDER_NO: Final = re.compile(r"([a-z0-9-]{1,48})\.([0-9a-f]{1,8})\.([0-9a-f]{6})")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MISSING: Final = object()
+_HIDDEN: Final = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u2065\u2800\u3164\uffa0\ufdd0-\ufdef\ufff0-\ufff8\U0001d159"
+    "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]"
+)
+"""Fillers, tags and non-characters: nothing is seen of them, whatever their category."""
+_JOINER: Final = "\u200d"
+_EMOJI: Final = frozenset({"So", "Sk", "Mn"})
+"""Categories of an emoji's last character: itself, a colour of skin, a selector."""
+_IN_EMOJI: Final = re.compile("[\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Joiner and selectors of a variant: they change the character before them, an emoji or a Han."""
+
+
+def _is_hidden(character: str) -> bool:
+    """Whether nothing is seen of a character, or it changes what is seen around it."""
+    return (
+        unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+        or ord(character) & 0xFFFE == 0xFFFE
+        or _HIDDEN.match(character) is not None
+    )
+
+
+def _joins_emoji(text: str, at: int) -> bool:
+    """Whether this character makes one emoji of those beside it: only there it may be joined."""
+    beside = [unicodedata.category(each) for each in text[max(at - 1, 0) : at + 2]]
+    return text[at] == _JOINER and len(beside) == 3 and beside[0] in _EMOJI and beside[2] == "So"
+
+
+def _is_seen(character: str) -> bool:
+    """Whether a character shows something by itself: marks and spaces do not."""
+    return unicodedata.category(character) not in {"Zs", "Mn", "Mc", "Me", "Cf"}
 
 
 def _showings(reader: "_Reader") -> tuple[Showing, ...]:
@@ -432,14 +495,15 @@ class _Reader:
             return default
         if value is _MISSING:
             self.wrong(field, "is missing")
-        elif not isinstance(value, str) or not value.strip() or len(value) > TITLE_MAX:
+        elif not isinstance(value, str):
             self.wrong(field, f"must be a text of 1 to {TITLE_MAX} characters")
-        elif not is_plain(value):
-            self.wrong(field, "must not hold control characters")
         elif pattern and not pattern.fullmatch(value):
             self.wrong(field, f"must be {says}")
         else:
-            return value
+            try:
+                return shown_text(value, TITLE_MAX)
+            except ValueError as wrong:
+                self.wrong(field, str(wrong))
         return ""
 
     def choice(self, field: str, choices: tuple[str, ...]) -> str:

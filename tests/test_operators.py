@@ -105,3 +105,24 @@ async def test_given_a_taken_or_unknown_name_then_it_is_refused(pool: Any) -> No
     for call in (give_token, disable_operator):
         with pytest.raises(Refused, match="no operator 'bob'"):
             await call(pool, "bob", actor="cli:test")
+
+
+async def test_names_that_look_alike_are_one_account(pool: Any) -> None:
+    await add(pool, "ａｎｎ")
+    await add(pool, "Rene\u0301")
+    assert [entry.name for entry in await list_operators(pool)] == ["Ren\xe9", "ann"]
+    for twin in ("ann", "ａnn", "Ren\xe9", "Rene\u0301"):
+        with pytest.raises(Refused, match="already"):
+            await add(pool, twin)
+        assert await give_token(pool, twin, actor="cli:test")
+    await disable_operator(pool, "ａｎｎ", actor="cli:test")
+    targets = await pool.fetch("select distinct target from audit_log order by 1")
+    assert [row["target"] for row in targets] == ["operator Ren\xe9", "operator ann"]
+
+
+async def test_account_from_before_the_rule_is_still_disabled(pool: Any) -> None:
+    await pool.execute("insert into operator (name, role) values ('ａｎｎ', 'operator')")
+    await add(pool, "ann")
+    await disable_operator(pool, "ａｎｎ", actor="cli:test")
+    found = {entry.name: entry.disabled for entry in await list_operators(pool)}
+    assert found == {"ann": False, "ａｎｎ": True}

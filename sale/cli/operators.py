@@ -32,7 +32,9 @@ def add(context: CommandContext, name: str, role: str, union: str | None) -> Non
 
     made = run(work())
     echo(
-        context, _public(made), lambda: click.echo(f"{name} added as {role} for {made.union_code}")
+        context,
+        _public(made),
+        lambda: click.echo(f"{made.name} added as {role} for {made.union_code}"),
     )
 
 

@@ -8,6 +8,7 @@ import getpass
 import logging
 import os
 import sys
+import unicodedata
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
@@ -20,7 +21,7 @@ import structlog
 
 from sale import config
 from sale.config import BadOption, Settings, SettingsError, StartError
-from sale.domain import CARD_NO, Refused
+from sale.domain import ACCOUNT_NAME_MAX, CARD_NO, Refused, shown_text
 from sale.identity import SigningKey, load_or_create_signing_key
 
 EXIT_FAILED: Final = 1
@@ -281,9 +282,12 @@ def _login_name() -> str:
 
 
 def _actor(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-    if value is not None and not (1 <= len(value) <= 64 and value.isprintable() and value.strip()):
-        raise click.BadParameter("a name is 1 to 64 printable characters")
-    return value
+    if value is None:
+        return None
+    try:
+        return shown_text(unicodedata.normalize("NFKC", value), ACCOUNT_NAME_MAX)
+    except ValueError as wrong:
+        raise click.BadParameter(f"a name {wrong}") from None
 
 
 def _first_line(error: BaseException) -> str:

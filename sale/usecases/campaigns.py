@@ -26,7 +26,7 @@ from sale.domain import (
     CampaignState,
     Problem,
     Refused,
-    is_plain,
+    shown_text,
     to_ms,
 )
 from sale.stock.catalogue import CampaignNow, read_campaign
@@ -93,7 +93,7 @@ class CampaignDesk:
     ) -> CampaignNow:
         """Make a campaign: scheduled where it has an opening moment, else a draft."""
         _check_may(actor, campaign.owner)
-        _check_reason("create", reason)
+        reason = _checked_reason("create", reason)
         config = msgspec.json.encode(campaign)
         operation = _operation(actor, reason, key, "create", config.decode())
         await self._check_not_lost(campaign.id)
@@ -144,7 +144,7 @@ class CampaignDesk:
         """Take one step: one of ``ACTIONS``. Raises Refused."""
         now = await self.show(campaign_id, actor)
         _check_may(actor, now.campaign.owner)
-        _check_reason(action, reason)
+        reason = _checked_reason(action, reason)
         operation = _operation(actor, reason, key, action, f"{campaign_id}|{opens_at_ms}")
         reply = await self._scripts.transition(campaign_id, action, operation, opens_at_ms)
         if reply.reply is CallReply.INVALID:
@@ -163,7 +163,7 @@ class CampaignDesk:
         """Delete a draft. Raises Refused."""
         now = await self.show(campaign_id, actor)
         _check_may(actor, now.campaign.owner)
-        _check_reason("delete", reason)
+        reason = _checked_reason("delete", reason)
         operation = _operation(actor, reason, key, "delete", campaign_id)
         reply = await self._scripts.transition(campaign_id, "delete", operation)
         _check_reply(reply, "delete")
@@ -181,7 +181,7 @@ class CampaignDesk:
         """Add tickets to a showing, once a key. Raises Refused."""
         now = await self.show(campaign_id, actor)
         _check_may(actor, now.campaign.owner)
-        _check_reason("stock", reason)
+        reason = _checked_reason("stock", reason)
         showing = now.campaign.showing_numbers.get(showing_id)
         if showing is None:
             raise Refused(
@@ -280,16 +280,19 @@ def _check_may(actor: Actor, owner: str) -> None:
         )
 
 
-def _check_reason(action: str, reason: str | None) -> None:
-    # Checked here for every way in: what PostgreSQL cannot hold would stop the ledger's writer.
-    if reason is not None and not (1 <= len(reason.strip()) <= REASON_MAX and is_plain(reason)):
-        raise Refused(
-            Problem.INVALID_REQUEST,
-            f"reason: 1 to {REASON_MAX} characters, no control characters",
-            field="reason",
-        )
-    if reason is None and (action in REASON_REQUIRED or action == "stock"):
-        raise Refused(Problem.INVALID_REQUEST, "reason: say why", field="reason")
+def _checked_reason(action: str, reason: str | None) -> str | None:
+    """Give the reason as it is kept. Raises Refused.
+
+    Checked here for every way in: what PostgreSQL cannot hold would stop the ledger's writer.
+    """
+    if reason is None:
+        if action in REASON_REQUIRED or action == "stock":
+            raise Refused(Problem.INVALID_REQUEST, "reason: say why", field="reason")
+        return None
+    try:
+        return shown_text(reason, REASON_MAX)
+    except ValueError as wrong:
+        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
 
 
 def _check_reply(reply: OperationReply, action: str) -> None:

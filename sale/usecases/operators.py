@@ -4,15 +4,15 @@ A token is shown once and stored as a hash. A new one ends the one before; a dis
 none. Accounts are never deleted, because the audit log names them.
 """
 
+import contextlib
 from typing import Any, Final
 
 from sale.db import operators as table
 from sale.db.operators import Operator
-from sale.domain import DISTRICT, Problem, Refused
+from sale.domain import DISTRICT, Problem, Refused, account_name
 from sale.identity import new_operator_token, operator_token_hash
 
 ROLES: Final = ("admin", "operator", "clerk", "auditor")
-NAME_MAX: Final = 64
 
 
 async def add_operator(
@@ -31,9 +31,10 @@ async def add_operator(
 
     """
     union = DISTRICT if union is None else union
-    if not 1 <= len(name) <= NAME_MAX or not name.isprintable() or any(map(str.isspace, name)):
-        detail = f"a name is 1 to {NAME_MAX} characters without spaces"
-        raise Refused(Problem.INVALID_REQUEST, detail, field="name")
+    try:
+        name = account_name(name)
+    except ValueError as wrong:
+        raise Refused(Problem.INVALID_REQUEST, str(wrong), field="name") from None
     if role not in ROLES:
         raise Refused(Problem.INVALID_REQUEST, f"a role is one of {', '.join(ROLES)}", field="role")
     if union not in unions:
@@ -61,10 +62,10 @@ async def list_operators(pool: Any) -> list[Operator]:  # noqa: ANN401 - an asyn
 async def disable_operator(pool: Any, name: str, *, actor: str) -> None:  # noqa: ANN401
     """Disable an account at once, its token too; may be repeated. Raises Refused (NOT_FOUND)."""
     async with pool.acquire() as connection, connection.transaction():
-        await _locked(connection, name)
-        await table.disable(connection, name)
+        operator = await _locked(connection, name)
+        await table.disable(connection, operator.name)
         await table.write_audit(
-            connection, actor=actor, action="operator.disable", target=f"operator {name}"
+            connection, actor=actor, action="operator.disable", target=f"operator {operator.name}"
         )
 
 
@@ -79,10 +80,10 @@ async def give_token(pool: Any, name: str, *, actor: str) -> str:  # noqa: ANN40
     async with pool.acquire() as connection, connection.transaction():
         operator = await _locked(connection, name)
         if operator.disabled:
-            raise Refused(Problem.WRONG_STATE, f"operator {name!r} is disabled")
-        await table.set_token(connection, name, new.token_hash)
+            raise Refused(Problem.WRONG_STATE, f"operator {operator.name!r} is disabled")
+        await table.set_token(connection, operator.name, new.token_hash)
         await table.write_audit(
-            connection, actor=actor, action="operator.token", target=f"operator {name}"
+            connection, actor=actor, action="operator.token", target=f"operator {operator.name}"
         )
     return new.token
 
@@ -97,7 +98,12 @@ async def authenticate_operator(pool: Any, token: str) -> Operator:  # noqa: ANN
 
 
 async def _locked(connection: Any, name: str) -> Operator:  # noqa: ANN401
-    operator = await table.lock(connection, name)
-    if operator is None:
-        raise Refused(Problem.NOT_FOUND, f"there is no operator {name!r}")
-    return operator
+    """Give an account, also one from before names had one way of writing. Raises Refused."""
+    names = [name] if name.isprintable() else []
+    with contextlib.suppress(ValueError):
+        names.append(account_name(name))
+    for written in names:
+        operator = await table.lock(connection, written)
+        if operator is not None:
+            return operator
+    raise Refused(Problem.NOT_FOUND, f"there is no operator {name!r}")

@@ -25,6 +25,7 @@ from sale.domain import (
     Refused,
     is_made_up,
     mask_card,
+    shown_text,
 )
 from sale.identity import SigningKey, card_tag, issue_member_token, pin_mac
 
@@ -196,10 +197,10 @@ async def _set_status(
     reason: str,
     after_change: AfterChange | None,
 ) -> Card:
-    reason = reason.strip()
-    if not 1 <= len(reason) <= REASON_MAX or not reason.isprintable():
-        detail = f"a reason is 1 to {REASON_MAX} characters on one line"
-        raise Refused(Problem.INVALID_REQUEST, detail, field="reason")
+    try:
+        reason = shown_text(reason, REASON_MAX)
+    except ValueError as wrong:
+        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
     async with pool.acquire() as connection, connection.transaction():
         before = await table.set_status(connection, card_no, status)
         if before is None:

@@ -8,6 +8,7 @@ draft is never kept: it may be deleted and made anew with other showings.
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -123,6 +124,19 @@ class Catalogue:
         self._all = (asked_at, found)
         return found
 
+    async def those_for_sale(self, campaign_ids_: Sequence[str]) -> dict[str, Campaign]:
+        """Give the configurations of those that members may know of; reads what it does not know.
+
+        At most two round trips, however many they are. What was kept a moment ago does not do
+        where it says that there is none: a campaign may be younger than that.
+        """
+        unknown = [each for each in campaign_ids_ if each not in self._known]
+        if unknown:
+            asked_at = time.monotonic()
+            for now in await read_campaigns(self._redis, unknown):
+                self._keep(now.campaign.id, now, asked_at)
+        return {each: self._known[each] for each in campaign_ids_ if each in self._known}
+
     def _keep(self, campaign_id: str, found: CampaignNow | None, asked_at: float) -> None:
         self._now[campaign_id] = (asked_at, found)
         if found is not None and found.visible:
@@ -149,13 +163,16 @@ async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:
     return _parse(*await read_at_once(redis, head, lambda pipe: _ask(pipe, campaign_id)))
 
 
-async def read_campaigns(redis: Redis, *, strictly: bool = False) -> list[CampaignNow]:
-    """Read all campaigns in one round trip; each may be read between two of its events.
+async def read_campaigns(
+    redis: Redis, only: Sequence[str] | None = None, *, strictly: bool = False
+) -> list[CampaignNow]:
+    """Read all campaigns, or ``only`` these, at once; each may be read between two of its events.
 
     One whose values are damaged is left out, so that the others are seen: the audit tells of it.
     ``strictly``: a key of another type raises ResponseError.
     """
-    keys = [campaign_keys(campaign_id) for campaign_id in await campaign_ids(redis)]
+    ids = await campaign_ids(redis) if only is None else only
+    keys = [campaign_keys(campaign_id) for campaign_id in ids]
     async with redis.pipeline(transaction=False) as pipe:
         pipe.time()
         survey.ask(pipe, [each.head for each in keys], _HEAD_FIELDS)

@@ -3,16 +3,21 @@
 The layout stands in the header of ``purchase.lua``, which writes it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
+import structlog
 from redis.asyncio import Redis
 
 from sale.events import SaleRecord
+from sale.stock import survey
 from sale.stock.atomic import read_at_once
+from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 
 RECORD_BYTES: Final = 31
+
+log = structlog.get_logger()
 
 
 def parse_records(value: bytes) -> list[SaleRecord]:
@@ -55,12 +60,23 @@ async def read_card(redis: Redis, campaign_id: str, card_no: str) -> tuple[list[
     return parse_records(value or b""), bool(revoked)
 
 
-async def read_card_everywhere(
-    redis: Redis, campaign_ids_: Sequence[str], card_no: str
-) -> list[list[SaleRecord]]:
-    """Read a card's orders in each of these campaigns, in their order, in one round trip."""
+async def read_card_everywhere(redis: Redis, card_no: str) -> dict[str, list[SaleRecord]]:
+    """Read a card's orders in all campaigns, by campaign; those where it has none are left out.
+
+    Two round trips, however many campaigns there are or were. One whose value is damaged is left
+    out, so that the others are seen: the audit tells of it.
+    """
+    ids = await campaign_ids(redis)
     async with redis.pipeline(transaction=False) as pipe:
-        for campaign_id in campaign_ids_:
-            pipe.hget(campaign_keys(campaign_id).cards, card_no)
-        values = await pipe.execute()
-    return [parse_records(value or b"") for value in values]
+        survey.ask(pipe, [campaign_keys(each).cards for each in ids], [card_no])
+        values = survey.told(await pipe.execute(), len(ids))
+    held: dict[str, list[SaleRecord]] = {}
+    for campaign_id, value in zip(ids, values, strict=True):
+        if isinstance(value, Exception):
+            log.warning("orders.unreadable", campaign=campaign_id, error=str(value))
+        elif value[0]:
+            try:
+                held[campaign_id] = parse_records(value[0])
+            except ValueError as error:
+                log.warning("orders.unreadable", campaign=campaign_id, error=str(error))
+    return held

@@ -26,7 +26,7 @@ from sale.domain import (
     rfc3339,
 )
 from sale.events import SaleRecord
-from sale.stock.catalogue import Catalogue, campaign_ids
+from sale.stock.catalogue import Catalogue
 from sale.stock.records import read_card, read_card_everywhere
 
 CODE_BYTES: Final = 16
@@ -113,17 +113,10 @@ class OwnOrders:
             log.warning("orders.without_postgres", error=type(error).__name__)
             rows = []
         found.update({row.cursor: self._from_postgres(row) for row in rows})
-        seen = {now.campaign.id: now.campaign for now in await self._catalogue.all() if now.visible}
-        campaigns = [
-            campaign
-            for campaign_id in await campaign_ids(self._redis)
-            if (campaign := seen.get(campaign_id) or await self._campaign(campaign_id)) is not None
-        ]
-        by_campaign = await read_card_everywhere(
-            self._redis, [campaign.id for campaign in campaigns], card_no
-        )
-        for campaign, records in zip(campaigns, by_campaign, strict=True):
-            for record in records:
+        held = await read_card_everywhere(self._redis, card_no)
+        campaigns = await self._catalogue.those_for_sale(list(held))
+        for campaign_id, campaign in campaigns.items():
+            for record in (records := held[campaign_id]):
                 cursor = OrderCursor(record.at_ms, campaign.id, record.seq)
                 if before is None or cursor < before:
                     found[cursor] = self._from_redis(campaign, record, records)

@@ -82,6 +82,7 @@ def media_types(m: Member) -> Iterator[Case]:
         *(b"", b"text/plain", b"application/JSON", b"application/json; charset=utf-8"),
         *(b"application/json;charset=latin-1", b"application/json; charset=utf-8; a=b"),
         *(b"application/problem+json", b'application/json; charset="utf-8"', b"application/json;"),
+        *(b"application/json; charset=utf8", b"application/json; charset=utf-8 ; ;"),
         *(b" application/json ", b"multipart/form-data", b"application/json, text/plain", b"\xff"),
     ):
         yield one(f"type: {value!r}", m.buy("sold-out", Content_Type=value))

@@ -1,6 +1,7 @@
 """What the documentation names exists, and what must be documented is."""
 
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -14,7 +15,9 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from sale import config
+from sale.api.problems import problem_body
 from sale.cli.main import sale
+from sale.domain import Problem
 from sale.metrics import LoadMetrics, PurchaseMetrics
 from sale.usecases.client_address import ClientAddresses
 from sale.workers.ledger_writer import LedgerMetrics
@@ -264,6 +267,26 @@ def test_given_the_balancer_then_no_request_is_sent_twice() -> None:
     text = (ROOT / "config/deploy/haproxy.cfg").read_text("utf-8")
     assert re.findall(r"^\s*retry-on (.+)$", text, re.MULTILINE) == ["conn-failure"]
     assert "/readyz" in text
+
+
+def test_balancer_answers_readyz_itself_but_to_its_host() -> None:
+    """A thousand clients that asked for it made buyers ten times slower."""
+    text = (ROOT / "config/deploy/haproxy.cfg").read_text("utf-8")
+    frontend = text[text.index("frontend members") : text.index("backend api")]
+    (rule,) = [line for line in frontend.splitlines() if "readyz" in line]
+    assert rule.split()[:4] == ["http-request", "return", "status", "404"]
+    pattern = re.search(r"{ path,url_dec -m reg (\S+) } !{ src 127.0.0.0/8 ::1 }", rule)
+    assert pattern is not None
+    for path, ours in {
+        "/readyz": True,
+        "/readyz/": True,
+        "//readyz": True,
+        "/ready": False,
+    }.items():
+        assert bool(re.search(pattern[1], path)) is ours
+    body = re.search(r"string '(.+)' hdr", rule)
+    assert body is not None
+    assert json.loads(body[1]) == json.loads(problem_body(Problem.NOT_FOUND))
 
 
 def test_given_the_balancer_when_a_client_forges_its_address_then_the_header_is_replaced() -> None:

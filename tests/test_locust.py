@@ -213,6 +213,17 @@ def test_given_answers_when_measured_then_a_wish_counts_once_from_its_first_try(
     assert record.latency_sold[-1].ms == pytest.approx(2_250, rel=0.01)
 
 
+@pytest.mark.parametrize("more", ["", "/", "//"])
+def test_host_may_end_with_slashes(more: str) -> None:
+    assert setup.Api(f"http://127.0.0.1:8080{more}").host == "http://127.0.0.1:8080"
+
+
+@pytest.mark.parametrize("host", ["http://h/api", "http://h/?a=b", "h:80", "ftp://h", "http://"])
+def test_host_that_is_no_address_is_refused(host: str) -> None:
+    with pytest.raises(setup.SetupError, match="--host"):
+        setup.Api(host)
+
+
 # The whole ---------------------------------------------------------------------------------------
 
 
@@ -257,7 +268,7 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
 
 
 def where(engine: Engine) -> list[str]:
-    return ["--host", engine.url, "--data-dir", str(engine.data_dir), "--headless"]
+    return ["--host", f"{engine.url}/", "--data-dir", str(engine.data_dir), "--headless"]
 
 
 @pytest.mark.load

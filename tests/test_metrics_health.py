@@ -6,11 +6,13 @@ import re
 import urllib.request
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
 
+from sale.api import health
 from sale.api.health import reasons
 from sale.config import Settings
 from sale.db.pool import close_pool, open_pool
@@ -192,6 +194,41 @@ async def test_given_the_schema_of_another_version_then_it_is_not_ready_and_says
         assert says in reason
     finally:
         await close_pool(pool)
+
+
+async def test_probes_share_one_look_at_the_stores(
+    database_url: str, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = await open_pool(database_url)
+    stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings())
+    looked = mock.AsyncMock(side_effect=reasons)
+    monkeypatch.setattr(health, "reasons", looked)
+    looks = health.SharedLooks()
+    try:
+        for _ in range(2):  # together, and again while the answer is fresh
+            told = await asyncio.gather(*(looks.reasons(stores) for _ in range(500)))
+            assert told == [[]] * 500
+            assert looked.await_count == 1
+        monkeypatch.setattr(health, "FRESH_S", 0.0)
+        looks._fresh_until = 0.0
+        late = [asyncio.create_task(looks.reasons(stores)) for _ in range(3)]
+        await asyncio.sleep(0)
+        late[0].cancel()  # its client has left, the others wait on
+        assert await asyncio.gather(*late[1:]) == [[], []]
+        assert looked.await_count == 2
+    finally:
+        await close_pool(pool)
+
+
+async def test_look_that_fails_is_unready_and_logged_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(health, "reasons", mock.AsyncMock(side_effect=KeyError("a fault of ours")))
+    monkeypatch.setattr(health, "log", mock.Mock())
+    looks, stores = health.SharedLooks(), mock.Mock()
+    told = await asyncio.gather(*(looks.reasons(stores) for _ in range(50)))
+    assert told == [["the stores could not be looked at (KeyError)"]] * 50
+    assert health.log.exception.call_count == 1
 
 
 def log_lines(service: Service) -> list[dict[str, Any]]:

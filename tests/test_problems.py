@@ -232,6 +232,29 @@ async def test_given_the_page_when_read_then_it_loads_only_own_files_that_may_be
         assert "immutable" in response.headers["Cache-Control"]
 
 
+@pytest.mark.parametrize(
+    ("accepts", "packed"),
+    [
+        *(("gzip", True), ("GZIP", True), ("br, gzip;q=0.5", True), ("x-gzip", True), ("*", True)),
+        *(
+            ("gzip;q=0", False),
+            ("gzip; q=0.000, *", False),
+            ("*;q=0", False),
+            ("*;q=0, gzip", True),
+        ),
+        *(("gzipped", False), ("br", False), ("identity", False), ("gzip;q=x", False)),
+        *(("gzip;q=1.000", True), ("gzip;level=9", False), ("deflate,,gzip", True), ("", False)),
+    ],
+)
+async def test_accept_encoding_decides_about_gzip(
+    client: TestClient[Any, Any], accepts: str, packed: bool
+) -> None:
+    response = await client.get("/", headers={"Accept-Encoding": accepts})
+    assert response.headers.get("Content-Encoding") == ("gzip" if packed else None)
+    assert response.headers["Vary"] == "Accept-Encoding"
+    assert b"<html" in await response.read()
+
+
 async def test_given_an_old_address_of_a_file_when_read_then_it_is_not_kept(
     client: TestClient[Any, Any],
 ) -> None:

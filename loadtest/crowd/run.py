@@ -142,6 +142,8 @@ class Run:
         if told.spawn_rate is None:
             told.spawn_rate = 100.0
         self._api = Api(told.host)
+        # Locust puts paths, which begin with a slash, behind what it was given.
+        told.host = self._environment.host = self._api.host
         self._api.now()
         table = setup.find_campaign(self._api, told.campaign) if told.campaign else None
         self._probe(told.campaign)

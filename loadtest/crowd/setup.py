@@ -35,9 +35,10 @@ class Api:
 
     def __init__(self, host: str) -> None:
         parts = urlsplit(host)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        more = parts.path.strip("/") or parts.query or parts.fragment
+        if parts.scheme not in ("http", "https") or not parts.hostname or more:
             raise SetupError(f"--host {host!r}: give the engine's address, http://host:port")
-        self.host = host.rstrip("/")
+        self.host = f"{parts.scheme}://{parts.netloc}"
         self._https = parts.scheme == "https"
         self._address = (parts.hostname, parts.port)
 

@@ -160,12 +160,42 @@ def tagged_response(request: web.Request, body: object, *, max_age_s: int) -> we
     return web.Response(body=encoded, content_type="application/json", headers=headers)
 
 
+def accepts_gzip(accept_encoding: str) -> bool:
+    """Whether a client takes gzip, by its Accept-Encoding (RFC 9110, 12.5.3)."""
+    weights: dict[str, float] = {}
+    for element in accept_encoding.lower().split(","):
+        coding, *parameters = (part.strip(" \t") for part in element.split(";"))
+        weights[coding] = min((_weight(each) for each in parameters if each), default=1.0)
+    named = [weights[coding] for coding in ("gzip", "x-gzip") if coding in weights]
+    return max(named, default=weights.get("*", 0.0)) > 0
+
+
+def _weight(parameter: str) -> float:
+    """Give the weight of ``q=…``; 0 where it cannot be read: the plain body suits everybody."""
+    name, _, value = parameter.partition("=")
+    return float(value) if name.strip() == "q" and _QVALUE.fullmatch(value.strip()) else 0.0
+
+
+_QVALUE: Final = re.compile(r"[01](\.[0-9]{0,3})?")
+
+
 def _is_json(media_type: str) -> bool:
-    kind, _, parameter = media_type.partition(";")
-    return kind.strip().lower() == "application/json" and (
-        not parameter or parameter.strip().lower() in {"charset=utf-8", 'charset="utf-8"'}
-    )
+    """Whether this is JSON in UTF-8, whatever other parameters it has (RFC 9110, 8.3.1).
+
+    Empty parameters, as of a semicolon at the end, count for nothing.
+    """
+    kind, _, parameters = media_type.partition(";")
+    if kind.strip(" \t").lower() != "application/json":
+        return False
+    for parameter in parameters.split(";"):
+        name, equals, value = parameter.strip(" \t").partition("=")
+        if (name or equals) and not (name and value):
+            return False
+        if name.lower() == "charset" and value.strip('"').lower() not in _UTF8:
+            return False
+    return True
 
 
+_UTF8: Final = frozenset({"utf-8", "utf8"})
 _FIELD: Final = re.compile(r"\$\.([a-z_]+)")
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]{1,64})`")

@@ -4,6 +4,7 @@ import asyncio
 import time
 from typing import Final
 
+import structlog
 from aiohttp import web
 
 from sale.api.exchange import ENGINE, NO_STORE, json_response
@@ -16,21 +17,23 @@ from sale.stock.connection import REDIS_ERRORS, durability_faults
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
+"""How long what a look found is told to others, from its end: a look may itself take longer."""
+
+log = structlog.get_logger()
 
 
 def add_health_routes(app: web.Application) -> None:
     """Register ``/healthz`` and ``/readyz``."""
-    kept: list[tuple[float, list[str]]] = []
+    looks = SharedLooks()
 
     async def healthz(_: web.Request) -> web.Response:
         return json_response(HealthView("ok"), headers=NO_STORE)
 
     async def readyz(request: web.Request) -> web.Response:
-        # A crowd of probes shares one look at the stores.
-        if not kept or time.monotonic() - kept[0][0] > FRESH_S:
-            kept[:] = [(time.monotonic(), await reasons(request.app[ENGINE].stores))]
-        halted = request.app[ENGINE].batchers.halted
-        why = [halted, *kept[0][1]] if halted else kept[0][1]
+        engine = request.app[ENGINE]
+        why = await looks.reasons(engine.stores)
+        if engine.batchers.halted:
+            why = [engine.batchers.halted, *why]
         response = json_response(HealthView("unavailable" if why else "ok", why), headers=NO_STORE)
         if why:
             response.set_status(503)
@@ -39,6 +42,36 @@ def add_health_routes(app: web.Application) -> None:
 
     app.router.add_get("/healthz", guarded(healthz, exempt=True))
     app.router.add_get("/readyz", guarded(readyz, exempt=True))
+
+
+class SharedLooks:
+    """Looks at the stores, one at a time, however many ask: each asker gets the latest, or waits
+    for the one that is under way. Without that, a thousand probes were a thousand looks at once.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+        self._fresh_until = 0.0
+        self._look: asyncio.Task[list[str]] | None = None
+
+    async def reasons(self, stores: Stores) -> list[str]:
+        """Give the reasons of the module's ``reasons``, at most ``FRESH_S`` old."""
+        if time.monotonic() < self._fresh_until:
+            return self._found
+        if self._look is None:
+            self._look = asyncio.create_task(self._look_at(stores))
+        return await asyncio.shield(self._look)
+
+    async def _look_at(self, stores: Stores) -> list[str]:
+        try:
+            self._found = await reasons(stores)
+        except Exception as error:
+            # Logged here, once: everybody who waits would log it.
+            log.exception("readiness.not_looked")
+            self._found = [f"the stores could not be looked at ({type(error).__name__})"]
+        self._fresh_until = time.monotonic() + FRESH_S
+        self._look = None
+        return self._found
 
 
 async def reasons(stores: Stores) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from aiohttp import hdrs, web
 
+from sale.api.exchange import accepts_gzip
 from sale.api.openapi import build_document
 from sale.api.problems import WORDINGS, problem_response
 from sale.api.routing import guarded
@@ -56,7 +57,7 @@ class _Static(NamedTuple):
         if any(known.value in {self.etag, "*"} for known in request.if_none_match or ()):
             return web.Response(status=304, headers=headers)
         body = self.body
-        if "gzip" in request.headers.get(hdrs.ACCEPT_ENCODING, ""):
+        if accepts_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, ()))):
             headers[hdrs.CONTENT_ENCODING] = "gzip"
             body = self.gzipped
         charset = None if self.content_type.startswith("application/") else "utf-8"

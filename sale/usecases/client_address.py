@@ -1,8 +1,9 @@
 """Whose request it is, by address: the peer's own, or what a trusted proxy says of it.
 
 Anybody can write ``X-Forwarded-For``. So it is read only where the peer itself is trusted, from the
-right, as far as the hops are trusted too: the first that is not is the client. What is not an
-address ends the walk at the hop that passed it on. The header ``Forwarded`` is not read: a proxy
+right, as far as the hops are trusted too: the first that is not is the client. Empty elements of
+the list count for nothing (RFC 9110, 5.6.1); what is not an address ends the walk at the hop that
+passed it on. The header ``Forwarded`` is not read: a proxy
 writes one of the two, and a client could forge the other.
 
 An IPv6 client has 2^64 addresses for itself, so what is told is the /64.
@@ -39,7 +40,9 @@ class ClientAddresses:
             return grouped(peer)
         client = peer
         for hop in reversed(forwarded_for.rsplit(",", HOPS_MAX)[-HOPS_MAX:]):
-            address = _without_port(hop.strip())
+            address = _without_port(hop.strip(" \t"))
+            if not address:
+                continue
             if _parsed(address) is None:
                 break
             client = address

@@ -23,6 +23,7 @@ from loadtest.sampler import discover_processes
 from sale import config
 from sale.config import Settings
 from sale.embedded import EmbeddedError, find
+from sale.stock.connection import server_name
 
 REACH_S: Final = 5.0
 UNREACHED: Final = "not reached"
@@ -126,7 +127,7 @@ async def _ask_redis(url: str, told: Table, versions: Table) -> None:
     )
     versions["redis server"] = UNREACHED
     try:
-        versions["redis server"] = str((await client.info("server"))["redis_version"])
+        versions["redis server"] = server_name(await client.info("server"))
         for name in ("appendonly", "appendfsync", "maxmemory", "io-threads"):
             for key, value in (await client.config_get(name)).items():
                 told[f"redis {key}"] = str(value)

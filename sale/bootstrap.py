@@ -28,7 +28,7 @@ from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import LoadMetrics, PurchaseMetrics
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.connection import REDIS_ERRORS, durability_faults, open_redis
+from sale.stock.connection import REDIS_ERRORS, durability_faults, open_redis, too_old
 from sale.stock.scripts import Scripts
 from sale.usecases.admission import Admission, files_allow
 from sale.usecases.attendance import Attending
@@ -184,7 +184,8 @@ async def open_stores(
             lambda: open_pool(database_url, min_size=1, max_size=pool_size), patience_s
         )
         stack.push_async_callback(close_pool, pool)
-        await _patiently(redis.ping, patience_s)
+        if old := too_old(await _patiently(lambda: redis.info("server"), patience_s)):
+            raise SettingsError(old)
         nonce, ticket_secret = await _patiently(lambda: deployment.read(pool), patience_s)
         yield Stores(
             settings=settings,

@@ -54,6 +54,8 @@ ENVIRONMENT = {
     "SALE_AUTO_RECOVER": "auto_recover",
     "SALE_DISK_FREE_MIN_MB": "disk_free_min_mb",
 }
+OLDEST_VERSIONS = {"Redis": (7, 0), "Valkey": (7, 2), "PostgreSQL": (14, 0)}
+"""Stores that the engine works with, and the oldest (major, minor) of each."""
 UNIX_PREFIX = "unix:"
 UNIX_PROXY = "unix"
 """In ``trusted_proxies``: a proxy that comes by a unix socket."""

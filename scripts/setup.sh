@@ -19,37 +19,27 @@ fail() {
 usable() {
     "$1" -c '
 import sys, venv, ensurepip
-good = sys.version_info[:2]
-sys.exit(not ((3, 11) <= good <= (3, 12) or (good > (3, 12) and sys.argv[1] == "newer")))
-' "${2:-}" >/dev/null 2>&1
-}
-
-system_redis() {
-    local version
-    version=$(redis-server --version 2>/dev/null | sed -n 's/.*v=\([0-9]*\)\.\([0-9]*\).*/\1 \2/p')
-    [ -n "$version" ] || return 1
-    set -- $version
-    [ "$1" -gt 6 ] || { [ "$1" -eq 6 ] && [ "$2" -ge 2 ]; }
+sys.exit(sys.version_info < (3, 11))
+' >/dev/null 2>&1
 }
 
 find_python() {
-    local candidate newer=""
-    system_redis && newer=newer
+    local candidate
     if [ -n "${PYTHON:-}" ]; then
-        usable "$PYTHON" $newer || fail "PYTHON=$PYTHON does not do: Python 3.11 or 3.12 with venv" \
-            "and pip is needed (a newer one only where a system redis-server >= 6.2 is installed)."
+        usable "$PYTHON" || fail "PYTHON=$PYTHON does not do: Python 3.11 or newer with venv and" \
+            "pip is needed."
         printf '%s' "$PYTHON"
         return
     fi
-    for candidate in python3.12 python3.11 python3 /usr/bin/python3.12 /usr/bin/python3.11 \
-        /usr/bin/python3 /usr/local/bin/python3.12 /usr/local/bin/python3.11; do
-        if usable "$candidate" $newer; then
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11 \
+        /usr/bin/python3 /usr/local/bin/python3; do
+        if usable "$candidate"; then
             printf '%s' "$candidate"
             return
         fi
     done
-    fail "No usable Python: 3.11 or 3.12 with venv and pip is needed (on Debian: python3-venv;" \
-        "a newer one only where a system redis-server >= 6.2 is installed). Or set PYTHON."
+    fail "No usable Python: 3.11 or newer with venv and pip is needed (on Debian: python3-venv)." \
+        "Or set PYTHON."
 }
 
 # What the installation depends on: the project's metadata and its place.

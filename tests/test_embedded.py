@@ -100,9 +100,6 @@ async def test_given_the_defaults_then_writes_are_durable_and_nothing_listens_on
     assert settings["maxmemory-policy"] == "noeviction"
     assert settings["save"] == ""
     assert settings["port"] == "0"
-    if (await redis.info("server"))["redis_version"].startswith("6."):
-        assert settings["lua-time-limit"] == "0"
-        assert settings["io-threads"] == "1"
     assert shown == {
         "fsync": "on",
         "synchronous_commit": "on",
@@ -209,7 +206,7 @@ async def test_given_a_path_too_long_for_sockets_then_a_short_private_directory_
 async def test_given_a_new_directory_then_it_is_private_and_stamped(short_path: Path) -> None:
     async with embedded.running(short_path / "data", redis=True, postgres=False):
         versions = json.loads((short_path / "data" / "versions.json").read_text())
-    assert re.fullmatch(r"\d+\.\d+", versions["redis"])
+    assert re.fullmatch(r"(Redis|Valkey) \d+\.\d+", versions["redis"])
     assert "engine" in versions
     assert stat.S_IMODE((short_path / "data").stat().st_mode) == 0o700
 
@@ -285,18 +282,58 @@ async def test_given_no_binary_then_the_error_says_how_to_install(
 
 
 @pytest.mark.parametrize(
-    ("stamp", "expected"), [(None, (6, 2)), ("6.2", (6, 2)), ("7.0", (7, 2)), ("7.4", None)]
+    ("stamp", "expected"),
+    [
+        (None, "Valkey 9.1"),
+        ("Valkey 9.1", "Valkey 9.1"),
+        ("Valkey 8.0", "Valkey 9.1"),
+        ("Valkey 10.0", None),
+        ("6.2", "Valkey 9.1"),
+        ("7.0", "Valkey 9.1"),
+        ("Redis 7.4", "Redis 8.2"),
+        ("Redis 8.4", None),
+        ("Redis 6.0", None),
+    ],
 )
-def test_given_several_redis_then_the_one_that_fits_the_data_is_taken(
-    monkeypatch: pytest.MonkeyPatch, stamp: str | None, expected: tuple[int, int] | None
+def test_data_is_opened_by_a_server_that_reads_it(
+    monkeypatch: pytest.MonkeyPatch, stamp: str | None, expected: str | None
 ) -> None:
-    here = [Program(Path("/wheel"), (6, 2)), Program(Path("/system"), (7, 2))]
+    here = [Program(Path("/wheel"), "Valkey", (9, 1)), Program(Path("/system"), "Redis", (8, 2))]
     monkeypatch.setattr(binaries, "_working", lambda *_: here)
     if expected is None:
-        with pytest.raises(EmbeddedError, match=r"Redis 7\.4"):
+        with pytest.raises(EmbeddedError, match=f"made by {stamp} and only Valkey 9.1, Redis 8.2"):
             binaries.find_redis(stamp)
     else:
-        assert binaries.find_redis(stamp).version == expected
+        assert binaries.find_redis(stamp).name == expected
+
+
+def test_server_that_is_too_old_is_named_in_the_refusal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = tmp_path / "redis-server"
+    old.write_text("#!/bin/sh\necho 'Redis server v=6.2.14 sha=00000000:0 malloc=libc bits=64'\n")
+    old.chmod(0o755)
+    monkeypatch.setattr(binaries, "redis_candidates", lambda: [old])
+    with pytest.raises(EmbeddedError, match=f"{old} is Redis 6.2, which is too old") as refused:
+        binaries.find_redis(None)
+    assert "\n" not in str(refused.value)
+
+
+async def test_data_of_the_former_redis_is_opened_by_the_present_server(short_path: Path) -> None:
+    home = short_path / "redis"
+    home.mkdir()
+    # One file, as Redis 6.2 wrote it.
+    (home / "appendonly.aof").write_bytes(
+        b"*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n*3\r\n$3\r\nSET\r\n$4\r\nkept\r\n$3\r\nyes\r\n"
+    )
+    (short_path / "versions.json").write_text('{"redis": "6.2"}')
+    for _ in range(2):
+        async with embedded.running(short_path, redis=True, postgres=False) as servers:
+            assert servers.endpoints.redis_url
+            async with redis_lib.from_url(servers.endpoints.redis_url) as client:
+                assert await client.get("kept") == b"yes"
+    stamp = json.loads((short_path / "versions.json").read_text())["redis"]
+    assert stamp == binaries.find_redis(None).name
 
 
 async def test_given_a_program_that_is_not_there_then_the_launcher_says_so() -> None:

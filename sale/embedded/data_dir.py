@@ -44,7 +44,7 @@ class DataDirectory:
         self.sockets = sockets
 
     def made_by(self) -> dict[str, str]:
-        """Versions that made the data: ``{"redis": "6.2", "postgresql": "18", …}``."""
+        """Versions that made the data: ``{"redis": "Valkey 9.1", "postgresql": "18", …}``."""
         file = self.path / VERSIONS_FILE
         try:
             return msgspec.json.decode(file.read_bytes(), type=dict[str, str])

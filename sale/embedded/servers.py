@@ -1,8 +1,8 @@
-"""Redis and PostgreSQL as children of this process, durable, on unix sockets.
+"""Valkey (or Redis) and PostgreSQL as children of this process, durable, on unix sockets.
 
 Each is started through ``launch.py``, so that it ends with its parent also when that is killed
 -9, and its successor waits until it is gone. PostgreSQL is told SIGQUIT then (stops at once and
-recovers at the next start) and Redis SIGTERM; both lose nothing that was acknowledged.
+recovers at the next start) and Valkey SIGTERM; both lose nothing that was acknowledged.
 
 The parent is the *thread* that runs the event loop: it must live as long as the servers.
 """
@@ -293,13 +293,10 @@ def _redis(directory: DataDirectory, program: Program) -> _Server:
         "maxmemory-policy": "noeviction",
         "save": "",
     }
-    if program.version < (7, 0):
-        # Before 7 a slow script, or a second thread, lets a write be answered before its fsync.
-        settings |= {"lua-time-limit": "0", "io-threads": "1"}
 
     async def prepare() -> None:
         home.mkdir(mode=0o700, exist_ok=True)
-        directory.stamp("redis", ".".join(map(str, program.version)))
+        directory.stamp("redis", program.name)
 
     arguments = [word for key, value in settings.items() for word in (f"--{key}", value)]
     return _Server(

@@ -8,7 +8,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from sale.config import Durability
+from sale.config import OLDEST_VERSIONS, Durability
 
 REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
 """What a call to Redis raises where Redis is away, slow, or refuses it."""
@@ -36,11 +36,30 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
     return Redis.from_pool(pool)
 
 
+def server_name(info: dict[str, Any]) -> str:
+    """Give product and version of a server from its INFO: "Redis 7.0.15", "Valkey 9.1.2".
+
+    Valkey says in ``redis_version`` which Redis it is compatible with.
+    """
+    valkey = info.get("valkey_version")
+    return f"Valkey {valkey}" if valkey else f"Redis {info['redis_version']}"
+
+
+def too_old(info: dict[str, Any]) -> str:
+    """Say in words that this version is not supported, or '' where it is."""
+    name = server_name(info)
+    product, _, version = name.partition(" ")
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers >= OLDEST_VERSIONS[product]:
+        return ""
+    oldest = ".".join(map(str, OLDEST_VERSIONS[product]))
+    return f"{name} is too old: {oldest} is the oldest {product} that is supported"
+
+
 async def make_the_file_whole(redis: Redis) -> str:
     """Have the append-only file written anew; why it is not, or ''. Raises what says it is away.
 
-    A torn end may be left in it: Redis 6.2.14 cuts such a file after the last whole command, which
-    may lie within a transaction, and carries out what was left of that at the next restart.
+    A server that loaded a torn file goes on with it: a second crash would then meet its seam.
     """
     try:
         await redis.bgrewriteaof()
@@ -56,7 +75,9 @@ async def durability_faults(redis: Redis, level: Durability, replicas_min: int) 
     Settings that Redis does not let us read are a fault. Raises redis-py's errors.
     """
     info, config = await _read_settings(redis)
+    old = too_old(info)
     return [
+        *([old] if old else []),
         *_disk_faults(info, config, level),
         *_memory_faults(info),
         *_replica_faults(info, config, level, replicas_min),
@@ -67,18 +88,14 @@ async def _read_settings(redis: Redis) -> tuple[dict[str, Any], dict[str, str]]:
     """All of INFO, and those settings that CONFIG tells (none where it is forbidden)."""
     async with redis.pipeline(transaction=False) as pipe:
         pipe.info()
-        # One name a call: Redis 6.2 takes no more.
-        for name in _SETTINGS:
-            pipe.config_get(name)
-        info, *told = await pipe.execute(raise_on_error=False)
+        pipe.config_get(*_SETTINGS)
+        info, config = await pipe.execute(raise_on_error=False)
     if isinstance(info, Exception):
         raise info
-    config: dict[str, str] = {}
-    for each in told:
-        if not isinstance(each, Exception):
-            config.update(each)
-        elif not isinstance(each, ResponseError):
-            raise each
+    if isinstance(config, ResponseError):
+        return info, {}
+    if isinstance(config, Exception):
+        raise config
     return info, config
 
 
@@ -97,11 +114,6 @@ def _disk_faults(info: dict[str, Any], config: dict[str, str], level: Durability
         yield f"appendfsync is {sync}: a crash loses answered orders"
     if config.get("no-appendfsync-on-rewrite", "no") != "no":
         yield "no-appendfsync-on-rewrite is on: no fsync during a rewrite"
-    if level != "relaxed" and int(str(info["redis_version"]).split(".")[0]) < _FIXED_IN_MAJOR:
-        if config.get("io-threads", "1") != "1":
-            yield "io-threads above 1 before Redis 7 answers before the fsync"
-        if config.get("lua-time-limit", "0") != "0":
-            yield "lua-time-limit above 0 before Redis 7 answers before the fsync"
 
 
 def _memory_faults(info: dict[str, Any]) -> Iterator[str]:
@@ -146,9 +158,6 @@ def _in_step(replica: object) -> bool:
 _SYNC_SETTINGS: Final = ("appendfsync", "no-appendfsync-on-rewrite")
 _SETTINGS: Final = (
     *_SYNC_SETTINGS,
-    "io-threads",
-    "lua-time-limit",
     "min-replicas-to-write",
     "min-replicas-max-lag",
 )
-_FIXED_IN_MAJOR: Final = 7

@@ -8,7 +8,7 @@ from sale.config import Durability
 from sale.db import ledger, offices
 from sale.domain import CampaignState
 from sale.stock.catalogue import campaign_ids, read_campaign
-from sale.stock.connection import durability_faults
+from sale.stock.connection import durability_faults, server_name
 from sale.usecases.disk_watch import free_mb, redis_directory
 
 
@@ -27,7 +27,7 @@ class CampaignDiagnosis(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Everything at a glance.
+    """Everything at a glance. ``redis_version`` names the product too: "Valkey 9.1.2".
 
     ``durability`` is the level that was set; ``faults`` say in words what is weaker than it.
     ``redis_disk_free_mb`` is None where Redis' disk is not on this host. ``writer`` and
@@ -89,7 +89,7 @@ async def diagnose(
             )
         )
     return Diagnosis(
-        redis_version=str(server["redis_version"]),
+        redis_version=server_name(server),
         postgres_version=str(version),
         deployment=nonce,
         durability=durability,

@@ -52,15 +52,13 @@ async def redis_directory(redis: Redis, redis_url: str) -> Path | None:
     """
     if not may_be_here(redis_url):
         return None
-    config: dict[str | None, str | None] = {}
     try:
-        for name in ("dir", "appendfilename", "appenddirname"):  # Redis 6.2 takes one name a call
-            config.update(await redis.config_get(name))
+        config = await redis.config_get("dir", "appenddirname")
     except ResponseError:
         return None
     directory = Path(config.get("dir") or "/nowhere")
-    file = directory / (config.get("appenddirname") or config.get("appendfilename") or "?")
-    return directory if os.path.lexists(file) else None  # noqa: ASYNC240 - a local file, at a start
+    files = directory / (config.get("appenddirname") or "?")
+    return directory if os.path.lexists(files) else None  # noqa: ASYNC240 - a local file, at a start
 
 
 class DiskWatch:

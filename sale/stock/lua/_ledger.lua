@@ -114,9 +114,9 @@ local function append(head, events)
   append_text(head, #events, '[' .. table.concat(events, ',') .. ']')
 end
 
--- Moves the head to what was appended: the last write of every script that appends. Redis may load a
--- torn append-only file whose last transaction has lost its end, and carry out the rest of it at the
--- restart after that (seen on 6.2.14): then stream and head do not agree, and nothing is sold.
+-- Moves the head to what was appended: the last write of every script that appends. If a file that was
+-- torn or mended by hand ever carries out a part of a script, then stream and head do not agree, and
+-- nothing is sold.
 local function advance(head)
   if head.caught_up then
     redis.call('HSET', HEAD, 'behind_since', head.clock)

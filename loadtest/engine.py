@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import msgspec
 
+from sale import config
+from sale.config import Settings
 from sale.embedded import find
 from sale.embedded.servers import launch_command
 
@@ -94,6 +96,18 @@ def find_database(data_dir: Path) -> str:
     if endpoints is None or endpoints.database_url is None:
         raise EngineError(f"data directory {data_dir}: no embedded PostgreSQL is running there")
     return endpoints.database_url
+
+
+def engine_settings(file: Path | None = None, **options: str) -> Settings:
+    """The engine's settings, read as it reads them: file, environment, then the options given.
+
+    Raises SettingsError.
+    """
+    given = dict(os.environ)
+    if options.get("signing_key_file"):
+        given.pop("SALE_SIGNING_KEY", None)  # one of the two, and an option comes first
+    told = {name: value or None for name, value in options.items()}
+    return config.load(file, environment=given, **told)
 
 
 def environment(**settings: str) -> dict[str, str]:

@@ -2,8 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
+
+SOLD: Final = "sold"
+REPLAYED: Final = "replayed"
+NO_ANSWER: Final = "no-answer"
+NOT_SENT: Final = "not-sent"
+"""A member that never found a connection: the queue was full, or its patience ran out there."""
 
 RECORD_NAME = "run.json"
 VERSION = 1
@@ -83,6 +90,14 @@ class Proof(msgspec.Struct, kw_only=True):
     tickets: int = 0
 
 
+class Threshold(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule of ``--fail-if`` and what the run had: ``got`` in words, ``missed`` where it holds."""
+
+    rule: str
+    got: str
+    missed: bool
+
+
 class Record(msgspec.Struct, kw_only=True):
     """One run.
 
@@ -94,7 +109,8 @@ class Record(msgspec.Struct, kw_only=True):
     ``offered`` counts the intended members, ``sent`` and ``answered`` what was written and came
     back, with repeats. ``offered_rate`` is members a second over the plan's time, ``achieved_rate``
     members with a last answer a second, until the last of these answers. ``latency_sold`` is of
-    those who were told of an order, new or replayed.
+    those who were told of an order, new or replayed. ``not_played`` says why a run was no rush at
+    all (`loadtest.thresholds.not_played`), or is empty.
     """
 
     version: int = VERSION
@@ -120,6 +136,8 @@ class Record(msgspec.Struct, kw_only=True):
     machine: dict[str, str] = msgspec.field(default_factory=dict)
     proof: Proof | None = None
     not_proved: str = ""
+    not_played: str = ""
+    thresholds: list[Threshold] = msgspec.field(default_factory=list)
 
 
 def withhold(record: Record) -> None:

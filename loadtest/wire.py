@@ -15,9 +15,20 @@ ANSWER_MAX_BYTES: Final = 16 * 1024 * 1024
 _END: Final = b"\r\n\r\n"
 _BODILESS: Final = (204, 304)
 
+TOO_MANY: Final = 429
+UNNAMED: Final = "HTTP "
+"""So begins the code of an answer that has none of its own, before its status."""
+
 
 class ProtocolError(Exception):
-    """The server sent what this client does not read (chunked, no length, not HTTP/1.1)."""
+    """The server sent what this client does not read (chunked, no length, not HTTP/1.1).
+
+    ``status`` is that of the answer where it could be told, else 0.
+    """
+
+    def __init__(self, message: str, status: int = UNKNOWN) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Response:
@@ -83,7 +94,7 @@ class ResponseParser:
                 break
             head = buffer[at:end]
             status = _status(head)
-            length = 0 if status < 200 or status in _BODILESS else _length(head)
+            length = 0 if status < 200 or status in _BODILESS else _length(head, status)
             stop = end + 4 + length
             if len(buffer) < stop:
                 break
@@ -99,19 +110,30 @@ class ResponseParser:
 
 
 def _status(head: bytes) -> int:
-    if not head.startswith(b"HTTP/1.1 ") or not head[9:12].isdigit():
-        raise ProtocolError(f"not an HTTP/1.1 answer: {head[:40]!r}")
-    return int(head[9:12])
+    known = head.startswith(b"HTTP/1.") and head[9:12].isdigit()
+    status = int(head[9:12]) if known else UNKNOWN
+    if not known or not head.startswith(b"HTTP/1.1 "):
+        raise ProtocolError(f"not an HTTP/1.1 answer: {head[:40]!r}", status)
+    return status
 
 
-def _length(head: bytes) -> int:
+def _length(head: bytes, status: int) -> int:
     lowered = head.lower()
     if b"\r\ntransfer-encoding:" in lowered:
-        raise ProtocolError("a chunked answer")
+        raise ProtocolError("a chunked answer", status)
     text = _header(lowered, head, b"content-length")
     if text is None or not text.isdigit():
-        raise ProtocolError("an answer without a content-length")
+        raise ProtocolError("an answer without a content-length", status)
     return int(text)
+
+
+def asks_again(status: int) -> bool:
+    """Whether a client that was answered so asks again under the same key.
+
+    That is after no answer, 429, 503, and any other 5xx: 502 and 504 are a balancer's words, which
+    say nothing of the order that the engine may have made meanwhile.
+    """
+    return status in (UNKNOWN, TOO_MANY) or status >= 500
 
 
 def problem_code(status: int, body: bytes) -> str:
@@ -124,7 +146,7 @@ def problem_code(status: int, body: bytes) -> str:
     at = body.find(b'"code":"') + 8
     raw = body[at : body.find(b'"', at)] if at > 7 else b""
     known = raw.isascii() and 0 < len(raw) <= CODE_MAX_CHARS
-    return raw.decode("ascii") if known else f"HTTP {status}"
+    return raw.decode("ascii") if known else f"{UNNAMED}{status}"
 
 
 def retry_after_s(head: bytes) -> float:

@@ -13,7 +13,14 @@ import pytest
 from aiohttp import web
 
 from loadtest.books import check as bookkeeping
-from loadtest.books.answers import Answer, AnswerBook, outcome, read_answers, write_answers
+from loadtest.books.answers import (
+    Answer,
+    AnswerBook,
+    outcome,
+    read_answer,
+    read_answers,
+    write_answers,
+)
 from loadtest.books.check import check, key_hash
 from loadtest.books.ledger import Books, OrderRow
 from loadtest.client import Client, Unreachable
@@ -299,6 +306,24 @@ def test_given_an_unknown_outcome_when_it_stands_then_clean() -> None:
     assert kinds([refused("unavailable", 503)], order()) == []
 
 
+def test_balancers_answer_leaves_the_outcome_open() -> None:
+    """A 4xx that is no problem document says nothing of the order, nor does any 5xx."""
+    asked = Attempt(Member(CARD, "t", "u"), "k1", "general", 2, Kind.ORDINARY)
+    for status, body in (
+        (502, b"<html>"),
+        (504, b""),
+        (500, b"{}"),
+        (403, b"<html>"),
+        (408, b"{}"),
+    ):
+        answer = read_answer(asked, status, body)
+        assert answer.code == f"HTTP {status}"
+        assert not answer.refused
+        assert kinds([answer], order()) == []
+    assert not read_answer(asked, 429, b'{"code":"rate-limited"}').refused
+    assert read_answer(asked, 409, b'{"code":"sold-out"}').refused
+
+
 BROKEN: dict[str, tuple[list[Answer], list[OrderRow]]] = {
     "lost": ([told()], []),
     "doubled": ([told()], [order(5), order(6)]),
@@ -401,7 +426,7 @@ def test_given_answers_from_the_wire_when_kept_then_they_are_read_and_counted(
     assert answers[2].remaining == 1
     total = outcome(answers)
     assert (total.sold_orders, total.sold_tickets, total.replayed, total.unknown) == (1, 2, 1, 1)
-    assert total.refused == {"sold-out": 1, "unreadable": 1}
+    assert total.refused == {"sold-out": 1, "HTTP 502": 1}
     write_answers(answers, tmp_path / "answers")
     assert read_answers(tmp_path / "answers") == answers
     assert (tmp_path / "answers").stat().st_mode & 0o077 == 0

@@ -17,7 +17,7 @@ import pytest
 
 from loadtest.books.answers import Answer, read_answers, write_answers
 from loadtest.books.ledger import load_books
-from loadtest.crowd import setup
+from loadtest.crowd import proof, setup
 from loadtest.crowd.desk import BATCH, Booth, Desk, Setting
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import About
@@ -34,7 +34,7 @@ from loadtest.crowd.scenarios import (
 from loadtest.crowd.shape import Phases, Plan, target
 from loadtest.engine import Engine, engine_up, environment
 from loadtest.members import Member
-from loadtest.record import read
+from loadtest.record import Proof, read
 from sale.domain import default_unions_path, load_unions, parse_campaign
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +132,30 @@ def test_given_a_release_when_time_passes_then_quiet_gathering_opening_tail_and_
     assert opening is not None
     assert gathering[1] * phases.gathering_s > 800, "the crowd stands before the doors open"
     assert opening[1] == 150, "the rest comes within the second of the opening"
+
+
+async def test_missed_threshold_or_release_that_was_none_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given bots whose wishes outnumber the members', and then a campaign that was closed."""
+
+    async def clean(*_: object) -> Proof:
+        return Proof(clean=True)
+
+    monkeypatch.setattr(proof, "proven", clean)
+    many = [answer(f"b{n}", 100.5, 429, code="rate-limited") for n in range(300)]
+    for told, rules, status, says in (
+        ([*many, answer("k", 100.5, 201)], [], 0, "books: clean"),
+        ([answer("k", 100.5, 201)], ["sold<2"], 1, "fail if sold<2: 1, MISSED"),
+        ([answer("k", 100.5, 409, code="closed")], [], 1, "the release did not happen: 1 of 1"),
+    ):
+        write_answers(told, tmp_path / "answers")
+        about = About("n", "c", started_at=100.0, ended_at=104.0, fail_if=rules)
+        (tmp_path / "about").write_bytes(msgspec.json.encode(about))
+        words = ["--answers", str(tmp_path / "answers"), "--about", str(tmp_path / "about")]
+        options = proof._parser().parse_args(["prove", *words])
+        assert await proof._prove(options) == status
+        assert says in capsys.readouterr().out
 
 
 def test_given_no_scenario_when_time_passes_then_so_many_users_for_so_long() -> None:
@@ -304,9 +328,11 @@ async def test_given_stock_that_is_added_when_played_then_it_is_there_once_and_b
     who = ["-u", "30", "--bots", "0", "--raise-stock", "2"]
     status, told = await run_locust(
         *(*where(engine), *lengths, *who, "--scenario", "children-theatre-may"),
-        *("--only-summary", "--out", str(tmp_path)),
+        *("--only-summary", "--out", str(tmp_path), "--fail-if", "max>900s,errors>99%"),
     )
     assert status == 0, told
+    assert "fail if max>900s: " in told
+    assert ", met\n" in told
     assert "books: clean" in told
     assert "audit: clean" in told
     # Two tickets in two steps, each asked for twice under its key.
@@ -337,9 +363,11 @@ async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_
     ports = ["--processes", "2", "--master-port", port, "--master-bind-port", port]
     many = run_locust(*where(engine), *ports, "--scenario", "illusion-art", "-u", "5000")
     wrong = run_locust(*where(engine), "--campaign", "mistyped")
+    rule = run_locust(*where(engine), "--scenario", "illusion-art", "--fail-if", "p98>1ms")
     # given a mistyped campaign, or more users than cards: told at the start, in one line
-    refused = await asyncio.gather(many, wrong)
-    for (status, told), said in zip(refused, ("cards, 4,", "'mistyped' is not known"), strict=True):
+    refused = await asyncio.gather(many, wrong, rule)
+    says = "cards, 4,", "'mistyped' is not known", "no figure 'p98'"
+    for (status, told), said in zip(refused, says, strict=True):
         assert status == 2, told
         assert said in told.splitlines()[-1]
         assert "Traceback" not in told

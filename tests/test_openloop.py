@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import itertools
 import math
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from rich.console import Console
 from service import Client, Service, free_port
 
 from loadtest.books.answers import Answer
@@ -30,6 +32,7 @@ from loadtest.rush.summary import fill
 from loadtest.rush.tally import Bounds, Tally
 from loadtest.rush.team import only_loopback, play
 from loadtest.rush.worker import Part, summed_up
+from loadtest.thresholds import told_outcome
 from loadtest.wire import get_request
 from sale.identity import MemberTokens, SigningKey
 
@@ -305,6 +308,30 @@ async def test_given_no_certain_answer_when_asked_again_then_with_the_same_bytes
     assert tally.sent.total() == 8
 
 
+BALANCER: dict[bytes, bytes] = {
+    b"/0": b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>",
+    b"/1": b"HTTP/1.1 504 Gateway Time-out\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"/2": b"HTTP/1.0 502 Bad Gateway\r\nConnection: close\r\n\r\n<html>",
+    b"/3": b"HTTP/1.1 520 Unknown\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+}
+
+
+async def test_balancers_5xx_are_asked_again_within_bounds() -> None:
+    """Given a balancer that answers once itself, and for /4 always; it ends as an open outcome."""
+    seen: Counter[bytes] = Counter()
+
+    async def reply(request: bytes) -> bytes:
+        path = request.split(b" ")[1]
+        seen[path] += 1
+        return BALANCER[b"/0"] if path == b"/4" else BALANCER[path] if seen[path] == 1 else SOLD
+
+    tally, spooled = await played(reply, [0.0] * 5, Bounds(connections=8, retries=2, give_up_s=9))
+    assert outcomes(tally) == {"sold": 4, "HTTP 502": 1}
+    assert seen == {b"/0": 2, b"/1": 2, b"/2": 2, b"/3": 2, b"/4": 3}
+    assert Counter(status for _, status in spooled) == {502: 5, 504: 1, 520: 1, 201: 4}
+    assert told_outcome("HTTP 502") == "outcome unknown: HTTP 502, not the engine's answer"
+
+
 async def test_given_a_repeat_that_found_no_connection_when_told_then_its_last_answer_counts() -> (
     None
 ):
@@ -474,6 +501,29 @@ async def test_given_a_loop_that_is_held_up_when_played_then_it_finds_itself_lat
     assert "itself was" in record_of(summed_up(offsets, tally)).bottleneck
 
 
+def test_rush_that_sold_next_to_nothing_does_not_count() -> None:
+    record = record_of(part_of([10.0] * 300))
+    assert record.not_played == ""
+    shut = Tally(array("d", [0.1] * 300), array("B", [4] * 300), array("f", [0.0] * 300),
+                 codes=["sold", "replayed", "no-answer", "not-sent", "closed"])  # fmt: skip
+    shut.duration_s = 1.0
+    closed = record_of(summed_up(array("d", [0.0]) * 300, shut))
+    (why,) = verdict(closed, proof_wanted=False)
+    assert why.startswith("the rush did not happen: 300 of 300 members could not buy")
+    assert decode(encode(closed)).not_played == closed.not_played
+
+
+def test_missed_threshold_fails_the_run_and_is_shown() -> None:
+    record = Record(name="r", campaign="c", started_at="2026-01-01T00:00:00Z", duration_s=0)
+    fill(record, [part_of([10.0] * 300)], ("p99>9ms", "errors>0%"))
+    assert verdict(record, proof_wanted=False) == ["threshold missed: p99>9ms: it was 10.0 ms"]
+    console = Console(file=io.StringIO(), width=116)
+    console.print(table(record))
+    assert "10.0 ms, missed" in (said := str(console.file.getvalue()))
+    assert "0.000%, met" in said
+    assert decode(encode(record)).thresholds == record.thresholds
+
+
 def test_given_a_run_when_judged_then_it_counts_only_with_clean_books() -> None:
     record = record_of(part_of([10.0] * 10))
     assert verdict(record, proof_wanted=False) == []
@@ -531,6 +581,42 @@ def test_given_a_command_line_when_read_then_a_plan_or_a_word_why_not() -> None:
         plan("--target", "127.0.0.1:8080")
     assert only_loopback("127.0.0.1:1") == only_loopback("[::1]:1") == ""
     assert only_loopback("192.0.2.7:80") == "192.0.2.7 is not a loopback address"
+
+
+def test_rush_without_books_is_refused_as_bad_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--target", f"http://127.0.0.1:{free_port()}", "--campaign", "x", "--cards", "3"]
+    for more, says in (
+        ([], "rush: error: nothing to compare the answers with, so nothing was sold: give"),
+        (["--unproved", "--fail-if", "p98>1s"], "no figure 'p98'; there are p50, "),
+        (["--data-dir", "d", "--fail-if", "p99>1s,errors>x"], "'errors>x': "),
+    ):
+        monkeypatch.setattr("sys.argv", ["rush", *words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        assert says in capsys.readouterr().err
+
+
+def test_books_are_found_by_the_engines_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    must = ["--target", "http://127.0.0.1:8080/", "--campaign", "films"]
+    monkeypatch.setenv("SALE_DATABASE_URL", "postgresql://x@127.0.0.1/x")
+    monkeypatch.setenv("SALE_DURABILITY", "relaxed")
+    assert plan_of(parser().parse_args(must)).books == Where(
+        database_url="postgresql://x@127.0.0.1/x"
+    )
+    file = tmp_path / "s.toml"
+    file.write_text('data_dir = "there"\nredis_url = "redis://127.0.0.1:1"\n')
+    books = plan_of(parser().parse_args([*must, "--config", str(file)])).books
+    assert (books.data_dir, books.redis_url) == ("there", "redis://127.0.0.1:1")
+    told = books.settings()
+    assert told is not None
+    assert (told["SALE_DURABILITY"], told["SALE_DATA_DIR"]) == ("relaxed", str(tmp_path / "there"))
 
 
 def small(service: Service, campaign: str, **changes: object) -> Plan:
@@ -614,6 +700,48 @@ async def test_given_books_that_are_out_of_reach_when_played_then_refused_before
     assert await count_orders(service.database_url, campaign) == 0
 
 
+async def test_tokens_are_signed_with_the_key_of_the_settings(
+    service: Service, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given a key file that only the environment names; another key is refused before the load."""
+    campaign = await client.campaign(100)
+    books = Where(database_url=service.database_url)
+    plan = small(service, campaign, rate=40, seconds=0.3, books=books)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SALE_SIGNING_KEY_FILE", str(service.data_dir / "signing.key"))
+    record = await play(plan)
+    assert record.outcomes == {"sold": record.offered}
+    monkeypatch.delenv("SALE_SIGNING_KEY_FILE")
+    monkeypatch.setenv("SALE_SIGNING_KEY", "k" * 32)
+    with pytest.raises(RushError, match="does not take the tokens"):
+        await play(msgspec.structs.replace(plan, alone=False))
+    monkeypatch.delenv("SALE_SIGNING_KEY")
+    with pytest.raises(RushError, match="no tokens: no signing key at"):
+        await play(msgspec.structs.replace(plan, alone=False))
+
+
+async def test_rush_at_a_closed_campaign_fails(service: Service, client: Client) -> None:
+    campaign = await client.campaign(100)
+    await client.step(campaign, "close")
+    told: list[str] = []
+    record = await play(small(service, campaign, rate=40, seconds=0.3), told.append)
+    assert f"campaign {campaign} is closed: it refuses everybody" in told
+    assert record.outcomes == {"closed": record.offered}
+    assert record.proof is not None
+    assert record.proof.clean
+    record.bottleneck = ""
+    (why,) = verdict(record, proof_wanted=True)
+    assert "the rush did not happen" in why
+
+
+async def test_books_of_another_engine_are_refused_before_the_load(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team, "BOOKS_WITHIN_S", 0.3)
+    with pytest.raises(RushError, match="PostgreSQL does not know campaign elsewhere"):
+        await team._look_at_books(small(service, "elsewhere"))
+
+
 async def test_given_books_that_went_away_meanwhile_when_played_then_told_all_the_same(
     service: Service, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -639,8 +767,8 @@ def test_given_a_folder_that_cannot_be_when_rushed_then_refused_before_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    words = ["--target", f"http://127.0.0.1:{free_port()}", "--campaign", "x", "--out"]
-    monkeypatch.setattr("sys.argv", ["rush", *words, str(tmp_path / "file" / "out")])
+    words = ["--target", f"http://127.0.0.1:{free_port()}", "--campaign", "x", "--unproved"]
+    monkeypatch.setattr("sys.argv", ["rush", *words, "--out", str(tmp_path / "file" / "out")])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1

@@ -10,9 +10,10 @@ from own_api import OwnApi, own_api
 from service import Client, Service
 
 from loadtest.client import Client as LoadClient
+from loadtest.record import SOLD
 from loadtest.rush import arrivals
 from loadtest.rush.loop import OpenLoop
-from loadtest.rush.tally import SOLD, Bounds, Tally
+from loadtest.rush.tally import Bounds, Tally
 
 BATCH, LATE_MS, WAIT_MS, DEADLINE_S = 8, 20, 300, 2.0
 SECONDS = 2.0

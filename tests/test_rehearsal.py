@@ -21,6 +21,7 @@ from stock_maker import BEHIND_MAX, Bid, campaign, card, key
 
 from loadtest import record as records
 from loadtest.rush import arrivals
+from loadtest.thresholds import judge, read_rules
 from sale.bootstrap import open_stores
 from sale.cli import rehearse
 from sale.cli.rehearsal_play import Plan, _options
@@ -495,6 +496,7 @@ async def test_given_wrong_words_when_rehearsed_then_one_line_says_what(
         ((real, *cards, "--beside-real-sales", "--reason", "r"), 2, "--yes"),
         ((real, *cards, "--reason", "r", "--yes"), 1, "--beside-real-sales"),
         ((real, *cards, "--arrivals", "noon"), 2, "--arrivals"),
+        ((real, *cards, "--fail-if", "p98>1ms"), 2, "no figure 'p98'"),
         (("no-such", *cards, "--reason", "r", "--yes"), 1, "no campaign"),
         ((real, "--purge"), 1, "no rehearsal"),
         (("no-such", "--purge"), 1, "no rehearsal"),
@@ -543,6 +545,24 @@ def test_given_a_generator_that_was_the_limit_when_shown_then_no_rate_is_the_ser
     assert "5/s offered, – answered" in capsys.readouterr().out
 
 
+def test_missed_threshold_is_read_from_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = records.Record(name="r", campaign="c", started_at="2026-01-01T00:00:00Z",
+                            duration_s=1.0, not_played="100 of 100 could not buy",
+                            proof=records.Proof(clean=True))  # fmt: skip
+    record.thresholds = judge(read_rules(["p99>1ms", "sold<0"]), record)
+    records.write(tmp_path / "run.json", record)
+    made = Outcome.of_run("r", "films", tmp_path, status=1, audits=[], untouched=True)
+    assert made.findings == []
+    assert made.failed == [
+        "the rush did not happen: 100 of 100 could not buy",
+        "threshold missed: p99>1ms: it was not measured",
+    ]
+    show(made)
+    assert "threshold missed: p99>1ms" in capsys.readouterr().out
+
+
 @pytest.mark.load
 async def test_given_a_deployment_when_a_release_is_rehearsed_then_it_is_proven_and_gone(
     service: Service, client: Client, tmp_path: Path
@@ -554,7 +574,7 @@ async def test_given_a_deployment_when_a_release_is_rehearsed_then_it_is_proven_
         [
             *(sys.executable, "-m", "sale", "--data-dir", str(service.data_dir), "rehearse", real),
             *("--cards", "40", "--rate", "40", "--opens-in", "6", "--reason", "a test", "--yes"),
-            *("--beside-real-sales", "--out", str(out), "--json"),
+            *("--beside-real-sales", "--out", str(out), "--json", "--fail-if", "sold>99"),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -570,6 +590,7 @@ async def test_given_a_deployment_when_a_release_is_rehearsed_then_it_is_proven_
     assert told["bottleneck"] or "only its lateness was judged" in told["notes"][-1]
     record = records.read(out / "run.json")
     assert record.plan["arrivals"] == "release"
+    assert [(each.rule, each.missed) for each in record.thresholds] == [("sold>99", False)]
     assert told["report"] == str(out / "report.html")
     assert (await client.remaining(real)) == [20]
     assert (await client.get(f"{CAMPAIGNS}/{told['rehearsal']}")).status == 404

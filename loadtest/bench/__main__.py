@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -50,9 +50,17 @@ async def bench_up(
     with contextlib.ExitStack() as stack:
         stack.callback(os.sched_setaffinity, 0, everywhere)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sale-bench-")))
-        status = stack.enter_context(console.status("starting")) if console else None
+        note = _progress(stack, console)
+        note("starting")
         async with rig_up(folder, server_cores=server, client_cores=client) as rig:
-            yield Bench(rig, plan, program, status.update if status else _quiet)
+            yield Bench(rig, plan, program, note)
+
+
+def _progress(stack: contextlib.ExitStack, console: Console | None) -> Callable[[str], None]:
+    """What tells of each step: a spinner on a terminal, else a line on stderr."""
+    if console is None or not console.is_terminal:
+        return _line
+    return stack.enter_context(console.status("starting")).update
 
 
 def _cores() -> tuple[set[int], set[int], set[int]]:
@@ -61,7 +69,8 @@ def _cores() -> tuple[set[int], set[int], set[int]]:
     return {allowed[0]}, {allowed[min(1, len(allowed) - 1)]}, set(allowed)
 
 
-def _quiet(_: str) -> None: ...
+def _line(what: str) -> None:
+    print(f"… {what}", file=sys.stderr, flush=True)
 
 
 async def measured(

@@ -7,7 +7,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from loadtest.wire import Response
+from loadtest.wire import TOO_MANY, UNNAMED, Response
 
 
 class Asked(Protocol):
@@ -56,8 +56,13 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def refused(self) -> bool:
-        """Whether the client was told that it has none (503 and 429 leave that open)."""
-        return 400 <= self.status < 500 and self.code != "rate-limited"
+        """Whether the engine told the client that it has none.
+
+        429 and 5xx leave that open, and so does a 4xx that is no problem document: it comes from a
+        balancer.
+        """
+        named = self.code and not self.code.startswith(UNNAMED)
+        return bool(400 <= self.status < 500 and self.status != TOO_MANY and named)
 
 
 class _TicketBody(msgspec.Struct):
@@ -119,14 +124,14 @@ def read_answer(
     try:
         told = _BODY.decode(body) if status else _Body()
     except msgspec.DecodeError:
-        told = _Body(code="unreadable")
+        told = _Body(code="" if status >= 300 else "unreadable")
     return Answer(
         card=asked.card,
         key=asked.key,
         showing=asked.showing,
         quantity=asked.quantity,
         status=status,
-        code=told.code,
+        code=told.code or (f"{UNNAMED}{status}" if status >= 300 else ""),
         order_no=told.order_no,
         told_showing=told.showing,
         told_quantity=told.quantity,

@@ -5,8 +5,8 @@ and the books can disagree. It knows nothing of how the engine works: it reads o
 by plain SQL and the answers from the wire, so a fault in the engine's own audit cannot hide from
 it.
 
-An outcome that the client does not know (no answer, 503) may or may not have an order, but never
-two, and never one of other content.
+An outcome that the client does not know (no answer, 5xx, a balancer's own answer) may or may not
+have an order, but never two, and never one of other content.
 """
 
 import hashlib

@@ -14,8 +14,11 @@ import msgspec
 from loadtest.books.answers import Answer
 from loadtest.books.check import check
 from loadtest.books.ledger import WAIT_S, BooksError, highest, load_books, wait_applied
-from loadtest.engine import EngineError, environment, find_database, stop
+from loadtest.engine import EngineError, engine_settings, environment, find_database, stop
 from loadtest.record import Finding, Proof
+from sale import config
+from sale.config import Settings
+from sale.embedded import find
 
 AUDIT_S: Final = 600.0
 AUDIT_FINDINGS_MAX: Final = 200
@@ -43,15 +46,39 @@ class Where(msgspec.Struct, frozen=True, kw_only=True):
         return self.database_url or find_database(Path(self.data_dir))
 
     def settings(self) -> dict[str, str] | None:
-        """Settings for ``sale`` beside the engine, or None where they do not suffice."""
+        """Settings for ``sale`` beside the engine, or None where they do not suffice.
+
+        All that the engine's own commands would read here, with these stores. Raises SettingsError.
+        """
         if self.database_url and not (self.redis_url or self.data_dir):
             return None
-        told = {
+        where = {
             "SALE_DATA_DIR": str(Path(self.data_dir).absolute()) if self.data_dir else "",
             "SALE_DATABASE_URL": self.database_url,
             "SALE_REDIS_URL": self.redis_url,
         }
+        told = config.as_environment(engine_settings()) | where
         return {name: value for name, value in told.items() if value}
+
+
+def books_of(
+    data_dir: str, database_url: str, redis_url: str, config_file: Path | None = None
+) -> Where:
+    """Where the books are: by options, else as the engine's commands find them.
+
+    That is the URLs of its settings, or the data directory that is set, or the one in which an
+    engine runs. Raises SettingsError.
+    """
+    settings = engine_settings(
+        config_file, data_dir=data_dir, database_url=database_url, redis_url=redis_url
+    )
+    set_apart = settings.data_dir != Settings().data_dir
+    runs = settings.database_url is None and find(settings.data_dir) is not None
+    return Where(
+        data_dir=str(settings.data_dir) if data_dir or set_apart or runs else "",
+        database_url=settings.database_url or "",
+        redis_url=settings.redis_url or "",
+    )
 
 
 async def prove(

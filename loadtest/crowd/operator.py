@@ -7,13 +7,13 @@ from locust import task
 
 from loadtest.crowd.run import RUN
 from loadtest.crowd.users import (
-    AGAIN_STATUS,
     BACKOFF_S,
     OPENING_MAX_S,
     SaleUser,
     Told,
     again_after_s,
 )
+from loadtest.wire import asks_again
 
 STEP_TRIES_MAX: Final = 6
 STEP_PAUSE_S: Final = 2.0
@@ -88,7 +88,7 @@ class OperatorUser(SaleUser):
         for number in range(STEP_TRIES_MAX):
             headers = {"Idempotency-Key": f"run-{RUN.booth.setting.run}-{key}"}
             told = self.call("POST", path, name, json=body, headers=headers)
-            if told.status not in AGAIN_STATUS:
+            if not asks_again(told.status):
                 break
             self.pause(again_after_s(told.headers, number))
         if told.status != 200:

@@ -7,6 +7,7 @@ import msgspec
 
 from loadtest.crowd.scenarios import SCENARIOS, Deeds, Mix, Scenario
 from loadtest.crowd.shape import Phases
+from loadtest.thresholds import RULES_HELP
 
 Changeable = TypeVar("Changeable", Mix, Deeds)
 
@@ -42,6 +43,7 @@ def add_options(parser: Any, **_: object) -> None:  # noqa: ANN401 - locust's pa
         add(f"--{name}", type=_count, help=f"weight of {name} among the users")
     add("--raise-stock", type=_count, help="tickets that the operator adds after the opening")
     add("--pauses", type=_count, help="how often the operator pauses and resumes")
+    add("--fail-if", action="append", default=[], metavar="RULE", help=RULES_HELP)
     parser.set_defaults(stop_timeout=STOP_S)
 
 

@@ -31,6 +31,7 @@ class About(msgspec.Struct):
     alone: bool = False
     plan: dict[str, str | int | float] = {}
     findings: list[Finding] = []
+    fail_if: list[str] = []
 
 
 def program(arguments: list[str], within_s: float) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,7 @@ from locust.env import Environment
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 
+from loadtest.books.proof import books_of
 from loadtest.crowd import setup
 from loadtest.crowd.desk import Booth, Desk, Setting
 from loadtest.crowd.messages import Workers, give_account, serve_users
@@ -38,6 +39,7 @@ from loadtest.crowd.scenarios import (
 )
 from loadtest.crowd.setup import Api, SetupError
 from loadtest.crowd.shape import Plan, target
+from loadtest.thresholds import read_rules
 
 if TYPE_CHECKING:
     from loadtest.members import Member
@@ -130,8 +132,7 @@ class Run:
             raise SetupError("give --scenario NAME, or --campaign ID of one that there is")
         if not told.host:
             raise SetupError("give --host, the engine's address: http://host:port")
-        if not (told.data_dir or told.database_url):
-            raise SetupError("the books must be checked: give --data-dir, or --database-url")
+        self._find_books()
         if not self.mix().all:
             raise SetupError("nobody comes: one of --members, --refreshers, --bots must be above 0")
         for option, given, least in (("-u", told.num_users, 1), ("-r", told.spawn_rate, 0.001)):
@@ -153,6 +154,19 @@ class Run:
             self._token = setup.operator_token(told.data_dir, told.operator_token_file)
             setup.check_operator(self._api, self._token)
         self._take_cards()
+
+    def _find_books(self) -> None:
+        """Where the options do not say, the engine's settings do. Raises SetupError."""
+        told = self._options
+        try:
+            read_rules(told.fail_if)
+            where = books_of(told.data_dir, told.database_url, told.redis_url)
+        except ValueError as error:
+            raise SetupError(str(error)) from None
+        if not where.known:
+            raise SetupError("the books must be checked: give --data-dir, or --database-url")
+        told.data_dir, told.database_url = where.data_dir, where.database_url
+        told.redis_url = where.redis_url
 
     def _planned(self, campaign: dict[str, Any] | None) -> Plan:
         told = self._options
@@ -297,6 +311,7 @@ class Run:
             alone=self._alone,
             plan=self._plan_told(),
             findings=findings,
+            fail_if=self._options.fail_if,
         )
         status = self._prove(about)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from loadtest.engine import environment
+from loadtest.engine import engine_settings, environment
 from loadtest.members import Member, read_members
+from sale import config
 
 CALL_S: Final = 10.0
 COMMAND_S: Final = 60.0
@@ -197,7 +198,7 @@ def _roster(data_dir: str, number: int) -> list[Member]:
 
 def _sale(data_dir: str, arguments: list[str], accept: tuple[int, ...] = (0,)) -> bytes:
     command = [sys.executable, "-m", "sale", *arguments]
-    settings = environment(SALE_DATA_DIR=data_dir)
+    settings = environment(**config.as_environment(engine_settings(data_dir=data_dir)))
     try:
         done = subprocess.run(  # noqa: S603 - our own program
             command, env=settings, capture_output=True, timeout=COMMAND_S, check=False

@@ -14,6 +14,7 @@ from locust.user.task import LOCUST_STATE_STOPPING
 
 from loadtest.books.answers import Answer, read_answer
 from loadtest.crowd.run import RUN
+from loadtest.wire import TOO_MANY, asks_again
 from sale.domain import mask_card
 
 LOOKS_MAX: Final = 20
@@ -29,8 +30,9 @@ LATE_SHARE: Final = 0.1
 EARLY_SHARE: Final = 0.04
 BAD_TOKEN_SHARE: Final = 0.1
 NOSE_SHARE: Final = 0.1
-TOO_FAST: Final = 429
-AGAIN_STATUS: Final = frozenset({0, 429, 503})
+GATEWAY: Final = frozenset({502, 504})
+"""A balancer's own answers: the engine is not to be blamed for them, and the outcome is open."""
+
 AGAIN_CODES: Final = frozenset({"not-open", "paused"})
 
 ORDERS_SEEN: Final[deque[tuple[str, str]]] = deque(maxlen=200)
@@ -85,7 +87,8 @@ class SaleUser(FastHttpUser):
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         headers |= more.pop("headers", {})
         response = self.client.request(method, path, name=name or path, headers=headers, **more)
-        if response.status_code >= 500 and response.status_code != 503:
+        status = response.status_code
+        if status >= 500 and status != 503 and status not in GATEWAY:
             RUN.booth.find("server-error", f"{method} {name or path}: {response.status_code}")
         return Told(response.status_code, response.headers or {}, _json(response.content))
 
@@ -112,7 +115,7 @@ class SaleUser(FastHttpUser):
                     received_at=time.time(),
                 )
                 # A refusal is a right answer; only what leaves the outcome open is a failure.
-                if answer.sold or answer.refused or response.status_code == TOO_FAST:
+                if answer.sold or answer.refused or response.status_code == TOO_MANY:
                     response.success()
         finally:
             # Also where the user is killed in the midst of it: then nobody knows the outcome.
@@ -212,7 +215,7 @@ class MemberUser(CardHolder):
         """Ask until the outcome is known, always under the same key."""
         for number in range(TRIES_MAX):
             answer, headers = self.ask(wish, self.token)
-            if answer.status not in AGAIN_STATUS and answer.code not in AGAIN_CODES:
+            if not asks_again(answer.status) and answer.code not in AGAIN_CODES:
                 return answer
             self.pause(again_after_s(headers, number))
         return None
@@ -226,7 +229,7 @@ class MemberUser(CardHolder):
             shown = (told.body.get("order_no"), told.body.get("quantity"), codes)
             if shown != (answer.order_no, answer.told_quantity, answer.tickets):
                 RUN.booth.find("order-differs", f"{who}: is shown otherwise than it was told")
-        elif told.status not in AGAIN_STATUS:
+        elif not asks_again(told.status):
             RUN.booth.find("order-not-shown", f"{who}: {told.status} right after the 201")
         others = [order_no for card, order_no in ORDERS_SEEN if card != self.card.card]
         if others and random.random() < NOSE_SHARE:

@@ -11,13 +11,12 @@ from loadtest.books.answers import AnswerBook
 from loadtest.books.ledger import progress
 from loadtest.client import Client, RunResult, read_json
 from loadtest.members import Attempt, Crowd
-from loadtest.wire import Response, get_request
+from loadtest.wire import Response, asks_again, get_request
 
 ROUNDS_MAX: Final = 20
 """How often an unknown outcome is asked for again, under the same key."""
 
 ROUND_PAUSE_S: Final = 0.25
-AGAIN: Final = frozenset({0, 429, 503})
 LAG_SAMPLE_S: Final = 0.2
 
 
@@ -66,7 +65,7 @@ async def play(
     def record(attempt: Attempt, answer: Response) -> None:
         rush.book.record(attempt, answer)
         # Whoever fires at the very millisecond may be told "not yet" and simply presses again.
-        if answer.status in AGAIN or b'"not-open"' in answer.body:
+        if asks_again(answer.status) or b'"not-open"' in answer.body:
             again.append(attempt)
         else:
             on_answer()

@@ -27,6 +27,7 @@ SUSPENDED: Final = 500
 CONNECTIONS: Final = 384
 OPENS_IN_S: Final = 6.0
 LAG_ZERO_WITHIN_S: Final = 60.0
+TELL_EVERY_S: Final = 1.0
 
 
 class Show:
@@ -88,6 +89,8 @@ class Show:
                 task = bar.add_task("", total=len(crowd.rush))
                 await knock(client, CAMPAIGN, crowd, rush)
 
+                self._tell(f"{len(crowd.early):,} came too early; the opening is in a moment")
+
                 def countdown(left_s: float) -> None:
                     bar.update(task, description=f"{len(crowd.early):,} too early; {left_s:.1f} s")
 
@@ -95,11 +98,16 @@ class Show:
                 bar.update(task, description="The rush")
                 done = 0
 
+                told_at = time.monotonic()
+
                 def answered() -> None:
-                    nonlocal done
+                    nonlocal done, told_at
                     done += 1
                     if done % 1_000 == 0:
                         bar.update(task, completed=done)
+                        if time.monotonic() - told_at >= TELL_EVERY_S:
+                            told_at = time.monotonic()
+                            self._tell(f"the rush: {done:,} of {len(crowd.rush):,} answered")
 
                 await play(client, CAMPAIGN, crowd, rush, answered)
                 bar.update(task, completed=len(crowd.rush))
@@ -124,9 +132,15 @@ class Show:
     @contextlib.asynccontextmanager
     async def _step(self, what: str) -> AsyncIterator[None]:
         start = time.perf_counter()
+        self._tell(f"{what} …")
         with self.console.status(what + " …"):
             yield
         self.console.print(f"[green]✓[/] {what} [dim]({time.perf_counter() - start:.1f} s)[/]")
+
+    def _tell(self, line: str) -> None:
+        """Progress where no bar can be drawn."""
+        if not self.console.is_terminal:
+            self.console.print(line, highlight=False)
 
     def _bar(self) -> Progress:
         return Progress(
@@ -136,6 +150,7 @@ class Show:
             TimeElapsedColumn(),
             console=self.console,
             refresh_per_second=5,
+            disable=not self.console.is_terminal,
         )
 
 

@@ -21,11 +21,11 @@ from loadtest.bench.measure import Bench
 from loadtest.latency import at_share
 from loadtest.overload.spool import Compared, Spool
 from loadtest.overload.tables import print_books
-from loadtest.record import Record
+from loadtest.record import SOLD, Record
 from loadtest.rush import arrivals
 from loadtest.rush.loop import OpenLoop
 from loadtest.rush.summary import fill
-from loadtest.rush.tally import SOLD, Bounds, Tally
+from loadtest.rush.tally import Bounds, Tally
 from loadtest.rush.worker import summed_up
 
 SHARE: Final = 0.5

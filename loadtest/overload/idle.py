@@ -26,11 +26,11 @@ from loadtest.latency import at_share
 from loadtest.overload.measure import OPENED_PER_S, SETTLE_S, serve_anew
 from loadtest.overload.spool import Compared, Spool
 from loadtest.overload.tables import print_books
-from loadtest.record import Record
+from loadtest.record import SOLD, Record
 from loadtest.rush import arrivals
 from loadtest.rush.loop import OpenLoop
 from loadtest.rush.summary import fill
-from loadtest.rush.tally import SOLD, Bounds
+from loadtest.rush.tally import Bounds
 from loadtest.rush.worker import summed_up
 from loadtest.wire import Response, ResponseParser, get_request
 from sale.usecases.admission import files_allow

@@ -30,11 +30,11 @@ from loadtest.bench.rig import Rig, cpu_s, ready, spawn, tree_cpu_s
 from loadtest.engine import EngineError, stop
 from loadtest.latency import at_share
 from loadtest.overload.spool import Compared, Spool
-from loadtest.record import Record
+from loadtest.record import SOLD, Record
 from loadtest.rush import arrivals
 from loadtest.rush.loop import OpenLoop
 from loadtest.rush.summary import fill
-from loadtest.rush.tally import SOLD, Bounds, Tally
+from loadtest.rush.tally import Bounds, Tally
 from loadtest.rush.worker import summed_up
 
 CAMPAIGN: Final = "overload"

@@ -106,6 +106,8 @@ def _head(run: Record, letter: str) -> dict[str, Any]:
         "started_at": _moment(run.started_at),
         "duration": f"{measure(run.duration_s)} s",
         "bottleneck": run.bottleneck,
+        "not_played": run.not_played,
+        "thresholds": run.thresholds,
         "notes": run.notes,
         "verdict": _verdict(run),
         "facts": _facts(run),

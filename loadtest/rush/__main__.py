@@ -1,7 +1,9 @@
 """``python -m loadtest rush``: an open loop against a running engine, with proof.
 
-Exit status: 0 played, proved and clean; 1 anything else (books that do not balance, nothing proved,
-or a generator that was itself the limit, see `loadtest.rush.summary`); 2 bad usage.
+Exit status: 0 played, proved and clean; 1 anything else (books that do not balance, a proof that
+failed, a threshold of ``--fail-if`` missed, a rush that was none, see `loadtest.thresholds`, or a
+generator that was itself the limit, see `loadtest.rush.summary`); 2 bad usage, among it a run that
+has no books to be compared with and is not said to be ``--unproved``.
 """
 
 import argparse
@@ -22,14 +24,14 @@ from rich.text import Text
 from loadtest import record as records
 from loadtest.books.check import so_many
 from loadtest.books.ledger import BooksError
-from loadtest.books.proof import Where
+from loadtest.books.proof import books_of
 from loadtest.client import AnswerError, Unreachable
 from loadtest.engine import EngineError, cancelled_by_signals
 from loadtest.latency import TOLD_SHARES
 from loadtest.record import Percentile, Record
 from loadtest.rush.plan import Plan, RushError, Stopped
-from loadtest.rush.tally import REPLAYED, SOLD
 from loadtest.rush.team import only_loopback, play
+from loadtest.thresholds import RULES_HELP, missed, read_rules, told_outcome
 from loadtest.wire import ProtocolError
 from sale.config import SettingsError
 
@@ -79,21 +81,33 @@ def parser() -> argparse.ArgumentParser:
     _when(made.add_argument_group("when"))
     _bounds(made.add_argument_group("bounds, of all processes together"))
     books = made.add_argument_group("the proof, and what is seen meanwhile")
-    books.add_argument("--data-dir", default="", metavar="D", help="of a running `sale up`")
+    books.add_argument(
+        "--data-dir",
+        default="",
+        metavar="D",
+        help="of a running `sale up`; without options, as the engine's settings have it",
+    )
     books.add_argument("--database-url", default="", help="PostgreSQL of the engine")
     books.add_argument("--redis-url", default="", help="with --database-url: audits as well")
+    books.add_argument("--config", type=Path, metavar="FILE", help="settings, as `sale --config`")
     books.add_argument("--metrics", default="", metavar="H:P", help="default: by --data-dir")
     books.add_argument(
         "--alone", action="store_true", help="nobody else buys, no ticket returns: check that too"
     )
-    books.add_argument("--no-proof", action="store_true", help="do not look at the books")
+    books.add_argument(
+        *("--unproved", "--no-proof"),
+        dest="no_proof",
+        action="store_true",
+        help="sell without comparing the answers with PostgreSQL",
+    )
     books.add_argument("--ledger-within", type=float, default=_DEFAULT.ledger_within_s, metavar="S")
     out = made.add_argument_group("result")
+    out.add_argument("--fail-if", action="append", default=[], metavar="RULE", help=RULES_HELP)
     out.add_argument(
         "--name", default="", help="of the run, in record and report; default: what was offered"
     )
     out.add_argument("--out", type=Path, metavar="DIR", help="write run.json and report.html")
-    out.add_argument("--json", action="store_true", help="the record on stdout, nothing else")
+    out.add_argument("--json", action="store_true", help="the record on stdout, progress on stderr")
     out.add_argument("--anywhere", action="store_true", help="load other machines than this one")
     return made
 
@@ -138,9 +152,13 @@ def plan_of(options: argparse.Namespace) -> Plan:
     _check_numbers(options)
     if options.redis_url and not (options.database_url or options.data_dir):
         raise ValueError("--redis-url: give --database-url too")
-    where = Where(
-        data_dir=options.data_dir, database_url=options.database_url, redis_url=options.redis_url
-    )
+    read_rules(options.fail_if)
+    where = books_of(options.data_dir, options.database_url, options.redis_url, options.config)
+    if not (where.known or options.no_proof):
+        raise ValueError(
+            "nothing to compare the answers with, so nothing was sold: give --data-dir or"
+            " --database-url (or SALE_DATABASE_URL), or say --unproved to do without"
+        )
     host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
     same = ("campaign", "arrivals", "rate", "seconds", "seed", "tokens", "cards")
     more = ("first_card", "quantity", "showing", "duplicate_share", "connections", "queue", "warm")
@@ -150,6 +168,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
         name=options.name or f"{options.arrivals}, {options.rate:,g}/s, {options.seconds:g} s",
         target=f"{host}:{address.port or 80}",
         key_file=options.signing_key_file,
+        config=str(options.config or ""),
+        fail_if=tuple(options.fail_if),
         timeout_s=options.timeout,
         give_up_s=options.give_up,
         proof=not options.no_proof,
@@ -169,15 +189,17 @@ def _check_numbers(options: argparse.Namespace) -> None:
 def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
     """Why a run does not count, a line each; none for a run that does."""
     why = []
+    if record.not_played:
+        why.append(f"the rush did not happen: {record.not_played}")
     if record.bottleneck:
         why.append(f"not reported, the generator itself was the limit: {record.bottleneck}")
     if record.not_proved:
         why.append(f"not proved: {record.not_proved}")
     elif proof_wanted and record.proof is None:
-        why.append("not proved: give --data-dir or --database-url, or say --no-proof to do without")
+        why.append("not proved: give --data-dir or --database-url, or say --unproved to do without")
     if record.proof is not None and not record.proof.clean:
         why.append(f"the books do not balance: {so_many(record.proof.findings)}")
-    return why
+    return why + missed(record)
 
 
 def remarks(record: Record) -> list[str]:
@@ -205,7 +227,7 @@ def table(record: Record) -> Table:
         made.add_row("members settled a second", f"{record.achieved_rate:,.0f}")
     made.add_section()
     for code, count in sorted(record.outcomes.items(), key=lambda item: -item[1]):
-        made.add_row(code if code in (SOLD, REPLAYED) else f"not sold: {code}", f"{count:,}")
+        made.add_row(told_outcome(code), f"{count:,}")
     made.add_section()
     for title, latency in (("all", record.latency), ("sold", record.latency_sold)):
         if latency:
@@ -215,6 +237,10 @@ def table(record: Record) -> Table:
     for name, value in record.plan.items():
         if " " in name:
             made.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value}")
+    made.add_section()
+    for each in record.thresholds:
+        sign = "[red]missed[/]" if each.missed else "[green]met[/]"
+        made.add_row(f"fail if {each.rule}", f"{each.got}, {sign}")
     if record.proof is None:
         made.add_section()
         made.add_row("the books", Text(_unproved(record)))
@@ -234,7 +260,7 @@ def table(record: Record) -> Table:
 def _unproved(record: Record) -> str:
     if record.not_proved:
         return f"not proved: {record.not_proved}"
-    return "not looked at" + " (--no-proof)" * (record.plan.get("proof") == 0)
+    return "not looked at" + " (--unproved)" * (record.plan.get("proof") == 0)
 
 
 def at(latency: list[Percentile], share: float) -> float:
@@ -248,8 +274,7 @@ async def _rush(options: argparse.Namespace, plan: Plan, console: Console) -> Re
         raise RushError(f"{why}: say --anywhere if it is yours to load")
 
     def note(line: str) -> None:
-        if not options.json:
-            console.print(line, style="dim", highlight=False)
+        console.print(line, style="dim", highlight=False)
 
     try:
         return await play(plan, note)

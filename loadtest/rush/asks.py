@@ -97,6 +97,10 @@ class Asks:
         head = f"{self._head}{token}\r\nIdempotency-Key: {self._salt}-{member:x}"
         return f"{head}{tail}".encode("ascii")
 
+    def token(self, member: int) -> str:
+        """A member's token."""
+        return self._line(member % self.cards).token
+
     def ask(self, member: int) -> Ask:
         """The same purchase, as it is compared with the books."""
         quantity, showing = self._wishes[member * _MIX % 4_294_967_291 % len(self._wishes)]

@@ -6,9 +6,10 @@ its bound, and then members wait in a bounded queue. Latency counts from the *in
 the member's last answer, repeats and all waiting included: a server that stalls is not spared the
 members that would have come meanwhile (coordinated omission). No task or future a request.
 
-A member asks again under its key after no answer, 503 and 429, as Retry-After says and a jitter
-later, a bounded number of times. How late this loop itself is (`late`, `lags`) is kept beside, so
-that a slow generator is not told as a slow server.
+A member asks again under its key after no answer, 429 and any 5xx (a balancer's 502 or 504 leaves
+the outcome open), as Retry-After says and a jitter later, a bounded number of times. How late this
+loop itself is (`late`, `lags`) is kept beside, so that a slow generator is not told as a slow
+server.
 """
 
 import asyncio
@@ -22,12 +23,14 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol, cast
 
 from loadtest.client import Unreachable
+from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD
 from loadtest.rush.pacer import Pacer
-from loadtest.rush.tally import NO_ANSWER, NOT_SENT, REPLAYED, SOLD, Bounds, Tally
+from loadtest.rush.tally import Bounds, Tally
 from loadtest.wire import (
     UNKNOWN,
     ProtocolError,
     ResponseParser,
+    asks_again,
     closes,
     problem_code,
     retry_after_s,
@@ -48,7 +51,7 @@ EARLY_PAUSE_S: Final = 0.05
 EARLY_WITHIN_S: Final = 2.0
 """Whoever is told "not open" so soon after the opening came a moment early, and presses again."""
 
-AGAIN: Final = frozenset({UNKNOWN, 429, 503})
+CLOSING: Final = b"\r\nConnection: close"
 _NAN: Final = float("nan")
 
 
@@ -87,6 +90,8 @@ class _Connection(asyncio.Protocol):
         try:
             answers = self.parser.feed(data, most=1)
         except ProtocolError as error:
+            if error.status >= 500:  # a balancer's page: its framing is not ours to choose
+                return self.loop.answered(self, error.status, CLOSING, b"")
             return self.loop.fail(error)
         for answer in answers:
             self.loop.answered(self, answer.status, answer.head, answer.body)
@@ -266,7 +271,7 @@ class OpenLoop:
     def _refused(self, number: int, status: int, head: bytes, body: bytes, now: float) -> None:
         code = problem_code(status, body) or NO_ANSWER
         early = self.bounds.early_again and code == "not-open" and now < EARLY_WITHIN_S
-        if not early and status not in AGAIN:
+        if not early and not asks_again(status):
             return self._settle(number, code, now)
         tries = self._tries[number]
         if early:

@@ -19,12 +19,15 @@ class Stopped(asyncio.CancelledError):
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """An open-loop run. ``target`` is ``host:port``.
 
+    ``fail_if``: rules of thresholds, see `loadtest.thresholds`.
+
     ``arrivals``: see `loadtest.rush.arrivals.make`. Tokens come from a file as ``sale tokens``
     writes it, or (``tokens`` empty) are minted for ``cards`` synthetic cards with the key in
-    ``key_file`` or the books' data directory. ``cards`` 0: all of the file. ``quantity`` 0 mixes
-    one to three. ``showing`` empty: all showings in turn. Bounds are of all processes together.
-    ``alone``: see `loadtest.books.proof.prove`. ``warm`` connections are opened before the start;
-    0: as many as come in the busiest tenth of a second.
+    ``key_file``, or else the key that the engine's settings name (``config``: their file).
+    ``cards`` 0: all of the file. ``quantity`` 0 mixes one to three. ``showing`` empty: all
+    showings in turn. Bounds are of all processes together. ``alone``: see
+    `loadtest.books.proof.prove`. ``warm`` connections are opened before the start; 0: as many as
+    come in the busiest tenth of a second.
     """
 
     target: str
@@ -36,6 +39,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 1
     tokens: str = ""
     key_file: str = ""
+    config: str = ""
     cards: int = 0
     first_card: int = 1
     quantity: int = 1
@@ -53,10 +57,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     proof: bool = True
     ledger_within_s: float = WAIT_S
     metrics: str = ""
+    fail_if: tuple[str, ...] = ()
     books: Where = msgspec.field(default_factory=Where)
 
     def told(self) -> dict[str, str | int | float]:
         """The plan for the record; files and URLs are nobody's business."""
-        hidden = ("tokens", "key_file", "books", "name", "campaign")
+        hidden = ("tokens", "key_file", "config", "books", "name", "campaign", "fail_if")
         shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in hidden}
         return {name: int(v) if isinstance(v, bool) else v for name, v in shown.items()}

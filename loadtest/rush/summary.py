@@ -30,9 +30,10 @@ from typing import Final
 from hdrh.histogram import HdrHistogram
 
 from loadtest.latency import at_share, new_histogram, percentiles
-from loadtest.record import Record, Second, withhold
-from loadtest.rush.tally import NO_ANSWER, NOT_SENT
+from loadtest.record import NO_ANSWER, NOT_SENT, Record, Second, withhold
 from loadtest.rush.worker import Part
+from loadtest.thresholds import judge, not_played, read_rules
+from loadtest.wire import UNNAMED
 
 LATE_MS: Final = 3.0
 LATE_SHARE: Final = 0.4
@@ -53,8 +54,24 @@ class Member:
     code: str
 
 
-def fill(record: Record, parts: Sequence[Part]) -> None:
-    """Put what the processes counted into a record: counts, seconds, latencies, the judgement."""
+def fill(record: Record, parts: Sequence[Part], fail_if: Sequence[str] = ()) -> None:
+    """Put what the processes counted into a record: counts, seconds, latencies, the judgement.
+
+    ``fail_if``: the rules of thresholds. Raises RuleError.
+    """
+    _count(record, parts)
+    record.not_played = not_played(record.outcomes)
+    foreign = {code: n for code, n in record.outcomes.items() if code.startswith(UNNAMED)}
+    if foreign:
+        codes = ", ".join(f"{code} {count:,}" for code, count in sorted(foreign.items()))
+        record.notes.append(
+            f"the last answer of {sum(foreign.values()):,} members was not the engine's but, for"
+            f" instance, a balancer's ({codes}): they may have an order, or none"
+        )
+    record.thresholds = judge(read_rules(fail_if), record)
+
+
+def _count(record: Record, parts: Sequence[Part]) -> None:
     everything = _added(part.latency for part in parts)
     sold = _added(part.latency_sold for part in parts)
     record.seconds = _seconds(parts)

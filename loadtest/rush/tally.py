@@ -3,13 +3,8 @@
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Final
 
-SOLD: Final = "sold"
-REPLAYED: Final = "replayed"
-NO_ANSWER: Final = "no-answer"
-NOT_SENT: Final = "not-sent"
-"""A member that never found a connection: the queue was full, or its patience ran out there."""
+from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ import msgspec
 import psutil
 
 from loadtest.books.answers import Answer
-from loadtest.books.ledger import BooksError, count_orders
+from loadtest.books.ledger import BooksError, count_orders, wait_applied
 from loadtest.books.proof import prove
 from loadtest.client import Client, read_json
-from loadtest.engine import EngineError, environment, stop
+from loadtest.engine import EngineError, engine_settings, environment, stop
 from loadtest.record import Record
 from loadtest.rush.asks import MIXED, write_minted
 from loadtest.rush.plan import Plan, RushError, Stopped
@@ -37,7 +37,7 @@ from loadtest.rush.worker import Job, Line, Load, read_part, read_spool
 from loadtest.sampler import Sampler, discover_processes
 from loadtest.surroundings import describe
 from loadtest.wire import ProtocolError, get_request, problem_code
-from sale.config import Settings
+from sale.config import SettingsError
 from sale.embedded.servers import launch_command
 from sale.identity import load_or_create_signing_key
 
@@ -49,6 +49,7 @@ SUM_UP_S: Final = 120.0
 PROCESSES_MAX: Final = 64
 METRICS_S: Final = 3.0
 WARM_LEAST: Final = 16
+BOOKS_WITHIN_S: Final = 5.0
 UNPROVABLE: Final = (BooksError, EngineError, OSError, ValueError)
 
 
@@ -107,6 +108,7 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         if not plan.at_opening and campaign.get("state") != "open":
             note(f"campaign {plan.campaign} is {campaign.get('state')}: it refuses everybody")
         load = await asyncio.to_thread(_load, plan, campaign, folder, note)
+        await _try_token(plan, load)
         offsets = await asyncio.to_thread(load.offsets)
         note(f"{len(offsets):,} members over {offsets[-1]:.1f} s, seed {plan.seed}")
         warm = plan.warm or max(Counter(int(offset * 10) for offset in offsets).values())
@@ -117,7 +119,7 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         record.offered_rate = len(offsets) / max(planned_s, 1.0)
         parts = [read_part(folder, job.index) for job in jobs]
         try:
-            await asyncio.to_thread(fill, record, parts)
+            await asyncio.to_thread(fill, record, parts, plan.fail_if)
             if plan.proof and plan.books.known:
                 note("the ledger, and every answer compared with PostgreSQL")
                 await _prove(plan, jobs, record)
@@ -145,11 +147,34 @@ async def _look_at_books(plan: Plan) -> None:
     """
     if not (plan.proof and plan.books.known):
         return
-    count = await count_orders(plan.books.books_url(), plan.campaign)
+    url = plan.books.books_url()
+    count = await count_orders(url, plan.campaign)
+    try:
+        # One that was made this moment may still be on its way to PostgreSQL.
+        await wait_applied(url, plan.campaign, 1, within_s=BOOKS_WITHIN_S)
+    except BooksError:
+        raise RushError(
+            f"PostgreSQL does not know campaign {plan.campaign}: are these the books of the engine"
+            f" at {plan.target}?"
+        ) from None
     if plan.alone and count:
         raise RushError(
             f"campaign {plan.campaign} has {count:,} orders already, so this rush is not --alone:"
             " name a fresh campaign, or leave --alone away"
+        )
+
+
+async def _try_token(plan: Plan, load: Load) -> None:
+    """See before the load that the engine takes our tokens. Raises RushError, AsksError."""
+    with load.asks() as asks:
+        token = asks.token(0)
+    async with Client(plan.target) as client:
+        path = f"/api/v1/campaigns/{plan.campaign}/allowance"
+        answer = await client.request(get_request(plan.target, path, token))
+    if answer.status == 401:
+        raise RushError(
+            f"{plan.target} does not take the tokens: are they signed with this engine's key, and"
+            " not expired?"
         )
 
 
@@ -210,13 +235,18 @@ def _load(plan: Plan, campaign: dict[str, Any], folder: Path, note: Note) -> Loa
     if plan.tokens:
         return load
     cards = plan.cards or len(load.offsets())
-    if not (plan.key_file or plan.books.data_dir):
-        raise RushError("no tokens: give --tokens, --signing-key-file or --data-dir")
-    key = load_or_create_signing_key(
-        Settings(signing_key_file=Path(plan.key_file))
-        if plan.key_file
-        else Settings(data_dir=Path(plan.books.data_dir))
-    )
+    try:
+        key = load_or_create_signing_key(
+            engine_settings(
+                Path(plan.config) if plan.config else None,
+                data_dir=plan.books.data_dir,
+                signing_key_file=plan.key_file,
+            )
+        )
+    except SettingsError as error:
+        raise RushError(
+            f"no tokens: {error}; or give --tokens, --signing-key-file or --data-dir"
+        ) from None
     note(f"tokens of {cards:,} synthetic cards")
     write_minted(Path(load.tokens), key, first=plan.first_card, count=cards)
     return load

@@ -22,10 +22,11 @@ import uvloop
 
 from loadtest.books.answers import Answer, read_answer
 from loadtest.latency import HIGHEST_US, new_histogram
+from loadtest.record import NOT_SENT, REPLAYED, SOLD
 from loadtest.rush import arrivals
 from loadtest.rush.asks import Asks, members_of
 from loadtest.rush.loop import OpenLoop
-from loadtest.rush.tally import NOT_SENT, REPLAYED, SOLD, Bounds, Tally
+from loadtest.rush.tally import Bounds, Tally
 from loadtest.wire import ProtocolError
 
 PROGRESS_S: Final = 1.0

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
+from sale import config
 from sale.cli.rehearsal_report import RECORD, Outcome
 from sale.cli.runtime import CommandContext, note
+from sale.config import Settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -42,6 +44,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     beside_real_sales: bool
     opens_in_s: float
     processes: int
+    fail_if: tuple[str, ...] = ()
 
 
 async def play(context: CommandContext, plan: Plan, reason: str) -> Outcome:
@@ -125,6 +128,7 @@ async def _rush(
     process = await asyncio.create_subprocess_exec(
         # It ends with us, also where we are killed.
         *launch_command("TERM", program=program),
+        env=_environment(context.settings),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
     )
@@ -144,6 +148,12 @@ async def _rush(
     return status
 
 
+def _environment(settings: Settings) -> dict[str, str]:
+    """Ours, with exactly these settings: a file that was named by an option is not known there."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("SALE_")}
+    return ours | config.as_environment(settings)
+
+
 def _options(
     context: CommandContext, plan: Plan, identifier: str, tokens: Path, out: Path
 ) -> list[str]:
@@ -156,6 +166,7 @@ def _options(
         *("--processes", str(plan.processes), "--ledger-within", str(LEDGER_WITHIN_S)),
         *("--name", f"rehearsal of {plan.of}", "--out", str(out)),
     ]
+    options += [word for rule in plan.fail_if for word in ("--fail-if", rule)]
     settings = context.settings
     if settings.redis_url is None or settings.database_url is None:
         options += ["--data-dir", str(settings.data_dir.absolute())]

@@ -22,7 +22,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     ``clean``: the generator compared every answer with the books, nothing was wrong, and the audit
     of the rehearsal and of the real campaign has no finding. ``bottleneck`` says why the generator
-    was the limit, or is ''; ``notes`` what else must be known of its figures. ``real_untouched`` is
+    was the limit, or is ''; ``failed`` that there was no rush, or which thresholds were missed;
+    ``notes`` what else must be known of its figures. ``real_untouched`` is
     false where the real campaign has had an event meanwhile, be it an operator's. ``purged``: its
     data is gone.
     """
@@ -37,6 +38,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: dict[str, int] = {}
     latency_ms: dict[str, float] = {}
     bottleneck: str = ""
+    failed: list[str] = []
     notes: list[str] = []
     orders: int = 0
     tickets: int = 0
@@ -76,7 +78,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             findings.append(f"the load generator has proven nothing: {why}")
         else:
             findings += [f"{finding.kind}: {finding.what}" for finding in proof.findings]
-        if status and not record.bottleneck and not findings:
+        failed = _failed(record)
+        if status and not (record.bottleneck or findings or failed):
             findings.append(f"the load generator ended with exit status {status}")
         pages = sorted(out.glob("*.html"))
         return cls(
@@ -90,6 +93,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             outcomes=record.outcomes,
             latency_ms=_latency(record.latency),
             bottleneck=record.bottleneck,
+            failed=failed,
             notes=record.notes,
             orders=proof.orders if proof else 0,
             tickets=proof.tickets if proof else 0,
@@ -115,6 +119,7 @@ def show(outcome: Outcome) -> None:
             ("members", f"{outcome.offered:,} ({rates})"),
             ("latency", latency or "not told"),
             ("generator", outcome.bottleneck or "kept up"),
+            *(("failed", why) for why in outcome.failed),
             *(("note", note) for note in outcome.notes),
             ("orders", f"{outcome.orders:,} with {outcome.tickets:,} tickets"),
             ("audit", "clean" if outcome.audit_clean else "NOT CLEAN"),
@@ -145,6 +150,12 @@ class _Proof(msgspec.Struct):
     tickets: int = 0
 
 
+class _Threshold(msgspec.Struct):
+    rule: str
+    got: str
+    missed: bool
+
+
 class _Percentile(msgspec.Struct):
     share: float
     ms: float
@@ -163,6 +174,17 @@ class _Record(msgspec.Struct):
     notes: list[str] = []
     proof: _Proof | None = None
     not_proved: str = ""
+    not_played: str = ""
+    thresholds: list[_Threshold] = []
+
+
+def _failed(record: _Record) -> list[str]:
+    told = [f"the rush did not happen: {record.not_played}"] if record.not_played else []
+    return told + [
+        f"threshold missed: {each.rule}: it was {each.got}"
+        for each in record.thresholds
+        if each.missed
+    ]
 
 
 def _latency(percentiles: Sequence[_Percentile]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -69,6 +70,12 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report."
 )
+@click.option(
+    "--fail-if",
+    multiple=True,
+    metavar="RULE",
+    help="Fail where this holds, as 'p99>200ms' (docs/LOADTEST.md); may be given several times.",
+)
 @click.option("--reason", help="Why, for the audit log.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--keep", is_flag=True, help="Keep its data until `sale rehearse --purge ID`.")
@@ -91,6 +98,7 @@ def rehearse(
     processes: int,
     target: str | None,
     out: Path | None,
+    fail_if: tuple[str, ...],
     reason: str | None,
     yes: bool,
     keep: bool,
@@ -99,8 +107,8 @@ def rehearse(
 ) -> int:
     """Play a campaign's release with made-up cards on this deployment, prove it, remove it.
 
-    Exit: 0 where books and audit are clean; 1 where they are not, it could not be played, or the
-    load generator itself was the limit.
+    Exit: 0 where books and audit are clean; 1 where they are not, it could not be played, a
+    threshold was missed, or the load generator itself was the limit.
     """
     if purge:
         return _purge(context, campaign_id, reason or "left over")
@@ -119,24 +127,31 @@ def rehearse(
         beside_real_sales=beside_real_sales,
         opens_in_s=opens_in,
         processes=processes,
+        fail_if=fail_if,
     )
-    _check_generator()
+    _check_generator(fail_if)
     if out is not None and (out / RECORD).exists():
         raise click.ClickException(f"{out} holds the report of another run: name another folder")
     _say_effect(plan, run(_look(context, plan)))
     reason = _confirmed(reason, yes=yes)
     outcome = run(play(context, plan, reason))
     echo(context, outcome, lambda: show(outcome))
-    return 0 if outcome.clean and not outcome.bottleneck else 1
+    return 0 if outcome.clean and not (outcome.bottleneck or outcome.failed) else 1
 
 
-def _check_generator() -> None:
+def _check_generator(fail_if: tuple[str, ...]) -> None:
+    """See that it is there and reads the rules. Raises click.ClickException, BadParameter."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise click.ClickException(
             f"the load generator is not installed here ({', '.join(missing)} is missing): "
             "pip install 'sale[loadtest]'"
         )
+    try:
+        # By name, because the engine knows its load generator only as a program beside it.
+        import_module("loadtest.thresholds").read_rules(fail_if)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--fail-if") from None
 
 
 def _address(context: CommandContext) -> str:

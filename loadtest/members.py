@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from loadtest.wire import purchase_request
+from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_text, shown
 
 QUANTITY_SHARES: Final = {1: 0.2, 2: 0.45, 3: 0.35}
 """How many tickets members ask for; families mostly want two or three."""
@@ -81,10 +82,14 @@ class Crowd:
 def read_members(path: Path) -> list[Member]:
     """Read what ``sale tokens`` wrote. Raises ValueError in words."""
     try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+        text = read_text(path, most=LARGE_MAX_BYTES)
+    except UnreadableFile as error:
+        raise ValueError(f"tokens file {error}") from None
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line]
         return [Member(row["card_no"], row["token"], row["union"]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"tokens file {path}: {error!r}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"tokens file {shown(path)}: {error!r}") from None
 
 
 def gather(

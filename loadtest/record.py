@@ -6,6 +6,8 @@ from typing import Final
 
 import msgspec
 
+from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_bytes
+
 SOLD: Final = "sold"
 REPLAYED: Final = "replayed"
 NO_ANSWER: Final = "no-answer"
@@ -158,7 +160,7 @@ def decode(raw: bytes) -> Record:
     """The record in JSON bytes. Raises `RecordError` where they are none, or of another version."""
     try:
         record = msgspec.json.decode(raw, type=Record)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"no record of a run: {error}") from error
     if record.version != VERSION:
         raise RecordError(f"a record of version {record.version}; this kit reads version {VERSION}")
@@ -177,8 +179,8 @@ def write(file: Path, record: Record) -> None:
 def read(file: Path) -> Record:
     """Read a record from a file. Raises `RecordError`."""
     try:
-        return decode(file.read_bytes())
-    except OSError as error:
-        raise RecordError(f"cannot read {file}: {error.strerror or error}") from error
+        return decode(read_bytes(file, most=LARGE_MAX_BYTES))
+    except UnreadableFile as error:
+        raise RecordError(f"cannot read {error}") from error
     except RecordError as error:
         raise RecordError(f"{file}: {error}") from error.__cause__

@@ -23,10 +23,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from loadtest.record import ProcessSample, Sample
 from sale.config import UNIX_PREFIX, split_address
+from sale.files import UnreadableFile, read_json
 
 SCRAPE_TIMEOUT_S: Final = 2.0
 SCRAPE_MAX_BYTES: Final = 8 * 1024 * 1024
-REGISTER_MAX_BYTES: Final = 64 * 1024
 SAMPLES_MAX: Final = 14_400
 """Two hours at two a second; beyond that every other sample is dropped, and fewer are taken."""
 
@@ -274,9 +274,8 @@ def _measured(process: psutil.Process, *, head: bool) -> ProcessSample | None:
 def _registered(data_dir: Path) -> dict[str, int]:
     """Read a data directory's register of processes; empty where there is none."""
     try:
-        with (data_dir / "run" / "processes.json").open("rb") as stream:
-            found = msgspec.json.decode(stream.read(REGISTER_MAX_BYTES), type=_Register)
-    except (OSError, msgspec.DecodeError):
+        found: _Register = read_json(data_dir / "run" / "processes.json", _Register)
+    except UnreadableFile:
         return {}
     return {**found.processes, "supervisor": found.supervisor}
 

@@ -6,13 +6,14 @@ operator who mends one setting at a time restarts a service many times.
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+
+from sale.files import UnreadableFile, brief, read_toml, shown
 
 DEFAULT_FILE = Path("config/sale.toml")
 ENVIRONMENT = {
@@ -176,7 +177,7 @@ def load(
     chosen = file or (DEFAULT_FILE if DEFAULT_FILE.is_file() else None)
     if chosen is not None:
         for key, value in _read_table(chosen).items():
-            values[key] = _Given(value, f"{key} in {chosen}")
+            values[key] = _Given(value, f"{_name(key)} in {shown(chosen)}")
     for name, text in (os.environ if environment is None else environment).items():
         if name in ENVIRONMENT:
             values[ENVIRONMENT[name]] = _Given(text, name)
@@ -213,7 +214,7 @@ def split_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
-        raise ValueError(f"{address!r} is not HOST:PORT")
+        raise ValueError(f"{brief(address)} is not HOST:PORT")
     return host, int(port)
 
 
@@ -257,11 +258,15 @@ class _Given(NamedTuple):
     source: str
 
 
+def _name(key: str) -> str:
+    return key if key in _FIELD_TYPES else brief(key).strip("'")
+
+
 def _read_table(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"settings file {file}: {error}") from None
+        return read_toml(file)
+    except UnreadableFile as error:
+        raise SettingsError(f"settings file {error}") from None
 
 
 def _checked(key: str, given: _Given, problems: list[str]) -> Any:  # noqa: ANN401 - any field's
@@ -274,7 +279,7 @@ def _checked(key: str, given: _Given, problems: list[str]) -> Any:  # noqa: ANN4
             given.value, _FIELD_TYPES[key], strict=False, dec_hook=lambda _type, text: Path(text)
         )
     except (msgspec.ValidationError, TypeError) as error:
-        problems.append(f"{given.source}: {given.value!r}: {_plain(str(error))}")
+        problems.append(f"{given.source}: {brief(given.value)}: {_plain(str(error))}")
         return None
     complaint = _complaint(key, value)
     if complaint:
@@ -286,10 +291,10 @@ def _complaint(key: str, value: Any) -> str | None:  # noqa: ANN401 - any field'
     """Say what is wrong with a value of the right type, or None."""
     if key in _BOUNDS:
         low, high = _BOUNDS[key]
-        return None if low <= value <= high else f"{value} is not between {low} and {high}"
+        return None if low <= value <= high else f"{brief(value)} is not between {low} and {high}"
     if key == "metrics_listen" and value.startswith(UNIX_PREFIX):
         path = value.removeprefix(UNIX_PREFIX)
-        return None if path.startswith("/") else f"{value!r} is not unix:/PATH"
+        return None if path.startswith("/") else f"{brief(value)} is not unix:/PATH"
     if key in {"listen", "metrics_listen"}:
         try:
             split_address(value)

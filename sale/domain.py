@@ -5,7 +5,6 @@ Plain data and the rules that need no store. Rules that decide a sale stand in
 """
 
 import re
-import tomllib
 import unicodedata
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
@@ -15,6 +14,8 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
+
+from sale.files import UnreadableFile, brief, parse_toml, read_toml, shown
 
 CAMPAIGN_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
 SHOWING_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
@@ -27,6 +28,7 @@ SHOWINGS_MAX: Final = 500
 PRICE_MAX_FEN: Final = 10_000_000
 TITLE_MAX: Final = 200
 ACCOUNT_NAME_MAX: Final = 64
+PROBLEMS_TOLD: Final = 20
 REASON_MAX: Final = 500
 DISTRICT: Final = "district"
 REHEARSAL_UNION: Final = "rehearsal"
@@ -190,7 +192,11 @@ class InvalidCampaign(ValueError):  # noqa: N818 - reads as a sentence where it 
     """A campaign file or body is wrong; ``problems`` maps each field to what is wrong with it."""
 
     def __init__(self, problems: dict[str, str]) -> None:
-        super().__init__("; ".join(f"{field}: {what}" for field, what in problems.items()))
+        told = [f"{field}: {what}" for field, what in problems.items()]
+        more = len(told) - PROBLEMS_TOLD
+        if more > 0:
+            told[PROBLEMS_TOLD:] = [f"and {more} more"]
+        super().__init__("; ".join(told))
         self.problems = problems
 
 
@@ -293,9 +299,9 @@ def parse_order_number(order_no: str) -> tuple[str, int, int] | None:
 def parse_campaign_toml(text: str, unions: frozenset[str]) -> Campaign:
     """Read a campaign file. Raises InvalidCampaign naming every wrong field in one go."""
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidCampaign({"file": f"not TOML: {error}"}) from None
+        table = parse_toml(text)
+    except ValueError as error:
+        raise InvalidCampaign({"file": str(error)}) from None
     return parse_campaign(table, unions)
 
 
@@ -367,12 +373,14 @@ def parse_campaign(table: object, unions: frozenset[str]) -> Campaign:
 def load_unions(path: Path) -> dict[str, str]:
     """Read ``config/unions.toml``: code to name. Raises ValueError in words."""
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-        unions = {
-            str(row["code"]): shown_text(str(row["name"]), TITLE_MAX) for row in table["unions"]
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"unions file {path}: {error}") from None
+        rows = read_toml(path)["unions"]
+        unions = {str(row["code"]): shown_text(str(row["name"]), TITLE_MAX) for row in rows}
+    except UnreadableFile as error:
+        raise ValueError(f"unions file {error}") from None
+    except ValueError as error:
+        raise ValueError(f"unions file {shown(path)}: {error}") from None
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"unions file {shown(path)}: {brief(error)}") from None
     if DISTRICT not in unions:
         raise ValueError(f"unions file {path}: no union with the code {DISTRICT!r}")
     if REHEARSAL_UNION in unions:
@@ -480,7 +488,7 @@ class _Reader:
     def no_others(self, known: list[str]) -> None:
         for field in self.table:
             if field not in known:
-                self.wrong(str(field), "is not a known field")
+                self.wrong(brief(str(field))[1:-1], "is not a known field")
 
     def text(
         self,
@@ -564,5 +572,5 @@ class _Reader:
             return ("*",)
         unknown = sorted(set(value) - known)
         if unknown:
-            self.wrong(field, f"unknown union: {', '.join(unknown)}")
+            self.wrong(field, f"unknown union: {brief(', '.join(unknown))[1:-1]}")
         return tuple(dict.fromkeys(value))

@@ -26,6 +26,7 @@ import msgspec
 
 from sale.config import SIGNING_KEY_MIN_BYTES, Settings, SettingsError
 from sale.domain import CARD_NO, Problem, Refused
+from sale.files import MissingFile, UnreadableFile, read_bytes, shown
 
 ALGORITHM: Final = "HS256"
 AUDIENCE: Final = "member"
@@ -239,14 +240,16 @@ def _checked(secret: bytes, source: str) -> SigningKey:
 
 def _read_key(path: Path) -> SigningKey:
     try:
+        secret = read_bytes(path).strip()
         mode = path.stat().st_mode
-        secret = path.read_bytes().strip()
-    except FileNotFoundError:
+    except MissingFile:
         raise SettingsError(
-            f"no signing key at {path}: `sale up` makes one, or set SALE_SIGNING_KEY_FILE"
+            f"no signing key at {shown(path)}: `sale up` makes one, or set SALE_SIGNING_KEY_FILE"
         ) from None
+    except UnreadableFile as error:
+        raise SettingsError(f"signing key {error}") from None
     except OSError as error:
-        raise SettingsError(f"signing key {path}: {error.strerror}") from None
+        raise SettingsError(f"signing key {shown(path)}: {error.strerror}") from None
     if mode & (stat.S_IRWXO | stat.S_IWGRP):
         raise SettingsError(
             f"signing key {path}: others may read or write it ({stat.filemode(mode)}): chmod 600"

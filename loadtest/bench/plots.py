@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from loadtest.bench.compare import Comparison
 from loadtest.bench.figures import Case
+from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_json
 
 try:
     from matplotlib import rc_context
@@ -141,11 +140,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     try:
-        result = msgspec.json.decode(options.result.read_bytes(), type=Comparison)
+        result = read_json(options.result, Comparison, most=LARGE_MAX_BYTES)
         options.folder.mkdir(parents=True, exist_ok=True)
         made = draw(result, options.folder)
-    except (OSError, msgspec.DecodeError) as error:
-        print(f"plots: {options.result}: {error}", file=sys.stderr)
+    except (OSError, UnreadableFile) as error:
+        print(f"plots: {error}", file=sys.stderr)
         sys.exit(1)
     print(*made, sep="\n")
 

@@ -8,6 +8,7 @@ from typing import Final, Protocol
 import msgspec
 
 from loadtest.wire import TOO_MANY, UNNAMED, Response
+from sale.files import LARGE_MAX_BYTES, UnreadableFile, parse_json, read_bytes
 
 
 class Asked(Protocol):
@@ -184,9 +185,11 @@ def write_answers(answers: Iterable[Answer], path: Path) -> None:
 def read_answers(path: Path) -> list[Answer]:
     """Read what ``write_answers`` wrote. Raises ValueError in words."""
     try:
-        lines = path.read_bytes().splitlines()
-        return [msgspec.json.decode(line, type=Answer) for line in lines]
-    except (OSError, msgspec.DecodeError) as error:
+        lines = read_bytes(path, most=LARGE_MAX_BYTES).splitlines()
+        return [parse_json(line, Answer) for line in lines]
+    except UnreadableFile as error:
+        raise ValueError(f"answers file {error}") from None
+    except ValueError as error:
         raise ValueError(f"answers file {path}: {error}") from None
 
 

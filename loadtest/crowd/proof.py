@@ -31,6 +31,7 @@ from loadtest.latency import at_share, new_histogram, percentiles
 from loadtest.record import RECORD_NAME, Finding, Percentile, Proof, Record, Sample, Second, write
 from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
 from sale.embedded import EmbeddedError
+from sale.files import LARGE_MAX_BYTES, read_json
 
 _LOOP: Final[dict[str, str | int | float]] = {"loop": "closed", "latency": "from the first try"}
 REPORT_NAME: Final = "report.html"
@@ -140,7 +141,7 @@ async def proven(answers: Sequence[Answer], about: About, where: Where) -> Proof
 
 
 async def _prove(options: argparse.Namespace) -> int:
-    about = msgspec.json.decode(options.about.read_bytes(), type=About)
+    about: About = read_json(options.about, About)
     answers = read_answers(options.answers)
     record = measured(answers, about)
     # By the card, not by the wish: bots ask a thousand times, always under another key.
@@ -183,7 +184,7 @@ def _keep(record: Record, out: Path, seen_file: Path | None) -> None:
     from loadtest.report.page import write_report
 
     if seen_file is not None and seen_file.exists():
-        seen = msgspec.json.decode(seen_file.read_bytes(), type=Seen)
+        seen: Seen = read_json(seen_file, Seen, most=LARGE_MAX_BYTES)
         shift = seen.started_at - datetime.fromisoformat(record.started_at).timestamp()
         record.samples = [
             msgspec.structs.replace(sample, t=round(sample.t + shift, 3)) for sample in seen.samples

@@ -9,7 +9,6 @@ tickets, and the sale ends as the real one did.
 import math
 import secrets
 import time
-import tomllib
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from loadtest.crowd.shape import Phases
+from sale.files import UnreadableFile, read_toml
 
 FOLDERS: Final = (Path("config/campaigns"), Path(__file__).parents[2] / "config/campaigns")
 SELLS_FOR: Final = timedelta(days=1)
@@ -130,11 +130,10 @@ def campaign_file(name: str) -> Path:
 
 def read_campaign(name: str) -> dict[str, Any]:
     """Read the campaign file of a scenario as a table. Raises ScenarioError."""
-    file = campaign_file(name)
     try:
-        return tomllib.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ScenarioError(f"{file}: {error}") from None
+        return read_toml(campaign_file(name))
+    except UnreadableFile as error:
+        raise ScenarioError(str(error)) from None
 
 
 def run_name(scenario: str) -> str:

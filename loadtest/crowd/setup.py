@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from loadtest.engine import engine_settings, environment
 from loadtest.members import Member, read_members
 from sale import config
+from sale.files import UnreadableFile, read_json, read_text
 
 CALL_S: Final = 10.0
 COMMAND_S: Final = 60.0
@@ -138,9 +139,9 @@ def operator_token(data_dir: str, token_file: str) -> str:
     """
     if token_file:
         try:
-            return Path(token_file).read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise SetupError(f"--operator-token-file {token_file}: {error}") from None
+            return read_text(Path(token_file)).strip()
+        except UnreadableFile as error:
+            raise SetupError(f"--operator-token-file {error}") from None
     if not data_dir:
         raise SetupError("an operator is needed: give --operator-token-file, or --data-dir")
     _sale(data_dir, ["operator", "add", OPERATOR, "--role", "operator"], accept=(0, 1))
@@ -219,9 +220,9 @@ def _why(status: int, body: object) -> str:
 def metrics_address(data_dir: str) -> str:
     """Where the metrics of a ``sale up`` are, by its register; '' where it does not say."""
     try:
-        register = json.loads((Path(data_dir) / "run" / "processes.json").read_text("utf-8"))
+        register = read_json(Path(data_dir) / "run" / "processes.json", dict[str, Any])
         return str(register["metrics_listen"]) if data_dir else ""
-    except (OSError, ValueError, KeyError):
+    except (UnreadableFile, KeyError):
         return ""
 
 

@@ -5,6 +5,7 @@ where chance is wanted, so that a run can be repeated and nothing is computed wh
 """
 
 import csv
+import io
 import itertools
 import math
 import random
@@ -12,6 +13,8 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_text
 
 KINDS: Final = ("constant", "poisson", "release")
 ARRIVALS_MAX: Final = 20_000_000
@@ -65,11 +68,11 @@ def recorded(file: Path, seed: int) -> "array[float]":
     before it. Rows may stand in any order; the first is moved to 0. Raises ArrivalsError.
     """
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            rows = [row for row in csv.reader(stream) if row and not row[0].startswith("#")]
-    except OSError as error:
-        raise ArrivalsError(f"arrivals file {file}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        stream = io.StringIO(read_text(file, most=LARGE_MAX_BYTES), newline="")
+        rows = [row for row in csv.reader(stream) if row and not row[0].startswith("#")]
+    except UnreadableFile as error:
+        raise ArrivalsError(f"arrivals file {error}") from None
+    except csv.Error as error:
         raise ArrivalsError(f"arrivals file {file}: {error}") from None
     if rows and rows[0] in (["t", "count"], ["offset_s"]):
         del rows[0]

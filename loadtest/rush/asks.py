@@ -17,6 +17,7 @@ from typing import Final, Self
 import msgspec
 
 from loadtest.members import QUANTITY_SHARES, Mint
+from sale.files import UnreadableFile, opened_regular
 from sale.identity import SigningKey, issue_member_token
 
 MIXED: Final = 0
@@ -63,11 +64,11 @@ class Asks:
         cards: int = 0,
     ) -> None:
         try:
-            with tokens.open("rb") as stream:
+            with opened_regular(tokens) as stream:
                 self._lines = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise AsksError(f"tokens file {tokens}: {error.strerror or error}") from None
-        except ValueError as error:
+        except UnreadableFile as error:
+            raise AsksError(f"tokens file {error}") from None
+        except (OSError, ValueError) as error:
             raise AsksError(f"tokens file {tokens}: {error}") from None
         self._file = tokens
         self._starts = _line_starts(self._lines, cards)
@@ -110,7 +111,7 @@ class Asks:
     def _line(self, card: int) -> _Line:
         try:
             return self._decode(self._lines[self._starts[card] : self._starts[card + 1]])
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise AsksError(f"tokens file {self._file}, line {card + 1}: {error}") from None
 
 

@@ -17,10 +17,10 @@ from sale.cli.runtime import (
     run,
 )
 from sale.domain import CampaignState, InvalidCampaign, Refused, parse_campaign_toml, rfc3339
+from sale.files import read_text, shown
 from sale.stock.catalogue import CampaignNow, read_campaigns
 from sale.usecases.campaigns import Actor, CampaignDesk, moment_ms
 
-FILE_MAX = 1 << 20
 REASON = click.option("--reason", help="Why, for the audit log.")
 REASON_REQUIRED = click.option("--reason", required=True, help="Why, for the audit log.")
 
@@ -35,14 +35,14 @@ def campaign() -> None:
 @command_context
 def create(context: CommandContext, file: Path) -> None:
     """Make a campaign from a TOML file: scheduled with opens_at, else a draft."""
-    text = _read(file)
+    text = read_text(file)
 
     async def work() -> CampaignNow:
         async with _desk(context) as (desk, unions, _):
             try:
                 parsed = parse_campaign_toml(text, frozenset(unions))
-            except (InvalidCampaign, RecursionError) as wrong:
-                raise click.ClickException(f"{file}: {wrong}") from None
+            except InvalidCampaign as wrong:
+                raise click.ClickException(f"{shown(file)}: {wrong}") from None
             return await desk.create(parsed, _actor(context), None, None)
 
     made = run(work())
@@ -199,17 +199,6 @@ async def _desk(
     async with open_stores(context.settings, pool_size=2) as stores:
         desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
         yield desk, stores.unions, stores.redis
-
-
-def _read(file: Path) -> str:
-    with file.open("rb") as stream:
-        raw = stream.read(FILE_MAX + 1)
-    if len(raw) > FILE_MAX:
-        raise click.ClickException(f"{file}: larger than {FILE_MAX} bytes")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise click.ClickException(f"{file}: not UTF-8 at byte {error.start}") from None
 
 
 def _actor(context: CommandContext) -> Actor:

@@ -8,6 +8,7 @@ import click
 import msgspec
 
 from sale.cli.runtime import echo_fields, echo_table
+from sale.files import LARGE_MAX_BYTES, read_json
 
 if TYPE_CHECKING:
     from sale.usecases.audit import CampaignAudit
@@ -63,9 +64,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     ) -> "Outcome":
         """Put together what is known. A run without a proof is not clean.
 
-        Raises OSError or ValueError where the generator has left no record.
+        Raises UnreadableFile where the generator has left no record.
         """
-        record = msgspec.json.decode((out / RECORD).read_bytes(), type=_Record)
+        record: _Record = read_json(out / RECORD, _Record, most=LARGE_MAX_BYTES)
         proof = record.proof
         findings = [
             f"{each.id}: {finding.invariant}: {finding.what}"

@@ -13,6 +13,7 @@ import msgspec
 from sale.cli.rehearsal_play import Plan, ask, opened, play
 from sale.cli.rehearsal_report import RECORD, show
 from sale.cli.runtime import CommandContext, command_context, echo, note, run
+from sale.files import UnreadableFile, read_json, shown
 
 if TYPE_CHECKING:
     from sale.stock.catalogue import CampaignNow
@@ -131,7 +132,7 @@ def rehearse(
     )
     _check_generator(fail_if)
     if out is not None and (out / RECORD).exists():
-        raise click.ClickException(f"{out} holds the report of another run: name another folder")
+        raise click.ClickException(f"{shown(out)} holds another run's report: name another folder")
     _say_effect(plan, run(_look(context, plan)))
     reason = _confirmed(reason, yes=yes)
     outcome = run(play(context, plan, reason))
@@ -159,9 +160,9 @@ def _address(context: CommandContext) -> str:
     settings = context.settings
     listen = settings.listen
     if settings.database_url is None:
-        with contextlib.suppress(OSError, msgspec.DecodeError, KeyError):
+        with contextlib.suppress(UnreadableFile, KeyError):
             register = settings.data_dir / "run" / "processes.json"
-            listen = msgspec.json.decode(register.read_bytes(), type=dict[str, Any])["listen"]
+            listen = read_json(register, dict[str, Any])["listen"]
     host, _, port = listen.rpartition(":")
     return f"{'127.0.0.1' if host in {'0.0.0.0', '[::]', ''} else host}:{port}"  # noqa: S104
 

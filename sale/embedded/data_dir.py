@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from sale.embedded.binaries import EmbeddedError
+from sale.files import MissingFile, UnreadableFile, read_json
 
 LOCK_WAIT_S = 1.0
 SOCKET_PATH_MAX_BYTES = 107
@@ -47,16 +48,18 @@ class DataDirectory:
         """Versions that made the data: ``{"redis": "Valkey 9.1", "postgresql": "18", …}``."""
         file = self.path / VERSIONS_FILE
         try:
-            return msgspec.json.decode(file.read_bytes(), type=dict[str, str])
-        except FileNotFoundError:
-            versions: dict[str, str] = {}
-        except (msgspec.DecodeError, OSError) as error:
-            raise EmbeddedError(f"{file}: {error}") from None
+            made_by: dict[str, str] = read_json(file, dict[str, str])
+        except MissingFile:
+            pass
+        except UnreadableFile as error:
+            raise EmbeddedError(str(error)) from None
+        else:
+            return made_by
         for name in ("redis", "postgresql"):
             data = self.path / name
             if data.is_dir() and any(data.iterdir()):
                 raise EmbeddedError(f"{data} holds data, but {file} is missing: what made it?")
-        return versions
+        return {}
 
     def stamp(self, name: str, version: str) -> None:
         """Write down that ``version`` of ``name`` makes this data, before it does."""
@@ -132,11 +135,12 @@ def find(data_dir: Path) -> Endpoints | None:
 def _announced(data_dir: Path) -> Endpoints | None:
     file = data_dir / ENDPOINTS_FILE
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Endpoints)
-    except FileNotFoundError:
+        endpoints: Endpoints = read_json(file, Endpoints)
+    except MissingFile:
         return None
-    except (msgspec.DecodeError, OSError) as error:
-        raise EmbeddedError(f"{file}: {error}") from None
+    except UnreadableFile as error:
+        raise EmbeddedError(str(error)) from None
+    return endpoints
 
 
 def _make(path: Path) -> None:

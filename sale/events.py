@@ -165,6 +165,8 @@ class Books(msgspec.Struct):
     remaining: dict[int, int] = {}
     cards: dict[str, list[SaleRecord]] = {}
     operations: dict[str, str] = {}
+    made: int = 0
+    """Number of the last ``created`` event: an ID may be used again once its draft is deleted."""
 
     def apply(self, event: Event) -> None:
         """Fold in the next event. Raises CorruptLedger for a gap or an unknown kind."""
@@ -197,6 +199,7 @@ class Books(msgspec.Struct):
             self.remaining = dict(self.tickets)
             self.cards = {}
             self.state = "draft"
+            self.made = event.seq
             self.opens_at_ms = data.get("opens_at")
             self.closes_at_ms = data.get("closes_at")
         elif event.kind == "stock_added":

@@ -35,7 +35,6 @@ from sale.api.views import campaign_view, remaining_views
 from sale.db import ledger
 from sale.domain import (
     CAMPAIGN_ID,
-    CampaignState,
     InvalidCampaign,
     Problem,
     Refused,
@@ -67,14 +66,12 @@ def add_admin_routes(app: web.Application) -> None:
 async def list_campaigns(request: web.Request) -> web.Response:
     """GET /api/v1/admin/campaigns: drafts too, and rehearsals with ``?rehearsals=true``."""
     actor = await actor_of(request)
-    rehearsals = request.query.get("rehearsals") == "true"
+    rehearsals = _flag(request, "rehearsals")
     limit, start = page_limit(request), offset_cursor(request)
     campaigns = [
         now
         for now in await request.app[ENGINE].catalogue.read_all()
-        if now.state is not CampaignState.DELETED
-        and (rehearsals or not now.campaign.rehearsal_of)
-        and (now.visible or actor.role != "operator" or actor.may_run(now.campaign.owner))
+        if actor.may_see(now) and (rehearsals or not now.campaign.rehearsal_of)
     ]
     page = campaigns[start : start + limit]
     following = encode_cursor(start + limit) if len(campaigns) > start + limit else None
@@ -149,7 +146,10 @@ async def add_stock(request: web.Request) -> web.Response:
 
 
 async def show_audit_log(request: web.Request) -> web.Response:
-    """GET /api/v1/admin/audit-log, newest first; ``?campaign=`` narrows it."""
+    """GET /api/v1/admin/audit-log, newest first; ``?campaign=`` narrows it.
+
+    One that is hidden from this account has no rows, like one that does not exist.
+    """
     actor = await actor_of(request)
     if actor.role not in AUDIT_READERS:
         raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not read the audit log")
@@ -165,6 +165,7 @@ async def show_audit_log(request: web.Request) -> web.Response:
             limit=limit + 1,
             before_id=decode_cursor(request, int),
             campaign=campaign,
+            union=None if actor.sees_all else actor.union,
         )
     page = rows[:limit]
     following = encode_cursor(page[-1].id) if len(rows) > limit else None
@@ -219,6 +220,14 @@ def _step_handler(action: str) -> Handler:
 async def _now(request: web.Request) -> CampaignNow:
     actor = await actor_of(request)
     return await request.app[ENGINE].campaigns.show(request.match_info["id"], actor)
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    """Read a query parameter that is ``true`` or ``false``, default false. Raises Refused."""
+    text = request.query.get(name, "false")
+    if text not in {"true", "false"}:
+        raise Refused(Problem.INVALID_REQUEST, f"{name}: must be true or false", field=name)
+    return text == "true"
 
 
 def _key(request: web.Request) -> str | None:

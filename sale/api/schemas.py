@@ -29,7 +29,11 @@ Item = TypeVar("Item")
 State = Annotated[
     str,
     Meta(
-        extra_json_schema={"enum": ["draft", "scheduled", "open", "paused", "closed", "recovering"]}
+        extra_json_schema={
+            "enum": ["draft", "scheduled", "open", "paused", "closed", "recovering", "deleted"],
+            "description": "`deleted`: told to an operator alone, who repeats what made or filled "
+            "a draft that is gone since.",
+        }
     ),
 ]
 # What comes in.

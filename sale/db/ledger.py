@@ -101,6 +101,16 @@ class AuditRow(msgspec.Struct, frozen=True):
     data: dict[str, Any]
 
 
+class GoneDraft(NamedTuple):
+    """A draft that was deleted, as it was then; ``tickets`` by showing number."""
+
+    config: dict[str, Any]
+    tickets: list[int]
+    seq: int
+    epoch: int
+    at_ms: int
+
+
 class ShowingRow(msgspec.Struct, frozen=True):
     """A showing with its stock and the tickets in live orders."""
 
@@ -221,9 +231,16 @@ async def audit_log(
     limit: int = 50,
     before_id: int | None = None,
     campaign: str | None = None,
+    union: str | None = None,
 ) -> list[AuditRow]:
-    """A page of the audit log, newest first; ``before_id`` is the last row's ID."""
-    rows = await conn.fetch(_SQL["audit_log"], before_id, campaign, limit)
+    """A page of the audit log, newest first; ``before_id`` is the last row's ID.
+
+    With a ``union``, only what its accounts may see.
+    """
+    if union is None:
+        rows = await conn.fetch(_SQL["audit_log"], before_id, campaign, limit)
+    else:
+        rows = await conn.fetch(_SQL["audit_log_of_union"], before_id, campaign, limit, union)
     return [
         AuditRow(
             id=row["id"],
@@ -237,6 +254,21 @@ async def audit_log(
         )
         for row in rows
     ]
+
+
+async def gone_draft(conn: Connection, campaign_id: str, seq: int) -> GoneDraft | None:
+    """The draft that event ``seq`` was of, as it was deleted; None where its end is not there."""
+    rows = await conn.fetch(_SQL["draft_events"], campaign_id, seq)
+    if not rows or rows[-1]["kind"] != "deleted":
+        return None
+    data = [msgspec.json.decode(row["data"]) for row in rows]
+    config = data[0]["config"]
+    tickets = [row["tickets"] for row in config["showings"]]
+    for row, told in zip(rows, data, strict=True):
+        if row["kind"] == "stock_added":
+            tickets[told["showing"]] += told["add"]
+    end = rows[-1]
+    return GoneDraft(config, tickets, end["seq"], end["epoch"], domain.to_ms(end["at"]))
 
 
 async def campaigns(conn: Connection) -> list[CampaignRow]:

@@ -80,6 +80,7 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
         msgspec.json.encode(plan.books.config), scripts.nonce, *counts,
         msgspec.json.encode(plan.actor), msgspec.json.encode(plan.reason),
         plan.applied, msgspec.json.encode(plan.voided[:VOIDED_TOLD_MAX]),
+        plan.books.made,
     )  # fmt: skip
     await redis.unlink(*new)
     return CallReply(reply[0])

@@ -90,6 +90,22 @@ class OperationReply(msgspec.Struct, frozen=True):
     remaining: int = 0
 
 
+class Repeat(msgspec.Struct, frozen=True):
+    """A step that was done before: its event, the state now, and the event that made the campaign.
+
+    A campaign that was made after the step is another one under the same ID.
+    """
+
+    seq: int
+    state: str
+    made: int
+
+    @property
+    def gone(self) -> bool:
+        """Whether what the step was taken on is there no more: only drafts go."""
+        return self.state == "deleted" or self.seq < self.made
+
+
 class Untrusted(Exception):  # noqa: N818 - the state is, not the caller
     """This Redis, or this campaign in it, may not be believed (INV-8)."""
 
@@ -207,6 +223,18 @@ class Scripts:
         return await self._operate(
             ADD_STOCK, campaign_id, *_who(operation), self.nonce, showing, add, STOCK_MAX
         )
+
+    async def repeated(
+        self, campaign_id: str, operation: Operation
+    ) -> tuple[CallReply, Repeat | None]:
+        """Run ``repeated.lua``; a repeat where the reply is REPLAYED."""
+        reply = await self._run(
+            REPEATED, campaign_keys(campaign_id), operation.op, operation.content, self.nonce
+        )
+        told = CallReply(reply[0])
+        if told is not CallReply.REPLAYED:
+            return told, None
+        return told, Repeat(reply[1], reply[2].decode(), reply[3])
 
     async def tick(self, campaign_id: str) -> OperationReply:
         """Run ``tick.lua``; ``tickets`` of the reply counts the events it recorded."""
@@ -349,6 +377,7 @@ PEEK: Final = _load("peek")
 CREATE: Final = _load("create", awaited=True)
 TRANSITION: Final = _load("transition", awaited=True)
 ADD_STOCK: Final = _load("add_stock", awaited=True)
+REPEATED: Final = _load("repeated", awaited=True)
 TICK: Final = _load("tick")
 VERIFY: Final = _load("verify")
 APPLIED: Final = _load("applied")

@@ -32,7 +32,7 @@ from sale.domain import (
 from sale.stock.catalogue import CampaignNow, read_campaign
 from sale.stock.keys import CAMPAIGNS
 from sale.stock.rebuild import moment_text, unions_text
-from sale.stock.scripts import CallReply, Operation, OperationReply, Scripts
+from sale.stock.scripts import CallReply, Operation, OperationReply, Repeat, Scripts
 from sale.usecases.revocation import sync_campaign
 
 APPLIED_WAIT_S: Final = 1.0
@@ -40,6 +40,8 @@ APPLIED_PAUSE_S: Final = 0.02
 REASON_REQUIRED: Final = frozenset({"pause", "reopen"})
 _SELLS_NOTHING: Final = frozenset({"paused", "closed", "scheduled", "draft", "deleted"})
 _POSTGRES_AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+RUNNERS: Final = frozenset({"admin", "operator"})
+"""Roles that change campaigns; the others look."""
 ACTIONS: Final = ("schedule", "open", "pause", "resume", "close", "reopen")
 _INSTEAD: Final = {
     ("open", "paused"): "resume it instead",
@@ -59,17 +61,35 @@ _INSTEAD: Final = {
 
 
 class Actor(msgspec.Struct, frozen=True):
-    """Who acts: the name in the audit log, the role, and the union whose campaigns are theirs."""
+    """Who acts: the name in the audit log, the role, and the union that the account acts for.
+
+    None and the district act for every union. An account of another one, whatever its role, acts
+    for that union alone; what it may see is ``may_see``, for each reader (audit log: the same rule
+    in SQL, ``audit_log_of_union``).
+    """
 
     name: str
     role: str = "admin"
     union: str | None = None
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether this actor acts for every union."""
+        return self.union in {None, DISTRICT}
+
+    def acts_for(self, owner: str) -> bool:
+        """Whether campaigns of that union are this actor's own."""
+        return self.sees_all or self.union == owner
+
     def may_run(self, owner: str) -> bool:
         """Whether this actor may change campaigns of that union."""
-        if self.role == "admin":
-            return True
-        return self.role == "operator" and self.union in {None, DISTRICT, owner}
+        return self.role in RUNNERS and self.acts_for(owner)
+
+    def may_see(self, now: CampaignNow) -> bool:
+        """Whether this campaign exists for this actor: its own, and what members are told of."""
+        if now.state is CampaignState.DELETED:
+            return False
+        return now.listed or self.acts_for(now.campaign.owner)
 
 
 class CampaignDesk:
@@ -96,7 +116,11 @@ class CampaignDesk:
         reason = _checked_reason("create", reason)
         config = msgspec.json.encode(campaign)
         operation = _operation(actor, reason, key, "create", config.decode())
-        await self._check_not_lost(campaign.id)
+        before = await read_campaign(self._redis, campaign.id)
+        again = await self._repeat(campaign.id, operation, key)
+        if again is not None:
+            return await self._told_again(campaign.id, actor, again)
+        await self._check_free(campaign.id, before, actor)
         scheduled = campaign.opens_at is not None and not campaign.draft
         # Registered first: an ID without a head is passed over, a head without its ID is not seen.
         await self._redis.sadd(CAMPAIGNS, campaign.id)
@@ -116,7 +140,7 @@ class CampaignDesk:
             ],
         )
         if reply.reply is CallReply.EXISTS:
-            raise Refused(Problem.WRONG_STATE, f"there is a campaign {campaign.id!r} already")
+            raise _taken(campaign.id, await read_campaign(self._redis, campaign.id), actor)
         _check_reply(reply, "create")
         # It is made; where PostgreSQL cannot be asked now, the scheduler loads the cards later.
         with contextlib.suppress(*_POSTGRES_AWAY):
@@ -125,12 +149,7 @@ class CampaignDesk:
 
     async def show(self, campaign_id: str, actor: Actor) -> CampaignNow:
         """Give a campaign as it is now, drafts too. Raises Refused."""
-        now = await read_campaign(self._redis, campaign_id)
-        if now is None or now.state is CampaignState.DELETED:
-            raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
-        if actor.role == "operator" and not actor.may_run(now.campaign.owner) and not now.visible:
-            raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
-        return now
+        return _seen(campaign_id, await read_campaign(self._redis, campaign_id), actor)
 
     async def step(
         self,
@@ -142,10 +161,13 @@ class CampaignDesk:
         opens_at_ms: int | None = None,
     ) -> CampaignNow:
         """Take one step: one of ``ACTIONS``. Raises Refused."""
-        now = await self.show(campaign_id, actor)
-        _check_may(actor, now.campaign.owner)
         reason = _checked_reason(action, reason)
         operation = _operation(actor, reason, key, action, f"{campaign_id}|{opens_at_ms}")
+        before = await read_campaign(self._redis, campaign_id)
+        again = await self._repeat(campaign_id, operation, key)
+        if again is not None:
+            return await self._told_again(campaign_id, actor, again)
+        _check_may(actor, _seen(campaign_id, before, actor).campaign.owner)
         reply = await self._scripts.transition(campaign_id, action, operation, opens_at_ms)
         if reply.reply is CallReply.INVALID:
             raise Refused(
@@ -161,10 +183,12 @@ class CampaignDesk:
         self, campaign_id: str, actor: Actor, reason: str | None, key: str | None
     ) -> None:
         """Delete a draft. Raises Refused."""
-        now = await self.show(campaign_id, actor)
-        _check_may(actor, now.campaign.owner)
         reason = _checked_reason("delete", reason)
         operation = _operation(actor, reason, key, "delete", campaign_id)
+        before = await read_campaign(self._redis, campaign_id)
+        if await self._repeat(campaign_id, operation, key) is not None:
+            return
+        _check_may(actor, _seen(campaign_id, before, actor).campaign.owner)
         reply = await self._scripts.transition(campaign_id, "delete", operation)
         _check_reply(reply, "delete")
         await self._applied(campaign_id, reply.seq)
@@ -179,9 +203,14 @@ class CampaignDesk:
         key: str | None,
     ) -> CampaignNow:
         """Add tickets to a showing, once a key. Raises Refused."""
-        now = await self.show(campaign_id, actor)
-        _check_may(actor, now.campaign.owner)
         reason = _checked_reason("stock", reason)
+        operation = _operation(actor, reason, key, "stock", f"{campaign_id}|{showing_id}|{add}")
+        before = await read_campaign(self._redis, campaign_id)
+        again = await self._repeat(campaign_id, operation, key)
+        if again is not None:
+            return await self._told_again(campaign_id, actor, again)
+        now = _seen(campaign_id, before, actor)
+        _check_may(actor, now.campaign.owner)
         showing = now.campaign.showing_numbers.get(showing_id)
         if showing is None:
             raise Refused(
@@ -193,7 +222,6 @@ class CampaignDesk:
                 f"add: must be a whole number from 1 to {STOCK_MAX}",
                 field="add",
             )
-        operation = _operation(actor, reason, key, "stock", f"{campaign_id}|{showing_id}|{add}")
         reply = await self._scripts.add_stock(campaign_id, operation, showing, add)
         if reply.reply is CallReply.INVALID:
             raise Refused(
@@ -221,15 +249,51 @@ class CampaignDesk:
             return
         _check_reply(reply, "pause")
 
-    async def _check_not_lost(self, campaign_id: str) -> None:
-        """Refuse to make anew what PostgreSQL knows and this Redis has lost (INV-8)."""
+    async def _check_free(self, campaign_id: str, before: CampaignNow | None, actor: Actor) -> None:
+        """Refuse an ID that is in use, or that PostgreSQL knows and this Redis has lost (INV-8)."""
+        if before is not None:
+            gone = before.state is CampaignState.DELETED
+            if not gone or (before.recovering and not actor.acts_for(before.campaign.owner)):
+                raise _taken(campaign_id, before, actor)
+            return
         async with self._pool.acquire() as connection:
             applied, _ = await ledger.position(connection, campaign_id)
         if applied and await read_campaign(self._redis, campaign_id) is None:
+            if not actor.sees_all:
+                raise _taken(campaign_id, None, actor)
             raise Refused(
                 Problem.UNAVAILABLE,
                 f"{campaign_id!r} stands in PostgreSQL but not in Redis: recover it first",
             )
+
+    async def _repeat(
+        self, campaign_id: str, operation: Operation, key: str | None
+    ) -> Repeat | None:
+        """Tell whether this was done before under this key. Raises Refused.
+
+        Asked after the campaign was read, and before what is read decides anything: whatever has
+        become of the campaign since, a repeat is answered as the first time.
+        """
+        if key is None:
+            return None
+        reply, repeat = await self._scripts.repeated(campaign_id, operation)
+        if repeat is None and reply not in {CallReply.OK, CallReply.MISSING}:
+            _check_reply(OperationReply(reply), "repeat")
+        return repeat
+
+    async def _told_again(self, campaign_id: str, actor: Actor, again: Repeat) -> CampaignNow:
+        """Give the campaign of a step that was taken before, as it is now. Raises Refused.
+
+        A draft that is gone is told as it was when it went: under its ID there may be another's.
+        """
+        if not again.gone:
+            return await self._confirmed(campaign_id, actor, again.seq)
+        await self._applied(campaign_id, again.seq)
+        async with self._pool.acquire() as connection:
+            draft = await ledger.gone_draft(connection, campaign_id, again.seq)
+        if draft is None:
+            raise Refused(Problem.UNAVAILABLE, "PostgreSQL has not heard of its end yet; try again")
+        return _gone(draft)
 
     async def _confirmed(self, campaign_id: str, actor: Actor, seq: int) -> CampaignNow:
         """Give the campaign as it is after a step. Raises Refused where Redis lacks that step now.
@@ -273,10 +337,51 @@ def _operation(
     )
 
 
+def _seen(campaign_id: str, now: CampaignNow | None, actor: Actor) -> CampaignNow:
+    """Give a campaign that exists for this actor. Raises Refused: the same for none and hidden."""
+    if now is None or not actor.may_see(now):
+        raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
+    return now
+
+
+def _taken(campaign_id: str, now: CampaignNow | None, actor: Actor) -> Refused:
+    """Say that an ID is not free; to whom its campaign is hidden, without why or whose it is."""
+    if now is not None and actor.may_see(now):
+        return Refused(Problem.WRONG_STATE, f"there is a campaign {campaign_id!r} already")
+    return Refused(
+        Problem.FORBIDDEN,
+        f"id: this account may not use {campaign_id!r}; choose another",
+        field="id",
+    )
+
+
+def _gone(draft: ledger.GoneDraft) -> CampaignNow:
+    """Give a draft as it was when it was deleted."""
+    campaign = msgspec.convert(draft.config, Campaign)
+    return CampaignNow(
+        campaign=campaign,
+        state=CampaignState.DELETED,
+        recorded=CampaignState.DELETED,
+        opens_at_ms=campaign.opens_at_ms,
+        closes_at_ms=campaign.closes_at_ms,
+        recovering="",
+        seq=draft.seq,
+        chain="",
+        epoch=draft.epoch,
+        roster_rev=-1,
+        tickets=tuple(draft.tickets),
+        remaining=tuple(draft.tickets),
+        as_of_ms=draft.at_ms,
+    )
+
+
 def _check_may(actor: Actor, owner: str) -> None:
-    if not actor.may_run(owner):
+    if actor.role not in RUNNERS:
+        raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not change campaigns")
+    if not actor.acts_for(owner):
         raise Refused(
-            Problem.FORBIDDEN, f"the role {actor.role!r} may not change campaigns of {owner!r}"
+            Problem.FORBIDDEN,
+            f"an account of {actor.union!r} may not change campaigns of {owner!r}",
         )
 
 

@@ -99,6 +99,41 @@ WHERE ($1::bigint IS NULL OR id < $1) AND ($2::text IS NULL OR campaign_id = $2)
 ORDER BY id DESC
 LIMIT $3;
 
+-- name: audit_log_of_union -- A page of what accounts of a union may see of the audit log.
+-- An ID may be used again once its draft is deleted, so each row belongs to the last creation before
+-- it. Seen is what the union owns, and the last life of what members are told of: published campaigns
+-- are never deleted. The same rule as Actor.may_see. Rows about no campaign (cards, accounts) are the
+-- district's.
+WITH made AS (
+    SELECT campaign_id, id, lead(id) OVER (PARTITION BY campaign_id ORDER BY id) AS next_id,
+        data -> 'config' ->> 'owner' AS owner,
+        coalesce(data -> 'config' ->> 'rehearsal_of', '') AS rehearsal_of
+    FROM audit_log
+    WHERE action = 'campaign.created' AND ($2::text IS NULL OR campaign_id = $2)
+)
+SELECT l.id, l.at, l.actor, l.action, l.target, l.campaign_id, l.reason, l.data
+FROM audit_log l
+JOIN made m ON m.campaign_id = l.campaign_id AND l.id >= m.id
+    AND (m.next_id IS NULL OR l.id < m.next_id)
+JOIN campaign c ON c.campaign_id = l.campaign_id
+WHERE ($1::bigint IS NULL OR l.id < $1) AND ($2::text IS NULL OR l.campaign_id = $2)
+    AND (m.owner = $4
+        OR (m.next_id IS NULL AND m.rehearsal_of = '' AND c.state NOT IN ('draft', 'deleted')))
+ORDER BY l.id DESC
+LIMIT $3;
+
+-- name: draft_events -- What made, filled and ended the draft that event $2 was of.
+WITH life AS (
+    SELECT max(seq) AS made FROM event
+    WHERE campaign_id = $1 AND kind = 'created' AND seq <= $2
+)
+SELECT seq, at, epoch, kind, data
+FROM event, life
+WHERE campaign_id = $1 AND kind IN ('created', 'stock_added', 'deleted')
+    AND seq BETWEEN life.made AND (
+        SELECT min(seq) FROM event WHERE campaign_id = $1 AND kind = 'deleted' AND seq > life.made)
+ORDER BY seq;
+
 -- name: campaigns -- Every campaign that has events, as far as it is applied, with its showings.
 SELECT campaign_id, config, state, opens_at, closes_at, price_fen, card_limit, epoch, applied, chain,
     coalesce((

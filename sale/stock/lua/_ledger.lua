@@ -12,7 +12,8 @@
 --       price_fen unions config · nonce run_id replid (the Redis that was last verified) ·
 --       roster_rev (how far `revoked` follows the roster) roster_load (its first load) ·
 --       applied (how far the writer says that PostgreSQL is) behind_since (clock of the oldest event
---       that it may lack; '' where it lacks none). Absent moments are ''.
+--       that it may lack; '' where it lacks none) · made (number of its `created` event: an ID may
+--       be used again once its draft is deleted). Absent moments are ''.
 
 local HEAD, STREAM, STOCK, CARDS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]

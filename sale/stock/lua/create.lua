@@ -50,8 +50,9 @@ if head.state == 'scheduled' then
   events[2] = '["scheduled",{' .. who .. ',"opens_at":' .. json_ms(head.opens_at) .. '}]'
 end
 
+local made = string.format('%.0f', head.seq + 1)
 append(head, events)
-redis.call('HSET', HEAD, 'config', ARGV[6], 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
+redis.call('HSET', HEAD, 'config', ARGV[6], 'made', made, 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
   'price_fen', ARGV[11], 'unions', ARGV[12], 'applied', head.applied or 0, 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
 redis.call('HDEL', HEAD, 'roster_rev', 'roster_load')
 redis.call('UNLINK', STOCK, CARDS, REVOKED)

@@ -12,7 +12,7 @@
 --        state · opens_at · closes_at (ms or '') · card_limit · order_max · price_fen · unions ·
 --        config · nonce · cards, stock fields, operations and stream entries written beside ·
 --        actor · reason (JSON strings) · how far PostgreSQL has applied · ranges of numbers that
---        are voided (JSON array)
+--        are voided (JSON array) · number of the `created` event
 -- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
 --        {BROKEN} (what stands beside is not whole)
 -- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
@@ -56,7 +56,7 @@ replace(OPERATIONS, NEW_OPERATIONS)
 redis.call('UNLINK', REVOKED, HEAD)
 append(head, { '["recovered",{"actor":' .. ARGV[21] .. ',"reason":' .. ARGV[22]
   .. ',"epoch":' .. ARGV[5] .. ',"voided":' .. ARGV[24] .. '}]' })
-redis.call('HSET', HEAD, 'config', ARGV[15], 'epoch', ARGV[5], 'card_limit', ARGV[11],
+redis.call('HSET', HEAD, 'config', ARGV[15], 'made', ARGV[25], 'epoch', ARGV[5], 'card_limit', ARGV[11],
   'order_max', ARGV[12], 'price_fen', ARGV[13], 'unions', ARGV[14],
   'applied', ARGV[23], 'behind_since', string.format('%.0f', head.now),
   'nonce', ARGV[16], 'run_id', run_id, 'replid', replid)

@@ -1,0 +1,25 @@
+-- repeated.lua: whether an operator's step was done before under this key, and on which draft.
+--
+-- Guarantee: INV-4 for operators, also where the draft of that step is gone: who asks again is told
+-- what became of what he did, and never of a campaign that somebody has made since under its ID.
+--
+-- ARGV   op · content hash · nonce
+-- Reply  {REPLAYED or MISMATCH, event number, state, number of the campaign's creation or 0} ·
+--        {0} (it was not done) · {MISSING} {UNVERIFIED} {BROKEN}
+-- Idempotency  reads only. Cost: constant.
+
+local head = read_head()
+if not head then
+  return { MISSING }
+end
+local refusal = distrust(head, ARGV[3])
+if refusal then
+  return { refusal }
+end
+local done = replay(ARGV[1], ARGV[2])
+if not done then
+  return { OK }
+end
+-- A head from before this was noted lacks it: then the campaign was made once, as far as is known.
+done[3], done[4] = head.state, tonumber(redis.call('HGET', HEAD, 'made')) or 0
+return done

@@ -28,13 +28,14 @@ from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import LoadMetrics, PurchaseMetrics
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.connection import REDIS_ERRORS, durability_faults, open_redis, too_old
+from sale.stock.connection import REDIS_ERRORS, open_redis, too_old
 from sale.stock.scripts import Scripts
 from sale.usecases.admission import Admission, files_allow
 from sale.usecases.attendance import Attending
 from sale.usecases.campaigns import CampaignDesk
 from sale.usecases.client_address import ClientAddresses
 from sale.usecases.disk_watch import DiskWatch
+from sale.usecases.durability_watch import DurabilityWatch
 from sale.usecases.orders import OwnOrders, TicketCodes
 from sale.usecases.purchase import PurchaseDesk
 from sale.usecases.rate_limits import Rate, RateLimits
@@ -202,7 +203,6 @@ async def open_stores(
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """Open everything an API process needs; on the way out, answer what waits first."""
     async with open_stores(settings, patience_s=START_PATIENCE_S) as stores:
-        await _tell_durability(stores)
         key = load_or_create_signing_key(settings)
         metrics = PurchaseMetrics()
         registry = CollectorRegistry()
@@ -224,9 +224,11 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             stores.redis,
             store_urls(settings)[0],
             batchers,
-            metrics,
             free_min_mb=settings.disk_free_min_mb,
         )
+        durability = DurabilityWatch(stores.redis, batchers, settings)
+        batchers.meet = durability.look
+        await _patiently(durability.look, START_PATIENCE_S)
         admission = Admission(
             connections_max=files_allow(settings.connections_max),
             turn_max_s=settings.turn_max_ms / 1000,
@@ -245,7 +247,9 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             )
         )
         attending = Attending(stores.redis, stores.pool, batchers)
-        watching = [asyncio.ensure_future(work) for work in (disk.run(), attending.run())]
+        watching = [
+            asyncio.ensure_future(work) for work in (disk.run(), durability.run(), attending.run())
+        ]
         try:
             yield Engine(
                 stores=stores,
@@ -298,22 +302,6 @@ async def _ended(tasks: Sequence[asyncio.Future[Any]]) -> None:
         _, going_on = await asyncio.wait(tasks, timeout=END_AGAIN_S)
         if not going_on:
             return
-
-
-async def _tell_durability(stores: Stores) -> None:
-    """Log where this Redis is weaker than the level that was set, whatever follows from it."""
-    settings = stores.settings
-    faults = await _patiently(
-        lambda: durability_faults(stores.redis, settings.durability, settings.replicas_min),
-        START_PATIENCE_S,
-    )
-    if faults:
-        log.warning(
-            "durability.weak",
-            durability=settings.durability,
-            check=settings.durability_check,
-            faults=faults,
-        )
 
 
 async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from service import Client, Service, new_key
 from shop import open_shop
-from stock_maker import NONCE, Stock, campaign, card, key, open_stock, operation
+from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, card, key, open_stock, operation
 
 from sale.api.health import reasons
 from sale.bootstrap import open_stores
@@ -25,8 +26,10 @@ from sale.embedded.binaries import find_redis
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
-from sale.stock.connection import durability_faults, open_redis, too_old
+from sale.stock.connection import open_redis, too_old
+from sale.stock.durability import durability_faults, make_whole
 from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
+from sale.usecases.durability_watch import DurabilityWatch
 
 READY_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 5.0
@@ -60,11 +63,16 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def server(directory: Path, **settings: str) -> AsyncIterator[Server]:
-    """Run a redis-server in a directory of its own; ``appendfsync`` is given as in its file."""
+async def server(
+    directory: Path, *, preloading: Mapping[str, str] | None = None, **settings: str
+) -> AsyncIterator[Server]:
+    """Run a redis-server in a directory of its own; ``appendfsync`` is given as in its file.
+
+    ``preloading`` is added to its environment. A directory that is there already is used again.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    directory.mkdir()  # noqa: ASYNC240 - a local directory
+    directory.mkdir(exist_ok=True)  # noqa: ASYNC240 - a local directory
     given = SOUND | {name.replace("_", "-"): value for name, value in settings.items()}
     process = await asyncio.create_subprocess_exec(
         str(find_redis(None).path),
@@ -72,6 +80,7 @@ async def server(directory: Path, **settings: str) -> AsyncIterator[Server]:
         *(word for name, value in given.items() for word in (f"--{name}", *value.split(" "))),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **(preloading or {})},
     )
     found = Server(process, port)
     try:
@@ -89,6 +98,11 @@ async def answers(redis: Redis) -> bool:
     with contextlib.suppress(RedisConnectionError):
         return bool(await redis.ping())
     return False
+
+
+async def whole(redis: Redis) -> bool:
+    """Have its file written anew where it needs that; whether that has ended."""
+    return await make_whole(redis) == ""
 
 
 async def until(check: Callable[[], Any], within_s: float = READY_WITHIN_S) -> None:
@@ -124,6 +138,7 @@ async def pair_in(directory: Path) -> AsyncIterator[Pair]:
         await replica.redis.replicaof("127.0.0.1", primary.port)
         pair = Pair(primary, replica)
         await until(pair.in_step)
+        await until(lambda: whole(primary.redis))
         yield pair
 
 
@@ -144,6 +159,7 @@ async def pair(kept_pair: Pair) -> Pair:
 @pytest.fixture(scope="module")
 async def kept_alone(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Redis]:
     async with server(tmp_path_factory.mktemp("alone") / "r") as alone:
+        await until(lambda: whole(alone.redis))
         yield alone.redis
 
 
@@ -155,6 +171,7 @@ async def alone(kept_alone: Redis) -> AsyncIterator[Redis]:
         await kept_alone.config_set(name, SOUND[name])
     await kept_alone.config_set("no-appendfsync-on-rewrite", "no")
     await kept_alone.config_set("maxmemory-policy", "noeviction")
+    await until(lambda: whole(kept_alone))
 
 
 async def faults(redis: Redis, level: Durability, replicas_min: int = 1) -> list[str]:
@@ -200,6 +217,7 @@ async def test_given_evicted_keys_then_they_are_told_although_the_policy_is_righ
         for n in range(200):
             await found.redis.set(f"filler{n}", "x" * 10_000)
         await found.redis.config_set("maxmemory-policy", "noeviction")
+        await until(lambda: whole(found.redis))
         for level in ("fsync", "relaxed"):
             (fault,) = await faults(found.redis, level)
             assert "were evicted" in fault
@@ -245,6 +263,7 @@ async def test_given_that_config_is_forbidden_then_it_cannot_be_read_and_that_is
     tmp_path: Path,
 ) -> None:
     async with server(tmp_path / "r", rename_command="CONFIG HIDDEN") as found:
+        await until(lambda: whole(found.redis))
         for level in ("fsync", "relaxed"):
             (fault,) = await faults(found.redis, level)
             assert fault.startswith("cannot be read: appendfsync")
@@ -316,6 +335,96 @@ async def test_given_a_weak_redis_when_audited_then_the_level_says_what_is_a_fin
             await redis.config_set("appendfsync", "always")
         assert sound.clean
         assert {found.invariant for each in weak.campaigns for found in each.findings} == {"INV-3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "weak"),
+    [("appendfsync", "everysec"), ("no-appendfsync-on-rewrite", "yes"), ("appendonly", "no")],
+)
+async def test_setting_weakened_while_it_runs_halts_sales(
+    service: Service, client: Client, name: str, weak: str
+) -> None:
+    campaign = await client.campaign()
+    card, key_once = service.card(), new_key()
+    assert (await client.buy(campaign, card.token, key=key_once)).status == 201
+
+    async def status_is(status: int) -> bool:
+        return (await client.buy(campaign, card.token, key=key_once)).status == status
+
+    async with service.redis() as redis:
+        sound = (await redis.config_get(name))[name]
+        await redis.config_set(name, weak)
+        try:
+            await until(lambda: status_is(503))
+            ready = await client.get("/readyz")
+            assert (ready.status, name in str(ready.json()["reasons"])) == (503, True)
+            # One that is made there sells nothing either, although nobody has to verify it.
+            other = await client.campaign()
+            assert (await client.buy(other, card.token)).status == 503
+        finally:
+            await redis.config_set(name, sound)
+        await until(lambda: status_is(201))
+        assert (await client.buy(other, card.token)).status == 201
+
+    async def is_ready() -> bool:
+        return (await client.get("/readyz")).status == 200
+
+    await until(is_ready)
+
+
+async def test_campaign_made_on_a_weak_redis_sells_nothing(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with (
+        server(tmp_path / "r", appendfsync="everysec") as found,
+        open_shop(found.url, database_url) as shop,
+    ):
+        await shop.create()
+        await shop.step("open")
+        async with shop.scheduling():
+            batchers = Batchers(
+                shop.scripts, "p", PurchaseMetrics(),
+                batch_max=1, queue_max=1, deadline_s=1, behind_max=BEHIND_MAX,
+            )  # fmt: skip
+            watch = DurabilityWatch(found.redis, batchers, Settings())
+            batchers.meet = watch.look
+            batcher = batchers.of(campaign(10, 5))
+            assert not await batcher.attend()
+            assert batchers.halted.startswith("redis: appendfsync is everysec")
+            await found.redis.config_set("appendfsync", "always")
+
+            async def signs() -> bool:
+                return await batcher.attend()
+
+            await until(signs)
+            assert batchers.halted == ""
+            await batchers.close()
+
+
+async def test_weak_redis_is_not_verified_by_the_way_of_a_recovery(
+    database_url: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "r"
+    async with server(home) as found, open_shop(found.url, database_url) as shop:
+        await shop.start_writer()
+        await shop.create()
+        await shop.step("open")
+        await shop.applied()
+        await shop.stop_writer()
+    async with (
+        server(home, appendfsync="everysec") as found,
+        open_shop(found.url, database_url) as shop,
+    ):
+        run_id = (await found.redis.info("server"))["run_id"]
+
+        async def verified() -> bool:
+            return await shop.stock.head("run_id") == [run_id]
+
+        async with shop.scheduling():
+            await asyncio.sleep(1.5)  # some rounds, and as many tries to recover it
+            assert not await verified()
+            await found.redis.config_set("appendfsync", "always")
+            await until(verified)
 
 
 def test_given_the_settings_then_only_level_replicated_waits(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from test_drain import another_api
 from sale import embedded
 from sale.embedded import EmbeddedError, servers
 from sale.metrics import PurchaseMetrics
+from sale.stock.batchers import Batchers
+from sale.stock.scripts import Scripts
 from sale.usecases.disk_watch import SPARE_MB, DiskWatch, free_mb, redis_directory
 from sale.workers.supervisor import _Register
 
@@ -176,14 +178,24 @@ def taken(directory: Path, mb: int) -> Iterator[None]:
             file.unlink()
 
 
+def halting(redis: Redis) -> tuple[Batchers, PurchaseMetrics]:
+    """Batchers of a process that asks nothing of them but to halt."""
+    metrics = PurchaseMetrics()
+    batchers = Batchers(
+        Scripts(redis, "nonce"), "p", metrics,
+        batch_max=1, queue_max=1, deadline_s=1, behind_max=(1, 1),
+    )  # fmt: skip
+    return batchers, metrics
+
+
 async def test_given_little_space_then_sales_halt_and_go_on_once_there_is_more(
     redis: Redis, redis_url: str
 ) -> None:
     directory = await redis_directory(redis, redis_url)
     assert directory is not None
-    batchers, metrics = SimpleNamespace(halted=""), PurchaseMetrics()
+    batchers, metrics = halting(redis)
     bound_mb = free_mb(directory) - TAKEN_MB // 2
-    watch = DiskWatch(redis, redis_url, batchers, metrics, free_min_mb=bound_mb)  # type: ignore[arg-type]
+    watch = DiskWatch(redis, redis_url, batchers, free_min_mb=bound_mb)
 
     watch.look(directory)
     assert (batchers.halted, metrics.halted) == ("", False)
@@ -200,9 +212,9 @@ async def test_given_space_that_hovers_at_the_bound_then_sales_do_not_stop_and_g
 ) -> None:
     directory = await redis_directory(redis, redis_url)
     assert directory is not None
-    batchers = SimpleNamespace(halted="")
+    batchers, _ = halting(redis)
     bound_mb = free_mb(directory) - SPARE_MB // 2
-    watch = DiskWatch(redis, redis_url, batchers, PurchaseMetrics(), free_min_mb=bound_mb)  # type: ignore[arg-type]
+    watch = DiskWatch(redis, redis_url, batchers, free_min_mb=bound_mb)
     with taken(directory, TAKEN_MB):
         watch.look(directory)
     watch.look(directory)
@@ -214,12 +226,12 @@ async def test_given_a_process_that_is_stopping_then_the_disk_does_not_let_it_se
 ) -> None:
     directory = await redis_directory(redis, redis_url)
     assert directory is not None
-    batchers = SimpleNamespace(halted="")
+    batchers, _ = halting(redis)
     bound_mb = free_mb(directory) - TAKEN_MB // 2
-    watch = DiskWatch(redis, redis_url, batchers, PurchaseMetrics(), free_min_mb=bound_mb)  # type: ignore[arg-type]
+    watch = DiskWatch(redis, redis_url, batchers, free_min_mb=bound_mb)
     with taken(directory, TAKEN_MB):
         watch.look(directory)
-        batchers.halted = "stopping"
+        batchers.halt("drain", "stopping")
     watch.look(directory)
     assert batchers.halted == "stopping"
 

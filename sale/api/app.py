@@ -102,8 +102,7 @@ class Api:
         self._crowd.emptying = True
         if self._lane is not None:
             self._lane.drain()
-        self._engine.batchers.halted = STOPPING
-        self._engine.metrics.halted = True
+        self._engine.batchers.halt("drain", STOPPING)
         log.info("api.stopping", connections=len(self._connections))
         waiting = self._close_listener()
         for each in waiting:

@@ -13,7 +13,8 @@ from sale.api.schemas import HealthView
 from sale.bootstrap import Stores
 from sale.db.migrate import MigrationError, pending
 from sale.db.pool import POSTGRES_ERRORS
-from sale.stock.connection import REDIS_ERRORS, durability_faults
+from sale.stock.connection import REDIS_ERRORS
+from sale.stock.durability import durability_faults
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5

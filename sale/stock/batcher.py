@@ -24,7 +24,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Any, Final, NamedTuple
 
@@ -183,8 +183,10 @@ class Batcher:
         behind_max: tuple[int, int],
         next_call: Callable[[], int],
         line: Line | None = None,
+        meet: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         self._campaign = campaign
+        self._meet = meet
         self._keys = campaign_keys(campaign.id)
         self._scripts = scripts
         self._process = process
@@ -378,6 +380,9 @@ class Batcher:
         redis, keys = self._scripts.redis, self._keys
         try:
             async with asyncio.timeout(self._call_timeout_s):
+                if self._meet is not None and (why := await self._meet()):
+                    self._ails("purchase.not_durable", why)
+                    return False
                 values: list[Any] = await redis.hmget(
                     keys.head, ["run_id", "replid", "epoch", "seq"]
                 )

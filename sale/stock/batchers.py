@@ -1,6 +1,7 @@
 """The batchers of a process, and the calls that they number together."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from sale.domain import Campaign
 from sale.metrics import PurchaseMetrics
@@ -22,11 +23,15 @@ class Batchers:
         queue_max: int,
         deadline_s: float,
         behind_max: tuple[int, int],
+        meet: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
+        """Make none yet. ``meet`` is asked before this process signs for a Redis (``attend``)."""
         self._scripts = scripts
         self.process = process
         self.halted = ""
         """Why this process sells nothing at all, or ''."""
+        self._halts: dict[str, str] = {}
+        self.meet = meet
         self._behind_max = behind_max
         self._metrics = metrics
         self._batch_max = batch_max
@@ -51,8 +56,15 @@ class Batchers:
                 behind_max=self._behind_max,
                 next_call=self._next_call,
                 line=self._line,
+                meet=self.meet,
             )
         return batcher
+
+    def halt(self, by: str, why: str) -> None:
+        """Sell nothing at all while anyone has a reason; ``why`` is '' where ``by`` has none."""
+        self._halts[by] = why
+        self.halted = next(filter(None, self._halts.values()), "")
+        self._metrics.halted = bool(self.halted)
 
     def saw(self, campaign_id: str, seq: int) -> None:
         """Note an event that this process has told an operator of."""

@@ -28,6 +28,9 @@ ROLL: Final = "sale:roll"
 AWAITED: Final = "sale:awaited"
 """Written before a WAIT that must cover what others have written; its value means nothing."""
 
+WHOLE: Final = "sale:whole"
+"""Run ID of the Redis whose append-only file is known to be whole (``stock/durability.py``)."""
+
 
 class CampaignKeys(NamedTuple):
     """The keys of one campaign, in the order in which every script takes them as KEYS."""

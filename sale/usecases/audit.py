@@ -33,7 +33,7 @@ from sale.domain import (
 from sale.events import GENESIS, SOLD, Books, CorruptLedger, Entry, Event, check_chain, parse_entry
 from sale.identity import TOKEN_TTL_S
 from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
-from sale.stock.connection import durability_faults
+from sale.stock.durability import durability_faults
 from sale.stock.keys import campaign_keys
 from sale.stock.stream import stream_rows
 from sale.usecases.comparison import (

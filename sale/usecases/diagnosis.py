@@ -8,7 +8,8 @@ from sale.config import Durability
 from sale.db import ledger, offices
 from sale.domain import CampaignState
 from sale.stock.catalogue import campaign_ids, read_campaign
-from sale.stock.connection import durability_faults, server_name
+from sale.stock.connection import server_name
+from sale.stock.durability import durability_faults, rewrite_trouble
 from sale.usecases.disk_watch import free_mb, redis_directory
 
 
@@ -69,6 +70,8 @@ async def diagnose(
         fsync = await connection.fetchval("SHOW fsync")
         positions = await ledger.positions(connection)
     faults = await durability_faults(redis, durability, replicas_min)
+    if trouble := await rewrite_trouble(redis):
+        faults.append(trouble)
     if fsync != "on":
         faults.append("PostgreSQL's fsync is off")
     directory = await redis_directory(redis, redis_url)

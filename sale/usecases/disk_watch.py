@@ -17,7 +17,6 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sale.metrics import PurchaseMetrics
 from sale.stock.batchers import Batchers
 from sale.stock.connection import REDIS_ERRORS
 
@@ -69,14 +68,12 @@ class DiskWatch:
         redis: Redis,
         redis_url: str,
         batchers: Batchers,
-        metrics: PurchaseMetrics,
         *,
         free_min_mb: int,
     ) -> None:
         self._redis = redis
         self._redis_url = redis_url
         self._batchers = batchers
-        self._metrics = metrics
         self._free_min_mb = free_min_mb
         self._said = ""
 
@@ -108,10 +105,7 @@ class DiskWatch:
             self._say(f"redis: its disk has less than {bound_mb} MB left, nothing is sold")
 
     def _say(self, why: str) -> None:
-        # A process that is stopping stays halted, whatever the disk.
-        if self._batchers.halted == self._said:
-            self._batchers.halted = why
-            self._metrics.halted = bool(why)
+        self._batchers.halt("disk", why)
         self._said = why
 
     async def _find(self) -> Path | None:

@@ -67,19 +67,23 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
         redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
     )
     fit, held = set(), set()
-    called = False
-    weak: Sequence[str] = ()
+    if any(_knows_another(head, identity) for head in heads):
+        # Not within the isolation of one campaign: what is wrong here is wrong for all of them.
+        if meet is not None and (weak := await meet(roll.identity.run_id)):
+            raise NotDurable("; ".join(weak))
+        # Once for all of them, and only now: who answered members is heard first.
+        roll = await call_the_roll(redis)
     for campaign_id, head in zip(ids, heads, strict=True):
         held.add(campaign_id)
         with isolation.of(campaign_id, "verify"):
             if isinstance(head, Exception):
                 raise head
-            *marks, recovering, seq, epoch, applied = head
+            *_, recovering, seq, epoch, applied = head
             stalled = False
             if seq is None:
                 held.discard(campaign_id)
                 continue
-            if tuple((mark or b"").decode() for mark in marks) == identity:
+            if not _knows_another(head, identity):
                 doubted = what_lacks(roll, campaign_id, int(epoch or 0), int(seq)) != ""
                 if stalls is not None:
                     stalled = stalls.due(campaign_id, int(seq), int(applied or 0))
@@ -88,12 +92,6 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                 if recovering or not (doubted or stalled):
                     continue
                 fit.discard(campaign_id)
-            elif not called:
-                # Once for all of them, and only now: who answered members is heard first.
-                roll, called = await call_the_roll(redis), True
-                weak = await meet(roll.identity.run_id) if meet else ()
-            if weak:
-                raise NotDurable("; ".join(weak))
             try:
                 if await verify(redis, scripts, pool, campaign_id, roll):
                     fit.add(campaign_id)
@@ -102,6 +100,13 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                     raise
                 fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
     return sorted([*(held - fit), *await _lost(pool, held)])
+
+
+def _knows_another(head: Any, identity: tuple[str, str, str]) -> bool:  # noqa: ANN401 - Redis' reply
+    """Whether a head names another Redis than this one, or another deployment."""
+    if isinstance(head, Exception) or head[4] is None:
+        return False
+    return tuple((mark or b"").decode() for mark in head[:3]) != identity
 
 
 async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:

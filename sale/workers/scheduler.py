@@ -28,7 +28,7 @@ from sale.db.absence import POSTGRES_AWAY, in_words
 from sale.db.offices import SCHEDULER
 from sale.domain import Campaign, CampaignState
 from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, read_campaigns
-from sale.stock.connection import durability_faults, make_the_file_whole
+from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
 from sale.usecases.healing import Healing
@@ -43,6 +43,9 @@ from sale.workers.lifetime import ended
 HEALTH_TIMEOUT_S: Final = 2.0
 STOP_PATIENCE_S: Final = 5.0
 """Longest that a step may take to end by itself once the scheduler was told to stop."""
+
+FILE_EVERY_S: Final = 1.0
+"""Between two looks at an append-only file that is whole, or whose rewrite has just failed."""
 
 AUDIT_SHARE: Final = 0.05
 """An audit reads every order; between two of them passes at least twenty times its duration."""
@@ -81,12 +84,18 @@ class SchedulerMetrics:
         self.recovering = Gauge(
             "sale_campaigns_recovering", "Campaigns that do not fit.", registry=registry
         )
+        self.rewrite_failed = Gauge(
+            "sale_redis_rewrite_failed",
+            "1 where the last rewrite of Redis' append-only file failed.",
+            registry=registry,
+        )
 
     def forget(self) -> None:
         """Drop what only the active scheduler knows."""
         self.remaining.clear()
         self.findings.clear()
         self.recovering.set(0)
+        self.rewrite_failed.set(0)
 
 
 class Scheduler:
@@ -97,6 +106,9 @@ class Scheduler:
         self._metrics = SchedulerMetrics(registry)
         self._ailing: set[str] = set()
         self._met = ""
+        self._weak: list[str] = []
+        self._file_trouble = ""
+        self._file_due_s = 0.0
         self._rehearsals: dict[str, Campaign] = {}
         self._isolation = Isolation()
         self._stalls = Stalls()
@@ -139,6 +151,7 @@ class Scheduler:
             self._try("redis", self._ask_redis), self._try("postgres", self._ask_postgres)
         )
         if self.active:
+            await self._try("file", self._file)
             await self._try("verify", self._verify)
             await self._try("settle", self._settle)
 
@@ -213,18 +226,36 @@ class Scheduler:
         self._metrics.recovering.set(len(unfit))
         await self._healing.recover_unfit(unfit)
 
+    async def _file(self) -> None:
+        """Look at Redis' append-only file, some times a second until it is whole."""
+        if time.monotonic() < self._file_due_s:
+            return
+        redis = self._stores.redis
+        why, trouble = await make_whole(redis), await rewrite_trouble(redis)
+        # A rewrite that fails is not asked for at every round.
+        self._file_due_s = time.monotonic() + (FILE_EVERY_S if trouble or not why else 0.0)
+        self._metrics.rewrite_failed.set(bool(trouble))
+        if trouble and trouble != self._file_trouble:
+            log.error("redis.rewrite_failed", why=trouble)
+        self._file_trouble = trouble
+
     async def _meet(self, run_id: str) -> list[str]:
         """Say how a new Redis is weaker than the level that was set; nothing where it may be."""
-        if run_id != self._met:
-            if why := await make_the_file_whole(self._stores.redis):
-                log.info("redis.not_rewritten", why=why)
-            self._met = run_id
         settings = self._stores.settings
+        if run_id != self._met:
+            self._met, self._file_due_s = run_id, 0.0
+            await self._file()
         if settings.durability_check != "refuse":
             return []
-        return await durability_faults(
+        weak = await durability_faults(
             self._stores.redis, settings.durability, settings.replicas_min
         )
+        if weak and weak != self._weak:
+            log.warning("redis.refused", faults=weak)
+        elif self._weak and not weak:
+            log.info("redis.accepted")
+        self._weak = weak
+        return weak
 
     async def _settle(self) -> None:
         await self._healing.settle()

@@ -1,0 +1,210 @@
+"""Redis dies with a torn file, and again before that was written anew.
+
+A file is torn within the last order's transaction, as a power cut does it. Of the servers, some cut
+it in the midst of that transaction; what is written behind is lost at the next start, or they do
+not start once a rewrite was begun. So no sale may be answered there before the rewrite has ended.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from service import new_key
+from shop import Shop, open_shop, until
+from stock_maker import Bid, campaign, card, key
+from test_durability import Server, faults, server, whole
+
+from sale.embedded.binaries import find_redis
+from sale.stock.durability import make_whole, rewrite_trouble
+from sale.stock.keys import WHOLE
+from sale.stock.scripts import Decision
+
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
+
+TORN_BYTES = 9
+"""So much is missing at the end: the transaction's last command."""
+SLOW_REWRITE = {"rdb-key-save-delay": "300000"}
+"""Microseconds a key: the rewrite of a campaign's eight keys takes two seconds or more."""
+NOT_WHOLE = "not known to be whole"
+
+
+def newest_file(home: Path) -> Path:
+    return max(home.rglob("*.incr.aof"), key=lambda file: int(file.name.split(".")[-3]))
+
+
+def tear(home: Path) -> None:
+    file = newest_file(home)
+    os.truncate(file, file.stat().st_size - TORN_BYTES)
+
+
+async def die(found: Server) -> None:
+    found.send(signal.SIGKILL)
+    await found.process.wait()
+
+
+async def needs_rewrite(redis: Redis) -> bool:
+    return any(NOT_WHOLE in fault for fault in await faults(redis, "fsync"))
+
+
+async def sells(shop: Shop, *numbers: int) -> bool:
+    """Buy as a process of its own: each start of the test's has call numbers of its own."""
+    bids = [Bid(card(n), key(1)) for n in numbers]
+    told = await shop.stock.buy(*bids, process=new_key())
+    return all(each.decision is Decision.SOLD for each in told)
+
+
+async def trusted(shop: Shop) -> bool:
+    run_id = (await shop.redis.info("server"))["run_id"]
+    told = await shop.redis.hmget(shop.stock.keys.head, ["run_id", "recovering"])
+    return told == [run_id.encode(), None]
+
+
+@pytest.fixture
+async def torn(tmp_path: Path, database_url: str) -> tuple[Path, list[str]]:
+    """Files whose last order was torn off, and the cards whose orders stand before it."""
+    home = tmp_path / "r"
+    async with server(home) as found, open_shop(found.url, database_url) as shop:
+        await until(lambda: whole(found.redis))
+        await shop.start_writer()
+        await shop.create(campaign(1_000))
+        await shop.step("open")
+        assert await sells(shop, 1, 2, 3)
+        await shop.applied()
+        await shop.stop_writer()
+        assert await sells(shop, 4)
+        await die(found)
+    tear(home)
+    return home, [card(n) for n in (1, 2, 3)]
+
+
+async def test_second_crash_before_the_rewrite_ended_loses_nothing(
+    torn: tuple[Path, list[str]], database_url: str
+) -> None:
+    home, stand = torn
+    async with server(home, **SLOW_REWRITE) as found, open_shop(found.url, database_url) as shop:
+        shut = await needs_rewrite(found.redis)
+        async with shop.scheduling():
+            if shut:
+                await until(lambda: rewriting(found.redis))
+                assert not await trusted(shop), "it sells before its file is whole"
+                assert await needs_rewrite(found.redis)
+            else:
+                await until(lambda: trusted(shop))
+                assert not await rewriting(found.redis), "a rewrite that nothing needs"
+                assert await sells(shop, 5, 6)
+                stand += [card(5), card(6)]
+        await die(found)
+    if shut:
+        assert not await starts(home)
+        repair(home)
+    async with server(home) as found, open_shop(found.url, database_url) as shop:
+        async with shop.scheduling():
+            await until(lambda: trusted(shop))
+            assert sorted(await shop.stock.records()) == stand
+            assert await sells(shop, 7)
+        await die(found)
+    async with server(home) as found, open_shop(found.url, database_url) as shop:
+        async with shop.scheduling():
+            await until(lambda: trusted(shop))
+        assert sorted(await shop.stock.records()) == [*stand, card(7)]
+        await shop.start_writer()
+        await shop.applied()
+        assert [each.findings for each in (await shop.audit()).campaigns] == [[]]
+        await shop.stop_writer()
+
+
+async def test_rewrite_that_fails_keeps_it_shut_and_is_told(
+    torn: tuple[Path, list[str]], database_url: str
+) -> None:
+    home, _ = torn
+    async with server(home, **SLOW_REWRITE) as found, open_shop(found.url, database_url) as shop:
+        redis = found.redis
+        if not await needs_rewrite(redis):
+            await redis.bgrewriteaof()
+            kill_rewriter(found)
+            await until(lambda: trouble(redis))
+            assert await faults(redis, "fsync") == [], "what is answered is safe all the same"
+            return
+        await make_whole(redis)
+        kill_rewriter(found)
+        await until(lambda: trouble(redis))
+        assert any("its rewrite failed" in fault for fault in await faults(redis, "fsync"))
+        async with shop.scheduling() as registry:
+            await until(lambda: rewriting(redis))
+            kill_rewriter(found)
+            await until(lambda: told_failed(registry))
+            assert not await trusted(shop)
+            await redis.config_set("rdb-key-save-delay", "0")
+            await until(lambda: trusted(shop))
+            assert await sells(shop, 5)
+            assert await trouble(redis) == ""
+
+
+async def test_file_turned_on_while_it_runs_is_awaited(tmp_path: Path) -> None:
+    async with server(tmp_path / "r", **SLOW_REWRITE) as found:
+        redis = found.redis
+        await redis.mset({f"key-{n}": n for n in range(8)})
+        await redis.config_set("rdb-key-save-delay", "0")
+        await until(lambda: whole(redis))
+        await redis.config_set("appendonly", "no")
+        assert await make_whole(redis) == ""
+        assert await faults(redis, "fsync") == ["appendonly is off: a restart forgets everything"]
+        await redis.config_set("rdb-key-save-delay", SLOW_REWRITE["rdb-key-save-delay"])
+        await redis.config_set("appendonly", "yes")
+        assert NOT_WHOLE in (await faults(redis, "relaxed"))[0]
+        assert NOT_WHOLE in await make_whole(redis)
+        await until(lambda: whole(redis))
+        assert await faults(redis, "fsync") == []
+
+
+async def test_later_rewrite_that_fails_shuts_nothing(tmp_path: Path) -> None:
+    async with server(tmp_path / "r", **SLOW_REWRITE) as found:
+        redis = found.redis
+        await until(lambda: whole(redis))
+        await redis.mset({f"key-{n}": n for n in range(8)})
+        await redis.bgrewriteaof()
+        assert await faults(redis, "fsync") == []
+        kill_rewriter(found)
+        await until(lambda: trouble(redis))
+        if await redis.get(WHOLE) is not None:  # where a store needs none, nothing is noted
+            assert await whole(redis)
+        assert await faults(redis, "fsync") == []
+
+
+async def rewriting(redis: Redis) -> bool:
+    return bool((await redis.info("persistence"))["aof_rewrite_in_progress"])
+
+
+async def trouble(redis: Redis) -> str:
+    return await rewrite_trouble(redis)
+
+
+async def told_failed(registry: object) -> bool:
+    return registry.get_sample_value("sale_redis_rewrite_failed") == 1.0  # type: ignore[attr-defined]
+
+
+def kill_rewriter(found: Server) -> None:
+    """Kill the child that writes the file anew, as a kernel without memory does."""
+    children = Path(f"/proc/{found.process.pid}/task/{found.process.pid}/children")
+    (child,) = children.read_text("utf-8").split()
+    os.kill(int(child), signal.SIGKILL)
+
+
+async def starts(home: Path) -> bool:
+    try:
+        async with asyncio.timeout(5), server(home):
+            return True
+    except TimeoutError:
+        return False
+
+
+def repair(home: Path) -> None:
+    """The way out of docs/FAULTS.md: cut what is torn, in every file but the newest too."""
+    tool = home.with_name("redis-check-aof")
+    tool.symlink_to(find_redis(None).path)  # a server is its own tool, by name
+    for file in home.rglob("*.incr.aof"):
+        subprocess.run([tool, "--fix", file], input=b"y\n", check=True, stdout=subprocess.DEVNULL)

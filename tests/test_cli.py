@@ -404,6 +404,47 @@ def test_given_cards_then_sample_import_show_revoke_and_restore_work_and_mask(
     assert "100000000000" not in service.sale("cards", "show", "100000000000").err
 
 
+def test_roster_from_stdin_and_under_any_name_is_imported(service: Service, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALE_DATA_DIR": str(service.data_dir)}
+    sampled = service.sale("cards", "sample", 20, "--seed", 99).out
+    piped = subprocess.run(
+        [sys.executable, "-m", "sale", "cards", "import", "-", "--json"],
+        env=environment,
+        input=sampled,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (piped.returncode, piped.stderr) == (0, "")
+    assert json.loads(piped.stdout)["added"] == 20
+    file = tmp_path / os.fsdecode(b"\xc3\xfb\xb5\xa5.csv")  # as a GBK system names it
+    file.write_text(sampled, "utf-8")
+    for words in (["--dry-run"], []):
+        ran = service.sale("cards", "import", file, *words, "--json")
+        assert (ran.status, ran.json()["unchanged"]) == (0, 20), ran
+    bad = "card_no,name,union,phone,pin,status\n" + "y\n" * 99
+    file.write_text(bad)
+    assert "\\xc3\\xfb" in one_line(service.sale("cards", "import", file)._replace(out=""))
+
+
+def test_import_names_the_revoked_cards_that_it_keeps(service: Service, tmp_path: Path) -> None:
+    card = service.card()
+    assert service.sale("cards", "revoke", card.no, "--reason", "lost").status == 0
+    file = service.data_dir / "roster.csv"
+    for words in (["--dry-run"], []):
+        ran = service.sale("cards", "import", file, *words)
+        assert ran.status == 0, ran
+        assert "stay cancelled, revoked by a person" in ran.out
+        told = service.sale("cards", "import", file, *words, "--json").json()
+        assert told["changed"] == 0
+        assert card.no[-4:] in {each["card_tail"] for each in told["kept_revoked_lines"]}
+    shown = service.sale("cards", "show", card.no)
+    assert "yes, until a person restores it" in shown.out
+    restored = service.sale("cards", "restore", card.no, "--reason", "found", "--json").json()
+    assert (restored["status"], restored["revoked"]) == ("active", False)
+
+
 def test_given_redis_is_away_when_a_card_is_revoked_then_it_is_and_a_note_says_the_rest(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,9 @@ import asyncpg
 import pytest
 
 from sale.db.pool import open_pool
-from sale.db.roster import changes_since, current_rev, inactive_cards
+from sale.db.roster import changes_since, current_rev, inactive_cards, set_status
 from sale.domain import Refused, default_unions_path, load_unions, parse_campaign_toml
+from sale.files import opened_large
 from sale.identity import MemberTokens, SigningKey, card_tag
 from sale.usecases.roster import (
     HEADER,
@@ -47,7 +48,8 @@ def write(path: Path, *lines: str | bytes, header: str = ",".join(HEADER)) -> Pa
 
 
 async def take(pool: Any, file: Path, **options: Any) -> ImportReport:
-    return await import_cards(pool, KEY, CODES, file, actor="cli:test", **options)
+    with opened_large(file, most=1 << 30, within_s=60) as source:
+        return await import_cards(pool, KEY, CODES, source, actor="cli:test", **options)
 
 
 async def feed(pool: Any) -> list[tuple[int, str, bool]]:
@@ -139,6 +141,177 @@ async def test_given_one_bad_line_then_it_is_named_and_nothing_changes(
     assert [await count(pool, table) for table in ("card", "audit_log", "card_change")] == [0, 0, 0]
 
 
+NAMES = [
+    ("\u3000张　伟\u3000", "张　伟"),
+    ("\u00a0王芳\u00a0\t", "王芳"),
+    ("\ufeff\u200b李娜\u202c ", "李娜"),
+    ("𠮷田", "𠮷田"),
+    ("\U00031350\U000323af", "\U00031350\U000323af"),  # Unicode 15; some tables lack it
+    ("\U0003347f", "\U0003347f"),  # nothing is there yet
+    ("\ue863", "\ue863"),  # private use: rare Han of GBK
+    ("阿卜杜拉·买买提", "阿卜杜拉·买买提"),
+    ("e\u0301", "é"),
+]
+
+
+async def test_names_that_people_have_are_taken_trimmed(pool: Any, tmp_path: Path) -> None:
+    cards = [f"62210000{number:04d}" for number in range(len(NAMES))]
+    file = write(
+        tmp_path / "r.csv",
+        *(
+            f"{card},{name},\u3000dongsi ,\u00a0 138 ,, active\u3000"
+            for card, (name, _) in zip(cards, NAMES, strict=True)
+        ),
+    )
+    report = await take(pool, file)
+    assert report.bad == []
+    for number, (_, kept) in zip(cards, NAMES, strict=True):
+        card = await show(pool, number)
+        assert (card.name, card.union_code, card.phone, card.status) == (
+            *(kept, "dongsi"),
+            *("138", "active"),
+        )
+    assert (await take(pool, file)).unchanged == len(cards)
+
+
+DAMAGED = [
+    ("6.93E+12", "in powers of ten"),
+    ("6,93e12", "in powers of ten"),
+    ("6.222020000112233E+18", "in powers of ten"),
+    ("6221000000020.0", ".0 behind it"),
+    ("622100000002.00", ".0 behind it"),
+    ("'622100000002", "apostrophe"),
+    ("’622100000002", "apostrophe"),
+    ("\t622100000002", "spaces or invisible"),
+    ("622100000002\u00a0", "spaces or invisible"),
+    ("\u202d622100000002\u202c", "spaces or invisible"),
+    ("６２２１００００００２２", "full width"),
+    ("=622100000002", "is a formula"),
+    ("6221 0000 0000 0002", "marks between"),
+    ("6221-0000-0000-0002", "marks between"),
+    ("22100000002", "drops zeros"),
+    ("62210000000200000000", "has more"),
+    ("", "is empty"),
+]
+
+
+async def test_numbers_that_a_program_changed_are_refused(pool: Any, tmp_path: Path) -> None:
+    cells = [f'"{number}"' if "," in number else number for number, _ in DAMAGED]
+    report = await take(
+        pool, write(tmp_path / "r.csv", *(f"{cell},甲,dongsi,,,active" for cell in cells))
+    )
+    assert [bad.line for bad in report.bad] == list(range(2, 2 + len(DAMAGED)))
+    for bad, (_, says) in zip(report.bad, DAMAGED, strict=True):
+        assert bad.reason.startswith("card_no: must be 12 to 19 digits")
+        assert says in bad.reason
+    assert await count(pool, "card") == 0
+
+
+def of_digits(digits: int, rounded: int, true: int) -> list[str]:
+    """Lines of cards: ``rounded`` numbers as a spreadsheet leaves them, then ``true`` ones."""
+    numbers = [f"{622200000000000 + n * 7_919:015d}" + "0" * (digits - 15) for n in range(rounded)]
+    numbers += [
+        f"{811100000000000 + n * 104_729:015d}" + "3579"[: digits - 15] for n in range(true)
+    ]
+    return [f"{number},甲,dongsi,,,active" for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("digits", "rounded", "true", "refused"),
+    [
+        (16, 40, 0, True),
+        (16, 3, 0, True),
+        (16, 30, 60, True),
+        (16, 1, 0, False),  # one in ten true numbers ends so
+        (16, 10, 90, False),
+        (17, 1, 0, True),
+        (18, 2, 40, True),
+        (19, 1, 10, True),
+        (19, 1, 3_000, False),
+    ],
+)
+async def test_rounded_numbers_are_refused_beyond_chance(
+    pool: Any, tmp_path: Path, digits: int, rounded: int, true: int, *, refused: bool
+) -> None:
+    file = write(tmp_path / "r.csv", *of_digits(digits, rounded, true))
+    for dry_run in (True, False):
+        report = await take(pool, file, dry_run=dry_run)
+        assert report.bad_count == (rounded if refused else 0)
+        assert report.doubtful == (0 if refused else rounded)
+        named = report.bad if refused else report.doubtful_lines
+        lines = [entry.line for entry in named]
+        assert lines == list(range(2, 2 + min(rounded, len(lines))))
+        assert await count(pool, "card") == (0 if refused or dry_run else rounded + true)
+    if refused:
+        assert f"so do {rounded} of {rounded + true} new ones of {digits}" in report.bad[0].reason
+        assert (await take(pool, file, numbers_checked=True)).imported == rounded + true
+    # What the roster has is known to be true.
+    assert (await take(pool, file)).unchanged == rounded + true
+
+
+async def test_roster_saved_again_by_spreadsheet_is_refused(pool: Any, tmp_path: Path) -> None:
+    numbers = [f"{6_222_020_000_000_001 + n * 7_919}" for n in range(300)]
+    lines = [f"{number},甲,dongsi,,,active" for number in numbers]
+    await take(pool, write(tmp_path / "r.csv", *lines))
+    saved = [f"{number[:15]}0,甲,dongsi,,,active" for number in numbers]
+    report = await take(pool, write(tmp_path / "r.csv", *saved))
+    assert report.bad_count == sum(not number.endswith("0") for number in numbers)
+    assert await count(pool, "card") == 300
+
+
+async def test_numbers_rounded_to_floats_are_refused(pool: Any, tmp_path: Path) -> None:
+    numbers = [int(float(6_222_020_000_112_233_445 + n * 99_991)) for n in range(20)]
+    lines = [f"{number},甲,dongsi,,,active" for number in numbers]
+    report = await take(pool, write(tmp_path / "r.csv", *lines))
+    assert (report.bad_count, "64 bits" in report.bad[0].reason) == (20, True)
+
+
+async def test_number_without_its_leading_zeros_is_refused(pool: Any, tmp_path: Path) -> None:
+    await take(pool, write(tmp_path / "r.csv", "0012345678901234,甲,dongsi,,,active"))
+    lines = ["12345678901234,甲,dongsi,,,active", "099999999999999,乙,dongsi,,,active"]
+    lines.append("99999999999999,丙,dongsi,,,active")
+    report = await take(pool, write(tmp_path / "r.csv", *lines))
+    assert [(bad.line, "zeros at its beginning" in bad.reason) for bad in report.bad] == [
+        (2, True),
+        (4, True),
+    ]
+
+
+def another_kind() -> list[tuple[bytes, int, str]]:
+    """Files that are no CSV in UTF-8; the line that is named, and a word of the complaint."""
+    header, line = ",".join(HEADER), f"{CARD},张伟,dongsi,,,active\n"
+    text = f"{header}\n{line}{line}"
+    return [
+        (text.encode("utf-16"), 1, "UTF-16"),
+        (text.encode("utf-16-le"), 1, "UTF-16"),
+        (text.encode("utf-16-be"), 1, "UTF-16"),
+        (text.encode("gb18030"), 2, "GB18030"),
+        (b"PK\x03\x04" + bytes(9_000), 1, "workbook"),
+        (text.replace(",", ";").encode(), 1, "semicolons"),
+        (text.replace(",", "\t").encode(), 1, "tabs"),
+        (b"x" * 9_000 + b"\n" + line.encode(), 1, "header"),
+        (bytes(9_000), 1, "NUL"),
+        (b"", 1, "empty"),
+        (b"\n", 1, "header"),
+    ]
+
+
+async def test_file_of_another_kind_gets_one_complaint(pool: Any, tmp_path: Path) -> None:
+    file = tmp_path / "r.csv"
+    for content, line, says in another_kind():
+        file.write_bytes(content)
+        report = await take(pool, file)
+        assert [(bad.line, says in bad.reason) for bad in report.bad] == [(line, True)], report.bad
+
+
+async def test_bad_lines_without_end_are_not_all_read(pool: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "r.csv", *["y"] * 200_000)
+    seen: list[int] = []
+    report = await take(pool, file, on_progress=lambda done, _total: seen.append(done))
+    assert report.bad_count == 10_000
+    assert seen[-1] < file.stat().st_size / 2
+
+
 @pytest.mark.parametrize("text", ["", "card_no,name\n1,2\n", "622100000001,甲,dongsi,,,active\n"])
 async def test_given_no_header_then_one_complaint_says_so(
     pool: Any, tmp_path: Path, text: str
@@ -190,6 +363,91 @@ async def test_given_a_revoked_card_then_feed_and_audit_tell_and_restoring_undoe
         ("ann", "card.restore", target, "found"),
     ]
     assert CARD not in str(await pool.fetch("select * from audit_log"))
+
+
+@pytest.mark.parametrize("listed", ["active", "suspended", "cancelled"])
+async def test_import_leaves_a_revoked_card_cancelled(
+    pool: Any, tmp_path: Path, listed: str
+) -> None:
+    other = f"{OTHER},乙,dongsi,,,active"
+    await take(pool, write(tmp_path / "a.csv", f"{CARD},甲,dongsi,,,active", other))
+    await revoke(pool, KEY, CARD, actor="ann", reason="lost")
+    file = write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,{listed}", other)
+    kept = 0 if listed == "cancelled" else 1
+    for dry_run in (True, False, False):
+        report = await take(pool, file, dry_run=dry_run)
+        assert (report.changed, report.unchanged, report.kept_revoked) == (0, 2, kept)
+        assert [(each.line, each.card_tail) for each in report.kept_revoked_lines] == [
+            (2, CARD[-4:])
+        ] * kept
+        card = await show(pool, CARD)
+        assert (card.status, card.revoked) == ("cancelled", True)
+    # Other fields of such a card are taken.
+    moved = await take(pool, write(tmp_path / "m.csv", f"{CARD},甲,longtan,,,{listed}"))
+    assert (moved.changed, moved.kept_revoked) == (1, kept)
+    assert (await show(pool, CARD)).union_code == "longtan"
+    assert await feed(pool) == [(1, CARD, False)]
+    restored = await restore(pool, KEY, CARD, actor="ann", reason="found")
+    assert (restored.status, restored.revoked) == ("active", False)
+    report = await take(pool, file)
+    assert ((await show(pool, CARD)).status, report.kept_revoked) == (listed, 0)
+    last = [] if listed == "active" else [(3, CARD, False)]
+    assert await feed(pool) == [(1, CARD, False), (2, CARD, True), *last]
+
+
+@pytest.mark.parametrize("listed", ["active", "suspended", "cancelled"])
+async def test_person_decides_on_a_card_of_any_status(
+    pool: Any, tmp_path: Path, listed: str
+) -> None:
+    """The roster sets the status, a person restores it, revokes it, and the roster comes again."""
+    file = write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,{listed}")
+    active = write(tmp_path / "a.csv", f"{CARD},甲,dongsi,,,active")
+
+    async def status() -> tuple[str, bool]:
+        card = await show(pool, CARD)
+        return card.status, card.revoked
+
+    await take(pool, file)
+    assert await status() == (listed, False)
+    await restore(pool, KEY, CARD, actor="ann", reason="wrongly listed")
+    assert await status() == ("active", False)
+    await take(pool, file)  # the roster's own word is the newer one
+    assert await status() == (listed, False)
+    await revoke(pool, KEY, CARD, actor="ann", reason="lost")
+    assert await status() == ("cancelled", True)
+    await take(pool, active)
+    assert await status() == ("cancelled", True)
+    await restore(pool, KEY, CARD, actor="ann", reason="found")
+    await take(pool, active)
+    assert await status() == ("active", False)
+    rows = await feed(pool)
+    assert [active for _, _, active in rows] == [bool(n % 2) for n in range(len(rows))]
+    assert [rev for rev, _, _ in rows] == list(range(1, len(rows) + 1))
+
+
+async def test_revoked_card_cannot_be_active_in_the_table(pool: Any, tmp_path: Path) -> None:
+    await take(pool, write(tmp_path / "a.csv", f"{CARD},甲,dongsi,,,active"))
+    await revoke(pool, KEY, CARD, actor="ann", reason="lost")
+    with pytest.raises(asyncpg.CheckViolationError, match="card_revoked_is_cancelled"):
+        await pool.execute("update card set status = 'active' where card_no = $1", CARD)
+
+
+async def test_revocation_during_an_import_stands(pool: Any, tmp_path: Path) -> None:
+    await take(pool, write(tmp_path / "a.csv", f"{CARD},甲,dongsi,,,suspended"))
+    lines = [",".join(card) for card in sample(400, 5, UNIONS)]
+    file = write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active", *lines)
+    async with pool.acquire() as other:
+        transaction = other.transaction()
+        await transaction.start()
+        await set_status(other, CARD, "cancelled", revoked=True)
+        importing = asyncio.create_task(take(pool, file))
+        waits = "select count(*) from pg_locks where not granted"
+        while not await pool.fetchval(waits):  # noqa: ASYNC110 - the lock is in PostgreSQL
+            await asyncio.sleep(0.01)
+        await transaction.commit()
+    await importing
+    card = await show(pool, CARD)
+    assert (card.status, card.revoked) == ("cancelled", True)
 
 
 async def test_given_an_unknown_card_or_no_reason_then_it_is_refused_masked(pool: Any) -> None:

@@ -11,12 +11,17 @@ from sale.db.queries import load
 IMPORT_TIMEOUT_S: Final = 3_600.0
 """Bound of each statement of an import, which may be of any size."""
 
-INCOMING_COLUMNS: Final = ("line", "card_no", "name", "union_code", "phone", "pin_mac", "status")
+INCOMING_COLUMNS: Final = (
+    *("line", "card_no", "name", "union_code", "phone", "pin_mac", "status", "looks"),
+)
 CURSOR_ROWS: Final = 2_000
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """A card as the roster holds it, without its PIN."""
+    """A card as the roster holds it, without its PIN.
+
+    ``revoked``: a person has cancelled it, and no roster file changes that.
+    """
 
     card_no: str
     name: str
@@ -24,6 +29,7 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     phone: str
     has_pin: bool
     status: str
+    revoked: bool
     updated_at: datetime
 
 
@@ -33,6 +39,29 @@ class CardChange(NamedTuple):
     rev: int
     card_no: str
     active: bool
+
+
+class IncomingLine(NamedTuple):
+    """A line of the incoming table, and the status that it gives."""
+
+    line: int
+    card_no: str
+    status: str
+
+
+class Incoming(NamedTuple):
+    """Lines of the incoming table: all of them counted, the first ones listed."""
+
+    total: int
+    lines: list[IncomingLine]
+
+
+class NewNumbers(NamedTuple):
+    """How many new cards have numbers of so many digits that look so."""
+
+    digits: int
+    looks: int
+    cards: int
 
 
 class Duplicates(NamedTuple):
@@ -58,6 +87,33 @@ async def find_duplicates(connection: Any, limit: int) -> Duplicates:  # noqa: A
     return Duplicates(total, [(row["line"], row["first_line"]) for row in rows])
 
 
+async def new_numbers(connection: Any) -> list[NewNumbers]:  # noqa: ANN401
+    """Cards that the roster lacks, with 16 digits or more, by digits and looks."""
+    rows = await connection.fetch(_SQL["new_numbers"], timeout=IMPORT_TIMEOUT_S)
+    return [NewNumbers(**row) for row in rows]
+
+
+async def new_of_look(connection: Any, digits: int, looks: int, limit: int) -> Incoming:  # noqa: ANN401
+    """Lines of those among them that have so many digits and look so."""
+    return await _incoming(connection, "new_of_look", digits, looks, limit)
+
+
+async def zeros_lost(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
+    """Lines of new cards whose number is that of another card without its leading zeros."""
+    return await _incoming(connection, "zeros_lost", limit)
+
+
+async def kept_revoked(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
+    """Lines whose status is not taken, because a person has revoked the card."""
+    return await _incoming(connection, "kept_revoked", limit)
+
+
+async def _incoming(connection: Any, statement: str, *values: int) -> Incoming:  # noqa: ANN401
+    rows = await connection.fetch(_SQL[statement], *values, timeout=IMPORT_TIMEOUT_S)
+    lines = [IncomingLine(row["line"], row["card_no"], row.get("status", "")) for row in rows]
+    return Incoming(rows[0]["total"] if rows else 0, lines)
+
+
 async def count_incoming(connection: Any) -> tuple[int, int]:  # noqa: ANN401
     """How many incoming cards are new, and how many read differently from the roster."""
     await connection.execute(_SQL["lock_import"], timeout=IMPORT_TIMEOUT_S)
@@ -76,11 +132,20 @@ async def find_card(connection: Any, card_no: str) -> Card | None:  # noqa: ANN4
     return None if row is None else Card(**dict(row))
 
 
-async def set_status(connection: Any, card_no: str, status: str) -> str | None:  # noqa: ANN401
-    """Set a card's status; return the one before, or None where there is no such card."""
-    before: str | None = await connection.fetchval(_SQL["lock_card"], card_no)
-    if before is not None and before != status:
-        await connection.execute(_SQL["set_status"], card_no, status)
+async def set_status(
+    connection: Any,  # noqa: ANN401
+    card_no: str,
+    status: str,
+    *,
+    revoked: bool,
+) -> str | None:
+    """Set a card's status by a person's word; return the one before, or None: no such card."""
+    row = await connection.fetchrow(_SQL["lock_card"], card_no)
+    if row is None:
+        return None
+    if (row["status"], row["revoked"]) != (status, revoked):
+        await connection.execute(_SQL["set_status"], card_no, status, revoked)
+    before: str = row["status"]
     return before
 
 

@@ -7,10 +7,9 @@ no line breaks, so a forgotten quote spoils one line and not the rest of the fil
 Python's csv over the whole file, reads everything after such a quote as one field.
 """
 
-import csv
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -18,18 +17,31 @@ from sale.db import operators as accounts
 from sale.db import roster as table
 from sale.db.roster import Card, changes_since, current_rev, inactive_cards
 from sale.domain import (
-    CARD_NO,
     REASON_MAX,
-    REHEARSAL_CARDS,
     Problem,
     Refused,
-    is_made_up,
     mask_card,
     shown_text,
 )
-from sale.identity import SigningKey, card_tag, issue_member_token, pin_mac
+from sale.files import Source
+from sale.identity import SigningKey, card_tag, issue_member_token
+from sale.usecases.roster_file import (
+    BAD_LINES_LISTED,
+    CHANCE_MAX,
+    HEADER,
+    LINE_MAX_BYTES,
+    PLAIN,
+    STATUSES,
+    ZEROS,
+    BadLine,
+    Checker,
+    chance,
+    share_by_chance,
+)
 
 __all__ = [
+    "HEADER",
+    "STATUSES",
     "BadLine",
     "Card",
     "ImportReport",
@@ -43,30 +55,33 @@ __all__ = [
     "tokens",
 ]
 
-HEADER: Final = ("card_no", "name", "union", "phone", "pin", "status")
-STATUSES: Final = ("active", "suspended", "cancelled")
-BAD_LINES_LISTED: Final = 100
-LINE_MAX_BYTES: Final = 4_096
-NAME_MAX: Final = 64
-PHONE_MAX: Final = 20
+FILE_MAX_BYTES: Final = 2 << 30
+READ_WITHIN_S: Final = 3_600.0
+"""How long a pipe may take to give the whole file."""
+
 CHUNK_LINES: Final = 2_000
+LISTED_MAX: Final = 20
+"""Lines of each kind that a report names beside the bad ones."""
 
 AfterChange = Callable[[], Awaitable[None]]
 """Called after the commit of what changed who may buy: it takes the feed on to Redis (INV-9)."""
 
 
-class BadLine(msgspec.Struct, frozen=True):
-    """A line of the file (the header is line 1) and why it cannot be taken."""
+class NamedLine(msgspec.Struct, frozen=True):
+    """A line of the file that somebody should look at, with the card's last four digits."""
 
     line: int
-    reason: str
+    card_tail: str
 
 
 class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
     """What an import did, or with ``dry_run`` would do.
 
     ``lines`` counts the cards read; ``added`` + ``changed`` + ``unchanged`` = ``imported``, which
-    is 0 where there is a bad line.
+    is 0 where there is a bad line. ``kept_revoked`` counts cards that the file gives as active or
+    suspended and that stay cancelled, because a person has revoked them. ``doubtful`` counts new
+    cards whose number may have been rounded: by chance so many true ones look so. The first
+    LISTED_MAX lines of both are named.
     """
 
     lines: int
@@ -76,6 +91,10 @@ class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
     unchanged: int
     bad_count: int
     bad: list[BadLine]
+    kept_revoked: int
+    kept_revoked_lines: list[NamedLine]
+    doubtful: int
+    doubtful_lines: list[NamedLine]
     dry_run: bool
 
 
@@ -83,37 +102,44 @@ async def import_cards(
     pool: Any,  # noqa: ANN401 - an asyncpg pool
     key: SigningKey,
     unions: frozenset[str],
-    file: Path,
+    source: Source,
     *,
     actor: str,
     dry_run: bool = False,
+    numbers_checked: bool = False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     after_change: AfterChange | None = None,
 ) -> ImportReport:
     """Take a roster file (CSV, header ``card_no,name,union,phone,pin,status``) into the roster.
 
     All or nothing; may be repeated; rows that read the same are not touched. ``on_progress`` gets
-    bytes done and in total. Cards that the file does not name stay as they are.
-
-    Raises:
-        OSError: the file cannot be read.
-
+    bytes done and in total. Cards that the file does not name stay as they are, and a card that a
+    person has revoked stays cancelled. New numbers that a program has rounded, by how many of them
+    look so, are bad lines, unless ``numbers_checked``: somebody has compared them with the cards.
     """
-    checker = _Checker(key, unions)
+    checker = Checker(key, unions)
     async with pool.acquire() as connection:
         transaction = connection.transaction()
         await transaction.start()
         try:
-            await table.copy_incoming(connection, _stream(file, checker, on_progress))
-            report = await _take_in(connection, checker, dry_run=dry_run)
+            await table.copy_incoming(connection, _stream(source, checker, on_progress))
+            report = await _take_in(
+                connection, checker, dry_run=dry_run, numbers_checked=numbers_checked
+            )
             keep = not dry_run and not report.bad_count
             if keep:
                 await accounts.write_audit(
                     connection,
                     actor=actor,
                     action="cards.import",
-                    target=f"roster file {file.name}",
-                    data={"lines": report.lines, "added": report.added, "changed": report.changed},
+                    target=f"roster file {Path(source.name).name}",
+                    data={
+                        "lines": report.lines,
+                        "added": report.added,
+                        "changed": report.changed,
+                        "kept_revoked": report.kept_revoked,
+                        "numbers_checked": numbers_checked,
+                    },
                 )
         except BaseException:
             await transaction.rollback()
@@ -136,7 +162,9 @@ async def revoke(
     reason: str,
     after_change: AfterChange | None = None,
 ) -> Card:
-    """Cancel a card; it buys nothing from then on (INV-9). May be repeated.
+    """Cancel a card; it buys nothing until it is restored (INV-9). May be repeated.
+
+    No roster file takes a revocation back.
 
     Raises Refused: NOT_FOUND, or INVALID_REQUEST for a bad reason.
     """
@@ -154,7 +182,10 @@ async def restore(
     reason: str,
     after_change: AfterChange | None = None,
 ) -> Card:
-    """Make a card active again. May be repeated. Raises as ``revoke`` does."""
+    """Make a card active again, whatever it was. May be repeated. Raises as ``revoke`` does.
+
+    The next roster file that names the card decides again.
+    """
     return await _set_status(
         pool, key, card_no, "active", "card.restore", actor, reason, after_change
     )
@@ -202,7 +233,7 @@ async def _set_status(
     except ValueError as wrong:
         raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
     async with pool.acquire() as connection, connection.transaction():
-        before = await table.set_status(connection, card_no, status)
+        before = await table.set_status(connection, card_no, status, revoked=status == "cancelled")
         if before is None:
             raise Refused(Problem.NOT_FOUND, f"there is no card {mask_card(card_no)} in the roster")
         await accounts.write_audit(
@@ -219,9 +250,17 @@ async def _set_status(
     return await show(pool, card_no)
 
 
-async def _take_in(connection: Any, checker: "_Checker", *, dry_run: bool) -> ImportReport:  # noqa: ANN401
+async def _take_in(
+    connection: Any,  # noqa: ANN401
+    checker: Checker,
+    *,
+    dry_run: bool,
+    numbers_checked: bool,
+) -> ImportReport:
     duplicates = await table.find_duplicates(connection, BAD_LINES_LISTED)
-    bad_count = checker.bad_count + duplicates.total
+    numbers = await _look_at_numbers(connection, checked=numbers_checked)
+    bad_count = checker.bad_count + duplicates.total + numbers.bad_count
+    kept = await table.kept_revoked(connection, LISTED_MAX)
     added = changed = imported = 0
     if not bad_count:
         imported = checker.lines
@@ -232,7 +271,7 @@ async def _take_in(connection: Any, checker: "_Checker", *, dry_run: bool) -> Im
         BadLine(line, f"card_no: stands on line {first} already")
         for line, first in duplicates.lines
     ]
-    bad = sorted(checker.bad + twice, key=lambda entry: entry.line)[:BAD_LINES_LISTED]
+    bad = sorted(checker.bad + twice + numbers.bad, key=lambda entry: entry.line)
     return ImportReport(
         lines=checker.lines,
         imported=imported,
@@ -240,16 +279,69 @@ async def _take_in(connection: Any, checker: "_Checker", *, dry_run: bool) -> Im
         changed=changed,
         unchanged=imported - added - changed,
         bad_count=bad_count,
-        bad=bad,
+        bad=bad[:BAD_LINES_LISTED],
+        kept_revoked=kept.total,
+        kept_revoked_lines=_named(kept),
+        doubtful=numbers.doubtful,
+        doubtful_lines=sorted(numbers.doubtful_lines, key=lambda entry: entry.line)[:LISTED_MAX],
         dry_run=dry_run,
     )
 
 
+class _Numbers(msgspec.Struct):
+    """What is bad or doubtful about the numbers of new cards."""
+
+    bad_count: int = 0
+    bad: list[BadLine] = []
+    doubtful: int = 0
+    doubtful_lines: list[NamedLine] = []
+
+
+async def _look_at_numbers(connection: Any, *, checked: bool) -> _Numbers:  # noqa: ANN401
+    """Find numbers of new cards that a program has changed.
+
+    A number that ends in zeros may be true: of 16 digits one in ten is. So the file decides: where
+    more of its new numbers look so than chance explains, all that look so are bad. Cards that the
+    roster has already are not asked, their numbers are known.
+    """
+    found = _Numbers()
+    if checked:
+        return found
+    groups = await table.new_numbers(connection)
+    for group in groups:
+        if group.looks == PLAIN:
+            continue
+        of = sum(each.cards for each in groups if each.digits == group.digits)
+        share = share_by_chance(group.digits, group.looks)
+        lines = await table.new_of_look(connection, group.digits, group.looks, BAD_LINES_LISTED)
+        if chance(group.cards, of, share) <= CHANCE_MAX:
+            so = (
+                "ends in zeros from the 16th digit on, as a spreadsheet rounds"
+                if group.looks == ZEROS
+                else "is rounded to a float of 64 bits"
+            )
+            says = f"card_no: {so}; so do {group.cards} of {of} new ones of {group.digits} digits"
+            found.bad_count += lines.total
+            found.bad += [BadLine(each.line, says) for each in lines.lines]
+        elif group.looks == ZEROS:
+            found.doubtful += lines.total
+            found.doubtful_lines += _named(lines)
+    lost = await table.zeros_lost(connection, BAD_LINES_LISTED)
+    says = "card_no: is the number of another card without the zeros at its beginning"
+    found.bad_count += lost.total
+    found.bad += [BadLine(each.line, says) for each in lost.lines]
+    return found
+
+
+def _named(incoming: table.Incoming) -> list[NamedLine]:
+    return [NamedLine(each.line, each.card_no[-4:]) for each in incoming.lines[:LISTED_MAX]]
+
+
 async def _stream(
-    file: Path, checker: "_Checker", on_progress: Callable[[int, int], None]
+    source: Source, checker: Checker, on_progress: Callable[[int, int], None]
 ) -> AsyncIterator[bytes]:
     """Good lines of the file in COPY's text format, some thousand at a time."""
-    chunks = _chunks(file, checker)
+    chunks = _chunks(source, checker)
     try:
         for chunk, done, total in chunks:
             on_progress(done, total)
@@ -258,124 +350,32 @@ async def _stream(
         chunks.close()
 
 
-def _chunks(file: Path, checker: "_Checker") -> Generator[tuple[bytes, int, int], None, None]:
+def _chunks(source: Source, checker: Checker) -> Generator[tuple[bytes, int, int], None, None]:
     """Check the file line by line; yield COPY lines, bytes done and bytes in total."""
-    with file.open("rb") as source:
-        total = file.stat().st_size
-        done = 0
-        chunk: list[str] = []
-        for line, raw in _numbered_lines(source):
-            done += len(raw)
-            copied = checker.check(line, raw)
-            if copied is not None:
-                chunk.append(copied)
-            if line % CHUNK_LINES == 0:
-                yield "".join(chunk).encode(), done, total
-                chunk.clear()
-        checker.end()
-        yield "".join(chunk).encode(), done, max(done, total)
+    done = 0
+    chunk: list[str] = []
+    for line, raw in _numbered_lines(source.stream, source.size):
+        done += len(raw)
+        copied = checker.check(line, raw)
+        if copied is not None:
+            chunk.append(copied)
+        if line % CHUNK_LINES == 0:
+            yield "".join(chunk).encode(), done, source.size
+            chunk.clear()
+        if checker.ended:
+            break
+    checker.end()
+    yield "".join(chunk).encode(), done, max(done, source.size)
 
 
-def _numbered_lines(source: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Number the lines. One too long to be true is cut, so that it cannot fill the memory."""
+def _numbered_lines(stream: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+    """Number the lines up to ``size``: what is written to the file meanwhile is not read.
+
+    A line too long to be true is cut, so that it cannot fill the memory.
+    """
     line = 0
-    while raw := source.readline(LINE_MAX_BYTES + 1):
+    while stream.tell() < size and (raw := stream.readline(LINE_MAX_BYTES + 1)):
         line += 1
         yield line, raw
         while len(raw) > LINE_MAX_BYTES and not raw.endswith(b"\n"):
-            raw = source.readline(LINE_MAX_BYTES + 1)
-
-
-class _Checker:
-    """Checks the lines of one file, counts them, and keeps the first bad ones."""
-
-    def __init__(self, key: SigningKey, unions: frozenset[str]) -> None:
-        self.lines = 0
-        self.bad_count = 0
-        self.bad: list[BadLine] = []
-        self._unions = unions
-        self._pin_key = key.derive("pin")
-        self._header_seen = False
-        self._header_wrong = False
-
-    def check(self, line: int, raw: bytes) -> str | None:
-        """The line for COPY, or None where it is the header, blank, or bad."""
-        if self._header_wrong or (line > 1 and not raw.strip()):
-            return None
-        try:
-            if line == 1:
-                self._check_header(_split(raw.removeprefix(b"\xef\xbb\xbf")))
-                return None
-            self.lines += 1
-            return self._copy_line(line, _split(raw))
-        except _BadFieldError as error:
-            self._note(line, str(error))
-            return None
-
-    def end(self) -> None:
-        """Complain of a file that ended before its header."""
-        if not self._header_seen and not self._header_wrong:
-            self._note(1, f"the file is empty: the header {','.join(HEADER)} is missing")
-
-    def _check_header(self, fields: list[str]) -> None:
-        if tuple(field.strip() for field in fields) != HEADER:
-            # Without its header every line would be bad for the same reason: one is enough.
-            self._header_wrong = True
-            raise _BadFieldError(f"the header must be {','.join(HEADER)}")
-        self._header_seen = True
-
-    def _copy_line(self, line: int, fields: list[str]) -> str:
-        if len(fields) != len(HEADER):
-            raise _BadFieldError(f"has {len(fields)} fields, must have {len(HEADER)}")
-        card_no, name, union, phone, pin, status = fields
-        if not CARD_NO.fullmatch(card_no):
-            raise _BadFieldError("card_no: must be 12 to 19 digits")
-        if is_made_up(card_no):
-            raise _BadFieldError(
-                f"card_no: numbers from {REHEARSAL_CARDS}… are kept for rehearsals"
-            )
-        if not name.strip() or len(name) > NAME_MAX or not name.isprintable():
-            raise _BadFieldError(f"name: must be 1 to {NAME_MAX} printable characters")
-        if union not in self._unions:
-            raise _BadFieldError(f"union: {union[:48]!r} is not a known union")
-        if phone and (len(phone) > PHONE_MAX or not set(phone) <= _PHONE_CHARACTERS):
-            raise _BadFieldError(
-                f"phone: must be empty or up to {PHONE_MAX} digits, +, - or spaces"
-            )
-        # The PIN itself is never told: reports are read by people and kept in logs.
-        if pin and not (4 <= len(pin) <= 12 and pin.isascii() and pin.isdigit()):
-            raise _BadFieldError("pin: must be empty or 4 to 12 digits")
-        if status not in STATUSES:
-            raise _BadFieldError(f"status: must be one of {', '.join(STATUSES)}")
-        mac = "\\\\x" + pin_mac(self._pin_key, card_no, pin).hex() if pin else "\\N"
-        if "\\" in name:
-            name = name.replace("\\", "\\\\")
-        return f"{line}\t{card_no}\t{name}\t{union}\t{phone}\t{mac}\t{status}\n"
-
-    def _note(self, line: int, reason: str) -> None:
-        self.bad_count += 1
-        if len(self.bad) < BAD_LINES_LISTED:
-            self.bad.append(BadLine(line, reason))
-
-
-class _BadFieldError(Exception):
-    """Why a line is bad."""
-
-
-def _split(raw: bytes) -> list[str]:
-    """The fields of one line. Raises _BadFieldError."""
-    if len(raw) > LINE_MAX_BYTES:
-        raise _BadFieldError(f"is longer than {LINE_MAX_BYTES} bytes")
-    try:
-        text = raw.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise _BadFieldError(f"is not UTF-8 at byte {error.start + 1}") from None
-    if '"' not in text:
-        return text.split(",")
-    try:
-        return next(csv.reader([text], strict=True))
-    except csv.Error as error:
-        raise _BadFieldError(f"is not CSV: {error}") from None
-
-
-_PHONE_CHARACTERS: Final = frozenset("0123456789+- ")
+            raw = stream.readline(LINE_MAX_BYTES + 1)

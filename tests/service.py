@@ -210,7 +210,14 @@ class Service:
 class Described:
     """The API as it describes itself."""
 
-    UNDESCRIBED = frozenset({304, 405})
+    UNDESCRIBED = frozenset({405})
+    HEADERS = frozenset(
+        {
+            *("ETag", "Idempotency-Replayed", "Location", "RateLimit", "RateLimit-Policy"),
+            *("Retry-After", "WWW-Authenticate"),
+        }
+    )
+    """Those that a client acts on: an answer carries none that is not described."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._paths = [
@@ -237,6 +244,8 @@ class Described:
             return
         response = called[0]["responses"].get(str(seen.status))
         assert response is not None, f"{method} {path} does not describe its {seen}"
+        told = self.HEADERS.intersection(seen.headers)
+        assert told <= set(response.get("headers", ())), f"{method} {path}: {told} in its {seen}"
         if "content" not in response:
             assert not seen.body, seen
             return

@@ -11,7 +11,7 @@ import msgspec
 
 from sale.api import schemas
 from sale.api.problems import CONTENT_TYPE, WORDINGS
-from sale.domain import Order, Problem
+from sale.domain import CAMPAIGN_ID, Order, Problem
 
 _LIMIT: Final = {
     "name": "limit",
@@ -23,7 +23,7 @@ _CURSOR: Final = {
     "name": "cursor",
     "in": "query",
     "description": "The `next` of the page before.",
-    "schema": {"type": "string", "maxLength": 200},
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200},
 }
 _REHEARSALS: Final = {
     "name": "rehearsals",
@@ -31,12 +31,42 @@ _REHEARSALS: Final = {
     "description": "`true`: list rehearsals too.",
     "schema": {"type": "string", "enum": ["true", "false"], "default": "false"},
 }
+_OF_CAMPAIGN: Final = {
+    "name": "campaign",
+    "in": "query",
+    "description": "Only what concerns this campaign.",
+    "schema": {"type": "string", "pattern": f"^{CAMPAIGN_ID.pattern}$"},
+}
+_KNOWN: Final = {
+    "name": "If-None-Match",
+    "in": "header",
+    "description": "ETags of what the client has: 304 where it is still so.",
+    "schema": {"type": "string"},
+}
+
+
+def _header(description: str, **schema: object) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string", **schema}}
+
+
 _REPLAYED: Final = {
-    "Idempotency-Replayed": {
-        "description": "`true` where the same key was answered before.",
-        "schema": {"type": "string", "const": "true"},
+    "Idempotency-Replayed": _header("`true` where the same key was answered before.", const="true")
+}
+_ETAG: Final = {
+    "ETag": _header("What the answer is known by."),
+    "Cache-Control": _header("How long it may be kept."),
+}
+_RATE: Final = {
+    "RateLimit-Policy": _header("The limit: its quota and window, in seconds."),
+    "RateLimit": _header("What is left of it, and for how long."),
+}
+_RETRY: Final = {
+    "Retry-After": {
+        "description": "Seconds; where waiting helps.",
+        "schema": {"type": "integer"},
     }
 }
+_OFFER: Final = {"WWW-Authenticate": _header("How to identify oneself.", const="Bearer")}
 
 
 class _Call(NamedTuple):
@@ -51,9 +81,21 @@ class _Call(NamedTuple):
     status: int = 200
     who: str = ""
     key: bool | None = None
+    body_needed: bool = True
     listed: bool = False
+    tagged: bool = False
+    queries: tuple[dict[str, Any], ...] = ()
+    located: str = ""
 
 
+_ANY_CALL: Final = (
+    Problem.INVALID_REQUEST,
+    Problem.RATE_LIMITED,
+    Problem.OVERLOADED,
+    Problem.UNAVAILABLE,
+)
+"""What every call but the health checks may be answered: what is wrong with a request itself, a
+limit that its sender is beyond, a host or a store at its end."""
 _OPERATOR_PROBLEMS: Final = (Problem.UNAUTHENTICATED, Problem.FORBIDDEN)
 _BODY_PROBLEMS: Final = (
     Problem.INVALID_REQUEST,
@@ -73,8 +115,6 @@ _PURCHASE_PROBLEMS: Final = (
     Problem.CLOSED,
     Problem.SOLD_OUT,
     Problem.LIMIT_EXCEEDED,
-    Problem.RATE_LIMITED,
-    Problem.OVERLOADED,
 )
 _ADMIN: Final = "/api/v1/admin"
 _CAMPAIGN: Final = "/api/v1/campaigns/{id}"
@@ -88,10 +128,17 @@ _PUBLIC_CALLS: Final = (
         "/api/v1/campaigns",
         "Campaigns, drafts left out",
         schemas.ListView[schemas.CampaignView],
-        (Problem.INVALID_REQUEST,),
         listed=True,
+        tagged=True,
     ),
-    _Call("get", _CAMPAIGN, "One campaign", schemas.CampaignView, (Problem.NOT_FOUND,)),
+    _Call(
+        "get",
+        _CAMPAIGN,
+        "One campaign",
+        schemas.CampaignView,
+        (Problem.NOT_FOUND,),
+        tagged=True,
+    ),
     _Call(
         "get",
         f"{_CAMPAIGN}/availability",
@@ -119,13 +166,14 @@ _MEMBER_CALLS: Final = (
         status=201,
         who="member",
         key=True,
+        located="Where the order is read.",
     ),
     _Call(
         "get",
         "/api/v1/orders",
         "The card's own orders, newest first",
         schemas.ListView[Order],
-        (Problem.INVALID_REQUEST, Problem.UNAUTHENTICATED),
+        (Problem.UNAUTHENTICATED,),
         who="member",
         listed=True,
     ),
@@ -140,7 +188,7 @@ _MEMBER_CALLS: Final = (
 )
 
 
-def _operation_call(verb: str, summary: str, body: Any = schemas.ReasonRequest) -> _Call:  # noqa: ANN401 - a type form
+def _operation_call(verb: str, summary: str, body: Any, *, body_needed: bool = True) -> _Call:  # noqa: ANN401 - a type form
     return _Call(
         "post",
         f"{_ADMIN}/campaigns/{{id}}/{verb}",
@@ -148,6 +196,7 @@ def _operation_call(verb: str, summary: str, body: Any = schemas.ReasonRequest) 
         schemas.CampaignView,
         (*_OPERATOR_PROBLEMS, *_BODY_PROBLEMS, Problem.NOT_FOUND, Problem.WRONG_STATE),
         body=body,
+        body_needed=body_needed,
         who="operator",
         key=False,
     )
@@ -157,11 +206,12 @@ _OPERATOR_CALLS: Final = (
     _Call(
         "get",
         f"{_ADMIN}/campaigns",
-        "All campaigns, drafts too",
+        "All campaigns that the account may see, its own drafts too",
         schemas.ListView[schemas.CampaignView],
-        (*_OPERATOR_PROBLEMS, Problem.INVALID_REQUEST),
+        _OPERATOR_PROBLEMS,
         who="operator",
         listed=True,
+        queries=(_REHEARSALS,),
     ),
     _Call(
         "post",
@@ -173,6 +223,7 @@ _OPERATOR_CALLS: Final = (
         status=201,
         who="operator",
         key=False,
+        located="Where the campaign is read.",
     ),
     _Call(
         "get",
@@ -189,7 +240,6 @@ _OPERATOR_CALLS: Final = (
         None,
         (
             *_OPERATOR_PROBLEMS,
-            Problem.INVALID_REQUEST,
             Problem.NOT_FOUND,
             Problem.WRONG_STATE,
             Problem.IDEMPOTENCY_MISMATCH,
@@ -198,12 +248,22 @@ _OPERATOR_CALLS: Final = (
         who="operator",
         key=False,
     ),
-    _operation_call("schedule", "Schedule a draft, or move the opening", schemas.ScheduleRequest),
-    _operation_call("open", "Open by hand, now"),
-    _operation_call("pause", "Pause (needs the reason)"),
-    _operation_call("resume", "Resume"),
-    _operation_call("close", "Close"),
-    _operation_call("reopen", "Reopen (needs the reason)"),
+    _operation_call(
+        "schedule",
+        "Schedule a draft, or move the opening",
+        schemas.ScheduleRequest,
+        body_needed=False,
+    ),
+    *(
+        _operation_call(verb, summary, schemas.ReasonRequest, body_needed=False)
+        for verb, summary in (
+            ("open", "Open by hand, now"),
+            ("resume", "Resume"),
+            ("close", "Close"),
+        )
+    ),
+    _operation_call("pause", "Pause", schemas.ReasonedRequest),
+    _operation_call("reopen", "Reopen", schemas.ReasonedRequest),
     _operation_call("stock", "Add tickets to a showing", schemas.StockRequest),
     _Call(
         "get",
@@ -216,11 +276,12 @@ _OPERATOR_CALLS: Final = (
     _Call(
         "get",
         f"{_ADMIN}/audit-log",
-        "Who did what, when and why",
+        "Who did what, when and why, as far as the account may see it",
         schemas.ListView[schemas.AuditEntryView],
-        (*_OPERATOR_PROBLEMS, Problem.INVALID_REQUEST),
+        _OPERATOR_PROBLEMS,
         who="operator",
         listed=True,
+        queries=(_OF_CAMPAIGN,),
     ),
 )
 _CALLS: Final = (*_PUBLIC_CALLS, *_MEMBER_CALLS, *_OPERATOR_CALLS)
@@ -274,7 +335,7 @@ def _operation(call: _Call, ref_of: dict[Any, Any]) -> dict[str, Any]:
         operation["parameters"] = parameters
     if call.body is not None:
         operation["requestBody"] = {
-            "required": True,
+            "required": call.body_needed,
             "content": {"application/json": {"schema": ref_of[call.body]}},
         }
     if call.who:
@@ -295,8 +356,9 @@ def _parameters(call: _Call) -> list[dict[str, Any]]:
         parameters.append(_path_parameter("order_no", r"^[A-Za-z0-9.-]{1,64}$"))
     if call.listed:
         parameters += [_LIMIT, _CURSOR]
-    if call.path == f"{_ADMIN}/campaigns" and call.listed:
-        parameters.append(_REHEARSALS)
+    parameters += call.queries
+    if call.tagged:
+        parameters.append(_KNOWN)
     if call.key is not None:
         parameters.append(
             {
@@ -319,14 +381,20 @@ def _responses(call: _Call, ref_of: dict[Any, Any]) -> dict[str, Any]:
     done: dict[str, Any] = {"description": "Done."}
     if call.answer is not None:
         done["content"] = {"application/json": {"schema": ref_of[call.answer]}}
+    headers = dict(_ETAG) if call.tagged else {}
+    if call.located:
+        headers["Location"] = _header(call.located)
     if call.key:
-        location = {"description": "Where the order is read.", "schema": {"type": "string"}}
-        done["headers"] = {"Location": location, **_REPLAYED}
+        headers |= _REPLAYED
+    if headers:
+        done["headers"] = headers
     responses = {str(call.status): done}
+    if call.tagged:
+        responses["304"] = {"description": "As the client has it.", "headers": _ETAG}
     if call.path == "/readyz":
         responses["503"] = {**done, "description": "Not ready, with the reasons."}
     elif call.path != "/healthz":
-        problems = (*call.problems, Problem.UNAVAILABLE)
+        problems = dict.fromkeys((*call.problems, *_ANY_CALL))
         responses |= _problem_responses(problems, ref_of[schemas.ProblemView])
     return responses
 
@@ -338,13 +406,14 @@ def _problem_responses(problems: Iterable[Problem], ref: object) -> dict[str, An
     responses: dict[str, Any] = {}
     for status, several in sorted(codes.items()):
         told = "; ".join(f"`{problem}`: {WORDINGS[problem].title.en}" for problem in several)
+        headers: dict[str, Any] = {}
+        if any(WORDINGS[problem].retry_after_s for problem in several):
+            headers |= _RETRY
+        if Problem.RATE_LIMITED in several:
+            headers |= _RATE
+        if Problem.UNAUTHENTICATED in several:
+            headers |= _OFFER
         responses[str(status)] = {"description": told, "content": {CONTENT_TYPE: {"schema": ref}}}
-        waits = any(WORDINGS[problem].retry_after_s for problem in several)
-        if waits:
-            responses[str(status)]["headers"] = {
-                "Retry-After": {
-                    "description": "Seconds; where waiting helps.",
-                    "schema": {"type": "integer"},
-                }
-            }
+        if headers:
+            responses[str(status)]["headers"] = headers
     return responses

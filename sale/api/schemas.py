@@ -6,7 +6,7 @@ stands. The same types describe the API in ``/openapi.json``. Times are RFC 3339
 money is fen.
 """
 
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -37,9 +37,27 @@ State = Annotated[
     ),
 ]
 # What comes in.
-Reason = Annotated[str, Meta(min_length=1, max_length=REASON_MAX)]
+_SHOWN: Final = (
+    "Something that is seen, and no character that is invisible or turns the direction of writing; "
+    "spaces around it are taken off."
+)
+Reason = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=REASON_MAX,
+        extra_json_schema={"pattern": r"\S", "description": _SHOWN},
+    ),
+]
 Identifier = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,48}$")]
-Title = Annotated[str, Meta(min_length=1, max_length=TITLE_MAX)]
+Title = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=TITLE_MAX,
+        extra_json_schema={"pattern": r"\S", "description": _SHOWN},
+    ),
+]
 
 
 class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,9 +69,18 @@ class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReasonRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An operator's action; pausing and reopening need the reason."""
+    """An operator's action that needs no reason, and so no body."""
 
     reason: Reason | None = None
+
+
+class ReasonedRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An operator's action that needs a reason: pausing and reopening.
+
+    It describes the body; ``ReasonRequest`` reads it, because the use case knows who needs one.
+    """
+
+    reason: Reason
 
 
 class ScheduleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,10 +121,10 @@ class CampaignRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     payment: Annotated[str, Meta(extra_json_schema={"enum": ["none", "counter"]})]
     card_limit: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
     showings: Annotated[list[ShowingRequest], Meta(min_length=1, max_length=SHOWINGS_MAX)]
-    order_max: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)] | None = None
+    order_max: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)] | msgspec.UnsetType = msgspec.UNSET
     opens_at: Time | None = None
     closes_at: Time | None = None
-    unions: list[str] = msgspec.field(default_factory=lambda: ["*"])
+    unions: Annotated[list[str], Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["*"])
     owner: str = "district"
     draft: bool = False
 

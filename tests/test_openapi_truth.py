@@ -1,0 +1,215 @@
+"""What the description allows is taken, what it forbids is refused, and answers are as it says.
+
+Each answer of ``Client.ask`` is compared with the description: status, headers, body.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+from service import ADMIN, CAMPAIGNS, PAST, Client, Service, campaign_table, in_s, new_key
+
+from sale.api.openapi import build_document
+from sale.usecases.campaigns import ACTIONS
+
+DOCUMENT: dict[str, Any] = msgspec.json.decode(build_document())
+OPERATIONS = [
+    (method, path, operation)
+    for path, methods in DOCUMENT["paths"].items()
+    for method, operation in methods.items()
+]
+HEALTH = {"/healthz", "/readyz"}
+SAMPLE: dict[str, Any] = {
+    "quantity": 1,
+    "showing": "general",
+    "reason": "because",
+    "add": 1,
+    **campaign_table("placeholder", opens_at=None),
+    "order_max": 1,
+    "opens_at": in_s(3_600),
+    "closes_at": in_s(7_200),
+    "starts_at": in_s(9_000),
+    "at": in_s(1_800),
+    "draft": False,
+    "unions": ["dongsi"],
+}
+
+
+class Variant(NamedTuple):
+    """A body, and whether the description allows it."""
+
+    what: str
+    body: dict[str, Any]
+    allowed: bool
+
+
+def resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return DOCUMENT["components"]["schemas"][name] if name else schema
+
+
+def takes_null(schema: dict[str, Any]) -> bool:
+    kinds = schema.get("type", "object")
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    return "null" in kinds or any(each.get("type") == "null" for each in schema.get("anyOf", ()))
+
+
+def bounds(schema: dict[str, Any]) -> Iterator[tuple[Any, bool]]:
+    """Values at and beyond what a schema bounds."""
+    for each in schema.get("anyOf", (schema,)):
+        if "minimum" in each:
+            yield from ((each["minimum"], True), (each["minimum"] - 1, False))
+        if "maximum" in each:
+            yield each["maximum"] + 1, False
+        if each.get("type") == "string" and "maxLength" in each:
+            yield from (("x" * each["maxLength"], True), ("x" * (each["maxLength"] + 1), False))
+            yield from (("", False), (" ", False))
+        if "enum" in each:
+            yield from ((value, True) for value in each["enum"])
+            yield "no such choice", False
+        if "minItems" in each:
+            yield [], False
+        if each.get("format") == "date-time":
+            yield "no moment", False
+
+
+def variants(schema: dict[str, Any], sample: dict[str, Any]) -> Iterator[Variant]:
+    """The sample, and each change of one field whose answer the description settles."""
+    schema = resolved(schema)
+    yield Variant("whole", sample, allowed=True)
+    yield Variant("unknown field", {**sample, "colour": "red"}, allowed=False)
+    for name, inner in schema["properties"].items():
+        optional = name not in schema.get("required", ())
+        left_out = {field: value for field, value in sample.items() if field != name}
+        yield Variant(f"no {name}", left_out, allowed=optional)
+        yield Variant(f"{name} null", {**sample, name: None}, allowed=takes_null(inner))
+        yield Variant(f"{name} of another type", {**sample, name: {"a": 1}}, allowed=False)
+        for value, allowed in bounds(inner):
+            if name == "payment" and value == "none":
+                continue  # only where the price is 0
+            yield Variant(f"{name} {str(value)[:20]!r}", {**sample, name: value}, allowed=allowed)
+        items = resolved(inner.get("items", {}))
+        if "properties" in items:
+            for what, body, allowed in variants(items, sample[name][0]):
+                yield Variant(f"{name}: {what}", {**sample, name: [body]}, allowed=allowed)
+
+
+def sample_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(SAMPLE[name]) for name in resolved(schema)["properties"]}
+
+
+async def prepared(client: Client, verb: str) -> str:
+    """A campaign on which this step may be taken."""
+    if verb in {"schedule", "open"}:
+        return await client.campaign(draft=True, opens_at=in_s(3_600), closes_at=in_s(7_200))
+    campaign = await client.campaign(opens_at=PAST, tickets=2_000)
+    for before in {"resume": ["pause"], "reopen": ["close"]}.get(verb, []):
+        assert (await client.step(campaign, before)).status == 200
+    return campaign
+
+
+BODIES = [(path, operation) for method, path, operation in OPERATIONS if "requestBody" in operation]
+
+
+@pytest.mark.parametrize(("path", "operation"), BODIES, ids=[path for path, _ in BODIES])
+async def test_body_is_taken_as_described(
+    service: Service, client: Client, path: str, operation: dict[str, Any]
+) -> None:
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    buys, verb = path.endswith("/orders"), path.rpartition("/")[2]
+    token, campaign, wrong = service.admin_token, "", []
+    for variant in variants(schema, sample_of(schema)):
+        body = dict(variant.body)
+        if path == ADMIN:
+            if body.get("id") == "placeholder":
+                body["id"] = service.new_id()
+        elif verb in ACTIONS or not campaign:
+            campaign = await prepared(client, verb)
+        if buys:
+            token = service.card().token
+        seen = await client.ask(
+            "POST",
+            path.replace("{id}", campaign),
+            token,
+            json=body,
+            headers={"Idempotency-Key": new_key()},
+        )
+        if (seen.status != 400) is not variant.allowed:
+            wrong.append((variant.what, seen.status, seen.body.decode()))
+    assert not wrong
+
+
+@pytest.mark.parametrize("verb", ACTIONS)
+async def test_body_may_be_left_out_as_described(
+    service: Service, client: Client, verb: str
+) -> None:
+    campaign = await prepared(client, verb)
+    described = DOCUMENT["paths"][f"{ADMIN}/{{id}}/{verb}"]["post"]["requestBody"]
+    seen = await client.ask("POST", f"{ADMIN}/{campaign}/{verb}", service.admin_token)
+    assert seen.status == (400 if described["required"] else 200)
+
+
+async def test_parameters_are_taken_as_described(service: Service, client: Client) -> None:
+    campaign, card = await client.campaign(), service.card()
+    order = (await client.buy(campaign, card.token)).json()["order_no"]
+    asked = 0
+    for (method, path, operation), way in itertools.product(OPERATIONS, ("good", "bad")):
+        token = card.token if operation["tags"] == ["member"] else service.admin_token
+        for parameter in operation.get("parameters", ()):
+            if parameter["in"] != "query" or method != "get":
+                continue
+            schema, name = parameter["schema"], parameter["name"]
+            good: list[Any] = schema.get("enum") or [schema.get("minimum"), schema.get("maximum")]
+            if name == "cursor":
+                good = []
+            elif name == "campaign":
+                good = [campaign, "nobody-knows-it"]
+            bad = ["", "AAA" if name != "campaign" else "A A", "0x1", "-1"]
+            if name == "campaign":
+                bad = ["", "A A", "x" * 49, "ä"]
+            for value in good if way == "good" else bad:
+                url = path.replace("{id}", campaign).replace("{order_no}", order)
+                seen = await client.get(f"{url}?{name}={value}", token)
+                assert seen.status == (200 if way == "good" else 400), (url, name, value)
+                asked += 1
+    assert asked >= 40
+
+
+async def test_known_etag_is_304_as_described(client: Client) -> None:
+    campaign = await client.campaign(opens_at=in_s(3_600))
+    for path in (f"{CAMPAIGNS}/{campaign}", CAMPAIGNS):
+        tag = (await client.get(path)).headers["ETag"]
+        seen = await client.get(path, headers={"If-None-Match": tag})
+        assert seen.status == 304
+        assert seen.headers["ETag"] == tag
+
+
+async def test_each_operation_describes_what_any_call_may_answer() -> None:
+    for method, path, operation in OPERATIONS:
+        if path in HEALTH:
+            continue
+        answers = operation["responses"]
+        assert {"400", "429", "503"} <= set(answers), (method, path)
+        assert {"Retry-After", "RateLimit", "RateLimit-Policy"} == set(answers["429"]["headers"])
+        if operation.get("security"):
+            assert "WWW-Authenticate" in answers["401"]["headers"]
+            assert ("403" in answers) or operation["tags"] == ["member"]
+        else:
+            assert "401" not in answers
+
+
+async def test_each_route_is_described(service: Service, client: Client) -> None:
+    """Every path and method of the API that the application answers stands in the description."""
+    described = {(method.upper(), path) for method, path, _ in OPERATIONS}
+    for method, path in described:
+        for other in ("GET", "POST", "DELETE", "PUT", "PATCH"):
+            if (other, path) in described:
+                continue
+            url = path.replace("{id}", "x").replace("{order_no}", "x.1.000000")
+            seen = await client.ask(other, url, service.admin_token)
+            assert seen.status == 405, (other, path)
+            allowed = set(seen.headers["Allow"].split(", ")) - {"HEAD"}
+            assert allowed == {m for m, p in described if p == path}, (method, path)

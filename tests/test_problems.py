@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
+from html import escape
 from typing import Any
 
 import msgspec
@@ -192,6 +193,24 @@ async def test_given_a_code_when_its_page_is_opened_then_it_explains_in_both_lan
     assert WORDINGS[problem].title.zh in text
     assert WORDINGS[problem].title.en in text
     assert "$" not in text
+
+
+@pytest.mark.parametrize("path", ["/problems/", "/problems"])
+async def test_index_lists_every_problem_in_both_languages(
+    client: TestClient[Any, Any], path: str
+) -> None:
+    response = await client.get(path)
+
+    text = await response.text()
+    assert (response.status, response.content_type) == (200, "text/html")
+    for problem in Problem:
+        assert f'href="/problems/{problem.value}"' in text
+        wording = WORDINGS[problem]
+        for told in (wording.title, wording.happened):
+            assert escape(told.zh) in text
+            assert escape(told.en) in text
+    assert "$" not in text
+    assert 'href="/problems/"' in await (await client.get("/problems/closed")).text()
 
 
 async def test_given_an_unknown_code_when_opened_then_it_is_a_404_problem(

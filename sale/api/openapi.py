@@ -307,7 +307,8 @@ def build_document() -> bytes:
             "version": "1",
             "summary": "A flash-sale engine for union members' tickets.",
             "description": "Times are RFC 3339 with offset, money is fen (`*_fen`). Errors are "
-            "RFC 9457 problem documents; `/problems/{code}` tells each in words.",
+            "RFC 9457 problem documents; `/problems/` lists them, `/problems/{code}` tells each "
+            "in words.",
         },
         "servers": [{"url": "/"}],
         "tags": [{"name": "public"}, {"name": "member"}, {"name": "operator"}],

@@ -67,11 +67,12 @@ class _Static(NamedTuple):
 
 
 def add_page_routes(app: web.Application) -> None:
-    """Add ``/``, ``/assets/{name}``, ``/favicon.ico``, ``/problems/{code}``, ``/openapi.json``."""
+    """Add ``/``, its files, ``/favicon.ico``, ``/problems/``, one of each, ``/openapi.json``."""
     assets = {name: _static(_read(name), kind) for name, kind in _ASSETS.items()}
     places = {name.replace(".", "_"): _versioned(name, assets[name]) for name in assets}
     index = _static(_fill("index.html", places), HTML)
     problems = {problem.value: _problem_page(problem, places) for problem in Problem}
+    all_problems = _problems_page(places)
     openapi = _static(build_document(), "application/json")
 
     async def get_index(request: web.Request) -> web.Response:
@@ -91,19 +92,33 @@ def add_page_routes(app: web.Application) -> None:
         page = problems.get(request.match_info["code"])
         return page.answer(request) if page else problem_response(Refused(Problem.NOT_FOUND))
 
+    async def get_problems(request: web.Request) -> web.Response:
+        return all_problems.answer(request)
+
     async def get_openapi(request: web.Request) -> web.Response:
         return openapi.answer(request)
 
     app.router.add_get("/", guarded(get_index))
     app.router.add_get("/assets/{name}", guarded(get_asset))
     app.router.add_get("/favicon.ico", guarded(get_favicon))
+    app.router.add_get("/problems", guarded(get_problems))
+    app.router.add_get("/problems/", guarded(get_problems))
     app.router.add_get("/problems/{code}", guarded(get_problem))
     app.router.add_get("/openapi.json", guarded(get_openapi))
 
 
 def _problem_page(problem: Problem, places: Mapping[str, str]) -> _Static:
+    return _static(_fill("problem.html", {**places, **_problem_words(problem)}), HTML)
+
+
+def _problems_page(places: Mapping[str, str]) -> _Static:
+    rows = b"".join(_fill("problems-row.html", _problem_words(problem)) for problem in Problem)
+    return _static(_fill("problems.html", places, rows=rows.decode()), HTML)
+
+
+def _problem_words(problem: Problem) -> dict[str, str]:
     wording = WORDINGS[problem]
-    words = {
+    return {
         "code": problem.value,
         "status": str(wording.status),
         "title": wording.title.zh,
@@ -113,12 +128,12 @@ def _problem_page(problem: Problem, places: Mapping[str, str]) -> _Static:
         "next_step": wording.next_step.zh,
         "next_step_en": wording.next_step.en,
     }
-    return _static(_fill("problem.html", {**places, **words}), HTML)
 
 
-def _fill(name: str, values: Mapping[str, str]) -> bytes:
+def _fill(name: str, values: Mapping[str, str], **markup: str) -> bytes:
+    """Fill in a template; ``markup`` stands as it is."""
     escaped = {key: escape(value) for key, value in values.items()}
-    return Template(_read(name).decode()).substitute(escaped).encode()
+    return Template(_read(name).decode()).substitute(escaped, **markup).encode()
 
 
 def _versioned(name: str, asset: _Static) -> str:

@@ -17,7 +17,7 @@ from record_maker import OUTCOMES, made_up, unbalanced
 
 from loadtest import record as records
 from loadtest.__main__ import main as loadtest_command
-from loadtest.record import Percentile, Proof, Record, Sample, Second
+from loadtest.record import Percentile, Proof, Record, Sample, Second, Threshold
 from loadtest.report.__main__ import main
 from loadtest.report.charts import OUTCOME_COLOURS, charts, colour_of
 from loadtest.report.page import render, write_report
@@ -415,3 +415,17 @@ async def test_given_two_runs_when_opened_then_all_is_drawn_and_nothing_is_asked
 def test_start_is_told_as_people_write_it() -> None:
     told = text_of(render(empty(started_at="2026-11-28T09:59:58.750+08:00")))
     assert "started 2026-11-28 09:59:58 UTC+08:00," in told
+
+
+def test_thresholds_and_a_rush_that_was_none_are_shown() -> None:
+    run = made_up()
+    run.not_played = "5 of 5 members could not buy at all (closed 5)"
+    run.thresholds = [
+        Threshold(rule="p99>1ms", got="17.4 ms", missed=True),
+        Threshold(rule="errors>1%", got="0.000%", missed=False),
+    ]
+    page = render(run)
+    assert "The rush did not happen." in page
+    assert run.not_played in page
+    assert "p99&gt;1ms</th><td>17.4 ms</td>" in page
+    assert (page.count("✗ missed"), page.count("✓ met")) == (1, 1)

@@ -457,7 +457,7 @@ def _showings(reader: "_Reader") -> tuple[Showing, ...]:
         inner.no_others(["id", "title", "starts_at", "tickets"])
         identifier = inner.text("id", pattern=SHOWING_ID, says="1 to 48 of a-z, 0-9 and -")
         if identifier in seen:
-            inner.wrong("id", f"{identifier!r} stands twice")
+            inner.wrong("id", f"{identifier!r} is there twice")
         seen.add(identifier)
         title = inner.text("title")
         starts_at = inner.moment("starts_at")

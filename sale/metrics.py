@@ -87,13 +87,13 @@ class PurchaseMetrics(Collector):
         yield purchases
         yield HistogramMetricFamily(
             "sale_purchase_seconds",
-            "From the decoded request to its answer.",
+            "Seconds from the decoded request to its answer.",
             buckets=self.seconds.buckets(),
             sum_value=self.seconds.total,
         )
         yield GaugeMetricFamily(
             "sale_halted",
-            "1 where this process sells nothing: Redis is weak or short of disk, or it is ending.",
+            "1 where this process sells nothing: Redis is weak or short of disk, or it is stopping.",
             value=float(self.halted),
         )
         yield HistogramMetricFamily(
@@ -124,11 +124,11 @@ class LoadMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Give what is and what was counted so far."""
         yield GaugeMetricFamily(
-            "sale_connections", "Connections of clients.", value=float(self._connections())
+            "sale_connections", "Open connections of clients.", value=float(self._connections())
         )
         yield GaugeMetricFamily(
             "sale_purchases_standing",
-            "Purchases that stand in the crowd.",
+            "Purchases in the waiting line, for which there was no time yet.",
             value=float(self._standing()),
         )
         waiting = GaugeMetricFamily(

@@ -80,7 +80,7 @@ set_up() {
         say "Installing the project and what it needs ($all) …"
         "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
             --no-warn-script-location --editable "$root[$all]" ||
-            fail "pip install failed; its reason stands above. Run again to go on."
+            fail "pip install failed; its message is above. Run again to go on."
         printf '%s %s\n' "$hash" "$(printf '%s' "$all" | tr , ' ')" >"$stamp"
         rm -f "$unfinished"
     fi

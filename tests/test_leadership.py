@@ -385,7 +385,7 @@ async def test_given_writers_and_schedulers_when_asked_then_the_doctor_tells_who
                 me = rf"[^ ]+:{os.getpid()}"
                 return bool(
                     re.fullmatch(rf"{me} works", writer)
-                    and re.fullmatch(rf"{me} works, 1 on stand-by \({me}\)", scheduler)
+                    and re.fullmatch(rf"{me} works, 1 on standby \({me}\)", scheduler)
                 )
 
             await until(all_told)

@@ -126,7 +126,7 @@ async def test_given_a_dry_run_then_it_tells_what_it_would_do_and_changes_nothin
         (f'{OTHER},"甲,dongsi,,,active', "is not CSV"),
         (b"622100000002,\xff,dongsi,,,active", "is not UTF-8 at byte 14"),
         (f"{OTHER},{'x' * 20_000},dongsi,,,active", "is longer than 4096 bytes"),
-        (f"{CARD},甲,dongsi,,,active", "card_no: stands on line 2 already"),
+        (f"{CARD},甲,dongsi,,,active", "card_no: already on line 2"),
     ],
 )
 async def test_given_one_bad_line_then_it_is_named_and_nothing_changes(

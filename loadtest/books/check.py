@@ -121,7 +121,7 @@ def _check_orders(
     for order in books.orders:
         where = f"order {order.order_no}"
         if order.order_no in numbers:
-            found.add("number-twice", f"{where} stands twice")
+            found.add("number-twice", f"{where} is there twice")
         numbers.add(order.order_no)
         name = (order.card, order.key_hash)
         if name in seen:

@@ -60,11 +60,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line of ``rush``."""
     made = argparse.ArgumentParser(
         prog="python -m loadtest rush",
-        description="Offer an open loop of purchases to a running engine, and prove the books.",
+        description="Send purchases to a running engine in an open loop; compare all answers.",
         epilog="@FILE reads options from a file, one a line: URLs with passwords belong there.",
         fromfile_prefix_chars="@",
     )
-    what = made.add_argument_group("what is asked of whom")
+    what = made.add_argument_group("what is bought, and by whom")
     what.add_argument("--target", required=True, metavar="http://H:P", help="the engine")
     what.add_argument("--campaign", required=True, metavar="ID")
     what.add_argument("--showing", default="", metavar="ID", help="default: all in turn")
@@ -77,10 +77,15 @@ def parser() -> argparse.ArgumentParser:
         "--signing-key-file", default="", metavar="FILE", help="mint tokens (no --tokens)"
     )
     what.add_argument("--first-card", type=int, default=1, help="number of the first minted card")
-    what.add_argument("--duplicate-share", type=float, default=0.0, help="who press twice, 0 to 1")
+    what.add_argument(
+        "--duplicate-share",
+        type=float,
+        default=0.0,
+        help="share of members that send their request twice, 0 to 1",
+    )
     _when(made.add_argument_group("when"))
     _bounds(made.add_argument_group("bounds, of all processes together"))
-    books = made.add_argument_group("the proof, and what is seen meanwhile")
+    books = made.add_argument_group("comparison with PostgreSQL, and samples of the engine")
     books.add_argument(
         "--data-dir",
         default="",
@@ -92,7 +97,9 @@ def parser() -> argparse.ArgumentParser:
     books.add_argument("--config", type=Path, metavar="FILE", help="settings, as `sale --config`")
     books.add_argument("--metrics", default="", metavar="H:P", help="default: by --data-dir")
     books.add_argument(
-        "--alone", action="store_true", help="nobody else buys, no ticket returns: check that too"
+        "--alone",
+        action="store_true",
+        help="nobody else buys and no ticket returns: check that too",
     )
     books.add_argument(
         *("--unproved", "--no-proof"),
@@ -121,7 +128,7 @@ def _when(group: "argparse._ArgumentGroup") -> None:
         metavar="KIND",
         help="constant, poisson, release, or file:PATH (offsets, or CSV t,count); default poisson",
     )
-    group.add_argument("--seed", type=int, default=_DEFAULT.seed, help="of all that is by chance")
+    group.add_argument("--seed", type=int, default=_DEFAULT.seed, help="of all random choices")
     group.add_argument(
         "--at-opening", action="store_true", help="start at the opening, by the engine's clock"
     )
@@ -136,11 +143,17 @@ def _bounds(group: "argparse._ArgumentGroup") -> None:
         default=_DEFAULT.warm,
         help="opened before the start; default: the busiest 0.1 s",
     )
-    group.add_argument("--queue", type=int, default=_DEFAULT.queue, help="who may wait for one")
+    group.add_argument(
+        "--queue", type=int, default=_DEFAULT.queue, help="members that may wait for a connection"
+    )
     group.add_argument("--timeout", type=float, default=_DEFAULT.timeout_s, metavar="S")
     group.add_argument("--retries", type=int, default=_DEFAULT.retries, help="0 to 100")
     group.add_argument(
-        "--give-up", type=float, default=_DEFAULT.give_up_s, metavar="S", help="a member's patience"
+        "--give-up",
+        type=float,
+        default=_DEFAULT.give_up_s,
+        metavar="S",
+        help="seconds after which a member gives up",
     )
 
 

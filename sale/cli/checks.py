@@ -113,7 +113,7 @@ def doctor(context: CommandContext) -> None:
 
 def _free(left_mb: int | None, bound_mb: int) -> str:
     if left_mb is None:
-        return "not to be seen from here"
+        return "unknown: Redis' files are not on this host"
     return f"{left_mb} MB" + (f": below {bound_mb} MB nothing is sold" * (left_mb < bound_mb))
 
 

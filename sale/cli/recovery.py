@@ -1,4 +1,4 @@
-"""`sale recover` and `sale losses`: what Redis has lost, found again or accounted for."""
+"""`sale recover` and `sale losses`: what Redis lost, filled in again or listed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ SHOWN_MAX: Final = 100
 @click.option("--dry-run", is_flag=True, help="Show the difference, change nothing.")
 @command_context
 def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None:
-    """Rebuild a campaign's state in Redis from the ledger; nothing where nothing is wrong."""
+    """Rebuild a campaign's state in Redis from the ledger; does nothing if nothing is wrong."""
     from sale.bootstrap import open_stores
     from sale.usecases.recovery import recover as rebuild
 
@@ -44,13 +44,19 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
         for difference in done.differences:
             click.echo(f"  {difference}")
         for first, last in done.voided[:SHOWN_MAX]:
-            click.echo(f"  {_range(first, last)}: nobody knows what was told; never used again")
+            click.echo(
+                f"  {_range(first, last)}: no process knows what was answered; never used again"
+            )
         if done.voided:
-            click.echo("  what operators did under such numbers is not repeated: look at its state")
+            click.echo(
+                "  operators' steps under such numbers are not repeated: check the campaign's state"
+            )
         if done.conflicts and done.changed:
             click.echo(f"  sale losses {campaign_id} lists the conflicts")
         for process in done.silent:
-            click.echo(f"  API process {process} did not answer in time; it is heard when it does")
+            click.echo(
+                f"  API process {process} did not report in time; it is checked when it does"
+            )
 
     echo(context, done, in_words)
 
@@ -59,7 +65,7 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
 @click.argument("campaign_id", metavar="ID")
 @command_context
 def losses(context: CommandContext, campaign_id: str) -> None:
-    """List what a campaign lost: numbers that were voided, and what was told and does not stand."""
+    """List voided order numbers, and orders that a member was told but the ledger does not have."""
     from sale.bootstrap import open_stores
     from sale.usecases.losses import losses as read
 

@@ -143,7 +143,7 @@ async def _rush(
         await end(process, signal.SIGTERM, STOP_S)
     if not (out / RECORD).is_file():
         raise click.ClickException(
-            f"the load generator failed with exit status {status}: what it said stands above"
+            f"the load generator failed with exit status {status}: its message is above"
         )
     return status
 

@@ -75,8 +75,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         ]
         audited = len(audits) == 2 and all(each.clean for each in audits)
         if proof is None:
-            why = record.not_proved or "it was not told where the books are"
-            findings.append(f"the load generator has proven nothing: {why}")
+            why = record.not_proved or "it does not know where PostgreSQL is"
+            findings.append(
+                f"the load generator could not compare its answers with PostgreSQL: {why}"
+            )
         else:
             findings += [f"{finding.kind}: {finding.what}" for finding in proof.findings]
         failed = _failed(record)
@@ -118,7 +120,7 @@ def show(outcome: Outcome) -> None:
         [
             ("rehearsal", f"{outcome.rehearsal} of {outcome.of}"),
             ("members", f"{outcome.offered:,} ({rates})"),
-            ("latency", latency or "not told"),
+            ("latency", latency or "not measured"),
             ("generator", outcome.bottleneck or "kept up"),
             *(("failed", why) for why in outcome.failed),
             *(("note", note) for note in outcome.notes),
@@ -134,7 +136,7 @@ def show(outcome: Outcome) -> None:
     )
     for finding in outcome.findings[:FINDINGS_SHOWN]:
         click.echo(finding)
-    click.echo("clean: every answer stands in the books" if outcome.clean else "NOT CLEAN")
+    click.echo("clean: every answer matches PostgreSQL" if outcome.clean else "NOT CLEAN")
     if outcome.bottleneck:
         click.echo("but the generator was the limit, so it was no rehearsal of that rate")
 

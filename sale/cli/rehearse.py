@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CARDS_MAX: Final = 1_000_000
 ARRIVALS: Final = {
-    "release": "half of them in the first tenth of it",
+    "release": "half of them in its first tenth",
     "poisson": "by chance all along",
     "constant": "evenly",
 }
@@ -37,7 +37,7 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 
 @click.command()
 @click.argument("campaign_id", metavar="[CAMPAIGN]", required=False)
-@click.option("--cards", type=click.IntRange(1, CARDS_MAX), help="How many made-up cards ask.")
+@click.option("--cards", type=click.IntRange(1, CARDS_MAX), help="How many made-up cards buy.")
 @click.option(
     "--rate",
     type=click.FloatRange(0.1, 1e6),
@@ -51,21 +51,21 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
     type=click.Choice(list(ARRIVALS)),
     default="release",
     show_default=True,
-    help="How they come from the opening on: a crowd and a long tail, by chance, or evenly.",
+    help="When members arrive after the opening: most at once, at random, or evenly.",
 )
 @click.option(
     "--opens-in",
     type=click.FloatRange(OPENS_IN_MIN_S, OPENS_IN_MAX_S),
     default=OPENS_IN_S,
     show_default=True,
-    help="Seconds from your yes to the opening.",
+    help="Seconds from your confirmation to the opening.",
 )
 @click.option(
     "--processes",
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Of the load generator.",
+    help="Processes of the load generator.",
 )
 @click.option("--target", metavar="H:P", help="Address of the API (default: where `up` listens).")
 @click.option(
@@ -79,9 +79,9 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 )
 @click.option("--reason", help="Why, for the audit log.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--keep", is_flag=True, help="Keep its data until `sale rehearse --purge ID`.")
+@click.option("--keep", is_flag=True, help="Keep the copy's data until `sale rehearse --purge ID`.")
 @click.option(
-    "--beside-real-sales", is_flag=True, help="Also while a real campaign sells, or soon."
+    "--beside-real-sales", is_flag=True, help="Allow it while a real campaign sells or soon will."
 )
 @click.option(
     "--purge", is_flag=True, help="Remove what is left of one rehearsal, or of all; asks nothing."
@@ -193,13 +193,13 @@ def _say_effect(plan: Plan, original: "CampaignNow") -> None:
         ("copy", f"{copy}; in no list; the real one's stock is not touched"),
         ("buyers", f"{plan.cards:,} made-up cards, who buy nothing else; no real card buys here"),
         ("rush", f"{rush}, from this host to {plan.target}"),
-        ("opening", f"{plan.opens_in_s:.0f} s after your yes and the making of the cards"),
+        ("opening", f"{plan.opens_in_s:.0f} s after your confirmation and the making of the cards"),
         (
             "members",
             "the same API processes, Redis, PostgreSQL and disks carry it: while it lasts,",
         ),
         ("", "real members' pages and purchases may be slower, or refused as overloaded"),
-        ("afterwards", f"closed, proven, reported; {keeps}; the audit log stays"),
+        ("afterwards", f"closed, compared with the books, reported; {keeps}; the audit log stays"),
     ):
         note(f"  {name:<10} {what}")
 
@@ -208,7 +208,7 @@ def _confirmed(reason: str | None, *, yes: bool) -> str:
     """Ask for a reason and a yes where a person is there to give them."""
     reason = (reason or "").strip()
     if not sys.stdin.isatty() and not (reason and yes):
-        raise click.UsageError("nobody is there to be asked: give --reason R and --yes")
+        raise click.UsageError("there is no terminal to ask on: give --reason R and --yes")
     try:
         while not reason:
             reason = str(click.prompt("Why (for the audit log)", err=True)).strip()

@@ -263,7 +263,7 @@ class CampaignDesk:
                 raise _taken(campaign_id, None, actor)
             raise Refused(
                 Problem.UNAVAILABLE,
-                f"{campaign_id!r} stands in PostgreSQL but not in Redis: recover it first",
+                f"{campaign_id!r} is in PostgreSQL but not in Redis: recover it first",
             )
 
     async def _repeat(

@@ -111,4 +111,4 @@ def _in_office(seats: list[offices.Seat]) -> str:
     active = [seat.who for seat in seats if seat.active]
     waiting = [seat.who for seat in seats if not seat.active]
     words = f"{active[0]} works" if active else "none works"
-    return f"{words}, {len(waiting)} on stand-by ({', '.join(waiting)})" if waiting else words
+    return f"{words}, {len(waiting)} on standby ({', '.join(waiting)})" if waiting else words

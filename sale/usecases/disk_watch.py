@@ -83,7 +83,7 @@ class DiskWatch:
             return
         directory = await self._find()
         if directory is None:
-            log.info("disk.unwatched", why="Redis' files are not to be seen from here")
+            log.info("disk.unwatched", why="Redis' files are not on this host")
             return
         while True:
             self.look(directory)

@@ -115,13 +115,13 @@ class _Refill:
             return "no such showing"
         held = books.cards.get(card, ())
         if any(record.key_hash == claim.key_hash for record in held):
-            return "the same key of the card stands as another event"
+            return "another event has the same card and key"
         if sum(record.quantity for record in held) + quantity > campaign.card_limit:
-            return "it would pass the card's limit"
+            return "it would exceed the card's limit"
         if books.remaining[claim.showing] < quantity:
-            return "fewer tickets are left"
+            return "fewer tickets are left than it sold"
         if claim.price_fen != campaign.price_fen or claim.at_ms < self._clock_ms:
-            return "its price or its moment is not the ledger's"
+            return "its price or time is not the ledger's"
         if not self._open_at(claim.at_ms) and not self._waiting:
             return f"the campaign was {books.state}"
         return ""

@@ -172,7 +172,7 @@ async def _hear_all(redis: Redis, campaign_id: str) -> Roll:
             return roll
     raise Refused(
         Problem.UNAVAILABLE,
-        f"{campaign_id}: API process {keeping[0]} knows orders and cannot hand them in yet; "
+        f"{campaign_id}: API process {keeping[0]} has acknowledged orders that it cannot report; "
         "try again, or stop it",
     )
 
@@ -210,7 +210,11 @@ def _report(case: Case, *, changed: bool) -> Recovery:
         says = f"rebuilt to event {case.seq}" if changed else "would be rebuilt"
         says += _losses(case)
     elif not case.trusted:
-        says = "it fits; verified" if changed else "it fits, and would be verified"
+        says = (
+            "it matches the ledger; verified"
+            if changed
+            else "it matches the ledger; would be verified"
+        )
     elif not case.registered:
         says = "registered again" if changed else "would be registered again"
     else:

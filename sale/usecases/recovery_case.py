@@ -305,7 +305,7 @@ async def _stray(redis: Redis, connection: ledger.Connection, case: Case) -> lis
             for event in chunk:
                 stray = held.get(event.seq)
                 if stray is not None and stray != event:
-                    why = f"a Redis told it, and the ledger has {event.kind} under this number"
+                    why = f"Redis sold it, but the ledger has {event.kind} under this number"
                     case.strays.append((stray, why))
     return beyond
 

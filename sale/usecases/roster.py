@@ -268,7 +268,7 @@ async def _take_in(
         if not dry_run:
             await table.apply_incoming(connection)
     twice = [
-        BadLine(line, f"card_no: stands on line {first} already")
+        BadLine(line, f"card_no: already on line {first}")
         for line, first in duplicates.lines
     ]
     bad = sorted(checker.bad + twice + numbers.bad, key=lambda entry: entry.line)

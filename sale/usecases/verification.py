@@ -146,7 +146,7 @@ async def verify(
             position = None
         if not why and handed_in > seq:
             # Who handed it in may have died since, and then the roll does not know of it.
-            why = f"event {handed_in} was acknowledged and handed in, Redis is at {seq}"
+            why = f"event {handed_in} was acknowledged and reported, Redis is at {seq}"
         why = why or await _misfit(redis, campaign_id, seq, chain, position)
         if why and (others or why == before):
             return False  # it is marked, and somebody was told
@@ -169,11 +169,11 @@ def what_lacks(roll: Roll, campaign_id: str, epoch: int, seq: int) -> str:
         if told.epoch == epoch and told.seq > seq:
             return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
         if told.epoch == epoch and told.lacks == LOOKING:
-            return f"API process {process} still looks whether Redis has what it acknowledged"
+            return f"API process {process} is still checking whether Redis has what it acknowledged"
         if told.epoch == epoch and told.lacks:
             return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"
     if (seen := roll.highest(campaign_id, epoch)) > seq:
-        return f"API processes that do not answer any more had seen event {seen}, Redis is at {seq}"
+        return f"API processes that no longer answer had seen event {seen}, Redis is at {seq}"
     return ""
 
 

@@ -8,7 +8,9 @@ class LedgerMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.active = Gauge(
-            "sale_writer_active", "1 where this writer works, 0 on stand-by.", registry=registry
+            "sale_writer_active",
+            "1 where this writer is the active one, 0 where it is a standby.",
+            registry=registry,
         )
         self.lag_events = Gauge(
             "sale_ledger_lag_events",
@@ -35,7 +37,7 @@ class LedgerMetrics:
         )
         self.conflict_rows = Gauge(
             "sale_ledger_conflict_rows",
-            "Rows of table conflict when this writer began, and what it has refused since.",
+            "Rows of table conflict: those found when this writer started, and those it added.",
             ["campaign"],
             registry=registry,
         )

@@ -59,7 +59,7 @@ class SchedulerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.active = Gauge(
             "sale_scheduler_active",
-            "1 where this scheduler works, 0 on stand-by.",
+            "1 where this scheduler is the active one, 0 where it is a standby.",
             registry=registry,
         )
         self.remaining = Gauge(
@@ -70,19 +70,23 @@ class SchedulerMetrics:
         )
         self.findings = Gauge(
             "sale_audit_findings",
-            "Breaches found by the last audit.",
+            "Breaches of an invariant that the last audit found.",
             ["campaign", "invariant"],
             registry=registry,
         )
         self.audited_at = Gauge(
-            "sale_audit_timestamp_seconds", "When the last audit ended.", registry=registry
+            "sale_audit_timestamp_seconds",
+            "Unix time at which the last audit ended.",
+            registry=registry,
         )
         self.redis_up = Gauge("sale_redis_up", "1 where Redis answers.", registry=registry)
         self.postgres_up = Gauge(
             "sale_postgres_up", "1 where PostgreSQL answers.", registry=registry
         )
         self.recovering = Gauge(
-            "sale_campaigns_recovering", "Campaigns that do not fit.", registry=registry
+            "sale_campaigns_recovering",
+            "Campaigns whose state in Redis does not match PostgreSQL; they sell nothing.",
+            registry=registry,
         )
         self.rewrite_failed = Gauge(
             "sale_redis_rewrite_failed",

@@ -222,7 +222,7 @@ async def _until_ready(address: str, children: list[Child]) -> None:
         while time.monotonic() < deadline:
             for child in children:
                 if child.failures >= UNREADY_RESTARTS_MAX:
-                    raise SupervisorError(f"{child.name} does not start; its error stands above")
+                    raise SupervisorError(f"{child.name} does not start; its error is above")
             try:
                 async with session.get(url) as answer:
                     if answer.status == 200:

@@ -93,7 +93,7 @@ class PurchaseMetrics(Collector):
         )
         yield GaugeMetricFamily(
             "sale_halted",
-            "1 where this process sells nothing: Redis is weak or short of disk, or it is stopping.",
+            "1 where this process sells nothing: Redis is weak or short of disk, or it stops.",
             value=float(self.halted),
         )
         yield HistogramMetricFamily(

@@ -267,10 +267,7 @@ async def _take_in(
         added, changed = await table.count_incoming(connection)
         if not dry_run:
             await table.apply_incoming(connection)
-    twice = [
-        BadLine(line, f"card_no: already on line {first}")
-        for line, first in duplicates.lines
-    ]
+    twice = [BadLine(line, f"card_no: already on line {first}") for line, first in duplicates.lines]
     bad = sorted(checker.bad + twice + numbers.bad, key=lambda entry: entry.line)
     return ImportReport(
         lines=checker.lines,

@@ -15,15 +15,15 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
 import psutil
-import redis.asyncio
 from redis.exceptions import RedisError
 
 import sale
 from loadtest.sampler import discover_processes
 from sale import config
 from sale.config import Settings
+from sale.db.pool import connect
 from sale.embedded import EmbeddedError, find
-from sale.stock.connection import server_name
+from sale.stock.connection import open_redis, server_name
 
 REACH_S: Final = 5.0
 UNREACHED: Final = "not reached"
@@ -122,10 +122,11 @@ def _versions() -> Table:
 
 
 async def _ask_redis(url: str, told: Table, versions: Table) -> None:
-    client = redis.asyncio.Redis.from_url(
-        url, socket_timeout=REACH_S, socket_connect_timeout=REACH_S
-    )
     versions["redis server"] = UNREACHED
+    try:
+        client = open_redis(url, max_connections=1)
+    except ValueError:
+        return
     try:
         versions["redis server"] = server_name(await client.info("server"))
         for name in ("appendonly", "appendfsync", "maxmemory", "io-threads"):
@@ -140,7 +141,9 @@ async def _ask_redis(url: str, told: Table, versions: Table) -> None:
 async def _ask_postgres(url: str, told: Table, versions: Table) -> None:
     versions["postgresql"] = UNREACHED
     try:
-        connection = await asyncpg.connect(url, timeout=REACH_S, command_timeout=REACH_S)
+        connection = await connect(
+            url, name="sale loadtest", timeout_s=REACH_S, command_timeout=REACH_S
+        )
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError):
         return
     try:

@@ -15,7 +15,6 @@ import asyncpg
 import msgspec
 import structlog
 from aiohttp.http_exceptions import HttpProcessingError
-from asyncpg.exceptions import ClientConfigurationError
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
@@ -312,8 +311,7 @@ async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def
         try:
             return await attempt()
         except STORE_ERRORS as error:
-            # A URL that cannot be read is not mended by waiting.
-            if time.monotonic() >= deadline or isinstance(error, ClientConfigurationError):
+            if time.monotonic() >= deadline:
                 raise
             if not told:
                 log.info("store.awaited", error=type(error).__name__)

@@ -6,7 +6,7 @@ operator who mends one setting at a time restarts a service many times.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from sale.files import UnreadableFile, brief, read_toml, shown
+from sale.store_urls import BadUrl, PostgresUrl, RedisUrl
 
 DEFAULT_FILE = Path("config/sale.toml")
 ENVIRONMENT = {
@@ -222,6 +223,12 @@ _FIELD_TYPES: dict[str, Any] = {
     field.name: field.type for field in msgspec.structs.fields(Settings)
 }
 _OPTION = "--"
+_URLS: dict[str, Callable[[str], object]] = {
+    "redis_url": RedisUrl.read,
+    "database_url": PostgresUrl.read,
+}
+_SECRETS = {*_URLS, "signing_key"}
+"""Never repeated in a message."""
 _BOUNDS = {
     "workers": (1, 256),
     "batch_max": (1, 256),
@@ -279,7 +286,8 @@ def _checked(key: str, given: _Given, problems: list[str]) -> Any:  # noqa: ANN4
             given.value, _FIELD_TYPES[key], strict=False, dec_hook=lambda _type, text: Path(text)
         )
     except (msgspec.ValidationError, TypeError) as error:
-        problems.append(f"{given.source}: {brief(given.value)}: {_plain(str(error))}")
+        shown_value = "" if key in _SECRETS else f"{brief(given.value)}: "
+        problems.append(f"{given.source}: {shown_value}{_plain(str(error))}")
         return None
     complaint = _complaint(key, value)
     if complaint:
@@ -300,10 +308,11 @@ def _complaint(key: str, value: Any) -> str | None:  # noqa: ANN401 - any field'
             split_address(value)
         except ValueError as error:
             return str(error)
-    if key == "redis_url" and not value.startswith(("redis://", "rediss://", "unix://")):
-        return "not a redis://, rediss:// or unix:// URL"
-    if key == "database_url" and not value.startswith(("postgresql://", "postgres://")):
-        return "not a postgresql:// URL"
+    if key in _URLS:
+        try:
+            _URLS[key](value)
+        except BadUrl as error:
+            return str(error)
     if key == "trusted_proxies":
         try:
             proxy_networks(value)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -25,6 +25,7 @@ from shop import CAMPAIGN, DEADLINE_S, Shop, open_shop, until
 from stock_maker import campaign
 
 from sale.db import offices
+from sale.db.migrate import migrate, migrations
 from sale.embedded.servers import launch_command
 from sale.events import GENESIS
 from sale.usecases.diagnosis import diagnose
@@ -467,6 +468,17 @@ async def test_given_a_proxy_that_pools_less_than_sessions_then_it_is_refused_in
             assert ended.returncode == 1
             assert ended.stderr.startswith(f"sale: PostgreSQL at {pooler.directory} ")
             assert "a proxy that pools transactions: the lock needs" in ended.stderr
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+async def test_migrate_works_through_a_pooler(
+    pooler: Pooler, fresh_database: Callable[..., Awaitable[str]], mode: str
+):
+    url = through(await fresh_database(), pooler.directory)
+    async with pooler.pooling(mode):
+        assert await migrate(url) == [each.name for each in migrations()]
+        assert await migrate(url) == []
 
 
 def _run(part: str, redis_url: str, database_url: str, home: Path) -> Any:

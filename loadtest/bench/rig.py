@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import asyncpg
 import redis.asyncio
 
 from loadtest.client import Client
@@ -24,6 +23,7 @@ from loadtest.members import Mint
 from loadtest.wire import get_request
 from sale.bootstrap import open_stores
 from sale.config import Settings
+from sale.db.pool import connect
 from sale.domain import parse_campaign_toml
 from sale.embedded import EmbeddedServers, running
 from sale.embedded.servers import launch_command
@@ -211,7 +211,7 @@ async def rig_up(
         pin(servers.pids["postgresql"], client_cores)
         stock = redis.asyncio.Redis.from_url(endpoints.redis_url)
         stack.push_async_callback(stock.aclose)
-        books = await asyncpg.connect(endpoints.database_url, timeout=10)
+        books = await connect(endpoints.database_url, name="sale loadtest", timeout_s=10)
         stack.push_async_callback(books.close)
         rig = Rig(folder, server_cores, client_cores, servers, stock, books)
         stack.push_async_callback(_stop_all, rig)

@@ -11,7 +11,9 @@ import asyncpg
 import msgspec
 
 from loadtest.books.answers import Answer
+from sale.db.pool import connect
 from sale.domain import order_number, parse_order_number
+from sale.store_urls import BadUrl
 
 CONNECT_S: Final = 10.0
 READ_S: Final = 120.0
@@ -140,8 +142,10 @@ async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None
 
 async def _connect(database_url: str) -> Any:  # noqa: ANN401 - asyncpg's connection is untyped
     try:
-        return await asyncpg.connect(database_url, timeout=CONNECT_S, command_timeout=READ_S)
-    except _PROBLEMS as error:
+        return await connect(
+            database_url, name="sale loadtest", timeout_s=CONNECT_S, command_timeout=READ_S
+        )
+    except (*_PROBLEMS, BadUrl) as error:
         raise _unreadable(error) from None
 
 

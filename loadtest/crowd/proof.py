@@ -30,6 +30,7 @@ from loadtest.engine import EngineError
 from loadtest.latency import at_share, new_histogram, percentiles
 from loadtest.record import RECORD_NAME, Finding, Percentile, Proof, Record, Sample, Second, write
 from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
+from sale.db.pool import connect
 from sale.embedded import EmbeddedError
 from sale.files import LARGE_MAX_BYTES, read_json
 
@@ -199,7 +200,7 @@ def _keep(record: Record, out: Path, seen_file: Path | None) -> None:
 async def _probe(options: argparse.Namespace) -> int:
     """Whether PostgreSQL answers and, where one is named, knows the campaign."""
     url = _where(options).books_url()
-    connection = await asyncpg.connect(url, timeout=CONNECT_S)
+    connection = await connect(url, name="sale loadtest", timeout_s=CONNECT_S)
     await connection.close(timeout=CONNECT_S)
     if options.campaign:
         try:

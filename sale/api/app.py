@@ -30,6 +30,7 @@ from sale.api.pages import add_page_routes
 from sale.api.routing import add_fallback
 from sale.bootstrap import Engine, first_address
 from sale.config import StartError
+from sale.shared_port import claim
 
 BACKLOG: Final = 4_096
 KEPT_GRACE_S: Final = 0.5
@@ -55,15 +56,18 @@ def make_app(engine: Engine, crowd: Crowd) -> web.Application:
 
 
 @contextlib.asynccontextmanager
-async def listening(engine: Engine) -> AsyncIterator["Api"]:
-    """Serve on ``settings.listen`` while the block runs, then drain. Raises StartError."""
+async def listening(engine: Engine, listener: socket.socket | None = None) -> AsyncIterator["Api"]:
+    """Serve on ``settings.listen`` while the block runs, then drain.
+
+    ``listener`` is bound to it already (``listen_on``). Raises StartError.
+    """
     crowd = Crowd(engine.admission)  # one for both ways in, or one would overtake the other
     runner = web.AppRunner(make_app(engine, crowd), shutdown_timeout=CANCEL_TIMEOUT_S)
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - set up just now
     api = Api(engine, runner.server, crowd)
     try:
-        await api.listen()
+        await api.listen(listener or listen_on(engine.stores.settings.listen))
         yield api
     finally:
         await api.drain()
@@ -80,19 +84,20 @@ class Api:
         self._handlers = server
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
+        self._name: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._lane = Lane(engine, server, crowd) if engine.stores.settings.fast_lane else None
         self.draining = False
 
-    async def listen(self) -> None:
+    async def listen(self, listener: socket.socket) -> None:
         """Take connections from now on. Raises StartError."""
-        address = self._engine.stores.settings.listen
-        self._listener = listen_on(address)
+        self._listener = listener
+        self._name = claim(listener, self._engine.stores.nonce)
         spare_collector()
         self._server = await self._loop.create_server(
             self._connection, sock=self._listener, backlog=BACKLOG
         )
-        log.info("api.listening", address=address)
+        log.info("api.listening", address=said_address(listener))
 
     async def drain(self) -> None:
         """Stop as the module says; once, however often it is called."""
@@ -136,6 +141,8 @@ class Api:
         if self._server is not None:
             self._server.close()
         self._listener.close()
+        if self._name is not None:
+            self._name.close()
         return waiting
 
     @property
@@ -168,8 +175,17 @@ def spare_collector() -> None:
     gc.set_threshold(50_000, 10, 10)
 
 
+def said_address(listener: socket.socket) -> str:
+    """Say where a socket is bound: the real port, where 0 was asked for."""
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def listen_on(address: str) -> socket.socket:
-    """Bind with SO_REUSEPORT: any number of API processes share one address. Raises StartError."""
+    """Bind with SO_REUSEPORT: the API processes of one deployment share one address.
+
+    Who else has it is looked at before it listens (``shared_port.py``). Raises StartError.
+    """
     listener = None
     try:
         family, where = first_address(address)

@@ -13,6 +13,7 @@ from sale.cli.processes import migrate, scheduler, serve, up, writer
 from sale.cli.recovery import losses, recover
 from sale.cli.rehearse import rehearse
 from sale.cli.runtime import main_entry, remember_options
+from sale.cli.streams import keep_streams, last_words
 
 
 @click.group()
@@ -43,4 +44,9 @@ for command in (
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    sys.exit(main_entry(sale))
+    keep_streams()
+    try:
+        status = main_entry(sale)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0
+    sys.exit(last_words(status))

@@ -1,12 +1,13 @@
 """`sale up`, and the parts it is made of: `serve`, `writer`, `scheduler`, `migrate`."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import click
 
-from sale.cli.runtime import CommandContext, echo, overriding, run
+from sale.cli.runtime import CommandContext, echo, note, overriding, run
 from sale.config import Settings
 
 LISTEN = click.option("--listen", metavar="H:P", help="Address of the API (port 0: a free one).")
@@ -23,7 +24,7 @@ def up(context: CommandContext) -> None:
     from sale.workers import supervisor
 
     _log(context.settings)
-    run(supervisor.run(context.settings, on_ready=lambda address: click.echo(f"ready {address}")))
+    run(supervisor.run(context.settings, on_ready=_tell_ready))
 
 
 @click.command()
@@ -32,19 +33,23 @@ def up(context: CommandContext) -> None:
 @overriding("listen", "metrics_listen")
 def serve(context: CommandContext) -> None:
     """Run one API process; any number of them share one address."""
-    from sale.api.app import listening
+    from sale.api.app import listen_on, listening
     from sale.bootstrap import open_engine
-    from sale.workers.metrics_server import serving_metrics
+    from sale.workers.metrics_server import bound_metrics, serving_metrics
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
-        async with (
-            open_engine(settings) as engine,
-            listening(engine) as api,
-            # After the API: whose metrics can be read, takes purchases (``supervisor.py``).
-            serving_metrics(settings.metrics_listen, engine.registry),
+        with (
+            bound_metrics(settings.metrics_listen) as metrics,
+            listen_on(settings.listen) as listener,
         ):
-            await stop.wait()
-            await api.drain()
+            async with (
+                open_engine(settings) as engine,
+                listening(engine, listener) as api,
+                # After the API: whose metrics can be read, takes purchases (``supervisor.py``).
+                serving_metrics(metrics, engine.registry),
+            ):
+                await stop.wait()
+                await api.drain()
 
     _run_part(context.settings, work)
 
@@ -62,26 +67,27 @@ def writer(context: CommandContext) -> None:
     from sale.workers.leadership import refuse_unfit_proxy
     from sale.workers.ledger_metrics import LedgerMetrics
     from sale.workers.ledger_writer import LedgerWriter
-    from sale.workers.metrics_server import serving_metrics
+    from sale.workers.metrics_server import bound_metrics, serving_metrics
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = CollectorRegistry()
         database_url = store_urls(settings)[1]
-        await refuse_unfit_proxy(database_url, WRITER)
-        async with (
-            open_stores(settings, patience_s=START_PATIENCE_S, pool_size=2) as stores,
-            serving_metrics(settings.metrics_listen, registry),
-        ):
-            desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
-            carrier = LedgerWriter(
-                stores.redis,
-                stores.scripts,
-                database_url,
-                settings,
-                pause_campaign=desk.pause_for,
-                metrics=LedgerMetrics(registry),
-            )
-            await carrier.run(stop)
+        with bound_metrics(settings.metrics_listen) as metrics:
+            await refuse_unfit_proxy(database_url, WRITER)
+            async with (
+                open_stores(settings, patience_s=START_PATIENCE_S, pool_size=2) as stores,
+                serving_metrics(metrics, registry),
+            ):
+                desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
+                carrier = LedgerWriter(
+                    stores.redis,
+                    stores.scripts,
+                    database_url,
+                    settings,
+                    pause_campaign=desk.pause_for,
+                    metrics=LedgerMetrics(registry),
+                )
+                await carrier.run(stop)
 
     _run_part(context.settings, work)
 
@@ -96,18 +102,19 @@ def scheduler(context: CommandContext) -> None:
     from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
     from sale.db.offices import SCHEDULER
     from sale.workers.leadership import refuse_unfit_proxy
-    from sale.workers.metrics_server import serving_metrics
+    from sale.workers.metrics_server import bound_metrics, serving_metrics
     from sale.workers.scheduler import Scheduler
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = CollectorRegistry()
         database_url = store_urls(settings)[1]
-        await refuse_unfit_proxy(database_url, SCHEDULER)
-        async with (
-            open_stores(settings, patience_s=START_PATIENCE_S, pool_size=3) as stores,
-            serving_metrics(settings.metrics_listen, registry),
-        ):
-            await Scheduler(stores, database_url, registry).run(stop)
+        with bound_metrics(settings.metrics_listen) as metrics:
+            await refuse_unfit_proxy(database_url, SCHEDULER)
+            async with (
+                open_stores(settings, patience_s=START_PATIENCE_S, pool_size=3) as stores,
+                serving_metrics(metrics, registry),
+            ):
+                await Scheduler(stores, database_url, registry).run(stop)
 
     _run_part(context.settings, work)
 
@@ -130,6 +137,14 @@ def migrate(context: CommandContext) -> None:
         {"applied": applied},
         lambda: click.echo("\n".join(applied) if applied else "nothing to do"),
     )
+
+
+def _tell_ready(address: str) -> None:
+    try:
+        click.echo(f"ready {address}")
+    except OSError as error:  # a full disk, say: the system runs all the same
+        with contextlib.suppress(OSError):
+            note(f"sale: ready {address}, and stdout cannot be written: {error.strerror}")
 
 
 def _run_part(

@@ -4,7 +4,8 @@ A migration that was released is immutable: its SHA-256 is recorded, and a datab
 another text under the same name is refused. Migrators may start together (every host of a
 deployment does): one holds an advisory lock and the others wait, then find nothing to do. Each
 file runs in a transaction together with its record, so a crash leaves either all of it or nothing.
-There is no way down: a schema is mended by the next migration.
+The transaction holds the lock and its settings too: nothing is asked of the session, which may
+belong to a pooler. There is no way down: a schema is mended by the next migration.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import asyncpg
 import msgspec
 import structlog
 
-from sale.db.pool import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from sale.db.pool import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S, SCHEMA, connect
 from sale.db.queries import load
 
 MIGRATION_LOCK: Final = 0x53414C45_0001
@@ -75,22 +76,24 @@ async def migrate(database_url: str, known: tuple[Migration, ...] | None = None)
     Raises:
         DatabaseNewer, MigrationChanged: nothing was changed.
         MigrationError: another migrator held the lock for LOCK_WAIT_S.
-        asyncpg.PostgresError, OSError, TimeoutError: what was applied before it stays.
+        BadUrl, asyncpg.PostgresError, OSError, TimeoutError: what was applied before it stays.
 
     """
     known = migrations() if known is None else known
-    connection = await asyncpg.connect(
+    connection = await connect(
         database_url,
-        timeout=CONNECT_TIMEOUT_S,
+        name="sale migrate",
         command_timeout=COMMAND_TIMEOUT_S,
-        server_settings={"application_name": "sale migrate", "client_min_messages": "warning"},
+        statement_cache_size=0,
     )
+    applied: list[str] = []
     try:
-        await _lock(connection)
-        return await _apply_missing(connection, known)
+        while (name := await _apply_next(connection, known)) is not None:
+            log.info("schema.migrated", migration=name)
+            applied.append(name)
     finally:
-        # Closing the session frees the advisory lock, also after an error in mid-transaction.
         await connection.close(timeout=CONNECT_TIMEOUT_S)
+    return applied
 
 
 async def pending(connection: Any) -> list[str]:  # noqa: ANN401 - a connection or a pool
@@ -104,33 +107,45 @@ async def pending(connection: Any) -> list[str]:  # noqa: ANN401 - a connection 
     return [migration.name for migration in _missing(migrations(), recorded)]
 
 
+async def _apply_next(
+    connection: Any,  # noqa: ANN401 - asyncpg has no common interface
+    known: tuple[Migration, ...],
+) -> str | None:
+    """Apply the first migration that is missing; return its name, or None where none is."""
+    async with connection.transaction():
+        await _lock(connection)
+        if await connection.fetchval(_SQL["find_table"]) is None:
+            elsewhere = await connection.fetchval(_SQL["find_elsewhere"])
+            if elsewhere is not None:
+                raise MigrationError(
+                    f'the tables of this engine are in schema "{elsewhere}" of the database, not '
+                    f"in {SCHEMA}: rename that schema to {SCHEMA}, or use another database"
+                )
+            await connection.execute(_SQL["create_table"])
+        recorded = {row["name"]: row["sha256"] for row in await connection.fetch(_SQL["recorded"])}
+        for migration in _missing(known, recorded):
+            await connection.execute(migration.text, timeout=MIGRATION_TIMEOUT_S)
+            await connection.execute(_SQL["record"], migration.name, migration.sha256)
+            return migration.name
+    return None
+
+
 async def _lock(connection: Any) -> None:  # noqa: ANN401 - asyncpg has no common interface
-    await connection.execute(f"set lock_timeout = '{LOCK_WAIT_S}s'")
+    await connection.execute(
+        f"SET LOCAL search_path TO {SCHEMA}; SET LOCAL client_min_messages TO warning;"
+        f"SET LOCAL lock_timeout TO '{LOCK_WAIT_S}s'"
+    )
     try:
         await connection.execute(
-            f"select pg_advisory_lock({MIGRATION_LOCK})", timeout=LOCK_WAIT_S + CONNECT_TIMEOUT_S
+            f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})",
+            timeout=LOCK_WAIT_S + CONNECT_TIMEOUT_S,
         )
     except asyncpg.LockNotAvailableError:
         raise MigrationError(
             f"another migration of this database has been running for {LOCK_WAIT_S} s: "
             "wait for it or end it, then migrate again"
         ) from None
-    await connection.execute("reset lock_timeout")
-
-
-async def _apply_missing(
-    connection: Any,  # noqa: ANN401 - asyncpg has no common interface
-    known: tuple[Migration, ...],
-) -> list[str]:
-    await connection.execute(_SQL["create_table"])
-    recorded = {row["name"]: row["sha256"] for row in await connection.fetch(_SQL["recorded"])}
-    missing = _missing(known, recorded)
-    for migration in missing:
-        async with connection.transaction():
-            await connection.execute(migration.text, timeout=MIGRATION_TIMEOUT_S)
-            await connection.execute(_SQL["record"], migration.name, migration.sha256)
-        log.info("schema.migrated", migration=migration.name)
-    return [migration.name for migration in missing]
+    await connection.execute("SET LOCAL lock_timeout TO DEFAULT")
 
 
 def _missing(known: tuple[Migration, ...], recorded: dict[str, str]) -> list[Migration]:

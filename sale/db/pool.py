@@ -1,10 +1,16 @@
-"""Connections to PostgreSQL, with a bound on every wait."""
+"""Connections to PostgreSQL, with a bound on every wait.
+
+Each is told all of its arguments (``store_urls.py``), and which schema its names mean: a
+``search_path`` of the role or the database would make a second, empty set of tables. That is said
+after connecting, because poolers refuse settings in the startup packet.
+"""
 
 import asyncio
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
+
+from sale.store_urls import PostgresUrl
 
 POSTGRES_ERRORS: Final = (
     asyncpg.PostgresError,
@@ -23,6 +29,54 @@ IDLE_CONNECTION_S: Final = 300.0
 """A connection that lay idle this long is closed; balancers forget it silently otherwise."""
 
 
+SCHEMA: Final = "public"
+"""Where all tables of the engine are."""
+
+USE_SCHEMA: Final = f"SET search_path TO {SCHEMA};"
+
+
+class _Connection(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that the pool resets to our schema, not to the role's."""
+
+    def get_reset_query(self) -> str:
+        return f"{super().get_reset_query()}\n{USE_SCHEMA}"
+
+
+async def connect(
+    database_url: str,
+    *,
+    name: str,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    **options: Any,  # noqa: ANN401 - asyncpg's
+) -> "asyncpg.Connection[Any]":
+    """Open one connection, called ``name`` in PostgreSQL; ``options`` are asyncpg's.
+
+    Raises BadUrl, POSTGRES_ERRORS.
+    """
+    url = PostgresUrl.read(database_url)
+    where = url.connection()
+    options = {
+        "connection_class": _Connection,
+        "timeout": timeout_s,
+        "server_settings": {"application_name": name},
+        **options,
+    }
+    try:
+        conn = await asyncpg.connect(**where, **options)
+    except (TimeoutError, asyncpg.InvalidPasswordError):
+        raise
+    except (OSError, asyncpg.InvalidAuthorizationSpecificationError):
+        if not url.tls_is_optional:
+            raise
+        conn = await asyncpg.connect(**{**where, "ssl": False}, **options)
+    try:
+        await conn.execute(USE_SCHEMA, timeout=timeout_s)
+    except BaseException:
+        conn.terminate()
+        raise
+    return conn
+
+
 async def open_pool(
     database_url: str,
     *,
@@ -33,18 +87,21 @@ async def open_pool(
 ) -> "asyncpg.Pool[Any]":
     """Open a pool; the caller closes it.
 
-    Raises ConnectionError, which says where, or asyncpg.PostgresError where the server cannot be
-    reached.
+    Raises BadUrl, ConnectionError, which says where, or asyncpg.PostgresError where the server
+    cannot be reached.
     """
+
+    async def connect_as_told(_dsn: None, **options: Any) -> "asyncpg.Connection[Any]":  # noqa: ANN401
+        return await connect(database_url, name="sale", timeout_s=connect_timeout_s, **options)
+
     try:
         return await asyncpg.create_pool(
-            database_url,
+            connect=connect_as_told,
+            connection_class=_Connection,
             min_size=min_size,
             max_size=max_size,
-            timeout=connect_timeout_s,
             command_timeout=command_timeout_s,
             max_inactive_connection_lifetime=IDLE_CONNECTION_S,
-            server_settings={"application_name": "sale"},
         )
     except (OSError, TimeoutError) as error:
         why = str(error) or f"no answer in {connect_timeout_s:g} s"
@@ -63,7 +120,4 @@ async def close_pool(pool: "asyncpg.Pool[Any]") -> None:
 
 def place(database_url: str) -> str:
     """Where a URL leads to, without what it says of users and passwords."""
-    parts = urlsplit(database_url)
-    asked = parse_qs(parts.query)
-    host = parts.netloc.rpartition("@")[2] or asked.get("host", ["?"])[0]
-    return f"{host} port {asked['port'][0]}" if "port" in asked else host
+    return PostgresUrl.read(database_url).place

@@ -27,6 +27,7 @@ from sale import __version__
 from sale.embedded import binaries, launch
 from sale.embedded.binaries import EmbeddedError, Program
 from sale.embedded.data_dir import DataDirectory, Endpoints, claimed
+from sale.store_urls import PostgresUrl
 
 START_TIMEOUT_S = 60
 LOADING_TIMEOUT_S = 600  # a large append-only file or write-ahead log is read before they answer
@@ -446,7 +447,8 @@ async def _initdb(
 async def _prepare_database(directory: DataDirectory) -> str | None:
     """None if PostgreSQL answers and has the database ``sale``, else what is in the way."""
     try:
-        connection = await asyncpg.connect(_database_url(directory, "postgres"), timeout=5)
+        url = PostgresUrl.read(_database_url(directory, "postgres"))
+        connection = await asyncpg.connect(**url.connection(), timeout=5)
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         return repr(error)
     try:

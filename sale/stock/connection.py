@@ -2,12 +2,19 @@
 
 from typing import Any, Final
 
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import (
+    BlockingConnectionPool,
+    Connection,
+    Redis,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from sale.config import OLDEST_VERSIONS
+from sale.store_urls import RedisUrl
 
 REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
 """What a call to Redis raises where Redis is away, slow, or refuses it."""
@@ -20,10 +27,13 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
     """Open a client whose connections are bounded and waited for (``HOLES.md`` row 2).
 
     No retry inside the client: a call whose outcome is unknown is asked again by whoever knows its
-    idempotency key, and by nobody else.
+    idempotency key, and by nobody else. Raises BadUrl.
     """
-    pool = BlockingConnectionPool.from_url(
-        url,
+    told = RedisUrl.read(url)
+    kinds = (Connection, SSLConnection)
+    pool = BlockingConnectionPool(
+        connection_class=UnixDomainSocketConnection if told.path else kinds[told.tls],
+        **told.connection(),
         max_connections=max_connections,
         timeout=CONNECT_TIMEOUT_S,
         socket_timeout=SOCKET_TIMEOUT_S,

@@ -7,7 +7,11 @@ of dead processes for ever and needs an environment variable before the first im
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import errno
+import itertools
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -24,7 +28,10 @@ from sale.metrics import SUMMED_GAUGES
 POLL_INTERVAL_S = 1.0
 SCRAPE_TIMEOUT_S = 0.8
 SCRAPE_MAX_BYTES = 8 * 1024 * 1024
+BACKLOG = 64
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_NUMBERS = itertools.count(1)
 
 log = structlog.get_logger()
 
@@ -35,12 +42,48 @@ class MetricsAddressError(StartError):
     """The metrics address cannot be listened on; the message is one line for people."""
 
 
-@contextlib.asynccontextmanager
-async def serving_metrics(address: str, source: Source) -> AsyncIterator[str]:
-    """Serve ``GET /metrics`` on ``host:port`` or ``unix:/path`` while the block runs.
+class MetricsAddress(msgspec.Struct, frozen=True):
+    """An address of metrics that is ours from now on; ``path`` is that of a unix socket.
 
-    ``source`` is a registry, or a function (async or not) that returns the text. Yields the real
-    address: port 0 picks a free one.
+    Such a socket is bound as ``bound_as`` and gets its own name once it is served: a supervisor
+    takes that for the sign that a part does its work.
+    """
+
+    listeners: tuple[socket.socket, ...]
+    real: str
+    path: Path | None = None
+    bound_as: Path | None = None
+
+
+@contextlib.contextmanager
+def bound_metrics(address: str) -> Iterator[MetricsAddress]:
+    """Bind ``host:port`` (port 0 picks a free one) or ``unix:/path`` while the block runs.
+
+    Raises:
+        MetricsAddressError: the address is in use or not ours to take.
+
+    """
+    try:
+        bound = _bind(address)
+    except (OSError, ValueError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Not ``strerror``, to which the library adds the address.
+        why = os.strerror(number) if number is not None and number > 0 else error
+        raise MetricsAddressError(f"metrics address {address}: {why}") from None
+    try:
+        yield bound
+    finally:
+        for listener in bound.listeners:
+            listener.close()
+        if bound.bound_as is not None:
+            bound.bound_as.unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def serving_metrics(address: str | MetricsAddress, source: Source) -> AsyncIterator[str]:
+    """Serve ``GET /metrics`` on an address while the block runs; yields the real one.
+
+    ``source`` is a registry, or a function (async or not) that returns the text.
 
     Raises:
         MetricsAddressError: the address is in use or not ours to take.
@@ -50,14 +93,13 @@ async def serving_metrics(address: str, source: Source) -> AsyncIterator[str]:
     app.router.add_get("/metrics", _handler(source))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    try:
+    with contextlib.ExitStack() as stack:
+        bound = stack.enter_context(bound_metrics(address)) if isinstance(address, str) else address
         try:
-            real = await _listen(runner, address)
-        except (OSError, ValueError) as error:
-            raise MetricsAddressError(f"metrics address {address}: {error}") from None
-        yield real
-    finally:
-        await runner.cleanup()
+            await _serve(runner, bound, stack)
+            yield bound.real
+        finally:
+            await runner.cleanup()
 
 
 class MergedMetrics:
@@ -193,14 +235,63 @@ def _handler(source: Source) -> Callable[[web.Request], Awaitable[web.Response]]
     return metrics
 
 
-async def _listen(runner: web.AppRunner, address: str) -> str:
+def _bind(address: str) -> MetricsAddress:
     if address.startswith(UNIX_PREFIX):
-        await web.UnixSite(runner, address.removeprefix(UNIX_PREFIX)).start()
-        return address
+        path = Path(address.removeprefix(UNIX_PREFIX))
+        _remove_dead(path)
+        # Short, because the kernel takes at most 107 bytes of path.
+        new = path.with_name(f".{os.getpid()}-{next(_NUMBERS)}")
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            new.unlink(missing_ok=True)
+            listener.bind(str(new))
+        except OSError:
+            listener.close()
+            raise
+        return MetricsAddress((listener,), address, path, new)
     host, port = split_address(address)
-    await web.TCPSite(runner, host, port).start()
-    bound = runner.addresses[0][1]
-    return f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+    listeners: list[socket.socket] = []
+    with contextlib.ExitStack() as stack:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, name in dict.fromkeys((each[0], str(each[4][0])) for each in found):
+            # Listening at once: only that keeps another process from binding it too.
+            listener = socket.create_server((name, port), family=family, backlog=BACKLOG)
+            stack.enter_context(listener)
+            listeners.append(listener)
+            port = listener.getsockname()[1]
+        stack.pop_all()
+    real = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return MetricsAddress(tuple(listeners), real)
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove the socket of a process that has ended. Raises OSError where somebody has it."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+async def _serve(runner: web.AppRunner, bound: MetricsAddress, stack: contextlib.ExitStack) -> None:
+    if bound.path is None or bound.bound_as is None:
+        for listener in bound.listeners:
+            await web.SockSite(runner, listener).start()
+        return
+    assert runner.server is not None  # noqa: S101 - set up by the caller
+    loop = asyncio.get_running_loop()
+    server = await loop.create_unix_server(runner.server, sock=bound.listeners[0])
+    stack.callback(server.close)
+    try:
+        # Not renamed: that would take the place of a process which came meanwhile.
+        bound.path.hardlink_to(bound.bound_as)
+    except OSError as error:
+        raise MetricsAddressError(f"metrics address {bound.real}: {error.strerror}") from None
+    stack.callback(bound.path.unlink, missing_ok=True)
 
 
 def _number(value: float) -> str:

@@ -20,7 +20,7 @@ import asyncpg
 
 from sale.config import StartError
 from sale.db.absence import POSTGRES_AWAY
-from sale.db.pool import place
+from sale.db.pool import connect, place
 
 CONNECT_TIMEOUT_S: Final = 5.0
 CLOSE_TIMEOUT_S: Final = 1.0
@@ -41,12 +41,12 @@ async def connected(
     Raises UnfitProxy where something before PostgreSQL refuses its settings.
     """
     try:
-        conn = await asyncpg.connect(
+        conn = await connect(
             database_url,
-            timeout=CONNECT_TIMEOUT_S,
+            name=name,
+            timeout_s=CONNECT_TIMEOUT_S,
             command_timeout=command_timeout_s,
             statement_cache_size=statements,
-            server_settings={"application_name": name},
         )
     except asyncpg.PostgresError as error:
         if "unsupported startup parameter" in str(error):

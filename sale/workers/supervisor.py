@@ -25,6 +25,7 @@ from sale.bootstrap import first_address
 from sale.config import Settings
 from sale.embedded import EmbeddedServers, Endpoints, running
 from sale.embedded.servers import end, launch_command
+from sale.shared_port import reserve
 from sale.workers.children import Child, SupervisorError
 from sale.workers.lifetime import told_to_restart, told_to_stop
 from sale.workers.metrics_server import MergedMetrics, serving_metrics
@@ -312,12 +313,14 @@ def _reserved(listen: str) -> Iterator[str]:
         holder = socket.socket(family)
     except OSError as error:
         raise SupervisorError(f"address {listen}: {error.strerror or error}") from None
-    with holder:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(holder)
         try:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             holder.bind(where)
         except OSError as error:
             raise SupervisorError(f"address {listen}: {error.strerror or error}") from None
+        stack.enter_context(reserve(holder))
         yield _join(host, holder.getsockname()[1])
 
 

@@ -1,0 +1,135 @@
+"""Who may share an address: the API processes of one deployment, and nobody else.
+
+They share it by SO_REUSEPORT, which a rolling restart needs, and the kernel lets any process of the
+same user join them: another deployment would take half of the requests. So a process names itself
+before it listens. The name is an abstract unix socket: it belongs to the same network namespace as
+the port, ends with its process, and is listed in /proc/net/unix. Each process names itself first
+and looks second, so that of two that come together at least one sees the other.
+
+Rejected: a lock file, which containers and services with a /tmp of their own do not see; and asking
+the listener for its name, as one that is stopped or stopping gives no answer.
+"""
+
+import hashlib
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from sale.config import StartError
+
+_PREFIX: Final = "sale-api"
+_LISTENING: Final = "0A"
+_TABLES: Final = {
+    socket.AF_INET: Path("/proc/net/tcp"),
+    socket.AF_INET6: Path("/proc/net/tcp6"),
+}
+_NAMES: Final = Path("/proc/net/unix")
+
+_Address = IPv4Address | IPv6Address
+
+
+class _Holder(NamedTuple):
+    """A process that has named itself for an address."""
+
+    host: _Address
+    owner: str
+
+
+def claim(listener: socket.socket, deployment: str) -> socket.socket:
+    """Name this process for the address of ``listener``, which is bound and does not listen yet.
+
+    The name holds until the socket that is returned is closed. Raises StartError where another
+    deployment, or another program, has the address.
+    """
+    owner = _digest(deployment)
+    name = _name_for(listener, owner)
+    host, port = _address_of(listener)
+    others = [each for each in _holders(port, but=name) if _overlap(each.host, host)]
+    friends = [each for each in others if each.owner in {owner, _supervisor(os.getppid())}]
+    strangers = [each for each in others if not each.owner.startswith("up-")]
+    if any(each.owner != owner for each in strangers):
+        name.close()
+        raise StartError(f"address {_words(host, port)}: another deployment of sale has it")
+    if not friends and (others or _listens(listener.family, host, port)):
+        name.close()
+        raise StartError(f"address {_words(host, port)}: Address already in use")
+    return name
+
+
+def reserve(holder: socket.socket) -> socket.socket:
+    """Name this process as the supervisor that holds an address for its children."""
+    return _name_for(holder, _supervisor(os.getpid()))
+
+
+def _supervisor(pid: int) -> str:
+    return f"up-{pid}"
+
+
+def _digest(deployment: str) -> str:
+    return hashlib.sha256(deployment.encode()).hexdigest()[:16]
+
+
+def _address_of(listener: socket.socket) -> tuple[_Address, int]:
+    host, port = listener.getsockname()[:2]
+    return ip_address(host.partition("%")[0]), port
+
+
+def _words(host: _Address, port: int) -> str:
+    return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
+
+
+def _name_for(listener: socket.socket, owner: str) -> socket.socket:
+    host, port = _address_of(listener)
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    name.bind(f"\0{_PREFIX}/{port}/{host}/{owner}/{secrets.token_hex(4)}")
+    return name
+
+
+def _holders(port: int, *, but: socket.socket) -> Iterator[_Holder]:
+    own = but.getsockname()
+    own = (own.decode() if isinstance(own, bytes) else own).replace("\0", "@")
+    for line in _lines(_NAMES):
+        path = line.rstrip().rpartition(" ")[2]
+        if path.startswith(f"@{_PREFIX}/{port}/") and path != own:
+            parts = path.split("/")
+            try:
+                yield _Holder(ip_address(parts[2]), parts[3])
+            except (ValueError, IndexError):
+                continue
+
+
+def _listens(family: int, host: _Address, port: int) -> bool:
+    """Whether anybody listens on an address that overlaps this one."""
+    lines = _lines(_TABLES[socket.AddressFamily(family)])
+    next(lines, None)
+    for line in lines:
+        local, state = line.split()[1], line.split()[3]
+        if state != _LISTENING:
+            return False  # those that listen come first
+        theirs, _, their_port = local.partition(":")
+        if int(their_port, 16) == port and _overlap(_from_hex(theirs), host):
+            return True
+    return False
+
+
+def _from_hex(text: str) -> _Address:
+    words = (bytes.fromhex(text[at : at + 8]) for at in range(0, len(text), 8))
+    packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+    return ip_address(packed)
+
+
+def _overlap(one: _Address, other: _Address) -> bool:
+    return one == other or one.is_unspecified or other.is_unspecified
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="ascii", errors="replace") as stream:
+            yield from stream
+    except OSError:  # no /proc: nobody is seen
+        return

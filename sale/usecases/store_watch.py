@@ -1,0 +1,60 @@
+"""Whether both stores answer this process, as every part tells it.
+
+Each API process, writer and scheduler asks by itself: an alert about a store must not depend on the
+scheduler, which may be what has died.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable
+from typing import Final
+
+import asyncpg
+from prometheus_client import Gauge
+from redis.asyncio import Redis
+
+from sale.db.pool import POSTGRES_ERRORS
+from sale.metrics import StoreMetrics
+from sale.stock.connection import REDIS_ERRORS
+
+INTERVAL_S: Final = 2.0
+ANSWER_TIMEOUT_S: Final = 2.0
+
+
+class StoreWatch:
+    """Asks both stores again and again until cancelled."""
+
+    def __init__(self, redis: Redis, pool: asyncpg.Pool, metrics: StoreMetrics) -> None:
+        self._redis = redis
+        self._pool = pool
+        self._metrics = metrics
+
+    async def run(self) -> None:
+        """Ask every two seconds, each store with a bound of its own."""
+        while True:
+            await asyncio.gather(
+                _ask(self._redis.ping(), self._metrics.redis_up),
+                _ask(self._pool.fetchval("SELECT 1"), self._metrics.postgres_up),
+            )
+            await asyncio.sleep(INTERVAL_S)
+
+
+@contextlib.asynccontextmanager
+async def watching(redis: Redis, pool: asyncpg.Pool, metrics: StoreMetrics) -> AsyncIterator[None]:
+    """Watch while the block runs."""
+    watch = asyncio.create_task(StoreWatch(redis, pool, metrics).run())
+    try:
+        yield
+    finally:
+        watch.cancel()
+        await asyncio.wait({watch}, timeout=ANSWER_TIMEOUT_S)
+
+
+async def _ask(answer: Awaitable[object], up: Gauge) -> None:
+    try:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            await answer
+    except (*REDIS_ERRORS, *POSTGRES_ERRORS):
+        up.set(0)
+    else:
+        up.set(1)

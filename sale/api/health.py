@@ -34,7 +34,7 @@ def add_health_routes(app: web.Application) -> None:
         engine = request.app[ENGINE]
         why = await looks.reasons(engine.stores)
         if engine.batchers.halted:
-            why = [engine.batchers.halted, *why]
+            why = list(dict.fromkeys([engine.batchers.halted, *why]))
         response = json_response(HealthView("unavailable" if why else "ok", why), headers=NO_STORE)
         if why:
             response.set_status(503)

@@ -393,7 +393,11 @@ def _responses(call: _Call, ref_of: dict[Any, Any]) -> dict[str, Any]:
     if call.tagged:
         responses["304"] = {"description": "As the client has it.", "headers": _ETAG}
     if call.path == "/readyz":
-        responses["503"] = {**done, "description": "Not ready, with the reasons."}
+        responses["503"] = {
+            **done,
+            "description": "Not ready, with the reasons.",
+            "headers": {**headers, **_RETRY},
+        }
     elif call.path != "/healthz":
         problems = dict.fromkeys((*call.problems, *_ANY_CALL))
         responses |= _problem_responses(problems, ref_of[schemas.ProblemView])

@@ -17,6 +17,7 @@ stream     stream   the ledger, one entry a call, ID ``<number of the last event
 ========== ======== =================================================================
 """
 
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 CAMPAIGNS: Final = "sale:campaigns"
@@ -44,8 +45,9 @@ class CampaignKeys(NamedTuple):
     operations: str
 
 
+@lru_cache(maxsize=4_096)
 def campaign_keys(campaign_id: str) -> CampaignKeys:
-    """Keys of a campaign."""
+    """Keys of a campaign. Kept: readers of all campaigns need those of each."""
     tag = f"sale:{{{campaign_id}}}:"
     return CampaignKeys(*(tag + field for field in CampaignKeys._fields))
 

@@ -9,9 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from sale.api.request_ids import PATTERN
+
 ANSWER_WITHIN_S = 10.0
-UNREADABLE = "HTTP/1.0 400 Bad Request"
-"""What aiohttp answers to bytes that are no request."""
+UNREADABLE = "this is not a request that can be read"
+"""What is said of bytes that are no request."""
 
 T = TypeVar("T")
 
@@ -28,6 +30,11 @@ class Answer(NamedTuple):
     def told(self) -> tuple[str, tuple[tuple[str, str], ...], Any]:
         """What both lanes must say alike."""
         return self.status, self.headers, self.body
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether it says of bytes that they are no request."""
+        return isinstance(self.body, dict) and self.body.get("detail_en") == UNREADABLE
 
     @property
     def interim(self) -> bool:
@@ -119,8 +126,7 @@ class Wire(asyncio.Protocol):
             headers = [(name, value) for name, _, value in (line.partition(": ") for line in lines)]
             named = {name.lower(): value for name, value in headers}
             interim = status.startswith("HTTP/1.1 1")
-            # aiohttp's refusal of what it cannot read is no answer to a HEAD that it forgets.
-            to_head = final < len(self.heads) and self.heads[final] and status != UNREADABLE
+            to_head = final < len(self.heads) and self.heads[final]
             bodiless = interim or to_head
             stop = end + (0 if bodiless else int(named.get("content-length", 0)))
             if len(self.got) < stop:
@@ -144,7 +150,10 @@ def _answer(status: str, headers: list[Any], body: bytes, raw: bytes) -> Answer:
                 ticket["code"] = "…"
         if "now" in content:
             content["now"] = "…"
-    shown = tuple((name, _shown(name, value, body)) for name, value in headers)
+    # Headers of different names have no order.
+    shown = tuple(sorted((name, _shown(name, value, body)) for name, value in headers))
+    named = [value for name, value in shown if name in {"X-Request-Id", "Server"}]
+    assert status.startswith("HTTP/1.1 1") or (len(named) == 2 and named[0] == "sale"), raw
     return Answer(status, shown, content, raw)
 
 
@@ -153,6 +162,9 @@ def _shown(name: str, value: str, body: bytes) -> str:
         case "Date":
             assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", value)
             return "…"
+        case "X-Request-Id":
+            assert PATTERN.fullmatch(value)
+            return "…" if re.fullmatch(r"[0-9a-f]{10}-\d+", value) else value
         case "Location":
             return re.sub(r"[^/]+$", "…", value)
         case "Content-Length" if body:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from lane_rig import TIME, WISH, Member
 
+from sale.api.head_rules import ONCE
+
 
 class Case(NamedTuple):
     """Bytes to send, in one piece or several; how many answers they are worth.
@@ -55,6 +57,17 @@ def heads(m: Member) -> Iterator[Case]:
         "origin": lambda: m.buy("sold-out", WISH, b"Origin: null", b"Sec-Fetch-Mode: cors"),
         "smuggled name": lambda: m.buy("sold-out", WISH, b"Content_Length: 3"),
         "another method": lambda: m.buy("sold-out", WISH, b"X-HTTP-Method-Override: DELETE"),
+        "id": lambda: m.buy("sold-out", WISH, b"X-Request-Id: 5f0c-A.b:c=+/@_"),
+        "id, empty": lambda: m.buy("sold-out", WISH, b"X-Request-Id: "),
+        "id, long": lambda: m.buy("sold-out", WISH, b"X-Request-Id: " + b"a" * 128),
+        "id, too long": lambda: m.buy("sold-out", WISH, b"X-Request-Id: " + b"a" * 129),
+        "id with a blank": lambda: m.buy("sold-out", WISH, b"X-Request-Id: a b"),
+        "id with markup": lambda: m.buy("sold-out", WISH, b'X-Request-Id: <b>"a"'),
+        "id, not ASCII": lambda: m.buy("sold-out", WISH, b"X-Request-Id: \xff"),
+        "id, twice": lambda: m.buy("sold-out", WISH, b"X-Request-Id: a", b"X-Request-Id: b"),
+        "lists in two lines": lambda: m.buy(
+            "sold-out", WISH, *(b"Accept: */*", b"If-None-Match: *") * 2
+        ),
         "upgrade nobody knows": lambda: m.buy("sold-out", WISH, b"Upgrade: h2c"),
     }
     for name, make in fine.items():
@@ -97,6 +110,20 @@ def heads(m: Member) -> Iterator[Case]:
     }
     for name, raw in wrong.items():
         yield one(f"head: {name}", raw)
+    for name in sorted(ONCE):
+        line = name.encode() + b": 0"
+        yield one(f"once: {name}", m.buy("sold-out", WISH, line, line.lower()))
+        yield one(f"once: {name}, no purchase", TIME[:-2] + line + b"\r\n" + line + b"\r\n\r\n")
+    for value in (
+        b"100-Continue",
+        b"xyz",
+        b"\xff",
+        b"<b>",
+        b"100-continue, xyz",
+        b"a=" + b"b" * 999,
+    ):
+        yield one(f"expect: {value[:20]!r}", m.buy("sold-out", WISH, b"Expect: " + value))
+        yield one(f"expect: {value[:20]!r}, get", TIME[:-2] + b"Expect: " + value + b"\r\n\r\n")
     yield one("head: expect", m.buy("sold-out", WISH, b"Expect: 100-continue"))
     yield one("head: expect else", m.buy("sold-out", WISH, b"Expect: 200-ok"))
 
@@ -143,6 +170,10 @@ def starts(m: Member) -> Iterator[Case]:
         "NUL": b"/a\x00b",
         "10,000 bytes": b"/" + b"a" * 10_000,
         "no authority": b"http:///a",
+        "absolute by another scheme": b"ftp://sale/a",
+        "absolute of a port that is none": b"http://sale:99999/a",
+        "absolute with no path": b"http://sale",
+        "absolute with a query alone": b"http://sale?a=b",
     }.items():
         yield one(f"target: {name}", m.buy(target=target))
     for method in (b"GET", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"TRACE", b"PURGE"):
@@ -159,6 +190,11 @@ def starts(m: Member) -> Iterator[Case]:
         b"\r\nPOST\r\n",
     ):
         yield one(f"method: {method!r}", m.buy("sold-out", method=method))
+    for target in (b"*", b"sale:80", b"/", b"http://sale"):
+        for method in (b"OPTIONS", b"CONNECT", b"TRACE"):
+            yield one(
+                f"method: {method!r} {target!r}", m.buy(target=target, method=method, body=b"")
+            )
     yield Case("method: HEAD", (m.buy("sold-out", method=b"HEAD"),), heads=(True,))
     yield Case("method: HEAD time", (TIME.replace(b"GET", b"HEAD"),), heads=(True,))
     yield one("empty lines before", b"\r\n\r\n" + m.buy("sold-out"))

@@ -1,5 +1,6 @@
 """What is sent through both lanes: purchases of every kind, and what else comes to a port."""
 
+import gzip
 from collections.abc import Iterator
 
 from lane_heads import Case, heads, one, starts
@@ -90,6 +91,11 @@ def media_types(m: Member) -> Iterator[Case]:
     yield one("type: twice", m.buy("sold-out", WISH, b"content-type: text/plain"))
     yield one("type: packed", m.buy("sold-out", WISH, b"Content-Encoding: gzip"))
     yield one("type: as it is", m.buy("sold-out", WISH, b"Content-Encoding: identity"))
+    for value in (b"deflate", b"br", b"zstd", b"identity, gzip", b"x", b"\xff", b""):
+        yield one(
+            f"type: packed by {value!r}", m.buy("sold-out", WISH, b"Content-Encoding: " + value)
+        )
+    yield one("type: well packed", m.buy("open", gzip.compress(WISH), b"Content-Encoding: gzip"))
 
 
 def bodies(m: Member) -> Iterator[Case]:
@@ -232,6 +238,12 @@ def others(m: Member) -> Iterator[Case]:
 def behind(m: Member) -> Iterator[Case]:
     """Requests whose length a proxy might see otherwise: what follows is no part of them."""
     yield one("two", m.buy("sold-out"), TIME)
+    for name, lines in {
+        "h2c": (b"Connection: upgrade", b"Upgrade: h2c", b"HTTP2-Settings: AA"),
+        "a websocket": (b"Connection: upgrade", b"Upgrade: websocket"),
+    }.items():
+        raw = m.buy("sold-out", WISH, *lines)
+        yield Case(f"behind {name}", (raw + TIME + m.buy("paused"),), 3, (False,) * 3)
     yield one("three", m.buy("sold-out"), m.buy("paused"), TIME)
     short = m.buy("sold-out", Content_Length=b"5")
     cut = short.index(b"\r\n\r\n") + 9

@@ -6,13 +6,22 @@ thousands more are made of them by ``test_lane_conformance.py``.
 """
 
 import asyncio
+import gzip
+import logging
+import re
 import time
 from typing import Any
+from unittest import mock
 
+import structlog
+from aiohttp.log import server_logger
 from lane_client import Answer, Told, in_turn, until
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from lane_requests import Case, all_cases
 from lane_rig import TIME, WISH, Side, World, shorter
+
+from sale.usecases.purchase import PurchaseDesk
+from sale.usecases.rate_limits import Rate, _Buckets
 
 AT_ONCE = 48
 TRIES = 5
@@ -60,9 +69,36 @@ def test_given_any_request_then_both_lanes_answer_alike(world: World) -> None:
         if told.alike() != theirs[name].alike()
     }
     assert unlike.keys() == MEANT.keys(), unlike
+    for name, told in ours.items():
+        for answer in told.answers:
+            if ("Connection", "close") not in answer.headers or answer.body != {"status": "ok"}:
+                _check_answer(name, answer)
     assert {"HTTP/1.1 201 Created", "HTTP/1.1 409 Conflict"} <= {
         told.answers[0].status for told in ours.values() if told.answers
     }
+
+
+def _check_answer(name: str, answer: Answer) -> None:
+    """What holds of each answer, whatever was sent."""
+    headers, status = dict(answer.headers), int(answer.status.split()[1])
+    kind, _, what = name.partition(": ")
+    if status >= 400 and answer.body:
+        assert headers["Content-Type"] == "application/problem+json", name
+        assert (answer.body["status"], answer.body["type"]) == (
+            status, f"/problems/{answer.body['code']}",
+        )  # fmt: skip
+    given = headers.get("X-Request-Id")
+    taken = {"head: id": "5f0c-A.b:c=+/@_", "head: id, long": "a" * 128}
+    assert given == taken.get(name, "…") or answer.interim, name
+    if kind == "once":
+        assert (status, answer.body["code"]) == (400, "invalid-request"), name
+        assert answer.body["field"] == what.partition(",")[0], name
+    if kind == "expect" and "-Continue" not in what:
+        assert (status, answer.body["field"]) == (400, "Expect"), name
+    if kind == "version" and "1.0" not in what:
+        assert status == 400, name
+    if name in {"type: well packed", "type: packed by b'br'"}:
+        assert status == 415, name
 
 
 @BOTH_LOOPS
@@ -154,6 +190,94 @@ def test_given_limits_then_both_lanes_charge_the_same_and_say_so_alike(world: Wo
     assert [sum(limited[at:to]) for at, to in ((0, 6), (6, 10), (10, 18), (18, 32), (32, 46))] == [
         *(2, 2, 2, 2, 2)
     ]
+
+
+def _odd(world: World) -> dict[str, bytes]:
+    """Requests that no route sees, or that a parser or an unpacker refuses."""
+    member = world.member()
+    packed = gzip.compress(WISH)[:-9] + b"garbage"
+    return {
+        "asterisk": b"OPTIONS * HTTP/1.1\r\nHost: sale\r\n\r\n",
+        "connect": b"CONNECT sale:80 HTTP/1.1\r\nHost: sale\r\n\r\n",
+        "absolute": b"GET http://sale HTTP/1.1\r\nHost: sale\r\n\r\n",
+        "expect": TIME[:-2] + b"Expect: <b>\r\n\r\n",
+        "expect, not ASCII": TIME[:-2] + b"Expect: \xff\r\n\r\n",
+        "garbage": b"\x16\x03\x01\x02\r\n\r\n",
+        "no header": b"GET /nothing HTTP/1.1\r\n\r\n",
+        "a header twice": TIME[:-2] + b"Host: sale\r\n\r\n",
+        "no version": b"GET /nothing\r\n\r\n",
+        "packed": member.buy("open", packed, b"Content-Encoding: gzip", drop=["Authorization"]),
+        "a bad chunk": member.buy(
+            "open",
+            b"zz\r\n",
+            drop=["Content-Length", "Authorization"],
+            Transfer_Encoding=b"chunked",
+        ),
+    }
+
+
+def test_odd_requests_are_charged_to_their_address(world: World) -> None:
+    async def judge() -> None:
+        limits = {"address_per_s": 1, "address_burst": 3}
+        async with world.both(**limits) as sides:
+            for side in sides:
+                for name, raw in _odd(world).items():
+                    side.engine.limits._addresses = _Buckets(Rate(1, 3))
+                    told = [(await side.ask(raw)).answers[0] for _ in range(5)]
+                    statuses = [int(each.status.split()[1]) for each in told]
+                    assert 429 not in statuses[:3], (side.name, name, statuses)
+                    assert 429 in statuses[3:], (side.name, name, statuses)
+                    assert all(dict(each.headers)["X-Request-Id"] for each in told)
+
+    world.run(judge())
+
+
+def test_odd_requests_leave_no_line_in_the_log(world: World) -> None:
+    """A stranger had 1.7 kB of traceback for 110 bytes."""
+    lines: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = lines.append  # type: ignore[method-assign]
+
+    async def judge() -> list[Any]:
+        async with world.both() as sides:
+            with structlog.testing.capture_logs() as ours:
+                for side in sides:
+                    for raw in _odd(world).values():
+                        answers = (await side.ask(raw)).answers
+                        assert answers[0].status.split()[1][0] == "4", answers
+                        assert b"<b>" not in answers[0].raw
+                return list(ours)
+
+    logging.getLogger().addHandler(handler)
+    try:
+        with mock.patch.object(server_logger, "disabled", new=False):
+            assert world.run(judge()) == []
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert [each.getMessage() for each in lines if each.levelno >= logging.INFO] == []
+
+
+def test_faults_are_logged_with_the_name_of_their_request(world: World) -> None:
+    async def judge() -> None:
+        async with world.both() as sides:
+            for side in sides:
+                fault = mock.Mock(side_effect=KeyError("a fault of ours"))
+                named = (b"X-Request-Id: mine-1",), (b"X-Request-Id: " + b"a" * 129,), ()
+                with (
+                    mock.patch.object(PurchaseDesk, "check", fault),
+                    structlog.testing.capture_logs() as lines,
+                ):
+                    told = [
+                        (await side.ask(world.member().buy("open", WISH, *line))).answers[0]
+                        for line in named
+                    ]
+                logged = [each["request_id"] for each in lines if each["event"] == "request.failed"]
+                sent = [re.findall(rb"X-Request-Id: (\S+)", each.raw)[0].decode() for each in told]
+                assert logged == sent, side.name
+                assert len(set(logged)) == 3
+                assert logged[0] == "mine-1"
+
+    world.run(judge())
 
 
 def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: World) -> None:

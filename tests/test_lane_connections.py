@@ -432,7 +432,7 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
     ours = names.union(*(each.__slots__ for each in classes)) - overridden
     theirs = {*web.RequestHandler.__slots__, *BaseProtocol.__slots__}
     used = set(re.findall(r"self\.(_\w+)", source)) - ours
-    assert {"_waiter", "_messages", "_request_in_progress", "_message_tail"} <= used
+    assert {"_waiter", "_messages", "_request_in_progress", "_reading_paused"} <= used
     assert all(name in theirs or hasattr(web.RequestHandler, name) for name in used | overridden)
     assert not any(name in theirs for name in ours)
 
@@ -450,6 +450,7 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
     def make() -> InnerHandler:
         handler = InnerHandler(
             server,
+            engine=mock.Mock(),
             draining=lambda: False,
             answered=lambda: told.append((handler.busy, handler.idle)),
             reading=lambda _: None,

@@ -341,7 +341,7 @@ def _raised_and_told() -> None:
         assert limited is not None
         raise TooFast(limited)
     except TooFast as error:
-        refused = refused_by(error, "/")
+        refused = refused_by(error, "/", "")
     assert refused.problem is Problem.RATE_LIMITED
 
 

@@ -7,20 +7,30 @@ version has changed it, and the version is pinned.
 
 aiohttp by itself closes a connection at the client's end of file, and whoever shuts down only the
 sending side gets no answer. Ours answers what came whole, and closes then.
+
+aiohttp by itself forgets what it has parsed of a read of which a later part cannot be, and drops
+what follows an upgrade that it does not know. Ours is given a read piece by piece
+(``_piece_end``), so that no piece has two requests in it, and takes no upgrade at all.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, cast
 
-from aiohttp import web
+import structlog
+from aiohttp import HttpVersion11, hdrs, web
+from aiohttp.http import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from multidict import CIMultiDict, CIMultiDictProxy
 
-from sale.api.lane_wire import rendered
+from sale.api.head_rules import refusal_of_head, refusal_of_unreadable
+from sale.api.lane_wire import SERVER, rendered
+from sale.api.limits import charged
 from sale.api.problems import problem_answer, problem_response
+from sale.api.request_ids import HEADER, REQUEST_ID, name_request, named
+from sale.bootstrap import Engine
 from sale.domain import Problem, Refused
-from sale.usecases.admission import Admission
 
 KEEPALIVE_S: Final = 75.0
 UNREAD_WITHIN_S: Final = 30.0
@@ -29,6 +39,10 @@ UNREAD_WITHIN_S: Final = 30.0
 ENDED_WITHIN_S: Final = 75.0
 """How long a client that sends no more may wait for its answers, and take to read them."""
 
+HEAD_END: Final = b"\r\n\r\n"
+
+log = structlog.get_logger()
+
 
 class Handler(web.RequestHandler):
     """aiohttp's handler of one connection.
@@ -36,12 +50,16 @@ class Handler(web.RequestHandler):
     ``draining`` tells whether each answer must be the connection's last.
     """
 
-    __slots__ = ("_body", "_broken", "_done_with", "_draining", "_ended", "client_ended")
+    __slots__ = (
+        "_before", "_body", "_body_left", "_broken", "_done_with", "_draining", "_ended", "_engine",
+        "_rest", "_unreadable", "client_ended",
+    )  # fmt: skip
 
     def __init__(
         self,
         server: web.Server,
         *,
+        engine: Engine,
         draining: Callable[[], bool],
         keepalive_timeout: float = KEEPALIVE_S,
     ) -> None:
@@ -50,8 +68,18 @@ class Handler(web.RequestHandler):
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]  # as aiohttp itself passes it
             keepalive_timeout=keepalive_timeout,
+            auto_decompress=False,  # packed bodies are refused: see exchange.check_coding
         )
+        self._engine = engine
         self._draining = draining
+        self._rest = b""
+        """What has come and is still to be parsed: while it is read no further."""
+        self._before = b""
+        """The last bytes that were parsed."""
+        self._body_left = 0
+        """How much of the body that is being parsed is still to come, where its length is known."""
+        self._unreadable = False
+        """Whether something came that is no request; what follows is none either."""
         self._body: StreamReader = EMPTY_PAYLOAD
         """That of the request that came last."""
         self._done_with: StreamReader = EMPTY_PAYLOAD
@@ -63,9 +91,47 @@ class Handler(web.RequestHandler):
         """Whether the client sends no more; most who do so have left."""
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has come; whether its last body is whole is asked at the end."""
-        body = self._body
-        super().data_received(data)
+        """Parse what has come, a piece at a time, as far as there is room for it."""
+        if not data:
+            self._parse(b"")  # what the parser itself has kept
+        data, self._rest = self._rest + data, b""
+        at = 0
+        while at < len(data) and not (self._unreadable or self._close or self._force_close):
+            if self._reading_paused or len(self._messages) >= self._max_msg_queue_size:
+                self._rest = data[at:]
+                break
+            end = self._piece_end(data, at)
+            self._parse(data[at:end])
+            at = end
+        self._before = (self._before + data[:at])[-len(HEAD_END) + 1 :]
+
+    def _piece_end(self, data: bytes, at: int) -> int:
+        """Find the end of what may be parsed in one go: a body, or all up to the end of a head."""
+        if self._body_left:
+            end = min(at + self._body_left, len(data))
+            self._body_left -= end - at
+            return end
+        if not at:  # the end of a head may have begun in the read before
+            over = (self._before + data[: len(HEAD_END) - 1]).find(HEAD_END)
+            if over >= 0:
+                return over + len(HEAD_END) - len(self._before)
+        end = data.find(HEAD_END, at)
+        return len(data) if end < 0 else end + len(HEAD_END)
+
+    def _parse(self, piece: bytes) -> None:
+        """Parse one piece; whether its last body is whole is asked at the end."""
+        body, count = self._body, self._request_count
+        super().data_received(piece)
+        if self._upgraded and self._parser is not None:  # nobody takes it: requests go on
+            self._parser.set_upgraded(False)
+            self._upgraded = False
+        if self._request_count > count and self._messages:
+            message = self._messages[-1][0]
+            if isinstance(message, RawRequestMessage):
+                length = message.headers.get(hdrs.CONTENT_LENGTH, "").lstrip("0")
+                self._body_left = int(length or 0)
+            else:
+                self._unreadable = True
         self._keep_body()
         if self._body is not body and not body.is_eof() and body.exception() is None:
             # Only its parser's error comes behind a body that is not whole. aiohttp would let
@@ -93,7 +159,7 @@ class Handler(web.RequestHandler):
         self._keep_body()
         waiting = len(self._messages)
         cut_off = not self._body.is_eof() and self._body.exception() is None
-        if waiting > cut_off or self._message_tail:
+        if waiting > cut_off or self._rest:
             return
         # aiohttp waits for nothing, and has taken up what came: the last of that is under way.
         begun = self._waiter is None and self._request_count > waiting
@@ -115,10 +181,44 @@ class Handler(web.RequestHandler):
         waiter = self._waiter
         return waiter is not None and not waiter.done() and not self.busy
 
+    def _handle_request(
+        self,
+        request: web.BaseRequest,
+        start_time: float | None,
+        request_handler: Callable[[Any], Awaitable[web.StreamResponse]],
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        """Name a request, and have it served unless its head alone is refused."""
+        message = request._message  # noqa: SLF001 - the version is wanted as it was sent
+        # What aiohttp makes of bytes that are no request has a plain dict.
+        is_none = isinstance(cast("object", message.headers), dict)
+        if is_none:
+            request._headers = _NO_HEADERS  # noqa: SLF001
+        name_request(request)
+        refused = refusal_of_head(message)
+        if refused is not None:
+            request_handler = self._refusing(refused)
+        if refused is not None or is_none:
+            request._version = HttpVersion11  # noqa: SLF001 - that of the answer
+        return super()._handle_request(request, start_time, request_handler)
+
+    def _refusing(
+        self, refused: Refused
+    ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+        async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+            response = problem_response(charged(self._engine, request, refused))
+            response.force_close()
+            return response
+
+        return refuse
+
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """Send an answer; the connection's last while draining, or to what could not be read."""
+        if isinstance(resp, web.HTTPException) and resp.status >= 400:
+            resp = self._as_problem(request, resp)
+        resp.headers[HEADER] = request.get(REQUEST_ID) or name_request(request)
+        resp.headers[hdrs.SERVER] = SERVER
         broken = self._broken is not EMPTY_PAYLOAD and request.content is self._broken
         if broken or self._draining():
             resp.force_close()
@@ -143,14 +243,30 @@ class Handler(web.RequestHandler):
         request: web.BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
-        message: str | None = None,
+        message: str | None = None,  # noqa: ARG002 - it may quote the client
     ) -> web.StreamResponse:
         """Answer in fixed words: nothing of what was sent comes back."""
-        super().handle_error(request, status, exc, message)  # logs, and sees that nothing was sent
-        problem = Problem.UNAVAILABLE if status >= 500 else Problem.INVALID_REQUEST
-        response = problem_response(Refused(problem, "this is not a request that can be read"))
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun already")
+        if status >= 500:
+            name = request.get(REQUEST_ID, "")
+            log.error("request.failed", path=request.path, request_id=name, exc_info=exc)
+            refused = Refused(Problem.UNAVAILABLE)
+        else:
+            refused = charged(self._engine, request, refusal_of_unreadable(exc))
+        response = problem_response(refused)
         response.force_close()
         return response
+
+    def _as_problem(self, request: web.BaseRequest, told: web.HTTPException) -> web.Response:
+        """Word a refusal of aiohttp's own, for which no route was found."""
+        problem = _PROBLEMS.get(told.status, Problem.INVALID_REQUEST)
+        return problem_response(charged(self._engine, request, Refused(problem)))
+
+
+_NO_HEADERS: Final = CIMultiDictProxy[str](CIMultiDict())
+_PROBLEMS: Final = {404: Problem.NOT_FOUND, 500: Problem.UNAVAILABLE}
+"""By the status of what aiohttp itself raises."""
 
 
 class InnerHandler(Handler):
@@ -167,12 +283,15 @@ class InnerHandler(Handler):
         self,
         server: web.Server,
         *,
+        engine: Engine,
         draining: Callable[[], bool],
         answered: Callable[[], None],
         reading: Callable[[bool], None],
         keepalive_timeout: float,
     ) -> None:
-        super().__init__(server, draining=draining, keepalive_timeout=keepalive_timeout)
+        super().__init__(
+            server, engine=engine, draining=draining, keepalive_timeout=keepalive_timeout
+        )
         self._answered = answered
         self._reading = reading
 
@@ -189,37 +308,34 @@ class InnerHandler(Handler):
 class LoneHandler(Handler):
     """A connection that aiohttp has alone: the fast lane is off.
 
-    ``admission`` counts it; beyond the bound it is told so and closed at once.
+    The engine's admission counts it; beyond the bound it is told so and closed at once.
     """
 
-    __slots__ = ("_admission", "_end_by", "_unread")
+    __slots__ = ("_admitted", "_end_by", "_unread")
 
-    def __init__(
-        self, server: web.Server, *, draining: Callable[[], bool], admission: Admission
-    ) -> None:
-        super().__init__(server, draining=draining)
-        self._admission: Admission | None = admission
+    def __init__(self, server: web.Server, *, engine: Engine, draining: Callable[[], bool]) -> None:
+        super().__init__(server, engine=engine, draining=draining)
+        self._admitted = False
         self._end_by: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many."""
-        if self._admission is not None and not self._admission.take_connection():
-            wait_s = self._admission.retry_after(time.monotonic())
-            self._admission = None
+        self._admitted = self._engine.admission.take_connection()
+        if not self._admitted:
+            wait_s = self._engine.admission.retry_after(time.monotonic())
             refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
-            cast("asyncio.Transport", transport).write(
-                rendered(*problem_answer(refused), last=True)
-            )
+            wire = rendered(*problem_answer(refused), last=True)
+            cast("asyncio.Transport", transport).write(named(wire, None))
             transport.close()
             return
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End."""
-        if self._admission is not None:
-            self._admission.release_connection()
-            self._admission = None
+        if self._admitted:
+            self._admitted = False
+            self._engine.admission.release_connection()
         for timer in (self._end_by, self._unread):
             if timer is not None:
                 timer.cancel()

@@ -155,9 +155,7 @@ class Api:
     def _connection(self) -> Connection | Handler:
         if self._lane is not None:
             return Connection(self._lane)
-        return LoneHandler(
-            self._handlers, draining=self._is_draining, admission=self._engine.admission
-        )
+        return LoneHandler(self._handlers, draining=self._is_draining, engine=self._engine)
 
     def _is_draining(self) -> bool:
         return self.draining

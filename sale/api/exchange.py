@@ -36,7 +36,7 @@ class BodyLate(Refused):
         super().__init__(Problem.INVALID_REQUEST, "the body did not arrive in time", field="body")
 
 
-def bearer(request: web.Request) -> str | None:
+def bearer(request: web.BaseRequest) -> str | None:
     """Give the bearer token, or None."""
     return bearer_token(request.headers.get(hdrs.AUTHORIZATION, ""))
 
@@ -66,6 +66,7 @@ def checked_key(key: str | None) -> str:
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -> Body:
     """Read and check a JSON body. Raises Refused for its type, size, syntax and fields."""
     check_media_type(request.headers.get(hdrs.CONTENT_TYPE, ""))
+    check_coding(request)
     try:
         if request.content.is_eof():
             body = request.content.read_nowait()
@@ -85,6 +86,13 @@ def check_media_type(media_type: str) -> None:
     """Take JSON only. Raises Refused."""
     if media_type != "application/json" and not _is_json(media_type):
         raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+
+
+def check_coding(request: web.Request) -> None:
+    """Take bodies as they are. Raises Refused: unpacking is work that a stranger could ask for."""
+    codings = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).lower().split(",")
+    if any(coding.strip(" \t") not in {"", "identity"} for coding in codings):
+        raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send the body without Content-Encoding")
 
 
 def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
@@ -154,10 +162,15 @@ def tagged_response(request: web.Request, body: object, *, max_age_s: int) -> we
     encoded = ENCODER.encode(body)
     tag = f'"{hashlib.blake2b(encoded, digest_size=12).hexdigest()}"'
     headers = {"ETag": tag, "Cache-Control": f"public, max-age={max_age_s}"}
-    known = [part.strip() for part in request.headers.get("If-None-Match", "").split(",")]
-    if "*" in known or tag in known or f"W/{tag}" in known:
+    if has_already(request, tag):
         return web.Response(status=304, headers=headers)
     return web.Response(body=encoded, content_type="application/json", headers=headers)
+
+
+def has_already(request: web.Request, tag: str) -> bool:
+    """Whether the client has what a strong tag stands for, by all its If-None-Match (RFC 9110)."""
+    known = ",".join(request.headers.getall(hdrs.IF_NONE_MATCH, ())).split(",")
+    return any(each.strip(" \t").removeprefix("W/") in {tag, "*"} for each in known)
 
 
 def accepts_gzip(accept_encoding: str) -> bool:

@@ -48,6 +48,7 @@ from sale.api.lane_wire import rendered
 from sale.api.limits import CHARGED, charge
 from sale.api.member import ORDER_REQUEST
 from sale.api.problems import problem_answer
+from sale.api.request_ids import named, request_id
 from sale.api.routing import refused_by
 from sale.bootstrap import Engine
 from sale.domain import Campaign, Problem, Refused
@@ -158,8 +159,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_admitted", "_answered", "_awaited", "_counted", "_ended", "_for_good", "_held", "_inner",
-        "_inner_full", "_inner_left", "_lane", "_lent", "_looks", "_reading_paused", "_shape",
-        "_stands", "_transport", "_unended", "_unsettled", "_writing_paused", "deadline",
+        "_inner_full", "_inner_left", "_lane", "_lent", "_looks", "_reading_paused", "_request_id",
+        "_shape", "_stands", "_transport", "_unended", "_unsettled", "_writing_paused", "deadline",
         "purchase",
     )  # fmt: skip
 
@@ -174,6 +175,8 @@ class Connection(asyncio.Protocol):
         self._awaited: tuple[Campaign, Head] | None = None
         self.purchase: LanePurchase | None = None
         """The one that is under way."""
+        self._request_id: str | None = None
+        """The name of the request that is served now, as it was given or once it was made."""
         self._inner: InnerHandler | None = None
         self._shape = lane.heads.shape
         self._inner_left = 0
@@ -197,6 +200,12 @@ class Connection(asyncio.Protocol):
         if self.purchase is not None or self._stands:
             return True
         return self._inner is not None and self._inner.busy
+
+    @property
+    def request_id(self) -> str:
+        """The name of the request that is served now."""
+        name = self._request_id = request_id(self._request_id)
+        return name
 
     # What the transport calls.
 
@@ -300,6 +309,7 @@ class Connection(asyncio.Protocol):
                     break
                 asked_at, since = since or now, None
                 self._held, self._awaited = held[whole:], None
+                self._request_id = head.request_id
                 if reason:
                     self._turn_away(campaign, lane.admission.refuse(reason, now))
                 else:
@@ -354,6 +364,7 @@ class Connection(asyncio.Protocol):
         campaign = lane.known(head.campaign_id)
         if campaign is not None:
             self._held = held[head.whole :]
+            self._request_id = head.request_id
             self._turn_away(campaign, lane.admission.refuse(LATE, time.monotonic()))
 
     def called(self, since: float) -> None:
@@ -368,7 +379,7 @@ class Connection(asyncio.Protocol):
         try:
             self._advance(since=since)
         except Exception:
-            log.exception("connection.not_served")
+            log.exception("connection.not_served", request_id=self.request_id)
             self.close()
 
     def _ready(self) -> bool:
@@ -409,7 +420,8 @@ class Connection(asyncio.Protocol):
             purchase = LanePurchase(self._lane.answers, self, campaign, checked, asked_at)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
-            refused = refused_by(error, f"/api/v1/campaigns/{campaign.id}/orders")
+            path = f"/api/v1/campaigns/{campaign.id}/orders"
+            refused = refused_by(error, path, self.request_id)
             self._refuse(campaign, head, refused)
         else:
             self.purchase = purchase
@@ -445,7 +457,8 @@ class Connection(asyncio.Protocol):
     def _answer(self, wire: bytes, *, last: bool) -> None:
         if self._transport is None:
             return
-        self._transport.write(wire)
+        self._transport.write(named(wire, self._request_id))
+        self._request_id = None
         if last:
             self._transport.close()
         elif not self._writing_paused:
@@ -480,6 +493,7 @@ class Connection(asyncio.Protocol):
         if self._inner is None:
             self._inner = InnerHandler(
                 self._lane.server,
+                engine=self._lane.engine,
                 draining=self._lane.is_draining,
                 answered=self._inner_answered,
                 reading=self._inner_reads,
@@ -567,6 +581,7 @@ class Connection(asyncio.Protocol):
             self.deadline = self._lane.now + KEEPALIVE_S
         else:
             if self._awaited is not None:
+                self._request_id = self._awaited[1].request_id
                 self._refuse(*self._awaited, BodyLate(), last=True)
             self._transport.close()
             self.deadline = self._lane.now + UNREAD_WITHIN_S  # for what is still to be read

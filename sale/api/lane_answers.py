@@ -23,6 +23,9 @@ class Buyer(Protocol):
 
     purchase: "LanePurchase | None"
 
+    @property
+    def request_id(self) -> str: ...  # noqa: D102
+
     def send(self, wire: bytes) -> None: ...  # noqa: D102
 
 
@@ -47,7 +50,11 @@ class LaneAnswers:
             wire = rendered(*order_answer(told), last=last)
         except Exception:
             # What cannot be worded stands all the same, and is found by its key.
-            log.exception("purchase.not_worded", campaign=purchase.campaign.id)
+            log.exception(
+                "purchase.not_worded",
+                campaign=purchase.campaign.id,
+                request_id=purchase.buyer.request_id,
+            )
             return rendered(*problem_answer(Refused(Problem.UNAVAILABLE)), last=last)
         if isinstance(told, Refused) and answer.decision is not None and not last:
             self._same = (answer, purchase.campaign, wire)
@@ -76,14 +83,14 @@ class LaneAnswers:
 class LanePurchase(Purchase):
     """A purchase whose answer goes straight to its connection."""
 
-    __slots__ = ("_answers", "_buyer", "_key", "campaign")
+    __slots__ = ("_answers", "_key", "buyer", "campaign")
 
     def __init__(
         self, answers: LaneAnswers, buyer: Buyer, campaign: Campaign, checked: Checked, now: float
     ) -> None:
         self.card_no, self.union, self.showing, self.quantity, self._key = checked
         self.asked_at = now
-        self._buyer = buyer
+        self.buyer = buyer
         self._answers = answers
         self.campaign = campaign
 
@@ -94,7 +101,7 @@ class LanePurchase(Purchase):
 
     def settle(self, answer: Answer) -> None:
         """Answer the client, if it is still there."""
-        buyer = self._buyer
+        buyer = self.buyer
         if buyer.purchase is self:  # a second answer would be another request's
             buyer.purchase = _ANSWERED
             self._answers.post(buyer, self._answers.wire(self, answer))

@@ -42,7 +42,7 @@ HEADERS_MAX: Final = 128
 
 _WANTED: Final = (
     b"content-length", b"connection", b"authorization", b"idempotency-key", b"content-type",
-    b"x-forwarded-for",
+    b"x-forwarded-for", b"x-request-id",
 )  # fmt: skip
 _NEVER_PLAIN: Final = frozenset(
     {
@@ -67,6 +67,7 @@ class Head(msgspec.Struct, frozen=True, gc=False):
     key: str | None
     content_type: str | None
     forwarded_for: str | None
+    request_id: str | None
 
 
 class Shape:
@@ -101,13 +102,13 @@ class Shape:
         match = self._match(held[:HEAD_MAX].decode("latin-1"))
         if match is None:
             return None
-        campaign_id, length, authorization, key, content_type, forwarded_for = match.group(
-            *self._groups
+        campaign_id, length, authorization, key, content_type, forwarded_for, request_id = (
+            match.group(*self._groups)
         )
         end = match.end()
         return Head(
             end, end + int(length or 0), campaign_id, authorization, key, content_type,
-            forwarded_for,
+            forwarded_for, request_id,
         )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final
 
-from aiohttp.http import SERVER_SOFTWARE
+SERVER: Final = "sale"
+"""What the header Server says: nothing of the library or the language beneath."""
 
 _LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -41,5 +42,5 @@ def _date_and_server() -> str:
     second = int(time.time())
     if second != _clock.second:
         _clock.second = second
-        _clock.tail = f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER_SOFTWARE}\r\n"
+        _clock.tail = f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER}\r\n"
     return _clock.tail

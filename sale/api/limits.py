@@ -60,10 +60,9 @@ def charge(
     return engine.limits.spend_address(engine.addresses.of(peer, forwarded_for), now)
 
 
-def charged(request: web.Request, refused: Refused) -> Refused:
+def charged(engine: Engine, request: web.BaseRequest, refused: Refused) -> Refused:
     """Give the refusal that is told: this one, or that it was one too many."""
-    engine = request.app.get(ENGINE)
-    if engine is None or refused.problem not in CHARGED:
+    if refused.problem not in CHARGED:
         return refused
     limited = charge(
         engine, refused.problem, bearer(request), peer_of(request), forwarded_for(request)
@@ -85,12 +84,12 @@ def refuse_guessers(request: web.Request, token: str) -> None:
         raise TooFast(limited)
 
 
-def peer_of(request: web.Request) -> str:
+def peer_of(request: web.BaseRequest) -> str:
     """Give the host at the other end of the connection; '' on a unix socket, or when it is gone."""
     return first_of(None if request.transport is None else request.get_extra_info("peername"))
 
 
-def forwarded_for(request: web.Request) -> str | None:
+def forwarded_for(request: web.BaseRequest) -> str | None:
     """Give all of X-Forwarded-For: proxies that add their own line add it last."""
     lines = request.headers.getall("X-Forwarded-For", None)
     return None if lines is None else ",".join(lines)

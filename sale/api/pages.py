@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from aiohttp import hdrs, web
 
-from sale.api.exchange import accepts_gzip
+from sale.api.exchange import accepts_gzip, has_already
 from sale.api.openapi import build_document
 from sale.api.problems import WORDINGS, problem_response
 from sale.api.routing import guarded
@@ -54,7 +54,7 @@ class _Static(NamedTuple):
             hdrs.ETAG: f'W/"{self.etag}"',
             hdrs.VARY: hdrs.ACCEPT_ENCODING,
         }
-        if any(known.value in {self.etag, "*"} for known in request.if_none_match or ()):
+        if has_already(request, f'"{self.etag}"'):
             return web.Response(status=304, headers=headers)
         body = self.body
         if accepts_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, ()))):

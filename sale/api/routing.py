@@ -15,6 +15,7 @@ from aiohttp import web
 from sale.api.exchange import ENGINE, BodyLate
 from sale.api.limits import admit, charged
 from sale.api.problems import problem_response
+from sale.api.request_ids import REQUEST_ID
 from sale.bootstrap import STORE_ERRORS
 from sale.domain import CAMPAIGN_ID, Problem, Refused
 
@@ -45,13 +46,15 @@ def failed(request: web.Request, error: Exception) -> web.StreamResponse:
     """Answer an error of a handler. Raises aiohttp's redirections on."""
     if isinstance(error, web.HTTPException) and error.status < 400:
         raise error
-    response = problem_response(charged(request, refused_by(error, request.path)))
+    engine = request.app.get(ENGINE)
+    refused = refused_by(error, request.path, request.get(REQUEST_ID, ""))
+    response = problem_response(refused if engine is None else charged(engine, request, refused))
     if isinstance(error, BodyLate):
         response.force_close()
     return response
 
 
-def refused_by(error: Exception, path: str) -> Refused:
+def refused_by(error: Exception, path: str, request_id: str) -> Refused:
     """Give the refusal that an error is told as; what is a fault of ours is logged."""
     if isinstance(error, Refused):
         # Its traceback leads to the frame that keeps it: a cycle for each refusal, and for some
@@ -60,9 +63,10 @@ def refused_by(error: Exception, path: str) -> Refused:
     if isinstance(error, web.HTTPException):
         return Refused(Problem.INVALID_REQUEST, error.reason)
     if isinstance(error, STORE_ERRORS):
-        log.warning("request.store_failed", path=path, error=type(error).__name__)
+        name = type(error).__name__
+        log.warning("request.store_failed", path=path, request_id=request_id, error=name)
     else:
-        log.error("request.failed", path=path, exc_info=error)
+        log.error("request.failed", path=path, request_id=request_id, exc_info=error)
     return Refused(Problem.UNAVAILABLE)
 
 

@@ -8,7 +8,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
 
-from sale.api.lane_head import HeadReader
+from sale.api.head_rules import refusal_of_head
 
 
 class Request(NamedTuple):
@@ -38,8 +38,9 @@ def parsed(
 ) -> tuple[list[tuple[Any, Any]], bool]:
     """Messages as aiohttp's parser sees them until it stops, and whether it refused to go on."""
     parser = HttpRequestParser(
-        _Nowhere(), loop, 2**16, max_line_size=8_190, max_field_size=8_190, max_headers=128
-    )
+        _Nowhere(), loop, 2**16, max_line_size=8_190, max_field_size=8_190, max_headers=128,
+        auto_decompress=False,
+    )  # fmt: skip
     found: list[tuple[Any, Any]] = []
     for piece in pieces:
         try:
@@ -54,27 +55,15 @@ def parsed(
 
 
 def oracle(loop: asyncio.AbstractEventLoop, data: bytes) -> tuple[list[Request], bool]:
-    """The whole requests in ``data``, and whether it ends in what is none."""
+    """The whole requests in ``data`` that are served, and whether it ends in one that is not."""
     found, refused = parsed(loop, [data[at : at + 1] for at in range(len(data))])
     requests = []
     for message, payload in found:
         if not payload.is_eof() or payload.exception() is not None:
             break
         body = b"" if payload is EMPTY_PAYLOAD else payload.read_nowait()
+        if refusal_of_head(message) is not None:
+            return requests, True
         key = message.headers.get("Idempotency-Key")
         requests.append(Request(message.method, message.path, body, key))
     return requests, refused
-
-
-def plain_ones(data: bytes) -> int:
-    """How many requests at the beginning of ``data`` are whole and plain.
-
-    An empty line before one is not: where it comes alone, the lane hands over for good.
-    """
-    reader, count = HeadReader(), 0
-    while data[:1].isupper() and (end := data.find(b"\r\n\r\n") + 4) >= 4:
-        head = reader.read(data, end)
-        if head is None or head.whole > len(data):
-            break
-        count, data = count + 1, data[head.whole :]
-    return count

@@ -25,6 +25,7 @@ _NAMES = st.sampled_from(
     [
         *(b"Host", b"Content-Length", b"Transfer-Encoding", b"Connection", b"Expect", b"Upgrade"),
         *(b"Idempotency-Key", b"Authorization", b"Content-Type", b"X-Forwarded-For", b"Accept"),
+        *(b"X-Request-Id", b"authorization", b"Host"),
         *(b"content-length", b"IDEMPOTENCY-KEY", b"Keep-Alive", b"TE", b"Trailer", b"User-Agent"),
         *(
             b"Content-Encoding",

@@ -219,7 +219,8 @@ async def test_given_a_step_that_needs_a_why_then_without_one_it_is_400(
     path = f"{ADMIN}/{campaign}/{step}"
     fields: dict[str, Any] = {"showing": "general", "add": 1} if step == "stock" else {}
     for reason in ({}, {"reason": None}, {"reason": ""}, {"reason": "   "}, {"reason": "x" * 501},
-                   {"reason": 1}):  # fmt: skip
+                   {"reason": 1}, {"reason": "\u200b"}, {"reason": "a\u202eb"},
+                   {"reason": "a\nb"}):  # fmt: skip
         seen = await client.ask("POST", path, client.service.admin_token, json=fields | reason)
         assert (seen.status, seen.code) == (400, "invalid-request"), reason
         assert "reason" in seen.json()["detail"], reason

@@ -238,9 +238,11 @@ async def audit_log(
     With a ``union``, only what its accounts may see.
     """
     if union is None:
-        rows = await conn.fetch(_SQL["audit_log"], before_id, campaign, limit)
+        query = "audit_log" if campaign is None else "audit_log_of_campaign"
     else:
-        rows = await conn.fetch(_SQL["audit_log_of_union"], before_id, campaign, limit, union)
+        query = "audit_log_of_union" if campaign is None else "audit_log_of_union_and_campaign"
+    narrowed = [each for each in (union, campaign) if each is not None]
+    rows = await conn.fetch(_SQL[query], before_id, limit, *narrowed)
     return [
         AuditRow(
             id=row["id"],

@@ -65,7 +65,7 @@ class Actor(msgspec.Struct, frozen=True):
 
     None and the district act for every union. An account of another one, whatever its role, acts
     for that union alone; what it may see is ``may_see``, for each reader (audit log: the same rule
-    in SQL, ``audit_log_of_union``).
+    in SQL, ``audit_log_of_union`` and the view ``audit_log_owned``).
     """
 
     name: str

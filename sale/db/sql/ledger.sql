@@ -95,32 +95,31 @@ WHERE o.campaign_id = $1 AND o.seq = $2;
 -- name: audit_log -- A page of the audit log, newest first.
 SELECT id, at, actor, action, target, campaign_id, reason, data
 FROM audit_log
-WHERE ($1::bigint IS NULL OR id < $1) AND ($2::text IS NULL OR campaign_id = $2)
+WHERE $1::bigint IS NULL OR id < $1
 ORDER BY id DESC
-LIMIT $3;
+LIMIT $2;
 
--- name: audit_log_of_union -- A page of what accounts of a union may see of the audit log.
--- An ID may be used again once its draft is deleted, so each row belongs to the last creation before
--- it. Seen is what the union owns, and the last life of what members are told of: published campaigns
--- are never deleted. The same rule as Actor.may_see. Rows about no campaign (cards, accounts) are the
--- district's.
-WITH made AS (
-    SELECT campaign_id, id, lead(id) OVER (PARTITION BY campaign_id ORDER BY id) AS next_id,
-        data -> 'config' ->> 'owner' AS owner,
-        coalesce(data -> 'config' ->> 'rehearsal_of', '') AS rehearsal_of
-    FROM audit_log
-    WHERE action = 'campaign.created' AND ($2::text IS NULL OR campaign_id = $2)
-)
-SELECT l.id, l.at, l.actor, l.action, l.target, l.campaign_id, l.reason, l.data
-FROM audit_log l
-JOIN made m ON m.campaign_id = l.campaign_id AND l.id >= m.id
-    AND (m.next_id IS NULL OR l.id < m.next_id)
-JOIN campaign c ON c.campaign_id = l.campaign_id
-WHERE ($1::bigint IS NULL OR l.id < $1) AND ($2::text IS NULL OR l.campaign_id = $2)
-    AND (m.owner = $4
-        OR (m.next_id IS NULL AND m.rehearsal_of = '' AND c.state NOT IN ('draft', 'deleted')))
-ORDER BY l.id DESC
-LIMIT $3;
+-- name: audit_log_of_campaign -- The same, of one campaign.
+SELECT id, at, actor, action, target, campaign_id, reason, data
+FROM audit_log
+WHERE campaign_id = $3 AND ($1::bigint IS NULL OR id < $1)
+ORDER BY id DESC
+LIMIT $2;
+
+-- name: audit_log_of_union -- The same, as accounts of a union may see it.
+-- The rule of Actor.may_see. Rows about no campaign (cards, accounts) are the district's.
+SELECT id, at, actor, action, target, campaign_id, reason, data
+FROM audit_log_owned
+WHERE (owner = $3 OR published) AND ($1::bigint IS NULL OR id < $1)
+ORDER BY id DESC
+LIMIT $2;
+
+-- name: audit_log_of_union_and_campaign -- The same, of one campaign.
+SELECT id, at, actor, action, target, campaign_id, reason, data
+FROM audit_log_owned
+WHERE campaign_id = $4 AND (owner = $3 OR published) AND ($1::bigint IS NULL OR id < $1)
+ORDER BY id DESC
+LIMIT $2;
 
 -- name: draft_events -- What made, filled and ended the draft that event $2 was of.
 WITH life AS (

@@ -21,7 +21,8 @@ from redis.asyncio import Redis
 from sale import embedded
 from sale.config import Settings, SettingsError, split_address
 from sale.db import deployment
-from sale.db.pool import POSTGRES_ERRORS, close_pool, open_pool
+from sale.db.absence import POSTGRES_ERRORS
+from sale.db.pool import close_pool, open_pool
 from sale.domain import default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import LoadMetrics, PurchaseMetrics

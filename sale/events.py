@@ -24,9 +24,11 @@ stream entry an event, means an XADD and a hash for each sale instead of one a c
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
+
+from sale.domain import DAMAGED, nearest
 
 GENESIS: Final = "0" * 40
 """The chain hash before a campaign's first event."""
@@ -37,7 +39,7 @@ VOIDED: Final = "voided"
 
 
 class CorruptLedger(Exception):  # noqa: N818 - says what it is
-    """A stream entry does not parse, has a gap, or breaks the hash chain (INV-5)."""
+    """A stream entry cannot be read or applied, has a gap, or breaks the hash chain (INV-5)."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -80,20 +82,35 @@ class Entry(msgspec.Struct, frozen=True):
         return self.chain == link(chain, self.first, self.at_ms, self.epoch, self.payload)
 
     def events(self) -> list[Event]:
-        """Decode the events. Raises CorruptLedger."""
+        """Decode the events. Raises CorruptLedger for all that the writer could not apply."""
         try:
-            rows = _ROWS.decode(self.payload)
             events = [
-                Event(seq, self.at_ms, self.epoch, SOLD, row[1], row[2], row[3], row[4], row[5])
-                if row[0] == SOLD
-                else Event(seq, self.at_ms, self.epoch, row[0], data=row[1])
-                for seq, row in enumerate(rows, self.first)
+                Event(seq, self.at_ms, self.epoch, *row)
+                for seq, row in enumerate(_SALES.decode(self.payload), self.first)
             ]
-        except (msgspec.DecodeError, IndexError) as error:
-            raise CorruptLedger(f"entry {self.last}: {error}") from None
+        except msgspec.DecodeError:
+            events = self._mixed()
         if len(events) != self.last - self.first + 1:
             raise CorruptLedger(f"entry {self.last}: holds {len(events)} events, not as announced")
         return events
+
+    def _mixed(self) -> list[Event]:
+        """Decode an entry that does not hold sales alone."""
+        try:
+            return [
+                self._event(seq, row)
+                for seq, row in enumerate(_ROWS.decode(self.payload), self.first)
+            ]
+        except DAMAGED as error:
+            raise CorruptLedger(f"entry {self.last}: {error}") from None
+
+    def _event(self, seq: int, row: list[Any]) -> Event:
+        if row[:1] == [SOLD]:
+            return Event(seq, self.at_ms, self.epoch, *msgspec.convert(row, _Sale))
+        kind, data = msgspec.convert(row, tuple[str, dict[str, Any]])
+        if kind not in KINDS:
+            raise CorruptLedger(f"entry {self.last}: unknown kind {kind!r}")
+        return Event(seq, self.at_ms, self.epoch, kind, data=data)
 
 
 def link(chain: str, first: int, at_ms: int, epoch: int, payload: bytes) -> str:
@@ -118,16 +135,18 @@ def make_entry(chain: str, first: int, at_ms: int, epoch: int, rows: Sequence[An
 def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
     """Read a stream entry as redis-py returns it. Raises CorruptLedger."""
     try:
-        last = int(entry_id.split(b"-")[0])
+        last, at_ms = int(entry_id.split(b"-")[0]), int(fields[b"t"])
+        if at_ms != nearest(at_ms):
+            raise CorruptLedger(f"entry {last}: its moment ({at_ms} ms) cannot be stored")
         return Entry(
             first=last - int(fields[b"n"]) + 1,
             last=last,
-            at_ms=int(fields[b"t"]),
+            at_ms=at_ms,
             epoch=int(fields[b"e"]),
             chain=fields[b"h"].decode("ascii"),
             payload=fields[b"d"],
         )
-    except (KeyError, ValueError) as error:
+    except DAMAGED as error:
         raise CorruptLedger(f"entry {entry_id!r}: {error!r}") from None
 
 
@@ -209,7 +228,7 @@ class Books(msgspec.Struct):
             self.state = STATE_AFTER[event.kind]
             self.opens_at_ms = data.get("opens_at", self.opens_at_ms)
             self.closes_at_ms = data.get("closes_at", self.closes_at_ms)
-        elif event.kind not in {"recovered", VOIDED}:
+        elif event.kind not in KINDS:
             raise CorruptLedger(f"event {event.seq}: unknown kind {event.kind!r}")
         if data.get("op"):
             self.operations[data["op"]] = f"{event.seq}:{data.get('content', '')}"
@@ -226,4 +245,10 @@ STATE_AFTER: Final = {
 }
 """State of a campaign after each kind of event that changes it."""
 
+KINDS: Final = frozenset({"created", "stock_added", "recovered", SOLD, VOIDED, *STATE_AFTER})
+
+_Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+"""As PostgreSQL's columns have it. Whether a number makes sense is for its constraints to say."""
+_Sale: TypeAlias = tuple[Literal["sold"], str, _Integer, _Integer, str, _Integer]
+_SALES: Final = msgspec.json.Decoder(list[_Sale])
 _ROWS: Final = msgspec.json.Decoder(list[list[Any]])

@@ -1,5 +1,7 @@
 """Many campaigns are read in few calls, and what is wrong with one is its own trouble."""
 
+from typing import Any
+
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -7,8 +9,8 @@ from redis.exceptions import ResponseError
 from stock_maker import open_stock
 
 from sale.stock import survey
-from sale.stock.catalogue import read_campaigns
-from sale.stock.keys import campaign_keys
+from sale.stock.catalogue import Unreadable, campaign_ids, read_campaign, read_campaigns
+from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.survey import KEYS_A_CALL, read_heads
 
 COUNT = 2 * KEYS_A_CALL + 7
@@ -64,6 +66,48 @@ async def test_given_a_stock_of_another_type_when_campaigns_are_read_then_the_ot
     for campaign_id in ("sound", "damaged"):
         await open_stock(redis, 5, campaign_id=campaign_id)
     await redis.set(campaign_keys("damaged").stock, "no hash")
+    unreadable: list[Unreadable] = []
+    found = await read_campaigns(redis, unreadable=unreadable)
+    assert [now.campaign.id for now in found] == ["sound"]
+    assert [each.campaign_id for each in unreadable] == ["damaged"]
+    assert "WRONGTYPE" in unreadable[0].why
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("config", "{"),
+        ("config", "{}"),
+        ("state", "sleeping"),
+        ("opens_at", "tomorrow"),
+        ("seq", str(10**30)),
+        ("epoch", "x"),
+        ("clock", "x"),
+    ],
+)
+async def test_unreadable_head_leaves_the_others_readable(
+    redis: Redis, field: str, value: str
+) -> None:
+    for campaign_id in ("sound", "damaged"):
+        await open_stock(redis, 5, campaign_id=campaign_id)
+    await redis.hset(campaign_keys("damaged").head, field, value)
+    unreadable: list[Unreadable] = []
+    found = await read_campaigns(redis, unreadable=unreadable)
+    assert [now.campaign.id for now in found] == ["sound"]
+    assert [each.campaign_id for each in unreadable] == ["damaged"]
+    with pytest.raises(Unreadable, match="recover it"):
+        await read_campaign(redis, "damaged")
+
+
+async def test_head_with_anothers_configuration_is_not_believed(redis: Redis) -> None:
+    for campaign_id in ("sound", "damaged"):
+        await open_stock(redis, 5, campaign_id=campaign_id)
+    config: Any = await redis.hget(campaign_keys("sound").head, "config")
+    await redis.hset(campaign_keys("damaged").head, "config", config)
     assert [now.campaign.id for now in await read_campaigns(redis)] == ["sound"]
-    with pytest.raises(ResponseError, match="WRONGTYPE"):
-        await read_campaigns(redis, strictly=True)
+
+
+async def test_members_that_are_no_ids_are_passed_over(redis: Redis) -> None:
+    await open_stock(redis, 5, campaign_id="sound")
+    await redis.sadd(CAMPAIGNS, b"\xff", "Not An ID", "")
+    assert await campaign_ids(redis) == ["sound"]

@@ -11,10 +11,11 @@ from sale.api.exchange import ENGINE, NO_STORE, json_response
 from sale.api.routing import guarded
 from sale.api.schemas import HealthView
 from sale.bootstrap import Stores
+from sale.db.absence import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
-from sale.db.pool import POSTGRES_ERRORS
 from sale.stock.connection import REDIS_ERRORS
 from sale.stock.durability import durability_faults
+from sale.stock.troubles import TELLERS, read_troubles
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
@@ -35,7 +36,8 @@ def add_health_routes(app: web.Application) -> None:
         why = await looks.reasons(engine.stores)
         if engine.batchers.halted:
             why = list(dict.fromkeys([engine.batchers.halted, *why]))
-        response = json_response(HealthView("unavailable" if why else "ok", why), headers=NO_STORE)
+        view = HealthView("unavailable" if why else "ok", why, looks.campaigns)
+        response = json_response(view, headers=NO_STORE)
         if why:
             response.set_status(503)
             response.headers["Retry-After"] = "1"
@@ -51,6 +53,8 @@ class SharedLooks:
     """
 
     def __init__(self) -> None:
+        self.campaigns: list[str] = []
+        """Campaigns in trouble at the last look, each with what it is, in short."""
         self._found: list[str] = []
         self._fresh_until = 0.0
         self._look: asyncio.Task[list[str]] | None = None
@@ -65,7 +69,7 @@ class SharedLooks:
 
     async def _look_at(self, stores: Stores) -> list[str]:
         try:
-            self._found = await reasons(stores)
+            self._found, self.campaigns = await asyncio.gather(reasons(stores), troubled(stores))
         except Exception as error:
             # Logged here, once: everybody who waits would log it.
             log.exception("readiness.not_looked")
@@ -79,6 +83,20 @@ async def reasons(stores: Stores) -> list[str]:
     """Say why this host should get no traffic; empty where it should."""
     redis, postgres = await asyncio.gather(_redis_reasons(stores), _postgres_reasons(stores))
     return redis + postgres
+
+
+async def troubled(stores: Stores) -> list[str]:
+    """Name the campaigns in trouble. Particulars are for ``sale doctor``: anybody may ask here."""
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            told = await read_troubles(stores.redis)
+    except REDIS_ERRORS:
+        return []  # told as a reason
+    return sorted(
+        f"{campaign_id}: {TELLERS[teller]}; see sale doctor"
+        for teller, campaigns in told.items()
+        for campaign_id in campaigns
+    )
 
 
 async def _redis_reasons(stores: Stores) -> list[str]:

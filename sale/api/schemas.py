@@ -218,10 +218,11 @@ class TimeView(msgspec.Struct, frozen=True):
 
 
 class HealthView(msgspec.Struct, frozen=True, omit_defaults=True):
-    """``ok``, or what is not."""
+    """``ok``, or what is not. A campaign in trouble is named, and makes no host unready."""
 
     status: str
     reasons: list[str] = []
+    campaigns: list[str] = []
 
 
 class ListView(msgspec.Struct, Generic[Item], frozen=True):

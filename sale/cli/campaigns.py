@@ -18,7 +18,7 @@ from sale.cli.runtime import (
 )
 from sale.domain import CampaignState, InvalidCampaign, Refused, parse_campaign_toml, rfc3339
 from sale.files import read_text, shown
-from sale.stock.catalogue import CampaignNow, read_campaigns
+from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
 from sale.usecases.campaigns import Actor, CampaignDesk, moment_ms
 
 REASON = click.option("--reason", help="Why, for the audit log.")
@@ -46,8 +46,7 @@ def create(context: CommandContext, file: Path) -> None:
             return await desk.create(parsed, _actor(context), None, None)
 
     made = run(work())
-    if made.state is CampaignState.OPEN:
-        note("its opens_at is past: it sells already")
+    _say_past(made)
     _show(context, made)
 
 
@@ -57,13 +56,15 @@ def create(context: CommandContext, file: Path) -> None:
 def list_(context: CommandContext, *, rehearsals: bool) -> None:
     """List all campaigns, drafts too; rehearsals with --all."""
 
+    unreadable: list[Unreadable] = []
+
     async def work() -> list[CampaignNow]:
         async with _desk(context) as (_, _, redis):
-            return [
-                now for now in await read_campaigns(redis) if now.state is not CampaignState.DELETED
-            ]
+            return await read_campaigns(redis, unreadable=unreadable)
 
-    found = run(work())
+    found = [now for now in run(work()) if now.state is not CampaignState.DELETED]
+    for each in unreadable:
+        note(f"not listed: {each.detail}")
     campaigns = [now for now in found if rehearsals or not now.campaign.rehearsal_of]
     if hidden := len(found) - len(campaigns):
         note(f"{hidden} rehearsals are not listed: --all shows them")
@@ -109,7 +110,8 @@ def show(context: CommandContext, campaign_id: str) -> None:
 @command_context
 def schedule(context: CommandContext, campaign_id: str, at: str | None, reason: str | None) -> None:
     """Let it open by itself, at its opens_at or at TIME."""
-    _step(context, campaign_id, "schedule", reason, at)
+    scheduled = _step(context, campaign_id, "schedule", reason, at)
+    _say_past(scheduled)
 
 
 @campaign.command("open")
@@ -211,14 +213,24 @@ def _step(
     action: str,
     reason: str | None,
     at: str | None = None,
-) -> None:
+) -> CampaignNow:
     opens_at_ms = None if at is None else _parsed(at)
 
     async def work() -> CampaignNow:
         async with _desk(context) as (desk, _, _):
             return await desk.step(campaign_id, action, _actor(context), reason, None, opens_at_ms)
 
-    _show(context, run(work()))
+    done = run(work())
+    _show(context, done)
+    return done
+
+
+def _say_past(now: CampaignNow) -> None:
+    """Say what a moment that is past already has brought about."""
+    if now.state is CampaignState.OPEN:
+        note("its opening is past: it sells already")
+    elif now.state is CampaignState.CLOSED:
+        note("its closing is past: it is closed already")
 
 
 def _parsed(at: str) -> int:

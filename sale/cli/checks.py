@@ -14,7 +14,7 @@ from sale.cli.runtime import (
     note,
     run,
 )
-from sale.usecases.audit import AuditReport, CouldNotCheck
+from sale.usecases.audit import AuditReport, CampaignAudit, CouldNotCheck
 
 EXIT_FINDING = 1
 EXIT_COULD_NOT_CHECK = 3
@@ -54,7 +54,10 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
         note(f"sale: could not check: {error}")
         return EXIT_COULD_NOT_CHECK
     echo(context, report, lambda: _show_audit(report))
-    return 0 if report.clean else EXIT_FINDING
+    if report.clean:
+        return 0
+    found = any(each.checked and not each.clean for each in report.campaigns)
+    return EXIT_FINDING if found else EXIT_COULD_NOT_CHECK
 
 
 @click.command()
@@ -117,13 +120,19 @@ def _free(left_mb: int | None, bound_mb: int) -> str:
     return f"{left_mb} MB" + (f": below {bound_mb} MB nothing is sold" * (left_mb < bound_mb))
 
 
+def _unclean(audited: CampaignAudit) -> str:
+    return f"{len(audited.findings)} findings" if audited.checked else "could not check"
+
+
 def _show_audit(report: AuditReport) -> None:
-    rows = [
-        (each.id, "clean" if each.clean else f"{len(each.findings)} findings")
-        for each in report.campaigns
-    ]
+    rows = [(each.id, "clean" if each.clean else _unclean(each)) for each in report.campaigns]
     echo_table(("campaign", "audit"), rows)
     for each in report.campaigns:
         for finding in each.findings:
             click.echo(f"{each.id}: {finding.invariant}: {finding.what}")
-    click.echo("clean: every invariant holds" if report.clean else "NOT CLEAN")
+    if report.clean:
+        click.echo("clean: every invariant holds")
+    elif all(each.clean or not each.checked for each in report.campaigns):
+        click.echo("NOT ALL CHECKED: what was checked is clean")
+    else:
+        click.echo("NOT CLEAN")

@@ -12,16 +12,6 @@ import asyncpg
 
 from sale.store_urls import PostgresUrl
 
-POSTGRES_ERRORS: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    OSError,
-    TimeoutError,
-)
-"""What a call to PostgreSQL raises where it is away, slow, or refuses it; asyncpg calls a server
-that dies in mid-call an internal error of its own."""
-
 CONNECT_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 3.0

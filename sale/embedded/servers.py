@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
+from typing import Final
 from urllib.parse import quote
 
 import asyncpg
@@ -449,12 +450,12 @@ async def _prepare_database(directory: DataDirectory) -> str | None:
     try:
         url = PostgresUrl.read(_database_url(directory, "postgres"))
         connection = await asyncpg.connect(**url.connection(), timeout=5)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except _POSTGRES_ERRORS as error:
         return repr(error)
     try:
         if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = 'sale'"):
             await connection.execute("CREATE DATABASE sale")
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except _POSTGRES_ERRORS as error:
         return repr(error)
     finally:
         connection.terminate()
@@ -500,6 +501,15 @@ async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise EmbeddedError(str(first)) from None
+
+
+_POSTGRES_ERRORS: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+"""As in ``sale.db.absence``, which stands beside this package and not below it."""
 
 
 async def _uncancelled(work: Awaitable[None]) -> None:

@@ -6,9 +6,8 @@ draft is never kept: it may be deleted and made anew with other showings.
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
@@ -16,7 +15,16 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sale.domain import Campaign, CampaignState
+from sale.domain import (
+    CAMPAIGN_ID,
+    DAMAGED,
+    Campaign,
+    CampaignState,
+    Problem,
+    Refused,
+    in_bounds,
+    rfc3339,
+)
 from sale.stock import survey
 from sale.stock.atomic import read_at_once
 from sale.stock.keys import CAMPAIGNS, campaign_keys
@@ -27,6 +35,17 @@ ABSENT_S: Final = 0.1
 """For what members may not know of yet: it may be opened by hand any moment."""
 UNKNOWN_MAX: Final = 1_000
 CONFIGS_KEPT: Final = 1_024
+_INTEGER_MAX: Final = 2**63
+
+
+class Unreadable(Refused, ValueError):  # noqa: N818 - the campaign is
+    """What Redis holds of one campaign is not what the engine writes there."""
+
+    def __init__(self, campaign_id: str, error: object) -> None:
+        why = f"what Redis holds of it cannot be read ({error}): recover it"[:300]
+        super().__init__(Problem.UNAVAILABLE, f"{campaign_id}: {why}")
+        self.campaign_id = campaign_id
+        self.why = why
 
 
 class CampaignNow(msgspec.Struct, frozen=True):
@@ -53,6 +72,14 @@ class CampaignNow(msgspec.Struct, frozen=True):
     def visible(self) -> bool:
         """Whether members may know of it."""
         return self.state not in {CampaignState.DRAFT, CampaignState.DELETED}
+
+    @property
+    def window_fault(self) -> str:
+        """What is wrong with the opening that it waits for; '' where nothing is."""
+        waits = self.state in {CampaignState.DRAFT, CampaignState.SCHEDULED}
+        if not waits or self.opens_at_ms is None or in_bounds(self.opens_at_ms):
+            return ""
+        return f"its opening ({rfc3339(self.opens_at_ms)}) is out of bounds: schedule it again"
 
     @property
     def listed(self) -> bool:
@@ -153,23 +180,42 @@ class Catalogue:
 
 async def campaign_ids(redis: Redis) -> list[str]:
     """Give the IDs of all campaigns that have, or had, a head; sorted."""
-    members: set[bytes] = await redis.smembers(CAMPAIGNS)  # type: ignore[assignment]
-    return sorted(member.decode() for member in members)
+    return ids_of(await redis.smembers(CAMPAIGNS))  # type: ignore[arg-type]
+
+
+def ids_of(members: Iterable[bytes]) -> list[str]:
+    """Give the campaign IDs among the members of the set, sorted; nothing else is one."""
+    texts = (member.decode(errors="replace") for member in members)
+    return sorted(text for text in texts if CAMPAIGN_ID.fullmatch(text))
 
 
 async def read_campaign(redis: Redis, campaign_id: str) -> CampaignNow | None:
-    """Read a campaign's head and stock in one atomic step; None where there is none."""
+    """Read a campaign's head and stock in one atomic step; None where there is none.
+
+    Raises Unreadable, and redis-py's errors.
+    """
     head = campaign_keys(campaign_id).head
-    return _parse(*await read_at_once(redis, head, lambda pipe: _ask(pipe, campaign_id)))
+    try:
+        told = await read_at_once(redis, head, lambda pipe: _ask(pipe, campaign_id))
+        return _parse(campaign_id, *told)
+    except DAMAGED as error:
+        raise Unreadable(campaign_id, error) from None
+    except ResponseError as error:
+        if survey.is_wrong_type(error):
+            raise Unreadable(campaign_id, "a key of another type") from None
+        raise
 
 
 async def read_campaigns(
-    redis: Redis, only: Sequence[str] | None = None, *, strictly: bool = False
+    redis: Redis,
+    only: Sequence[str] | None = None,
+    *,
+    unreadable: list[Unreadable] | None = None,
 ) -> list[CampaignNow]:
     """Read all campaigns, or ``only`` these, at once; each may be read between two of its events.
 
-    One whose values are damaged is left out, so that the others are seen: the audit tells of it.
-    ``strictly``: a key of another type raises ResponseError.
+    One whose values are damaged is left out, so that the others are seen; it is added to
+    ``unreadable``.
     """
     ids = await campaign_ids(redis) if only is None else only
     keys = [campaign_keys(campaign_id) for campaign_id in ids]
@@ -182,15 +228,20 @@ async def read_campaigns(
     heads = survey.told(replies[:half], len(keys))
     stocks = survey.told(replies[half:], len(keys))
     read = []
-    for head, stock in zip(heads, stocks, strict=True):
+    for campaign_id, head, stock in zip(ids, heads, stocks, strict=True):
         errors = [reply for reply in (head, stock) if isinstance(reply, Exception)]
-        if errors and (strictly or not isinstance(errors[0], ResponseError)):
-            raise errors[0]
-        if errors:
+        try:
+            if errors:
+                raise Unreadable(campaign_id, errors[0])
+            now = _parse(campaign_id, clock, head, dict(zip(stock[::2], stock[1::2], strict=True)))
+        except DAMAGED as error:
+            if unreadable is not None:
+                why = error if isinstance(error, Unreadable) else Unreadable(campaign_id, error)
+                unreadable.append(why)
             continue
-        with contextlib.suppress(ValueError):
-            read.append(_parse(clock, head, dict(zip(stock[::2], stock[1::2], strict=True))))
-    return [now for now in read if now is not None]
+        if now is not None:
+            read.append(now)
+    return read
 
 
 def _ask(pipe: Any, campaign_id: str) -> None:  # noqa: ANN401 - redis-py's pipeline
@@ -201,13 +252,18 @@ def _ask(pipe: Any, campaign_id: str) -> None:  # noqa: ANN401 - redis-py's pipe
 
 
 def _parse(
-    clock: tuple[int, int], head: list[bytes | None], stock: dict[bytes, bytes]
+    campaign_id: str,
+    clock: tuple[int, int],
+    head: list[bytes | None],
+    stock: dict[bytes, bytes],
 ) -> CampaignNow | None:
     config, state, opens_at, closes_at, recovering, seq, chain, epoch, roster_rev, last_ms = head
     if config is None or state is None or seq is None or chain is None or epoch is None:
         return None
     campaign = _campaign(config)
-    now_ms = max(clock[0] * 1000 + clock[1] // 1000, int(last_ms or 0))
+    if campaign.id != campaign_id:
+        raise ValueError(f"its configuration is that of {campaign.id}")
+    now_ms = max(clock[0] * 1000 + clock[1] // 1000, _integer(last_ms or b"0"))
     opens_at_ms, closes_at_ms = _moment(opens_at), _moment(closes_at)
     showings = range(len(campaign.showings))
     return CampaignNow(
@@ -217,12 +273,12 @@ def _parse(
         opens_at_ms=opens_at_ms,
         closes_at_ms=closes_at_ms,
         recovering=(recovering or b"").decode(),
-        seq=int(seq),
+        seq=_integer(seq),
         chain=chain.decode(),
-        epoch=int(epoch),
-        roster_rev=-1 if roster_rev is None else int(roster_rev),
-        tickets=tuple(int(stock.get(b"t%d" % number, 0)) for number in showings),
-        remaining=tuple(int(stock.get(b"r%d" % number, 0)) for number in showings),
+        epoch=_integer(epoch),
+        roster_rev=-1 if roster_rev is None else _integer(roster_rev),
+        tickets=tuple(_integer(stock.get(b"t%d" % number, b"0")) for number in showings),
+        remaining=tuple(_integer(stock.get(b"r%d" % number, b"0")) for number in showings),
         as_of_ms=now_ms,
     )
 
@@ -258,6 +314,14 @@ def _state_at(
 
 def _moment(value: bytes | None) -> int | None:
     return int(value) if value else None
+
+
+def _integer(value: bytes) -> int:
+    """Read a number that can be told as JSON. Raises ValueError."""
+    number = int(value)
+    if not -_INTEGER_MAX <= number < _INTEGER_MAX:
+        raise ValueError(f"{number} is beyond any number of the engine")
+    return number
 
 
 _HEAD_FIELDS: Final = [

@@ -33,6 +33,11 @@ WHOLE: Final = "sale:whole"
 """Run ID of the Redis whose append-only file is known to be whole (``stock/durability.py``)."""
 
 
+def troubles_key(teller: str) -> str:
+    """Key of what a process tells of campaigns in trouble, see ``stock/troubles.py``."""
+    return f"sale:troubles:{teller}"
+
+
 class CampaignKeys(NamedTuple):
     """The keys of one campaign, in the order in which every script takes them as KEYS."""
 

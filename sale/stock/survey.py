@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from sale.stock.keys import campaign_keys
 
@@ -45,6 +46,11 @@ def told(replies: Sequence[Any], count: int) -> list[Any]:
         some = min(KEYS_A_CALL, count - len(found))
         found += [reply] * some if isinstance(reply, Exception) else reply
     return found
+
+
+def is_wrong_type(error: object) -> bool:
+    """Whether Redis said that a key is of another type: the trouble of its campaign alone."""
+    return isinstance(error, ResponseError) and "WRONGTYPE" in str(error)
 
 
 _SCRIPT: Final = (files(__package__) / "lua" / "survey.lua").read_text("utf-8")

@@ -15,8 +15,8 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import claims, rehearsals
+from sale.db.absence import POSTGRES_ERRORS
 from sale.db.claims import Claim
-from sale.db.pool import POSTGRES_ERRORS
 from sale.stock.batcher import Batcher, Mark
 from sale.stock.batchers import Batchers
 from sale.stock.kept import KeptSale

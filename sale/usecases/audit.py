@@ -20,13 +20,16 @@ from redis.exceptions import RedisError
 
 from sale.config import Durability
 from sale.db import queries
+from sale.db.absence import POSTGRES_ERRORS
 from sale.domain import (
+    DAMAGED,
     CampaignState,
     Problem,
     Refused,
     from_ms,
     is_made_up,
     mask_card,
+    nearest,
     rfc3339,
     to_ms,
 )
@@ -36,12 +39,13 @@ from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
 from sale.stock.durability import durability_faults
 from sale.stock.keys import campaign_keys
 from sale.stock.stream import stream_rows
+from sale.stock.troubles import read_troubles
 from sale.usecases.comparison import (
-    DAMAGED,
     INVARIANTS,
     QUERY_TIMEOUT_S,
     Finding,
     Findings,
+    Gone,
     RedisView,
     compare_cards,
     compare_operations,
@@ -52,11 +56,14 @@ from sale.usecases.comparison import (
     read_redis,
     revoked_at,
 )
+from sale.usecases.isolation import TROUBLES, in_words
 
 __all__ = ["INVARIANTS", "AuditReport", "CampaignAudit", "CouldNotCheck", "Finding", "audit"]
 
 APPLIED_WAIT_S: Final = 20.0
 """The writer may need longer, as long as it gets ahead."""
+APPLIED_WAIT_STUCK_S: Final = 1.0
+"""Where the writer has told that it cannot apply this ledger."""
 APPLIED_WAIT_MAX_S: Final = 600.0
 APPLIED_PAUSE_S: Final = 0.05
 ROSTER_PATIENCE_MS: Final = 2_000
@@ -67,12 +74,16 @@ class CouldNotCheck(Exception):  # noqa: N818 - says what happened
     """The audit could not be done; nothing is said about the books."""
 
 
-class CampaignAudit(msgspec.Struct, frozen=True):
-    """What was found in one campaign, at most ten findings of each invariant."""
+class CampaignAudit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was found in one campaign, at most ten findings of each invariant.
+
+    ``checked`` is false where it could not be checked; then the one finding says why.
+    """
 
     id: str
     clean: bool
     findings: list[Finding]
+    checked: bool = True
 
 
 class AuditReport(msgspec.Struct, frozen=True):
@@ -96,7 +107,7 @@ async def audit(
 
     ``applied_wait_s`` is how long the writer may stand still (None: 20). A Redis that is weaker
     than ``durability`` is a finding, also where that is only warned of elsewhere. Where one
-    campaign cannot be checked and another has a finding, the report is given, and says both.
+    campaign cannot be checked and another can, the report is given, and says both.
     """
     wait_s = APPLIED_WAIT_S if applied_wait_s is None else applied_wait_s
     try:
@@ -108,38 +119,47 @@ async def audit(
                 raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
             ids = [campaign_id]
         faults = await durability_faults(redis, durability, replicas_min)
+        stuck = (await read_troubles(redis))["writer"]
         audits: list[CampaignAudit] = []
-        unchecked: list[CampaignAudit] = []
         for each in ids:
             findings = Findings()
             for fault in faults:
                 findings.add("INV-3", fault)
-            check = _Check(redis, pool, each, findings, wait_s)
-            try:
-                if not await check.run(registered=each in registered):
-                    continue
-            except CouldNotCheck as error:
-                lagging = Finding("INV-5", f"could not check: {error}")
-                unchecked.append(CampaignAudit(each, clean=False, findings=[lagging]))
+            check = _Check(redis, pool, each, findings, wait_s, stuck.get(each, ""))
+            done = await _audited(check, findings, each, registered=each in registered)
+            if done is None:
                 continue
-            told = findings.told()
-            if told and await pool.fetchval(_SQL["purged"], each):
+            if not done.clean and await pool.fetchval(_SQL["purged"], each):
                 continue  # a rehearsal that went away while it was looked at
-            audits.append(CampaignAudit(each, clean=not told, findings=told))
+            audits.append(done)
         checked_at = rfc3339(await redis_now_ms(redis))
-    except (
-        RedisError,
-        asyncpg.PostgresError,
-        asyncpg.InterfaceError,
-        OSError,
-        TimeoutError,
-    ) as error:
+    except (RedisError, *POSTGRES_ERRORS) as error:
         raise CouldNotCheck(f"{type(error).__name__}: {error}") from None
-    clean = all(each.clean for each in audits)
-    if clean and unchecked:
-        raise CouldNotCheck("; ".join(each.findings[0].what for each in unchecked))
-    done = sorted(audits + unchecked, key=lambda each: each.id)
-    return AuditReport(clean, checked_at, done)
+    if audits and not any(each.checked for each in audits):
+        raise CouldNotCheck("; ".join(each.findings[0].what for each in audits))
+    return AuditReport(all(each.clean for each in audits), checked_at, audits)
+
+
+async def _audited(
+    check: "_Check", findings: Findings, campaign_id: str, *, registered: bool
+) -> CampaignAudit | None:
+    """Check one campaign, whose own troubles are its alone; None where there is nothing to check.
+
+    Raises what the stores raise where they are away.
+    """
+    try:
+        if not await check.run(registered=registered):
+            return None
+    except Gone:
+        findings.add("INV-8", "Redis has lost it while it was read")
+    except CorruptLedger as error:
+        findings.add("INV-5", f"the stream: {error}")
+    except (CouldNotCheck, *TROUBLES) as error:
+        why = str(error) if isinstance(error, CouldNotCheck) else in_words(error)
+        unchecked = Finding("INV-5", f"could not check: {why}")
+        return CampaignAudit(campaign_id, clean=False, findings=[unchecked], checked=False)
+    told = findings.told()
+    return CampaignAudit(campaign_id, clean=not told, findings=told)
 
 
 class _Check:
@@ -152,20 +172,24 @@ class _Check:
         campaign_id: str,
         findings: Findings,
         applied_wait_s: float,
+        stuck: str,
     ) -> None:
         self._redis = redis
         self._pool = pool
         self._id = campaign_id
         self._keys = campaign_keys(campaign_id)
         self._findings = findings
-        self._applied_wait_s = applied_wait_s
+        self._stuck = stuck
+        self._applied_wait_s = (
+            min(applied_wait_s, APPLIED_WAIT_STUCK_S) if stuck else applied_wait_s
+        )
 
     async def run(self, *, registered: bool) -> bool:
         """Check it; False where there is nothing to check. Raises CouldNotCheck."""
         try:
             view = await read_redis(self._redis, self._id)
         except DAMAGED as error:
-            self._findings.add("INV-8", f"what Redis holds cannot be read: {type(error).__name__}")
+            self._findings.add("INV-8", in_words(error))
             return True
         if view is None:
             return await self._lost()
@@ -217,7 +241,9 @@ class _Check:
             pipe.hmget(self._keys.head, ["seq", "chain"])
             pipe.xrevrange(self._keys.stream, count=1)
             (number, chain), last = await pipe.execute()
-        seq = int(number or 0)
+        if number is None:
+            raise Gone(self._id)
+        seq = int(number)
         ends = int(last[0][0].split(b"-")[0]) if last else 0
         if ends != seq:
             self._findings.add("INV-5", f"head says event {seq}, the stream ends at {ends}")
@@ -243,6 +269,8 @@ class _Check:
         chain = GENESIS if position is None else position["chain"]
         found = len(self._findings.told())
         await self._check_chain(applied, chain, seq)
+        if self._stuck:
+            self._findings.add("INV-5", f"the writer cannot apply it: {self._stuck}")
         if len(self._findings.told()) > found:
             return False
         raise CouldNotCheck(
@@ -264,6 +292,8 @@ class _Check:
             try:
                 for row in rows:
                     entry = parse_entry(*row)
+                    if entry.last > applied:
+                        entry.events()
                     if after and entry.first > after[0] + 1 and await self._trimmed(entry.first):
                         after = None
                     if after is None:
@@ -339,8 +369,8 @@ class _Check:
         opens_at, closes_at = position["opens_at"], position["closes_at"]
         for invariant, name, held, told in (
             ("INV-7", "state", position["state"], books.state),
-            ("INV-7", "opening", opens_at and to_ms(opens_at), books.opens_at_ms),
-            ("INV-7", "closing", closes_at and to_ms(closes_at), books.closes_at_ms),
+            ("INV-7", "opening", opens_at and to_ms(opens_at), _storable(books.opens_at_ms)),
+            ("INV-7", "closing", closes_at and to_ms(closes_at), _storable(books.closes_at_ms)),
             ("INV-2", "card limit", position["card_limit"], books.config.get("card_limit")),
             ("INV-5", "price", position["price_fen"], books.config.get("price_fen")),
             ("INV-5", "epoch", position["epoch"], books.epoch),
@@ -422,7 +452,7 @@ class _Check:
         rev = view.now.roster_rev
         if rev < 0 or view.now.state is CampaignState.DELETED:
             return
-        due = from_ms(view.now.as_of_ms - ROSTER_PATIENCE_MS)
+        due = from_ms(nearest(view.now.as_of_ms - ROSTER_PATIENCE_MS))
         behind = await connection.fetchval(_SQL["roster_ahead"], rev, due)
         if behind:
             self._findings.add("INV-9", f"Redis has not followed {behind} changes of the roster")
@@ -466,6 +496,11 @@ class _Rules:
             self._find("INV-9", f"event {event.seq}: {masked} and this campaign may not meet")
         if event.price_fen != books.config.get("price_fen"):
             self._find("INV-5", f"event {event.seq}: not the campaign's price")
+
+
+def _storable(moment_ms: int | None) -> int | None:
+    """Give what PostgreSQL holds of a moment that the ledger tells."""
+    return None if moment_ms is None else nearest(moment_ms)
 
 
 _UNKNOWN: Final = (-1, "")

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import secrets
 from collections.abc import Callable
-from datetime import datetime
 from typing import Final
 
 import asyncpg
@@ -18,6 +17,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.db import ledger
+from sale.db.absence import POSTGRES_ERRORS
 from sale.domain import (
     DISTRICT,
     REASON_MAX,
@@ -26,6 +26,7 @@ from sale.domain import (
     CampaignState,
     Problem,
     Refused,
+    parse_moment,
     shown_text,
     to_ms,
 )
@@ -39,7 +40,6 @@ APPLIED_WAIT_S: Final = 1.0
 APPLIED_PAUSE_S: Final = 0.02
 REASON_REQUIRED: Final = frozenset({"pause", "reopen"})
 _SELLS_NOTHING: Final = frozenset({"paused", "closed", "scheduled", "draft", "deleted"})
-_POSTGRES_AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 RUNNERS: Final = frozenset({"admin", "operator"})
 """Roles that change campaigns; the others look."""
 ACTIONS: Final = ("schedule", "open", "pause", "resume", "close", "reopen")
@@ -143,7 +143,7 @@ class CampaignDesk:
             raise _taken(campaign.id, await read_campaign(self._redis, campaign.id), actor)
         _check_reply(reply, "create")
         # It is made; where PostgreSQL cannot be asked now, the scheduler loads the cards later.
-        with contextlib.suppress(*_POSTGRES_AWAY):
+        with contextlib.suppress(*POSTGRES_ERRORS):
             await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
         return await self._confirmed(campaign.id, actor, reply.seq)
 
@@ -316,7 +316,7 @@ class CampaignDesk:
             try:
                 async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
                     applied, _ = await ledger.position(connection, campaign_id)
-            except _POSTGRES_AWAY:
+            except POSTGRES_ERRORS:
                 return
             if applied >= seq:
                 return
@@ -426,16 +426,9 @@ def _check_reply(reply: OperationReply, action: str) -> None:
             )
 
 
-def moment_ms(moment: object) -> int:
-    """UTC milliseconds of an RFC 3339 text. Raises Refused."""
+def moment_ms(moment: str) -> int:
+    """UTC milliseconds of the moment ``at``, an RFC 3339 text. Raises Refused."""
     try:
-        parsed = datetime.fromisoformat(str(moment))
-    except ValueError:
-        parsed = None
-    if parsed is None or parsed.tzinfo is None:
-        raise Refused(
-            Problem.INVALID_REQUEST,
-            "at: must be a date and time with an offset, as 2015-05-01T09:00:00+08:00",
-            field="at",
-        )
-    return to_ms(parsed)
+        return to_ms(parse_moment(moment))
+    except ValueError as error:
+        raise Refused(Problem.INVALID_REQUEST, f"at: {error}", field="at") from None

@@ -22,7 +22,8 @@ from sale.stock.records import parse_records
 
 SCAN_COUNT: Final = 1_000
 EVENTS_CHUNK: Final = 2_000
-CARDS_A_STEP: Final = 5_000
+A_STEP: Final = 5_000
+"""Cards, or numbers, that are looked at between two rests."""
 REST_S: Final = 0.01
 """Between two steps, which hold the loop for tens of milliseconds: a round of the scheduler's ticks
 passes through in one rest, where a bare yield would let it go on by one call a step (INV-9)."""
@@ -36,8 +37,6 @@ RULES: Final = {
     "unions": "INV-9",
 }
 """What the script decides by, and which invariant falls where it is another."""
-DAMAGED: Final = (ValueError, TypeError, KeyError, AttributeError, IndexError)
-"""What Python says to values in Redis that are not what a script wrote."""
 
 
 class Finding(msgspec.Struct, frozen=True, order=True):
@@ -75,6 +74,10 @@ class Findings:
         ]
 
 
+class Gone(Exception):  # noqa: N818 - says what happened
+    """Redis has lost a campaign while it was read: a rehearsal that is purged, or worse."""
+
+
 class RedisView(msgspec.Struct):
     """What Redis held: ``cards`` with the number each was read at, in the bytes of the store.
 
@@ -90,8 +93,25 @@ class RedisView(msgspec.Struct):
     highest: int
 
 
+class Steps:
+    """Counts what a long piece of work has done, and rests where others must have their turn."""
+
+    def __init__(self) -> None:
+        self._done = 0
+
+    async def done(self, count: int = 1) -> None:
+        """Note that so much is done."""
+        self._done += count
+        if self._done >= A_STEP:
+            self._done = 0
+            await asyncio.sleep(REST_S)
+
+
 async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
-    """Read a campaign; None where there is no head. Raises one of DAMAGED for what is no value."""
+    """Read a campaign; None where there is no head.
+
+    Raises Gone where it went away while it was read, one of DAMAGED for what is no value.
+    """
     keys = campaign_keys(campaign_id)
     before: list[Any] = await redis.hmget(keys.head, list(RULES))
     now = await read_campaign(redis, campaign_id)
@@ -106,6 +126,8 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
             pipe.hget(keys.head, "seq")
             pipe.hscan(keys.cards, cursor, count=SCAN_COUNT)
             number, (cursor, chunk) = await pipe.execute()
+        if number is None:
+            raise Gone(campaign_id)
         seq = int(number)
         highest = max(highest, seq)
         cards.update((card.decode(), (seq, value)) for card, value in chunk.items())
@@ -182,9 +204,9 @@ def compare_rules(rules: Mapping[str, str] | None, books: Books, findings: Findi
 
 async def compare_cards(view: RedisView, books: Books, findings: Findings) -> None:
     """Compare each card's orders with the fold, up to the number the card was read at."""
-    for number, (card, (at, value)) in enumerate(view.cards.items()):
-        if number % CARDS_A_STEP == CARDS_A_STEP - 1:
-            await asyncio.sleep(REST_S)
+    steps = Steps()
+    for card, (at, value) in view.cards.items():
+        await steps.done()
         try:
             held = parse_records(value)
         except ValueError as error:
@@ -195,9 +217,8 @@ async def compare_cards(view: RedisView, books: Books, findings: Findings) -> No
             _tell_difference(card, held, told, findings)
         if findings.full:
             return
-    for number, (card, records) in enumerate(books.cards.items()):
-        if number % CARDS_A_STEP == CARDS_A_STEP - 1:
-            await asyncio.sleep(REST_S)
+    for card, records in books.cards.items():
+        await steps.done()
         # A card that the scan did not meet had no order when it began.
         if card not in view.cards and (
             told := [record for record in records if record.seq <= view.now.seq]

@@ -7,9 +7,10 @@ from redis.asyncio import Redis
 from sale.config import Durability
 from sale.db import ledger, offices
 from sale.domain import CampaignState
-from sale.stock.catalogue import campaign_ids, read_campaign
+from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaign
 from sale.stock.connection import server_name
 from sale.stock.durability import durability_faults, rewrite_trouble
+from sale.stock.troubles import read_troubles
 from sale.usecases.disk_watch import free_mb, redis_directory
 
 
@@ -76,21 +77,18 @@ async def diagnose(
         faults.append("PostgreSQL's fsync is off")
     directory = await redis_directory(redis, redis_url)
     campaigns = []
+    told = await read_troubles(redis)
     for campaign_id in sorted({*await campaign_ids(redis), *positions}):
-        now = await read_campaign(redis, campaign_id)
         applied = positions[campaign_id].applied if campaign_id in positions else 0
-        if now is not None and now.state is CampaignState.DELETED:
+        troubles = [each[campaign_id] for each in told.values() if campaign_id in each]
+        try:
+            now = await read_campaign(redis, campaign_id)
+        except Unreadable as error:
+            campaigns.append(CampaignDiagnosis(campaign_id, "unreadable", 0, applied, error.why))
             continue
-        campaigns.append(
-            CampaignDiagnosis(
-                campaign_id,
-                "missing" if now is None else now.state.value,
-                0 if now is None else now.seq,
-                applied,
-                "not in Redis: recover it" if now is None else now.recovering,
-                "" if now is None else now.campaign.rehearsal_of,
-            )
-        )
+        if now is not None and now.state is CampaignState.DELETED and not troubles:
+            continue
+        campaigns.append(_diagnosis(campaign_id, now, applied, troubles))
     return Diagnosis(
         redis_version=server_name(server),
         postgres_version=str(version),
@@ -102,6 +100,23 @@ async def diagnose(
         scheduler=_in_office(schedulers),
         cards=cards,
         campaigns=campaigns,
+    )
+
+
+def _diagnosis(
+    campaign_id: str, now: CampaignNow | None, applied: int, troubles: list[str]
+) -> CampaignDiagnosis:
+    if now is None:
+        troubles = ["not in Redis: recover it", *troubles]
+        return CampaignDiagnosis(campaign_id, "missing", 0, applied, "; ".join(troubles))
+    known = [now.recovering, now.window_fault, *troubles]
+    return CampaignDiagnosis(
+        campaign_id,
+        now.state.value,
+        now.seq,
+        applied,
+        "; ".join(dict.fromkeys(each for each in known if each)),
+        now.campaign.rehearsal_of,
     )
 
 

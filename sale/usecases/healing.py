@@ -13,11 +13,12 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import claims
-from sale.db.pool import POSTGRES_ERRORS
+from sale.db.absence import POSTGRES_ERRORS
 from sale.domain import Refused
 from sale.stock.connection import REDIS_ERRORS
 from sale.stock.roll import forget_the_gone
 from sale.stock.scripts import Scripts
+from sale.usecases.isolation import TROUBLES, in_words
 from sale.usecases.recovery import recover
 
 ACTOR: Final = "scheduler"
@@ -62,8 +63,8 @@ class Healing:
                 await self._recover(campaign_id, without_silent=tried >= SILENT_TRIES)
             except Refused as error:
                 self._tell(campaign_id, error.detail or error.problem.value)
-            except (*REDIS_ERRORS, *POSTGRES_ERRORS) as error:
-                self._tell(campaign_id, type(error).__name__)
+            except (*REDIS_ERRORS, *POSTGRES_ERRORS, *TROUBLES) as error:
+                self._tell(campaign_id, in_words(error))
 
     async def _recover(self, campaign_id: str, *, without_silent: bool) -> None:
         done = await recover(

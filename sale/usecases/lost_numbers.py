@@ -15,6 +15,7 @@ import msgspec
 
 from sale.domain import Campaign
 from sale.events import SOLD, VOIDED, Books, Entry, Event, make_entry
+from sale.usecases.comparison import Steps
 
 ENTRY_ROWS_MAX: Final = 256
 """As many events as the largest batch of purchases."""
@@ -41,32 +42,35 @@ class Refilled(msgspec.Struct):
     strays: list[tuple[Event, str]] = []
     unused: int = 0
 
-    def entries(self, chain: str) -> list[Entry]:
+    async def entries(self, chain: str) -> list[Entry]:
         """Write them as entries that go on from ``chain``."""
         entries: list[Entry] = []
+        steps = Steps()
         for (at_ms, epoch), group in groupby(self.events, lambda event: (event.at_ms, event.epoch)):
             events = list(group)
             for at in range(0, len(events), ENTRY_ROWS_MAX):
                 rows = [_row(event) for event in events[at : at + ENTRY_ROWS_MAX]]
+                await steps.done(len(rows))
                 entries.append(make_entry(chain, events[at].seq, at_ms, epoch, rows))
                 chain = entries[-1].chain
         return entries
 
 
-def refill(books: Books, clock_ms: int, claims: Iterable[Event], last: int) -> Refilled:
+async def refill(books: Books, clock_ms: int, claims: Iterable[Event], last: int) -> Refilled:
     """Fill or void every number after ``books`` up to ``last``; ``books`` go along.
 
     ``claims`` are what is still known of them, what was acknowledged first. ``clock_ms`` is the
-    moment of the ledger's last event.
+    moment of the ledger's last event. There may be millions, so others get their turns meanwhile.
     """
-    work = _Refill(books, clock_ms)
+    work, steps = _Refill(books, clock_ms), Steps()
     by_number: dict[int, list[Event]] = defaultdict(list)
     for claim in claims:
+        await steps.done()
         if all(_content(claim) != _content(other) for other in by_number[claim.seq]):
             by_number[claim.seq].append(claim)
     for seq in range(books.seq + 1, last + 1):
-        work.settle(by_number.get(seq, ()))
-    work.flush()
+        await work.settle(by_number.get(seq, ()))
+    await work.flush()
     return work.result
 
 
@@ -78,13 +82,15 @@ class _Refill:
         self._clock_ms = clock_ms
         self._campaign = msgspec.convert(books.config, Campaign) if books.config else None
         self._waiting = 0
+        self._steps = Steps()
         self.result = Refilled(events=[], voided=[], strays=[])
 
-    def settle(self, claims: Sequence[Event]) -> None:
+    async def settle(self, claims: Sequence[Event]) -> None:
         """Decide the next number."""
+        await self._steps.done()
         if len(claims) == 1 and not (why := self._misfit(claims[0])):
-            self._open_before(claims[0])
-            self.flush()
+            await self._open_before(claims[0])
+            await self.flush()
             self._clock_ms = max(self._clock_ms, claims[0].at_ms)
             self._add(claims[0])
             self.result.filled += 1
@@ -94,12 +100,13 @@ class _Refill:
             told = why if len(claims) == 1 else f"{len(claims)} different sales claim this number"
             self.result.strays.append((claim, told))
 
-    def flush(self) -> None:
+    async def flush(self) -> None:
         """Void the numbers that wait."""
         if self._waiting:
             first = self._books.seq + 1
             self.result.voided.append((first, first + self._waiting - 1))
         for _ in range(self._waiting):
+            await self._steps.done()
             self._add(self._event(VOIDED, {"actor": ACTOR}))
         self._waiting = 0
 
@@ -134,7 +141,7 @@ class _Refill:
             and (books.closes_at_ms is None or at_ms < books.closes_at_ms)
         )
 
-    def _open_before(self, claim: Event) -> None:
+    async def _open_before(self, claim: Event) -> None:
         """Put what must have opened the campaign in the place of a lost number before a sale.
 
         That the sale was acknowledged proves that it happened; by whom is lost, but for the clock.
@@ -143,7 +150,7 @@ class _Refill:
             return
         books = self._books
         self._waiting -= 1
-        self.flush()
+        await self.flush()
         data: dict[str, Any] = {"actor": ACTOR, "reason": "sales after it were acknowledged"}
         if books.state == "scheduled" and (books.opens_at_ms or claim.at_ms + 1) <= claim.at_ms:
             data = {"actor": "clock"}

@@ -14,6 +14,7 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import ledger
+from sale.db.absence import POSTGRES_ERRORS
 from sale.db.ledger import OrderCursor, OrderRow
 from sale.domain import (
     Campaign,
@@ -109,7 +110,7 @@ class OwnOrders:
                 rows = await ledger.orders_of_card(
                     connection, card_no, before=before, limit=limit + 1
                 )
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except POSTGRES_ERRORS as error:
             log.warning("orders.without_postgres", error=type(error).__name__)
             rows = []
         found.update({row.cursor: self._from_postgres(row) for row in rows})

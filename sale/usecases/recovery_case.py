@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from sale.db import claims, ledger
-from sale.domain import Problem, Refused
+from sale.domain import DAMAGED, Problem, Refused, nearest
 from sale.events import (
     GENESIS,
     SOLD,
@@ -30,9 +30,10 @@ from sale.stock.roll import Roll
 from sale.stock.scripts import Scripts
 from sale.stock.stream import stream_rows
 from sale.usecases.comparison import (
-    DAMAGED,
     Findings,
+    Gone,
     RedisView,
+    Steps,
     compare_cards,
     compare_operations,
     compare_revoked,
@@ -155,11 +156,9 @@ async def examine(
         if case.old == NO_HEAD and not given_out and not case.applied:
             raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
         await _fold(connection, case, trail, (view, findings), progress)
-        handed = [
-            each.event() for each in await claims.unsettled(connection, campaign_id, case.seq)
-        ]
+        handed = await _handed(await claims.unsettled(connection, campaign_id, case.seq))
         told = await _stray(redis, connection, case) if trail.wrong or trail.overlaps else []
-    told += _from_cards(view, case)
+    told += await _from_cards(view, case)
     epochs = [told.epoch for told in roll.reports(campaign_id).values()]
     case.roll_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
     given_out = max(given_out, roll.highest(campaign_id, case.books.epoch))
@@ -181,24 +180,24 @@ async def examine(
             f"{case.seq}: that is not believable, and a recovery would void all between",
         )
     if case.differences and given_out > case.seq:
-        _refill(case, handed, told, given_out)
+        await _refill(case, handed, told, given_out)
     case.differences = case.differences[:DIFFERENCES_MAX]
     return case
 
 
-def _refill(case: Case, handed: list[Event], told: list[Event], given_out: int) -> None:
+async def _refill(case: Case, handed: list[Event], told: list[Event], given_out: int) -> None:
     """Give every number that was given out beyond the ledger its place in it.
 
     What was handed in and does not stand is set down when the ledger has been applied so far
     (``claims.settle``); what only the stream told would go with it, and is set down before.
     """
-    case.refilled = refill(case.books, case.ended_ms, [*handed, *told], given_out)
+    case.refilled = await refill(case.books, case.ended_ms, [*handed, *told], given_out)
     streamed = {id(event) for event in told}
     case.strays += [stray for stray in case.refilled.strays if id(stray[0]) in streamed]
     case.refilled.unused = len(case.refilled.strays) - sum(
         id(stray[0]) in streamed for stray in case.refilled.strays
     )
-    added = case.refilled.entries(case.chain)
+    added = await case.refilled.entries(case.chain)
     case.entries = [*case.entries, *added]
     case.seq, case.chain = added[-1].last, added[-1].chain
     case.clock_ms = max(case.clock_ms, added[-1].at_ms)
@@ -228,7 +227,7 @@ async def _view(redis: Redis, campaign_id: str) -> RedisView | None:
     """Give what Redis holds; None where there is nothing, or nothing that can be read."""
     try:
         return await read_redis(redis, campaign_id)
-    except (ResponseError, *DAMAGED):
+    except (Gone, ResponseError, *DAMAGED):
         return None
 
 
@@ -244,7 +243,8 @@ async def _read_head(redis: Redis, scripts: Scripts, case: Case) -> None:
     )
     case.old = (seq, chain)
     case.old_epoch = int(epoch) if epoch.isdecimal() else 0
-    case.clock_ms = int(clock) if clock.isdecimal() else 0
+    # A clock that no event can carry would make the campaign's next event one that cannot be read.
+    case.clock_ms = int(clock) if clock.isdecimal() and int(clock) == nearest(int(clock)) else 0
     case.frozen = recovering != ""
     case.trusted = not recovering and identity == [
         scripts.nonce,
@@ -256,15 +256,17 @@ async def _read_head(redis: Redis, scripts: Scripts, case: Case) -> None:
 
 async def _last_generated(redis: Redis, campaign_id: str) -> int:
     """Last number that the stream has given out; entries that were deleted since count."""
-    stream = campaign_keys(campaign_id).stream
-    if not await redis.exists(stream):
-        return 0
-    information: Any = await redis.xinfo_stream(stream)
+    try:
+        information: Any = await redis.xinfo_stream(campaign_keys(campaign_id).stream)
+    except ResponseError:
+        return 0  # there is none, or something else in its place
     return int(information["last-generated-id"].split(b"-")[0])
 
 
 async def _trail(redis: Redis, campaign_id: str, applied: int, chain: str) -> _Trail:
     """Follow the stream: its own chain, then on from PostgreSQL's position."""
+    if await _is_no_stream(redis, campaign_id):
+        return _Trail([], 0, overlaps=False, wrong="something else stands in its place")
     after: tuple[int, str] | None = None
     beyond, tail = (applied, chain), []
     ends, met, wrong = 0, False, ""
@@ -287,10 +289,17 @@ async def _trail(redis: Redis, campaign_id: str, applied: int, chain: str) -> _T
     return _Trail(tail, ends, not met and not tail, wrong)
 
 
+async def _is_no_stream(redis: Redis, campaign_id: str) -> bool:
+    kind = await redis.type(campaign_keys(campaign_id).stream)
+    return kind not in {b"stream", b"none"}
+
+
 async def _stray(redis: Redis, connection: ledger.Connection, case: Case) -> list[Event]:
     """Give what a broken stream tells beyond the ledger, and note where it tells another story."""
     held: dict[int, Event] = {}
     beyond: list[Event] = []
+    if await _is_no_stream(redis, case.campaign_id):
+        return beyond
     async for rows in stream_rows(redis, case.campaign_id):
         for row in rows:
             try:
@@ -310,11 +319,21 @@ async def _stray(redis: Redis, connection: ledger.Connection, case: Case) -> lis
     return beyond
 
 
-def _from_cards(view: RedisView | None, case: Case) -> list[Event]:
+async def _handed(handed_in: list[claims.Claim]) -> list[Event]:
+    """Give what was handed in as the events that it was."""
+    found, steps = [], Steps()
+    for claim in handed_in:
+        await steps.done()
+        found.append(claim.event())
+    return found
+
+
+async def _from_cards(view: RedisView | None, case: Case) -> list[Event]:
     """Give what the cards in Redis tell of sales beyond the ledger: the stream may lack them."""
     found: list[Event] = []
-    price_fen = case.books.config.get("price_fen")
+    price_fen, steps = case.books.config.get("price_fen"), Steps()
     for card, (_, value) in ({} if view is None else view.cards).items():
+        await steps.done()
         try:
             records = parse_records(value)
         except ValueError:
@@ -353,7 +372,9 @@ async def _fold(
     try:
         async for events in ledger_events(connection, case.campaign_id):
             add(events)
+        steps = Steps()
         for entry in trail.tail:
+            await steps.done(entry.last - entry.first + 1)
             add(entry.events())
             case.chain = entry.chain
     except (CorruptLedger, *DAMAGED) as error:

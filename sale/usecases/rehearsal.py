@@ -26,7 +26,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.db import ledger, rehearsals
-from sale.db.pool import POSTGRES_ERRORS
+from sale.db.absence import POSTGRES_ERRORS
 from sale.db.rehearsals import LeftOver, Removed
 from sale.domain import (
     LOCAL_ZONE,

@@ -56,6 +56,7 @@ async def sync_all(
             elif rev is None or int(rev) < newest:
                 behind += 1
                 await sync_campaign(redis, scripts, pool, campaign_id)
+    isolation.forget_others("roster", ids)
     return behind
 
 

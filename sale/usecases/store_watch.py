@@ -13,7 +13,7 @@ import asyncpg
 from prometheus_client import Gauge
 from redis.asyncio import Redis
 
-from sale.db.pool import POSTGRES_ERRORS
+from sale.db.absence import POSTGRES_ERRORS
 from sale.metrics import StoreMetrics
 from sale.stock.connection import REDIS_ERRORS
 

@@ -20,7 +20,7 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import claims, ledger
-from sale.db.pool import POSTGRES_ERRORS
+from sale.db.absence import POSTGRES_ERRORS
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
@@ -99,6 +99,7 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                 if not stalled:
                     raise
                 fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
+    isolation.forget_others("verify", ids)
     return sorted([*(held - fit), *await _lost(pool, held)])
 
 

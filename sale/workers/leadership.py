@@ -19,16 +19,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
-
-import asyncpg
+from typing import TYPE_CHECKING, Any, Final
 
 from sale.db import offices
-from sale.db.absence import POSTGRES_AWAY, in_words
+from sale.db.absence import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
 from sale.db.offices import Office
 from sale.workers.backoff import pause
 from sale.workers.lifetime import ended
 from sale.workers.pooling import connected, own_backend, pools_transactions
+
+if TYPE_CHECKING:
+    import asyncpg
 
 LOCK_TIMEOUT_S: Final = 1.5
 HEARTBEAT_S: Final = 0.4
@@ -139,7 +140,7 @@ class Leadership:
             asked_s = time.monotonic()
             try:
                 found = await conn.execute(f"SELECT WHERE pg_backend_pid() = {backend}")
-            except (*POSTGRES_AWAY, asyncpg.PostgresError) as error:
+            except POSTGRES_ERRORS as error:
                 raise LockLost(f"and the lock with it ({in_words(error)})") from error
             if found != "SELECT 1":
                 raise pools_transactions(self._database_url)
@@ -151,7 +152,7 @@ async def refuse_unfit_proxy(database_url: str, office: Office) -> None:
 
     A PostgreSQL that is away is none of this function's business. Raises UnfitProxy.
     """
-    with contextlib.suppress(*POSTGRES_AWAY, asyncpg.PostgresError):
+    with contextlib.suppress(*POSTGRES_ERRORS):
         async with connected(
             database_url, office.mine(), command_timeout_s=ANSWER_TIMEOUT_S, statements=0
         ) as conn:

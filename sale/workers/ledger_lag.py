@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 from redis import exceptions as redis_errors
 
+from sale.domain import DAMAGED
 from sale.events import CorruptLedger
 from sale.stock.scripts import Scripts
 from sale.workers.ledger_campaign import LedgerCampaign
@@ -69,7 +70,7 @@ class LedgerLag:
         heads = [campaign.head for campaign in watched]
         seen = await self._source.look(heads, "seq", "applied", "behind_since")
         for campaign, head in zip(watched, seen.heads, strict=True):
-            with contextlib.suppress(redis_errors.ResponseError, CorruptLedger):
+            with contextlib.suppress(redis_errors.ResponseError, CorruptLedger, *DAMAGED):
                 seq = number(head)
                 if seq is not None:
                     await self._measure(campaign, seq, _told(head), seen.now_ms)
@@ -80,8 +81,12 @@ class LedgerLag:
         applied = campaign.position.applied
         behind, since_ms = max(seq - applied, 0), None
         if behind:
-            oldest = await self._source.read(campaign.stream, f"({applied}-0", "+", 1)
-            since_ms = oldest[0].at_ms if oldest else None
+            try:
+                oldest = await self._source.read(campaign.stream, f"({applied}-0", "+", 1)
+            except CorruptLedger:
+                since_ms = stands[1]  # it cannot be read, and is behind all the same
+            else:
+                since_ms = oldest[0].at_ms if oldest else None
         if not any(campaign is each for each in self._campaigns()):
             return
         age_ms = 0 if since_ms is None else max(now_ms - since_ms, 0)

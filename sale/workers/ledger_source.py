@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 
 from sale.events import CorruptLedger, Entry, parse_entry
 from sale.stock import survey
+from sale.stock.catalogue import ids_of
 from sale.stock.keys import CAMPAIGNS
 
 REDIS_TIMEOUT_S: Final = 5.0
@@ -48,8 +49,7 @@ class LedgerSource:
         for reply in found:
             if isinstance(reply, Exception) and not isinstance(reply, redis_errors.ResponseError):
                 raise reply
-        ids = sorted(each.decode() if isinstance(each, bytes) else each for each in members)
-        return Glance(clock[0] * 1_000 + clock[1] // 1_000, ids, found)
+        return Glance(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), found)
 
     async def read(self, stream: str, first: str, last: str, count: int) -> list[Entry]:
         """Entries of a stream between two IDs. Raises CorruptLedger."""

@@ -21,9 +21,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry
 from redis import exceptions as redis_errors
@@ -31,18 +30,22 @@ from redis.asyncio import Redis
 
 from sale.config import Settings
 from sale.db import ledger, offices
-from sale.db.absence import POSTGRES_AWAY, in_words
+from sale.db.absence import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
 from sale.db.ledger import Position
-from sale.events import GENESIS, CorruptLedger
+from sale.events import GENESIS, CorruptLedger, Entry
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import Scripts
+from sale.stock.troubles import Troubles
 from sale.workers.backoff import Backoff, pause
 from sale.workers.leadership import Leadership
 from sale.workers.ledger_campaign import LedgerCampaign
 from sale.workers.ledger_lag import LedgerLag
 from sale.workers.ledger_metrics import LedgerMetrics
-from sale.workers.ledger_source import LedgerSource, number
+from sale.workers.ledger_source import LedgerSource, bounded, number
 from sale.workers.pooling import connected
+
+if TYPE_CHECKING:
+    import asyncpg
 
 PauseCampaign: TypeAlias = Callable[[str, str], Awaitable[object]]
 """``pause_campaign(campaign_id, reason)``; whatever it raises, it is tried again."""
@@ -98,6 +101,7 @@ class LedgerWriter:
             campaigns=lambda: list(self._campaigns.values()),
             may_tell=lambda: self._leadership.sure,
         )
+        self._troubles = Troubles(redis, "writer")
         self._away: dict[str, set[str]] = {}
         self._backoff = Backoff()
         # Of the last round: whether it wrote, and whether it passed over a campaign in trouble.
@@ -124,7 +128,7 @@ class LedgerWriter:
                         await self._leadership.lead(
                             stop, self._lead, stand_by=self._stand_by, sever=self._sever
                         )
-                    except (*POSTGRES_AWAY, asyncpg.PostgresError) as error:
+                    except POSTGRES_ERRORS as error:
                         await self._wait_for_postgres(error)
         finally:
             self._set_active(active=False)
@@ -153,7 +157,7 @@ class LedgerWriter:
                             began = True
                             log.info("ledger.writer_active", campaigns=len(self._campaigns))
                         await self._write(conn)
-                except (*POSTGRES_AWAY, asyncpg.PostgresError) as error:
+                except POSTGRES_ERRORS as error:
                     await self._wait_for_postgres(error)
         finally:
             self._set_active(active=False)
@@ -214,7 +218,8 @@ class LedgerWriter:
             campaign.position, campaign.pause_for = position, None
         await self._count_conflicts(conn)
         for campaign_id, why in (await ledger.conflicts_to_pause(conn)).items():
-            self._campaigns[campaign_id].pause_for = why
+            if campaign_id in self._campaigns:
+                self._campaigns[campaign_id].pause_for = why
         self._set_active(active=True)
 
     async def _count_conflicts(self, conn: "asyncpg.Connection[Any]") -> None:
@@ -251,6 +256,8 @@ class LedgerWriter:
             except Exception as error:  # noqa: BLE001 - no campaign's fault stops the others
                 self._stick(campaign, f"{type(error).__name__}: {error.args[:1]}")
             self._wrote |= campaign.position.applied != before
+        if self._leadership.sure:
+            await bounded(self._troubles.tell(self.stuck))
         return more
 
     async def _tend(
@@ -299,7 +306,7 @@ class LedgerWriter:
             following = await self._source.read(campaign.stream, f"({applied}-0", "+", 1)
             was = following[0].first if following else "nothing"
             raise CorruptLedger(f"event {applied + 1} is missing from the stream: next is {was}")
-        done = await ledger.apply(conn, campaign.id, entries, after=campaign.position)
+        done, entries = await self._apply_sound(conn, campaign, entries)
         campaign.applied(done.position, entries[-1].at_ms, now_ms, self._retention_ms)
         self.metrics.written.inc(done.events)
         self._unstick(campaign)
@@ -309,6 +316,23 @@ class LedgerWriter:
             log.error("ledger.conflict", campaign=campaign.id, seq=conflict.seq, why=conflict.why)
             campaign.pause_for = f"event {conflict.seq}: {conflict.why}"
         return done.events > self._batch_events - ENTRY_EVENTS_MAX
+
+    async def _apply_sound(
+        self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, entries: list[Entry]
+    ) -> tuple[ledger.Applied, list[Entry]]:
+        """Apply entries; where one of them cannot be, as many before it as half after half gives.
+
+        Raises CorruptLedger where it is the first one.
+        """
+        while True:
+            try:
+                done = await ledger.apply(conn, campaign.id, entries, after=campaign.position)
+            except CorruptLedger:
+                if len(entries) == 1:
+                    raise
+                entries = entries[: len(entries) // 2]
+            else:
+                return done, entries
 
     async def _trim(self, campaign: LedgerCampaign, head: int, now_ms: int) -> None:
         passed = campaign.trim_to(now_ms, self._retention_ms, self._retention_events)

@@ -18,18 +18,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-import asyncpg
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
-from redis.exceptions import ResponseError
 
 from sale.bootstrap import Stores
-from sale.db.absence import POSTGRES_AWAY, in_words
+from sale.db.absence import POSTGRES_ERRORS, in_words
 from sale.db.offices import SCHEDULER
 from sale.domain import Campaign, CampaignState
-from sale.stock.catalogue import CampaignNow, campaign_ids, read_campaign, read_campaigns
+from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
 from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
+from sale.stock.troubles import Troubles
 from sale.usecases.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
 from sale.usecases.healing import Healing
 from sale.usecases.isolation import Isolation
@@ -93,6 +92,12 @@ class SchedulerMetrics:
             "1 where the last rewrite of Redis' append-only file failed.",
             registry=registry,
         )
+        self.troubled = Gauge(
+            "sale_campaign_troubled",
+            "1 where a campaign cannot be read, or a step of the scheduler fails for it alone.",
+            ["campaign"],
+            registry=registry,
+        )
 
     def forget(self) -> None:
         """Drop what only the active scheduler knows."""
@@ -100,6 +105,7 @@ class SchedulerMetrics:
         self.findings.clear()
         self.recovering.set(0)
         self.rewrite_failed.set(0)
+        self.troubled.clear()
 
 
 class Scheduler:
@@ -115,6 +121,7 @@ class Scheduler:
         self._file_due_s = 0.0
         self._rehearsals: dict[str, Campaign] = {}
         self._isolation = Isolation()
+        self._troubles = Troubles(stores.redis, "scheduler")
         self._stalls = Stalls()
         self._healing = Healing(
             stores.redis, stores.scripts, stores.pool, allowed=stores.settings.auto_recover
@@ -181,7 +188,7 @@ class Scheduler:
         while not stop.is_set():
             try:
                 await self._leadership.lead(stop, lead, stand_by=stand_by)
-            except (*POSTGRES_AWAY, asyncpg.PostgresError) as error:
+            except POSTGRES_ERRORS as error:
                 self._set_active(f"PostgreSQL is away: {in_words(error)}")
                 await pause(stop, backoff.next())
 
@@ -227,7 +234,8 @@ class Scheduler:
             meet=self._meet,
             stalls=self._stalls,
         )
-        self._metrics.recovering.set(len(unfit))
+        if self.active:  # the lock may have gone to another meanwhile, and its metrics with it
+            self._metrics.recovering.set(len(unfit))
         await self._healing.recover_unfit(unfit)
 
     async def _file(self) -> None:
@@ -238,7 +246,8 @@ class Scheduler:
         why, trouble = await make_whole(redis), await rewrite_trouble(redis)
         # A rewrite that fails is not asked for at every round.
         self._file_due_s = time.monotonic() + (FILE_EVERY_S if trouble or not why else 0.0)
-        self._metrics.rewrite_failed.set(bool(trouble))
+        if self.active:
+            self._metrics.rewrite_failed.set(bool(trouble))
         if trouble and trouble != self._file_trouble:
             log.error("redis.rewrite_failed", why=trouble)
         self._file_trouble = trouble
@@ -269,11 +278,29 @@ class Scheduler:
         await sync_all(stores.redis, stores.scripts, stores.pool, self._isolation)
 
     async def _clock(self) -> None:
-        campaigns = await self._read_campaigns()
+        unreadable: list[Unreadable] = []
+        campaigns = await read_campaigns(self._stores.redis, unreadable=unreadable)
         for now in campaigns:
+            self._isolation.note(now.campaign.id, "window", now.window_fault)
             with self._isolation.of(now.campaign.id, "clock"):
                 await self._cross(now)
-        self._forget_gone({now.campaign.id for now in campaigns})
+        for each in unreadable:
+            with self._isolation.of(each.campaign_id, "clock"):
+                raise each
+        there = {now.campaign.id for now in campaigns}
+        self._forget_gone(there)
+        self._isolation.forget_others("clock", there | {each.campaign_id for each in unreadable})
+        self._isolation.forget_others("window", there)
+        await self._tell_troubles()
+
+    async def _tell_troubles(self) -> None:
+        if not self.active:
+            return
+        ailing = self._isolation.ailing
+        self._metrics.troubled.clear()
+        for campaign_id in ailing:
+            self._metrics.troubled.labels(campaign_id).set(1)
+        await self._troubles.tell(ailing)
 
     def _forget_gone(self, there: set[str]) -> None:
         """Tell no stock of a rehearsal that was purged; what else is not there comes back."""
@@ -283,7 +310,7 @@ class Scheduler:
                     self._metrics.remaining.remove(campaign_id, showing.id)
 
     async def _cross(self, now: CampaignNow) -> None:
-        if now.state is CampaignState.DELETED:
+        if now.state is CampaignState.DELETED or not self.active:
             return
         campaign_id = now.campaign.id
         if now.campaign.rehearsal_of:
@@ -294,18 +321,6 @@ class Scheduler:
             reply = await self._stores.scripts.tick(campaign_id)
             if reply.reply is CallReply.OK and reply.tickets:
                 log.info("campaign.crossed", campaign=campaign_id, state=reply.state)
-
-    async def _read_campaigns(self) -> list[CampaignNow]:
-        """Read all in one round trip, or one by one where a damaged key spoils that."""
-        redis, found = self._stores.redis, []
-        try:
-            return await read_campaigns(redis, strictly=True)
-        except ResponseError:
-            for campaign_id in await campaign_ids(redis):
-                with self._isolation.of(campaign_id, "read"):
-                    now = await read_campaign(redis, campaign_id)
-                    found += [now] if now is not None else []
-        return found
 
     async def _audit_for_ever(self, stop: asyncio.Event) -> None:
         wait_s: float = self._stores.settings.audit_interval_s
@@ -328,13 +343,18 @@ class Scheduler:
             except Exception:
                 log.exception("audit.failed")
             else:
-                self._publish(report)
+                if self.active:  # else the lock went to another, who has findings of its own
+                    self._publish(report)
             took_s = time.monotonic() - started
             wait_s = max(self._stores.settings.audit_interval_s, took_s / AUDIT_SHARE)
 
     def _publish(self, report: AuditReport) -> None:
         self._metrics.findings.clear()
         for each in report.campaigns:
+            if not each.checked:
+                why = each.findings[0].what
+                log.warning("audit.could_not_check", campaign=each.id, error=why[:200])
+                continue
             for invariant in INVARIANTS:
                 found = [finding for finding in each.findings if finding.invariant == invariant]
                 self._metrics.findings.labels(each.id, invariant).set(len(found))

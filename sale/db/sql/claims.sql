@@ -43,7 +43,7 @@ WITH judged AS (
             'price_fen', price_fen, 'process', process),
         'handed_in', now()
     FROM judged WHERE NOT stands
-    ON CONFLICT (campaign_id, seq, source, event) DO NOTHING
+    ON CONFLICT (campaign_id, seq, source, jsonb_hash_extended(event, 0)) DO NOTHING
 )
 UPDATE handed_in h SET settled = CASE WHEN judged.stands THEN 'stands' ELSE 'conflict' END
 FROM judged
@@ -55,7 +55,7 @@ RETURNING h.campaign_id, h.seq, h.settled;
 INSERT INTO conflict (campaign_id, seq, at, why, event, source, paused_at)
 SELECT $1, seq, at, why, event::jsonb, 'forked', now()
 FROM unnest($2::bigint[], $3::timestamptz[], $4::text[], $5::text[]) AS told (seq, at, why, event)
-ON CONFLICT (campaign_id, seq, source, event) DO NOTHING;
+ON CONFLICT (campaign_id, seq, source, jsonb_hash_extended(event, 0)) DO NOTHING;
 
 -- name: conflicts -- A campaign's conflicts, newest first, at most $2.
 SELECT seq, at, why, event, source, found_at FROM conflict

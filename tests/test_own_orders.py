@@ -1,4 +1,4 @@
-"""A card's own orders: read in a few round trips, whatever campaigns there are and were."""
+"""A card's orders, and the doctor: a few round trips, whatever campaigns there are and were."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from stock_maker import Bid, Stock, campaign, card, key, open_stock
+from stock_maker import NONCE, Bid, Stock, campaign, card, key, open_stock
 
 from sale.db.pool import open_pool
 from sale.domain import Order
 from sale.stock.catalogue import Catalogue
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply
+from sale.usecases.diagnosis import diagnose
 from sale.usecases.orders import OwnOrders, TicketCodes
 
 HIDDEN = 150
@@ -30,22 +31,21 @@ async def page(own_orders: OwnOrders, number: int = 1) -> list[Order]:
     return (await own_orders.page(card(number), None, 50))[0]
 
 
-async def test_orders_cost_the_same_beside_hidden_campaigns(
-    redis: Redis, own_orders: OwnOrders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shop = await open_stock(redis, 5)
-    await shop.buy(Bid(card(1), key(1)))
-    asked = 0
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often Redis was sent something, in its one element."""
+    count = [0]
     send = AbstractConnection.send_packed_command
 
     async def counted(self: AbstractConnection, *args: Any, **kwargs: Any) -> None:
-        nonlocal asked
-        asked += 1
+        count[0] += 1
         await send(self, *args, **kwargs)
 
     monkeypatch.setattr(AbstractConnection, "send_packed_command", counted)
-    assert len(await page(own_orders)) == 1
-    asked_before, asked = asked, 0
+    return count
+
+
+async def hide_many(redis: Redis) -> None:
     for number in range(HIDDEN):
         for state in ("draft", "deleted"):
             made = campaign(1, campaign_id=f"{state}-{number}")
@@ -54,9 +54,34 @@ async def test_orders_cost_the_same_beside_hidden_campaigns(
             if state == "deleted":
                 assert (await stock.step("delete")).reply is CallReply.OK
 
-    asked = 0
+
+async def test_orders_cost_the_same_beside_hidden_campaigns(
+    redis: Redis, own_orders: OwnOrders, asked: list[int]
+) -> None:
+    shop = await open_stock(redis, 5)
+    await shop.buy(Bid(card(1), key(1)))
+    asked[0] = 0
     assert len(await page(own_orders)) == 1
-    assert asked <= asked_before
+    before = asked[0]
+    await hide_many(redis)
+    asked[0] = 0
+    assert len(await page(own_orders)) == 1
+    assert asked[0] <= before
+
+
+async def test_doctor_costs_the_same_beside_many_campaigns(
+    redis: Redis, database_url: str, asked: list[int]
+) -> None:
+    pool = await open_pool(database_url, min_size=1, max_size=1)
+    await open_stock(redis, 5)
+    asked[0] = 0
+    assert len((await diagnose(redis, pool, NONCE)).campaigns) == 1
+    before = asked[0]
+    await hide_many(redis)
+    asked[0] = 0
+    assert len((await diagnose(redis, pool, NONCE)).campaigns) == 1 + HIDDEN
+    assert asked[0] <= before
+    await pool.close()
 
 
 async def test_order_of_new_campaign_is_listed_at_once(redis: Redis, own_orders: OwnOrders) -> None:

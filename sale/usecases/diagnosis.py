@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from sale.config import Durability
 from sale.db import ledger, offices
 from sale.domain import CampaignState
-from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaign
+from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
 from sale.stock.connection import server_name
 from sale.stock.durability import durability_faults, rewrite_trouble
 from sale.stock.troubles import read_troubles
@@ -78,14 +78,19 @@ async def diagnose(
     directory = await redis_directory(redis, redis_url)
     campaigns = []
     told = await read_troubles(redis)
-    for campaign_id in sorted({*await campaign_ids(redis), *positions}):
+    ids = sorted({*await campaign_ids(redis), *positions})
+    unreadable: list[Unreadable] = []
+    found = {
+        now.campaign.id: now for now in await read_campaigns(redis, ids, unreadable=unreadable)
+    }
+    damaged = {each.campaign_id: each.why for each in unreadable}
+    for campaign_id in ids:
         applied = positions[campaign_id].applied if campaign_id in positions else 0
         troubles = [each[campaign_id] for each in told.values() if campaign_id in each]
-        try:
-            now = await read_campaign(redis, campaign_id)
-        except Unreadable as error:
-            campaigns.append(CampaignDiagnosis(campaign_id, "unreadable", 0, applied, error.why))
+        if why := damaged.get(campaign_id):
+            campaigns.append(CampaignDiagnosis(campaign_id, "unreadable", 0, applied, why))
             continue
+        now = found.get(campaign_id)
         if now is not None and now.state is CampaignState.DELETED and not troubles:
             continue
         campaigns.append(_diagnosis(campaign_id, now, applied, troubles))

@@ -16,6 +16,7 @@ from service import client, crowd, service  # noqa: F401 - fixtures
 
 from sale import embedded
 from sale.db.migrate import migrate
+from sale.embedded import binaries
 from sale.stock.durability import make_whole
 
 SEED = pytest.StashKey[int]()
@@ -23,12 +24,26 @@ TEMPLATE = "template_sale"
 LEAK_GRACE_S = 2.0
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"seed: SALE_TEST_SEED={config.stash[SEED]} repeats this run's random choices"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--redis-server", metavar="BINARY", help="instead of the embedded Valkey")
+    parser.addoption("--postgres", metavar="BINARY", help="instead of the embedded PostgreSQL")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    stores = (binaries.find_redis(None).name, binaries.find_postgresql(None).name)
+    return [
+        f"stores: {', '.join(stores)}",
+        f"seed: SALE_TEST_SEED={config.stash[SEED]} repeats this run's random choices",
+    ]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the seed; other settings of the caller's environment are no test's business."""
+    """Choose the stores and the seed; other settings of the caller's are no test's business."""
+    redis_server, postgres = config.getoption("--redis-server"), config.getoption("--postgres")
+    if redis_server is not None:
+        binaries.redis_candidates = lambda: [Path(redis_server)]
+    if postgres is not None:
+        binaries.postgresql_candidates = lambda: [Path(postgres)]
     given = int(os.environ.get("SALE_TEST_SEED", "0"))
     shared = getattr(config, "workerinput", {}).get("seed")  # of the process that started this one
     config.stash[SEED] = shared or given or secrets.randbits(32)

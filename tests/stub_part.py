@@ -42,6 +42,8 @@ async def main(part: str, metrics_listen: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--held" in sys.argv and not sys.stdin.readline():
+        sys.exit(5)
     if sys.argv[1] == "migrate":
         settings = config.load()
         assert settings.redis_url

@@ -316,7 +316,9 @@ async def test_given_a_weak_redis_then_the_check_decides_whether_a_host_is_ready
             ({"durability": "relaxed"}, True),
             ({"durability": "replicated"}, False),
         ):
-            stores: Any = SimpleNamespace(redis=alone, pool=pool, settings=Settings(**given))
+            stores: Any = SimpleNamespace(
+                redis=alone, pool=pool, settings=Settings(**given), nonce=""
+            )
             assert (await reasons(stores) == []) is ready, given
     finally:
         await close_pool(pool)

@@ -186,7 +186,7 @@ async def test_given_the_schema_of_another_version_then_it_is_not_ready_and_says
 ) -> None:
     pool = await open_pool(database_url)
     try:
-        stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings())
+        stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings(), nonce="")
         assert await reasons(stores) == []
         await pool.execute(change)
         (reason,) = await reasons(stores)
@@ -200,7 +200,7 @@ async def test_probes_share_one_look_at_the_stores(
     database_url: str, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = await open_pool(database_url)
-    stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings())
+    stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings(), nonce="")
     looked = mock.AsyncMock(side_effect=reasons)
     monkeypatch.setattr(health, "reasons", looked)
     looks = health.SharedLooks()

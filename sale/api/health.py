@@ -16,10 +16,13 @@ from sale.db.migrate import MigrationError, pending
 from sale.stock.connection import REDIS_ERRORS
 from sale.stock.durability import durability_faults
 from sale.stock.troubles import TELLERS, read_troubles
+from sale.usecases.verification import unverified
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
 """How long what a look found is told to others, from its end: a look may itself take longer."""
+UNREADY_FRESH_S: Final = 0.1
+"""The same for a host that is not ready: whoever waits for it is told soon."""
 
 log = structlog.get_logger()
 
@@ -74,7 +77,7 @@ class SharedLooks:
             # Logged here, once: everybody who waits would log it.
             log.exception("readiness.not_looked")
             self._found = [f"the stores could not be looked at ({type(error).__name__})"]
-        self._fresh_until = time.monotonic() + FRESH_S
+        self._fresh_until = time.monotonic() + (UNREADY_FRESH_S if self._found else FRESH_S)
         self._look = None
         return self._found
 
@@ -105,10 +108,13 @@ async def _redis_reasons(stores: Stores) -> list[str]:
             faults = await durability_faults(
                 stores.redis, stores.settings.durability, stores.settings.replicas_min
             )
+            waiting = await unverified(stores.redis, stores.nonce)
     except REDIS_ERRORS as error:
         return [f"redis: not reached ({type(error).__name__})"]
     if stores.settings.durability_check == "warn":
-        return []
+        faults = []
+    if waiting:
+        faults.append(f"{waiting} campaigns are not verified yet since it started")
     return [f"redis: {fault}" for fault in faults]
 
 

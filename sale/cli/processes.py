@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -12,6 +13,9 @@ from sale.config import Settings
 
 LISTEN = click.option("--listen", metavar="H:P", help="Address of the API (port 0: a free one).")
 METRICS = click.option("--metrics-listen", metavar="H:P", help="Address of /metrics.")
+HELD = click.option(
+    "--held", is_flag=True, hidden=True, help="Begin once a line comes on standard input."
+)
 
 
 @click.command()
@@ -30,8 +34,9 @@ def up(context: CommandContext) -> None:
 @click.command()
 @LISTEN
 @METRICS
+@HELD
 @overriding("listen", "metrics_listen")
-def serve(context: CommandContext) -> None:
+def serve(context: CommandContext, *, held: bool) -> None:
     """Run one API process; any number of them share one address."""
     from sale.api.app import listen_on, listening
     from sale.bootstrap import open_engine
@@ -51,13 +56,14 @@ def serve(context: CommandContext) -> None:
                 await stop.wait()
                 await api.drain()
 
-    _run_part(context.settings, work)
+    _run_part(context.settings, work, held=held)
 
 
 @click.command()
 @METRICS
+@HELD
 @overriding("metrics_listen")
-def writer(context: CommandContext) -> None:
+def writer(context: CommandContext, *, held: bool) -> None:
     """Run the ledger writer; a second one stands by."""
     from prometheus_client import CollectorRegistry
 
@@ -89,13 +95,14 @@ def writer(context: CommandContext) -> None:
                 )
                 await carrier.run(stop)
 
-    _run_part(context.settings, work)
+    _run_part(context.settings, work, held=held)
 
 
 @click.command()
 @METRICS
+@HELD
 @overriding("metrics_listen")
-def scheduler(context: CommandContext) -> None:
+def scheduler(context: CommandContext, *, held: bool) -> None:
     """Run the scheduler: openings, closings, verification, audits."""
     from prometheus_client import CollectorRegistry
 
@@ -116,7 +123,7 @@ def scheduler(context: CommandContext) -> None:
             ):
                 await Scheduler(stores, database_url, registry).run(stop)
 
-    _run_part(context.settings, work)
+    _run_part(context.settings, work, held=held)
 
 
 @click.command()
@@ -148,7 +155,10 @@ def _tell_ready(address: str) -> None:
 
 
 def _run_part(
-    settings: Settings, work: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]]
+    settings: Settings,
+    work: Callable[[Settings, asyncio.Event], Coroutine[Any, Any, None]],
+    *,
+    held: bool,
 ) -> None:
     from sale.workers.lifetime import ends_in_time, told_to_stop
 
@@ -157,7 +167,9 @@ def _run_part(
             await ends_in_time(work(settings, stop), stop, settings.drain_limit_s)
 
     _log(settings)
-    run(part())
+    # `sale up` starts a part before its stores, so that they come up while it is imported.
+    if not held or sys.stdin.buffer.readline():
+        run(part())
 
 
 def _log(settings: Settings) -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 import asyncpg
@@ -92,6 +92,13 @@ class EmbeddedServers:
         """
         await _together(_keep_running(server) for server in self._servers.values())
 
+    def _place(self, *, redis: bool, postgres: bool) -> None:
+        """Say where those will be that are wanted."""
+        self.endpoints = Endpoints(
+            _redis_url(self._directory) if redis else None,
+            _database_url(self._directory, "sale") if postgres else None,
+        )
+
     async def _start(self, *, redis: bool, postgres: bool) -> None:
         directory = self._directory
         made_by = directory.made_by()
@@ -103,10 +110,6 @@ class EmbeddedServers:
             self._servers["postgresql"] = _postgresql(directory, found)
         directory.stamp("engine", __version__)
         await _together(server.start() for server in self._servers.values())
-        self.endpoints = Endpoints(
-            _redis_url(directory) if redis else None,
-            _database_url(directory, "sale") if postgres else None,
-        )
         directory.announce(self.endpoints)
 
     async def _stop(self) -> None:
@@ -115,10 +118,17 @@ class EmbeddedServers:
 
 
 @contextlib.asynccontextmanager
-async def running(data_dir: Path, *, redis: bool, postgres: bool) -> AsyncIterator[EmbeddedServers]:
+async def running(
+    data_dir: Path,
+    *,
+    redis: bool,
+    postgres: bool,
+    meanwhile: Callable[[EmbeddedServers], Coroutine[Any, Any, None]] | None = None,
+) -> AsyncIterator[EmbeddedServers]:
     """Run the wanted servers on ``data_dir`` and stop them at the end; none is allowed too.
 
-    What dies stays dead unless ``watch`` runs.
+    What dies stays dead unless ``watch`` runs. ``meanwhile`` is done while they start; it knows
+    their endpoints already.
 
     Raises:
         EmbeddedError: the directory or a server cannot be used; one line says why.
@@ -126,8 +136,12 @@ async def running(data_dir: Path, *, redis: bool, postgres: bool) -> AsyncIterat
     """
     with claimed(data_dir) as directory:
         servers = EmbeddedServers(directory)
+        servers._place(redis=redis, postgres=postgres)  # noqa: SLF001 - its factory
+        works = [servers._start(redis=redis, postgres=postgres)]  # noqa: SLF001
+        if meanwhile is not None:
+            works.append(meanwhile(servers))
         try:
-            await servers._start(redis=redis, postgres=postgres)  # noqa: SLF001 - its factory
+            await _together(works)
             yield servers
         finally:
             await _uncancelled(servers._stop())  # noqa: SLF001
@@ -206,12 +220,15 @@ class _Server:
 
 
 async def spawn(
-    command: list[str], log_file: Path | int, env: dict[str, str]
+    command: list[str],
+    log_file: Path | int,
+    env: dict[str, str],
+    stdin: int = asyncio.subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
     """Start a child that writes to ``log_file`` (appended; turned over when large)."""
     if isinstance(log_file, int):
         return await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=env
+            *command, stdin=stdin, stdout=log_file, stderr=log_file, env=env
         )
     with contextlib.suppress(FileNotFoundError):
         if log_file.stat().st_size > LOG_MAX_BYTES:  # noqa: ASYNC240 - a local file, at a start
@@ -350,6 +367,8 @@ def _postgresql(directory: DataDirectory, program: Program) -> _Server:
         "full_page_writes": "on",
         "max_connections": "100",
         "shared_buffers": "128MB",
+        # After a crash, one call instead of one for each of a thousand files.
+        "recovery_init_sync_method": "syncfs",
         "timezone": "UTC",
         "log_timezone": "UTC",
         "logging_collector": "off",
@@ -381,7 +400,7 @@ def _postgresql(directory: DataDirectory, program: Program) -> _Server:
         ),
         log_file=directory.path / "logs" / "postgresql.log",
         prepare=prepare,
-        ready=lambda: _prepare_database(directory),
+        ready=lambda: _prepare_database(directory, home),
         stop_signal=signal.SIGINT,
     )
 
@@ -445,8 +464,10 @@ async def _initdb(
     new.replace(home)
 
 
-async def _prepare_database(directory: DataDirectory) -> str | None:
+async def _prepare_database(directory: DataDirectory, home: Path) -> str | None:
     """None if PostgreSQL answers and has the database ``sale``, else what is in the way."""
+    if not _says_ready(home):
+        return "starting up"
     try:
         url = PostgresUrl.read(_database_url(directory, "postgres"))
         connection = await asyncpg.connect(**url.connection(), timeout=5)
@@ -460,6 +481,17 @@ async def _prepare_database(directory: DataDirectory) -> str | None:
     finally:
         connection.terminate()
     return None
+
+
+def _says_ready(home: Path) -> bool:
+    """Whether PostgreSQL's own file says that it takes connections.
+
+    Each try to connect before that is a process more, while it recovers after a crash.
+    """
+    try:
+        return (home / "postmaster.pid").read_text("utf-8").rstrip().endswith("ready")
+    except OSError:
+        return False
 
 
 def _redis_url(directory: DataDirectory) -> str:

@@ -7,8 +7,11 @@ must not keep a sale shut, and is heard when it comes back.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -42,11 +45,15 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Attendance(msgspec.Struct, frozen=True, array_like=True):
-    """One process's whole report; ``at_ms`` of Redis' clock, before it looked."""
+    """One process's whole report; ``at_ms`` of Redis' clock, before it looked.
+
+    ``place`` says where it runs (``own_place``), so that nobody on its host waits for it in vain.
+    """
 
     at_ms: int
     identity: str
     campaigns: dict[str, Report]
+    place: str = ""
 
 
 class Identity(NamedTuple):
@@ -59,6 +66,44 @@ class Identity(NamedTuple):
     def __str__(self) -> str:
         """``run_id:replid``, the beginning of an incarnation's name."""
         return f"{self.run_id}:{self.replid}"
+
+
+@cache
+def own_place() -> str:
+    """Say where this process runs: boot, namespace of process numbers, number, and its start.
+
+    '' where that is not to be seen.
+    """
+    started = _started(os.getpid())
+    return f"{_host()} {os.getpid()} {started}" if _host() and started else ""
+
+
+def is_gone(place: str) -> bool:
+    """Whether a process has certainly ended: it ran here, and no process of its number and start
+    does. Numbers are used again, and other hosts are not seen from here.
+    """
+    host, _, process = place.partition(" ")
+    number, _, started = process.partition(" ")
+    return bool(host) and host == _host() and _started(int(number)) != started
+
+
+@cache
+def _host() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _started(process: int) -> str:
+    """When a process that lives has started, in ticks since the boot; '' where it does not."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return ""
+    state, *fields = told.rpartition(")")[2].split()
+    return "" if state in {"Z", "X"} else fields[18]
 
 
 async def who_is_it(redis: Redis) -> Identity:
@@ -179,7 +224,9 @@ def _heard(identity: Identity, listed: dict[str, Attendance], since_ms: int) -> 
     silent = [
         process
         for process, attendance in listed.items()
-        if process not in heard and attendance.at_ms > newest - LIVE_MS
+        if process not in heard
+        and attendance.at_ms > newest - LIVE_MS
+        and not is_gone(attendance.place)
     ]
     return Roll(identity, heard, sorted(silent), listed)
 

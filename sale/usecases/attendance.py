@@ -28,6 +28,7 @@ from sale.stock.roll import (
     Identity,
     Report,
     identity_and_heads,
+    own_place,
     report,
     sign_off,
 )
@@ -145,7 +146,7 @@ class Attending:
             await asyncio.wait(begun.values(), timeout=LOOK_PATIENCE_S)
         # Only of looks that began with this beat: what an earlier one has found is remembered.
         reports = {batcher.campaign_id: _told(batcher, begun) for batcher in batchers}
-        attendance = Attendance(identity.now_ms, str(identity), reports)
+        attendance = Attendance(identity.now_ms, str(identity), reports, own_place())
         async with asyncio.timeout(BEAT_TIMEOUT_S):
             await report(self._redis, self._batchers.process, attendance)
         for look in begun.values():

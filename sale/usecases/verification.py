@@ -23,8 +23,8 @@ from sale.db import claims, ledger
 from sale.db.absence import POSTGRES_ERRORS
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
-from sale.stock.keys import campaign_keys
-from sale.stock.roll import LOOKING, Roll, call_the_roll, hear
+from sale.stock.keys import VERIFIED, campaign_keys
+from sale.stock.roll import LOOKING, Roll, call_the_roll, hear, who_is_it
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.stream import stream_rows
 from sale.stock.survey import read_heads
@@ -67,6 +67,7 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
         redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
     )
     fit, held = set(), set()
+    away = False
     if any(_knows_another(head, identity) for head in heads):
         # Not within the isolation of one campaign: what is wrong here is wrong for all of them.
         if meet is not None and (weak := await meet(roll.identity.run_id)):
@@ -97,10 +98,27 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                     fit.add(campaign_id)
             except POSTGRES_ERRORS:
                 if not stalled:
+                    away = True
                     raise
                 fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
     isolation.forget_others("verify", ids)
+    if not away and await redis.get(VERIFIED) != str(roll.identity).encode():
+        await redis.set(VERIFIED, str(roll.identity))
     return sorted([*(held - fit), *await _lost(pool, held)])
+
+
+async def unverified(redis: Redis, nonce: str) -> int:
+    """Count the campaigns that nobody has compared with this Redis yet; none once all were.
+
+    One that does not fit, or cannot be compared, is no longer waited for. Raises redis-py's errors.
+    """
+    roll_identity = await who_is_it(redis)
+    if await redis.get(VERIFIED) == str(roll_identity).encode():
+        return 0
+    identity = (roll_identity.run_id, roll_identity.replid, nonce)
+    ids = await campaign_ids(redis)
+    heads = await read_heads(redis, ids, "run_id", "replid", "nonce", "recovering", "seq")
+    return sum(_knows_another(head, identity) and not head[3] for head in heads)
 
 
 def _knows_another(head: Any, identity: tuple[str, str, str]) -> bool:  # noqa: ANN401 - Redis' reply

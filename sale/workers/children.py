@@ -89,6 +89,11 @@ class Child:
         """Whether it has come as far as serving its metrics."""
         return self._life is not None and self._life.listen.exists()
 
+    async def prepare(self) -> None:
+        """Start it already, but let it do nothing before ``keep_running``: it is imported."""
+        async with self._busy:
+            self._life = await self._start(held=True)
+
     async def keep_running(self) -> None:
         """Start it again and again until cancelled. Raises SupervisorError if it keeps dying."""
         while True:
@@ -96,6 +101,7 @@ class Child:
                 if self._life is None:
                     self._life = await self._start()
                 life = self._life
+                _let_go(life.process)
             started = time.monotonic()
             status = await life.process.wait()
             async with self._busy:  # it may be that it was just renewed
@@ -124,12 +130,16 @@ class Child:
         """End it gently, bounded; returns when it is gone."""
         await asyncio.gather(*(self._end(life) for life in list(self._lives)))
 
-    async def _start(self) -> Life:
+    async def _start(self, *, held: bool = False) -> Life:
         # A new socket each time, so that what is read from it can only be this life's.
         listen = self._sockets / f"m-{self.name}-{next(self._starts)}"
         listen.unlink(missing_ok=True)
         program = [*self._command, "--metrics-listen", f"unix:{listen}"]
-        process = await spawn(launch_command("KILL", program=program), STDERR, self._environment)
+        stdin = asyncio.subprocess.DEVNULL
+        if held:
+            program, stdin = [*program, "--held"], asyncio.subprocess.PIPE
+        command = launch_command("KILL", program=program)
+        process = await spawn(command, STDERR, self._environment, stdin)
         life = Life(process, listen)
         self._lives.add(life)
         if self._life is None:
@@ -159,3 +169,10 @@ class Child:
             life.listen.unlink(missing_ok=True)
         self._drop(self.name, life.process.pid)
         self._metrics.bury(life.listen.name)
+
+
+def _let_go(process: asyncio.subprocess.Process) -> None:
+    """Tell one that is held to begin; one that is not, or has died meanwhile, is told nothing."""
+    if process.stdin is not None and not process.stdin.is_closing():
+        process.stdin.write(b"\n")
+        process.stdin.close()

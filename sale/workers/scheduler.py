@@ -127,6 +127,7 @@ class Scheduler:
             stores.redis, stores.scripts, stores.pool, allowed=stores.settings.auto_recover
         )
         self._leadership = Leadership(database_url, SCHEDULER)
+        self._decided = asyncio.Event()
         self.active: bool | None = None
         """Whether this scheduler works; None before it knows."""
 
@@ -153,9 +154,12 @@ class Scheduler:
             self._metrics.active.set(0)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+        tick_s = self._stores.settings.tick_interval_ms / 1000
+        # What has to be verified after a start is waited for: its first round does not miss it.
+        await pause(self._decided, tick_s)
         while not stop.is_set():
             await work()
-            await pause(stop, self._stores.settings.tick_interval_ms / 1000)
+            await pause(stop, tick_s)
 
     async def _round(self) -> None:
         await asyncio.gather(
@@ -196,6 +200,7 @@ class Scheduler:
         """Work, for that reason, or stand by ('')."""
         if self.active is not bool(why):
             self.active = bool(why)
+            self._decided.set()
             self._metrics.active.set(self.active)
             if why:
                 log.info("scheduler.active", why=why)

@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
+import asyncpg
 import msgspec
 import structlog
 
 from sale import config, identity
 from sale.bootstrap import first_address
 from sale.config import Settings
+from sale.db.absence import POSTGRES_ERRORS
+from sale.db.migrate import MigrationError, pending
+from sale.db.pool import CONNECT_TIMEOUT_S
 from sale.embedded import EmbeddedServers, Endpoints, running
 from sale.embedded.servers import end, launch_command
 from sale.shared_port import reserve
@@ -86,18 +90,31 @@ async def _run(
         metrics_address = await stack.enter_async_context(
             serving_metrics(settings.metrics_listen, metrics.render)
         )
+        prepared: asyncio.Future[tuple[Settings, _Register, list[Child]]]
+        prepared = asyncio.get_running_loop().create_future()
+
+        async def prepare(servers: EmbeddedServers) -> None:
+            """Have the parts imported while the servers start: held, they do nothing else."""
+            complete = _complete(settings, address, servers.endpoints)
+            register = _Register(complete.data_dir, servers, address, metrics_address)
+            stack.callback(register.remove)
+            children = _children(complete, command, servers.sockets, metrics, register)
+            stack.push_async_callback(_stop, children)
+            # The scheduler first: a Redis that came back is verified while the others are imported.
+            for child in reversed(children):
+                await child.prepare()
+            prepared.set_result((complete, register, children))
+
         servers = await stack.enter_async_context(
             running(
                 settings.data_dir,
                 redis=settings.redis_url is None,
                 postgres=settings.database_url is None,
+                meanwhile=prepare,
             )
         )
-        settings = _complete(settings, address, servers.endpoints)
-        register = _Register(settings.data_dir, servers, address, metrics_address)
-        stack.callback(register.remove)
+        settings, register, children = prepared.result()
         await _migrate(settings, command)
-        children = _children(settings, command, servers.sockets, metrics, register)
         async with asyncio.TaskGroup() as group:
             group.create_task(servers.watch())
             group.create_task(metrics.poll())
@@ -127,6 +144,14 @@ def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Setting
 
 
 async def _migrate(settings: Settings, command: tuple[str, ...]) -> None:
+    """Migrate where anything is missing; to ask costs less than a process that finds nothing."""
+    with contextlib.suppress(MigrationError, *POSTGRES_ERRORS):  # the process says it in words
+        connection = await asyncpg.connect(settings.database_url, timeout=CONNECT_TIMEOUT_S)
+        try:
+            if not await pending(connection):
+                return
+        finally:
+            await connection.close(timeout=CONNECT_TIMEOUT_S)
     process = await asyncio.create_subprocess_exec(
         *launch_command("KILL", program=[*command, "migrate"]),
         stdin=asyncio.subprocess.DEVNULL,
@@ -182,10 +207,15 @@ async def _supervise(children: list[Child]) -> None:
             for child in children:
                 group.create_task(child.keep_running())
     finally:
-        api = _api_of(children)
-        rest = [child for child in children if child not in api]
-        for some in (api, rest):
-            await asyncio.gather(*(child.stop() for child in some))
+        await _stop(children)
+
+
+async def _stop(children: list[Child]) -> None:
+    """Stop the API, and after it the rest; those that have ended stay as they are."""
+    api = _api_of(children)
+    rest = [child for child in children if child not in api]
+    for some in (api, rest):
+        await asyncio.gather(*(child.stop() for child in some))
 
 
 def _api_of(children: list[Child]) -> list[Child]:

@@ -1,0 +1,153 @@
+"""Ready means ready: after ``kill -9`` of everything, a purchase sent then is answered at once."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from service import ADMIN, Card, Client, Service, campaign_table, running_service
+from shop import CAMPAIGN, Shop, open_shop, until
+
+from sale.api.health import reasons
+from sale.bootstrap import Stores
+from sale.config import Settings
+from sale.stock import roll
+from sale.stock.keys import CAMPAIGNS, ROLL, VERIFIED, campaign_keys
+from sale.stock.rebuild import freeze
+from sale.stock.roll import Attendance, call_the_roll, is_gone, report, who_is_it
+from sale.usecases.verification import unverified, verify_all
+
+NOT_VERIFIED = "campaigns are not verified yet"
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(120)
+def test_ready_after_everything_was_killed_sells_at_once(short_path: Path) -> None:
+    data_dir = short_path / "data"
+    with running_service(data_dir, killed=True) as service:
+        service.admin_token = service.operator("admin")[1]
+        service.take_roster()
+        campaign = service.new_id()
+        asyncio.run(open_and_sell(service, campaign, before := service.cards(50)))
+        kill_everything(service)
+    log_file = data_dir.with_name("up.log")
+    with running_service(data_dir) as service:
+        # The very first request is a purchase, so that nothing else may have waited for it.
+        asyncio.run(sell(service, campaign, before))
+        lines = [json.loads(line) for line in log_file.read_text("utf-8").splitlines()]
+    actions = [line["action"] for line in lines]
+    assert actions.index("campaign.verified") < actions.index("supervisor.ready")
+    assert not [line for line in lines if line.get("why") == "unverified"], "a purchase has waited"
+
+
+async def open_and_sell(service: Service, campaign: str, cards: list[Card]) -> None:
+    client = Client(service)
+    try:
+        table = campaign_table(campaign, 1_000)
+        made = await client.ask("POST", ADMIN, service.admin_token, json=table)
+        assert made.status == 201, made
+        for card in cards:
+            assert (await client.buy(campaign, card.token)).status == 201
+    finally:
+        await client.close()
+
+
+async def sell(service: Service, campaign: str, cards: list[Card]) -> None:
+    client = Client(service, spread=True)
+    try:
+        for card in cards[:10]:
+            assert (await client.buy(campaign, card.token)).status == 201
+        assert (await client.get("/readyz")).json()["status"] == "ok"
+    finally:
+        await client.close()
+
+
+def kill_everything(service: Service) -> None:
+    told = service.told()
+    for pid in [told["supervisor"], *told["processes"].values()]:
+        os.kill(pid, signal.SIGKILL)
+    service.process.wait(10)
+
+
+@pytest.fixture
+async def shop(redis: Redis, redis_url: str, database_url: str) -> Any:
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        await shop.create()
+        await shop.step("open")
+        await shop.applied()
+        yield shop
+
+
+def stores(shop: Shop) -> Stores:
+    return Stores(
+        settings=Settings(), redis=shop.redis, pool=shop.pool, scripts=shop.scripts, unions={},
+        nonce=shop.nonce, ticket_secret=b"",
+    )  # fmt: skip
+
+
+async def come_back(shop: Shop) -> None:
+    """Make all heads those of the Redis before."""
+    for campaign_id in await shop.redis.smembers(CAMPAIGNS):
+        await shop.redis.hset(campaign_keys(campaign_id.decode()).head, "run_id", "0" * 40)
+    await shop.redis.delete(VERIFIED)
+
+
+async def test_host_is_unready_until_campaigns_are_verified(shop: Shop) -> None:
+    assert await reasons(stores(shop)) == []
+    await come_back(shop)
+    (why,) = await reasons(stores(shop))
+    assert NOT_VERIFIED in why
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    assert await reasons(stores(shop)) == []
+
+
+async def test_recovering_or_damaged_campaign_keeps_no_host_unready(shop: Shop) -> None:
+    await freeze(shop.redis, CAMPAIGN, "an operator said so")
+    await shop.redis.sadd(CAMPAIGNS, "damaged")
+    await shop.redis.set(campaign_keys("damaged").head, "no hash")
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    await shop.redis.delete(VERIFIED)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == sorted([CAMPAIGN, "damaged"])
+    assert await unverified(shop.redis, shop.nonce) == 0
+    assert await reasons(stores(shop)) == []
+
+
+async def test_scheduler_verifies_before_its_next_tick(shop: Shop) -> None:
+    await come_back(shop)
+
+    async def ready() -> bool:
+        return await unverified(shop.redis, shop.nonce) == 0
+
+    # With such a tick it would be a minute, were the first round not made once it may work.
+    async with shop.scheduling(tick_interval_ms=60_000):
+        await until(ready)
+
+
+async def test_process_that_ended_here_is_not_waited_for(redis: Redis) -> None:
+    with subprocess.Popen(  # noqa: ASYNC220 - a moment
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
+    ) as other:
+        place = f"{roll._host()} {other.pid} {roll._started(other.pid)}"
+        assert not is_gone(place)
+        other.kill()
+        other.wait()
+    assert is_gone(place)
+    assert not is_gone(roll.own_place())
+    elsewhere = f"another-host/pid:[1] {other.pid} 1"
+    assert not is_gone(elsewhere)
+    assert not is_gone("")
+
+    now_ms = (await who_is_it(redis)).now_ms
+    for name, where in (("here", place), ("elsewhere", elsewhere), ("older", "")):
+        await report(redis, name, Attendance(now_ms, "the-redis-before", {}, where))
+    assert (await call_the_roll(redis)).silent == ["elsewhere", "older"]
+    await redis.delete(ROLL)
+    await report(redis, "here", Attendance(now_ms, "the-redis-before", {}, place))
+    assert (await call_the_roll(redis)).silent == []

@@ -20,6 +20,9 @@ from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa:
 from lane_requests import Case, all_cases
 from lane_rig import TIME, WISH, Side, World, shorter
 
+from sale.api import admin
+from sale.stock import catalogue
+from sale.stock.catalogue import read_campaign
 from sale.usecases.purchase import PurchaseDesk
 from sale.usecases.rate_limits import Rate, _Buckets
 
@@ -228,6 +231,36 @@ def test_odd_requests_are_charged_to_their_address(world: World) -> None:
                     assert 429 not in statuses[:3], (side.name, name, statuses)
                     assert 429 in statuses[3:], (side.name, name, statuses)
                     assert all(dict(each.headers)["X-Request-Id"] for each in told)
+
+    world.run(judge())
+
+
+def test_exhausted_card_or_address_costs_the_stores_nothing(world: World) -> None:
+    def look(number: int, authorization: bytes) -> bytes:
+        head = b"GET /api/v1/campaigns/none-%d HTTP/1.1\r\nHost: sale\r\n" % number
+        return head + authorization + b"\r\n\r\n"
+
+    async def judge() -> None:
+        limits = {"address_per_s": 1, "address_burst": 3, "card_per_s": 1, "card_burst": 3}
+        read = mock.AsyncMock(side_effect=read_campaign)
+        token = world.member().token.encode()
+        members = b"Authorization: Bearer " + token
+        with mock.patch.object(catalogue, "read_campaign", read):
+            async with world.side(fast_lane=True, **limits) as side:
+                for who in (b"Accept: */*", b"Authorization: Bearer x", members):
+                    side.engine.limits._addresses = _Buckets(Rate(1, 3))
+                    read.reset_mock()
+                    raw = b"".join(look(number, who) for number in range(20))
+                    told = await side.ask(raw, count=20)
+                    assert told.statuses[:3] == [404] * 3
+                    assert told.statuses.count(429) >= 15
+                    assert read.await_count <= 5
+                asked = mock.AsyncMock()
+                with mock.patch.object(admin, "authenticate_operator", asked):
+                    path = b"GET /api/v1/admin/campaigns HTTP/1.1\r\nHost: sale\r\n"
+                    told = await side.ask(path + members + b"\r\n\r\n")
+                    assert told.statuses[0] in {403, 429}
+                    assert not asked.called
 
     world.run(judge())
 

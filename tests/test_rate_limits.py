@@ -259,15 +259,38 @@ async def test_given_a_valid_card_when_its_requests_are_wrong_then_the_card_pays
 async def test_given_an_operators_token_that_was_good_then_no_guesser_shuts_it_out() -> None:
     kept = limits(address=Rate(1, 2))
     good = operator_token_hash("sale_op_good")
-    kept.remember(good)
+    kept.remember(good, 1_000.0)
     for _ in range(5):
         kept.spend_address("10.0.0.1", 1_000.0)
     assert kept.address_is_out("10.0.0.1", 1_000.0) is not None
     assert kept.address_is_out("10.0.0.1", 1_003.0) is None
     assert kept.remembers(good)
     for number in range(rate_limits.TOKENS_MAX):
-        kept.remember(number.to_bytes(4, "big"))
+        kept.remember(number.to_bytes(4, "big"), 1_000.0)
     assert not kept.remembers(good)
+
+
+def test_token_is_vouched_for_a_while_and_not_once_disabled() -> None:
+    kept, good = limits(), operator_token_hash("sale_op_good")
+    kept.remember(good, 1_000.0)
+    assert kept.vouches(good, 1_059.0)
+    assert not kept.vouches(good, 1_061.0), "nobody has looked it up since"
+    assert kept.remembers(good), "it is still looked up, whatever its address has left"
+    kept.remember(good, 1_100.0)
+    kept.forget(good)
+    assert not kept.vouches(good, 1_100.0)
+    assert not kept.remembers(good)
+
+
+async def test_token_of_a_disabled_operator_is_charged(
+    office: tuple[TestClient[Any, Any], RateLimits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, kept = office
+    bearer = {"Authorization": "Bearer sale_op_good"}
+    kept.remember(operator_token_hash("sale_op_good"), time.monotonic())
+    assert await statuses(client, "/wrong", 20, headers=bearer) == [400] * 20
+    monkeypatch.setattr(rate_limits, "VOUCHED_S", 0.0)
+    assert await statuses(client, "/wrong", 12, headers=bearer) == [400] * 10 + [429] * 2
 
 
 async def _slow_tenth(client: Client, campaign: str) -> float:

@@ -176,14 +176,15 @@ async def actor_of(request: web.Request) -> Actor:
     """Give who this operator is. Raises Refused: 401 for nobody, 403 for a member."""
     engine = request.app[ENGINE]
     token = bearer(request) or ""
+    if _is_member(request, token):  # told without a look at PostgreSQL
+        raise Refused(Problem.FORBIDDEN, "a member's token does not open this")
     refuse_guessers(request, token)
     try:
         operator = await authenticate_operator(engine.stores.pool, token)
     except Refused:
-        if _is_member(request, token):
-            raise Refused(Problem.FORBIDDEN, "a member's token does not open this") from None
+        engine.limits.forget(operator_token_hash(token))
         raise
-    engine.limits.remember(operator_token_hash(token))
+    engine.limits.remember(operator_token_hash(token), time.monotonic())
     # An account may be called "clock" or "cli:root": the log tells where a name is from (INV-10).
     return Actor(f"operator:{operator.name}", operator.role, operator.union_code)
 

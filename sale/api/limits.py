@@ -53,7 +53,7 @@ def charge(
         try:
             card_no = engine.tokens.verify(token, time.time()).card_no
         except Refused:
-            if engine.limits.remembers(operator_token_hash(token)):
+            if engine.limits.vouches(operator_token_hash(token), now):
                 return None
         else:
             return engine.limits.spend_card(card_no, now)
@@ -80,6 +80,23 @@ def refuse_guessers(request: web.Request, token: str) -> None:
         return
     address = engine.addresses.of(peer_of(request), forwarded_for(request))
     limited = engine.limits.address_is_out(address, time.monotonic())
+    if limited is not None:
+        raise TooFast(limited)
+
+
+def refuse_exhausted(request: web.Request) -> None:
+    """Spare the stores what a card or an address asks that has nothing left. Raises TooFast.
+
+    For what is read before it is known whether it goes wrong, and is charged only then.
+    """
+    engine, now = request.app[ENGINE], time.monotonic()
+    try:
+        card_no = engine.tokens.verify(bearer(request) or "", time.time()).card_no
+    except Refused:
+        address = engine.addresses.of(peer_of(request), forwarded_for(request))
+        limited = engine.limits.address_is_out(address, now)
+    else:
+        limited = engine.limits.card_is_out(card_no, now)
     if limited is not None:
         raise TooFast(limited)
 

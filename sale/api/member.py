@@ -22,12 +22,13 @@ from sale.api.exchange import (
     read_body,
     tagged_response,
 )
+from sale.api.limits import refuse_exhausted
 from sale.api.problems import Worded, problem_answer
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
 from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
-from sale.domain import CampaignState, Order, Problem, Refused, may_meet, rfc3339
+from sale.domain import CAMPAIGN_ID, CampaignState, Order, Problem, Refused, may_meet, rfc3339
 from sale.identity import Member
 from sale.stock.catalogue import CampaignNow, redis_now_ms
 from sale.stock.records import read_card
@@ -171,7 +172,12 @@ async def show_order(request: web.Request) -> web.Response:
 
 async def visible_campaign(request: web.Request) -> CampaignNow:
     """Give the campaign of the path, as members may see it. Raises Refused."""
-    now = await request.app[ENGINE].catalogue.now(request.match_info["id"])
+    catalogue, campaign_id = request.app[ENGINE].catalogue, request.match_info["id"]
+    if catalogue.known(campaign_id) is None:
+        if not CAMPAIGN_ID.fullmatch(campaign_id):
+            raise Refused(Problem.NOT_FOUND, "no such campaign")
+        refuse_exhausted(request)
+    now = await catalogue.now(campaign_id)
     if now is None or not now.visible:
         raise Refused(Problem.NOT_FOUND, "no such campaign")
     return now

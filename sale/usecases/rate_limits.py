@@ -28,6 +28,7 @@ from sale.domain import Problem, Refused
 KEYS_MAX: Final = 250_000
 CAMPAIGNS_MAX: Final = 1_024
 TOKENS_MAX: Final = 1_024
+VOUCHED_S: Final = 60.0
 
 CARD_CAMPAIGN, CARD, ADDRESS = "card-campaign", "card", "address"
 SCOPES: Final = (CARD_CAMPAIGN, CARD, ADDRESS)
@@ -81,7 +82,8 @@ class RateLimits:
         self._cards = _Buckets(card)
         self._addresses = _Buckets(address)
         self._limits_cards = card_campaign.per_s > 0 or card.per_s > 0
-        self._known: dict[bytes, None] = {}
+        self._known: dict[bytes, float] = {}
+        """Operators' tokens that were good, and when they were looked up last."""
         self.limited: Counter[str] = Counter(dict.fromkeys(SCOPES, 0))
         """Refused so far, by scope."""
 
@@ -127,19 +129,34 @@ class RateLimits:
         """Look, without charging, whether an address has nothing left."""
         return self._spend(ADDRESS, self._addresses, address, now, look_only=True)
 
-    def remember(self, token_hash: bytes) -> None:
+    def card_is_out(self, card_no: str, now: float) -> Limited | None:
+        """Look, without charging, whether a card has nothing left."""
+        return self._spend(CARD, self._cards, card_no, now, look_only=True)
+
+    def remember(self, token_hash: bytes, now: float) -> None:
         """Note an operator's token that was good: a guesser at the same address shuts nobody out.
 
         It opens nothing: the token itself is looked up each time.
         """
         self._known.pop(token_hash, None)
-        self._known[token_hash] = None
+        self._known[token_hash] = now
         if len(self._known) > TOKENS_MAX:
             del self._known[next(iter(self._known))]
 
+    def forget(self, token_hash: bytes) -> None:
+        """Note that a token is good no longer: its account was disabled, or has a new one."""
+        self._known.pop(token_hash, None)
+
     def remembers(self, token_hash: bytes) -> bool:
-        """Whether this token was good before."""
+        """Whether this token was good when it was looked up last."""
         return token_hash in self._known
+
+    def vouches(self, token_hash: bytes, now: float) -> bool:
+        """Whether this token was good a moment ago, so that its address pays nothing for it.
+
+        Requests that no operator's handler sees are not looked up, and would never be forgotten.
+        """
+        return now - self._known.get(token_hash, -math.inf) < VOUCHED_S
 
     def _of_campaign(self, campaign_id: str) -> "_Buckets":
         if len(self._campaigns) >= CAMPAIGNS_MAX:

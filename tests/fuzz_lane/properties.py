@@ -226,7 +226,7 @@ class Counter:
     def spend_address(self, *_: Any) -> None:
         """Nor for addresses."""
 
-    def remembers(self, _: bytes) -> bool:
+    def vouches(self, *_: Any) -> bool:
         return False
 
     def of(self, *_: Any) -> "Counter":

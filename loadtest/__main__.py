@@ -4,6 +4,8 @@ import sys
 from importlib import import_module
 from typing import Final
 
+from sale.cli.terminal import take_any_character
+
 # Each is a package beside this file.
 COMMANDS: Final = {
     "rush": "an open loop against a running engine, with proof",
@@ -22,6 +24,7 @@ def usage() -> str:
 
 def main() -> None:
     """Run a command with the rest of the command line; exit status 2 for one that is none."""
+    take_any_character()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("-h", "--help"):
         print(usage())

@@ -364,7 +364,7 @@ async def test_given_each_outcome_when_run_by_hand_then_the_exit_status_tells(
     assert clean.status == 0
     assert clean.json().keys() == {"clean", "checked_at", "campaigns"}
     assert clean.json()["campaigns"] == [{"id": CAMPAIGN, "clean": True, "findings": []}]
-    assert (await run("audit", "no-such")).status == 1
+    assert (await run("audit", "no-such")).status == 2
     assert (await run("recover", "no-such")).status == 1
     assert "nothing is wrong" in (await run("recover", CAMPAIGN)).out
 

@@ -30,6 +30,7 @@ from loadtest.engine import EngineError
 from loadtest.latency import at_share, new_histogram, percentiles
 from loadtest.record import RECORD_NAME, Finding, Percentile, Proof, Record, Sample, Second, write
 from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
+from sale.cli.terminal import take_any_character
 from sale.db.pool import connect
 from sale.embedded import EmbeddedError
 from sale.files import LARGE_MAX_BYTES, read_json
@@ -272,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Run one of the three; see the module."""
+    take_any_character()
     options = _parser().parse_args()
     work = {"probe": _probe, "prove": _prove, "watch": _watch}[options.what]
     try:

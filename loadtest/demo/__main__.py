@@ -23,6 +23,7 @@ from loadtest.demo.play import LagError
 from loadtest.demo.show import Show
 from loadtest.engine import EngineError, cancelled_by_signals, engine_up, free_address
 from loadtest.wire import ProtocolError
+from sale.cli.terminal import take_any_character
 
 CARDS: Final = 182_850
 MEMBERS: Final = 60_000
@@ -83,6 +84,7 @@ async def demo(options: argparse.Namespace) -> int:
 
 def main() -> None:
     """Command line of the demo."""
+    take_any_character()
     parser = argparse.ArgumentParser(prog="demo", description=__doc__.splitlines()[0])
     parser.add_argument("--exit", action="store_true", help="stop after the outcome")
     parser.add_argument("--members", type=int, default=MEMBERS, help="how many take part")

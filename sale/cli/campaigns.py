@@ -34,7 +34,7 @@ def campaign() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @command_context
 def create(context: CommandContext, file: Path) -> None:
-    """Make a campaign from a TOML file: scheduled with opens_at, else a draft."""
+    """Make a campaign from a TOML file: scheduled, or a draft."""
     text = read_text(file)
 
     async def work() -> CampaignNow:
@@ -109,7 +109,10 @@ def show(context: CommandContext, campaign_id: str) -> None:
 @REASON
 @command_context
 def schedule(context: CommandContext, campaign_id: str, at: str | None, reason: str | None) -> None:
-    """Let it open by itself, at its opens_at or at TIME."""
+    """Set a draft, or a new TIME, for opening by itself.
+
+    Without --at it opens at the opens_at of its file.
+    """
     scheduled = _step(context, campaign_id, "schedule", reason, at)
     _say_past(scheduled)
 

@@ -22,14 +22,17 @@ from sale.cli.runtime import (
     one_line,
     run,
 )
+from sale.cli.terminal import as_utf8, megabytes, nobody_reads, progress
 from sale.config import SettingsError
 from sale.domain import default_unions_path, load_unions, mask_card, rfc3339, to_ms
-from sale.files import Source, opened_large
+from sale.files import Source, opened_large, shown
 from sale.identity import SigningKey, card_tag
 from sale.usecases import roster
 from sale.usecases.roster import Card, ImportReport, NamedLine
 from sale.usecases.sample_roster import SAMPLE_MAX, sample
 
+PROGRESS_ROWS: Final = 1_000
+LINES_TOLD: Final = 5
 COUNT: Final = click.IntRange(1, SAMPLE_MAX)
 OUT: Final = click.Path(dir_okay=False, path_type=Path)
 
@@ -60,7 +63,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_check
 
     async def work(source: Source) -> ImportReport:
         async with context.pool() as pool:
-            with _progress(quiet=context.as_json) as on_progress:
+            with progress("importing", megabytes) as move:
                 return await roster.import_cards(
                     pool,
                     key,
@@ -69,7 +72,9 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_check
                     actor=context.actor,
                     dry_run=dry_run,
                     numbers_checked=numbers_checked,
-                    on_progress=on_progress,
+                    on_progress=lambda done, total: move(
+                        done, total, "reading" if done < total else "read, now writing the roster"
+                    ),
                     after_change=_after_change(context, pool, "the cards are imported"),
                 )
 
@@ -91,7 +96,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_check
 @click.option("--reason", required=True, help="Why, for the audit log.")
 @command_context
 def revoke(context: CommandContext, card_no: str, reason: str) -> None:
-    """Cancel a card: it buys nothing until it is restored, whatever a roster file says."""
+    """Cancel a card until `restore`, whatever a roster file says."""
     key = context.signing_key()
 
     async def work() -> Card:
@@ -113,7 +118,10 @@ def revoke(context: CommandContext, card_no: str, reason: str) -> None:
 @click.option("--reason", required=True, help="Why, for the audit log.")
 @command_context
 def restore(context: CommandContext, card_no: str, reason: str) -> None:
-    """Make a suspended or cancelled card active again; the next import decides anew."""
+    """Make a suspended or cancelled card active again.
+
+    The next import whose file names the card decides anew.
+    """
     key = context.signing_key()
 
     async def work() -> Card:
@@ -156,15 +164,20 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
     if context.as_json and out is None:
         raise click.UsageError("--json needs --out: the roster itself goes to stdout")
     unions = load_unions(default_unions_path())
-    with _text_out(out) as file:
+    with _text_out(out) as file, progress("writing cards") as move:
         file.write(",".join(roster.HEADER) + "\n")
-        # No field of a sample holds a comma or a quote, so joining is all that CSV asks for.
-        file.writelines(",".join(card) + "\n" for card in sample(count, seed, unions))
+        for number, card in enumerate(sample(count, seed, unions)):
+            # No field of a sample holds a comma or a quote, so joining is all that CSV asks for.
+            file.write(",".join(card) + "\n")
+            if number % PROGRESS_ROWS == 0:
+                move(number, count, "")
+                if out is None and nobody_reads():
+                    break
     if out is not None:
         echo(
             context,
-            {"cards": count, "seed": seed, "file": str(out)},
-            lambda: note(f"{count} cards written to {out}"),
+            {"cards": count, "seed": seed, "file": shown(out)},
+            lambda: note(f"{count} cards written to {shown(out)}"),
         )
 
 
@@ -174,19 +187,24 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
 @click.option("--out", type=OUT, help="Where to (default stdout). Made readable by you alone.")
 @command_context
 def tokens(context: CommandContext, count: int, status: str, out: Path | None) -> None:
-    """Print member tokens for load tests, a JSON object a line: card_no, token, union.
+    """Print member tokens for load tests.
 
-    They are as good as the cards themselves for thirty days: keep them where nobody else reads.
+    A JSON object a line: card_no, token, union.
+        They are as good as the cards themselves for thirty days: keep them where nobody else reads.
     """
     key = context.signing_key()
 
     async def work() -> int:
         written = 0
         async with context.pool() as pool:
-            with _text_out(out) as file:
+            with _text_out(out) as file, progress("writing tokens") as move:
                 async for entry in roster.tokens(pool, key, count, status, now_s=int(time.time())):
                     file.write(msgspec.json.encode(entry).decode() + "\n")
                     written += 1
+                    if written % PROGRESS_ROWS == 0:
+                        move(written, count, "")
+                        if out is None and nobody_reads():
+                            break
         return written
 
     written = run(work())
@@ -197,8 +215,8 @@ def tokens(context: CommandContext, count: int, status: str, out: Path | None) -
     if out is not None:
         echo(
             context,
-            {"tokens": written, "file": str(out)},
-            lambda: note(f"{written} tokens written to {out}"),
+            {"tokens": written, "file": shown(out)},
+            lambda: note(f"{written} tokens written to {shown(out)}"),
         )
 
 
@@ -285,14 +303,16 @@ def _show_report(report: ImportReport) -> None:
 
 
 def _lines(total: int, lines: Sequence[NamedLine]) -> str:
-    told = ", ".join(f"line {each.line} (…{each.card_tail})" for each in lines)
-    return told + (f" and {total - len(lines)} more" if total > len(lines) else "")
+    first = lines[:LINES_TOLD]
+    told = ", ".join(f"line {each.line} (…{each.card_tail})" for each in first)
+    return told + (f" and {total - len(first)} more" if total > len(first) else "")
 
 
 @contextmanager
 def _text_out(path: Path | None) -> Iterator[IO[str]]:
     """Stdout, or a file that appears whole under its name, mode 0600, or not at all."""
     if path is None:
+        as_utf8()
         yield sys.stdout
         sys.stdout.flush()
         return
@@ -308,23 +328,3 @@ def _text_out(path: Path | None) -> Iterator[IO[str]]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Any]:
-    """A bar on stderr where that is a terminal; yields the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("importing"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("import", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

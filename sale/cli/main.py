@@ -16,7 +16,11 @@ from sale.cli.runtime import main_entry, remember_options
 from sale.cli.streams import keep_streams, last_words
 
 
-@click.group()
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Shell completion, for bash: eval "$(_SALE_COMPLETE=bash_source sale)"; zsh_source and '
+    "fish_source likewise.",
+)
 @click.version_option(__version__, prog_name="sale")
 @remember_options
 def sale() -> None:

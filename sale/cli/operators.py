@@ -74,7 +74,10 @@ def disable(context: CommandContext, name: str) -> None:
 @click.argument("name")
 @command_context
 def token(context: CommandContext, name: str) -> None:
-    """Print a new token for the admin API, this once; the one before ends."""
+    """Print a new token for the admin API; the old one ends.
+
+    It is shown this once.
+    """
 
     async def work() -> str:
         async with context.pool() as pool:

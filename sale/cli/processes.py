@@ -24,7 +24,7 @@ HELD = click.option(
 @click.option("--workers", type=int, metavar="N", help="API processes.")
 @overriding("listen", "metrics_listen", "workers")
 def up(context: CommandContext) -> None:
-    """Run everything on this machine, with servers of its own where no URL is given."""
+    """Run everything here, servers too where no URL is given."""
     from sale.workers import supervisor
 
     _log(context.settings)
@@ -134,7 +134,7 @@ def scheduler(context: CommandContext, *, held: bool) -> None:
 )
 @overriding("metrics_listen")
 def migrate(context: CommandContext) -> None:
-    """Bring the database to this version's schema; may run any number of times at once."""
+    """Bring the database to this version's schema; may be repeated."""
     from sale.db.migrate import migrate as run_migrations
 
     _log(context.settings)

@@ -1,12 +1,11 @@
 """`sale recover` and `sale losses`: what Redis lost, filled in again or listed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from sale.cli.runtime import CommandContext, command_context, echo, echo_table, run
+from sale.cli.terminal import progress
 
 if TYPE_CHECKING:
     from sale.usecases.losses import Losses
@@ -20,13 +19,17 @@ SHOWN_MAX: Final = 100
 @click.option("--dry-run", is_flag=True, help="Show the difference, change nothing.")
 @command_context
 def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None:
-    """Rebuild a campaign's state in Redis from the ledger; does nothing if nothing is wrong."""
+    """Rebuild a campaign in Redis from the ledger, if needed.
+
+    Does nothing and exits 0 where nothing is wrong. A campaign of 20,000 orders takes some seconds;
+    progress is told on stderr.
+    """
     from sale.bootstrap import open_stores
     from sale.usecases.recovery import recover as rebuild
 
     async def work() -> "Recovery":
         async with open_stores(context.settings, pool_size=3) as stores:
-            with _progress(quiet=context.as_json) as on_progress:
+            with progress("recovering") as move:
                 return await rebuild(
                     stores.redis,
                     stores.scripts,
@@ -34,7 +37,7 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
                     campaign_id,
                     actor=context.actor,
                     dry_run=dry_run,
-                    progress=on_progress,
+                    progress=lambda step, done, of: move(done, of, step),
                 )
 
     done = run(work())
@@ -65,7 +68,11 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
 @click.argument("campaign_id", metavar="ID")
 @command_context
 def losses(context: CommandContext, campaign_id: str) -> None:
-    """List voided order numbers, and orders that a member was told but the ledger does not have."""
+    """List the order numbers that a campaign lost, and why.
+
+    Voided order numbers are those of which nobody knows whether a member was answered; conflicts
+    are orders that a member was told but the ledger does not have.
+    """
     from sale.bootstrap import open_stores
     from sale.usecases.losses import losses as read
 
@@ -93,26 +100,3 @@ def losses(context: CommandContext, campaign_id: str) -> None:
 
 def _range(first: int, last: int) -> str:
     return f"event {first}" if first == last else f"events {first} to {last}"
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Any]:
-    """A bar on stderr where that is a terminal; yields the function that moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("recovering", total=None)
-
-        def move(step: str, done: int, of: int) -> None:
-            bar.update(task, description=step, completed=done, total=of)
-
-        yield move

@@ -106,7 +106,9 @@ def rehearse(
     beside_real_sales: bool,
     purge: bool,
 ) -> int:
-    """Play a campaign's release with made-up cards on this deployment, prove it, remove it.
+    """Play a campaign's release with made-up cards, prove it.
+
+    It runs on this deployment, and is removed afterwards.
 
     Exit: 0 where books and audit are clean; 1 where they are not, it could not be played, a
     threshold was missed, or the load generator itself was the limit.
@@ -207,8 +209,9 @@ def _say_effect(plan: Plan, original: "CampaignNow") -> None:
 def _confirmed(reason: str | None, *, yes: bool) -> str:
     """Ask for a reason and a yes where a person is there to give them."""
     reason = (reason or "").strip()
-    if not sys.stdin.isatty() and not (reason and yes):
-        raise click.UsageError("there is no terminal to ask on: give --reason R and --yes")
+    lacks = ["--reason R"] * (not reason) + ["--yes"] * (not yes)
+    if lacks and not sys.stdin.isatty():
+        raise click.UsageError(f"there is no terminal to ask on: give {' and '.join(lacks)}")
     try:
         while not reason:
             reason = str(click.prompt("Why (for the audit log)", err=True)).strip()

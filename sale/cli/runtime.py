@@ -7,9 +7,10 @@ subcommand, so people may write them where they come to mind; the later one coun
 import getpass
 import logging
 import os
+import re
 import sys
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
@@ -20,9 +21,28 @@ import msgspec
 import structlog
 
 from sale import config
+from sale.cli.terminal import echo_fields, echo_json, echo_table, note, take_any_character
 from sale.config import BadOption, Settings, SettingsError, StartError
 from sale.domain import ACCOUNT_NAME_MAX, CARD_NO, Refused, shown_text
+from sale.files import shown
 from sale.identity import SigningKey, load_or_create_signing_key
+
+__all__ = [
+    "CommandContext",
+    "card_number",
+    "command_context",
+    "echo",
+    "echo_fields",
+    "echo_json",
+    "echo_table",
+    "main_entry",
+    "note",
+    "one_line",
+    "overriding",
+    "remember_options",
+    "run",
+    "shared_options",
+]
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130
@@ -174,9 +194,13 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, TimeoutError):
         return f"no answer in time {_first_line(error)}".strip()
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{shown(str(error.filename))}: {error.strerror}"
     if isinstance(error, StartError | EmbeddedError | MigrationError | OSError | ValueError):
-        return _first_line(error)
+        line = _first_line(error)
+        if _TAKEN in line.lower():
+            option = "--metrics-listen" if "metrics" in line.lower() else "--listen"
+            line += f": choose another with {option} (port 0: a free one)"
+        return line
     return None
 
 
@@ -188,45 +212,9 @@ def echo(context: CommandContext, value: object, show: Callable[[], None]) -> No
         show()
 
 
-def echo_json(value: object) -> None:
-    """Print one JSON value on stdout."""
-    click.echo(msgspec.json.encode(value).decode())
-
-
-def echo_table(
-    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
-) -> None:
-    """Print a table on stdout; without a terminal it is as wide as it needs to be."""
-    from rich import box
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*(Text("" if value is None else str(value)) for value in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDE)
-        console.width = Measurement.get(console, console.options, table).maximum
-    console.print(table)
-
-
-def echo_fields(fields: Sequence[tuple[str, object]]) -> None:
-    """Print names and values, a line each."""
-    width = max(len(name) for name, _ in fields)
-    for name, value in fields:
-        click.echo(f"{name:<{width}}  {'' if value is None else value}")
-
-
-def note(text: str) -> None:
-    """Tell people something beside the result, on stderr."""
-    click.echo(text, err=True)
-
-
 def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run the root command; return the exit status. Every error is one line on stderr."""
+    take_any_character()
     # Stdout is for results alone. Services set their own logging up when they start.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     # A future of asyncpg's that fails beside the call, awaited by nobody, is no news to people.
@@ -239,6 +227,14 @@ def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -
         )
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.NoSuchOption as error:
+        given = sys.argv[1:] if arguments is None else arguments
+        below = next((word for word in given if _BELOW_ZERO.fullmatch(word)), None)
+        says = (
+            f"{below}: a number below zero is not taken here" if below else error.format_message()
+        )
+        note(f"sale: {' '.join(says.split())}")
         return error.exit_code
     except click.ClickException as error:
         note(f"sale: {' '.join(error.format_message().split())}")
@@ -295,7 +291,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-_WIDE: Final = 10_000
+_BELOW_ZERO: Final = re.compile(r"-[0-9][0-9.,_]*")
+_TAKEN: Final = "address already in use"
 _PATH: Final = click.Path(path_type=Path)
 _OPTIONS: Final = (
     click.option("--data-dir", type=_PATH, help="Data directory (default .sale)."),

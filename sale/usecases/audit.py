@@ -9,7 +9,7 @@
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
@@ -102,6 +102,7 @@ async def audit(
     applied_wait_s: float | None = None,
     durability: Durability = "fsync",
     replicas_min: int = 1,
+    progress: Callable[[int, int, str], None] = lambda _done, _of, _campaign: None,
 ) -> AuditReport:
     """Check one campaign or all. Raises CouldNotCheck, and Refused for an unknown ID.
 
@@ -121,7 +122,8 @@ async def audit(
         faults = await durability_faults(redis, durability, replicas_min)
         stuck = (await read_troubles(redis))["writer"]
         audits: list[CampaignAudit] = []
-        for each in ids:
+        for number, each in enumerate(ids):
+            progress(number, len(ids), each)
             findings = Findings()
             for fault in faults:
                 findings.add("INV-3", fault)

@@ -19,6 +19,7 @@ from service import Client, Service, free_port, in_s, showings
 
 from sale.api import exchange
 from sale.api import lane as lane_module
+from sale.api.aiohttp_handler import LoneHandler
 from sale.api.app import Api, listening
 from sale.api.lane import Connection, Lane
 from sale.bootstrap import Engine, open_engine
@@ -29,6 +30,7 @@ UNBOUNDED = (
     *("turn_max_ms", "waiting_max", "wait_max_ms"),
     *("card_campaign_per_s", "card_per_s", "address_per_s"),
 )
+ACCEPTED_WITHIN_TURNS = 200
 KERNEL_HOLDS = 128 * 1024
 LOOPS = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 LAST = b"GET /healthz HTTP/1.1\r\nHost: sale\r\nConnection: close\r\n\r\n"
@@ -37,6 +39,21 @@ WISH = b'{"quantity":1}'
 T = TypeVar("T")
 
 _numbers = itertools.count(1)
+
+
+ACCEPTED: set[Any] = set()
+"""Addresses of clients whose connections the server's loop, which is this one, has accepted."""
+
+
+async def _accepted(address: Any) -> None:
+    """Wait until the server reads a connection, bounded: pieces sent before come as one read."""
+    for _ in range(ACCEPTED_WITHIN_TURNS):
+        await asyncio.sleep(0)
+        if address in ACCEPTED:
+            ACCEPTED.discard(address)
+            for _ in range(2):  # it begins to read in the turn after
+                await asyncio.sleep(0)
+            return
 
 
 @dataclass
@@ -68,6 +85,7 @@ class Side:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()
         await loop.sock_connect(sock, ("127.0.0.1", self.port))
+        await _accepted(sock.getsockname())
         transport, wire = await loop.create_connection(Wire, sock=sock)
         if not reads:
             transport.pause_reading()
@@ -154,7 +172,10 @@ class World:
                 **changes,
             }
         )
-        async with open_engine(settings) as engine, listening(engine) as api:
+        async with contextlib.AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(open_engine(settings))
+            api = await stack.enter_async_context(listening(engine))
+            stack.enter_context(_accepted_noted(Connection if fast_lane else LoneHandler))
             # A kernel holds megabytes else, and the process never sees that its client stopped.
             api._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_HOLDS)
             side = Side("lane" if fast_lane else "aiohttp", port, engine, api)
@@ -169,6 +190,19 @@ class World:
             self.side(fast_lane=False, **changes) as aiohttp,
         ):
             yield lane, aiohttp
+
+
+@contextlib.contextmanager
+def _accepted_noted(kind: Any) -> Iterator[None]:
+    """Note the client's address of each connection that is accepted."""
+    made = kind.connection_made
+
+    def note(self: Any, transport: Any) -> None:
+        ACCEPTED.add(transport.get_extra_info("peername"))
+        made(self, transport)
+
+    with mock.patch.object(kind, "connection_made", note):
+        yield
 
 
 @dataclass

@@ -6,6 +6,7 @@ until that file was written anew, what they write behind it is lost at the next 
 not start. ``tests/test_fsync.py`` and ``tests/test_torn_file.py`` show both on each product.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -64,7 +65,9 @@ async def make_whole(redis: Redis) -> str:
         return ""
     if told.whole:
         if told.needs_rewrite and told.noted != told.run_id:
-            await redis.set(WHOLE, told.run_id)
+            # Without memory it cannot be noted; INFO says the same until a rewrite fails.
+            with contextlib.suppress(ResponseError):
+                await redis.set(WHOLE, told.run_id)
         return ""
     if not told.rewriting:
         try:

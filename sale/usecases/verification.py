@@ -12,12 +12,14 @@ knows the campaign, and none misses anything: these are the same files. An unkno
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import asyncpg
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from sale.db import claims, ledger
 from sale.db.absence import POSTGRES_ERRORS
@@ -103,7 +105,8 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                 fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
     isolation.forget_others("verify", ids)
     if not away and await redis.get(VERIFIED) != str(roll.identity).encode():
-        await redis.set(VERIFIED, str(roll.identity))
+        with contextlib.suppress(ResponseError):  # no memory: it is noted once there is some
+            await redis.set(VERIFIED, str(roll.identity))
     return sorted([*(held - fit), *await _lost(pool, held)])
 
 

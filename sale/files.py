@@ -158,6 +158,8 @@ def opened_large(
             with os.fdopen(os.dup(descriptor), "rb") as stream:
                 yield Source(stream, about.st_size, name)
             return
+        if stat.S_ISCHR(about.st_mode) and not os.isatty(descriptor):
+            raise UnreadableFile(f"{name}: is a device, not a file")
         with tempfile.TemporaryFile() as copy:
             for part in _parts(descriptor, name, most, within_s, silence_s):
                 try:

@@ -94,6 +94,15 @@ def test_pipe_without_writer_is_refused_in_time(tmp_path: Path) -> None:
     assert "is not a regular file" in complaint("asks", pipe)
 
 
+def test_device_is_not_copied_before_it_is_refused() -> None:
+    for device in ("/dev/zero", "/dev/null"):
+        with (
+            pytest.raises(UnreadableFile, match="is a device"),
+            opened_large(Path(device), most=1 << 30, within_s=9),
+        ):
+            pass
+
+
 def test_pipe_with_writer_is_read_to_its_end(tmp_path: Path) -> None:
     pipe, text = tmp_path / "pipe", b"x" * 200_000
     os.mkfifo(pipe)

@@ -25,7 +25,7 @@ from sale.db.absence import POSTGRES_ERRORS
 from sale.db.pool import close_pool, open_pool
 from sale.domain import default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
-from sale.metrics import LoadMetrics, PurchaseMetrics
+from sale.metrics import LoadMetrics, PurchaseMetrics, StoreMetrics, new_registry
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.connection import REDIS_ERRORS, open_redis, too_old
@@ -39,6 +39,7 @@ from sale.usecases.durability_watch import DurabilityWatch
 from sale.usecases.orders import OwnOrders, TicketCodes
 from sale.usecases.purchase import PurchaseDesk
 from sale.usecases.rate_limits import Rate, RateLimits
+from sale.usecases.store_watch import StoreWatch
 
 START_PATIENCE_S: Final = 30.0
 START_PAUSE_S: Final = 0.2
@@ -205,7 +206,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     async with open_stores(settings, patience_s=START_PATIENCE_S) as stores:
         key = load_or_create_signing_key(settings)
         metrics = PurchaseMetrics()
-        registry = CollectorRegistry()
+        registry = new_registry("serve")
         registry.register(metrics)
         tokens = MemberTokens(key)
         codes = TicketCodes(stores.ticket_secret)
@@ -247,9 +248,9 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             )
         )
         attending = Attending(stores.redis, stores.pool, batchers)
-        watching = [
-            asyncio.ensure_future(work) for work in (disk.run(), durability.run(), attending.run())
-        ]
+        answering = StoreWatch(stores.redis, stores.pool, StoreMetrics(registry))
+        watches = (disk.run(), durability.run(), attending.run(), answering.run())
+        watching = [asyncio.ensure_future(work) for work in watches]
         try:
             yield Engine(
                 stores=stores,

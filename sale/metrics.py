@@ -5,11 +5,13 @@ the batcher adds up plain integers, a batch at a time, and this collector turns 
 when somebody asks.
 """
 
+import platform
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -18,14 +20,46 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from sale import __version__
+
 LATENCY_BOUNDS_S: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 BATCH_BOUNDS: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 SUMMED_GAUGES: Final = frozenset(
-    {"sale_connections", "sale_purchases_standing", "sale_purchases_waiting"}
+    {
+        "process_open_fds",
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "sale_connections",
+        "sale_purchases_standing",
+        "sale_purchases_waiting",
+    }
 )
 """Gauges of which several processes' values add up, where of others the highest counts."""
+
+
+def new_registry(role: str) -> CollectorRegistry:
+    """Make the registry of one process: what it is, and what the kernel says of it."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    Gauge(
+        "sale_build_info",
+        "1 for each part that runs, with the version of the engine and of Python.",
+        ["version", "python", "role"],
+        registry=registry,
+    ).labels(__version__, platform.python_version(), role).set(1)
+    return registry
+
+
+class StoreMetrics:
+    """Whether the stores answer this process; registered in ``registry``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.redis_up = Gauge("sale_redis_up", "1 where Redis answers.", registry=registry)
+        self.postgres_up = Gauge(
+            "sale_postgres_up", "1 where PostgreSQL answers.", registry=registry
+        )
 
 
 class Distribution:

@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from ipaddress import ip_network
@@ -12,13 +14,14 @@ from typing import Any
 import click
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sale import config
 from sale.api.problems import problem_body
 from sale.cli.main import sale
 from sale.domain import Problem
-from sale.metrics import LoadMetrics, PurchaseMetrics
+from sale.metrics import LoadMetrics, PurchaseMetrics, new_registry
 from sale.usecases.client_address import ClientAddresses
 from sale.workers.ledger_writer import LedgerMetrics
 from sale.workers.scheduler import SchedulerMetrics
@@ -145,7 +148,7 @@ def test_given_a_file_when_it_names_a_setting_then_there_is_one(place: str) -> N
 
 
 def _metrics_in_code() -> set[str]:
-    registry = CollectorRegistry()
+    registry = new_registry("serve")
     registry.register(PurchaseMetrics())
     registry.register(LoadMetrics())
     LedgerMetrics(registry)
@@ -153,6 +156,7 @@ def _metrics_in_code() -> set[str]:
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in registry.collect()
+        if family.name.startswith("sale_")
     }
 
 
@@ -173,6 +177,43 @@ def test_given_the_alerts_when_read_then_they_use_real_metrics_and_are_explained
         assert re.search(rf"^\| .*\b{rule['alert']}\b", OPERATIONS, re.MULTILINE), rule["alert"]
     prometheus = yaml.safe_load((ROOT / "config/deploy/prometheus.yml").read_text("utf-8"))
     assert prometheus["rule_files"] == ["alerts.yml"]
+    assert {"api", "writer", "scheduler"} == {
+        job["job_name"] for job in prometheus["scrape_configs"]
+    }
+    (manager,) = prometheus["alerting"]["alertmanagers"]
+    assert manager["static_configs"] == [{"targets": ["alertmanager:9093"]}]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "config", "prometheus.yml"],
+        ["test", "rules", "alerts_test.yml", "alerts_audit_test.yml"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_total_outage_rings_as_promtool_sees_it(words: list[str]) -> None:
+    assert shutil.which("promtool"), "Debian package prometheus; scripts/test gets it"
+    done = subprocess.run(
+        ["promtool", *words],
+        cwd=ROOT / "config/deploy",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_routes_of_alerts_lead_to_receivers() -> None:
+    told = yaml.safe_load((ROOT / "config/deploy/alertmanager.yml").read_text("utf-8"))
+    known = {receiver["name"] for receiver in told["receivers"]}
+    used = {told["route"]["receiver"], *(each["receiver"] for each in told["route"]["routes"])}
+    assert used == known
+    alerts = (ROOT / "config/deploy/alerts.yml").read_text("utf-8")
+    rules = [rule for group in yaml.safe_load(alerts)["groups"] for rule in group["rules"]]
+    named = set(re.findall(r"\b[A-Z]\w+[a-z]\w*", str(told["inhibit_rules"])))
+    assert named <= {rule["alert"] for rule in rules}
 
 
 def test_given_the_logs_when_compared_with_their_table_then_each_action_is_listed() -> None:
@@ -230,7 +271,9 @@ def _compose() -> Any:
 
 def test_given_the_deployment_when_read_then_its_commands_are_real() -> None:
     services = _compose()["services"]
-    assert {"redis", "postgres", "balancer", "prometheus"} | ENGINE_SERVICES == set(services)
+    assert {"redis", "postgres", "balancer", "prometheus", "alertmanager"} | ENGINE_SERVICES == set(
+        services
+    )
     for name in ENGINE_SERVICES:
         assert services[name]["command"][0] in sale.commands
         assert set(services[name]["environment"]) <= set(config.ENVIRONMENT)
@@ -243,13 +286,54 @@ def test_given_the_deployment_when_read_then_its_commands_are_real() -> None:
 def test_given_the_deployment_when_read_then_what_it_refers_to_exists() -> None:
     compose = _compose()
     for name, service in compose["services"].items():
-        assert "healthcheck" in service or name in {"migrate", "cli", "prometheus"}, name
+        unchecked = {"migrate", "cli", "prometheus", "alertmanager"}
+        assert "healthcheck" in service or name in unchecked, name
         assert set(service.get("depends_on", {})) <= set(compose["services"]), name
         assert set(service.get("networks", [])) <= set(compose["networks"]), name
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert source in compose["volumes"] or (ROOT / source).exists(), volume
-    assert set(compose["volumes"]) == {"redis", "postgres", "prometheus"}
+            made = source in {"./rosters", "./rehearsals"}  # by what its head says
+            assert made or source in compose["volumes"] or (ROOT / source).exists(), volume
+    assert set(compose["volumes"]) == {"redis", "postgres", "prometheus", "alertmanager"}
+    assert "umask 077" in (ROOT / "docker-compose.yml").read_text("utf-8")
+
+
+def test_one_image_is_built_once() -> None:
+    services = _compose()["services"]
+    assert [name for name, service in services.items() if "build" in service] == ["migrate"]
+    assert len({services[name]["image"] for name in ENGINE_SERVICES}) == 1
+    for name in ENGINE_SERVICES - {"migrate"}:
+        assert services[name]["pull_policy"] == "never", name
+
+
+def test_lock_satisfies_the_ranges_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    text = (ROOT / "config/deploy/requirements.lock").read_text("utf-8")
+    assert not re.search(r"https?://|--index-url|--find-links|--trusted-host", text)
+    locked = {}
+    for entry in re.split(r"\n(?=\w)", text)[1:]:
+        name, version = re.match(r"([\w.-]+)==(\S+)", entry).groups()  # type: ignore[union-attr]
+        assert "--hash=sha256:" in entry, name
+        locked[canonicalize_name(name)] = version
+    wanted = [
+        *project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"]["loadtest"],
+        *project["build-system"]["requires"],
+    ]
+    for line in map(Requirement, wanted):
+        assert locked[canonicalize_name(line.name)] in line.specifier, line
+    dockerfile = (ROOT / "Dockerfile").read_text("utf-8")
+    assert "--require-hashes" in dockerfile
+    assert "--no-build-isolation" in dockerfile
+    assert "!config/deploy/requirements.lock" in (ROOT / ".dockerignore").read_text("utf-8")
+
+
+def test_nobody_is_told_to_install_sale_by_its_name() -> None:
+    """The package of that name on the index is somebody else's."""
+    texts = [path.read_text("utf-8") for path in (*DOCS, *SOURCES, ROOT / "Dockerfile")]
+    texts += [path.read_text("utf-8") for path in (ROOT / "loadtest").rglob("*.py")]
+    for text in texts:
+        assert not re.search(r"pip install (?:[^\n`]* )?['\"]?sale(?:\[|['\"\s`]|$)", text)
 
 
 def test_given_the_redis_of_the_deployment_then_it_is_durable_and_evicts_nothing() -> None:
@@ -261,6 +345,19 @@ def test_given_the_redis_of_the_deployment_then_it_is_durable_and_evicts_nothing
     assert settings["appendfsync"] == "always"
     assert settings["no-appendfsync-on-rewrite"] == "no"
     assert settings["maxmemory-policy"] == "noeviction"
+
+
+def test_shipped_redis_conf_is_safe_alone_and_opened_by_compose() -> None:
+    text = (ROOT / "config/deploy/redis.conf").read_text("utf-8")
+    settings = dict(
+        line.split(" ", 1) for line in text.splitlines() if line and not line.startswith("#")
+    )
+    assert settings["bind"] == "127.0.0.1 -::1"
+    assert settings["protected-mode"] == "yes"
+    assert "dir" not in settings
+    command = _compose()["services"]["redis"]["command"]
+    assert command[command.index("--bind") + 1] == "*"
+    assert command[command.index("--requirepass") + 1].startswith("${REDIS_PASSWORD:?")
 
 
 def test_given_the_balancer_then_no_request_is_sent_twice() -> None:

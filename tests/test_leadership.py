@@ -373,7 +373,7 @@ async def test_given_writers_and_schedulers_when_asked_then_the_doctor_tells_who
     redis: Redis, redis_url: str, database_url: str
 ):
     async def told(shop: Shop) -> tuple[str, str]:
-        found = await diagnose(shop.redis, shop.pool, shop.nonce)
+        found = await diagnose(shop.redis, shop.pool)
         return found.writer, found.scheduler
 
     async with open_shop(redis_url, database_url) as shop:

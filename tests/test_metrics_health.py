@@ -2,16 +2,21 @@
 
 import asyncio
 import json
+import os
+import platform
 import re
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import aiohttp
 import pytest
 from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
 
+from sale import __version__
 from sale.api import health
 from sale.api.health import reasons
 from sale.config import Settings
@@ -73,6 +78,36 @@ async def test_given_the_contract_then_each_metric_is_there_in_its_kind(
             assert set(re.findall(r'(\w+)="', line)) == expected, name
     assert metric(text, "sale_redis_up") == 1
     assert metric(text, "sale_postgres_up") == 1
+
+
+async def test_each_part_tells_its_build_and_its_process(service: Service) -> None:
+    text = await metrics(service)
+    versions = f'python="{platform.python_version()}"', f'version="{__version__}"'
+    for role in ("serve", "writer", "scheduler"):
+        (line,) = re.findall(rf'^sale_build_info{{(.*role="{role}".*)}} 1\.0$', text, re.MULTILINE)
+        assert set(versions) < set(line.split(",")), line
+    assert metric(text, "process_cpu_seconds_total") > 0
+    assert metric(text, "process_start_time_seconds") > 0
+    resident = sum(
+        int(Path(f"/proc/{pid}/statm").read_text().split()[1])  # noqa: ASYNC240
+        for name, pid in service.told()["processes"].items()
+        if name not in {"redis", "postgresql"}
+    )
+    told = metric(text, "process_resident_memory_bytes") / os.sysconf("SC_PAGESIZE")
+    assert told == pytest.approx(resident, rel=0.3)
+
+
+async def test_each_part_tells_whether_it_reaches_the_stores(service: Service) -> None:
+    found = set()
+    for path in sorted((service.data_dir / "run").glob("m-*")):
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+            session.get("http://part/metrics") as answer,
+        ):
+            text = await answer.text()
+        assert metric(text, "sale_redis_up") == metric(text, "sale_postgres_up") == 1, path
+        found.add(path.name.split("-")[1])
+    assert found == {"serve", "writer", "scheduler"}
 
 
 async def test_given_two_workers_then_counts_add_up_over_both(

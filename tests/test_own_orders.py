@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from stock_maker import NONCE, Bid, Stock, campaign, card, key, open_stock
+from stock_maker import Bid, Stock, campaign, card, key, open_stock
 
 from sale.db.pool import open_pool
 from sale.domain import Order
@@ -75,11 +75,11 @@ async def test_doctor_costs_the_same_beside_many_campaigns(
     pool = await open_pool(database_url, min_size=1, max_size=1)
     await open_stock(redis, 5)
     asked[0] = 0
-    assert len((await diagnose(redis, pool, NONCE)).campaigns) == 1
+    assert len((await diagnose(redis, pool)).campaigns) == 1
     before = asked[0]
     await hide_many(redis)
     asked[0] = 0
-    assert len((await diagnose(redis, pool, NONCE)).campaigns) == 1 + HIDDEN
+    assert len((await diagnose(redis, pool)).campaigns) == 1 + HIDDEN
     assert asked[0] <= before
     await pool.close()
 

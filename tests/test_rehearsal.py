@@ -250,7 +250,7 @@ async def test_given_a_purged_rehearsal_then_nothing_of_the_engine_misses_it(pla
         return not any(each.campaign_id == made.id for each in play.batchers.all())
 
     await until(forgotten)
-    found = await diagnose(shop.redis, shop.pool, shop.nonce)
+    found = await diagnose(shop.redis, shop.pool)
     assert [(each.id, each.trouble) for each in found.campaigns] == [(CAMPAIGN, "")]
     with pytest.raises(Refused) as wrong:
         await recover(shop.redis, shop.scripts, shop.pool, made.id, actor="cli:me", dry_run=False)

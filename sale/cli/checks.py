@@ -1,7 +1,8 @@
 """`sale audit` and `sale doctor`: is everything as it should be?"""
 
+import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,11 +13,15 @@ from sale.cli.runtime import (
     echo_fields,
     echo_table,
     note,
+    one_line,
     run,
 )
 from sale.cli.terminal import progress
 from sale.domain import Refused
 from sale.usecases.audit import AuditReport, CampaignAudit, CouldNotCheck
+
+if TYPE_CHECKING:
+    from sale.usecases.diagnosis import Diagnosis
 
 EXIT_FINDING = 1
 EXIT_COULD_NOT_CHECK = 3
@@ -74,18 +79,31 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
 @command_context
 def doctor(context: CommandContext) -> None:
     """Tell what is running, how durable it is, the ledger's lag."""
-    from sale.bootstrap import open_stores, store_urls
+    from sale.bootstrap import store_urls
+    from sale.db.absence import POSTGRES_ERRORS
+    from sale.db.pool import close_pool, open_pool
+    from sale.stock.connection import open_redis
     from sale.usecases.diagnosis import Diagnosis, diagnose
 
     async def work() -> Diagnosis:
-        async with open_stores(context.settings, pool_size=2) as stores:
+        settings = context.settings
+        redis_url, database_url = store_urls(settings)
+        async with contextlib.AsyncExitStack() as stack:
+            redis = open_redis(redis_url, max_connections=2)
+            stack.push_async_callback(redis.aclose)
+            pool, away = None, ""
+            try:
+                pool = await open_pool(database_url, max_size=2)
+                stack.push_async_callback(close_pool, pool)
+            except POSTGRES_ERRORS as error:
+                away = one_line(error) or str(error)
             return await diagnose(
-                stores.redis,
-                stores.pool,
-                stores.nonce,
-                redis_url=store_urls(context.settings)[0],
-                durability=context.settings.durability,
-                replicas_min=context.settings.replicas_min,
+                redis,
+                pool,
+                redis_url=redis_url,
+                postgres_away=away,
+                durability=settings.durability,
+                replicas_min=settings.replicas_min,
             )
 
     found = run(work())
@@ -95,20 +113,21 @@ def doctor(context: CommandContext) -> None:
     def in_words() -> None:
         echo_fields(
             [
-                ("redis", found.redis_version),
-                ("postgresql", found.postgres_version),
+                ("redis", found.redis_version or "see below"),
+                ("postgresql", found.postgres_version or "see below"),
                 ("durability", f"{found.durability}: {_DURABILITY[found.durability]}"),
-                ("in force", "no: see below" if found.faults else "yes"),
+                ("in force", _in_force(found)),
                 ("free on Redis' disk", _free(found.redis_disk_free_mb, bound_mb)),
+                ("API processes", found.api),
                 ("writer", found.writer),
                 ("scheduler", found.scheduler),
                 ("cards in the roster", found.cards),
             ]
         )
-        for fault in found.faults:
-            click.echo(f"  {fault}")
+        for trouble in (*found.missing, *found.faults):
+            click.echo(f"  wrong: {trouble}")
         rows: list[tuple[Any, ...]] = [
-            (each.id, each.state, each.seq, each.applied, each.seq - each.applied, each.trouble)
+            (each.id, each.state, each.seq, each.applied, each.lag, each.trouble)
             for each in found.campaigns
         ]
         echo_table(("campaign", "state", "events", "in PostgreSQL", "lag", "trouble"), rows)
@@ -120,8 +139,14 @@ def doctor(context: CommandContext) -> None:
                 )
 
     echo(context, found, in_words)
-    if found.faults or short or any(each.trouble for each in found.campaigns):
+    if short or not found.sound:
         sys.exit(1)
+
+
+def _in_force(found: "Diagnosis") -> str:
+    if not found.redis_version or not found.postgres_version:
+        return "unknown: see below"
+    return "no: see below" if found.faults else "yes"
 
 
 def _free(left_mb: int | None, bound_mb: int) -> str:

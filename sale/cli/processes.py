@@ -65,23 +65,24 @@ def serve(context: CommandContext, *, held: bool) -> None:
 @overriding("metrics_listen")
 def writer(context: CommandContext, *, held: bool) -> None:
     """Run the ledger writer; a second one stands by."""
-    from prometheus_client import CollectorRegistry
-
     from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
     from sale.db.offices import WRITER
+    from sale.metrics import StoreMetrics, new_registry
     from sale.usecases.campaigns import CampaignDesk
+    from sale.usecases.store_watch import watching
     from sale.workers.leadership import refuse_unfit_proxy
     from sale.workers.ledger_metrics import LedgerMetrics
     from sale.workers.ledger_writer import LedgerWriter
     from sale.workers.metrics_server import bound_metrics, serving_metrics
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
-        registry = CollectorRegistry()
+        registry = new_registry("writer")
         database_url = store_urls(settings)[1]
         with bound_metrics(settings.metrics_listen) as metrics:
             await refuse_unfit_proxy(database_url, WRITER)
             async with (
                 open_stores(settings, patience_s=START_PATIENCE_S, pool_size=2) as stores,
+                watching(stores.redis, stores.pool, StoreMetrics(registry)),
                 serving_metrics(metrics, registry),
             ):
                 desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
@@ -104,16 +105,15 @@ def writer(context: CommandContext, *, held: bool) -> None:
 @overriding("metrics_listen")
 def scheduler(context: CommandContext, *, held: bool) -> None:
     """Run the scheduler: openings, closings, verification, audits."""
-    from prometheus_client import CollectorRegistry
-
     from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
     from sale.db.offices import SCHEDULER
+    from sale.metrics import new_registry
     from sale.workers.leadership import refuse_unfit_proxy
     from sale.workers.metrics_server import bound_metrics, serving_metrics
     from sale.workers.scheduler import Scheduler
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
-        registry = CollectorRegistry()
+        registry = new_registry("scheduler")
         database_url = store_urls(settings)[1]
         with bound_metrics(settings.metrics_listen) as metrics:
             await refuse_unfit_proxy(database_url, SCHEDULER)

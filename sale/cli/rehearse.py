@@ -148,7 +148,7 @@ def _check_generator(fail_if: tuple[str, ...]) -> None:
     if missing:
         raise click.ClickException(
             f"the load generator is not installed here ({', '.join(missing)} is missing): "
-            "pip install 'sale[loadtest]'"
+            "in the project's folder, pip install -e '.[loadtest]'"
         )
     try:
         # By name, because the engine knows its load generator only as a program beside it.

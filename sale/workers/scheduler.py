@@ -25,6 +25,7 @@ from sale.bootstrap import Stores
 from sale.db.absence import POSTGRES_ERRORS, in_words
 from sale.db.offices import SCHEDULER
 from sale.domain import Campaign, CampaignState
+from sale.metrics import StoreMetrics
 from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
 from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
@@ -78,10 +79,7 @@ class SchedulerMetrics:
             "Unix time at which the last audit ended.",
             registry=registry,
         )
-        self.redis_up = Gauge("sale_redis_up", "1 where Redis answers.", registry=registry)
-        self.postgres_up = Gauge(
-            "sale_postgres_up", "1 where PostgreSQL answers.", registry=registry
-        )
+        self.stores = StoreMetrics(registry)
         self.recovering = Gauge(
             "sale_campaigns_recovering",
             "Campaigns whose state in Redis does not match PostgreSQL; they sell nothing.",
@@ -222,11 +220,11 @@ class Scheduler:
             self._ailing.discard(step)
 
     async def _ask_redis(self) -> None:
-        async with _telling(self._metrics.redis_up):
+        async with _telling(self._metrics.stores.redis_up):
             await self._stores.redis.ping()
 
     async def _ask_postgres(self) -> None:
-        async with _telling(self._metrics.postgres_up):
+        async with _telling(self._metrics.stores.postgres_up):
             await self._stores.pool.fetchval("SELECT 1")
 
     async def _verify(self) -> None:

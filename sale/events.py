@@ -24,6 +24,7 @@ stream entry an event, means an XADD and a hash for each sale instead of one a c
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -84,30 +85,37 @@ class Entry(msgspec.Struct, frozen=True):
     def events(self) -> list[Event]:
         """Decode the events. Raises CorruptLedger for all that the writer could not apply."""
         try:
-            events = [
-                Event(seq, self.at_ms, self.epoch, *row)
-                for seq, row in enumerate(_SALES.decode(self.payload), self.first)
-            ]
-        except msgspec.DecodeError:
+            events = self._sales(_SALES.decode(self.payload), self.first)
+        except DAMAGED:
             events = self._mixed()
         if len(events) != self.last - self.first + 1:
             raise CorruptLedger(f"entry {self.last}: holds {len(events)} events, not as announced")
         return events
 
+    def _sales(self, rows: "list[_Sale]", first: int) -> list[Event]:
+        at_ms, epoch = self.at_ms, self.epoch
+        return [
+            Event(seq, at_ms, epoch, SOLD, card, showing, quantity, key_hash, price_fen)
+            for seq, (_, card, showing, quantity, key_hash, price_fen) in enumerate(rows, first)
+        ]
+
     def _mixed(self) -> list[Event]:
-        """Decode an entry that does not hold sales alone."""
+        """Decode an entry that does not hold sales alone: a run of sales at once."""
+        events: list[Event] = []
         try:
-            return [
-                self._event(seq, row)
-                for seq, row in enumerate(_ROWS.decode(self.payload), self.first)
-            ]
+            for is_sale, run in groupby(_ROWS.decode(self.payload), lambda row: row[:1] == [SOLD]):
+                first = self.first + len(events)
+                if is_sale:
+                    events += self._sales(msgspec.convert(list(run), list[_Sale]), first)
+                else:
+                    events += [self._step(seq, *row) for seq, row in enumerate(run, first)]
         except DAMAGED as error:
             raise CorruptLedger(f"entry {self.last}: {error}") from None
+        return events
 
-    def _event(self, seq: int, row: list[Any]) -> Event:
-        if row[:1] == [SOLD]:
-            return Event(seq, self.at_ms, self.epoch, *msgspec.convert(row, _Sale))
-        kind, data = msgspec.convert(row, tuple[str, dict[str, Any]])
+    def _step(self, seq: int, kind: str, data: dict[str, Any]) -> Event:
+        if not isinstance(data, dict):
+            raise TypeError(f"event {seq} is no {kind}")
         if kind not in KINDS:
             raise CorruptLedger(f"entry {self.last}: unknown kind {kind!r}")
         return Event(seq, self.at_ms, self.epoch, kind, data=data)

@@ -60,7 +60,16 @@ class Shop:
     @contextlib.asynccontextmanager
     async def scheduling(self, **settings: Any) -> AsyncIterator[CollectorRegistry]:
         registry, stop = CollectorRegistry(), asyncio.Event()
-        stores = Stores(
+        stores = self.stores(**settings)
+        task = asyncio.create_task(Scheduler(stores, self.database_url, registry).run(stop))
+        try:
+            yield registry
+        finally:
+            stop.set()
+            await asyncio.wait_for(task, DEADLINE_S)
+
+    def stores(self, **settings: Any) -> Stores:
+        return Stores(
             settings=Settings(**{"tick_interval_ms": 50, **settings}),
             redis=self.redis,
             pool=self.pool,
@@ -69,12 +78,6 @@ class Shop:
             nonce=self.nonce,
             ticket_secret=b"",
         )
-        task = asyncio.create_task(Scheduler(stores, self.database_url, registry).run(stop))
-        try:
-            yield registry
-        finally:
-            stop.set()
-            await asyncio.wait_for(task, DEADLINE_S)
 
     async def create(self, made: Campaign | None = None) -> None:
         await self.desk.create(made or campaign(10, 5), ME, None, None)

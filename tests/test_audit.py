@@ -390,3 +390,46 @@ async def test_given_each_outcome_when_run_by_hand_then_the_exit_status_tells(
     monkeypatch.setenv("SALE_DATABASE_URL", shop.database_url)
     monkeypatch.setenv("SALE_REDIS_URL", "unix:///nowhere/redis.sock")
     assert (await run("audit")).status == 3
+
+
+async def test_audit_says_what_went_away_while_it_was_read(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    await shop.create(campaign(5, campaign_id="green-gift"))
+    await shop.step("close")
+    read = audit_module.read_redis
+
+    async def read_and_lose(redis: Redis, campaign_id: str) -> object:
+        view = await read(redis, campaign_id)
+        if campaign_id == CAMPAIGN:
+            await redis.unlink(*KEYS)
+        return view
+
+    monkeypatch.setattr(audit_module, "read_redis", read_and_lose)
+    # When
+    report = await shop.audit()
+    # Then
+    told = {each.id: [finding.invariant for finding in each.findings] for each in report.campaigns}
+    assert told == {CAMPAIGN: ["INV-8"], "green-gift": []}
+
+
+async def test_audit_goes_on_past_one_it_cannot_check(
+    shop: Shop, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    await shop.create(campaign(5, campaign_id="green-gift"))
+    await shop.applied()
+    await shop.audit()
+    await shop.stop_writer()
+    await _buy(shop, 3, key_no=9)
+    monkeypatch.setenv("SALE_REDIS_URL", redis_url)
+    monkeypatch.setenv("SALE_DATABASE_URL", shop.database_url)
+    monkeypatch.setattr(audit_module, "APPLIED_WAIT_S", 0.1)
+    # When
+    ran = await asyncio.to_thread(command, "audit", "--json")
+    # Then
+    assert ran.status == 3
+    first, second = ran.json()["campaigns"]
+    assert (first["id"], first["clean"], first["checked"]) == (CAMPAIGN, False, False)
+    assert second == {"id": "green-gift", "clean": True, "findings": []}

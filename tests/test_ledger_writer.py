@@ -7,7 +7,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from ledger_maker import CAMPAIGN, Ledger, created, operation, sold
+from ledger_maker import CAMPAIGN, NOW_MS, Ledger, created, operation, sold
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from shop import open_shop
@@ -15,10 +15,12 @@ from stock_maker import campaign
 
 from sale.config import Settings
 from sale.db import ledger
-from sale.domain import Problem, Refused
+from sale.domain import Problem, Refused, from_ms
+from sale.events import CorruptLedger, Entry, parse_entry
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import freeze
 from sale.stock.scripts import Scripts
+from sale.stock.troubles import read_troubles
 from sale.usecases.verification import verify_all
 from sale.workers.leadership import Leadership
 from sale.workers.ledger_metrics import LedgerMetrics
@@ -338,3 +340,77 @@ async def test_given_postgres_away_when_events_come_then_lag_tells_and_nothing_i
 
 async def _is(found: Awaitable[Any], wanted: object) -> bool:
     return bool(await found == wanted)
+
+
+async def test_writer_applies_what_is_before_an_unreadable_entry(rig: Rig) -> None:
+    # Given
+    book, other = Ledger(), Ledger("green-gift")
+    await book.append(rig.redis, created(10))
+    for n in range(5):
+        await book.append(rig.redis, sold(n))
+    unreadable = await book.append(rig.redis, operation("moved"))
+    await book.append(rig.redis, sold(6))
+    await other.append(rig.redis, created(10, campaign_id="green-gift"))
+    # When
+    async with rig.writing() as writer:
+        await until(lambda: CAMPAIGN in writer.stuck)
+        # Then
+        assert f"entry {unreadable.last}: unknown kind 'moved'" in writer.stuck[CAMPAIGN]
+        assert await rig.applied() == unreadable.last - 1
+        await until(lambda: _is(rig.applied("green-gift"), 1))
+        await until(lambda: _is(read_writer_troubles(rig), {CAMPAIGN}))
+        assert sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 2
+
+
+async def read_writer_troubles(rig: Rig) -> set[str]:
+    return set((await read_troubles(rig.redis))["writer"])
+
+
+@pytest.mark.parametrize(
+    "at_ms", [10**18, -(10**18), 253_402_300_799_000], ids=["huge", "negative", "9999"]
+)
+async def test_far_moment_in_an_event_is_stored_as_the_nearest(rig: Rig, at_ms: int) -> None:
+    book = Ledger()
+    await book.append(rig.redis, created(10))
+    await book.append(rig.redis, operation("scheduled", opens_at=at_ms))
+    await book.append(rig.redis, operation("scheduled", opens_at=NOW_MS))
+    async with rig.writing() as writer:
+        await until(lambda: _is(rig.applied(), 3))
+        assert not writer.stuck
+    kept = await rig.conn.fetch("SELECT data->>'opens_at' FROM event ORDER BY seq")
+    assert [row[0] for row in kept] == [str(NOW_MS), str(at_ms), str(NOW_MS)]
+    assert await rig.conn.fetchval("SELECT opens_at FROM campaign") == from_ms(NOW_MS)
+    assert await rig.conn.fetchval("SELECT count(*) FROM conflict") == 0
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"[5]",
+        b"[[]]",
+        b"[[null]]",
+        b'[["sold"]]',
+        b'[["sold",110101000000001,0,1,"0000000000000001",500]]',
+        b'[["sold","110101000000001",0,1,"0000000000000001",99999999999]]',
+        b'[["sold","110101000000001",0,1,"0000000000000001",500,1]]',
+        b'[["paused"]]',
+        b'[["paused",[]]]',
+        b'[["moved",{}]]',
+        b'[["scheduled",{"opens_at":nan}]]',
+        b'[["paused",{}],["paused",{}]]',
+        b'[["paused",{"a":' + b"[" * 100_000,
+        b'[["\xff"]]',
+    ],
+)
+def test_entry_that_cannot_be_applied_is_told_as_corrupt(payload: bytes) -> None:
+    entry = Entry(1, 1, NOW_MS, 1, "", payload)
+    with pytest.raises(CorruptLedger):
+        entry.events()
+
+
+@pytest.mark.parametrize("moment", [b"x", b"", str(10**18).encode(), str(-(10**18)).encode()])
+def test_entry_with_a_moment_that_cannot_be_stored_is_corrupt(moment: bytes) -> None:
+    with pytest.raises(CorruptLedger):
+        parse_entry(b"1-0", {b"n": b"1", b"t": moment, b"e": b"1", b"h": b"", b"d": b"[]"})

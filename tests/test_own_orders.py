@@ -3,11 +3,13 @@
 from collections.abc import AsyncIterator
 from typing import Any
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from stock_maker import Bid, Stock, campaign, card, key, open_stock
 
+from sale.db import ledger
 from sale.db.pool import open_pool
 from sale.domain import Order
 from sale.stock.catalogue import Catalogue
@@ -108,3 +110,20 @@ async def test_damaged_campaign_hides_no_other_orders(
     else:
         await redis.hset(keys.head, "config", "{")
     assert [order.campaign for order in await page(own_orders)] == ["sound"]
+
+
+async def test_orders_are_told_where_postgres_dies_in_mid_call(
+    redis: Redis, own_orders: OwnOrders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given
+    shop = await open_stock(redis, 5)
+    await shop.buy(Bid(card(1), key(1)))
+
+    async def dies(*_: object, **__: object) -> None:
+        raise asyncpg.InternalClientError("got result for unknown protocol state 3")
+
+    monkeypatch.setattr(ledger, "orders_of_card", dies)
+    # When
+    told = await page(own_orders)
+    # Then
+    assert [order.campaign for order in told] == [shop.id]

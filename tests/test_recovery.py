@@ -1,6 +1,8 @@
 """Recovery: from every loss that the ledger can heal, and refused where it cannot."""
 
 import asyncio
+import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -10,10 +12,12 @@ from stock_maker import BEHIND_MAX, Bid, campaign, card, key, packed
 
 from sale.db import claims
 from sale.domain import Problem, Refused
+from sale.events import GENESIS, Books, Event
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
 from sale.stock.rebuild import freeze
 from sale.stock.records import read_card
 from sale.stock.scripts import CallReply, Decision, Scripts
+from sale.usecases.lost_numbers import refill
 from sale.usecases.recovery import Unsafe
 from sale.usecases.verification import verify_all
 
@@ -372,3 +376,42 @@ async def _deleted(shop: Shop) -> bool:
             "SELECT state = 'deleted' FROM campaign WHERE campaign_id = 'green-gift'"
         )
     )
+
+
+async def test_long_event_in_conflict_is_kept_once(shop: Shop) -> None:
+    # Given: too long for an index, also when compressed
+    reason = "".join(random.Random(1).choices("0123456789abcdef", k=20_000))
+    strays = [
+        (Event(900, 1_430_442_000_000, 1, "paused", data={"reason": reason + end}), "why")
+        for end in ("", "!")
+    ]
+    async with shop.pool.acquire() as connection:
+        # When
+        for _ in range(2):
+            await claims.record_forked(connection, CAMPAIGN, strays)
+        # Then
+        assert len(await claims.conflicts(connection, CAMPAIGN)) == 2
+
+
+async def test_refill_of_many_numbers_gives_others_turns() -> None:
+    # Given
+    books = Books(config={})
+    began, gaps, last = time.monotonic(), [0.0], time.monotonic()
+
+    async def watch() -> None:
+        nonlocal last
+        while True:
+            await asyncio.sleep(0)
+            now = time.monotonic()
+            gaps.append(now - last)
+            last = now
+
+    watching = asyncio.create_task(watch())
+    # When
+    done = await refill(books, 0, [], 200_000)
+    entries = await done.entries(GENESIS)
+    took_s = time.monotonic() - began
+    watching.cancel()
+    # Then
+    assert (done.voided, entries[-1].last) == ([(1, 200_000)], 200_000)
+    assert max(gaps) < took_s / 4

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
@@ -17,11 +18,15 @@ from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import Bid, campaign, card, key
 
 from sale import embedded
-from sale.domain import Refused
+from sale.db import ledger
+from sale.domain import CampaignState, Refused
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import freeze
 from sale.stock.scripts import CallReply, Decision
+from sale.usecases.audit import AuditReport, CampaignAudit, Finding
 from sale.usecases.revocation import sync_all
+from sale.workers import scheduler as scheduler_module
+from sale.workers.scheduler import Scheduler
 
 SELLS_AGAIN_S = 2.0
 FOLLOWS_S = 1.0
@@ -399,3 +404,43 @@ async def _call(shop: Shop, n: int) -> int | None:
 
 async def _metric(registry: CollectorRegistry, name: str, value: Any) -> bool:
     return sample(registry, name) == value
+
+
+async def test_scheduler_that_lost_its_lock_publishes_no_findings(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    # Given
+    registry, stop, audited = CollectorRegistry(), asyncio.Event(), asyncio.Event()
+    scheduler = Scheduler(shop.stores(audit_interval_s=0), shop.database_url, registry)
+    finding = CampaignAudit(CAMPAIGN, clean=False, findings=[Finding("INV-1", "oversold")])
+
+    async def lose_the_lock(*_: object, **__: object) -> AuditReport:
+        if not audited.is_set():
+            scheduler._set_active("")
+        audited.set()
+        return AuditReport(clean=False, checked_at="", campaigns=[finding])
+
+    monkeypatch.setattr(scheduler_module, "audit", lose_the_lock)
+    scheduler._set_active("it holds the lock")
+    # When
+    auditing = asyncio.create_task(scheduler._audit_for_ever(stop))
+    await audited.wait()
+    await asyncio.sleep(0.05)
+    stop.set()
+    await auditing
+    # Then
+    labels = {"campaign": CAMPAIGN, "invariant": "INV-1"}
+    assert sample(registry, "sale_audit_findings", **labels) is None
+
+
+async def test_step_is_done_where_postgres_dies_after_it(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+):
+    await shop.create(campaign(10))
+
+    async def dies(*_: object) -> None:
+        raise asyncpg.InternalClientError("got result for unknown protocol state 3")
+
+    monkeypatch.setattr(ledger, "position", dies)
+    done = await shop.desk.step(CAMPAIGN, "open", ME, None, None)
+    assert done.state is CampaignState.OPEN

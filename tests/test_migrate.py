@@ -17,9 +17,20 @@ from sale.db.migrate import (
     pending,
 )
 from sale.db.queries import load
+from sale.domain import mask_card
 
 FreshDatabase = Callable[..., Awaitable[str]]
 NAMES = [migration.name for migration in migrations()]
+RELEASED = {
+    "0001_ledger": "b4a640bd5f670827",
+    "0002_roster": "e2ff18900d3ffe6a",
+    "0003_card_change_clock": "3d53a25b5e7897cf",
+    "0004_card_union_change": "a7757c3dd500ab17",
+    "0005_card_feed_index": "c91ba5f43fdb7c1d",
+    "0006_recovery": "6eb5acd776166c67",
+    "0007_rehearsals": "f1f97cf1e84106ee",
+}
+"""Migrations that databases have run, by the beginning of their SHA-256."""
 
 
 def migration(name: str, text: str) -> Migration:
@@ -118,3 +129,41 @@ def test_named_sql_is_loaded_and_a_missing_topic_is_an_error() -> None:
 def test_migration_errors_are_one_family() -> None:
     assert issubclass(DatabaseNewer, MigrationError)
     assert issubclass(MigrationChanged, MigrationError)
+
+
+def test_migrations_that_databases_ran_are_unchanged() -> None:
+    told = {each.name: each.sha256[:16] for each in migrations() if each.name in RELEASED}
+    assert told == RELEASED
+
+
+async def test_upgraded_database_keeps_old_revocations(fresh_database: FreshDatabase) -> None:
+    url = await fresh_database()
+    await migrate(url, tuple(each for each in migrations() if each.name in RELEASED))
+    connection = await asyncpg.connect(url)
+    try:
+        for card_no, status in CARDS_BEFORE.items():
+            await connection.execute(ADD_CARD, card_no, status)
+        for action, card_no in (
+            ("card.revoke", "880000000001"),
+            ("card.revoke", "880000000002"),
+            ("card.restore", "880000000002"),
+        ):
+            target = f"card {mask_card(card_no)} {card_no[-1] * 16}"
+            await connection.execute(ADD_AUDIT, action, target)
+        await migrate(url)
+        revoked = await connection.fetch("select card_no from card where revoked")
+    finally:
+        await connection.close()
+    assert [row["card_no"] for row in revoked] == ["880000000001"]
+
+
+CARDS_BEFORE = {
+    "880000000001": "cancelled",
+    "880000000002": "cancelled",
+    "880000000003": "cancelled",
+    "880000000004": "active",
+}
+ADD_CARD = """
+    insert into card (card_no, name, union_code, phone, status) values ($1, '甲', 'x', '', $2)
+"""
+ADD_AUDIT = "insert into audit_log (actor, action, target) values ('cli:a', $1, $2)"

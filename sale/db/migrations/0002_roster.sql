@@ -8,9 +8,7 @@ create table card (
     pin_mac    bytea null constraint card_pin_mac_length check (length(pin_mac) = 32),
     status     text not null
                constraint card_status_known check (status in ('active', 'suspended', 'cancelled')),
-    revoked    boolean not null default false,
-    updated_at timestamptz not null default now(),
-    constraint card_revoked_is_cancelled check (not revoked or status = 'cancelled')
+    updated_at timestamptz not null default now()
 );
 comment on table card is 'The roster: holders of the mutual-aid service card.';
 comment on column card.card_no is 'As printed on the card. Never in a log or a URL.';
@@ -19,8 +17,6 @@ comment on column card.phone is 'As imported; empty where unknown.';
 comment on column card.pin_mac is
     'HMAC-SHA256 of card number and PIN under a key that the database does not hold; null: no PIN.';
 comment on column card.status is 'Only active cards buy (INV-9).';
-comment on column card.revoked is
-    'Cancelled by a person: no roster file makes the card active again, only a person does.';
 comment on column card.updated_at is 'Last time that an import or an operator changed this row.';
 
 -- `sale tokens` reads the first N cards of a status in order of their numbers.

@@ -37,9 +37,7 @@ ALTER TABLE conflict DROP CONSTRAINT conflict_pkey;
 ALTER TABLE conflict ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY;
 ALTER TABLE conflict ADD COLUMN source text NOT NULL DEFAULT 'refused'
     CHECK (source IN ('refused', 'forked', 'handed_in'));
--- By a hash: an index holds no more than 2,704 bytes of a row, and an event may be longer.
-CREATE UNIQUE INDEX conflict_once
-    ON conflict (campaign_id, seq, source, jsonb_hash_extended(event, 0));
+ALTER TABLE conflict ADD CONSTRAINT conflict_once UNIQUE (campaign_id, seq, source, event);
 CREATE TRIGGER conflict_stays BEFORE DELETE OR TRUNCATE ON conflict
     EXECUTE FUNCTION refuse_change('a conflict is never removed');
 COMMENT ON TABLE conflict IS 'What was sold, or told, and does not stand as an order. None is normal.';

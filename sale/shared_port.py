@@ -18,9 +18,9 @@ import sys
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sale.config import StartError
+from sale.config import StartError, split_address
 
 _PREFIX: Final = "sale-api"
 _LISTENING: Final = "0A"
@@ -31,6 +31,16 @@ _TABLES: Final = {
 _NAMES: Final = Path("/proc/net/unix")
 
 _Address = IPv4Address | IPv6Address
+
+
+def first_address(listen: str) -> tuple[socket.AddressFamily, Any]:
+    """Where to bind for ``host:port``: the first address that the host's name has.
+
+    One function for all who bind, because several processes share the address. Raises OSError.
+    """
+    host, port = split_address(listen)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return found[0][0], found[0][4]
 
 
 class _Holder(NamedTuple):

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 from sale import config
 from sale.api.problems import problem_body
-from sale.cli.main import sale
+from sale.cli.main import COMMANDS, sale
 from sale.domain import Problem
 from sale.metrics import LoadMetrics, PurchaseMetrics, new_registry
 from sale.usecases.client_address import ClientAddresses
@@ -77,7 +77,9 @@ def test_given_a_document_when_it_names_a_file_then_the_file_exists(doc: Path) -
 
 def _commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
     found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
         found[f"{prefix}{name}"] = command
         if isinstance(command, click.Group):
             found |= _commands(command, f"{prefix}{name} ")
@@ -275,7 +277,7 @@ def test_given_the_deployment_when_read_then_its_commands_are_real() -> None:
         services
     )
     for name in ENGINE_SERVICES:
-        assert services[name]["command"][0] in sale.commands
+        assert services[name]["command"][0] in COMMANDS
         assert set(services[name]["environment"]) <= set(config.ENVIRONMENT)
     for name in ("api", "writer", "scheduler"):
         assert services[name]["deploy"]["replicas"] == 2

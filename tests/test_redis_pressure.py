@@ -318,7 +318,7 @@ def test_given_a_disk_that_takes_nothing_then_the_register_waits_and_the_system_
 
 def test_given_a_log_on_a_full_disk_then_whoever_logs_goes_on() -> None:
     program = (
-        "from sale.bootstrap import log, set_up_logging; from sale.config import Settings\n"
+        "from sale.logs import log, set_up_logging; from sale.config import Settings\n"
         "set_up_logging(Settings())\n"
         "for n in range(1_000): log.warning('store.awaited', n=n)\n"
         "print('alive', flush=True)\n"

@@ -28,9 +28,9 @@ from sale.api.lane import Connection, Lane
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
 from sale.api.routing import add_fallback
-from sale.bootstrap import Engine, first_address
+from sale.bootstrap import Engine
 from sale.config import StartError
-from sale.shared_port import claim
+from sale.shared_port import claim, first_address
 
 BACKLOG: Final = 4_096
 KEPT_GRACE_S: Final = 0.5

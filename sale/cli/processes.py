@@ -173,6 +173,6 @@ def _run_part(
 
 
 def _log(settings: Settings) -> None:
-    from sale.bootstrap import set_up_logging
+    from sale.logs import set_up_logging
 
     set_up_logging(settings)

@@ -22,14 +22,13 @@ import msgspec
 import structlog
 
 from sale import config, identity
-from sale.bootstrap import first_address
 from sale.config import Settings
 from sale.db.absence import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
 from sale.db.pool import CONNECT_TIMEOUT_S
 from sale.embedded import EmbeddedServers, Endpoints, running
 from sale.embedded.servers import end, launch_command
-from sale.shared_port import reserve
+from sale.shared_port import first_address, reserve
 from sale.workers.children import Child, SupervisorError
 from sale.workers.lifetime import told_to_restart, told_to_stop
 from sale.workers.metrics_server import MergedMetrics, serving_metrics

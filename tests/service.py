@@ -214,7 +214,7 @@ class Described:
     HEADERS = frozenset(
         {
             *("ETag", "Idempotency-Replayed", "Location", "RateLimit", "RateLimit-Policy"),
-            *("Retry-After", "WWW-Authenticate"),
+            *("Retry-After", "WWW-Authenticate", "X-Request-Id"),
         }
     )
     """Those that a client acts on: an answer carries none that is not described."""

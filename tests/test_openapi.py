@@ -69,7 +69,8 @@ def test_given_a_purchase_when_read_up_then_all_its_answers_are_there(
     answers = set(purchase["responses"])
     expected = (201, 400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
     assert answers == {str(status) for status in expected}
-    assert {"Location", "Idempotency-Replayed"} == set(purchase["responses"]["201"]["headers"])
+    told = {"Location", "Idempotency-Replayed", "X-Request-Id"}
+    assert told == set(purchase["responses"]["201"]["headers"])
     key = next(p for p in purchase["parameters"] if p["name"] == "Idempotency-Key")
     assert key["required"] is True
     assert purchase["security"] == [{"member": []}]

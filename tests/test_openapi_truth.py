@@ -5,6 +5,7 @@ Each answer of ``Client.ask`` is compared with the description: status, headers,
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -193,12 +194,25 @@ async def test_each_operation_describes_what_any_call_may_answer() -> None:
             continue
         answers = operation["responses"]
         assert {"400", "429", "503"} <= set(answers), (method, path)
-        assert {"Retry-After", "RateLimit", "RateLimit-Policy"} == set(answers["429"]["headers"])
+        limits = {"Retry-After", "RateLimit", "RateLimit-Policy", "X-Request-Id"}
+        assert limits == set(answers["429"]["headers"])
         if operation.get("security"):
             assert "WWW-Authenticate" in answers["401"]["headers"]
             assert ("403" in answers) or operation["tags"] == ["member"]
         else:
             assert "401" not in answers
+
+
+async def test_request_name_is_described_and_taken(client: Client) -> None:
+    campaign = await client.campaign()
+    for method, path, operation in OPERATIONS:
+        (given,) = [each for each in operation["parameters"] if each["name"] == "X-Request-Id"]
+        assert re.fullmatch(given["schema"]["pattern"], "trace-1/a")
+        url = path.replace("{id}", campaign).replace("{order_no}", "x.1.000000")
+        seen = await client.ask(method.upper(), url, headers={"X-Request-Id": "trace-1/a"})
+        assert seen.headers["X-Request-Id"] == "trace-1/a", (method, path)
+        for answer in operation["responses"].values():
+            assert "X-Request-Id" in answer["headers"], (method, path)
 
 
 async def test_each_route_is_described(service: Service, client: Client) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from sale.api import schemas
 from sale.api.problems import CONTENT_TYPE, WORDINGS
+from sale.api.request_ids import HEADER, PATTERN
 from sale.domain import CAMPAIGN_ID, Order, Problem
 
 _LIMIT: Final = {
@@ -49,6 +50,13 @@ def _header(description: str, **schema: object) -> dict[str, Any]:
     return {"description": description, "schema": {"type": "string", **schema}}
 
 
+_NAME: Final = {
+    "name": str(HEADER),
+    "in": "header",
+    "description": "A name for the request. One of another form, or given twice, is replaced.",
+    "schema": {"type": "string", "pattern": f"^{PATTERN.pattern}$"},
+}
+_NAMED: Final = {str(HEADER): _header("The request's name: the one that was given, or a new one.")}
 _REPLAYED: Final = {
     "Idempotency-Replayed": _header("`true` where the same key was answered before.", const="true")
 }
@@ -329,11 +337,9 @@ def _operation(call: _Call, ref_of: dict[Any, Any]) -> dict[str, Any]:
         "operationId": _operation_id(call),
         "summary": call.summary,
         "tags": [call.who or "public"],
+        "parameters": _parameters(call),
         "responses": _responses(call, ref_of),
     }
-    parameters = _parameters(call)
-    if parameters:
-        operation["parameters"] = parameters
     if call.body is not None:
         operation["requestBody"] = {
             "required": call.body_needed,
@@ -370,7 +376,7 @@ def _parameters(call: _Call) -> list[dict[str, Any]]:
                 "schema": {"type": "string", "pattern": r"^[A-Za-z0-9_-]{1,64}$"},
             }
         )
-    return parameters
+    return [*parameters, _NAME]
 
 
 def _path_parameter(name: str, pattern: str) -> dict[str, Any]:
@@ -401,6 +407,8 @@ def _responses(call: _Call, ref_of: dict[Any, Any]) -> dict[str, Any]:
     elif call.path != "/healthz":
         problems = dict.fromkeys((*call.problems, *_ANY_CALL))
         responses |= _problem_responses(problems, ref_of[schemas.ProblemView])
+    for response in responses.values():
+        response["headers"] = {**response.get("headers", {}), **_NAMED}
     return responses
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import aiohttp
-import asyncpg
 import msgspec
 import structlog
 
@@ -25,7 +24,7 @@ from sale import config, identity
 from sale.config import Settings
 from sale.db.absence import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
-from sale.db.pool import CONNECT_TIMEOUT_S
+from sale.db.pool import CONNECT_TIMEOUT_S, connect
 from sale.embedded import EmbeddedServers, Endpoints, running
 from sale.embedded.servers import end, launch_command
 from sale.shared_port import first_address, reserve
@@ -145,7 +144,7 @@ def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Setting
 async def _migrate(settings: Settings, command: tuple[str, ...]) -> None:
     """Migrate where anything is missing; to ask costs less than a process that finds nothing."""
     with contextlib.suppress(MigrationError, *POSTGRES_ERRORS):  # the process says it in words
-        connection = await asyncpg.connect(settings.database_url, timeout=CONNECT_TIMEOUT_S)
+        connection = await connect(settings.database_url or "", name="sale up")
         try:
             if not await pending(connection):
                 return

@@ -23,7 +23,7 @@ from sale import config
 from sale.config import Settings
 from sale.db.pool import connect
 from sale.embedded import EmbeddedError, find
-from sale.stock.connection import open_redis, server_name
+from sale.stock.connection import open_redis, product_of
 
 REACH_S: Final = 5.0
 UNREACHED: Final = "not reached"
@@ -128,7 +128,7 @@ async def _ask_redis(url: str, told: Table, versions: Table) -> None:
     except ValueError:
         return
     try:
-        versions["redis server"] = server_name(await client.info("server"))
+        versions["redis server"] = str(product_of(await client.info("server")))
         for name in ("appendonly", "appendfsync", "maxmemory", "io-threads"):
             for key, value in (await client.config_get(name)).items():
                 told[f"redis {key}"] = str(value)

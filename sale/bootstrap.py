@@ -24,7 +24,7 @@ from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.metrics import LoadMetrics, PurchaseMetrics, StoreMetrics, new_registry
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.connection import REDIS_ERRORS, open_redis, too_old
+from sale.stock.connection import REDIS_ERRORS, open_redis, product_of, too_old
 from sale.stock.scripts import Scripts
 from sale.usecases.admission import Admission, files_allow
 from sale.usecases.attendance import Attending
@@ -114,7 +114,8 @@ async def open_stores(
             lambda: open_pool(database_url, min_size=1, max_size=pool_size), patience_s
         )
         stack.push_async_callback(close_pool, pool)
-        if old := too_old(await _patiently(lambda: redis.info("server"), patience_s)):
+        about = await _patiently(lambda: redis.info("server"), patience_s)
+        if old := too_old(product_of(about)):
             raise SettingsError(old)
         nonce, ticket_secret = await _patiently(lambda: deployment.read(pool), patience_s)
         yield Stores(

@@ -20,7 +20,7 @@ from stock_maker import Bid, card, key, open_stock
 from stores import redis_servers
 
 from sale.embedded.binaries import find_redis
-from sale.stock.connection import server_name
+from sale.stock.connection import product_of
 
 ORDERS, BATCH, CALLS_A_ROUND = 200_000, 250, 5
 DURABLE = ["--port", "0", "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
@@ -46,7 +46,7 @@ class Server:
         async with asyncio.timeout(20):
             while not self.socket.exists():  # noqa: ASYNC110 - another process makes it
                 await asyncio.sleep(0.05)
-        self.name = server_name(await self.redis.info("server"))
+        self.name = str(product_of(await self.redis.info("server")))
         self.stock = await open_stock(self.redis, ORDERS)
         await self.buy_round()
         self.memory, self.cpu_s, self.counted = *(await self._used()), self.sold

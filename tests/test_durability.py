@@ -26,9 +26,10 @@ from sale.embedded.binaries import find_redis
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
-from sale.stock.connection import open_redis, too_old
+from sale.stock.connection import open_redis, product_of, too_old
 from sale.stock.durability import durability_faults, make_whole
 from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
+from sale.usecases import durability_watch
 from sale.usecases.durability_watch import DurabilityWatch
 
 READY_WITHIN_S = 10.0
@@ -235,7 +236,7 @@ async def test_given_evicted_keys_then_they_are_told_although_the_policy_is_righ
     ],
 )
 def test_server_that_is_too_old_is_named(info: dict[str, str], says: str) -> None:
-    told = too_old(info)
+    told = too_old(product_of(info))
     assert told.startswith(says)
     assert bool(told) is bool(says)
 
@@ -401,6 +402,36 @@ async def test_campaign_made_on_a_weak_redis_sells_nothing(
             await until(signs)
             assert batchers.halted == ""
             await batchers.close()
+
+
+async def test_watch_goes_on_after_a_look_that_fails(
+    alone: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Exception | list[str]] = [KeyError("run_id"), ["appendonly is off"]]
+
+    async def look(*_: object) -> list[str]:
+        found = looks.pop(0) if len(looks) > 1 else looks[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(durability_watch, "durability_faults", look)
+    monkeypatch.setattr(durability_watch, "INTERVAL_S", 0.01)
+    batchers = Batchers(
+        Scripts(alone, NONCE), "p", PurchaseMetrics(),
+        batch_max=1, queue_max=1, deadline_s=1, behind_max=BEHIND_MAX,
+    )  # fmt: skip
+    watching = asyncio.create_task(DurabilityWatch(alone, batchers, Settings()).run())
+
+    async def halted() -> bool:
+        return batchers.halted == "redis: appendonly is off"
+
+    try:
+        await until(halted)
+    finally:
+        watching.cancel()
+        await asyncio.wait([watching])
+        await batchers.close()
 
 
 async def test_weak_redis_is_not_verified_by_the_way_of_a_recovery(

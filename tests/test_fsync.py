@@ -21,8 +21,8 @@ from test_durability import Server, server
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import AwaitedPurchase
 from sale.stock.batchers import Batchers
-from sale.stock.connection import open_redis
-from sale.stock.durability import durability_faults, product_of
+from sale.stock.connection import open_redis, product_of
+from sale.stock.durability import durability_faults
 from sale.stock.scripts import Decision, Scripts
 
 DELAY_MS = 40
@@ -132,7 +132,7 @@ async def test_answer_comes_after_its_fsync_or_is_refused(
         product = product_of(await redis.info("server"))
         print(f"{product}: {len(early)} of {len(told)} answers before their fsync: {faults}")
         assert len(told) == PROCESSES * ORDERS_EACH
-        if product.name == "redis" and product.version >= (8,) and threads > 1:
+        if product.name == "Redis" and product.version >= (8,) and threads > 1:
             (fault,) = faults
             assert fault.startswith(f"io-threads is {threads}: Redis 8")
             assert "set io-threads 1" in fault

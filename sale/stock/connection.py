@@ -1,6 +1,6 @@
 """How this process reaches Redis."""
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from redis.asyncio import (
     BlockingConnectionPool,
@@ -45,21 +45,32 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
     return Redis.from_pool(pool)
 
 
-def server_name(info: dict[str, Any]) -> str:
-    """Give product and version of a server from its INFO: "Redis 7.0.15", "Valkey 9.1.2".
+class Product(NamedTuple):
+    """A server's product, ``Redis`` or ``Valkey``, and its own version."""
+
+    name: str
+    version: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """``Valkey 9.1.2``."""
+        return f"{self.name} {'.'.join(map(str, self.version))}"
+
+
+def product_of(info: dict[str, Any]) -> Product:
+    """Read the product from INFO.
 
     Valkey says in ``redis_version`` which Redis it is compatible with.
     """
-    valkey = info.get("valkey_version")
-    return f"Valkey {valkey}" if valkey else f"Redis {info['redis_version']}"
+    name = str(info.get("server_name") or ("valkey" if "valkey_version" in info else "redis"))
+    told = str(info.get(f"{name}_version") or info.get("redis_version") or "0")
+    numbers = tuple(int(part) for part in told.split(".") if part.isdecimal())
+    return Product(name.capitalize(), numbers)
 
 
-def too_old(info: dict[str, Any]) -> str:
+def too_old(product: Product) -> str:
     """Say in words that this version is not supported, or '' where it is."""
-    name = server_name(info)
-    product, _, version = name.partition(" ")
-    numbers = tuple(int(part) for part in version.split(".")[:2])
-    if numbers >= OLDEST_VERSIONS[product]:
+    oldest = OLDEST_VERSIONS.get(product.name, ())
+    if product.version >= oldest:
         return ""
-    oldest = ".".join(map(str, OLDEST_VERSIONS[product]))
-    return f"{name} is too old: {oldest} is the oldest {product} that is supported"
+    wanted = ".".join(map(str, oldest))
+    return f"{product} is too old: {wanted} is the oldest {product.name} that is supported"

@@ -14,26 +14,8 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from sale.config import Durability
-from sale.stock.connection import too_old
+from sale.stock.connection import Product, product_of, too_old
 from sale.stock.keys import WHOLE
-
-
-class Product(NamedTuple):
-    """A server's product, ``redis`` or ``valkey``, and its own version."""
-
-    name: str
-    version: tuple[int, ...]
-
-    def __str__(self) -> str:
-        """``Valkey 9.1.2``."""
-        return f"{self.name.capitalize()} {'.'.join(map(str, self.version))}"
-
-
-def product_of(info: dict[str, Any]) -> Product:
-    """Read the product from INFO; Valkey calls itself Redis 7.2.4 besides."""
-    name = str(info.get("server_name") or ("valkey" if "valkey_version" in info else "redis"))
-    told = str(info.get(f"{name}_version") or info.get("redis_version") or "0")
-    return Product(name, tuple(int(part) for part in told.split(".") if part.isdecimal()))
 
 
 async def durability_faults(redis: Redis, level: Durability, replicas_min: int) -> list[str]:
@@ -43,7 +25,7 @@ async def durability_faults(redis: Redis, level: Durability, replicas_min: int) 
     Settings that Redis does not let us read are a fault. Raises redis-py's errors.
     """
     told = await _read(redis)
-    old = too_old(told.info)
+    old = too_old(product_of(told.info))
     return [
         *([old] if old else []),
         *_disk_faults(told, level),
@@ -179,7 +161,7 @@ def _threads_faults(product: Product, config: dict[str, str]) -> Iterator[str]:
 def _cuts_whole_transactions(product: Product) -> bool:
     """Whether a torn file is cut before the transaction that has lost its end."""
     fixed_in = _FIXED_IN.get(product.version[:2])
-    if product.name != "valkey":
+    if product.name != "Valkey":
         return False
     return product.version > _FIXED_SINCE if fixed_in is None else product.version >= fixed_in
 
@@ -236,7 +218,7 @@ _SETTINGS: Final = (
     "min-replicas-to-write",
     "min-replicas-max-lag",
 )
-_THREADS_WAIT: Final = {"redis": ((7,),), "valkey": ((7,), (8,), (9,))}
+_THREADS_WAIT: Final = {"Redis": ((7,),), "Valkey": ((7,), (8,), (9,))}
 """Majors that answer after the fsync whatever their ``io-threads``. Redis 6 and 8 do not."""
 _FIXED_IN: Final[dict[tuple[int, ...], tuple[int, ...]]] = {
     (7, 2): (7, 2, 15),

@@ -12,7 +12,7 @@ from sale.db import deployment, ledger, offices
 from sale.db.absence import POSTGRES_ERRORS
 from sale.domain import CampaignState
 from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
-from sale.stock.connection import REDIS_ERRORS, server_name
+from sale.stock.connection import REDIS_ERRORS, product_of
 from sale.stock.durability import durability_faults, rewrite_trouble
 from sale.stock.roll import LIVE_MS, read_roll, who_is_it
 from sale.stock.troubles import read_troubles
@@ -159,7 +159,7 @@ async def _ask_redis(
     ids = sorted({*await campaign_ids(redis), *known})
     found = await read_campaigns(redis, ids, unreadable=unreadable)
     return _FromRedis(
-        version=server_name(server),
+        version=str(product_of(server)),
         faults=faults,
         disk_free_mb=None if directory is None else free_mb(directory),
         api=sum(report.at_ms >= since_ms for report in reports),

@@ -35,13 +35,16 @@ class DurabilityWatch:
 
     async def run(self) -> None:
         """Look until cancelled. A Redis that does not answer sells nothing anyway."""
+        halted = False
         while True:
             try:
                 async with asyncio.timeout(ASK_TIMEOUT_S):
-                    await self.look()
+                    halted = bool(await self.look())
             except REDIS_ERRORS as error:
                 log.debug("durability.unread", error=type(error).__name__)
-            await asyncio.sleep(HALTED_INTERVAL_S if self._told else INTERVAL_S)
+            except Exception:
+                log.exception("durability.unread")  # a fault of ours, which must not end the watch
+            await asyncio.sleep(HALTED_INTERVAL_S if halted else INTERVAL_S)
 
     async def look(self) -> str:
         """Halt, or let go again; why it halted, or ''. Raises redis-py's errors."""

@@ -23,6 +23,7 @@ from sale.domain import CampaignState, Refused
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import freeze
 from sale.stock.scripts import CallReply, Decision
+from sale.usecases import store_watch
 from sale.usecases.audit import AuditReport, CampaignAudit, Finding
 from sale.usecases.revocation import sync_all
 from sale.workers import scheduler as scheduler_module
@@ -275,6 +276,7 @@ async def test_given_slow_stores_when_they_are_asked_then_the_gauges_stay_at_one
         return True
 
     monkeypatch.setattr(shop.redis, "ping", slowly)
+    monkeypatch.setattr(store_watch, "INTERVAL_S", 0.01)
     async with shop.scheduling() as registry:
         await until(lambda: _metric(registry, "sale_redis_up", 1))
         for _ in range(3):

@@ -14,8 +14,7 @@ and so has the roster, because a recovery takes its time.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -35,12 +34,12 @@ from sale.usecases.healing import Healing
 from sale.usecases.isolation import Isolation
 from sale.usecases.revocation import sync_all
 from sale.usecases.stalls import Stalls
+from sale.usecases.store_watch import StoreWatch
 from sale.usecases.verification import verify_all
 from sale.workers.backoff import Backoff, pause
 from sale.workers.leadership import Leadership
 from sale.workers.lifetime import ended
 
-HEALTH_TIMEOUT_S: Final = 2.0
 STOP_PATIENCE_S: Final = 5.0
 """Longest that a step may take to end by itself once the scheduler was told to stop."""
 
@@ -140,7 +139,11 @@ class Scheduler:
                 self._repeat(self._clock_round, stop),
             )
         ]
+        stores = self._stores
         auditing = asyncio.create_task(self._audit_for_ever(stop))
+        asking = asyncio.create_task(
+            StoreWatch(stores.redis, stores.pool, self._metrics.stores).run()
+        )
         patience = asyncio.create_task(_patience(stop))
         rounds = asyncio.gather(*working)
         try:
@@ -148,7 +151,7 @@ class Scheduler:
             if rounds.done():
                 rounds.result()
         finally:
-            await ended([*working, rounds, auditing, patience])
+            await ended([*working, rounds, auditing, asking, patience])
             self._metrics.active.set(0)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
@@ -160,9 +163,6 @@ class Scheduler:
             await pause(stop, tick_s)
 
     async def _round(self) -> None:
-        await asyncio.gather(
-            self._try("redis", self._ask_redis), self._try("postgres", self._ask_postgres)
-        )
         if self.active:
             await self._try("file", self._file)
             await self._try("verify", self._verify)
@@ -218,14 +218,6 @@ class Scheduler:
             if step in self._ailing:
                 log.info("scheduler.step_back", step=step)
             self._ailing.discard(step)
-
-    async def _ask_redis(self) -> None:
-        async with _telling(self._metrics.stores.redis_up):
-            await self._stores.redis.ping()
-
-    async def _ask_postgres(self) -> None:
-        async with _telling(self._metrics.stores.postgres_up):
-            await self._stores.pool.fetchval("SELECT 1")
 
     async def _verify(self) -> None:
         stores = self._stores
@@ -370,18 +362,6 @@ class Scheduler:
                 )
         self._metrics.audited_at.set_to_current_time()
         log.info("audit.done", clean=report.clean, campaigns=len(report.campaigns))
-
-
-@asynccontextmanager
-async def _telling(up: Gauge) -> AsyncIterator[None]:
-    """Ask a store; the gauge tells 0 only once it has not answered."""
-    try:
-        async with asyncio.timeout(HEALTH_TIMEOUT_S):
-            yield
-    except Exception:
-        up.set(0)
-        raise
-    up.set(1)
 
 
 async def _patience(stop: asyncio.Event) -> None:

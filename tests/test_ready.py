@@ -108,6 +108,12 @@ async def test_host_is_unready_until_campaigns_are_verified(shop: Shop) -> None:
     assert await reasons(stores(shop)) == []
 
 
+async def test_another_deployment_is_not_taken_for_verified(shop: Shop) -> None:
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    assert await unverified(shop.redis, shop.nonce) == 0
+    assert await unverified(shop.redis, "of another deployment") > 0
+
+
 async def test_recovering_or_damaged_campaign_keeps_no_host_unready(shop: Shop) -> None:
     await freeze(shop.redis, CAMPAIGN, "an operator said so")
     await shop.redis.sadd(CAMPAIGNS, "damaged")

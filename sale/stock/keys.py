@@ -27,7 +27,7 @@ ROLL: Final = "sale:roll"
 """Hash of API process → its last report, see ``stock/roll.py``."""
 
 VERIFIED: Final = "sale:verified"
-"""Identity of the Redis in which each campaign was looked at (``usecases/verification.py``)."""
+"""Which Redis and deployment each campaign was compared with (``usecases/verification.py``)."""
 
 AWAITED: Final = "sale:awaited"
 """Written before a WAIT that must cover what others have written; its value means nothing."""

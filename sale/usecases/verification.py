@@ -26,7 +26,7 @@ from sale.db.absence import POSTGRES_ERRORS
 from sale.events import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import VERIFIED, campaign_keys
-from sale.stock.roll import LOOKING, Roll, call_the_roll, hear, who_is_it
+from sale.stock.roll import LOOKING, Identity, Roll, call_the_roll, hear, who_is_it
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.stream import stream_rows
 from sale.stock.survey import read_heads
@@ -63,7 +63,7 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     """
     isolation = isolation or Isolation()
     roll = await hear(redis)
-    identity = (roll.identity.run_id, roll.identity.replid, scripts.nonce)
+    identity = _marks(roll.identity, scripts.nonce)
     ids = await campaign_ids(redis)
     heads = await read_heads(
         redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
@@ -104,9 +104,11 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                     raise
                 fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
     isolation.forget_others("verify", ids)
-    if not away and await redis.get(VERIFIED) != str(roll.identity).encode():
+    # Of the Redis that was asked first: one that came since was not looked at.
+    looked_at = ":".join(identity).encode()
+    if not away and await redis.get(VERIFIED) != looked_at:
         with contextlib.suppress(ResponseError):  # no memory: it is noted once there is some
-            await redis.set(VERIFIED, str(roll.identity))
+            await redis.set(VERIFIED, looked_at)
     return sorted([*(held - fit), *await _lost(pool, held)])
 
 
@@ -115,13 +117,17 @@ async def unverified(redis: Redis, nonce: str) -> int:
 
     One that does not fit, or cannot be compared, is no longer waited for. Raises redis-py's errors.
     """
-    roll_identity = await who_is_it(redis)
-    if await redis.get(VERIFIED) == str(roll_identity).encode():
+    identity = _marks(await who_is_it(redis), nonce)
+    if await redis.get(VERIFIED) == ":".join(identity).encode():
         return 0
-    identity = (roll_identity.run_id, roll_identity.replid, nonce)
     ids = await campaign_ids(redis)
     heads = await read_heads(redis, ids, "run_id", "replid", "nonce", "recovering", "seq")
     return sum(_knows_another(head, identity) and not head[3] for head in heads)
+
+
+def _marks(identity: Identity, nonce: str) -> tuple[str, str, str]:
+    """Give what the head of a campaign holds once it was verified in this Redis."""
+    return identity.run_id, identity.replid, nonce
 
 
 def _knows_another(head: Any, identity: tuple[str, str, str]) -> bool:  # noqa: ANN401 - Redis' reply

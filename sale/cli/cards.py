@@ -189,8 +189,8 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
 def tokens(context: CommandContext, count: int, status: str, out: Path | None) -> None:
     """Print member tokens for load tests.
 
-    A JSON object a line: card_no, token, union.
-        They are as good as the cards themselves for thirty days: keep them where nobody else reads.
+    A JSON object a line: card_no, token, union. They are as good as the cards themselves for
+    thirty days: keep them where nobody else reads.
     """
     key = context.signing_key()
 

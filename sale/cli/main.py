@@ -69,5 +69,5 @@ def main() -> None:
     try:
         status = main_entry(sale)
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 0
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     sys.exit(last_words(status))

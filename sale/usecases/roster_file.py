@@ -2,7 +2,7 @@
 
 Spaces around a field go, names keep any character that can be seen. A card number is taken only
 as it is printed: what a spreadsheet has rounded, shortened or decorated is refused, never guessed
-at. A number that may have been rounded cannot be told from a true one by itself, so `looks` notes
+at. A number that may have been rounded cannot be told from a true one by itself, so ``looks`` notes
 how it looks and ``roster.py`` decides for the file as a whole.
 """
 
@@ -36,7 +36,10 @@ DOUBLE: Final = 2
 """A number that a float of 64 bits holds exactly: other programs keep 53 bits of a number."""
 
 CHANCE_MAX: Final = 0.0105
-"""True numbers of a file look as they do with at least this chance, else the file is refused."""
+"""A file is refused where its numbers, were they true, would look so with at most this chance.
+
+One in a hundred, as two of two numbers of 16 digits have that end in 0, and some for the rounding.
+"""
 
 
 class BadLine(msgspec.Struct, frozen=True):

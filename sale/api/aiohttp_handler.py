@@ -189,7 +189,7 @@ class Handler(web.RequestHandler):
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """Name a request, and have it served unless its head alone is refused."""
         message = request._message  # noqa: SLF001 - the version is wanted as it was sent
-        # What aiohttp makes of bytes that are no request has a plain dict.
+        # For bytes that are no request, aiohttp makes a message with a plain dict.
         is_none = isinstance(cast("object", message.headers), dict)
         if is_none:
             request._headers = _NO_HEADERS  # noqa: SLF001

@@ -1,8 +1,8 @@
 """The name of a request: ``X-Request-Id``, in its answer and in each line of the log about it.
 
-A client or balancer may give one. What is not of the plain form is replaced, not refused: it stands
-in headers and logs. One made here is this process' prefix and a count, because purchases are named
-too: a random one for each would cost some µs.
+A client or balancer may give one. One that is not of the plain form is replaced, not refused: it
+stands in headers and logs. One made here is this process' prefix and a count, because purchases are
+named too: a random one for each would cost some µs.
 """
 
 import itertools

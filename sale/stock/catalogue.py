@@ -154,8 +154,8 @@ class Catalogue:
     async def those_for_sale(self, campaign_ids_: Sequence[str]) -> dict[str, Campaign]:
         """Give the configurations of those that members may know of; reads what it does not know.
 
-        At most two round trips, however many they are. What was kept a moment ago does not do
-        where it says that there is none: a campaign may be younger than that.
+        At most two round trips, however many they are. That there was none a
+        moment ago does not count: a campaign may be younger than that.
         """
         unknown = [each for each in campaign_ids_ if each not in self._known]
         if unknown:

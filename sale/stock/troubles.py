@@ -1,9 +1,9 @@
 """Campaigns in trouble: told by the processes that meet it, read by whoever must name it.
 
 The ledger writer and the scheduler pass over a campaign that they cannot handle and go on with the
-others. What they met is kept here, one key a teller, for ``sale doctor`` and ``/readyz``. It is
-told again for as long as it lasts and expires by itself, so the word of a process that has died
-does not stay.
+others. Each writes what it met under a key of its own, which ``sale doctor`` and ``/readyz`` read.
+The key is written again for as long as the trouble lasts, and expires by itself, so that nothing
+stays of a process that has died.
 """
 
 import contextlib

@@ -156,7 +156,7 @@ class Scheduler:
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
         tick_s = self._stores.settings.tick_interval_ms / 1000
-        # What has to be verified after a start is waited for: its first round does not miss it.
+        # Sales wait for the verification after a start: the first round begins once it may verify.
         await pause(self._decided, tick_s)
         while not stop.is_set():
             await work()

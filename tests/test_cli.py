@@ -207,10 +207,16 @@ def test_given_a_store_that_cannot_be_reached_then_it_says_which(
         "SALE_DATABASE_URL": f"postgresql://nobody@127.0.0.1:{port}/none",
     }[store]
     monkeypatch.setenv(store, url)
-    for words in (["campaign", "list"], ["doctor"], ["campaign", "show", "x"]):
+    name = "Redis" if store == "SALE_REDIS_URL" else "PostgreSQL"
+    for words in (["campaign", "list"], ["campaign", "show", "x"]):
         says = one_line(service.sale(*words))
         assert str(port) in says
-        assert ("Redis" if store == "SALE_REDIS_URL" else "PostgreSQL") in says
+        assert name in says
+    doctor = service.sale("doctor")  # it goes on, and tells of the other store
+    assert doctor.status == 1
+    wrong = [line for line in doctor.out.splitlines() if line.startswith(f"  wrong: {name}")]
+    assert len(wrong) == 1
+    assert str(port) in wrong[0]
     assert "could not check" in one_line(service.sale("audit"), status=3)
 
 

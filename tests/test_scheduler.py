@@ -165,13 +165,13 @@ async def test_given_a_damaged_campaign_when_the_moment_of_another_comes_then_it
         async def opened() -> bool:
             return ("opened", "clock") in await events(shop)
 
-        await until(opened, FOLLOWS_S)
+        await until(opened)
         await shop.pool.execute("UPDATE card SET status = 'cancelled'")
 
         async def followed() -> bool:
             return bool(await shop.redis.sismember(KEYS.revoked, card(1)))
 
-        await until(followed, FOLLOWS_S)
+        await until(followed)
 
 
 async def test_given_a_card_that_only_postgres_has_revoked_then_it_buys_nothing_a_second_later(

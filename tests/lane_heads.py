@@ -207,6 +207,9 @@ def starts(m: Member) -> Iterator[Case]:
         b"HTTP/1.1 ",
         b"http/1.1",
         b"HTTP/11",
+        b"RTSP/1.0",
+        b"RTSP/1.1",
+        b"ICE/1.0",
         b"",
     ):
         yield one(f"version: {version!r}", m.buy("sold-out", version=version))

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, cast
 
 import structlog
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import HttpVersion, HttpVersion11, hdrs, web
 from aiohttp.http import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -40,6 +40,8 @@ ENDED_WITHIN_S: Final = 75.0
 """How long a client that sends no more may wait for its answers, and take to read them."""
 
 HEAD_END: Final = b"\r\n\r\n"
+LINE_MAX: Final = 8_192
+"""Of a head, what is kept while it comes: aiohttp takes no longer first line."""
 
 log = structlog.get_logger()
 
@@ -52,7 +54,7 @@ class Handler(web.RequestHandler):
 
     __slots__ = (
         "_before", "_body", "_body_left", "_broken", "_done_with", "_draining", "_ended", "_engine",
-        "_rest", "_unreadable", "client_ended",
+        "_line", "_rest", "_unreadable", "client_ended",
     )  # fmt: skip
 
     def __init__(
@@ -76,6 +78,8 @@ class Handler(web.RequestHandler):
         """What has come and is still to be parsed: while it is read no further."""
         self._before = b""
         """The last bytes that were parsed."""
+        self._line = b""
+        """How the head that is not whole yet begins: at least its first line."""
         self._body_left = 0
         """How much of the body that is being parsed is still to come, where its length is known."""
         self._unreadable = False
@@ -100,8 +104,12 @@ class Handler(web.RequestHandler):
             if self._reading_paused or len(self._messages) >= self._max_msg_queue_size:
                 self._rest = data[at:]
                 break
+            in_body = self._body_left > 0
             end = self._piece_end(data, at)
             self._parse(data[at:end])
+            last = self._before + data[max(end - len(HEAD_END), 0) : end]
+            if in_body or last.endswith(HEAD_END):
+                self._line = b""
             at = end
         self._before = (self._before + data[:at])[-len(HEAD_END) + 1 :]
 
@@ -121,6 +129,7 @@ class Handler(web.RequestHandler):
     def _parse(self, piece: bytes) -> None:
         """Parse one piece; whether its last body is whole is asked at the end."""
         body, count = self._body, self._request_count
+        line = self._line = self._line + piece[: LINE_MAX - len(self._line)]
         super().data_received(piece)
         if self._upgraded and self._parser is not None:  # nobody takes it: requests go on
             self._parser.set_upgraded(False)
@@ -130,6 +139,10 @@ class Handler(web.RequestHandler):
             if isinstance(message, RawRequestMessage):
                 length = message.headers.get(hdrs.CONTENT_LENGTH, "").lstrip("0")
                 self._body_left = int(length or 0)
+                # llhttp reads RTSP/1.0 as 1.0 too.
+                if line and b" HTTP/" not in line.lstrip(b"\r\n").partition(b"\n")[0]:
+                    unknown = message._replace(version=_NO_VERSION)
+                    self._messages[-1] = unknown, self._messages[-1][1]
             else:
                 self._unreadable = True
         self._keep_body()
@@ -264,6 +277,7 @@ class Handler(web.RequestHandler):
         return problem_response(charged(self._engine, request, Refused(problem)))
 
 
+_NO_VERSION: Final = HttpVersion(0, 0)
 _NO_HEADERS: Final = CIMultiDictProxy[str](CIMultiDict())
 _PROBLEMS: Final = {404: Problem.NOT_FOUND, 500: Problem.UNAVAILABLE}
 """By the status of what aiohttp itself raises."""

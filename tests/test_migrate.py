@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -167,3 +168,14 @@ ADD_CARD = """
     insert into card (card_no, name, union_code, phone, status) values ($1, '甲', 'x', '', $2)
 """
 ADD_AUDIT = "insert into audit_log (actor, action, target) values ('cli:a', $1, $2)"
+
+
+def test_version_installed_over_a_running_process_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = migrations()
+    (tmp_path / "migrations").mkdir()
+    (tmp_path / "migrations" / "0001_of_a_newer_version.sql").write_text("SELECT 1;")
+    monkeypatch.setattr("sale.db.migrate.resources.files", lambda package: tmp_path)
+
+    assert migrations() == known

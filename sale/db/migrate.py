@@ -8,6 +8,7 @@ The transaction holds the lock and its settings too: nothing is asked of the ses
 belong to a pooler. There is no way down: a schema is mended by the next migration.
 """
 
+import functools
 import hashlib
 import re
 from importlib import resources
@@ -49,8 +50,13 @@ class Migration(msgspec.Struct, frozen=True):
     sha256: str
 
 
+@functools.cache
 def migrations() -> tuple[Migration, ...]:
-    """All migrations of this version, in order. Raises MigrationError for a badly named file."""
+    """All migrations of this version, in order. Raises MigrationError for a badly named file.
+
+    Read once: a running process would find those of a newer version installed over it, and tell
+    /readyz that it lacks them.
+    """
     folder = resources.files("sale.db").joinpath("migrations")
     files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
     found: list[Migration] = []

@@ -153,6 +153,20 @@ def test_given_bad_usage_then_exit_status_2_and_one_line(words: list[str]) -> No
     one_line(command(*words), status=2)
 
 
+def test_file_that_cannot_be_written_is_named_as_given(tmp_path: Path) -> None:
+    out = tmp_path / "none" / "roster.csv"
+    said = one_line(command("cards", "sample", "2", "--out", out))
+    assert said == f"sale: {out}: No such file or directory"
+
+
+def test_wrong_number_is_refused_in_plain_words() -> None:
+    words = ("campaign", "add-stock", "x", "general", "ten", "--reason", "r")
+    assert "'ten' is not a valid whole number" in one_line(command(*words), status=2)
+    assert "'fast' is not a valid number" in one_line(
+        command("rehearse", "x", "--rate", "fast"), status=2
+    )
+
+
 @pytest.mark.parametrize("words", NEEDS_ENGINE)
 def test_given_no_engine_is_running_then_it_says_so(words: list[str], tmp_path: Path) -> None:
     says = one_line(command(*words, "--data-dir", tmp_path / "none"))

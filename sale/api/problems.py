@@ -69,7 +69,9 @@ WORDINGS: Final[Mapping[Problem, Wording]] = {
     Problem.UNAUTHENTICATED: Wording(
         401,
         Text("请先登录", "Please sign in"),
-        Text("您还没有登录，或者登录已过期。", "You are not signed in, or it has expired."),
+        Text(
+            "您还没有登录，或者登录已过期。", "You are not signed in, or your sign-in has expired."
+        ),
         Text("请登录后再试一次。", "Please sign in and try again."),
     ),
     Problem.NOT_ELIGIBLE: Wording(
@@ -139,7 +141,7 @@ WORDINGS: Final[Mapping[Problem, Wording]] = {
     Problem.SOLD_OUT: Wording(
         409,
         Text("已售完", "Sold out"),
-        Text("已售完。", "Sold out."),
+        Text("已售完，现在没有余票。", "No tickets are left."),
         Text(
             "如有加票会马上放出，您可以过一会儿再来看看。",
             "Added tickets go on sale at once: do look in again.",

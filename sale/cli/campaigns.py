@@ -9,6 +9,7 @@ import click
 
 from sale.cli.runtime import (
     CommandContext,
+    WholeNumber,
     command_context,
     echo,
     echo_fields,
@@ -165,7 +166,7 @@ def reopen(context: CommandContext, campaign_id: str, reason: str) -> None:
 @campaign.command("add-stock")
 @click.argument("campaign_id", metavar="ID")
 @click.argument("showing")
-@click.argument("count", metavar="N", type=click.IntRange(1))
+@click.argument("count", metavar="N", type=WholeNumber(1))
 @REASON_REQUIRED
 @command_context
 def add_stock(

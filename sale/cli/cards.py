@@ -13,6 +13,7 @@ import msgspec
 
 from sale.cli.runtime import (
     CommandContext,
+    WholeNumber,
     card_number,
     command_context,
     echo,
@@ -33,7 +34,7 @@ from sale.usecases.sample_roster import SAMPLE_MAX, sample
 
 PROGRESS_ROWS: Final = 1_000
 LINES_TOLD: Final = 5
-COUNT: Final = click.IntRange(1, SAMPLE_MAX)
+COUNT: Final = WholeNumber(1, SAMPLE_MAX)
 OUT: Final = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -153,7 +154,7 @@ def show(context: CommandContext, card_no: str) -> None:
 
 
 @cards.command("sample")
-@click.argument("count", metavar="N", type=click.IntRange(0, SAMPLE_MAX))
+@click.argument("count", metavar="N", type=WholeNumber(0, SAMPLE_MAX))
 @click.option(
     "--seed", type=int, default=1, show_default=True, help="The same seed, the same roster."
 )
@@ -326,5 +327,10 @@ def _text_out(path: Path | None) -> Iterator[IO[str]]:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
             yield file
         draft.replace(path)
+    except OSError as error:
+        if str(error.filename) != str(draft):
+            raise
+        # People know the name that they gave, not the draft's.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)

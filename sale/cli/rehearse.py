@@ -12,7 +12,15 @@ import msgspec
 
 from sale.cli.rehearsal_play import Plan, ask, opened, play
 from sale.cli.rehearsal_report import RECORD, show
-from sale.cli.runtime import CommandContext, command_context, echo, note, run
+from sale.cli.runtime import (
+    CommandContext,
+    Number,
+    WholeNumber,
+    command_context,
+    echo,
+    note,
+    run,
+)
 from sale.files import UnreadableFile, read_json, shown
 
 if TYPE_CHECKING:
@@ -37,15 +45,13 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 
 @click.command()
 @click.argument("campaign_id", metavar="[CAMPAIGN]", required=False)
-@click.option("--cards", type=click.IntRange(1, CARDS_MAX), help="How many made-up cards buy.")
+@click.option("--cards", type=WholeNumber(1, CARDS_MAX), help="How many made-up cards buy.")
 @click.option(
     "--rate",
-    type=click.FloatRange(0.1, 1e6),
+    type=Number(0.1, 1e6),
     help="Members a second, the mean (default: cards / 10).",
 )
-@click.option(
-    "--seconds", type=click.FloatRange(1, SECONDS_MAX), help="How long (default: cards / rate)."
-)
+@click.option("--seconds", type=Number(1, SECONDS_MAX), help="How long (default: cards / rate).")
 @click.option(
     "--arrivals",
     type=click.Choice(list(ARRIVALS)),
@@ -55,14 +61,14 @@ NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
 )
 @click.option(
     "--opens-in",
-    type=click.FloatRange(OPENS_IN_MIN_S, OPENS_IN_MAX_S),
+    type=Number(OPENS_IN_MIN_S, OPENS_IN_MAX_S),
     default=OPENS_IN_S,
     show_default=True,
     help="Seconds from your confirmation to the opening.",
 )
 @click.option(
     "--processes",
-    type=click.IntRange(1, 64),
+    type=WholeNumber(1, 64),
     default=1,
     show_default=True,
     help="Processes of the load generator.",

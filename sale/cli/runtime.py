@@ -29,6 +29,8 @@ from sale.identity import SigningKey, load_or_create_signing_key
 
 __all__ = [
     "CommandContext",
+    "Number",
+    "WholeNumber",
     "card_number",
     "command_context",
     "echo",
@@ -43,6 +45,19 @@ __all__ = [
     "run",
     "shared_options",
 ]
+
+
+class WholeNumber(click.IntRange):
+    """A whole number with bounds; click calls a wrong one "not a valid integer range"."""
+
+    name = "whole number"
+
+
+class Number(click.FloatRange):
+    """A number with bounds."""
+
+    name = "number"
+
 
 EXIT_FAILED: Final = 1
 EXIT_INTERRUPTED: Final = 130

@@ -34,7 +34,7 @@ const TEXTS = {
     emptyTitle: "Nothing on at the moment", emptyText: "New campaigns appear here by themselves.",
     footer: "Figures and time are the server's. This page keeps itself up to date.",
     education: "Education", culture: "Culture", sport: "Sport", health: "Health", living: "Daily life",
-    scheduled: "Opening soon", open: "Open", soldout: "Sold out", paused: "Paused",
+    scheduled: "Upcoming", open: "Open", soldout: "Sold out", paused: "Paused",
     recovering: "Paused (maintenance)", closed: "Ended",
     free: "Free", price: (yuan) => `${yuan} yuan each`, limit: (n) => `${n} per card at most`,
     unions: "Members of certain unions",

@@ -108,7 +108,10 @@ async def test_a_taken_metrics_address_is_told_before_anything(
                 capture_output=True, text=True, timeout=30, check=False,
             )  # fmt: skip
             assert done.returncode == 1
-            assert done.stderr == f"sale: metrics address {address}: Address already in use\n"
+            assert done.stderr == (
+                f"sale: metrics address {address}: Address already in use: "
+                "choose another with --metrics-listen (port 0: a free one)\n"
+            )
 
 
 async def test_a_dead_metrics_socket_is_taken_over(short_path: Path) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -16,6 +16,8 @@ METRICS = click.option("--metrics-listen", metavar="H:P", help="Address of /metr
 HELD = click.option(
     "--held", is_flag=True, hidden=True, help="Begin once a line comes on standard input."
 )
+RELEASED_WITHIN_S: Final = 10.0
+"""Longest that an API process waits for a weak Redis before it may be looked at."""
 
 
 @click.command()
@@ -50,11 +52,13 @@ def serve(context: CommandContext, *, held: bool) -> None:
             async with (
                 open_engine(settings) as engine,
                 listening(engine, listener) as api,
-                # After the API: whose metrics can be read, takes purchases (``supervisor.py``).
-                serving_metrics(metrics, engine.registry),
             ):
-                await stop.wait()
-                await api.drain()
+                # A part whose metrics can be read takes purchases (``supervisor.py``). A Redis that
+                # has its file written anew at its start sells a moment later in each API process.
+                await engine.batchers.released(RELEASED_WITHIN_S)
+                async with serving_metrics(metrics, engine.registry):
+                    await stop.wait()
+                    await api.drain()
 
     _run_part(context.settings, work, held=held)
 

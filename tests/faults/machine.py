@@ -23,7 +23,6 @@ START_LIMIT_S: Final = 30.0
 STOP_LIMIT_S: Final = 20.0
 POLL_S: Final = 0.02
 SERVERS: Final = {"redis": "redis", "postgres": "postgresql"}
-LISTENING: Final = b"api.listening"
 
 
 class Machine:
@@ -108,17 +107,16 @@ class Machine:
             if name in SERVERS:
                 await self._servers._servers[SERVERS[name]].start()
                 return
-            log_file = self.log_file(name)
-            seen = log_file.stat().st_size if log_file.exists() else 0
             metrics = self._metrics_socket(name)
             metrics.unlink(missing_ok=True)
             words = [sys.executable, "-m", "sale", name.partition("-")[0]]
             self._running[name] = await spawn(
                 launch_command("KILL", f"--chdir={ROOT}", program=words),
-                log_file,
+                self.log_file(name),
                 env=self._environment(name),
             )
-            while ready and not self._serves(name, log_file, seen, metrics):
+            # An API process too: it shows its metrics once it takes purchases.
+            while ready and not metrics.exists():
                 assert self.alive(name), f"{name} does not start: {self.log(name)[-2_000:]}"
                 await asyncio.sleep(POLL_S)
 
@@ -197,13 +195,6 @@ class Machine:
         for pid in (process.pid, *_descendants(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-
-    def _serves(self, name: str, log_file: Path, seen: int, metrics: Path) -> bool:
-        if not name.startswith("serve"):
-            return metrics.exists()
-        with log_file.open("rb") as stream:
-            stream.seek(seen)
-            return LISTENING in stream.read()
 
     def _metrics_socket(self, name: str) -> Path:
         return self._servers.sockets / f"m-{name}"

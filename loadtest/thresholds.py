@@ -1,4 +1,4 @@
-"""What makes a run fail beside its books: the rules of ``--fail-if``, and a rush that was none.
+"""Makes a run fail beside its books: by the rules of ``--fail-if``, or as a rush that was none.
 
 A rule names a figure, a comparison and a value: ``p99>200ms``. The run fails where the rule holds.
 Percentiles are those that the record tells, of all members and from the intended moment. A figure
@@ -67,7 +67,7 @@ class Rule:
     value: float
 
     def judge(self, record: Record) -> Threshold:
-        """What the run had, and whether the rule holds."""
+        """Give the run's figure, and whether the rule holds."""
         got = _figure(record, self.name)
         missed = got is None or _COMPARES[self.compare](got, self.value)
         return Threshold(rule=self.text, got=_said(self.name, got), missed=missed)
@@ -183,7 +183,7 @@ def _in_unit(text: str, name: str, number: float, unit: str) -> float:
 
 
 def _figure(record: Record, name: str) -> float | None:
-    """What the run had; None where it tells no such figure."""
+    """Give the run's figure; None where it tells none."""
     if name in _LATENCY:
         return _at(record.latency, _LATENCY[name])
     if name == "offered/s":

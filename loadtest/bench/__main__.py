@@ -57,7 +57,7 @@ async def bench_up(
 
 
 def _progress(stack: contextlib.ExitStack, console: Console | None) -> Callable[[str], None]:
-    """What tells of each step: a spinner on a terminal, else a line on stderr."""
+    """Give a function that tells of each step: a spinner on a terminal, else a line on stderr."""
     if console is None or not console.is_terminal:
         return _line
     return stack.enter_context(console.status("starting")).update

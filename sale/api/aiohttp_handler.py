@@ -75,7 +75,7 @@ class Handler(web.RequestHandler):
         self._engine = engine
         self._draining = draining
         self._rest = b""
-        """What has come and is still to be parsed: while it is read no further."""
+        """Bytes that are still to be parsed: while there are any, no more is read."""
         self._before = b""
         """The last bytes that were parsed."""
         self._line = b""

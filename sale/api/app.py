@@ -182,7 +182,8 @@ def said_address(listener: socket.socket) -> str:
 def listen_on(address: str) -> socket.socket:
     """Bind with SO_REUSEPORT: the API processes of one deployment share one address.
 
-    Who else has it is looked at before it listens (``shared_port.py``). Raises StartError.
+    It looks for other holders of the address before it listens (``shared_port.py``). Raises
+    StartError.
     """
     listener = None
     try:

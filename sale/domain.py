@@ -229,7 +229,7 @@ def from_ms(ms: int) -> datetime:
 def nearest(ms: float) -> int:
     """Give the nearest moment (UTC ms) that a datetime of any zone, and PostgreSQL, can hold.
 
-    What the ledger holds stays as it is, however far away; it is shown and stored as this.
+    The ledger keeps its moment unchanged, however far away; it is shown and stored as this.
     """
     return int(min(max(ms, _NEAREST_MIN_MS), _NEAREST_MAX_MS))
 

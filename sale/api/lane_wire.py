@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Final
 
 SERVER: Final = "sale"
-"""What the header Server says: nothing of the library or the language beneath."""
+"""Value of the header Server: it names neither the library nor the language."""
 
 _LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus

@@ -1,4 +1,4 @@
-"""What people see: tables that cut nothing, progress, and output that no character makes fail.
+"""Output for people: tables that cut nothing, progress, and text that no character makes fail.
 
 An ID or a moment that is cut at the edge of a terminal is of no use to anybody, so a table grows
 beyond 80 columns rather than lose one; only running text is wrapped. Progress is a bar at a

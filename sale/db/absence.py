@@ -23,7 +23,7 @@ POSTGRES_AWAY: Final = (
 """What a call raises where PostgreSQL is away."""
 
 POSTGRES_ERRORS: Final = (*POSTGRES_AWAY, asyncpg.PostgresError)
-"""What a call raises where PostgreSQL is away, slow, or refuses it for any other reason."""
+"""Errors of a call where PostgreSQL is away, slow, or refuses it for any other reason."""
 
 _REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (asyncpg.ReadOnlySQLTransactionError, "it is read-only"),

@@ -418,7 +418,7 @@ async def _conflict(conn: Connection, campaign_id: str, event: Event, error: Exc
 
 
 def _said(error: Exception) -> object:
-    """What an error says, without the detail that PostgreSQL adds: that holds the card's number."""
+    """Give an error's message without PostgreSQL's detail, which holds the card's number."""
     return error.args[0] if error.args else ""
 
 

@@ -7,6 +7,8 @@ stamp=$venv/.sale-setup
 unfinished=$venv/.sale-unfinished
 # Nothing of the caller's Python may reach into ours, nor a half-set deployment into a try-out.
 unset PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV
+# The demo and the tests start many processes. Without bytecode each of them compiles the sources.
+unset PYTHONDONTWRITEBYTECODE
 
 say() { printf '%s\n' "$*" >&2; }
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
 from sale import embedded
+from sale.background import kept_up
 from sale.config import Settings, SettingsError
 from sale.db import deployment
 from sale.db.absence import POSTGRES_ERRORS
@@ -178,8 +179,8 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         )
         attending = Attending(stores.redis, stores.pool, batchers)
         answering = StoreWatch(stores.redis, stores.pool, StoreMetrics(registry))
-        watches = (disk.run(), durability.run(), attending.run(), answering.run())
-        watching = [asyncio.ensure_future(work) for work in watches]
+        watches = (disk.run, durability.run, attending.run, answering.run)
+        watching = [asyncio.create_task(kept_up(watch)) for watch in watches]
         try:
             yield Engine(
                 stores=stores,

@@ -25,6 +25,7 @@ IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STOCK_MAX: Final = 10_000_000
 CARD_LIMIT_MAX: Final = 1_000
 SHOWINGS_MAX: Final = 500
+SHOWINGS_TOLD_MAX: Final = 10
 PRICE_MAX_FEN: Final = 10_000_000
 TITLE_MAX: Final = 200
 ACCOUNT_NAME_MAX: Final = 64
@@ -152,6 +153,13 @@ class Campaign(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def showing_numbers(self) -> dict[str, int]:
         """Number of each showing, by its ID: what the stock and the ledger know it by."""
         return {showing.id: number for number, showing in enumerate(self.showings)}
+
+    @property
+    def showings_in_words(self) -> str:
+        """IDs of its showings for a message: the first ones, and how many more there are."""
+        ids = [showing.id for showing in self.showings]
+        more = len(ids) - SHOWINGS_TOLD_MAX
+        return ", ".join(ids[:SHOWINGS_TOLD_MAX]) + (f" and {more} more" if more > 0 else "")
 
     @property
     def opens_at_ms(self) -> int | None:

@@ -34,6 +34,9 @@ async def main(part: str, metrics_listen: str) -> None:
     if part == "serve":
         host, port = config.split_address(settings.listen)
         await web.TCPSite(runner, host, port, reuse_port=True).start()
+    held_back = settings.data_dir / f"unready-{Path(metrics_listen).name[2:].rpartition('-')[0]}"
+    while held_back.exists() and not asked.is_set():  # noqa: ASYNC110 - made by the test
+        await asyncio.sleep(0.02)
     async with serving_metrics(metrics_listen, registry):
         await asked.wait()
     await runner.cleanup()

@@ -228,6 +228,20 @@ async def test_given_a_step_that_needs_a_why_then_without_one_it_is_400(
     assert (await client.step(campaign, step, "x" * 500, **fields)).status == 200
 
 
+async def test_stock_for_an_unknown_showing_names_those_there_are(client: Client) -> None:
+    several = [{"id": f"s{number}", "title": "一场", "tickets": 1} for number in range(12)]
+    campaign = await client.campaign(showings=several)
+    fields = {"showing": "nowhere", "add": 1, "reason": "x"}
+    seen = await client.ask(
+        "POST", f"{ADMIN}/{campaign}/stock", client.service.admin_token, json=fields
+    )
+    assert (seen.status, seen.json()["field"]) == (400, "showing")
+    told = (
+        "showing: there is no 'nowhere'; there is s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2 more"
+    )
+    assert told in seen.json()["detail"]
+
+
 async def test_given_stock_under_a_key_when_repeated_then_it_is_added_once(
     service: Service, client: Client, crowd: Client
 ) -> None:

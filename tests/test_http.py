@@ -208,6 +208,7 @@ async def test_given_several_showings_then_one_must_be_named_and_each_has_its_ow
             *(400, "invalid-request"),
             "showing",
         )
+        assert "a, b" in seen.json()["detail"] or fields == {"showing": ""}
     order = await client.buy(campaign, card.token, showing="b")
     assert order.json()["showing"] == "b"
     assert (await client.buy(campaign, card.token, showing="b")).code == "sold-out"
@@ -602,6 +603,19 @@ async def test_given_the_clock_then_it_is_the_one_that_decides(client: Client) -
     assert now.utcoffset() is not None
     assert abs(now.timestamp() - time.time()) < 1
     assert seen.headers["Cache-Control"] == "no-store"
+
+
+async def test_clock_is_shared_by_all_who_ask_at_once(service: Service, client: Client) -> None:
+    async def asked() -> int:
+        return int((await redis.info("commandstats"))["cmdstat_time"]["calls"])
+
+    async with service.redis() as redis:
+        before = await asked()
+        answers = await asyncio.gather(*(client.get("/api/v1/time") for _ in range(1_000)))
+        # The scheduler and the API processes ask too, some times a second.
+        assert await asked() - before < 500
+    assert {answer.status for answer in answers} == {200}
+    assert abs(datetime.fromisoformat(answers[-1].json()["now"]).timestamp() - time.time()) < 1
 
 
 # What is wrong with a request.

@@ -1,21 +1,27 @@
 """Ready means ready: after ``kill -9`` of everything, a purchase sent then is answered at once."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from redis.asyncio import Redis
-from service import ADMIN, Card, Client, Service, campaign_table, running_service
+from service import ADMIN, Card, Client, Service, campaign_table, free_port, metric, running_service
 from shop import CAMPAIGN, Shop, open_shop, until
+from test_durability import Server, server, whole
 
 from sale.api.health import reasons
 from sale.bootstrap import Stores
+from sale.cli.processes import RELEASED_WITHIN_S
 from sale.config import Settings
 from sale.stock import roll
 from sale.stock.keys import CAMPAIGNS, ROLL, VERIFIED, campaign_keys
@@ -73,6 +79,79 @@ def kill_everything(service: Service) -> None:
     for pid in [told["supervisor"], *told["processes"].values()]:
         os.kill(pid, signal.SIGKILL)
     service.process.wait(10)
+
+
+async def test_process_shows_metrics_once_nothing_halts_it(
+    short_path: Path, database_url: str
+) -> None:
+    async with server(short_path / "r", appendfsync="everysec") as weak:
+        await until(lambda: whole(weak.redis))
+        async with serving(short_path, weak, database_url) as (_, url):
+            await until(lambda: says(url, "appendfsync"))
+            await asyncio.sleep(0.5)  # it has listened for so long, and answered
+            assert not (short_path / "m").exists()
+            await weak.redis.config_set("appendfsync", "always")
+            await until(lambda: exists(short_path / "m"))
+            halted = metric(await text(short_path / "m"), "sale_halted")
+            assert halted == 0
+
+
+async def test_process_that_is_halted_ends_at_once_when_told(
+    short_path: Path, database_url: str
+) -> None:
+    async with (
+        server(short_path / "r", appendfsync="everysec") as weak,
+        serving(short_path, weak, database_url) as (process, url),
+    ):
+        await until(lambda: says(url, "appendfsync"))
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert time.monotonic() - started < RELEASED_WITHIN_S / 2
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    folder: Path, redis: Server, database_url: str
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run ``sale serve``; give it, and its URL."""
+    address = f"127.0.0.1:{free_port()}"
+    settings = {
+        "SALE_REDIS_URL": redis.url,
+        "SALE_DATABASE_URL": database_url,
+        "SALE_DATA_DIR": str(folder),
+        "SALE_SIGNING_KEY": "k" * 32,
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sale", "serve", "--listen", address),
+        *("--metrics-listen", f"unix:{folder}/m"),
+        env=os.environ | settings,
+    )
+    try:
+        yield process, f"http://{address}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def says(url: str, word: str) -> bool:
+    with contextlib.suppress(OSError, aiohttp.ClientError):
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/readyz") as answer:
+            return word in await answer.text()
+    return False
+
+
+async def exists(path: Path) -> bool:
+    return path.exists()  # noqa: ASYNC240 - a local socket
+
+
+async def text(path: Path) -> str:
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+        session.get("http://part/metrics") as answer,
+    ):
+        return await answer.text()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC240 - small local files
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -128,6 +129,26 @@ async def test_given_two_urls_when_it_runs_then_all_parts_run_and_end_in_order(
     assert not (system.data_dir / "run" / "processes.json").exists()
 
 
+@pytest.mark.parametrize("part", ["serve-1", "serve-2", "writer"])
+async def test_ready_waits_for_each_part_to_show_its_metrics(system: System, part: str) -> None:
+    (system.data_dir / "run").mkdir(parents=True)
+    unready = system.data_dir / f"unready-{part}"
+    unready.touch()
+    starting = asyncio.create_task(system.start())
+
+    async def answers() -> bool:
+        with contextlib.suppress(OSError, aiohttp.ClientError, KeyError):
+            return "ok" in await get(f"http://{system.told()['listen']}/readyz")
+        return False
+
+    await until(answers)
+    # Some turns of its loop (READY_POLL_S), so that it has seen the API answer, too.
+    await asyncio.sleep(20 * supervisor.READY_POLL_S)
+    assert not starting.done()
+    unready.unlink()
+    await asyncio.wait_for(starting, 5)
+
+
 @pytest.mark.fault
 async def test_given_a_part_killed_then_it_is_started_again_and_counters_do_not_fall(
     system: System,
@@ -243,6 +264,17 @@ async def test_given_an_address_in_use_then_it_says_so(system: System) -> None:
             await system.start(listen=address)
         with pytest.raises(MetricsAddressError, match=rf"{address}.*in use"):
             await system.start(metrics_listen=address)
+
+
+async def test_directory_in_use_is_told_before_its_address(system: System) -> None:
+    url = await system.start()
+    words = ("--data-dir", str(system.data_dir), "up", "--listen", url.removeprefix("http://"))
+    second = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sale", *words), stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(second.communicate(), 20)
+    assert second.returncode == 1
+    assert f"{system.data_dir}: in use by pid {os.getpid()}" in said.decode()
 
 
 async def test_given_a_name_with_several_addresses_then_all_bind_its_first(

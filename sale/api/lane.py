@@ -50,6 +50,7 @@ from sale.api.member import ORDER_REQUEST
 from sale.api.problems import problem_answer
 from sale.api.request_ids import named, request_id
 from sale.api.routing import refused_by
+from sale.background import kept_up
 from sale.bootstrap import Engine
 from sale.domain import Campaign, Problem, Refused
 from sale.usecases.admission import LATE, TURN
@@ -98,7 +99,7 @@ class Lane:
         self._reads_on = False
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
-        self._sweeper = self.loop.create_task(self._sweep())
+        self._sweeper = self.loop.create_task(kept_up(self._sweep))
         self.crowd = crowd
         self.answers = LaneAnswers(engine.desk, self.is_draining)
         self.overloaded = overloaded_answers()

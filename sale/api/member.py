@@ -30,7 +30,7 @@ from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
 from sale.domain import CAMPAIGN_ID, CampaignState, Order, Problem, Refused, may_meet, rfc3339
 from sale.identity import Member
-from sale.stock.catalogue import CampaignNow, redis_now_ms
+from sale.stock.catalogue import CampaignNow
 from sale.stock.records import read_card
 from sale.usecases.admission import STANDS
 from sale.usecases.orders import live_tickets
@@ -105,7 +105,7 @@ def order_answer(told: Placed | Refused) -> Worded:
 
 async def tell_time(request: web.Request) -> web.Response:
     """GET /api/v1/time."""
-    now_ms = await redis_now_ms(request.app[ENGINE].stores.redis)
+    now_ms = await request.app[ENGINE].catalogue.clock_ms()
     return json_response(TimeView(now=rfc3339(now_ms)), headers=NO_STORE)
 
 

@@ -3,19 +3,24 @@
 import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from sale.cli.runtime import CommandContext, echo, note, overriding, run
 from sale.config import Settings
 
+if TYPE_CHECKING:
+    from sale.stock.batchers import Batchers
+
 LISTEN = click.option("--listen", metavar="H:P", help="Address of the API (port 0: a free one).")
 METRICS = click.option("--metrics-listen", metavar="H:P", help="Address of /metrics.")
 HELD = click.option(
     "--held", is_flag=True, hidden=True, help="Begin once a line comes on standard input."
 )
+RELEASED_POLL_S: Final = 0.02
 RELEASED_WITHIN_S: Final = 10.0
 """Longest that an API process waits for a weak Redis before it may be looked at."""
 
@@ -55,7 +60,7 @@ def serve(context: CommandContext, *, held: bool) -> None:
             ):
                 # A part whose metrics can be read takes purchases (``supervisor.py``). A Redis that
                 # has its file written anew at its start sells a moment later in each API process.
-                await engine.batchers.released(RELEASED_WITHIN_S)
+                await _released(engine.batchers, stop)
                 async with serving_metrics(metrics, engine.registry):
                     await stop.wait()
                     await api.drain()
@@ -148,6 +153,15 @@ def migrate(context: CommandContext) -> None:
         {"applied": applied},
         lambda: click.echo("\n".join(applied) if applied else "nothing to do"),
     )
+
+
+async def _released(batchers: "Batchers", stop: asyncio.Event) -> None:
+    """Wait until nothing halts the sale, bounded, or until ``stop`` is set."""
+    from sale.workers.backoff import pause
+
+    deadline = time.monotonic() + RELEASED_WITHIN_S
+    while batchers.halted and time.monotonic() < deadline and not stop.is_set():
+        await pause(stop, RELEASED_POLL_S)
 
 
 def _tell_ready(address: str) -> None:

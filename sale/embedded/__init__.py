@@ -5,7 +5,15 @@ data directory, durable, and stop with their parent however it ends. Real deploy
 """
 
 from sale.embedded.binaries import EmbeddedError
-from sale.embedded.data_dir import Endpoints, find
-from sale.embedded.servers import EmbeddedServers, running
+from sale.embedded.data_dir import Endpoints, claimed, find
+from sale.embedded.servers import EmbeddedServers, running, running_in
 
-__all__ = ["EmbeddedError", "EmbeddedServers", "Endpoints", "find", "running"]
+__all__ = [
+    "EmbeddedError",
+    "EmbeddedServers",
+    "Endpoints",
+    "claimed",
+    "find",
+    "running",
+    "running_in",
+]

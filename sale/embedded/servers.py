@@ -123,28 +123,42 @@ async def running(
     *,
     redis: bool,
     postgres: bool,
-    meanwhile: Callable[[EmbeddedServers], Coroutine[Any, Any, None]] | None = None,
 ) -> AsyncIterator[EmbeddedServers]:
     """Run the wanted servers on ``data_dir`` and stop them at the end; none is allowed too.
 
-    What dies stays dead unless ``watch`` runs. ``meanwhile`` is done while they start; it knows
-    their endpoints already.
+    What dies stays dead unless ``watch`` runs.
 
     Raises:
         EmbeddedError: the directory or a server cannot be used; one line says why.
 
     """
     with claimed(data_dir) as directory:
-        servers = EmbeddedServers(directory)
-        servers._place(redis=redis, postgres=postgres)  # noqa: SLF001 - its factory
-        works = [servers._start(redis=redis, postgres=postgres)]  # noqa: SLF001
-        if meanwhile is not None:
-            works.append(meanwhile(servers))
-        try:
-            await _together(works)
+        async with running_in(directory, redis=redis, postgres=postgres) as servers:
             yield servers
-        finally:
-            await _uncancelled(servers._stop())  # noqa: SLF001
+
+
+@contextlib.asynccontextmanager
+async def running_in(
+    directory: DataDirectory,
+    *,
+    redis: bool,
+    postgres: bool,
+    meanwhile: Callable[[EmbeddedServers], Coroutine[Any, Any, None]] | None = None,
+) -> AsyncIterator[EmbeddedServers]:
+    """Do the same in a directory that is held already.
+
+    ``meanwhile`` is done while the servers start; it knows their endpoints already.
+    """
+    servers = EmbeddedServers(directory)
+    servers._place(redis=redis, postgres=postgres)  # noqa: SLF001 - its factory
+    works = [servers._start(redis=redis, postgres=postgres)]  # noqa: SLF001
+    if meanwhile is not None:
+        works.append(meanwhile(servers))
+    try:
+        await _together(works)
+        yield servers
+    finally:
+        await _uncancelled(servers._stop())  # noqa: SLF001
 
 
 class _Server:

@@ -1,7 +1,6 @@
 """The batchers of a process, and the calls that they number together."""
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 
 from sale.domain import Campaign
@@ -32,8 +31,6 @@ class Batchers:
         self.halted = ""
         """Why this process sells nothing at all, or ''."""
         self._halts: dict[str, str] = {}
-        self._released = asyncio.Event()
-        self._released.set()
         self.meet = meet
         self._behind_max = behind_max
         self._metrics = metrics
@@ -68,16 +65,6 @@ class Batchers:
         self._halts[by] = why
         self.halted = next(filter(None, self._halts.values()), "")
         self._metrics.halted = bool(self.halted)
-        if self.halted:
-            self._released.clear()
-        else:
-            self._released.set()
-
-    async def released(self, within_s: float) -> None:
-        """Wait until nothing halts the sale, or for so long."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._released.wait()
 
     def saw(self, campaign_id: str, seq: int) -> None:
         """Note an event that this process has told an operator of."""

@@ -97,6 +97,8 @@ class Catalogue:
         self._all: tuple[float, list[CampaignNow]] | None = None
         self._reading: dict[str, asyncio.Task[CampaignNow | None]] = {}
         self._reading_all: asyncio.Task[list[CampaignNow]] | None = None
+        self._clock: tuple[float, int] | None = None
+        self._reading_clock: asyncio.Task[tuple[float, int]] | None = None
 
     def known(self, campaign_id: str) -> Campaign | None:
         """Give the configuration of a campaign that was for sale once; no I/O."""
@@ -128,6 +130,15 @@ class Catalogue:
         if self._reading_all is None or self._reading_all.done():
             self._reading_all = asyncio.create_task(self.read_all())
         return await asyncio.shield(self._reading_all)
+
+    async def clock_ms(self) -> int:
+        """Give milliseconds of the clock that decides openings, asked once in ``FRESH_S``."""
+        clock = self._clock
+        if clock is None or time.monotonic() - clock[0] >= FRESH_S:
+            if self._reading_clock is None or self._reading_clock.done():
+                self._reading_clock = asyncio.create_task(self._read_clock())
+            clock = await asyncio.shield(self._reading_clock)
+        return clock[1] + int((time.monotonic() - clock[0]) * 1_000)
 
     async def read(self, campaign_id: str) -> CampaignNow | None:
         """Read a campaign at once."""
@@ -163,6 +174,11 @@ class Catalogue:
             for now in await read_campaigns(self._redis, unknown):
                 self._keep(now.campaign.id, now, asked_at)
         return {each: self._known[each] for each in campaign_ids_ if each in self._known}
+
+    async def _read_clock(self) -> tuple[float, int]:
+        now_ms = await redis_now_ms(self._redis)
+        self._clock = (time.monotonic(), now_ms)
+        return self._clock
 
     def _keep(self, campaign_id: str, found: CampaignNow | None, asked_at: float) -> None:
         self._now[campaign_id] = (asked_at, found)

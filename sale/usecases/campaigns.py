@@ -214,7 +214,9 @@ class CampaignDesk:
         showing = now.campaign.showing_numbers.get(showing_id)
         if showing is None:
             raise Refused(
-                Problem.INVALID_REQUEST, f"showing: there is no {showing_id!r}", field="showing"
+                Problem.INVALID_REQUEST,
+                f"showing: there is no {showing_id!r}; there is {now.campaign.showings_in_words}",
+                field="showing",
             )
         if not 1 <= add <= STOCK_MAX:
             raise Refused(

@@ -192,11 +192,17 @@ def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) ->
         if len(campaign.showings) == 1:
             return 0
         raise Refused(
-            Problem.INVALID_REQUEST, "showing: say which one, there are several", field="showing"
+            Problem.INVALID_REQUEST,
+            f"showing: say which one of {campaign.showings_in_words}",
+            field="showing",
         )
     number = campaign.showing_numbers.get(showing_id)
     if number is None:
-        raise Refused(Problem.INVALID_REQUEST, "showing: there is no such one", field="showing")
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            f"showing: there is no such one; there is {campaign.showings_in_words}",
+            field="showing",
+        )
     return number
 
 

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 from redis import exceptions as redis_errors
 
+from sale.background import kept_up
 from sale.domain import DAMAGED
 from sale.events import CorruptLedger
 from sale.stock.scripts import Scripts
@@ -48,7 +49,7 @@ class LedgerLag:
     async def watching(self) -> AsyncIterator[None]:
         """Keep the lag right, also while PostgreSQL is away and the writer waits for it."""
         self._watching = True
-        watch = asyncio.create_task(self._watch(), name="ledger-lag")
+        watch = asyncio.create_task(kept_up(self._watch), name="ledger-lag")
         try:
             yield
         finally:

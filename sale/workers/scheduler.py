@@ -20,6 +20,7 @@ from typing import Final
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
 
+from sale.background import kept_up
 from sale.bootstrap import Stores
 from sale.db.absence import POSTGRES_ERRORS, in_words
 from sale.db.offices import SCHEDULER
@@ -140,9 +141,9 @@ class Scheduler:
             )
         ]
         stores = self._stores
-        auditing = asyncio.create_task(self._audit_for_ever(stop))
+        auditing = asyncio.create_task(kept_up(lambda: self._audit_for_ever(stop)))
         asking = asyncio.create_task(
-            StoreWatch(stores.redis, stores.pool, self._metrics.stores).run()
+            kept_up(StoreWatch(stores.redis, stores.pool, self._metrics.stores).run)
         )
         patience = asyncio.create_task(_patience(stop))
         rounds = asyncio.gather(*working)

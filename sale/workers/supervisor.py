@@ -25,7 +25,7 @@ from sale.config import Settings
 from sale.db.absence import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
 from sale.db.pool import CONNECT_TIMEOUT_S, connect
-from sale.embedded import EmbeddedServers, Endpoints, running
+from sale.embedded import EmbeddedServers, Endpoints, claimed, running_in
 from sale.embedded.servers import end, launch_command
 from sale.shared_port import first_address, reserve
 from sale.workers.children import Child, SupervisorError
@@ -83,6 +83,8 @@ async def _run(
     restart: asyncio.Event,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
+        # First: a second system on this directory would find the address taken too.
+        directory = stack.enter_context(claimed(settings.data_dir))
         address = stack.enter_context(_reserved(settings.listen))
         metrics = MergedMetrics()
         metrics_address = await stack.enter_async_context(
@@ -104,8 +106,8 @@ async def _run(
             prepared.set_result((complete, register, children))
 
         servers = await stack.enter_async_context(
-            running(
-                settings.data_dir,
+            running_in(
+                directory,
                 redis=settings.redis_url is None,
                 postgres=settings.database_url is None,
                 meanwhile=prepare,

@@ -575,6 +575,8 @@ def test_given_a_command_line_when_read_then_a_plan_or_a_word_why_not() -> None:
     ):
         with pytest.raises(ValueError, match=f"--{option} {value}: from"):
             plan(f"--{option}", value)
+    with pytest.raises(ValueError, match=r"--first-card 6\.222e\+15: from 0 and below 1e\+12"):
+        plan("--first-card", "6222000000000001")  # a card's whole number
     with pytest.raises(ValueError, match="--redis-url: give --database-url"):
         plan("--redis-url", "redis://127.0.0.1:1")
     with pytest.raises(ValueError, match="http://HOST:PORT"):

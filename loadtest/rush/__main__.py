@@ -47,7 +47,7 @@ _LEAST: Final = 0.001
 _NUMBERS: Final = (
     ("duplicate_share", 0, 1), ("retries", 0, 101), ("connections", 1, math.inf),
     ("queue", 1, math.inf), ("warm", 0, math.inf), ("timeout", _LEAST, math.inf),
-    ("give_up", _LEAST, math.inf), ("cards", 0, math.inf), ("first_card", 0, math.inf),
+    ("give_up", _LEAST, math.inf), ("cards", 0, math.inf), ("first_card", 0, 10**12),
     ("rate", _LEAST, math.inf), ("seconds", _LEAST, math.inf), ("ledger_within", _LEAST, math.inf),
 )  # fmt: skip
 
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--signing-key-file", default="", metavar="FILE", help="mint tokens (no --tokens)"
     )
-    what.add_argument("--first-card", type=int, default=1, help="number of the first minted card")
+    what.add_argument("--first-card", type=int, default=1, help="count minted cards from here")
     what.add_argument(
         "--duplicate-share",
         type=float,

@@ -22,7 +22,7 @@ from loadtest.sampler import discover_processes
 from sale import config
 from sale.config import Settings
 from sale.db.pool import connect
-from sale.embedded import EmbeddedError, find
+from sale.host.embedded import EmbeddedError, find
 from sale.stock.connection import open_redis, product_of
 
 REACH_S: Final = 5.0

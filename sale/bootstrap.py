@@ -14,29 +14,29 @@ import structlog
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from sale import embedded
 from sale.background import kept_up
 from sale.config import Settings, SettingsError
 from sale.db import deployment
-from sale.db.absence import POSTGRES_ERRORS
+from sale.db.errors import POSTGRES_ERRORS
 from sale.db.pool import close_pool, open_pool
-from sale.domain import default_unions_path, load_unions
+from sale.domain.unions import default_unions_path, load_unions
+from sale.host import embedded
+from sale.http.client_address import ClientAddresses
+from sale.http.overload import Admission, files_allow
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
+from sale.members.orders import OwnOrders, TicketCodes
+from sale.members.purchase import PurchaseDesk
+from sale.members.rate import Rate, RateLimits
 from sale.metrics import LoadMetrics, PurchaseMetrics, StoreMetrics, new_registry
+from sale.operators.campaigns import CampaignDesk
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.connection import REDIS_ERRORS, open_redis, product_of, too_old
 from sale.stock.scripts import Scripts
-from sale.usecases.admission import Admission, files_allow
-from sale.usecases.attendance import Attending
-from sale.usecases.campaigns import CampaignDesk
-from sale.usecases.client_address import ClientAddresses
-from sale.usecases.disk_watch import DiskWatch
-from sale.usecases.durability_watch import DurabilityWatch
-from sale.usecases.orders import OwnOrders, TicketCodes
-from sale.usecases.purchase import PurchaseDesk
-from sale.usecases.rate_limits import Rate, RateLimits
-from sale.usecases.store_watch import StoreWatch
+from sale.trust.disk_watch import DiskWatch
+from sale.trust.durability_watch import DurabilityWatch
+from sale.trust.store_watch import StoreWatch
+from sale.trust.witness import Attending
 
 START_PATIENCE_S: Final = 30.0
 START_PAUSE_S: Final = 0.2

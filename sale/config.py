@@ -100,17 +100,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     queue_max: int = 16_384
     purchase_deadline_ms: int = 5_000
 
-    # Plain purchases are served without aiohttp (api/lane.py); off, aiohttp serves every request.
+    # Plain purchases are served without aiohttp (api/fast_path.py); off, aiohttp serves all.
     fast_lane: bool = True
 
-    # Overload (usecases/admission.py): beyond these a process refuses at once. Connections are
+    # Overload (http/overload.py): beyond these a process refuses at once. Connections are
     # also bounded by the files that the process may open; for the others 0 is no bound.
     connections_max: int = 50_000
     turn_max_ms: int = 200
     waiting_max: int = 32_768
     wait_max_ms: int = 1_000
 
-    # Rate limits (usecases/rate_limits.py), in each process: so many a second and so many at once;
+    # Rate limits (members/rate.py), in each process: so many a second and so many at once;
     # 0 a second is no limit. People do not notice them. Of an address only what no valid card
     # answers for is counted, in sums for a large office behind one address.
     card_campaign_per_s: int = 10

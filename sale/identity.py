@@ -25,7 +25,8 @@ import jwt
 import msgspec
 
 from sale.config import SIGNING_KEY_MIN_BYTES, Settings, SettingsError
-from sale.domain import CARD_NO, Problem, Refused
+from sale.domain.card import CARD_NO
+from sale.domain.problem import Problem, Refused
 from sale.files import MissingFile, UnreadableFile, read_bytes, shown
 
 ALGORITHM: Final = "HS256"

@@ -14,9 +14,9 @@ import pytest
 import redis.asyncio
 from service import client, crowd, service  # noqa: F401 - fixtures
 
-from sale import embedded
 from sale.db.migrate import migrate
-from sale.embedded import binaries
+from sale.host import embedded
+from sale.host.embedded import binaries
 from sale.stock.durability import make_whole
 
 SEED = pytest.StashKey[int]()

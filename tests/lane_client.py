@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from sale.api.request_ids import PATTERN
+from sale.http.request_ids import PATTERN
 
 ANSWER_WITHIN_S = 10.0
 UNREADABLE = "this is not a request that can be read"

@@ -17,11 +17,11 @@ from aiohttp.log import server_logger
 from lane_client import Told, Wire
 from service import Client, Service, free_port, in_s, showings
 
-from sale.api import exchange
-from sale.api import lane as lane_module
+from sale.api import fast_path as lane_module
+from sale.api import request
 from sale.api.aiohttp_handler import LoneHandler
 from sale.api.app import Api, listening
-from sale.api.lane import Connection, Lane
+from sale.api.fast_path import Connection, Lane
 from sale.bootstrap import Engine, open_engine
 from sale.config import Settings
 from sale.identity import issue_member_token
@@ -297,6 +297,6 @@ def shorter(**seconds: float) -> Iterator[None]:
     bounds = {"SWEEP_S": 0.02, "HEAD_WITHIN_S": 1.0, "BODY_WITHIN_S": 1.0, **seconds}
     with (
         mock.patch.multiple(lane_module, **bounds),
-        mock.patch.object(exchange, "BODY_WITHIN_S", bounds["BODY_WITHIN_S"]),
+        mock.patch.object(request, "BODY_WITHIN_S", bounds["BODY_WITHIN_S"]),
     ):
         yield

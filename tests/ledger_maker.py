@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from redis.asyncio import Redis
 
-from sale.events import GENESIS, Entry, link
+from sale.ledger.chain import GENESIS, Entry, link
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 
 CAMPAIGN = "five-yuan-films"

@@ -19,7 +19,7 @@ import redis.asyncio
 from stock_maker import Bid, card, key, open_stock
 from stores import redis_servers
 
-from sale.embedded.binaries import find_redis
+from sale.host.embedded.binaries import find_redis
 from sale.stock.connection import product_of
 
 ORDERS, BATCH, CALLS_A_ROUND = 200_000, 250, 5

@@ -31,11 +31,11 @@ import redis.asyncio
 import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from sale import embedded
 from sale.cli.main import sale as root_command
 from sale.cli.runtime import main_entry
 from sale.config import Settings
-from sale.domain import LOCAL_ZONE
+from sale.domain.clock import LOCAL_ZONE
+from sale.host import embedded
 from sale.identity import SigningKey, issue_member_token, load_or_create_signing_key
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,14 +14,14 @@ from sale.bootstrap import Stores
 from sale.config import Settings
 from sale.db import deployment, ledger
 from sale.db.pool import open_pool
-from sale.domain import Campaign
+from sale.domain.campaign import Campaign
+from sale.jobs.scheduler import Scheduler
+from sale.jobs.writer import LedgerWriter
+from sale.operators.campaigns import Actor, CampaignDesk
 from sale.stock.connection import open_redis
 from sale.stock.scripts import Scripts
-from sale.usecases.audit import AuditReport, audit
-from sale.usecases.campaigns import Actor, CampaignDesk
-from sale.usecases.recovery import Recovery, recover
-from sale.workers.ledger_writer import LedgerWriter
-from sale.workers.scheduler import Scheduler
+from sale.trust.audit import AuditReport, audit
+from sale.trust.recover import Recovery, recover
 
 DEADLINE_S = 10.0
 ME = Actor("cli:me")

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
-from sale.domain import Campaign, Showing, from_ms
-from sale.events import GENESIS, Books, Entry, SaleRecord, check_chain, parse_entry
-from sale.stock.bids import pack_bids
+from sale.domain.campaign import Campaign, Showing
+from sale.domain.clock import from_ms
+from sale.ledger.chain import GENESIS, Entry, check_chain, parse_entry
+from sale.ledger.fold import Books, SaleRecord
+from sale.stock.batch_codec import pack_bids
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
+from sale.stock.process_reports import who_is_it
 from sale.stock.records import parse_records
-from sale.stock.roll import who_is_it
 from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Peek, Scripts
 
 CAMPAIGN = "five-yuan-films"

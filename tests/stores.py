@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from sale.embedded.binaries import Program, program_of, wheel_files
+from sale.host.embedded.binaries import Program, program_of, wheel_files
 
 SYSTEM_PATH = "/usr/bin:/usr/sbin:/usr/local/bin"
 

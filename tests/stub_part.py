@@ -10,7 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from sale import config
-from sale.workers.metrics_server import serving_metrics
+from sale.host.metrics_server import serving_metrics
 
 
 async def main(part: str, metrics_listen: str) -> None:

@@ -17,17 +17,16 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sale.api import crowd as crowd_module
-from sale.api import door as door_module
-from sale.api.crowd import Crowd
-from sale.api.door import Door
-from sale.api.exchange import ENGINE
+from sale.api import admit as door_module
+from sale.api.admit import Door
 from sale.api.health import add_health_routes
 from sale.api.member import order_handler
+from sale.api.request import ENGINE
 from sale.api.routing import PurchaseResource, guarded
-from sale.domain import Problem, Refused
-from sale.metrics import LoadMetrics
-from sale.usecases.admission import (
+from sale.domain.problem import Problem, Refused
+from sale.host.metrics_server import _Snapshot
+from sale.http import waiting_line as crowd_module
+from sale.http.overload import (
     CALM_S,
     FILES_RESERVE,
     LATE,
@@ -42,8 +41,9 @@ from sale.usecases.admission import (
     Admission,
     files_allow,
 )
-from sale.usecases.purchase import PurchaseDesk
-from sale.workers.metrics_server import _Snapshot
+from sale.http.waiting_line import Crowd
+from sale.members.purchase import PurchaseDesk
+from sale.metrics import LoadMetrics
 
 TURN_S = 0.05
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

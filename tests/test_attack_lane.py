@@ -16,19 +16,20 @@ from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, card, key
 from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
 
 from sale.db import ledger
-from sale.domain import CampaignState, Refused
+from sale.domain.campaign import CampaignState
+from sale.domain.problem import Refused
+from sale.http.overload import LATE, Admission
 from sale.metrics import PurchaseMetrics
+from sale.operators import campaigns as campaigns_module
+from sale.operators import rehearsal
+from sale.operators.campaigns import CampaignDesk
 from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Purchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
 from sale.stock.keys import campaign_keys
-from sale.stock.line import Line, pack
+from sale.stock.script_connection import Line, pack
 from sale.stock.scripts import Decision, Scripts
-from sale.usecases import campaigns as campaigns_module
-from sale.usecases import rehearsal
-from sale.usecases.admission import LATE, Admission
-from sale.usecases.campaigns import CampaignDesk
 
 DEADLINE_S = 0.5
 

@@ -11,15 +11,15 @@ from test_attendance import apis as the_apis
 from test_attendance import shop as the_shop
 
 from sale.db import claims, ledger
-from sale.events import parse_entry
-from sale.stock import roll
-from sale.stock.kept import Kept
+from sale.ledger.chain import parse_entry
+from sale.stock import process_reports
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision
 from sale.stock.stream import stream_rows
-from sale.usecases.healing import Healing
-from sale.usecases.stalls import Stalls
-from sale.usecases.verification import verify_all
+from sale.stock.unapplied import Kept
+from sale.trust.heal import Healing
+from sale.trust.stalled_ledgers import Stalls
+from sale.trust.verify import verify_all
 
 shop, apis = the_shop, the_apis
 
@@ -103,7 +103,7 @@ async def test_given_a_head_that_is_damaged_then_the_process_goes_on_reporting(
     await shop.redis.hset(head, "seq", seq)
 
     async def reports() -> bool:
-        attended = (await roll.read_roll(shop.redis)).get("a")
+        attended = (await process_reports.read_roll(shop.redis)).get("a")
         return attended is not None and a.batcher.mark.incarnation.startswith(attended.identity)
 
     await until(reports)
@@ -112,10 +112,10 @@ async def test_given_a_head_that_is_damaged_then_the_process_goes_on_reporting(
 async def test_given_who_missed_orders_is_long_dead_then_its_report_shuts_nothing(
     shop: Shop, apis: list[Api]
 ):
-    identity = await roll.who_is_it(shop.redis)
-    missing = {CAMPAIGN: roll.Report(1, 2, 3, handed=False)}
-    attended = roll.Attendance(identity.now_ms - 10_000, str(identity), missing)
-    await roll.report(shop.redis, "dead", attended)
+    identity = await process_reports.who_is_it(shop.redis)
+    missing = {CAMPAIGN: process_reports.Report(1, 2, 3, handed=False)}
+    attended = process_reports.Attendance(identity.now_ms - 10_000, str(identity), missing)
+    await process_reports.report(shop.redis, "dead", attended)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     seqs(await apis[0].buy(1))
 

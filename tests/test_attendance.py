@@ -12,17 +12,17 @@ from shop import CAMPAIGN, Shop, open_shop, until
 from stock_maker import BEHIND_MAX, campaign, card, key
 
 from sale.db import claims
+from sale.lifetime import ended
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision
-from sale.usecases import attendance
-from sale.usecases.attendance import Attending
-from sale.usecases.healing import Healing
-from sale.usecases.verification import verify_all
-from sale.workers.lifetime import ended
+from sale.trust import witness
+from sale.trust.heal import Healing
+from sale.trust.verify import verify_all
+from sale.trust.witness import Attending
 
 MADE = campaign(200, card_limit=3)
 
@@ -354,7 +354,7 @@ async def test_given_postgres_that_is_silent_when_a_process_ends_then_it_ends_al
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "hand_in", silence)
         patch.setattr(apis[0].attending, "_pool", _Ended(shop.pool, ended_pools))
-        patch.setattr(attendance, "HAND_IN_ALL_S", 0.2)
+        patch.setattr(witness, "HAND_IN_ALL_S", 0.2)
         await apis[0].attending.sign_off()
     assert time.monotonic() - began < 3
     assert ended_pools == ["terminated"]

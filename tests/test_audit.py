@@ -11,12 +11,12 @@ from service import command
 from shop import CAMPAIGN, ME, Shop, open_shop
 from stock_maker import NONCE, Bid, campaign, card, key
 
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.scripts import CallReply, Decision, Scripts
-from sale.usecases import audit as audit_module
-from sale.usecases.audit import CouldNotCheck
-from sale.usecases.revocation import sync_all
+from sale.trust import audit as audit_module
+from sale.trust.audit import CouldNotCheck
+from sale.trust.revocation import sync_all
 
 KEYS = campaign_keys(CAMPAIGN)
 FULL_CARDS = f"WHERE card_no = '{card(1)}'"

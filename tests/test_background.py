@@ -11,17 +11,17 @@ from structlog.testing import capture_logs
 
 from sale import background
 from sale.api.app import listening
-from sale.api.lane import Lane
+from sale.api.fast_path import Lane
 from sale.background import kept_up
 from sale.bootstrap import open_engine
 from sale.config import Settings
+from sale.jobs.scheduler import Scheduler
+from sale.jobs.writer_lag import LedgerLag
 from sale.metrics import StoreMetrics
-from sale.usecases.attendance import Attending
-from sale.usecases.disk_watch import DiskWatch
-from sale.usecases.durability_watch import DurabilityWatch
-from sale.usecases.store_watch import StoreWatch, watching
-from sale.workers.ledger_lag import LedgerLag
-from sale.workers.scheduler import Scheduler
+from sale.trust.disk_watch import DiskWatch
+from sale.trust.durability_watch import DurabilityWatch
+from sale.trust.store_watch import StoreWatch, watching
+from sale.trust.witness import Attending
 
 
 @pytest.fixture(autouse=True)

@@ -30,15 +30,15 @@ from stock_maker import (
 )
 from structlog.testing import capture_logs
 
-from sale import embedded
-from sale.domain import Campaign
+from sale.domain.campaign import Campaign
+from sale.host import embedded
 from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
 from sale.stock.batcher import GATHER_AT_LEAST, Answer, AwaitedPurchase, Batcher
 from sale.stock.batchers import Batchers
+from sale.stock.buyer_filter import Suspects
 from sale.stock.connection import open_redis
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts
-from sale.stock.suspects import Suspects
 
 HOUR_MS = 3_600_000
 ANSWER_WITHIN_S = 15.0

@@ -20,11 +20,11 @@ from packaging.utils import canonicalize_name
 from sale import config
 from sale.api.problems import problem_body
 from sale.cli.main import COMMANDS, sale
-from sale.domain import Problem
+from sale.domain.problem import Problem
+from sale.http.client_address import ClientAddresses
+from sale.jobs.scheduler import SchedulerMetrics
+from sale.jobs.writer import LedgerMetrics
 from sale.metrics import LoadMetrics, PurchaseMetrics, new_registry
-from sale.usecases.client_address import ClientAddresses
-from sale.workers.ledger_writer import LedgerMetrics
-from sale.workers.scheduler import SchedulerMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])

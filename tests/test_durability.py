@@ -22,15 +22,15 @@ from sale.api.health import reasons
 from sale.bootstrap import open_stores
 from sale.config import Durability, Settings, SettingsError, load
 from sale.db.pool import close_pool, open_pool
-from sale.embedded.binaries import find_redis
+from sale.host.embedded.binaries import find_redis
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis, product_of, too_old
 from sale.stock.durability import durability_faults, make_whole
 from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
-from sale.usecases import durability_watch
-from sale.usecases.durability_watch import DurabilityWatch
+from sale.trust import durability_watch
+from sale.trust.durability_watch import DurabilityWatch
 
 READY_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 5.0

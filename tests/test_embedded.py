@@ -20,10 +20,10 @@ import asyncpg
 import pytest
 import redis.asyncio as redis_lib
 
-from sale import embedded
-from sale.embedded import binaries, launch
-from sale.embedded.binaries import EmbeddedError, Program
-from sale.embedded.servers import launch_command
+from sale.host import embedded
+from sale.host.embedded import binaries, launch
+from sale.host.embedded.binaries import EmbeddedError, Program
+from sale.host.embedded.servers import launch_command
 
 HOLD = """
 import asyncio, sys

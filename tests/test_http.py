@@ -28,10 +28,10 @@ from service import (
     until,
 )
 
-from sale.api import exchange, pages
+from sale.api import pages, request
 from sale.api.problems import WORDINGS
 from sale.api.routing import guarded
-from sale.domain import Problem
+from sale.domain.problem import Problem
 
 BODY_MAX = 16 * 1024
 JSON = {"Content-Type": "application/json"}
@@ -1006,10 +1006,10 @@ async def _has_one(client: Client, campaign: str) -> bool:
 async def test_given_a_body_that_does_not_arrive_then_it_is_400_and_the_connection_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(exchange, "BODY_WITHIN_S", 0.1)
+    monkeypatch.setattr(request, "BODY_WITHIN_S", 0.1)
 
     async def read(request: web.Request) -> web.Response:
-        return exchange.json_response(await exchange.read_body(request, decoder))
+        return request.json_response(await request.read_body(request, decoder))
 
     decoder = msgspec.json.Decoder(dict[str, int])
     app = web.Application()

@@ -12,7 +12,7 @@ import jwt
 import pytest
 
 from sale.config import Settings, SettingsError
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
 from sale.identity import (
     Member,
     MemberTokens,

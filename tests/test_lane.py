@@ -21,10 +21,10 @@ from lane_requests import Case, all_cases
 from lane_rig import TIME, WISH, Side, World, shorter
 
 from sale.api import admin
+from sale.members.purchase import PurchaseDesk
+from sale.members.rate import Rate, _Buckets
 from sale.stock import catalogue
 from sale.stock.catalogue import read_campaign
-from sale.usecases.purchase import PurchaseDesk
-from sale.usecases.rate_limits import Rate, _Buckets
 
 AT_ONCE = 48
 TRIES = 5

@@ -17,12 +17,12 @@ from lane_client import Told, Wire, until
 from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from lane_rig import TIME, WISH, Member, Side, World, shorter
 
-from sale.api import aiohttp_handler, lane_head
-from sale.api import lane as lane_module
+from sale.api import aiohttp_handler, fast_path_head
+from sale.api import fast_path as lane_module
 from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
-from sale.api.crowd import STAND_S, Crowd
-from sale.api.lane import HELD_FREELY, HELD_MAX, Connection, Lane
-from sale.usecases.admission import QUEUE
+from sale.api.fast_path import HELD_FREELY, HELD_MAX, Connection, Lane
+from sale.http.overload import QUEUE
+from sale.http.waiting_line import STAND_S, Crowd
 
 READ_MAX = 256 * 1024
 """What an event loop reads at once."""
@@ -498,7 +498,7 @@ def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_ow
 ) -> None:
     async def judge() -> None:
         async with world.side(fast_lane=True) as side, side.wire() as one, side.wire() as other:
-            with mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0):
+            with mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0):
                 side.lane.heads._learn_at = 0.0
                 member, told = world.member(), {one: 0, other: 0}
                 for wire, extra in ((one, b"A: b"), (other, b"C: d")) * 10:

@@ -24,17 +24,17 @@ from redis.asyncio import Redis
 from shop import CAMPAIGN, DEADLINE_S, Shop, open_shop, until
 from stock_maker import campaign
 
-from sale.db import offices
+from sale.db import locks
 from sale.db.migrate import migrate, migrations
-from sale.embedded.servers import launch_command
-from sale.events import GENESIS
-from sale.usecases.diagnosis import diagnose
-from sale.workers.leadership import Leadership, LockLost
-from sale.workers.pooling import UnfitProxy
+from sale.host.embedded.servers import launch_command
+from sale.jobs.leadership import Leadership, LockLost
+from sale.jobs.pooling import UnfitProxy
+from sale.ledger.chain import GENESIS
+from sale.operators.diagnosis import diagnose
 
 TAKEN_OVER_S = 3.0
 START_S = 20.0
-OFFICES = {"writer": offices.WRITER, "scheduler": offices.SCHEDULER}
+OFFICES = {"writer": locks.WRITER, "scheduler": locks.SCHEDULER}
 
 
 def socket_of(database_url: str) -> Path:
@@ -51,7 +51,7 @@ def through(database_url: str, directory: Path, port: int = 5432) -> str:
 
 async def seats(conn: Any, part: str) -> dict[str, bool]:
     """Who is connected for the office, by process number, and whether it is active."""
-    found = await offices.seats(conn, OFFICES[part])
+    found = await locks.seats(conn, OFFICES[part])
     return {seat.who.rpartition(":")[2]: seat.active for seat in found}
 
 
@@ -173,7 +173,7 @@ async def test_given_a_writer_that_was_stopped_amid_a_copy_then_the_next_one_doe
     async with open_shop(redis_url, database_url) as shop:
         await shop.create(campaign(10))
         stopped = await asyncpg.connect(
-            database_url, server_settings={"application_name": offices.WRITER_APPLIES}
+            database_url, server_settings={"application_name": locks.WRITER_APPLIES}
         )
         async with asyncio.timeout(TAKEN_OVER_S):
             amid = asyncio.Event()
@@ -198,7 +198,7 @@ class Holder:
     """An office held in this process."""
 
     def __init__(self, database_url: str) -> None:
-        self.leadership = Leadership(database_url, offices.WRITER)
+        self.leadership = Leadership(database_url, locks.WRITER)
         self.stood_by = 0
         self.severed = 0
         self.working = asyncio.Event()
@@ -232,7 +232,7 @@ async def test_given_a_holder_when_its_session_ends_then_its_work_is_dropped_and
     conn = await asyncpg.connect(database_url)
 
     async def one_each() -> bool:
-        active = sorted(each.active for each in await offices.seats(conn, offices.WRITER))
+        active = sorted(each.active for each in await locks.seats(conn, locks.WRITER))
         return other.stood_by > 0 and active == [False, True]
 
     await until(one_each)
@@ -252,7 +252,7 @@ async def test_given_a_holder_that_falls_still_amid_a_heartbeat_then_it_loses_th
     database_url: str, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its session must count as idle at every moment, also where half of a question has come."""
-    monkeypatch.setattr("sale.workers.leadership.ANSWER_TIMEOUT_S", 60.0)  # a stopped one has none
+    monkeypatch.setattr("sale.jobs.leadership.ANSWER_TIMEOUT_S", 60.0)  # a stopped one has none
     listen = f"unix:{short_path / '.s.PGSQL.5432'}"
     async with Proxy(listen, f"unix:{socket_of(database_url)}") as wire:
         stop, holder = asyncio.Event(), Holder(through(database_url, short_path))
@@ -294,13 +294,13 @@ async def test_given_work_whose_cancellation_a_library_loses_when_severed_then_i
         if not sent.done():
             sent.set_result(None)
 
-    leadership = Leadership(database_url, offices.WRITER)
+    leadership = Leadership(database_url, locks.WRITER)
     leading = asyncio.create_task(
         leadership.lead(asyncio.Event(), work, stand_by=lambda: None, sever=sever)
     )
     await asyncio.wait_for(begun.wait(), TAKEN_OVER_S)
     other = await asyncpg.connect(database_url)
-    await offices.expel(other, offices.WRITER.mine())
+    await locks.expel(other, locks.WRITER.mine())
     await other.close()
     with pytest.raises(LockLost):
         await asyncio.wait_for(leading, TAKEN_OVER_S)
@@ -311,7 +311,7 @@ async def test_given_work_whose_cancellation_a_library_loses_when_severed_then_i
 async def test_given_work_that_ends_or_that_does_not_when_told_to_stop_then_the_lock_is_free(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sale.workers.leadership.STOP_PATIENCE_S", 0.1)
+    monkeypatch.setattr("sale.jobs.leadership.STOP_PATIENCE_S", 0.1)
     stop, holder = asyncio.Event(), Holder(database_url)
     await holder.lead(stop, work_s=0.0)
     leading = asyncio.create_task(holder.lead(stop))

@@ -11,7 +11,7 @@ from ledger_maker import CAMPAIGN, NOW_MS, Ledger, card, created, operation, sol
 
 from sale.db import ledger
 from sale.db.ledger import Position, PositionMoved
-from sale.events import GENESIS, CorruptLedger, Entry
+from sale.ledger.chain import GENESIS, CorruptLedger, Entry
 
 Refused = asyncpg.IntegrityConstraintViolationError
 

@@ -10,9 +10,9 @@ from shop import CAMPAIGN, Shop, open_shop, until
 from stock_maker import campaign
 from structlog.testing import capture_logs
 
+from sale.jobs.leadership import LOCK_TIMEOUT_S, Leadership
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import OperationReply, Scripts
-from sale.workers.leadership import LOCK_TIMEOUT_S, Leadership
 
 HEAD = campaign_keys(CAMPAIGN).head
 SOON_S = 2.0

@@ -15,16 +15,17 @@ from stock_maker import campaign
 
 from sale.config import Settings
 from sale.db import ledger
-from sale.domain import Problem, Refused, from_ms
-from sale.events import CorruptLedger, Entry, parse_entry
+from sale.domain.clock import from_ms
+from sale.domain.problem import Problem, Refused
+from sale.jobs.leadership import Leadership
+from sale.jobs.writer import LedgerWriter
+from sale.jobs.writer_metrics import LedgerMetrics
+from sale.ledger.chain import CorruptLedger, Entry, parse_entry
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import freeze
 from sale.stock.scripts import Scripts
 from sale.stock.troubles import read_troubles
-from sale.usecases.verification import verify_all
-from sale.workers.leadership import Leadership
-from sale.workers.ledger_metrics import LedgerMetrics
-from sale.workers.ledger_writer import LedgerWriter
+from sale.trust.verify import verify_all
 
 DEADLINE_S = 8.0
 STREAM = campaign_keys(CAMPAIGN).stream

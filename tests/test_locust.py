@@ -35,7 +35,8 @@ from loadtest.crowd.shape import Phases, Plan, target
 from loadtest.engine import Engine, engine_up, environment
 from loadtest.members import Member
 from loadtest.record import Proof, read
-from sale.domain import default_unions_path, load_unions, parse_campaign
+from sale.domain.campaign import parse_campaign
+from sale.domain.unions import default_unions_path, load_unions
 
 ROOT = Path(__file__).parents[1]
 ROWS = {

@@ -18,7 +18,7 @@ from sale.db.migrate import (
     pending,
 )
 from sale.db.queries import load
-from sale.domain import mask_card
+from sale.domain.card import mask_card
 
 FreshDatabase = Callable[..., Awaitable[str]]
 NAMES = [migration.name for migration in migrations()]

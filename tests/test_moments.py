@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 from service import ADMIN, PAST, Client, Service, campaign_table, in_s
 
-from sale.domain import (
-    MOMENT_MAX,
-    MOMENT_MIN,
-    InvalidCampaign,
-    nearest,
-    parse_campaign_toml,
-    parse_moment,
-    rfc3339,
-    to_ms,
-)
+from sale.domain.campaign import InvalidCampaign, parse_campaign_toml
+from sale.domain.clock import MOMENT_MAX, MOMENT_MIN, nearest, parse_moment, rfc3339, to_ms
 
 OTHER_FORMS = (
     "2030-01-01X09:00:00Z",

@@ -12,7 +12,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from sale.api import schemas
 from sale.api.openapi import build_document
 from sale.api.pages import add_page_routes
-from sale.domain import Order, Ticket
+from sale.domain.order import Order, Ticket
 
 ADMIN = "/api/v1/admin/campaigns"
 CONTRACT = {

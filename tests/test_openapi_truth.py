@@ -14,7 +14,7 @@ import pytest
 from service import ADMIN, CAMPAIGNS, PAST, Client, Service, campaign_table, in_s, new_key
 
 from sale.api.openapi import build_document
-from sale.usecases.campaigns import ACTIONS
+from sale.operators.campaigns import ACTIONS
 
 DOCUMENT: dict[str, Any] = msgspec.json.decode(build_document())
 OPERATIONS = [

@@ -11,7 +11,8 @@ from service import ADMIN, Client, Seen, Service, campaign_table, new_key, showi
 from shop import ME, Shop, open_shop
 from stock_maker import campaign
 
-from sale.domain import CampaignState, Problem, Refused
+from sale.domain.campaign import CampaignState
+from sale.domain.problem import Problem, Refused
 from sale.stock.rebuild import freeze
 
 KEY = "Idempotency-Key"
@@ -157,7 +158,7 @@ async def test_campaign_from_before_the_note_is_the_first(shop: Shop) -> None:
 async def test_repeat_is_unknown_until_postgresql_has_it(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sale.usecases.campaigns.APPLIED_WAIT_S", 0.05)
+    monkeypatch.setattr("sale.operators.campaigns.APPLIED_WAIT_S", 0.05)
     made = campaign(10, 5)
     await shop.desk.create(made, ME, None, "made")
     await shop.applied()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from sale.db.pool import open_pool
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
 from sale.identity import operator_token_hash
-from sale.usecases.operators import (
+from sale.operators.accounts import (
     add_operator,
     authenticate_operator,
     disable_operator,

@@ -11,12 +11,12 @@ from stock_maker import Bid, Stock, campaign, card, key, open_stock
 
 from sale.db import ledger
 from sale.db.pool import open_pool
-from sale.domain import Order
+from sale.domain.order import Order
+from sale.members.orders import OwnOrders, TicketCodes
+from sale.operators.diagnosis import diagnose
 from sale.stock.catalogue import Catalogue
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply
-from sale.usecases.diagnosis import diagnose
-from sale.usecases.orders import OwnOrders, TicketCodes
 
 HIDDEN = 150
 """Drafts, and as many that were deleted."""

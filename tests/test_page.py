@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from sale.api.pages import add_page_routes
-from sale.domain import LOCAL_ZONE
+from sale.domain.clock import LOCAL_ZONE
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 BROWSER_LIMIT_S = 40

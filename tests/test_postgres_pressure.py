@@ -15,11 +15,11 @@ from shop import CAMPAIGN, Shop, open_shop, until
 from stock_maker import campaign
 from structlog.testing import capture_logs
 
-from sale import embedded
-from sale.db import offices
-from sale.db.absence import in_words
+from sale.db import locks
+from sale.db.errors import in_words
+from sale.host import embedded
+from sale.jobs import writer
 from sale.stock.keys import campaign_keys
-from sale.workers import ledger_writer
 
 TRIES_S = 0.5
 """Long enough for several tries, at the waits that a writer begins with."""
@@ -239,7 +239,7 @@ async def test_given_commits_that_take_a_second_then_one_writer_goes_on_and_noth
 async def test_given_a_campaign_that_somebody_has_locked_then_the_others_go_on(
     redis: Redis, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ledger_writer, "ROW_LOCK_TIMEOUT", "100ms")
+    monkeypatch.setattr(writer, "ROW_LOCK_TIMEOUT", "100ms")
     locked, other = Ledger("a-locked-one"), Ledger("green-gift")
     for book in (locked, other):
         await book.append(redis, created(10, campaign_id=book.campaign_id))
@@ -280,6 +280,6 @@ async def test_given_a_long_name_of_a_host_then_the_process_number_is_not_cut_of
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("socket.gethostname", lambda: "h" * 80)
-    mine = offices.SCHEDULER.mine()
-    assert len(mine) == offices.NAME_MAX_BYTES
+    mine = locks.SCHEDULER.mine()
+    assert len(mine) == locks.NAME_MAX_BYTES
     assert mine.endswith(f"h:{os.getpid()}")

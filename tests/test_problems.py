@@ -13,7 +13,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from sale.api.pages import add_page_routes
 from sale.api.problems import WORDINGS, problem_body, problem_headers, problem_response
-from sale.domain import LOCAL_ZONE, Problem, Refused
+from sale.domain.clock import LOCAL_ZONE
+from sale.domain.problem import Problem, Refused
 
 STATUS = {
     "invalid-request": 400,

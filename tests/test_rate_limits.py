@@ -16,15 +16,15 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from service import ORDERS, Card, Client, Service, metric, new_key
 
-from sale.api.exchange import ENGINE
 from sale.api.member import member_of
+from sale.api.request import ENGINE
 from sale.api.routing import add_fallback, guarded, refused_by
 from sale.config import SettingsError, load
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
+from sale.http.client_address import ClientAddresses, first_of
 from sale.identity import MemberTokens, SigningKey, issue_member_token, operator_token_hash
-from sale.usecases import rate_limits
-from sale.usecases.client_address import ClientAddresses, first_of
-from sale.usecases.rate_limits import Rate, RateLimits, TooFast
+from sale.members import rate
+from sale.members.rate import Rate, RateLimits, TooFast
 
 CARD, OTHER = "9901000000000001", "9901000000000002"
 KEY = SigningKey(b"k" * 32)
@@ -112,14 +112,14 @@ def test_given_many_keys_then_full_buckets_are_forgotten_and_others_are_not() ->
 def test_given_more_keys_than_the_bound_then_memory_stays_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rate_limits, "KEYS_MAX", 100)
+    monkeypatch.setattr(rate, "KEYS_MAX", 100)
     kept = limits()
     for number in range(10_000):
         kept.spend_address(f"2001:db8::{number}", 1_000.0)
     assert len(kept._addresses.young) + len(kept._addresses.old) <= 200
     for number in range(3_000):
         kept.spend(CARD, f"campaign-{number}", 1_000.0 + number)
-    assert len(kept._campaigns) <= rate_limits.CAMPAIGNS_MAX
+    assert len(kept._campaigns) <= rate.CAMPAIGNS_MAX
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ async def test_given_an_operators_token_that_was_good_then_no_guesser_shuts_it_o
     assert kept.address_is_out("10.0.0.1", 1_000.0) is not None
     assert kept.address_is_out("10.0.0.1", 1_003.0) is None
     assert kept.remembers(good)
-    for number in range(rate_limits.TOKENS_MAX):
+    for number in range(rate.TOKENS_MAX):
         kept.remember(number.to_bytes(4, "big"), 1_000.0)
     assert not kept.remembers(good)
 
@@ -289,7 +289,7 @@ async def test_token_of_a_disabled_operator_is_charged(
     bearer = {"Authorization": "Bearer sale_op_good"}
     kept.remember(operator_token_hash("sale_op_good"), time.monotonic())
     assert await statuses(client, "/wrong", 20, headers=bearer) == [400] * 20
-    monkeypatch.setattr(rate_limits, "VOUCHED_S", 0.0)
+    monkeypatch.setattr(rate, "VOUCHED_S", 0.0)
     assert await statuses(client, "/wrong", 12, headers=bearer) == [400] * 10 + [429] * 2
 
 

@@ -23,11 +23,11 @@ from sale.api.health import reasons
 from sale.bootstrap import Stores
 from sale.cli.processes import RELEASED_WITHIN_S
 from sale.config import Settings
-from sale.stock import roll
+from sale.stock import process_reports
 from sale.stock.keys import CAMPAIGNS, ROLL, VERIFIED, campaign_keys
+from sale.stock.process_reports import Attendance, call_the_roll, is_gone, report, who_is_it
 from sale.stock.rebuild import freeze
-from sale.stock.roll import Attendance, call_the_roll, is_gone, report, who_is_it
-from sale.usecases.verification import unverified, verify_all
+from sale.trust.verify import unverified, verify_all
 
 NOT_VERIFIED = "campaigns are not verified yet"
 
@@ -219,12 +219,12 @@ async def test_process_that_ended_here_is_not_waited_for(redis: Redis) -> None:
     with subprocess.Popen(  # noqa: ASYNC220 - a moment
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
     ) as other:
-        place = f"{roll._host()} {other.pid} {roll._started(other.pid)}"
+        place = f"{process_reports._host()} {other.pid} {process_reports._started(other.pid)}"
         assert not is_gone(place)
         other.kill()
         other.wait()
     assert is_gone(place)
-    assert not is_gone(roll.own_place())
+    assert not is_gone(process_reports.own_place())
     elsewhere = f"another-host/pid:[1] {other.pid} 1"
     assert not is_gone(elsewhere)
     assert not is_gone("")

@@ -11,15 +11,16 @@ from shop import CAMPAIGN, Shop, open_shop, until
 from stock_maker import BEHIND_MAX, Bid, campaign, card, key, packed
 
 from sale.db import claims
-from sale.domain import Problem, Refused
-from sale.events import GENESIS, Books, Event
+from sale.domain.problem import Problem, Refused
+from sale.ledger.chain import GENESIS, Event
+from sale.ledger.fold import Books
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
 from sale.stock.rebuild import freeze
 from sale.stock.records import read_card
 from sale.stock.scripts import CallReply, Decision, Scripts
-from sale.usecases.lost_numbers import refill
-from sale.usecases.recovery import Unsafe
-from sale.usecases.verification import verify_all
+from sale.trust.recover import Unsafe
+from sale.trust.refill import refill
+from sale.trust.verify import verify_all
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
 
 
 def _who():  # type: ignore[no-untyped-def]
-    from sale.usecases.campaigns import Actor
+    from sale.operators.campaigns import Actor
 
     return Actor("cli:me"), "wanted"
 

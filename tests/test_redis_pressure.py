@@ -22,13 +22,13 @@ from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key, until
 from shop import Shop, open_shop
 from test_drain import another_api
 
-from sale import embedded
-from sale.embedded import EmbeddedError, servers
+from sale.host import embedded
+from sale.host.embedded import EmbeddedError, servers
+from sale.host.supervisor import _Register
 from sale.metrics import PurchaseMetrics
 from sale.stock.batchers import Batchers
 from sale.stock.scripts import Scripts
-from sale.usecases.disk_watch import SPARE_MB, DiskWatch, free_mb, redis_directory
-from sale.workers.supervisor import _Register
+from sale.trust.disk_watch import SPARE_MB, DiskWatch, free_mb, redis_directory
 
 TAKEN_MB = 512
 DEADLINE_S = 1.5

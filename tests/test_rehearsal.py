@@ -29,33 +29,24 @@ from sale.cli.rehearsal_report import Outcome, show
 from sale.config import Settings
 from sale.db import claims, rehearsals
 from sale.db.claims import Claim
-from sale.domain import (
-    CARD_NO,
-    REHEARSAL_UNION,
-    Campaign,
-    InvalidCampaign,
-    Problem,
-    Refused,
-    default_unions_path,
-    is_made_up,
-    load_unions,
-    may_meet,
-    parse_campaign,
-)
+from sale.domain.campaign import Campaign, InvalidCampaign, parse_campaign
+from sale.domain.card import CARD_NO, is_made_up, may_meet
+from sale.domain.problem import Problem, Refused
+from sale.domain.unions import REHEARSAL_UNION, default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey
 from sale.metrics import PurchaseMetrics
+from sale.operators.diagnosis import diagnose
+from sale.operators.rehearsal import ID_MAX, Rehearsals, made_up_cards, rehearsal_id, tokens
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue, campaign_ids, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import Decision
-from sale.usecases.attendance import Attending
-from sale.usecases.diagnosis import diagnose
-from sale.usecases.healing import Healing
-from sale.usecases.recovery import recover
-from sale.usecases.rehearsal import ID_MAX, Rehearsals, made_up_cards, rehearsal_id, tokens
-from sale.usecases.verification import verify_all
+from sale.trust.heal import Healing
+from sale.trust.recover import recover
+from sale.trust.verify import verify_all
+from sale.trust.witness import Attending
 
 KEY = SigningKey(b"k" * 32)
 TABLES = ("event", "orders", "card_use", "showing", "conflict", "handed_in")
@@ -310,7 +301,7 @@ async def test_given_a_purge_that_died_when_repeated_then_it_goes_on_and_the_aud
         raise ConnectionError("died")
 
     with monkeypatch.context() as patched:
-        patched.setattr("sale.usecases.rehearsal.remove_rehearsal", die)
+        patched.setattr("sale.operators.rehearsal.remove_rehearsal", die)
         with pytest.raises(ConnectionError):
             await play.purge(made.id)
     assert (await play.rows(made.id))["event"] > 8

@@ -13,19 +13,13 @@ import pytest
 
 from sale.db.pool import open_pool
 from sale.db.roster import changes_since, current_rev, inactive_cards, set_status
-from sale.domain import Refused, default_unions_path, load_unions, parse_campaign_toml
+from sale.domain.campaign import parse_campaign_toml
+from sale.domain.problem import Refused
+from sale.domain.unions import default_unions_path, load_unions
 from sale.files import opened_large
 from sale.identity import MemberTokens, SigningKey, card_tag
-from sale.usecases.roster import (
-    HEADER,
-    ImportReport,
-    import_cards,
-    restore,
-    revoke,
-    show,
-    tokens,
-)
-from sale.usecases.sample_roster import sample
+from sale.operators.roster import HEADER, ImportReport, import_cards, restore, revoke, show, tokens
+from sale.operators.sample_roster import sample
 
 KEY = SigningKey(b"k" * 32)
 UNIONS = load_unions(default_unions_path())

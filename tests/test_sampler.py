@@ -14,7 +14,7 @@ import pytest
 from loadtest.sampler import SAMPLES_MAX, UNREAD, Sampler, discover_processes, read_metrics
 from loadtest.surroundings import describe, plain_settings, plain_url
 from sale.config import Settings
-from sale.workers.metrics_server import serving_metrics
+from sale.host.metrics_server import serving_metrics
 
 LIMIT_S = 10.0
 BUSY = "while True: pass"

@@ -17,17 +17,18 @@ from redis.exceptions import RedisError
 from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import Bid, campaign, card, key
 
-from sale import embedded
 from sale.db import ledger
-from sale.domain import CampaignState, Refused
+from sale.domain.campaign import CampaignState
+from sale.domain.problem import Refused
+from sale.host import embedded
+from sale.jobs import scheduler as scheduler_module
+from sale.jobs.scheduler import Scheduler
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import freeze
 from sale.stock.scripts import CallReply, Decision
-from sale.usecases import store_watch
-from sale.usecases.audit import AuditReport, CampaignAudit, Finding
-from sale.usecases.revocation import sync_all
-from sale.workers import scheduler as scheduler_module
-from sale.workers.scheduler import Scheduler
+from sale.trust import store_watch
+from sale.trust.audit import AuditReport, CampaignAudit, Finding
+from sale.trust.revocation import sync_all
 
 SELLS_AGAIN_S = 2.0
 FOLLOWS_S = 1.0

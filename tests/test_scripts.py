@@ -24,8 +24,8 @@ from stock_maker import (
     told,
 )
 
-from sale.domain import STOCK_MAX
-from sale.events import CorruptLedger
+from sale.domain.campaign import STOCK_MAX
+from sale.ledger.chain import CorruptLedger
 from sale.stock.catalogue import read_campaign
 from sale.stock.records import RECORD_BYTES, parse_records, read_card
 from sale.stock.scripts import CallReply, Decision, Scripts, Untrusted

@@ -16,8 +16,8 @@ from service import Service
 
 from sale.api.app import listen_on
 from sale.config import StartError
+from sale.host.metrics_server import MetricsAddressError, bound_metrics, serving_metrics
 from sale.shared_port import claim, reserve
-from sale.workers.metrics_server import MetricsAddressError, bound_metrics, serving_metrics
 
 PARTS = ("serve", "writer", "scheduler")
 

@@ -27,17 +27,18 @@ from stock_maker import BEHIND_MAX, Bid, Stock, campaign, card, key, now_ms, ope
 
 from sale.db import ledger
 from sale.db.pool import open_pool
-from sale.events import GENESIS, SOLD, Event, check_chain, parse_entry
+from sale.ledger.chain import GENESIS, Event, check_chain, parse_entry
+from sale.ledger.kinds import SOLD
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
-from sale.stock.roll import hear
+from sale.stock.process_reports import hear
 from sale.stock.scripts import CallReply, Decision, Scripts
-from sale.usecases import verification
-from sale.usecases.audit import audit
-from sale.usecases.revocation import sync_campaign
+from sale.trust import verify
+from sale.trust.audit import audit
+from sale.trust.revocation import sync_campaign
 
 if TYPE_CHECKING:
     import asyncpg
@@ -367,7 +368,7 @@ class Sale(RuleBasedStateMachine):
     async def _verified(self) -> None:
         redis, pool = self.rig.redis, self.rig.pool
         roll = await hear(redis)
-        assert await verification.verify(redis, self.scripts, pool, self.id, roll)
+        assert await verify.verify(redis, self.scripts, pool, self.id, roll)
 
     # The writer -----------------------------------------------------------------------------------
 

@@ -57,7 +57,7 @@ def test_up_outlives_its_output(
 ) -> None:
     stub = Path(__file__).with_name("stub_part.py")
     program = (
-        "import sys; from sale.workers import supervisor; from sale.cli import main\n"
+        "import sys; from sale.host import supervisor; from sale.cli import main\n"
         f"supervisor.run.__kwdefaults__['command'] = (sys.executable, {str(stub)!r})\n"
         "main.main()\n"
     )

@@ -23,9 +23,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from sale import bootstrap, config
 from sale.api.app import listen_on
-from sale.workers import supervisor
-from sale.workers.metrics_server import MergedMetrics, MetricsAddressError, serving_metrics
-from sale.workers.supervisor import SupervisorError
+from sale.host import supervisor
+from sale.host.metrics_server import MergedMetrics, MetricsAddressError, serving_metrics
+from sale.host.supervisor import SupervisorError
 
 STUB = (sys.executable, str(Path(__file__).with_name("stub_part.py")))
 
@@ -232,7 +232,7 @@ async def test_given_a_new_process_that_does_not_come_up_then_the_old_one_stays(
 @pytest.mark.fault
 def test_given_a_terminal_that_goes_away_then_that_is_the_end_and_not_a_restart() -> None:
     program = (
-        "import asyncio, os, sys; from sale.workers.lifetime import told_to_restart\n"
+        "import asyncio, os, sys; from sale.lifetime import told_to_restart\n"
         "os.setsid(); os.open(sys.argv[1], os.O_RDWR)\n"
         "async def main():\n"
         "    stop = asyncio.Event()\n"
@@ -334,7 +334,7 @@ async def test_given_a_part_that_never_starts_then_it_is_named(system: System) -
 async def test_given_the_supervisor_killed_then_nothing_is_left_running(short_path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from sale import config;"
-        "from sale.workers import supervisor; import uvloop;"
+        "from sale.host import supervisor; import uvloop;"
         "settings = config.load(environment={}, data_dir=Path(sys.argv[1]),"
         " listen='127.0.0.1:0', metrics_listen='127.0.0.1:0');"
         "uvloop.run(supervisor.run(settings, on_ready=lambda url: print('ready', url, flush=True),"

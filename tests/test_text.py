@@ -5,14 +5,9 @@ from typing import Any
 
 import pytest
 
-from sale.domain import (
-    REASON_MAX,
-    InvalidCampaign,
-    account_name,
-    load_unions,
-    parse_campaign,
-    shown_text,
-)
+from sale.domain.campaign import InvalidCampaign, parse_campaign
+from sale.domain.text import REASON_MAX, account_name, shown_text
+from sale.domain.unions import load_unions
 
 FOOLING = [
     *("", " ", "\u3000", "\xa0\u3000 "),

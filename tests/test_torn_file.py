@@ -18,7 +18,7 @@ from shop import Shop, open_shop, until
 from stock_maker import Bid, campaign, card, key
 from test_durability import Server, faults, server, whole
 
-from sale.embedded.binaries import find_redis
+from sale.host.embedded.binaries import find_redis
 from sale.stock.durability import make_whole, rewrite_trouble
 from sale.stock.keys import WHOLE
 from sale.stock.scripts import Decision

@@ -10,7 +10,7 @@ from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, in_s, metric, unt
 from stock_maker import operation
 
 from sale.db import deployment
-from sale.events import link
+from sale.ledger.chain import link
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
 

@@ -8,8 +8,8 @@ from service import ADMIN, Client, Seen, Service, campaign_table, in_s
 
 from sale.bootstrap import open_stores
 from sale.config import Settings
-from sale.usecases.campaigns import Actor
-from sale.usecases.rehearsal import Rehearsals
+from sale.operators.campaigns import Actor
+from sale.operators.rehearsal import Rehearsals
 
 AUDIT_LOG = "/api/v1/admin/audit-log"
 OWNER = "dongsi"

@@ -20,8 +20,8 @@ from importlib.resources import files
 
 from sale.api.pages import add_page_routes
 from sale.db import migrate, queries
-from sale.domain import default_unions_path, load_unions
-from sale.embedded import launch
+from sale.domain.unions import default_unions_path, load_unions
+from sale.host.embedded import launch
 from sale.stock import scripts
 
 home = Path(sys.argv[1])

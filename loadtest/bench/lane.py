@@ -24,22 +24,22 @@ from rich.table import Table
 from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
 from loadtest.bench.tables import wide_console
 from loadtest.members import Mint
-from sale.api.crowd import Crowd
-from sale.api.exchange import bearer_token, checked_key, decode_body
-from sale.api.lane import Connection, Lane
-from sale.api.lane_head import HeadReader
-from sale.api.lane_wire import rendered
+from sale.api.fast_path import Connection, Lane
+from sale.api.fast_path_head import HeadReader
 from sale.api.member import ORDER_REQUEST, order_answer
-from sale.domain import Campaign, Showing
+from sale.api.request import bearer_token, checked_key, decode_body
+from sale.domain.campaign import Campaign, Showing
+from sale.http.overload import Admission
+from sale.http.waiting_line import Crowd
+from sale.http.wire import rendered
 from sale.identity import MemberTokens, SigningKey, issue_member_token
+from sale.members.orders import TicketCodes, key_hash
+from sale.members.purchase import Placed, PurchaseDesk
+from sale.members.rate import Rate, RateLimits
 from sale.metrics import PurchaseMetrics
+from sale.stock.batch_codec import pack_bids
 from sale.stock.batcher import Answer, Batcher, Mark, Purchase
-from sale.stock.bids import pack_bids
 from sale.stock.scripts import Decision
-from sale.usecases.admission import Admission
-from sale.usecases.orders import TicketCodes, key_hash
-from sale.usecases.purchase import Placed, PurchaseDesk
-from sale.usecases.rate_limits import Rate, RateLimits
 
 BATCH: Final = 256
 BATCHES: Final = 40

@@ -23,7 +23,7 @@ import redis.asyncio
 
 from loadtest.bench.rig import SIGNING_KEY, pin, ready, spawn
 from loadtest.engine import EngineError, free_address, stop
-from sale.embedded import running
+from sale.host.embedded import running
 
 NPM_S: Final = 180.0
 FIRST_PORT: Final = 18_280

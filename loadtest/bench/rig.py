@@ -24,12 +24,12 @@ from loadtest.wire import get_request
 from sale.bootstrap import open_stores
 from sale.config import Settings
 from sale.db.pool import connect
-from sale.domain import parse_campaign_toml
-from sale.embedded import EmbeddedServers, running
-from sale.embedded.servers import launch_command
+from sale.domain.campaign import parse_campaign_toml
+from sale.host.embedded import EmbeddedServers, running
+from sale.host.embedded.servers import launch_command
 from sale.identity import SigningKey, issue_member_token
+from sale.operators.campaigns import Actor, CampaignDesk
 from sale.stock.keys import campaign_keys
-from sale.usecases.campaigns import Actor, CampaignDesk
 
 READY_S: Final = 60.0
 WRITTEN_S: Final = 120.0

@@ -1,10 +1,11 @@
 """What the purchase script's shape costs: how a batch goes in, how answers come out, on what line.
 
-Goal: figures for the choices that stand in the header of ``purchase.lua`` and in ``stock/line.py``,
-repeatable with ``python -m loadtest.bench.shapes``. Each shape is the real script with the one line
-changed that reads its arguments, or that gives its answers, run in turn with the others on the same
-Redis; of several rounds the least is told. Redis' time is its own ``usec_per_call``, so it has no
-share of an idle core; the client's is packing a batch and reading the reply with hiredis.
+Goal: figures for the choices in the header of ``purchase.lua`` and in
+``stock/script_connection.py``, repeatable with ``python -m loadtest.bench.shapes``. Each shape is
+the real script with the one line changed that reads its arguments, or that gives its answers, run
+in turn with the others on the same Redis; of several rounds the least is told. Redis' time is its
+own ``usec_per_call``, so it has no share of an idle core; the client's is packing a batch and
+reading the reply with hiredis.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ from loadtest.bench.__main__ import bench_up
 from loadtest.bench.measure import STOCK, TINY, Bench
 from loadtest.bench.tables import wide_console
 from sale.stock.keys import campaign_keys
-from sale.stock.line import Line, pack
+from sale.stock.script_connection import Line, pack
 from sale.stock.scripts import PEEK, PURCHASE
 
 BATCHES: Final = (1, 32, 256)
@@ -181,7 +182,7 @@ class Comparing:
                 cost.note(batch, *await self._measure(line, shape, batch))
         await self.redis.script_load(PEEK.source)
         call_us = {
-            "a connection of our own (stock/line.py)": await self._call_us(line.call),
+            "a connection of our own (stock/script_connection.py)": await self._call_us(line.call),
             "redis-py": await self._call_us(self._by_redis_py),
         }
         await line.close()

@@ -17,7 +17,7 @@ from typing import Final
 from loadtest.books.answers import Answer
 from loadtest.books.ledger import Books, OrderRow
 from loadtest.record import Finding
-from sale.domain import mask_card
+from sale.domain.card import mask_card
 
 FINDINGS_MAX: Final = 1_000
 """A broken run would otherwise fill memory and terminal with the same finding."""

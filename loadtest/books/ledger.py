@@ -12,7 +12,7 @@ import msgspec
 
 from loadtest.books.answers import Answer
 from sale.db.pool import connect
-from sale.domain import order_number, parse_order_number
+from sale.domain.order import order_number, parse_order_number
 from sale.store_urls import BadUrl
 
 CONNECT_S: Final = 10.0

@@ -18,7 +18,7 @@ from loadtest.engine import EngineError, engine_settings, environment, find_data
 from loadtest.record import Finding, Proof
 from sale import config
 from sale.config import Settings
-from sale.embedded import find
+from sale.host.embedded import find
 
 AUDIT_S: Final = 600.0
 AUDIT_FINDINGS_MAX: Final = 200

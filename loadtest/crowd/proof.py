@@ -32,8 +32,8 @@ from loadtest.record import RECORD_NAME, Finding, Percentile, Proof, Record, Sam
 from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
 from sale.cli.terminal import take_any_character
 from sale.db.pool import connect
-from sale.embedded import EmbeddedError
 from sale.files import LARGE_MAX_BYTES, read_json
+from sale.host.embedded import EmbeddedError
 
 _LOOP: Final[dict[str, str | int | float]] = {"loop": "closed", "latency": "from the first try"}
 REPORT_NAME: Final = "report.html"

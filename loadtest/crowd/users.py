@@ -15,7 +15,7 @@ from locust.user.task import LOCUST_STATE_STOPPING
 from loadtest.books.answers import Answer, read_answer
 from loadtest.crowd.run import RUN
 from loadtest.wire import TOO_MANY, asks_again
-from sale.domain import mask_card
+from sale.domain.card import mask_card
 
 LOOKS_MAX: Final = 20
 CLOCK_LOOKS: Final = 2

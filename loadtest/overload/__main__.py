@@ -26,7 +26,7 @@ from loadtest.overload.idle import Idle, idle, print_idle
 from loadtest.overload.measure import Overload, Overloading, Plan
 from loadtest.overload.tables import print_overload
 from loadtest.wire import ProtocolError
-from sale.usecases.admission import files_allow
+from sale.http.overload import files_allow
 
 SECONDS_MIN = 2.0
 

@@ -33,7 +33,7 @@ from loadtest.rush.summary import fill
 from loadtest.rush.tally import Bounds
 from loadtest.rush.worker import summed_up
 from loadtest.wire import Response, ResponseParser, get_request
-from sale.usecases.admission import files_allow
+from sale.http.overload import files_allow
 
 CAMPAIGN: Final = "idle"
 RATE: Final = 500.0

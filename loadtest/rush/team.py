@@ -38,7 +38,7 @@ from loadtest.sampler import Sampler, discover_processes
 from loadtest.surroundings import describe
 from loadtest.wire import ProtocolError, get_request, problem_code
 from sale.config import SettingsError
-from sale.embedded.servers import launch_command
+from sale.host.embedded.servers import launch_command
 from sale.identity import load_or_create_signing_key
 
 READY_S: Final = 120.0

@@ -6,7 +6,8 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from sale.api.exchange import (
+from sale.api.charge import refuse_guessers
+from sale.api.request import (
     ENCODER,
     ENGINE,
     KEY_HEADER,
@@ -20,7 +21,6 @@ from sale.api.exchange import (
     page_limit,
     read_body,
 )
-from sale.api.limits import refuse_guessers
 from sale.api.routing import Handler, guarded
 from sale.api.schemas import (
     AuditEntryView,
@@ -33,18 +33,13 @@ from sale.api.schemas import (
 )
 from sale.api.views import campaign_view, remaining_views
 from sale.db import ledger
-from sale.domain import (
-    CAMPAIGN_ID,
-    InvalidCampaign,
-    Problem,
-    Refused,
-    parse_campaign,
-    rfc3339,
-)
+from sale.domain.campaign import CAMPAIGN_ID, InvalidCampaign, parse_campaign
+from sale.domain.clock import rfc3339
+from sale.domain.problem import Problem, Refused
 from sale.identity import operator_token_hash
+from sale.operators.accounts import authenticate_operator
+from sale.operators.campaigns import ACTIONS, Actor, moment_ms
 from sale.stock.catalogue import CampaignNow
-from sale.usecases.campaigns import ACTIONS, Actor, moment_ms
-from sale.usecases.operators import authenticate_operator
 
 AUDIT_READERS: Final = frozenset({"admin", "auditor", "operator"})
 

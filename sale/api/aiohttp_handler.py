@@ -24,13 +24,13 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from sale.api.charge import charged
 from sale.api.head_rules import refusal_of_head, refusal_of_unreadable
-from sale.api.lane_wire import SERVER, rendered
-from sale.api.limits import charged
 from sale.api.problems import problem_answer, problem_response
-from sale.api.request_ids import HEADER, REQUEST_ID, name_request, named
 from sale.bootstrap import Engine
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
+from sale.http.request_ids import HEADER, REQUEST_ID, name_request, named
+from sale.http.wire import SERVER, rendered
 
 KEEPALIVE_S: Final = 75.0
 UNREAD_WITHIN_S: Final = 30.0

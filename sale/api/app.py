@@ -19,17 +19,17 @@ import structlog
 from aiohttp import web
 
 from sale.api.admin import add_admin_routes
+from sale.api.admit import Door
 from sale.api.aiohttp_handler import Handler, LoneHandler
-from sale.api.crowd import Crowd
-from sale.api.door import Door
-from sale.api.exchange import BODY_MAX, ENGINE
+from sale.api.fast_path import Connection, Lane
 from sale.api.health import add_health_routes
-from sale.api.lane import Connection, Lane
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
+from sale.api.request import BODY_MAX, ENGINE
 from sale.api.routing import add_fallback
 from sale.bootstrap import Engine
 from sale.config import StartError
+from sale.http.waiting_line import Crowd
 from sale.shared_port import claim, first_address
 
 BACKLOG: Final = 4_096

@@ -2,7 +2,7 @@
 
 aiohttp takes some heads that two readers may understand differently, or that mean nothing here: a
 proxy in front may use the first of two tokens, the engine the second. Each is one refusal, and its
-connection is closed behind it. The fast lane takes none of these heads (``lane_head.py``).
+connection is closed behind it. The fast lane takes none of these heads (``fast_path_head.py``).
 """
 
 import re
@@ -12,7 +12,7 @@ from aiohttp import HttpVersion10, HttpVersion11, hdrs
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.http_parser import RawRequestMessage
 
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
 
 METHODS: Final = ("DELETE", "GET", "HEAD", "POST")
 """All that any address here takes."""

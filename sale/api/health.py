@@ -7,16 +7,16 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from sale.api.exchange import ENGINE, NO_STORE, json_response
+from sale.api.request import ENGINE, NO_STORE, json_response
 from sale.api.routing import guarded
 from sale.api.schemas import HealthView
 from sale.bootstrap import Stores
-from sale.db.absence import POSTGRES_ERRORS
+from sale.db.errors import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
 from sale.stock.connection import REDIS_ERRORS
 from sale.stock.durability import durability_faults
 from sale.stock.troubles import TELLERS, read_troubles
-from sale.usecases.verification import unverified
+from sale.trust.verify import unverified
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5

@@ -6,8 +6,10 @@ from typing import Final
 import msgspec
 from aiohttp import hdrs, web
 
-from sale.api.door import Crowded, Door
-from sale.api.exchange import (
+from sale.api.admit import Crowded, Door
+from sale.api.charge import refuse_exhausted
+from sale.api.problems import Worded, problem_answer
+from sale.api.request import (
     ENCODER,
     ENGINE,
     KEY_HEADER,
@@ -22,20 +24,22 @@ from sale.api.exchange import (
     read_body,
     tagged_response,
 )
-from sale.api.limits import refuse_exhausted
-from sale.api.problems import Worded, problem_answer
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
 from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
-from sale.domain import CAMPAIGN_ID, CampaignState, Order, Problem, Refused, may_meet, rfc3339
+from sale.domain.campaign import CAMPAIGN_ID, CampaignState
+from sale.domain.card import may_meet
+from sale.domain.clock import rfc3339
+from sale.domain.order import Order
+from sale.domain.problem import Problem, Refused
+from sale.http.overload import STANDS
 from sale.identity import Member
+from sale.members.orders import live_tickets
+from sale.members.purchase import Placed, PurchaseDesk
+from sale.members.rate import TooFast
 from sale.stock.catalogue import CampaignNow
 from sale.stock.records import read_card
-from sale.usecases.admission import STANDS
-from sale.usecases.orders import live_tickets
-from sale.usecases.purchase import Placed, PurchaseDesk
-from sale.usecases.rate_limits import TooFast
 
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
 

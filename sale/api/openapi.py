@@ -11,8 +11,10 @@ import msgspec
 
 from sale.api import schemas
 from sale.api.problems import CONTENT_TYPE, WORDINGS
-from sale.api.request_ids import HEADER, PATTERN
-from sale.domain import CAMPAIGN_ID, Order, Problem
+from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.order import Order
+from sale.domain.problem import Problem
+from sale.http.request_ids import HEADER, PATTERN
 
 _LIMIT: Final = {
     "name": "limit",

@@ -16,11 +16,11 @@ from typing import Final, NamedTuple
 
 from aiohttp import hdrs, web
 
-from sale.api.exchange import accepts_gzip, has_already
 from sale.api.openapi import build_document
 from sale.api.problems import WORDINGS, problem_response
+from sale.api.request import accepts_gzip, has_already
 from sale.api.routing import guarded
-from sale.domain import Problem, Refused
+from sale.domain.problem import Problem, Refused
 
 HTML: Final = "text/html"
 SECURITY_HEADERS: Final = {

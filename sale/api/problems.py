@@ -19,8 +19,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from aiohttp import hdrs, web
 
-from sale.domain import LOCAL_ZONE, Problem, Refused
-from sale.usecases.rate_limits import TooFast
+from sale.domain.clock import LOCAL_ZONE
+from sale.domain.problem import Problem, Refused
+from sale.members.rate import TooFast
 
 CONTENT_TYPE: Final = "application/problem+json"
 RETRY_AFTER_MAX_S: Final = 86_400

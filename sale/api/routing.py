@@ -12,12 +12,13 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from sale.api.exchange import ENGINE, BodyLate
-from sale.api.limits import admit, charged
+from sale.api.charge import admit, charged
 from sale.api.problems import problem_response
-from sale.api.request_ids import REQUEST_ID
+from sale.api.request import ENGINE, BodyLate
 from sale.bootstrap import STORE_ERRORS
-from sale.domain import CAMPAIGN_ID, Problem, Refused
+from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.problem import Problem, Refused
+from sale.http.request_ids import REQUEST_ID
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

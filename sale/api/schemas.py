@@ -11,18 +11,9 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 import msgspec
 from msgspec import Meta
 
-from sale.domain import (
-    CARD_LIMIT_MAX,
-    CATEGORIES,
-    PRICE_MAX_FEN,
-    REASON_MAX,
-    SHOWINGS_MAX,
-    STOCK_MAX,
-    TITLE_MAX,
-    Count,
-    Fen,
-    Time,
-)
+from sale.domain.campaign import CARD_LIMIT_MAX, CATEGORIES, PRICE_MAX_FEN, SHOWINGS_MAX, STOCK_MAX
+from sale.domain.order import Count, Fen, Time
+from sale.domain.text import REASON_MAX, TITLE_MAX
 
 Item = TypeVar("Item")
 

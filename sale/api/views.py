@@ -1,7 +1,7 @@
 """Campaigns in the words of the contract, for members and operators alike."""
 
 from sale.api.schemas import CampaignView, RemainingView, ShowingView
-from sale.domain import rfc3339
+from sale.domain.clock import rfc3339
 from sale.stock.catalogue import CampaignNow
 
 

@@ -17,10 +17,12 @@ from sale.cli.runtime import (
     note,
     run,
 )
-from sale.domain import CampaignState, InvalidCampaign, Refused, parse_campaign_toml, rfc3339
+from sale.domain.campaign import CampaignState, InvalidCampaign, parse_campaign_toml
+from sale.domain.clock import rfc3339
+from sale.domain.problem import Refused
 from sale.files import read_text, shown
+from sale.operators.campaigns import Actor, CampaignDesk, moment_ms
 from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
-from sale.usecases.campaigns import Actor, CampaignDesk, moment_ms
 
 REASON = click.option("--reason", help="Why, for the audit log.")
 REASON_REQUIRED = click.option("--reason", required=True, help="Why, for the audit log.")

@@ -25,12 +25,14 @@ from sale.cli.runtime import (
 )
 from sale.cli.terminal import as_utf8, megabytes, nobody_reads, progress
 from sale.config import SettingsError
-from sale.domain import default_unions_path, load_unions, mask_card, rfc3339, to_ms
+from sale.domain.card import mask_card
+from sale.domain.clock import rfc3339, to_ms
+from sale.domain.unions import default_unions_path, load_unions
 from sale.files import Source, opened_large, shown
 from sale.identity import SigningKey, card_tag
-from sale.usecases import roster
-from sale.usecases.roster import Card, ImportReport, NamedLine
-from sale.usecases.sample_roster import SAMPLE_MAX, sample
+from sale.operators import roster
+from sale.operators.roster import Card, ImportReport, NamedLine
+from sale.operators.sample_roster import SAMPLE_MAX, sample
 
 PROGRESS_ROWS: Final = 1_000
 LINES_TOLD: Final = 5
@@ -243,7 +245,7 @@ def _after_change(context: CommandContext, pool: Any, done: str) -> roster.After
         from sale.db import deployment
         from sale.stock.connection import open_redis
         from sale.stock.scripts import Scripts
-        from sale.usecases.revocation import sync_all
+        from sale.trust.revocation import sync_all
 
         redis = open_redis(store_urls(context.settings)[0], max_connections=2)
         try:

@@ -17,11 +17,11 @@ from sale.cli.runtime import (
     run,
 )
 from sale.cli.terminal import progress
-from sale.domain import Refused
-from sale.usecases.audit import AuditReport, CampaignAudit, CouldNotCheck
+from sale.domain.problem import Refused
+from sale.trust.audit import AuditReport, CampaignAudit, CouldNotCheck
 
 if TYPE_CHECKING:
-    from sale.usecases.diagnosis import Diagnosis
+    from sale.operators.diagnosis import Diagnosis
 
 EXIT_FINDING = 1
 EXIT_COULD_NOT_CHECK = 3
@@ -43,8 +43,8 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
     """
     from sale.bootstrap import STORE_ERRORS, open_stores
     from sale.config import SettingsError
-    from sale.embedded import EmbeddedError
-    from sale.usecases.audit import audit as check
+    from sale.host.embedded import EmbeddedError
+    from sale.trust.audit import audit as check
 
     async def work() -> AuditReport:
         try:
@@ -80,10 +80,10 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
 def doctor(context: CommandContext) -> None:
     """Tell what is running, how durable it is, the ledger's lag."""
     from sale.bootstrap import store_urls
-    from sale.db.absence import POSTGRES_ERRORS
+    from sale.db.errors import POSTGRES_ERRORS
     from sale.db.pool import close_pool, open_pool
+    from sale.operators.diagnosis import Diagnosis, diagnose
     from sale.stock.connection import open_redis
-    from sale.usecases.diagnosis import Diagnosis, diagnose
 
     async def work() -> Diagnosis:
         settings = context.settings

@@ -6,8 +6,9 @@ import click
 
 from sale.cli.runtime import CommandContext, command_context, echo, echo_table, run
 from sale.db.operators import Operator
-from sale.domain import default_unions_path, load_unions, rfc3339, to_ms
-from sale.usecases import operators as accounts
+from sale.domain.clock import rfc3339, to_ms
+from sale.domain.unions import default_unions_path, load_unions
+from sale.operators import accounts
 
 
 @click.group()

@@ -32,7 +32,7 @@ RELEASED_WITHIN_S: Final = 10.0
 @overriding("listen", "metrics_listen", "workers")
 def up(context: CommandContext) -> None:
     """Run everything here, servers too where no URL is given."""
-    from sale.workers import supervisor
+    from sale.host import supervisor
 
     _log(context.settings)
     run(supervisor.run(context.settings, on_ready=_tell_ready))
@@ -47,7 +47,7 @@ def serve(context: CommandContext, *, held: bool) -> None:
     """Run one API process; any number of them share one address."""
     from sale.api.app import listen_on, listening
     from sale.bootstrap import open_engine
-    from sale.workers.metrics_server import bound_metrics, serving_metrics
+    from sale.host.metrics_server import bound_metrics, serving_metrics
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         with (
@@ -75,14 +75,14 @@ def serve(context: CommandContext, *, held: bool) -> None:
 def writer(context: CommandContext, *, held: bool) -> None:
     """Run the ledger writer; a second one stands by."""
     from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
-    from sale.db.offices import WRITER
+    from sale.db.locks import WRITER
+    from sale.host.metrics_server import bound_metrics, serving_metrics
+    from sale.jobs.leadership import refuse_unfit_proxy
+    from sale.jobs.writer import LedgerWriter
+    from sale.jobs.writer_metrics import LedgerMetrics
     from sale.metrics import StoreMetrics, new_registry
-    from sale.usecases.campaigns import CampaignDesk
-    from sale.usecases.store_watch import watching
-    from sale.workers.leadership import refuse_unfit_proxy
-    from sale.workers.ledger_metrics import LedgerMetrics
-    from sale.workers.ledger_writer import LedgerWriter
-    from sale.workers.metrics_server import bound_metrics, serving_metrics
+    from sale.operators.campaigns import CampaignDesk
+    from sale.trust.store_watch import watching
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = new_registry("writer")
@@ -115,11 +115,11 @@ def writer(context: CommandContext, *, held: bool) -> None:
 def scheduler(context: CommandContext, *, held: bool) -> None:
     """Run the scheduler: openings, closings, verification, audits."""
     from sale.bootstrap import START_PATIENCE_S, open_stores, store_urls
-    from sale.db.offices import SCHEDULER
+    from sale.db.locks import SCHEDULER
+    from sale.host.metrics_server import bound_metrics, serving_metrics
+    from sale.jobs.leadership import refuse_unfit_proxy
+    from sale.jobs.scheduler import Scheduler
     from sale.metrics import new_registry
-    from sale.workers.leadership import refuse_unfit_proxy
-    from sale.workers.metrics_server import bound_metrics, serving_metrics
-    from sale.workers.scheduler import Scheduler
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = new_registry("scheduler")
@@ -157,7 +157,7 @@ def migrate(context: CommandContext) -> None:
 
 async def _released(batchers: "Batchers", stop: asyncio.Event) -> None:
     """Wait until nothing halts the sale, bounded, or until ``stop`` is set."""
-    from sale.workers.backoff import pause
+    from sale.jobs.backoff import pause
 
     deadline = time.monotonic() + RELEASED_WITHIN_S
     while batchers.halted and time.monotonic() < deadline and not stop.is_set():
@@ -178,7 +178,7 @@ def _run_part(
     *,
     held: bool,
 ) -> None:
-    from sale.workers.lifetime import ends_in_time, told_to_stop
+    from sale.lifetime import ends_in_time, told_to_stop
 
     async def part() -> None:
         with told_to_stop() as stop:

@@ -8,8 +8,8 @@ from sale.cli.runtime import CommandContext, command_context, echo, echo_table, 
 from sale.cli.terminal import progress
 
 if TYPE_CHECKING:
-    from sale.usecases.losses import Losses
-    from sale.usecases.recovery import Recovery
+    from sale.trust.losses import Losses
+    from sale.trust.recover import Recovery
 
 SHOWN_MAX: Final = 100
 
@@ -25,7 +25,7 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
     progress is told on stderr.
     """
     from sale.bootstrap import open_stores
-    from sale.usecases.recovery import recover as rebuild
+    from sale.trust.recover import recover as rebuild
 
     async def work() -> "Recovery":
         async with open_stores(context.settings, pool_size=3) as stores:
@@ -74,7 +74,7 @@ def losses(context: CommandContext, campaign_id: str) -> None:
     are orders that a member was told but the ledger does not have.
     """
     from sale.bootstrap import open_stores
-    from sale.usecases.losses import losses as read
+    from sale.trust.losses import losses as read
 
     async def work() -> "Losses":
         async with open_stores(context.settings, pool_size=1) as stores:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from sale.bootstrap import Stores
-    from sale.usecases.rehearsal import Rehearsals
+    from sale.operators.rehearsal import Rehearsals
 
 AFTER_S: Final = 900.0
 """Longest that the generator may take beyond the rush: last answers, books, audit, report."""
@@ -49,7 +49,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 async def play(context: CommandContext, plan: Plan, reason: str) -> Outcome:
     """Play the rehearsal; whatever comes, it is closed, and removed unless it is to be kept."""
-    from sale.usecases.campaigns import Actor
+    from sale.operators.campaigns import Actor
 
     actor = Actor(context.actor)
     key = context.signing_key()
@@ -84,7 +84,7 @@ async def play(context: CommandContext, plan: Plan, reason: str) -> Outcome:
 async def opened(context: CommandContext) -> "AsyncIterator[tuple[Stores, Rehearsals]]":
     """Open the stores, and the desk of rehearsals on them."""
     from sale.bootstrap import open_stores
-    from sale.usecases.rehearsal import Rehearsals
+    from sale.operators.rehearsal import Rehearsals
 
     async with open_stores(context.settings, pool_size=5) as stores:
         yield stores, Rehearsals(stores.redis, stores.scripts, stores.pool)
@@ -107,7 +107,7 @@ async def ask(target: str, path: str) -> None:
 
 
 def _write_tokens(file: Path, key: Any, plan: Plan) -> None:  # noqa: ANN401 - the signing key
-    from sale.usecases.rehearsal import tokens
+    from sale.operators.rehearsal import tokens
 
     ttl_s = int(plan.opens_in_s + plan.seconds + AFTER_S)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -120,7 +120,7 @@ async def _rush(
     context: CommandContext, plan: Plan, identifier: str, tokens: Path, out: Path
 ) -> int:
     """Run the load generator to its end; its exit status. Raises click.ClickException."""
-    from sale.embedded.servers import end, launch_command
+    from sale.host.embedded.servers import end, launch_command
 
     options = tokens.with_name("options")
     options.write_text("\n".join(_options(context, plan, identifier, tokens, out)), "utf-8")
@@ -187,7 +187,7 @@ async def _proven(
     status: int,
     before: Any,  # noqa: ANN401 - Real
 ) -> Outcome:
-    from sale.usecases.audit import audit
+    from sale.trust.audit import audit
 
     settings = context.settings
     reports = [
@@ -212,7 +212,7 @@ async def _proven(
 
 async def _tidy(desk: "Rehearsals", identifier: str, actor: Any, *, keep: bool) -> bool:  # noqa: ANN401
     """Close it, and remove it unless it is to be kept; whether it is gone."""
-    from sale.usecases.rehearsal import REASON_OVER
+    from sale.operators.rehearsal import REASON_OVER
 
     again = f"sale rehearse --purge {identifier}"
     try:

@@ -11,7 +11,7 @@ from sale.cli.runtime import echo_fields, echo_table
 from sale.files import LARGE_MAX_BYTES, read_json
 
 if TYPE_CHECKING:
-    from sale.usecases.audit import CampaignAudit
+    from sale.trust.audit import CampaignAudit
 
 RECORD: Final = "run.json"
 FINDINGS_SHOWN: Final = 20

@@ -231,7 +231,7 @@ def _confirmed(reason: str | None, *, yes: bool) -> str:
 
 def _purge(context: CommandContext, campaign_id: str | None, reason: str) -> int:
     """Remove one rehearsal, or all that are left."""
-    from sale.usecases.campaigns import Actor
+    from sale.operators.campaigns import Actor
 
     async def work() -> list[dict[str, Any]]:
         done = []

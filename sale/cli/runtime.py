@@ -23,7 +23,9 @@ import structlog
 from sale import config
 from sale.cli.terminal import echo_fields, echo_json, echo_table, note, take_any_character
 from sale.config import BadOption, Settings, SettingsError, StartError
-from sale.domain import ACCOUNT_NAME_MAX, CARD_NO, Refused, shown_text
+from sale.domain.card import CARD_NO
+from sale.domain.problem import Refused
+from sale.domain.text import ACCOUNT_NAME_MAX, shown_text
 from sale.files import shown
 from sale.identity import SigningKey, load_or_create_signing_key
 
@@ -80,7 +82,7 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
         """
         if self.settings.database_url is not None:
             return self.settings.database_url
-        from sale import embedded
+        from sale.host import embedded
 
         endpoints = embedded.find(self.settings.data_dir)
         if endpoints is None or endpoints.database_url is None:
@@ -193,7 +195,7 @@ def one_line(error: BaseException) -> str | None:
     import redis
 
     from sale.db.migrate import MigrationError
-    from sale.embedded import EmbeddedError
+    from sale.host.embedded import EmbeddedError
 
     if isinstance(error, Refused):
         return error.detail or error.problem.value

@@ -12,8 +12,9 @@ import msgspec
 
 from sale.db import queries
 from sale.db.ledger import Connection
-from sale.domain import from_ms, to_ms
-from sale.events import SOLD, Event
+from sale.domain.clock import from_ms, to_ms
+from sale.ledger.chain import Event
+from sale.ledger.kinds import SOLD
 
 ROWS_MAX: Final = 10_000
 """Rows of one statement."""

@@ -21,9 +21,12 @@ from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 import asyncpg
 import msgspec
 
-from sale import domain, events
 from sale.db import queries
-from sale.events import SOLD, STATE_AFTER, VOIDED, CorruptLedger, Entry, Event
+from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.clock import from_ms, nearest, to_ms
+from sale.domain.problem import DAMAGED
+from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, check_chain
+from sale.ledger.kinds import SOLD, STATE_AFTER, VOIDED
 
 Connection: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 """One connection with asyncpg's own codecs: jsonb comes and goes as text."""
@@ -63,7 +66,7 @@ class OrderCursor(NamedTuple):
     """Where a page of orders ended: sold at (UTC ms), campaign, event number."""
 
     created_at_ms: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_MOMENT_MAX_MS)]
-    campaign_id: Annotated[str, msgspec.Meta(pattern=f"^{domain.CAMPAIGN_ID.pattern}$")]
+    campaign_id: Annotated[str, msgspec.Meta(pattern=f"^{CAMPAIGN_ID.pattern}$")]
     seq: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_SEQ_MAX)]
 
 
@@ -142,7 +145,7 @@ class CampaignRow(msgspec.Struct, frozen=True):
 async def position(conn: Connection, campaign_id: str) -> Position:
     """How far a campaign is applied; ``(0, GENESIS)`` where nothing is."""
     row = await conn.fetchrow(_SQL["position"], campaign_id)
-    return Position(0, events.GENESIS) if row is None else Position(row["applied"], row["chain"])
+    return Position(0, GENESIS) if row is None else Position(row["applied"], row["chain"])
 
 
 async def positions(conn: Connection) -> dict[str, Position]:
@@ -153,7 +156,7 @@ async def positions(conn: Connection) -> dict[str, Position]:
 
 async def state(conn: Connection, campaign_id: str) -> str | None:
     """A campaign's state as far as it is applied, or None where there is none."""
-    if not domain.CAMPAIGN_ID.fullmatch(campaign_id):
+    if not CAMPAIGN_ID.fullmatch(campaign_id):
         return None  # not asked: anybody's text may hold what PostgreSQL takes for a fault (NUL)
     found: str | None = await conn.fetchval(_SQL["state"], campaign_id)
     return found
@@ -214,7 +217,7 @@ async def orders_of_card(
     conn: Connection, card_no: str, *, before: OrderCursor | None = None, limit: int = 50
 ) -> list[OrderRow]:
     """A card's orders, newest first, at most ``limit``; ``before`` is the last one's cursor."""
-    at = None if before is None else domain.from_ms(before.created_at_ms)
+    at = None if before is None else from_ms(before.created_at_ms)
     campaign_id, seq = (None, None) if before is None else (before.campaign_id, before.seq)
     rows = await conn.fetch(_SQL["orders_of_card"], card_no, at, campaign_id, seq, limit)
     return [_order(row) for row in rows]
@@ -247,7 +250,7 @@ async def audit_log(
     return [
         AuditRow(
             id=row["id"],
-            at_ms=domain.to_ms(row["at"]),
+            at_ms=to_ms(row["at"]),
             actor=row["actor"],
             action=row["action"],
             target=row["target"],
@@ -271,7 +274,7 @@ async def gone_draft(conn: Connection, campaign_id: str, seq: int) -> GoneDraft 
         if row["kind"] == "stock_added":
             tickets[told["showing"]] += told["add"]
     end = rows[-1]
-    return GoneDraft(config, tickets, end["seq"], end["epoch"], domain.to_ms(end["at"]))
+    return GoneDraft(config, tickets, end["seq"], end["epoch"], to_ms(end["at"]))
 
 
 async def campaigns(conn: Connection) -> list[CampaignRow]:
@@ -321,15 +324,15 @@ class _Batch:
     def __init__(self, campaign_id: str, after: Position, entries: Sequence[Entry]) -> None:
         self.campaign_id = campaign_id
         self.after = after
-        self.to = Position(*events.check_chain(entries, *after))
+        self.to = Position(*check_chain(entries, *after))
         self.epoch = entries[-1].epoch
-        self.at = domain.from_ms(entries[-1].at_ms)
+        self.at = from_ms(entries[-1].at_ms)
         self.events: list[Event] = []
         self.rows: list[tuple[Any, ...]] = []
         for entry in entries:
             decoded = entry.events()
             self.events += decoded
-            self.rows += _copy_rows(campaign_id, domain.from_ms(entry.at_ms), decoded)
+            self.rows += _copy_rows(campaign_id, from_ms(entry.at_ms), decoded)
 
 
 def _copy_rows(campaign_id: str, at: datetime, batch: list[Event]) -> list[tuple[Any, ...]]:
@@ -362,7 +365,7 @@ async def _record(conn: Connection, batch: _Batch) -> None:
     """Move the position and add the events."""
     try:
         if batch.after.applied == 0:
-            await conn.execute(_SQL["begin_campaign"], batch.campaign_id, events.GENESIS)
+            await conn.execute(_SQL["begin_campaign"], batch.campaign_id, GENESIS)
         moved = await conn.fetchrow(
             _SQL["move_position"],
             batch.campaign_id, *batch.after, *batch.to, batch.epoch, batch.at,
@@ -370,7 +373,7 @@ async def _record(conn: Connection, batch: _Batch) -> None:
         if moved is None:
             raise PositionMoved(f"{batch.campaign_id} is no longer at {batch.after.applied}")
         await conn.copy_records_to_table("event", records=batch.rows, columns=_COLUMNS)
-    except (*_REFUSED, *domain.DAMAGED) as error:
+    except (*_REFUSED, *DAMAGED) as error:
         # COPY's encoders say the latter to a value of the wrong type.
         raise CorruptLedger(f"{batch.campaign_id}: {_said(error)}") from error
 
@@ -412,7 +415,7 @@ async def _conflict(conn: Connection, campaign_id: str, event: Event, error: Exc
     why = f"{type(error).__name__}: {_said(error)}"
     text = _json(msgspec.to_builtins(event))
     await conn.execute(
-        _SQL["record_conflict"], campaign_id, event.seq, domain.from_ms(event.at_ms), why, text
+        _SQL["record_conflict"], campaign_id, event.seq, from_ms(event.at_ms), why, text
     )
     return Conflict(event.seq, why)
 
@@ -422,7 +425,7 @@ def _said(error: Exception) -> object:
     return error.args[0] if error.args else ""
 
 
-_MALFORMED: Final = domain.DAMAGED
+_MALFORMED: Final = DAMAGED
 """What Python says to an operator's event that lacks what it needs."""
 
 
@@ -486,11 +489,11 @@ async def _change_state(
 
 def _moment(ms: int | None) -> datetime | None:
     # An event stands in the ledger whatever it says; a moment beyond PostgreSQL stops nothing.
-    return None if ms is None else domain.from_ms(domain.nearest(ms))
+    return None if ms is None else from_ms(nearest(ms))
 
 
 def _iso(text: str | None) -> datetime | None:
-    return None if text is None else _moment(domain.to_ms(datetime.fromisoformat(text)))
+    return None if text is None else _moment(to_ms(datetime.fromisoformat(text)))
 
 
 def _json(value: object) -> str:
@@ -499,7 +502,7 @@ def _json(value: object) -> str:
 
 
 def _ms(moment: datetime | None) -> int | None:
-    return None if moment is None else domain.to_ms(moment)
+    return None if moment is None else to_ms(moment)
 
 
 def _order(row: Mapping[str, Any]) -> OrderRow:
@@ -514,6 +517,6 @@ def _order(row: Mapping[str, Any]) -> OrderRow:
         amount_fen=row["amount_fen"],
         state=row["state"],
         key_hash=row["key_hash"],
-        created_at_ms=domain.to_ms(row["created_at"]),
+        created_at_ms=to_ms(row["created_at"]),
         card_remaining=row["card_remaining"],
     )

@@ -32,15 +32,16 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError, ResponseError
 
-from sale.domain import Campaign, Problem
-from sale.events import CorruptLedger
+from sale.domain.campaign import Campaign
+from sale.domain.problem import Problem
+from sale.ledger.chain import CorruptLedger
 from sale.metrics import PurchaseMetrics
-from sale.stock.bids import pack_bids
-from sale.stock.kept import Kept, Told
+from sale.stock.batch_codec import pack_bids
+from sale.stock.buyer_filter import PLACES, Suspects
 from sale.stock.keys import campaign_keys
-from sale.stock.line import Line
+from sale.stock.script_connection import Line
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
-from sale.stock.suspects import PLACES, Suspects
+from sale.stock.unapplied import Kept, Told
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
@@ -367,7 +368,7 @@ class Batcher:
 
         False where something lacks, or nothing could be read yet: nothing is bought here until the
         campaign was recovered and this process has handed in what it knows
-        (``usecases/attendance.py``).
+        (``trust/witness.py``).
         """
         # One look for all who ask: with much kept it takes longer than any of them may wait.
         if self._attending is None or self._attending.done():

@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from sale.domain import Campaign
+from sale.domain.campaign import Campaign
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import NOT_ATTENDED, Batcher, Mark
-from sale.stock.line import Line
+from sale.stock.script_connection import Line
 from sale.stock.scripts import Scripts
 
 

@@ -15,16 +15,9 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sale.domain import (
-    CAMPAIGN_ID,
-    DAMAGED,
-    Campaign,
-    CampaignState,
-    Problem,
-    Refused,
-    in_bounds,
-    rfc3339,
-)
+from sale.domain.campaign import CAMPAIGN_ID, Campaign, CampaignState
+from sale.domain.clock import in_bounds, rfc3339
+from sale.domain.problem import DAMAGED, Problem, Refused
 from sale.stock import survey
 from sale.stock.atomic import read_at_once
 from sale.stock.keys import CAMPAIGNS, campaign_keys

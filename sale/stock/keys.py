@@ -24,10 +24,10 @@ CAMPAIGNS: Final = "sale:campaigns"
 """Set of campaign IDs that have, or had, a head."""
 
 ROLL: Final = "sale:roll"
-"""Hash of API process → its last report, see ``stock/roll.py``."""
+"""Hash of API process → its last report, see ``stock/process_reports.py``."""
 
 VERIFIED: Final = "sale:verified"
-"""Which Redis and deployment each campaign was compared with (``usecases/verification.py``)."""
+"""Which Redis and deployment each campaign was compared with (``trust/verify.py``)."""
 
 AWAITED: Final = "sale:awaited"
 """Written before a WAIT that must cover what others have written; its value means nothing."""

@@ -12,8 +12,9 @@ from typing import Any, Final
 import msgspec
 from redis.asyncio import Redis
 
-from sale.domain import Campaign
-from sale.events import Books, Entry
+from sale.domain.campaign import Campaign
+from sale.ledger.chain import Entry
+from sale.ledger.fold import Books
 from sale.stock.keys import CAMPAIGNS, campaign_keys, rebuilt_keys
 from sale.stock.records import pack_records
 from sale.stock.scripts import RECOVER, CallReply, Scripts

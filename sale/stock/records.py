@@ -9,7 +9,7 @@ from typing import Any, Final
 import structlog
 from redis.asyncio import Redis
 
-from sale.events import SaleRecord
+from sale.ledger.fold import SaleRecord
 from sale.stock import survey
 from sale.stock.atomic import read_at_once
 from sale.stock.catalogue import campaign_ids

@@ -6,7 +6,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
-from sale.domain import Campaign
+from sale.domain.campaign import Campaign
 from sale.stock.keys import CAMPAIGNS, campaign_keys, rebuilt_keys
 
 TRIES_MAX: Final = 5

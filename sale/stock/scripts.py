@@ -18,9 +18,9 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from sale.domain import STOCK_MAX
+from sale.domain.campaign import STOCK_MAX
 from sale.stock.keys import AWAITED, CampaignKeys, campaign_keys
-from sale.stock.line import Line, pack
+from sale.stock.script_connection import Line, pack
 
 
 class CallReply(IntEnum):

@@ -15,8 +15,8 @@ from typing import Final
 from proxy import Proxy
 from service import free_port
 
-from sale.embedded import EmbeddedServers
-from sale.embedded.servers import launch_command, spawn
+from sale.host.embedded import EmbeddedServers
+from sale.host.embedded.servers import launch_command, spawn
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 START_LIMIT_S: Final = 30.0

@@ -25,8 +25,8 @@ from loadtest.books.check import check
 from loadtest.members import Member, read_members
 from sale.config import Settings
 from sale.db import claims
-from sale.domain import parse_order_number
-from sale.embedded import EmbeddedServers, running
+from sale.domain.order import parse_order_number
+from sale.host.embedded import EmbeddedServers, running
 from sale.identity import load_or_create_signing_key
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 

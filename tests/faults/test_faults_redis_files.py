@@ -10,7 +10,7 @@ from proxy import Direction
 from rig import Rig, told_number
 from service import until
 
-from sale.stock.roll import BEAT_S
+from sale.stock.process_reports import BEAT_S
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 

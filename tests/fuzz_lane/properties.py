@@ -17,19 +17,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from sale.api import crowd as crowd_module
-from sale.api import lane as lane_module
-from sale.api import lane_head
-from sale.api.crowd import Crowd
-from sale.api.lane import Connection, Lane
-from sale.api.lane_head import UNKNOWN, HeadReader, Shape
-from sale.domain import Campaign, Showing
+from sale.api import fast_path as lane_module
+from sale.api import fast_path_head
+from sale.api.fast_path import Connection, Lane
+from sale.api.fast_path_head import UNKNOWN, HeadReader, Shape
+from sale.domain.campaign import Campaign, Showing
+from sale.http import waiting_line as crowd_module
+from sale.http.overload import LATE, QUEUE, TURN, Admission
+from sale.http.waiting_line import Crowd
 from sale.identity import Member
+from sale.members.purchase import PurchaseDesk
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer
 from sale.stock.scripts import Decision
-from sale.usecases.admission import LATE, QUEUE, TURN, Admission
-from sale.usecases.purchase import PurchaseDesk
 
 from .oracle import Request, oracle, parsed
 from .sent import ANY, CAMPAIGN, CUTS, ORDERS, SOUND, STREAMS, WITH_DAMAGE, pieces_of
@@ -106,7 +106,7 @@ def check_shape(reader: HeadReader, shapes: list[Shape], data: bytes) -> None:
     for shape in shapes:
         assert shape.read(data) in (None, head), "a shape sees what llhttp does not"
     if head is not None and head.campaign_id:
-        with mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0):
+        with mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0):
             reader.read(data, end)
         if reader.shape not in shapes:
             shapes.append(reader.shape)
@@ -286,7 +286,7 @@ async def check_connection(
             HELD_BY_ALL_MAX=held_by_all_max,
             HELD_FREELY=0,
         ),
-        mock.patch.object(lane_head, "LEARN_EVERY_S", 0.0),
+        mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0),
     ):
         lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
         lane.heads = HeadReader(learned_after=1)

@@ -14,7 +14,7 @@ from loadtest.books.answers import Answer
 from loadtest.books.check import check, key_hash
 from loadtest.books.ledger import Books, load_books
 from loadtest.record import Finding
-from sale.domain import parse_order_number
+from sale.domain.order import parse_order_number
 from soak.members import Stall
 from soak.play import ActTold
 

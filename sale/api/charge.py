@@ -1,0 +1,112 @@
+"""Turning requests away before work is done for them, and charging those that went wrong.
+
+The guard of every route (``routing.py``) does both; the fast lane charges by the same rule, and has
+its own way of turning away.
+"""
+
+import time
+from typing import Final
+
+from aiohttp import web
+
+from sale.api.request import ENGINE, bearer
+from sale.bootstrap import Engine
+from sale.domain.problem import Problem, Refused
+from sale.http.client_address import first_of
+from sale.http.overload import TURN
+from sale.identity import operator_token_hash
+from sale.members.rate import Limited, TooFast
+
+CHARGED: Final = frozenset(
+    {
+        Problem.INVALID_REQUEST,
+        Problem.MISSING_IDEMPOTENCY_KEY,
+        Problem.UNAUTHENTICATED,
+        Problem.FORBIDDEN,
+        Problem.NOT_FOUND,
+        Problem.METHOD_NOT_ALLOWED,
+        Problem.PAYLOAD_TOO_LARGE,
+        Problem.UNSUPPORTED_MEDIA_TYPE,
+    }
+)
+"""What is wrong with a request itself: whoever sends such by the thousand pays for it."""
+
+
+def admit(engine: Engine) -> None:
+    """Let a request in that waits in no queue. Raises Refused (overloaded)."""
+    now = time.monotonic()
+    if engine.admission.turn_is_over(now):
+        raise Refused(Problem.OVERLOADED, retry_after_s=engine.admission.refuse(TURN, now))
+
+
+def charge(
+    engine: Engine, problem: Problem, token: str | None, peer: str, forwarded_for: str | None
+) -> Limited | None:
+    """Charge what went wrong to the card whose valid ``token`` came with it, else to the address.
+
+    None where the refusal stands as it is, else what is told instead. Never raises.
+    """
+    if problem not in CHARGED:
+        return None
+    now = time.monotonic()
+    if token:
+        try:
+            card_no = engine.tokens.verify(token, time.time()).card_no
+        except Refused:
+            if engine.limits.vouches(operator_token_hash(token), now):
+                return None
+        else:
+            return engine.limits.spend_card(card_no, now)
+    return engine.limits.spend_address(engine.addresses.of(peer, forwarded_for), now)
+
+
+def charged(engine: Engine, request: web.BaseRequest, refused: Refused) -> Refused:
+    """Give the refusal that is told: this one, or that it was one too many."""
+    if refused.problem not in CHARGED:
+        return refused
+    limited = charge(
+        engine, refused.problem, bearer(request), peer_of(request), forwarded_for(request)
+    )
+    return refused if limited is None else TooFast(limited)
+
+
+def refuse_guessers(request: web.Request, token: str) -> None:
+    """Spare PostgreSQL the tokens of an address that sent too many wrong ones. Raises TooFast.
+
+    A token that was good before passes: operators are not shut out by who shares their address.
+    """
+    engine = request.app[ENGINE]
+    if engine.limits.remembers(operator_token_hash(token)):
+        return
+    address = engine.addresses.of(peer_of(request), forwarded_for(request))
+    limited = engine.limits.address_is_out(address, time.monotonic())
+    if limited is not None:
+        raise TooFast(limited)
+
+
+def refuse_exhausted(request: web.Request) -> None:
+    """Spare the stores what a card or an address asks that has nothing left. Raises TooFast.
+
+    For what is read before it is known whether it goes wrong, and is charged only then.
+    """
+    engine, now = request.app[ENGINE], time.monotonic()
+    try:
+        card_no = engine.tokens.verify(bearer(request) or "", time.time()).card_no
+    except Refused:
+        address = engine.addresses.of(peer_of(request), forwarded_for(request))
+        limited = engine.limits.address_is_out(address, now)
+    else:
+        limited = engine.limits.card_is_out(card_no, now)
+    if limited is not None:
+        raise TooFast(limited)
+
+
+def peer_of(request: web.BaseRequest) -> str:
+    """Give the host at the other end of the connection; '' on a unix socket, or when it is gone."""
+    return first_of(None if request.transport is None else request.get_extra_info("peername"))
+
+
+def forwarded_for(request: web.BaseRequest) -> str | None:
+    """Give all of X-Forwarded-For: proxies that add their own line add it last."""
+    lines = request.headers.getall("X-Forwarded-For", None)
+    return None if lines is None else ",".join(lines)

@@ -1,0 +1,75 @@
+"""Work that one process does and others stand by for, and who that is.
+
+An office is an advisory lock; who holds it, and who waits, stands in PostgreSQL's own lists, where
+each lock's connection is named after its office, host and process.
+"""
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from sale.db import queries
+
+if TYPE_CHECKING:
+    import asyncpg
+
+NAME_MAX_BYTES: Final = 63
+"""PostgreSQL cuts an ``application_name`` there."""
+
+
+class Office(NamedTuple):
+    """An advisory lock's number, and the name of its connections."""
+
+    lock: int
+    name: str
+
+    def mine(self) -> str:
+        """Name of this process' connection: ``<office> <host>:<process>``."""
+        tail = f":{os.getpid()}"
+        host = socket.gethostname().encode("ascii", "replace").decode()
+        return f"{self.name} {host[: NAME_MAX_BYTES - len(self.name) - len(tail) - 1]}{tail}"
+
+
+WRITER: Final = Office(0x53414C45_0004, "sale-writer")
+SCHEDULER: Final = Office(0x53414C45_0005, "sale-scheduler")
+"""("SALE", 1 to 3) are the migrations' and the roster's."""
+
+WRITER_APPLIES: Final = "sale-writer-apply"
+"""Name of the connection on which the active writer writes."""
+
+
+class Seat(NamedTuple):
+    """One process that is connected for an office: ``host:process``."""
+
+    who: str
+    active: bool
+
+
+async def try_lock(conn: "asyncpg.Connection[Any]", office: Office) -> bool:
+    """Take the office for this session, if nobody has it."""
+    taken: bool = await conn.fetchval(_SQL["try_lock"], office.lock)
+    return taken
+
+
+async def unlock(conn: "asyncpg.Connection[Any]") -> None:
+    """Give back the office that this session has: in one message (``jobs/leadership.py``)."""
+    await conn.execute(_SQL["unlock"])
+
+
+async def expel(conn: "asyncpg.Connection[Any]", name: str) -> int:
+    """End all other sessions of that name and of this user; how many there were.
+
+    A stopped process does not notice that it has lost its lock, and a session that it left in the
+    middle of a COPY has no timeout of its own: it would hold its rows for as long as it is stopped.
+    """
+    ended: int = await conn.fetchval(_SQL["expel"], name)
+    return ended
+
+
+async def seats(conn: Any, office: Office) -> list[Seat]:  # noqa: ANN401 - pooled or not
+    """Who is connected for an office, the active one first."""
+    rows = await conn.fetch(_SQL["seats"], office.name, office.lock)
+    return [Seat(row["who"], row["active"]) for row in rows]
+
+
+_SQL: Final = queries.load("offices")

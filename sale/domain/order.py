@@ -1,0 +1,76 @@
+"""Orders, and their public numbers."""
+
+import re
+from functools import lru_cache
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+# What goes out is described, not checked, so its choices and formats stand in extra_json_schema.
+Time = Annotated[
+    str,
+    Meta(extra_json_schema={"format": "date-time", "examples": ["2015-05-01T09:00:00.000+08:00"]}),
+]
+OrderState = Annotated[
+    str,
+    Meta(
+        extra_json_schema={
+            "enum": ["held", "confirmed", "cancelled", "expired", "refunded", "collected"]
+        }
+    ),
+]
+Fen = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+Count = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+
+
+class Ticket(msgspec.Struct, frozen=True):
+    """One ticket of an order. The code is what is shown at the counter, and cannot be guessed."""
+
+    no: int
+    code: str
+    state: str = "valid"
+
+
+class Order(msgspec.Struct, frozen=True):
+    """A card's order. ``card_remaining`` is what the card may still buy in the campaign."""
+
+    order_no: str
+    campaign: str
+    showing: str
+    quantity: Count
+    state: OrderState
+    amount_fen: Fen
+    pay_before: Time | None
+    created_at: Time
+    tickets: list[Ticket]
+    card_remaining: Count
+
+
+def order_number(campaign_id: str, seq: int, at_ms: int) -> str:
+    """Public number of an order, at most 64 characters.
+
+    The event's number alone would be unique, but a Redis that went back in time could give the
+    same number twice before it is caught; the moment of the sale tells such two apart.
+    """
+    return f"{campaign_id}.{seq:x}.{_moment(at_ms)}"
+
+
+@lru_cache(maxsize=4_096)
+def _moment(at_ms: int) -> str:
+    """The moment of a sale in an order's number. A batch of sales shares one."""
+    return f"{at_ms & 0xFFFFFF:06x}"
+
+
+def parse_order_number(order_no: str) -> tuple[str, int, int] | None:
+    """Campaign, event number and last 24 bits of the moment (ms) of an order number, or None."""
+    match = _ORDER_NO.fullmatch(order_no)
+    if match is None:
+        return None
+    return match[1], int(match[2], 16), int(match[3], 16)
+
+
+_ORDER_NO: Final = re.compile(r"([a-z0-9-]{1,48})\.([0-9a-f]{1,8})\.([0-9a-f]{6})")

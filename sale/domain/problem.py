@@ -1,0 +1,62 @@
+"""Why a request is not done."""
+
+from enum import StrEnum
+from typing import Final
+
+DAMAGED: Final = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+"""What Python raises for a stored value that is not what the engine writes there."""
+
+
+class Problem(StrEnum):
+    """Why a request was not done: the ``code`` of the answer (RFC 9457)."""
+
+    INVALID_REQUEST = "invalid-request"
+    MISSING_IDEMPOTENCY_KEY = "missing-idempotency-key"
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_ELIGIBLE = "not-eligible"
+    CARD_REVOKED = "card-revoked"
+    FORBIDDEN = "forbidden"
+    NOT_FOUND = "not-found"
+    METHOD_NOT_ALLOWED = "method-not-allowed"
+    NOT_OPEN = "not-open"
+    PAUSED = "paused"
+    CLOSED = "closed"
+    SOLD_OUT = "sold-out"
+    LIMIT_EXCEEDED = "limit-exceeded"
+    WRONG_STATE = "wrong-state"
+    IDEMPOTENCY_MISMATCH = "idempotency-mismatch"
+    PAYLOAD_TOO_LARGE = "payload-too-large"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
+    RATE_LIMITED = "rate-limited"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+
+
+class Refused(Exception):  # noqa: N818 - the domain's word
+    """A request that is not done, with the code and the members of the problem document.
+
+    ``detail`` is one sentence for people; ``members`` are the extra fields of the contract
+    (``remaining``, ``card_remaining``, ``opens_at``, ``field`` …); ``retry_after_s`` becomes the
+    header.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        detail: str = "",
+        *,
+        retry_after_s: int | None = None,
+        **members: object,
+    ) -> None:
+        super().__init__(f"{problem.value}: {detail}" if detail else problem.value)
+        self.problem = problem
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.members = members

@@ -1,0 +1,1 @@
+"""Processes and servers of one machine: what `sale up` runs."""

@@ -1,0 +1,1 @@
+"""Bytes, connections and load. Knows nothing of campaigns."""

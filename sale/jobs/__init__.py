@@ -1,0 +1,1 @@
+"""Long-running processes beside the API: ledger writer and scheduler."""

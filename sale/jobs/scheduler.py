@@ -1,0 +1,370 @@
+"""The scheduler: what must happen without anybody's call.
+
+Four times a second it verifies a Redis that is new (INV-8), records openings and closings that
+nobody's call has crossed (INV-7), and lets the campaigns follow the roster (INV-9); once in a
+while it audits the books. Each step is a compare-and-set in a script, so a second scheduler does
+no harm. A purchase does not wait for it: the scripts cross openings and closings by themselves.
+
+One scheduler works and the others stand by, as ``leadership.py`` says; these look at the stores
+alone. Where PostgreSQL cannot be asked who that is, each of them works: the clock must go on. It
+has a loop of its own, because a PostgreSQL that does not answer holds up the steps that need it,
+and so has the roster, because a recovery takes its time.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+from prometheus_client import CollectorRegistry, Gauge
+
+from sale.background import kept_up
+from sale.bootstrap import Stores
+from sale.db.errors import POSTGRES_ERRORS, in_words
+from sale.db.locks import SCHEDULER
+from sale.domain.campaign import Campaign, CampaignState
+from sale.jobs.backoff import Backoff, pause
+from sale.jobs.leadership import Leadership
+from sale.lifetime import ended
+from sale.metrics import StoreMetrics
+from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
+from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
+from sale.stock.scripts import CallReply
+from sale.stock.troubles import Troubles
+from sale.trust.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
+from sale.trust.heal import Healing
+from sale.trust.isolation import Isolation
+from sale.trust.revocation import sync_all
+from sale.trust.stalled_ledgers import Stalls
+from sale.trust.store_watch import StoreWatch
+from sale.trust.verify import verify_all
+
+STOP_PATIENCE_S: Final = 5.0
+"""Longest that a step may take to end by itself once the scheduler was told to stop."""
+
+FILE_EVERY_S: Final = 1.0
+"""Between two looks at an append-only file that is whole, or whose rewrite has just failed."""
+
+AUDIT_SHARE: Final = 0.05
+"""An audit reads every order; between two of them passes at least twenty times its duration."""
+
+log = structlog.get_logger()
+
+
+class SchedulerMetrics:
+    """What the scheduler sees on its rounds."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.active = Gauge(
+            "sale_scheduler_active",
+            "1 where this scheduler is the active one, 0 where it is a standby.",
+            registry=registry,
+        )
+        self.remaining = Gauge(
+            "sale_stock_remaining",
+            "Tickets left.",
+            ["campaign", "showing"],
+            registry=registry,
+        )
+        self.findings = Gauge(
+            "sale_audit_findings",
+            "Breaches of an invariant that the last audit found.",
+            ["campaign", "invariant"],
+            registry=registry,
+        )
+        self.audited_at = Gauge(
+            "sale_audit_timestamp_seconds",
+            "Unix time at which the last audit ended.",
+            registry=registry,
+        )
+        self.stores = StoreMetrics(registry)
+        self.recovering = Gauge(
+            "sale_campaigns_recovering",
+            "Campaigns whose state in Redis does not match PostgreSQL; they sell nothing.",
+            registry=registry,
+        )
+        self.rewrite_failed = Gauge(
+            "sale_redis_rewrite_failed",
+            "1 where the last rewrite of Redis' append-only file failed.",
+            registry=registry,
+        )
+        self.troubled = Gauge(
+            "sale_campaign_troubled",
+            "1 where a campaign cannot be read, or a step of the scheduler fails for it alone.",
+            ["campaign"],
+            registry=registry,
+        )
+
+    def forget(self) -> None:
+        """Drop what only the active scheduler knows."""
+        self.remaining.clear()
+        self.findings.clear()
+        self.recovering.set(0)
+        self.rewrite_failed.set(0)
+        self.troubled.clear()
+
+
+class Scheduler:
+    """Makes its rounds until told to stop."""
+
+    def __init__(self, stores: Stores, database_url: str, registry: CollectorRegistry) -> None:
+        self._stores = stores
+        self._metrics = SchedulerMetrics(registry)
+        self._ailing: set[str] = set()
+        self._met = ""
+        self._weak: list[str] = []
+        self._file_trouble = ""
+        self._file_due_s = 0.0
+        self._rehearsals: dict[str, Campaign] = {}
+        self._isolation = Isolation()
+        self._troubles = Troubles(stores.redis, "scheduler")
+        self._stalls = Stalls()
+        self._healing = Healing(
+            stores.redis, stores.scripts, stores.pool, allowed=stores.settings.auto_recover
+        )
+        self._leadership = Leadership(database_url, SCHEDULER)
+        self._decided = asyncio.Event()
+        self.active: bool | None = None
+        """Whether this scheduler works; None before it knows."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until ``stop`` is set. Raises UnfitProxy where the lock cannot be held."""
+        working = [
+            asyncio.create_task(work)
+            for work in (
+                self._stand_for_office(stop),
+                self._repeat(self._round, stop),
+                self._repeat(self._roster_round, stop),
+                self._repeat(self._clock_round, stop),
+            )
+        ]
+        stores = self._stores
+        auditing = asyncio.create_task(kept_up(lambda: self._audit_for_ever(stop)))
+        asking = asyncio.create_task(
+            kept_up(StoreWatch(stores.redis, stores.pool, self._metrics.stores).run)
+        )
+        patience = asyncio.create_task(_patience(stop))
+        rounds = asyncio.gather(*working)
+        try:
+            await asyncio.wait((rounds, patience), return_when=asyncio.FIRST_COMPLETED)
+            if rounds.done():
+                rounds.result()
+        finally:
+            await ended([*working, rounds, auditing, asking, patience])
+            self._metrics.active.set(0)
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+        tick_s = self._stores.settings.tick_interval_ms / 1000
+        # Sales wait for the verification after a start: the first round begins once it may verify.
+        await pause(self._decided, tick_s)
+        while not stop.is_set():
+            await work()
+            await pause(stop, tick_s)
+
+    async def _round(self) -> None:
+        if self.active:
+            await self._try("file", self._file)
+            await self._try("verify", self._verify)
+            await self._try("settle", self._settle)
+
+    async def _roster_round(self) -> None:
+        if self.active:
+            await self._try("roster", self._roster)
+
+    async def _clock_round(self) -> None:
+        if self.active:
+            await self._try("clock", self._clock)
+
+    async def _stand_for_office(self, stop: asyncio.Event) -> None:
+        backoff = Backoff()
+
+        async def lead() -> None:
+            self._set_active("it holds the lock")
+            await stop.wait()
+
+        def stand_by() -> None:
+            backoff.reset()
+            self._set_active("")
+
+        while not stop.is_set():
+            try:
+                await self._leadership.lead(stop, lead, stand_by=stand_by)
+            except POSTGRES_ERRORS as error:
+                self._set_active(f"PostgreSQL is away: {in_words(error)}")
+                await pause(stop, backoff.next())
+
+    def _set_active(self, why: str) -> None:
+        """Work, for that reason, or stand by ('')."""
+        if self.active is not bool(why):
+            self.active = bool(why)
+            self._decided.set()
+            self._metrics.active.set(self.active)
+            if why:
+                log.info("scheduler.active", why=why)
+            else:
+                self._metrics.forget()
+                log.info("scheduler.standby")
+
+    async def _try(self, step: str, work: Callable[[], Awaitable[object]]) -> None:
+        """Do one step; what fails is told once and tried again next round, for ever."""
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other steps go on
+            if step not in self._ailing:
+                log.warning("scheduler.step_failed", step=step, error=type(error).__name__)
+            self._ailing.add(step)
+        else:
+            if step in self._ailing:
+                log.info("scheduler.step_back", step=step)
+            self._ailing.discard(step)
+
+    async def _verify(self) -> None:
+        stores = self._stores
+        unfit = await verify_all(
+            stores.redis,
+            stores.scripts,
+            stores.pool,
+            self._isolation,
+            meet=self._meet,
+            stalls=self._stalls,
+        )
+        if self.active:  # the lock may have gone to another meanwhile, and its metrics with it
+            self._metrics.recovering.set(len(unfit))
+        await self._healing.recover_unfit(unfit)
+
+    async def _file(self) -> None:
+        """Look at Redis' append-only file, some times a second until it is whole."""
+        if time.monotonic() < self._file_due_s:
+            return
+        redis = self._stores.redis
+        why, trouble = await make_whole(redis), await rewrite_trouble(redis)
+        # A rewrite that fails is not asked for at every round.
+        self._file_due_s = time.monotonic() + (FILE_EVERY_S if trouble or not why else 0.0)
+        if self.active:
+            self._metrics.rewrite_failed.set(bool(trouble))
+        if trouble and trouble != self._file_trouble:
+            log.error("redis.rewrite_failed", why=trouble)
+        self._file_trouble = trouble
+
+    async def _meet(self, run_id: str) -> list[str]:
+        """Say how a new Redis is weaker than the level that was set; nothing where it may be."""
+        settings = self._stores.settings
+        if run_id != self._met:
+            self._met, self._file_due_s = run_id, 0.0
+            await self._file()
+        if settings.durability_check != "refuse":
+            return []
+        weak = await durability_faults(
+            self._stores.redis, settings.durability, settings.replicas_min
+        )
+        if weak and weak != self._weak:
+            log.warning("redis.refused", faults=weak)
+        elif self._weak and not weak:
+            log.info("redis.accepted")
+        self._weak = weak
+        return weak
+
+    async def _settle(self) -> None:
+        await self._healing.settle()
+
+    async def _roster(self) -> None:
+        stores = self._stores
+        await sync_all(stores.redis, stores.scripts, stores.pool, self._isolation)
+
+    async def _clock(self) -> None:
+        unreadable: list[Unreadable] = []
+        campaigns = await read_campaigns(self._stores.redis, unreadable=unreadable)
+        for now in campaigns:
+            self._isolation.note(now.campaign.id, "window", now.window_fault)
+            with self._isolation.of(now.campaign.id, "clock"):
+                await self._cross(now)
+        for each in unreadable:
+            with self._isolation.of(each.campaign_id, "clock"):
+                raise each
+        there = {now.campaign.id for now in campaigns}
+        self._forget_gone(there)
+        self._isolation.forget_others("clock", there | {each.campaign_id for each in unreadable})
+        self._isolation.forget_others("window", there)
+        await self._tell_troubles()
+
+    async def _tell_troubles(self) -> None:
+        if not self.active:
+            return
+        ailing = self._isolation.ailing
+        self._metrics.troubled.clear()
+        for campaign_id in ailing:
+            self._metrics.troubled.labels(campaign_id).set(1)
+        await self._troubles.tell(ailing)
+
+    def _forget_gone(self, there: set[str]) -> None:
+        """Tell no stock of a rehearsal that was purged; what else is not there comes back."""
+        for campaign_id in self._rehearsals.keys() - there:
+            for showing in self._rehearsals.pop(campaign_id).showings:
+                with contextlib.suppress(KeyError):
+                    self._metrics.remaining.remove(campaign_id, showing.id)
+
+    async def _cross(self, now: CampaignNow) -> None:
+        if now.state is CampaignState.DELETED or not self.active:
+            return
+        campaign_id = now.campaign.id
+        if now.campaign.rehearsal_of:
+            self._rehearsals[campaign_id] = now.campaign
+        for showing, remaining in zip(now.campaign.showings, now.remaining, strict=True):
+            self._metrics.remaining.labels(campaign_id, showing.id).set(remaining)
+        if not now.recovering and now.state is not now.recorded:
+            reply = await self._stores.scripts.tick(campaign_id)
+            if reply.reply is CallReply.OK and reply.tickets:
+                log.info("campaign.crossed", campaign=campaign_id, state=reply.state)
+
+    async def _audit_for_ever(self, stop: asyncio.Event) -> None:
+        wait_s: float = self._stores.settings.audit_interval_s
+        while not stop.is_set():
+            await pause(stop, wait_s)
+            if stop.is_set():
+                return
+            if not self.active:
+                continue
+            started = time.monotonic()
+            try:
+                report = await audit(
+                    self._stores.redis,
+                    self._stores.pool,
+                    durability=self._stores.settings.durability,
+                    replicas_min=self._stores.settings.replicas_min,
+                )
+            except CouldNotCheck as error:
+                log.warning("audit.could_not_check", error=str(error)[:200])
+            except Exception:
+                log.exception("audit.failed")
+            else:
+                if self.active:  # else the lock went to another, who has findings of its own
+                    self._publish(report)
+            took_s = time.monotonic() - started
+            wait_s = max(self._stores.settings.audit_interval_s, took_s / AUDIT_SHARE)
+
+    def _publish(self, report: AuditReport) -> None:
+        self._metrics.findings.clear()
+        for each in report.campaigns:
+            if not each.checked:
+                why = each.findings[0].what
+                log.warning("audit.could_not_check", campaign=each.id, error=why[:200])
+                continue
+            for invariant in INVARIANTS:
+                found = [finding for finding in each.findings if finding.invariant == invariant]
+                self._metrics.findings.labels(each.id, invariant).set(len(found))
+            for finding in each.findings[:10]:
+                log.error(
+                    "audit.finding",
+                    campaign=each.id,
+                    invariant=finding.invariant,
+                    what=finding.what,
+                )
+        self._metrics.audited_at.set_to_current_time()
+        log.info("audit.done", clean=report.clean, campaigns=len(report.campaigns))
+
+
+async def _patience(stop: asyncio.Event) -> None:
+    await stop.wait()
+    await asyncio.sleep(STOP_PATIENCE_S)

@@ -1,0 +1,412 @@
+"""The ledger writer: carries every campaign's stream from Redis to PostgreSQL, in order.
+
+One loop looks at the heads of all campaigns in one pipeline, reads what is new of those that have
+something new, and applies it. Under load it waits a moment between rounds, so that a transaction
+carries a thousand events and not fifty; a full batch is followed at once by the next.
+
+Any number of writers may run; ``leadership.py`` says which one works. What keeps two from doing
+harm is not the lock but the compare-and-set in ``db/ledger.py``.
+
+Whatever fails is tried again for ever, with a bounded wait: PostgreSQL or Redis away stops
+everything, a campaign whose ledger is broken stops alone. Away is also a PostgreSQL that answers
+and does not write: read-only, its disk full, out of connections. The lock is kept meanwhile,
+because nobody else would fare better. Nothing is lost, because an entry is trimmed from the stream
+only after it was applied and its retention has passed.
+
+Rejected: a consumer group. Its pending list says what was delivered, not what was committed; the
+applied number stands in the same transaction as the rows and cannot disagree with them.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import structlog
+from prometheus_client import CollectorRegistry
+from redis import exceptions as redis_errors
+from redis.asyncio import Redis
+
+from sale.config import Settings
+from sale.db import ledger, locks
+from sale.db.errors import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
+from sale.db.ledger import Position
+from sale.jobs.backoff import Backoff, pause
+from sale.jobs.leadership import Leadership
+from sale.jobs.pooling import connected
+from sale.jobs.writer_campaign import LedgerCampaign
+from sale.jobs.writer_lag import LedgerLag
+from sale.jobs.writer_metrics import LedgerMetrics
+from sale.jobs.writer_source import LedgerSource, bounded, number
+from sale.ledger.chain import GENESIS, CorruptLedger, Entry
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import Scripts
+from sale.stock.troubles import Troubles
+
+if TYPE_CHECKING:
+    import asyncpg
+
+PauseCampaign: TypeAlias = Callable[[str, str], Awaitable[object]]
+"""``pause_campaign(campaign_id, reason)``; whatever it raises, it is tried again."""
+
+IDLE_TRANSACTION_TIMEOUT: Final = "2s"
+ROW_LOCK_TIMEOUT: Final = "2s"
+"""Somebody else's lock on one campaign is that campaign's trouble."""
+APPLY_TIMEOUT_S: Final = 60.0
+PAUSE_TIMEOUT_S: Final = 5.0
+PAUSE_AGAIN_S: Final = 0.5
+COUNT_CONFLICTS_S: Final = 10.0
+
+POLL_S: Final = 0.025
+POLL_IDLE_S: Final = 0.05
+IDLE_AFTER_ROUNDS: Final = 20
+
+ENTRY_EVENTS_MAX: Final = 512
+"""No entry holds more: a batch of purchases (256) and what the clock changed before it."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+class LedgerWriter:
+    """Carries streams to PostgreSQL until told to stop. See the module's text."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        scripts: Scripts,
+        database_url: str,
+        settings: Settings,
+        *,
+        pause_campaign: PauseCampaign,
+        metrics: LedgerMetrics | None = None,
+    ) -> None:
+        self._source = LedgerSource(redis)
+        self._database_url = database_url
+        self._batch_events = max(settings.writer_batch_events, ENTRY_EVENTS_MAX)
+        self._retention_ms = settings.ledger_retention_s * 1_000
+        self._retention_events = settings.ledger_retention_events
+        self._pause_campaign = pause_campaign
+        self.metrics = metrics or LedgerMetrics(CollectorRegistry())
+        self._counted_s = 0.0
+        self._campaigns: dict[str, LedgerCampaign] = {}
+        self._known_ids: list[str] = []
+        self._stop = asyncio.Event()
+        self._leadership = Leadership(database_url, locks.WRITER)
+        self._applying: asyncpg.Connection[Any] | None = None
+        self._lag = LedgerLag(
+            self._source,
+            scripts,
+            self.metrics,
+            campaigns=lambda: list(self._campaigns.values()),
+            may_tell=lambda: self._leadership.sure,
+        )
+        self._troubles = Troubles(redis, "writer")
+        self._away: dict[str, set[str]] = {}
+        self._backoff = Backoff()
+        # Of the last round: whether it wrote, and whether it passed over a campaign in trouble.
+        self._wrote = self._skipped = False
+        self._standing_by = False
+        self.active = False
+        """Whether this writer holds the lock."""
+
+    @property
+    def stuck(self) -> dict[str, str]:
+        """Campaigns whose ledger cannot be applied, and why."""
+        return {c.id: c.stuck for c in self._campaigns.values() if c.stuck}
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until ``stop`` is set; a batch that is under way is finished first.
+
+        Raises UnfitProxy where the lock cannot be held.
+        """
+        self._stop = stop
+        try:
+            async with self._lag.watching():
+                while not stop.is_set():
+                    try:
+                        await self._leadership.lead(
+                            stop, self._lead, stand_by=self._stand_by, sever=self._sever
+                        )
+                    except POSTGRES_ERRORS as error:
+                        await self._wait_for_postgres(error)
+        finally:
+            self._set_active(active=False)
+
+    # The office -------------------------------------------------------------------------------
+
+    def _stand_by(self) -> None:
+        self._back("postgres")
+        if not self._standing_by:
+            self._standing_by = True
+            self._campaigns.clear()
+            self.metrics.forget_lag()
+            log.info("ledger.writer_standby")
+
+    async def _lead(self) -> None:
+        """Write for as long as the lock is held."""
+        self._standing_by, began = False, False
+        try:
+            while not self._stop.is_set():
+                try:
+                    async with self._connection() as conn:
+                        if not began:
+                            await locks.expel(conn, locks.WRITER_APPLIES)
+                        await self._begin(conn)
+                        if not began:
+                            began = True
+                            log.info("ledger.writer_active", campaigns=len(self._campaigns))
+                        await self._write(conn)
+                except POSTGRES_ERRORS as error:
+                    await self._wait_for_postgres(error)
+        finally:
+            self._set_active(active=False)
+
+    def _sever(self) -> None:
+        if self._applying is not None:
+            self._applying.terminate()
+
+    @contextlib.asynccontextmanager
+    async def _connection(self) -> AsyncIterator["asyncpg.Connection[Any]"]:
+        async with connected(
+            self._database_url, locks.WRITER_APPLIES, command_timeout_s=APPLY_TIMEOUT_S
+        ) as conn:
+            self._applying = conn
+            try:
+                await conn.execute(
+                    f"SET idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_TIMEOUT}';"
+                    f"SET lock_timeout = '{ROW_LOCK_TIMEOUT}'"
+                )
+                yield conn
+            finally:
+                self._applying = None
+
+    def _set_active(self, *, active: bool) -> None:
+        self.active = active
+        self.metrics.active.set(active)
+
+    # The loop ---------------------------------------------------------------------------------
+
+    async def _write(self, conn: "asyncpg.Connection[Any]") -> None:
+        backoff, idle_rounds = Backoff(), 0
+        while not self._stop.is_set():
+            try:
+                more = await self._round(conn)
+            except redis_errors.RedisError as error:
+                self._lost("redis", f"{type(error).__name__}: {error}")
+                await pause(self._stop, backoff.next())
+                continue
+            self._back("redis")
+            backoff.reset()
+            if self._wrote or not self._skipped:
+                # Not before: a PostgreSQL that is read-only, or full, lets itself be read.
+                self._back("postgres")
+                self._backoff.reset()
+            idle_rounds = 0 if self._wrote else idle_rounds + 1
+            if not more:
+                idle = idle_rounds > IDLE_AFTER_ROUNDS
+                await pause(self._stop, POLL_IDLE_S if idle else POLL_S)
+
+    async def _begin(self, conn: "asyncpg.Connection[Any]") -> None:
+        positions = await ledger.positions(conn)
+        for campaign_id in {*self._campaigns, *positions}:
+            position = positions.get(campaign_id, Position(0, GENESIS))
+            # Kept, so that troubles are told once, and who has failed lets the others go first.
+            campaign = self._campaigns.setdefault(
+                campaign_id, LedgerCampaign(campaign_id, position, _now_ms())
+            )
+            campaign.position, campaign.pause_for = position, None
+        await self._count_conflicts(conn)
+        for campaign_id, why in (await ledger.conflicts_to_pause(conn)).items():
+            if campaign_id in self._campaigns:
+                self._campaigns[campaign_id].pause_for = why
+        self._set_active(active=True)
+
+    async def _count_conflicts(self, conn: "asyncpg.Connection[Any]") -> None:
+        """Keep the gauge right: recoveries, and what API processes hand in, add rows too."""
+        rows = await ledger.conflict_rows(conn)
+        for campaign_id in self._campaigns:
+            self.metrics.conflict_rows.labels(campaign_id).set(rows.get(campaign_id, 0))
+        self._counted_s = time.monotonic()
+
+    async def _round(self, conn: "asyncpg.Connection[Any]") -> bool:
+        """Look at every campaign once; whether there is more at once."""
+        if time.monotonic() - self._counted_s > COUNT_CONFLICTS_S:
+            await self._count_conflicts(conn)
+        now_ms, heads = await self._look()
+        more = self._wrote = self._skipped = False
+        for campaign, head in heads:
+            if campaign.not_before > time.monotonic():
+                self._skipped = True
+                continue
+            before = campaign.position.applied
+            try:
+                seq = number(head)
+                if seq is not None:
+                    more |= await self._tend(conn, campaign, seq, now_ms)
+                campaign.backoff.reset()
+            except ledger.PositionMoved:
+                campaign.position = await ledger.position(conn, campaign.id)
+            except CorruptLedger as error:
+                self._stick(campaign, str(error))
+            except _PASS_ON:
+                # Whoever has the others' turn next may find that it was this campaign alone.
+                campaign.not_before = time.monotonic() + campaign.backoff.next()
+                raise
+            except Exception as error:  # noqa: BLE001 - no campaign's fault stops the others
+                self._stick(campaign, f"{type(error).__name__}: {error.args[:1]}")
+            self._wrote |= campaign.position.applied != before
+        if self._leadership.sure:
+            await bounded(self._troubles.tell(self.stuck))
+        return more
+
+    async def _tend(
+        self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, head: int, now_ms: int
+    ) -> bool:
+        """Do what one campaign needs; whether there is more at once."""
+        applied, more = campaign.position.applied, False
+        if head > applied:
+            more = await self._carry(conn, campaign, now_ms)
+        elif head < applied:
+            raise CorruptLedger(f"Redis is at event {head}, PostgreSQL at {applied}")
+        else:
+            self._unstick(campaign)
+        due = campaign.pause_not_before <= time.monotonic()
+        if campaign.pause_for and due and self._leadership.sure:
+            await self._pause_for_conflict(conn, campaign)
+        await self._trim(campaign, head, now_ms)
+        return more
+
+    async def _look(self) -> tuple[int, list[tuple[LedgerCampaign, Any]]]:
+        """Redis' clock (ms), and each campaign with what Redis says of its head's number."""
+        asked = self._known_ids
+        seen = await self._source.look([campaign_keys(each).head for each in asked], "seq")
+        self._known_ids = seen.campaign_ids
+        for campaign_id in {*asked, *seen.campaign_ids}:
+            if campaign_id not in self._campaigns:
+                begin = Position(0, GENESIS)
+                self._campaigns[campaign_id] = LedgerCampaign(campaign_id, begin, seen.now_ms)
+                self.metrics.conflict_rows.labels(campaign_id).set(0)
+        found = zip(asked, seen.heads, strict=True)
+        return seen.now_ms, [(self._campaigns[campaign_id], head) for campaign_id, head in found]
+
+    async def _carry(
+        self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, now_ms: int
+    ) -> bool:
+        """Apply one batch of a campaign that has something new; whether it was a full one."""
+        applied = campaign.position.applied
+        # Numbers are the IDs, so the end of the range bounds the events, not only the entries.
+        entries = await self._source.read(
+            campaign.stream,
+            f"({applied}-0",
+            f"{applied + self._batch_events}-0",
+            self._batch_events,
+        )
+        if not entries:
+            following = await self._source.read(campaign.stream, f"({applied}-0", "+", 1)
+            was = following[0].first if following else "nothing"
+            raise CorruptLedger(f"event {applied + 1} is missing from the stream: next is {was}")
+        done, entries = await self._apply_sound(conn, campaign, entries)
+        campaign.applied(done.position, entries[-1].at_ms, now_ms, self._retention_ms)
+        self.metrics.written.inc(done.events)
+        self._unstick(campaign)
+        for conflict in done.conflicts:
+            self.metrics.conflicts.labels(campaign.id).inc()
+            self.metrics.conflict_rows.labels(campaign.id).inc()
+            log.error("ledger.conflict", campaign=campaign.id, seq=conflict.seq, why=conflict.why)
+            campaign.pause_for = f"event {conflict.seq}: {conflict.why}"
+        return done.events > self._batch_events - ENTRY_EVENTS_MAX
+
+    async def _apply_sound(
+        self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, entries: list[Entry]
+    ) -> tuple[ledger.Applied, list[Entry]]:
+        """Apply entries; where one of them cannot be, as many before it as half after half gives.
+
+        Raises CorruptLedger where it is the first one.
+        """
+        while True:
+            try:
+                done = await ledger.apply(conn, campaign.id, entries, after=campaign.position)
+            except CorruptLedger:
+                if len(entries) == 1:
+                    raise
+                entries = entries[: len(entries) // 2]
+            else:
+                return done, entries
+
+    async def _trim(self, campaign: LedgerCampaign, head: int, now_ms: int) -> None:
+        passed = campaign.trim_to(now_ms, self._retention_ms, self._retention_events)
+        if passed is not None and passed > 0:
+            # The last entry is the anchor that the scripts check: it stays in any case.
+            try:
+                await self._source.trim(campaign.stream, f"{min(passed, head)}-0")
+            except redis_errors.ResponseError as error:
+                self._lost("trim", f"{type(error).__name__}: {error}")
+            else:
+                self._back("trim")
+
+    async def _pause_for_conflict(
+        self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign
+    ) -> None:
+        try:
+            async with asyncio.timeout(PAUSE_TIMEOUT_S):
+                await self._pause_campaign(campaign.id, f"ledger conflict, {campaign.pause_for}")
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
+            if campaign.pause_failed != repr(error):
+                campaign.pause_failed = repr(error)
+                log.warning("ledger.pause_failed", campaign=campaign.id, why=repr(error))
+            # The ledger goes on meanwhile: it holds what members were told.
+            campaign.pause_not_before = time.monotonic() + PAUSE_AGAIN_S
+            return
+        campaign.pause_failed = None
+        await ledger.mark_paused(conn, campaign.id)
+        campaign.pause_for = None
+
+    def _stick(self, campaign: LedgerCampaign, why: str) -> None:
+        campaign.not_before = time.monotonic() + campaign.backoff.next()
+        if campaign.stuck != why:
+            campaign.stuck = why
+            self.metrics.stuck.labels(campaign.id).set(1)
+            log.error("ledger.stuck", campaign=campaign.id, why=why)
+
+    def _unstick(self, campaign: LedgerCampaign) -> None:
+        if campaign.stuck:
+            campaign.stuck = None
+            self.metrics.stuck.labels(campaign.id).set(0)
+            log.info("ledger.unstuck", campaign=campaign.id)
+
+    # What is away -----------------------------------------------------------------------------
+
+    async def _wait_for_postgres(self, error: Exception) -> None:
+        self._lost("postgres", in_words(error))
+        await pause(self._stop, self._backoff.next())
+
+    def _lost(self, what: str, why: str) -> None:
+        """Tell that it is away; each kind of reason once, until it is back."""
+        kinds, kind = self._away.setdefault(what, set()), why.partition(":")[0]
+        if kind not in kinds:
+            kinds.add(kind)
+            log.error(_LOST[what], why=why)
+
+    def _back(self, what: str) -> None:
+        if what in self._away:
+            del self._away[what]
+            log.info(_BACK[what])
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+_LOST: Final = {
+    "postgres": "ledger.postgres_lost",
+    "redis": "ledger.redis_lost",
+    "trim": "ledger.trim_failed",
+}
+_BACK: Final = {
+    "postgres": "ledger.postgres_back",
+    "redis": "ledger.redis_back",
+    "trim": "ledger.trim_back",
+}
+_PASS_ON: Final = (*POSTGRES_AWAY, redis_errors.ConnectionError, redis_errors.TimeoutError)
+"""What is no campaign's own fault."""

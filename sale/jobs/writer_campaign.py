@@ -1,0 +1,52 @@
+"""What the ledger writer knows of one campaign: how far it is, and what may be trimmed."""
+
+from collections import deque
+from typing import Final
+
+from sale.db.ledger import Position
+from sale.jobs.backoff import Backoff
+from sale.stock.keys import campaign_keys
+
+MARKS_PER_RETENTION: Final = 100
+
+
+class LedgerCampaign:
+    """One campaign's position in PostgreSQL, and its troubles."""
+
+    def __init__(self, campaign_id: str, position: Position, now_ms: int) -> None:
+        self.id = campaign_id
+        self.stream = campaign_keys(campaign_id).stream
+        self.head = campaign_keys(campaign_id).head
+        self.position = position
+        self.stuck: str | None = None
+        self.pause_for: str | None = None
+        self.pause_failed: str | None = None
+        self.pause_not_before = 0.0
+        self.not_before = 0.0
+        self.backoff = Backoff()
+        self.told: tuple[int, int | None] | None = None
+        self.tell_not_before = 0.0
+        self.tell_failed = False
+        # What was applied before this writer began is as old as its begin.
+        self._marks: deque[tuple[int, int]] = deque([(position.applied, now_ms)])
+        self._mark_begun_ms = now_ms
+
+    def applied(self, position: Position, at_ms: int, now_ms: int, retention_ms: int) -> None:
+        """Note a new position, and the moment of its last event for the trimming."""
+        self.position = position
+        if now_ms - self._mark_begun_ms < retention_ms // MARKS_PER_RETENTION and self._marks:
+            self._marks[-1] = (position.applied, at_ms)
+        else:
+            self._marks.append((position.applied, at_ms))
+            self._mark_begun_ms = now_ms
+
+    def trim_to(self, now_ms: int, retention_ms: int, retention_events: int) -> int | None:
+        """Number before which everything has passed both bounds of retention, once; or None."""
+        passed = None
+        while self._marks:
+            seq, at_ms = self._marks[0]
+            if at_ms + retention_ms > now_ms or seq > self.position.applied - retention_events:
+                break
+            passed = seq
+            self._marks.popleft()
+        return passed

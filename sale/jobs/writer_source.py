@@ -1,0 +1,88 @@
+"""Reads heads and streams of campaigns from Redis for the ledger writer; every wait is bounded."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+from redis import exceptions as redis_errors
+from redis.asyncio import Redis
+
+from sale.ledger.chain import CorruptLedger, Entry, parse_entry
+from sale.stock import survey
+from sale.stock.catalogue import ids_of
+from sale.stock.keys import CAMPAIGNS
+
+REDIS_TIMEOUT_S: Final = 5.0
+
+_T = TypeVar("_T")
+
+
+class Glance(NamedTuple):
+    """Redis' clock (ms), the IDs of its campaigns, and what it said of each head asked for."""
+
+    now_ms: int
+    campaign_ids: list[str]
+    heads: list[Any]
+
+
+class LedgerSource:
+    """The ledger in Redis."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def look(self, heads: Sequence[str], *fields: str) -> Glance:
+        """Read ``fields`` of the heads of those keys, in one round trip.
+
+        A head's fields are a list, or Redis' ResponseError: a key of the wrong type is its own
+        campaign's trouble. Raises what is no campaign's own fault.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.smembers(CAMPAIGNS)
+        survey.ask(pipe, heads, fields)
+        clock, members, *replies = await bounded(pipe.execute(raise_on_error=False))
+        found = survey.told(replies, len(heads))
+        for reply in (clock, members):
+            if isinstance(reply, Exception):
+                raise reply
+        for reply in found:
+            if isinstance(reply, Exception) and not isinstance(reply, redis_errors.ResponseError):
+                raise reply
+        return Glance(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), found)
+
+    async def read(self, stream: str, first: str, last: str, count: int) -> list[Entry]:
+        """Entries of a stream between two IDs. Raises CorruptLedger."""
+        rows: Any = await bounded(self._redis.xrange(stream, first, last, count))
+        return [parse_entry(entry_id, fields) for entry_id, fields in rows]
+
+    async def trim(self, stream: str, bound: str) -> None:
+        """Forget the entries before an ID."""
+        await bounded(self._redis.xtrim(stream, minid=bound, approximate=False))
+
+
+async def bounded(call: Awaitable[_T]) -> _T:
+    """Wait for Redis, but not for ever: a stopped one neither answers nor hangs up.
+
+    Not by ``wait_for``: in Python 3.11 it swallows a cancellation that meets the answer.
+    """
+    try:
+        async with asyncio.timeout(REDIS_TIMEOUT_S):
+            return await call
+    except TimeoutError as error:
+        raise redis_errors.TimeoutError(f"no answer in {REDIS_TIMEOUT_S:g} s") from error
+
+
+def number(head: object) -> int | None:
+    """Give a head's number, the first of its fields; None where there is no head.
+
+    Raises what Redis said, or CorruptLedger.
+    """
+    if isinstance(head, Exception):
+        raise head
+    seq = head[0] if isinstance(head, list) else None
+    if seq is None:
+        return None
+    if not isinstance(seq, bytes) or not seq.isdigit():
+        raise CorruptLedger(f"the head in Redis says event {seq!r}")
+    return int(seq)

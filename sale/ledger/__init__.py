@@ -1,0 +1,1 @@
+"""The ledger: kinds of events, the hash chain, and what the events add up to."""

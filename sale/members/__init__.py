@@ -1,0 +1,1 @@
+"""What members want done; one use case a module."""

@@ -1,0 +1,249 @@
+"""The purchase, on one screen: check, ask the batcher, word the answer.
+
+``purchase`` is the whole of it, for a handler that waits; the fast path (``api/fast_path.py``)
+takes the same three steps, ``check``, ``submit`` and ``word``, without a coroutine a purchase.
+
+What decides stands in ``stock/lua/purchase.lua``; here is only what needs no store (is the request
+whole, whose token is it) and the wording. The order of the checks is the contract's: request,
+token, campaign, then everything that the script decides.
+"""
+
+import asyncio
+import time
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+import asyncpg
+
+from sale.db import ledger
+from sale.domain.campaign import Campaign, CampaignState
+from sale.domain.card import may_meet
+from sale.domain.clock import rfc3339
+from sale.domain.order import Order
+from sale.domain.problem import Problem, Refused
+from sale.http.overload import QUEUE, STANDS, TURN, Admission
+from sale.identity import MemberTokens
+from sale.members.orders import TicketCodes, key_hash, placed_order
+from sale.members.rate import RateLimits, TooFast
+from sale.metrics import PurchaseMetrics
+from sale.stock.batcher import Answer, AwaitedPurchase, Purchase
+from sale.stock.batchers import Batchers
+from sale.stock.catalogue import Catalogue
+from sale.stock.scripts import Decision
+
+POSTGRES_PATIENCE_S: Final = 1.0
+ABSENT_S: Final = 0.1
+ABSENT_MAX: Final = 1_000
+Checked = tuple[str, str, int, int, str]
+"""A request that may be asked: card, union, showing number, quantity, its key."""
+
+_PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
+
+
+class Placed(NamedTuple):
+    """An order that stands, and whether this answer repeats an earlier one."""
+
+    order: Order
+    replayed: bool
+
+
+class PurchaseDesk:
+    """Takes purchases of this process."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        batchers: Batchers,
+        tokens: MemberTokens,
+        codes: TicketCodes,
+        metrics: PurchaseMetrics,
+        pool: asyncpg.Pool,
+        limits: RateLimits,
+        admission: Admission,
+    ) -> None:
+        self._limits = limits
+        self._admission = admission
+        self._pool = pool
+        self._absent: dict[str, tuple[float, Refused]] = {}
+        self._metrics = metrics
+        self._catalogue = catalogue
+        self.known = catalogue.known
+        self._batchers = batchers
+        self._tokens = tokens
+        self._codes = codes
+        self._loop = asyncio.get_running_loop()
+
+    async def purchase(
+        self,
+        campaign_id: str,
+        quantity: int,
+        showing_id: str | None,
+        key: str,
+        token: str | None,
+        *,
+        stood_s: float = 0.0,
+    ) -> Placed | Refused:
+        """Buy ``quantity`` tickets of a showing, once a card and key: for those who can wait.
+
+        ``stood_s``: how long it has stood in the crowd, which counts towards its deadline. Raises
+        Refused for what is wrong with the request or the token. What the script refuses is
+        returned, not raised: a sold-out campaign refuses by the hundred thousand.
+        """
+        campaign = self.known(campaign_id)
+        if campaign is None:
+            # No store pays for a guesser: token and pace come first.
+            member = self._tokens.verify(token or "", time.time())
+            limited = self._limits.spend_card(member.card_no, time.monotonic())
+            if limited is not None:
+                raise TooFast(limited)
+            async with asyncio.timeout(self._batchers.deadline_s):
+                campaign = await self._catalogue.for_sale(campaign_id)
+        if campaign is None:
+            refused = await self._no_campaign(campaign_id)
+            self.count_refused(campaign_id, refused.problem)
+            return refused
+        checked = self.check(campaign, quantity, showing_id, key, token, time.monotonic())
+        card_no, union, showing, quantity, key = checked
+        purchase = AwaitedPurchase(card_no, union, showing, quantity, key_hash(key), self._loop)
+        purchase.asked_at -= stood_s
+        self.submit(campaign, purchase)
+        return self.word(campaign, purchase, await purchase.answer)
+
+    def turned_away(self, now: float, *, called: bool = False) -> int:
+        """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds.
+
+        ``STANDS`` where it had better stand in the crowd; not if it is ``called`` from there.
+        ``now``, here and in ``check``, is seconds of the monotonic clock.
+        """
+        admission = self._admission
+        reason = admission.overloaded(now, called=called)
+        if not reason:
+            return 0
+        if not called and (reason == TURN or not admission.may_refuse(now)):
+            return STANDS
+        return admission.refuse(reason, now)
+
+    def check(
+        self,
+        campaign: Campaign,
+        quantity: int,
+        showing_id: str | None,
+        key: str,
+        token: str | None,
+        now: float,
+    ) -> Checked:
+        """See to what needs no store: the request, whose token it is, how often it asks.
+
+        Raises Refused, TooFast.
+        """
+        showing = _check_request(campaign, quantity, showing_id)
+        member = self._tokens.verify(token or "", time.time())
+        limited = self._limits.spend(member.card_no, campaign.id, now)
+        if limited is not None:
+            raise TooFast(limited)
+        if not may_meet(campaign, member.card_no):
+            raise Refused(Problem.NOT_ELIGIBLE)
+        return member.card_no, member.union, showing, quantity, key
+
+    def submit(self, campaign: Campaign, purchase: Purchase) -> None:
+        """Queue a checked purchase; it will be settled once. Raises Refused."""
+        if self._batchers.halted:
+            raise Refused(Problem.UNAVAILABLE)
+        if not self._batchers.of(campaign).submit(purchase):
+            wait_s = self._admission.refuse(QUEUE, time.monotonic())
+            raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)
+
+    def word(self, campaign: Campaign, purchase: Purchase, answer: Answer) -> Placed | Refused:
+        """Put the script's answer into an order or a refusal."""
+        if answer.decision in _PLACED:
+            order = placed_order(
+                self._codes, campaign, purchase.showing, purchase.quantity, answer.value,
+                answer.sold_at_ms, answer.price_fen, answer.card_remaining,
+            )  # fmt: skip
+            return Placed(order, answer.decision is Decision.REPLAYED)
+        return _refusal(answer, campaign.card_limit)
+
+    async def _no_campaign(self, campaign_id: str) -> Refused:
+        """Tell a campaign that Redis has lost, which may be had again, from one that never was."""
+        asked_at, refused = self._absent.get(campaign_id, (0.0, None))
+        if refused is not None and time.monotonic() - asked_at < ABSENT_S:
+            return refused
+        async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
+            state = await ledger.state(connection, campaign_id)
+        refused = Refused(Problem.UNAVAILABLE)
+        if state is None or state in {CampaignState.DRAFT, CampaignState.DELETED}:
+            refused = Refused(Problem.NOT_FOUND, "no such campaign")
+        if len(self._absent) >= ABSENT_MAX:
+            self._absent.clear()
+        self._absent[campaign_id] = (time.monotonic(), refused)
+        return refused
+
+    def count_refused(self, campaign_id: str, problem: Problem) -> None:
+        """Count a request that never came to the script; only known campaigns are a label."""
+        known = "" if self._catalogue.known(campaign_id) is None else campaign_id
+        self._metrics.outcomes[known, problem.value] += 1
+
+
+def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) -> int:
+    """Give the showing's number. Raises Refused for what is wrong with the request itself."""
+    if not 1 <= quantity <= campaign.order_max:
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            f"quantity: must be a whole number from 1 to {campaign.order_max}",
+            field="quantity",
+        )
+    if showing_id is None:
+        if len(campaign.showings) == 1:
+            return 0
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            f"showing: say which one of {campaign.showings_in_words}",
+            field="showing",
+        )
+    number = campaign.showing_numbers.get(showing_id)
+    if number is None:
+        raise Refused(
+            Problem.INVALID_REQUEST,
+            f"showing: there is no such one; there is {campaign.showings_in_words}",
+            field="showing",
+        )
+    return number
+
+
+@lru_cache(maxsize=1_024)
+def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one branch a decision
+    """Put a decision into the problem that the member is told; a batch shares one."""
+    match answer.decision:
+        case Decision.SOLD_OUT:
+            return Refused(Problem.SOLD_OUT, remaining=answer.value)
+        case Decision.LIMIT_EXCEEDED:
+            return Refused(
+                Problem.LIMIT_EXCEEDED,
+                card_remaining=answer.value,
+                card_limit=card_limit,
+            )
+        case Decision.NOT_OPEN:
+            wait_ms = max(answer.value - answer.now_ms, 1)
+            return Refused(
+                Problem.NOT_OPEN,
+                retry_after_s=-(-wait_ms // 1000),
+                opens_at=rfc3339(answer.value),
+            )
+        case Decision.PAUSED:
+            return Refused(Problem.PAUSED)
+        case Decision.CLOSED:
+            return Refused(Problem.CLOSED)
+        case Decision.CARD_REVOKED:
+            return Refused(Problem.CARD_REVOKED)
+        case Decision.NOT_ELIGIBLE:
+            return Refused(Problem.NOT_ELIGIBLE)
+        case Decision.KEY_MISMATCH:
+            return Refused(
+                Problem.IDEMPOTENCY_MISMATCH, "this key was used for another showing or quantity"
+            )
+        case Decision.BAD_QUANTITY:
+            return Refused(Problem.INVALID_REQUEST, "quantity: not allowed here", field="quantity")
+        case Decision.DRAFT:
+            return Refused(Problem.NOT_FOUND, "no such campaign")
+        case _:
+            return Refused(Problem.UNAVAILABLE)

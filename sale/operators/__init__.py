@@ -1,0 +1,1 @@
+"""What operators want done: campaigns, accounts, the roster, rehearsals."""

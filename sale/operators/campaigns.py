@@ -1,0 +1,429 @@
+"""What operators do with campaigns. Each step is one script, one event, one audit-log row.
+
+The script decides whether the step is allowed; here stands who may ask for it, and the wording of
+a no. The writer turns the event into the row of the audit log (INV-10), so an action that happened
+cannot be missing there.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+from collections.abc import Callable
+from typing import Final
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+
+from sale.db import ledger
+from sale.db.errors import POSTGRES_ERRORS
+from sale.domain.campaign import STOCK_MAX, Campaign, CampaignState
+from sale.domain.clock import parse_moment, to_ms
+from sale.domain.problem import Problem, Refused
+from sale.domain.text import REASON_MAX, shown_text
+from sale.domain.unions import DISTRICT
+from sale.stock.catalogue import CampaignNow, read_campaign
+from sale.stock.keys import CAMPAIGNS
+from sale.stock.rebuild import moment_text, unions_text
+from sale.stock.scripts import CallReply, Operation, OperationReply, Repeat, Scripts
+from sale.trust.revocation import sync_campaign
+
+APPLIED_WAIT_S: Final = 1.0
+APPLIED_PAUSE_S: Final = 0.02
+REASON_REQUIRED: Final = frozenset({"pause", "reopen"})
+_SELLS_NOTHING: Final = frozenset({"paused", "closed", "scheduled", "draft", "deleted"})
+RUNNERS: Final = frozenset({"admin", "operator"})
+"""Roles that change campaigns; the others look."""
+ACTIONS: Final = ("schedule", "open", "pause", "resume", "close", "reopen")
+_INSTEAD: Final = {
+    ("open", "paused"): "resume it instead",
+    ("open", "open"): "it is open already",
+    ("open", "closed"): "reopen it instead",
+    ("resume", "open"): "it is open already",
+    ("resume", "closed"): "reopen it instead",
+    ("resume", "scheduled"): "open it instead",
+    ("pause", "scheduled"): "it does not sell yet: close it, or schedule it for later",
+    ("pause", "paused"): "it is paused already",
+    ("close", "closed"): "it is closed already",
+    ("close", "draft"): "delete the draft instead",
+    ("reopen", "paused"): "resume it instead",
+    ("reopen", "open"): "it is open already",
+    ("schedule", "open"): "it is open already",
+}
+
+
+class Actor(msgspec.Struct, frozen=True):
+    """Who acts: the name in the audit log, the role, and the union that the account acts for.
+
+    None and the district act for every union. An account of another one, whatever its role, acts
+    for that union alone; what it may see is ``may_see``, for each reader (audit log: the same rule
+    in SQL, ``audit_log_of_union`` and the view ``audit_log_owned``).
+    """
+
+    name: str
+    role: str = "admin"
+    union: str | None = None
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether this actor acts for every union."""
+        return self.union in {None, DISTRICT}
+
+    def acts_for(self, owner: str) -> bool:
+        """Whether campaigns of that union are this actor's own."""
+        return self.sees_all or self.union == owner
+
+    def may_run(self, owner: str) -> bool:
+        """Whether this actor may change campaigns of that union."""
+        return self.role in RUNNERS and self.acts_for(owner)
+
+    def may_see(self, now: CampaignNow) -> bool:
+        """Whether this campaign exists for this actor: its own, and what members are told of."""
+        if now.state is CampaignState.DELETED:
+            return False
+        return now.listed or self.acts_for(now.campaign.owner)
+
+
+class CampaignDesk:
+    """The operators' steps. Each takes a key; the same key again does nothing twice (INV-4)."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        scripts: Scripts,
+        pool: asyncpg.Pool,
+        saw: Callable[[str, int], None] | None = None,
+    ) -> None:
+        """``saw(campaign_id, seq)`` is told each step that was taken."""
+        self._saw = saw
+        self._redis = redis
+        self._scripts = scripts
+        self._pool = pool
+
+    async def create(
+        self, campaign: Campaign, actor: Actor, reason: str | None, key: str | None
+    ) -> CampaignNow:
+        """Make a campaign: scheduled where it has an opening moment, else a draft."""
+        _check_may(actor, campaign.owner)
+        reason = _checked_reason("create", reason)
+        config = msgspec.json.encode(campaign)
+        operation = _operation(actor, reason, key, "create", config.decode())
+        before = await read_campaign(self._redis, campaign.id)
+        again = await self._repeat(campaign.id, operation, key)
+        if again is not None:
+            return await self._told_again(campaign.id, actor, again)
+        await self._check_free(campaign.id, before, actor)
+        scheduled = campaign.opens_at is not None and not campaign.draft
+        # Registered first: an ID without a head is passed over, a head without its ID is not seen.
+        await self._redis.sadd(CAMPAIGNS, campaign.id)
+        reply = await self._scripts.create(
+            campaign.id,
+            operation,
+            config,
+            [
+                moment_text(campaign.opens_at_ms),
+                moment_text(campaign.closes_at_ms),
+                campaign.card_limit,
+                campaign.order_max,
+                campaign.price_fen,
+                unions_text(campaign),
+                "1" if scheduled else "0",
+                *(showing.tickets for showing in campaign.showings),
+            ],
+        )
+        if reply.reply is CallReply.EXISTS:
+            raise _taken(campaign.id, await read_campaign(self._redis, campaign.id), actor)
+        _check_reply(reply, "create")
+        # It is made; where PostgreSQL cannot be asked now, the scheduler loads the cards later.
+        with contextlib.suppress(*POSTGRES_ERRORS):
+            await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
+        return await self._confirmed(campaign.id, actor, reply.seq)
+
+    async def show(self, campaign_id: str, actor: Actor) -> CampaignNow:
+        """Give a campaign as it is now, drafts too. Raises Refused."""
+        return _seen(campaign_id, await read_campaign(self._redis, campaign_id), actor)
+
+    async def step(
+        self,
+        campaign_id: str,
+        action: str,
+        actor: Actor,
+        reason: str | None,
+        key: str | None,
+        opens_at_ms: int | None = None,
+    ) -> CampaignNow:
+        """Take one step: one of ``ACTIONS``. Raises Refused."""
+        reason = _checked_reason(action, reason)
+        operation = _operation(actor, reason, key, action, f"{campaign_id}|{opens_at_ms}")
+        before = await read_campaign(self._redis, campaign_id)
+        again = await self._repeat(campaign_id, operation, key)
+        if again is not None:
+            return await self._told_again(campaign_id, actor, again)
+        _check_may(actor, _seen(campaign_id, before, actor).campaign.owner)
+        reply = await self._scripts.transition(campaign_id, action, operation, opens_at_ms)
+        if reply.reply is CallReply.INVALID:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                "at: give an opening moment that is before closes_at",
+                field="at",
+            )
+        _check_reply(reply, action)
+        self._taken(campaign_id, reply)
+        return await self._confirmed(campaign_id, actor, reply.seq)
+
+    async def delete(
+        self, campaign_id: str, actor: Actor, reason: str | None, key: str | None
+    ) -> None:
+        """Delete a draft. Raises Refused."""
+        reason = _checked_reason("delete", reason)
+        operation = _operation(actor, reason, key, "delete", campaign_id)
+        before = await read_campaign(self._redis, campaign_id)
+        if await self._repeat(campaign_id, operation, key) is not None:
+            return
+        _check_may(actor, _seen(campaign_id, before, actor).campaign.owner)
+        reply = await self._scripts.transition(campaign_id, "delete", operation)
+        _check_reply(reply, "delete")
+        await self._applied(campaign_id, reply.seq)
+
+    async def add_stock(
+        self,
+        campaign_id: str,
+        showing_id: str,
+        add: int,
+        actor: Actor,
+        reason: str | None,
+        key: str | None,
+    ) -> CampaignNow:
+        """Add tickets to a showing, once a key. Raises Refused."""
+        reason = _checked_reason("stock", reason)
+        operation = _operation(actor, reason, key, "stock", f"{campaign_id}|{showing_id}|{add}")
+        before = await read_campaign(self._redis, campaign_id)
+        again = await self._repeat(campaign_id, operation, key)
+        if again is not None:
+            return await self._told_again(campaign_id, actor, again)
+        now = _seen(campaign_id, before, actor)
+        _check_may(actor, now.campaign.owner)
+        showing = now.campaign.showing_numbers.get(showing_id)
+        if showing is None:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                f"showing: there is no {showing_id!r}; there is {now.campaign.showings_in_words}",
+                field="showing",
+            )
+        if not 1 <= add <= STOCK_MAX:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                f"add: must be a whole number from 1 to {STOCK_MAX}",
+                field="add",
+            )
+        reply = await self._scripts.add_stock(campaign_id, operation, showing, add)
+        if reply.reply is CallReply.INVALID:
+            raise Refused(
+                Problem.INVALID_REQUEST,
+                f"add: the showing would pass {STOCK_MAX} tickets",
+                field="add",
+            )
+        _check_reply(reply, "stock")
+        self._taken(campaign_id, reply)
+        return await self._confirmed(campaign_id, actor, reply.seq)
+
+    def _taken(self, campaign_id: str, reply: OperationReply) -> None:
+        if self._saw is not None:
+            self._saw(campaign_id, reply.seq)
+
+    async def pause_for(self, campaign_id: str, reason: str) -> None:
+        """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8).
+
+        Done, too, where it does not sell in any case. Raises Refused where that is not certain:
+        a recovering one may be put back into the state it was in, and go on selling.
+        """
+        operation = _operation(Actor("engine"), reason, None, "pause", campaign_id)
+        reply = await self._scripts.transition(campaign_id, "pause", operation)
+        if reply.reply is CallReply.WRONG_STATE and reply.state in _SELLS_NOTHING:
+            return
+        _check_reply(reply, "pause")
+
+    async def _check_free(self, campaign_id: str, before: CampaignNow | None, actor: Actor) -> None:
+        """Refuse an ID that is in use, or that PostgreSQL knows and this Redis has lost (INV-8)."""
+        if before is not None:
+            gone = before.state is CampaignState.DELETED
+            if not gone or (before.recovering and not actor.acts_for(before.campaign.owner)):
+                raise _taken(campaign_id, before, actor)
+            return
+        async with self._pool.acquire() as connection:
+            applied, _ = await ledger.position(connection, campaign_id)
+        if applied and await read_campaign(self._redis, campaign_id) is None:
+            if not actor.sees_all:
+                raise _taken(campaign_id, None, actor)
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"{campaign_id!r} is in PostgreSQL but not in Redis: recover it first",
+            )
+
+    async def _repeat(
+        self, campaign_id: str, operation: Operation, key: str | None
+    ) -> Repeat | None:
+        """Tell whether this was done before under this key. Raises Refused.
+
+        Asked after the campaign was read, and before what is read decides anything: whatever has
+        become of the campaign since, a repeat is answered as the first time.
+        """
+        if key is None:
+            return None
+        reply, repeat = await self._scripts.repeated(campaign_id, operation)
+        if repeat is None and reply not in {CallReply.OK, CallReply.MISSING}:
+            _check_reply(OperationReply(reply), "repeat")
+        return repeat
+
+    async def _told_again(self, campaign_id: str, actor: Actor, again: Repeat) -> CampaignNow:
+        """Give the campaign of a step that was taken before, as it is now. Raises Refused.
+
+        A draft that is gone is told as it was when it went: under its ID there may be another's.
+        """
+        if not again.gone:
+            return await self._confirmed(campaign_id, actor, again.seq)
+        await self._applied(campaign_id, again.seq)
+        async with self._pool.acquire() as connection:
+            draft = await ledger.gone_draft(connection, campaign_id, again.seq)
+        if draft is None:
+            raise Refused(Problem.UNAVAILABLE, "PostgreSQL has not heard of its end yet; try again")
+        return _gone(draft)
+
+    async def _confirmed(self, campaign_id: str, actor: Actor, seq: int) -> CampaignNow:
+        """Give the campaign as it is after a step. Raises Refused where Redis lacks that step now.
+
+        A Redis that has gone back meanwhile must not make us tell of what it has lost (INV-8).
+        """
+        await self._applied(campaign_id, seq)
+        now = await self.show(campaign_id, actor)
+        if now.seq < seq:
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"Redis has lost event {seq} since; try again once {campaign_id!r} is recovered",
+            )
+        return now
+
+    async def _applied(self, campaign_id: str, seq: int) -> None:
+        """Wait a moment for the writer, so that what was done can be read in the audit log."""
+        deadline = asyncio.get_running_loop().time() + APPLIED_WAIT_S
+        while asyncio.get_running_loop().time() < deadline:
+            try:
+                async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
+                    applied, _ = await ledger.position(connection, campaign_id)
+            except POSTGRES_ERRORS:
+                return
+            if applied >= seq:
+                return
+            await asyncio.sleep(APPLIED_PAUSE_S)
+
+
+def _operation(
+    actor: Actor, reason: str | None, key: str | None, action: str, what: str
+) -> Operation:
+    """Name an operation by who and which key, so that a repeat of it is recognised."""
+    named = f"{actor.name}|{key or secrets.token_hex(16)}"
+    content = f"{action}|{what}|{reason}"
+    return Operation(
+        op=hashlib.blake2b(named.encode(), digest_size=12).hexdigest(),
+        content=hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
+        actor=actor.name,
+        reason=reason,
+    )
+
+
+def _seen(campaign_id: str, now: CampaignNow | None, actor: Actor) -> CampaignNow:
+    """Give a campaign that exists for this actor. Raises Refused: the same for none and hidden."""
+    if now is None or not actor.may_see(now):
+        raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
+    return now
+
+
+def _taken(campaign_id: str, now: CampaignNow | None, actor: Actor) -> Refused:
+    """Say that an ID is not free; to whom its campaign is hidden, without why or whose it is."""
+    if now is not None and actor.may_see(now):
+        return Refused(Problem.WRONG_STATE, f"there is a campaign {campaign_id!r} already")
+    return Refused(
+        Problem.FORBIDDEN,
+        f"id: this account may not use {campaign_id!r}; choose another",
+        field="id",
+    )
+
+
+def _gone(draft: ledger.GoneDraft) -> CampaignNow:
+    """Give a draft as it was when it was deleted."""
+    campaign = msgspec.convert(draft.config, Campaign)
+    return CampaignNow(
+        campaign=campaign,
+        state=CampaignState.DELETED,
+        recorded=CampaignState.DELETED,
+        opens_at_ms=campaign.opens_at_ms,
+        closes_at_ms=campaign.closes_at_ms,
+        recovering="",
+        seq=draft.seq,
+        chain="",
+        epoch=draft.epoch,
+        roster_rev=-1,
+        tickets=tuple(draft.tickets),
+        remaining=tuple(draft.tickets),
+        as_of_ms=draft.at_ms,
+    )
+
+
+def _check_may(actor: Actor, owner: str) -> None:
+    if actor.role not in RUNNERS:
+        raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not change campaigns")
+    if not actor.acts_for(owner):
+        raise Refused(
+            Problem.FORBIDDEN,
+            f"an account of {actor.union!r} may not change campaigns of {owner!r}",
+        )
+
+
+def _checked_reason(action: str, reason: str | None) -> str | None:
+    """Give the reason as it is kept. Raises Refused.
+
+    Checked here for every way in: what PostgreSQL cannot hold would stop the ledger's writer.
+    """
+    if reason is None:
+        if action in REASON_REQUIRED or action == "stock":
+            raise Refused(Problem.INVALID_REQUEST, "reason: say why", field="reason")
+        return None
+    try:
+        return shown_text(reason, REASON_MAX)
+    except ValueError as wrong:
+        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
+
+
+def _check_reply(reply: OperationReply, action: str) -> None:
+    """Raise Refused for everything but done and done before."""
+    match reply.reply:
+        case CallReply.OK | CallReply.REPLAYED:
+            return
+        case CallReply.MISMATCH:
+            raise Refused(
+                Problem.IDEMPOTENCY_MISMATCH, "this key was used for something else before"
+            )
+        case CallReply.WRONG_STATE:
+            instead = _INSTEAD.get((action, reply.state))
+            raise Refused(
+                Problem.WRONG_STATE,
+                f"cannot {action} a campaign that is {reply.state}"
+                + (f": {instead}" if instead else ""),
+                state=reply.state,
+            )
+        case CallReply.MISSING:
+            raise Refused(Problem.NOT_FOUND, "no such campaign")
+        case _:
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"the state in Redis is not trusted ({reply.reply.name.lower()}); try again",
+            )
+
+
+def moment_ms(moment: str) -> int:
+    """UTC milliseconds of the moment ``at``, an RFC 3339 text. Raises Refused."""
+    try:
+        return to_ms(parse_moment(moment))
+    except ValueError as error:
+        raise Refused(Problem.INVALID_REQUEST, f"at: {error}", field="at") from None

@@ -1,0 +1,238 @@
+"""What `sale doctor` tells: what runs, in which version, how durable, how far behind."""
+
+from collections.abc import Iterator
+from typing import Final
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+
+from sale.config import Durability
+from sale.db import deployment, ledger, locks
+from sale.db.errors import POSTGRES_ERRORS
+from sale.domain.campaign import CampaignState
+from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
+from sale.stock.connection import REDIS_ERRORS, product_of
+from sale.stock.durability import durability_faults, rewrite_trouble
+from sale.stock.process_reports import LIVE_MS, read_roll, who_is_it
+from sale.stock.troubles import read_troubles
+from sale.trust.disk_watch import free_mb, redis_directory
+
+
+class CampaignDiagnosis(msgspec.Struct, frozen=True):
+    """One campaign: events in Redis and in PostgreSQL, and what is wrong in words, or ''.
+
+    Events are None where their store does not answer. ``rehearsal_of`` is the campaign that it
+    rehearses, '' for a real one.
+    """
+
+    id: str
+    state: str
+    seq: int | None
+    applied: int | None
+    trouble: str
+    rehearsal_of: str = ""
+
+    @property
+    def lag(self) -> int | None:
+        """How many events PostgreSQL does not have yet."""
+        return None if self.seq is None or self.applied is None else self.seq - self.applied
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """Everything at a glance. ``redis_version`` names the product too: "Valkey 9.1.2".
+
+    What cannot be asked, because its store does not answer, is '' or None.
+
+    ``durability`` is the level that was set; ``faults`` say in words what is weaker than it.
+    ``redis_disk_free_mb`` is None where Redis' disk is not on this host. ``api``, ``writer`` and
+    ``scheduler`` say in words which process works (``host:process``) and which stand by.
+    ``missing`` says in words which store does not answer and which part does not run.
+    """
+
+    redis_version: str
+    postgres_version: str
+    deployment: str
+    durability: Durability
+    faults: list[str]
+    redis_disk_free_mb: int | None
+    api: str
+    writer: str
+    scheduler: str
+    cards: int | None
+    campaigns: list[CampaignDiagnosis]
+    missing: list[str]
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong, the space on Redis' disk apart."""
+        return not (self.missing or self.faults or any(each.trouble for each in self.campaigns))
+
+
+class _FromRedis(msgspec.Struct, frozen=True):
+    """What Redis says. ``damaged`` are campaigns that cannot be read, and why."""
+
+    version: str = ""
+    faults: list[str] = []
+    disk_free_mb: int | None = None
+    api: int | None = None
+    campaigns: dict[str, CampaignNow] = {}
+    damaged: dict[str, str] = {}
+    troubles: dict[str, dict[str, str]] = {}
+
+
+class _FromPostgres(msgspec.Struct, frozen=True):
+    """What PostgreSQL says; ``writers`` and ``schedulers`` are None where it does not answer."""
+
+    version: str = ""
+    deployment: str = ""
+    faults: list[str] = []
+    writers: list[locks.Seat] | None = None
+    schedulers: list[locks.Seat] | None = None
+    cards: int | None = None
+    positions: dict[str, ledger.Position] = {}
+
+
+async def diagnose(
+    redis: Redis,
+    pool: asyncpg.Pool | None,
+    *,
+    redis_url: str = "",
+    postgres_away: str = "",
+    durability: Durability = "fsync",
+    replicas_min: int = 1,
+) -> Diagnosis:
+    """Look at both stores; one that does not answer is told, and the other is looked at.
+
+    ``pool`` is None where PostgreSQL is away, as ``postgres_away`` says. ``durability`` and
+    ``replicas_min`` are the level that was set, which Redis is measured by; without ``redis_url``
+    nobody looks at its disk.
+    """
+    missing: list[str] = []
+    stock, books = _FromRedis(), _FromPostgres()
+    if pool is None:
+        missing.append(postgres_away)
+    else:
+        try:
+            books = await _ask_postgres(pool)
+        except POSTGRES_ERRORS as error:
+            missing.append(_why_not(error))
+    try:
+        stock = await _ask_redis(redis, redis_url, durability, replicas_min, {*books.positions})
+    except REDIS_ERRORS as error:
+        missing.append(f"Redis does not answer: {_said(error)}")
+    if stock.api == 0:
+        missing.append("no API process runs: nothing is sold (sale serve)")
+    for seats, part, so in (
+        (books.writers, "writer", "the ledger piles up in Redis"),
+        (books.schedulers, "scheduler", "nothing opens, closes or is audited by itself"),
+    ):
+        if seats is not None and not any(seat.active for seat in seats):
+            missing.append(f"no {part} works: {so} (sale {part})")
+    return Diagnosis(
+        redis_version=stock.version,
+        postgres_version=books.version,
+        deployment=books.deployment,
+        durability=durability,
+        faults=stock.faults + books.faults,
+        redis_disk_free_mb=stock.disk_free_mb,
+        api=_UNKNOWN if stock.api is None else f"{stock.api or 'none'} reported within 5 s",
+        writer=_in_office(books.writers),
+        scheduler=_in_office(books.schedulers),
+        cards=books.cards,
+        campaigns=list(_campaigns(stock, books)),
+        missing=missing,
+    )
+
+
+async def _ask_redis(
+    redis: Redis, redis_url: str, durability: Durability, replicas_min: int, known: set[str]
+) -> _FromRedis:
+    server = await redis.info("server")
+    faults = await durability_faults(redis, durability, replicas_min)
+    if trouble := await rewrite_trouble(redis):
+        faults.append(trouble)
+    directory = await redis_directory(redis, redis_url)
+    since_ms = (await who_is_it(redis)).now_ms - LIVE_MS
+    reports = (await read_roll(redis)).values()
+    unreadable: list[Unreadable] = []
+    ids = sorted({*await campaign_ids(redis), *known})
+    found = await read_campaigns(redis, ids, unreadable=unreadable)
+    return _FromRedis(
+        version=str(product_of(server)),
+        faults=faults,
+        disk_free_mb=None if directory is None else free_mb(directory),
+        api=sum(report.at_ms >= since_ms for report in reports),
+        campaigns={now.campaign.id: now for now in found},
+        damaged={each.campaign_id: each.why for each in unreadable},
+        troubles=await read_troubles(redis),
+    )
+
+
+async def _ask_postgres(pool: asyncpg.Pool) -> _FromPostgres:
+    async with pool.acquire() as connection:
+        fsync = await connection.fetchval("SHOW fsync")
+        return _FromPostgres(
+            version=str(await connection.fetchval("SHOW server_version")),
+            deployment=(await deployment.read(connection)).nonce,
+            faults=[] if fsync == "on" else ["PostgreSQL's fsync is off"],
+            writers=await locks.seats(connection, locks.WRITER),
+            schedulers=await locks.seats(connection, locks.SCHEDULER),
+            cards=await connection.fetchval("SELECT count(*) FROM card"),
+            positions=await ledger.positions(connection),
+        )
+
+
+def _campaigns(stock: _FromRedis, books: _FromPostgres) -> Iterator[CampaignDiagnosis]:
+    for campaign_id in sorted({*stock.campaigns, *stock.damaged, *books.positions}):
+        now = stock.campaigns.get(campaign_id)
+        position = books.positions.get(campaign_id)
+        applied = None if not books.version else 0 if position is None else position.applied
+        troubles = [each[campaign_id] for each in stock.troubles.values() if campaign_id in each]
+        if not stock.version:
+            yield CampaignDiagnosis(campaign_id, _UNKNOWN, None, applied, "")
+        elif why := stock.damaged.get(campaign_id):
+            yield CampaignDiagnosis(campaign_id, "unreadable", 0, applied, why)
+        elif now is None or now.state is not CampaignState.DELETED or troubles:
+            yield _diagnosis(campaign_id, now, applied, troubles)
+
+
+def _diagnosis(
+    campaign_id: str, now: CampaignNow | None, applied: int | None, troubles: list[str]
+) -> CampaignDiagnosis:
+    if now is None:
+        troubles = ["not in Redis: recover it", *troubles]
+        return CampaignDiagnosis(campaign_id, "missing", 0, applied, "; ".join(troubles))
+    known = [now.recovering, now.window_fault, *troubles]
+    return CampaignDiagnosis(
+        campaign_id,
+        now.state.value,
+        now.seq,
+        applied,
+        "; ".join(dict.fromkeys(each for each in known if each)),
+        now.campaign.rehearsal_of,
+    )
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, asyncpg.UndefinedTableError):
+        return "the database has no schema yet, or an old one: run `sale migrate`"
+    return f"PostgreSQL does not answer: {_said(error)}"
+
+
+def _said(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _in_office(seats: list[locks.Seat] | None) -> str:
+    if seats is None:
+        return _UNKNOWN
+    if not seats:
+        return "none is connected"
+    active = [seat.who for seat in seats if seat.active]
+    waiting = [seat.who for seat in seats if not seat.active]
+    words = f"{active[0]} works" if active else "none works"
+    return f"{words}, {len(waiting)} on standby ({', '.join(waiting)})" if waiting else words
+
+
+_UNKNOWN: Final = "unknown"

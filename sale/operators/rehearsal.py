@@ -1,0 +1,261 @@
+"""Rehearsals: a campaign copied, sold to made-up cards on the deployment itself, and taken away.
+
+The copy is a campaign like any other: the same scripts, API processes, Redis, writer and audit
+carry it, because that is what is rehearsed. What keeps it apart: its configuration names the
+campaign that it rehearses, which no campaign file can say; its only union is one that no roster
+knows; and its buyers' numbers are of a range that no roster takes (``domain.may_meet``). It closes
+by itself soon after its rush, also where whoever began it has died.
+
+Afterwards it is struck off in PostgreSQL, which then misses nothing of it, taken out of Redis, and
+its rows are removed (``db/rehearsals.py``). The audit log keeps who did it, when and why, and the
+chain hash of what is gone. Rejected: a second Redis or schema for rehearsals. It would rehearse
+other servers than those that will carry the release.
+"""
+
+import asyncio
+import contextlib
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import datetime
+from typing import Final
+
+import asyncpg
+import msgspec
+from redis.asyncio import Redis
+
+from sale.db import ledger, rehearsals
+from sale.db.errors import POSTGRES_ERRORS
+from sale.db.rehearsals import LeftOver, Removed
+from sale.domain.campaign import Campaign, CampaignState
+from sale.domain.card import REHEARSAL_CARDS
+from sale.domain.clock import LOCAL_ZONE, from_ms, rfc3339
+from sale.domain.problem import Problem, Refused
+from sale.domain.text import TITLE_MAX
+from sale.domain.unions import REHEARSAL_UNION
+from sale.identity import SigningKey, issue_member_token
+from sale.operators.campaigns import Actor, CampaignDesk
+from sale.stock.catalogue import CampaignNow, read_campaign, read_campaigns, redis_now_ms
+from sale.stock.keys import campaign_keys
+from sale.stock.process_reports import call_the_roll
+from sale.stock.removal import NotRemoved, remove_rehearsal
+from sale.stock.scripts import Scripts
+from sale.trust.recover import LOCK_PATIENCE_S, alone
+
+QUIET_MS: Final = 30 * 60_000
+"""No rehearsal where a real campaign opens within this of its end, unless somebody insists."""
+CLOSES_AFTER_S: Final = 300.0
+"""Of its rush: then it closes by itself."""
+TITLE_PREFIX: Final = "演练 rehearsal: "
+ID_MAX: Final = 48
+CARDS_MAX: Final = 1_000_000
+CARD_DIGITS: Final = 16
+APPLIED_WAIT_S: Final = 30.0
+"""How long the writer may stand still."""
+APPLIED_WAIT_MAX_S: Final = 600.0
+APPLIED_PAUSE_S: Final = 0.05
+REASON_OVER: Final = "the rehearsal is over"
+_SELLS: Final = {
+    CampaignState.OPEN: "is open",
+    CampaignState.PAUSED: "is paused, and may go on any moment",
+    CampaignState.RECOVERING: "is being recovered",
+}
+
+
+class Real(msgspec.Struct, frozen=True):
+    """The campaign that is rehearsed, as it is: event number and chain hash show it untouched."""
+
+    id: str
+    seq: int
+    chain: str
+
+
+class Rehearsals:
+    """Begins, closes and purges rehearsals."""
+
+    def __init__(self, redis: Redis, scripts: Scripts, pool: asyncpg.Pool) -> None:
+        self._redis = redis
+        self._pool = pool
+        self._desk = CampaignDesk(redis, scripts, pool)
+
+    @contextlib.asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Be the only one who plays or removes rehearsals here. Raises Refused."""
+        async with self._pool.acquire() as connection:
+            if not await rehearsals.hold_play(connection):
+                raise Refused(
+                    Problem.WRONG_STATE,
+                    "somebody else is playing or removing a rehearsal: wait for its end",
+                )
+            try:
+                yield
+            finally:
+                # A connection that was lost meanwhile has given the right back by itself.
+                with contextlib.suppress(*POSTGRES_ERRORS):
+                    await rehearsals.leave_play(connection)
+
+    async def original(self, campaign_id: str) -> CampaignNow:
+        """Give the campaign to be rehearsed. Raises Refused where it cannot be."""
+        now = await self._desk.show(campaign_id, Actor("engine"))
+        if now.campaign.rehearsal_of:
+            raise Refused(Problem.WRONG_STATE, f"{campaign_id!r} is a rehearsal itself")
+        return now
+
+    async def real_sales(self, for_s: float) -> list[str]:
+        """Say in words which real campaigns sell now, or open within QUIET_MS of ``for_s``."""
+        until_ms = await redis_now_ms(self._redis) + int(for_s * 1_000) + QUIET_MS
+        found = []
+        for now in await read_campaigns(self._redis):
+            if now.campaign.rehearsal_of:
+                continue
+            if now.state in _SELLS:
+                found.append(f"{now.campaign.id} {_SELLS[now.state]}")
+            elif now.state is CampaignState.SCHEDULED and (now.opens_at_ms or 0) <= until_ms:
+                found.append(f"{now.campaign.id} opens at {rfc3339(now.opens_at_ms or 0)}")
+        return found
+
+    async def begin(
+        self, original: CampaignNow, actor: Actor, reason: str, *, opens_in_s: float, lasts_s: float
+    ) -> CampaignNow:
+        """Make the copy, to open by itself in ``opens_in_s``. Raises Refused."""
+        opens_at_ms = await redis_now_ms(self._redis) + int(opens_in_s * 1_000)
+        copy = copy_of(original, opens_at_ms, opens_at_ms + int((lasts_s + CLOSES_AFTER_S) * 1_000))
+        return await self._desk.create(copy, actor, reason, None)
+
+    async def close(self, campaign_id: str, actor: Actor) -> None:
+        """Close a rehearsal, where it is not closed yet. Raises Refused."""
+        now = await read_campaign(self._redis, campaign_id)
+        if now is not None and now.state in {
+            CampaignState.SCHEDULED, CampaignState.OPEN, CampaignState.PAUSED,
+        }:  # fmt: skip
+            await self._desk.step(campaign_id, "close", actor, REASON_OVER, None)
+
+    async def real(self, campaign_id: str) -> Real:
+        """Give what tells whether a campaign was touched. Raises Refused."""
+        now = await self._desk.show(campaign_id, Actor("engine"))
+        return Real(campaign_id, now.seq, now.chain)
+
+    async def left_over(self) -> list[LeftOver]:
+        """Rehearsals that have anything left, in either store."""
+        async with self._pool.acquire() as connection:
+            found = {each.id: each for each in await rehearsals.left_over(connection)}
+            real = await rehearsals.real(connection)
+        for now in await read_campaigns(self._redis):
+            campaign = now.campaign
+            # What Redis says of a campaign that PostgreSQL knows as a real one is not believed.
+            if campaign.rehearsal_of and campaign.id not in found and campaign.id not in real:
+                found[campaign.id] = LeftOver(
+                    campaign.id, campaign.rehearsal_of, now.state.value, 0, struck_off=False
+                )
+        return sorted(found.values(), key=lambda each: each.id)
+
+    async def purge(self, campaign_id: str, actor: Actor, reason: str) -> Removed:
+        """Close a rehearsal and remove all of it but its rows in the audit log.
+
+        May be repeated where it died. Raises Refused for anything but a rehearsal.
+        """
+        left = {each.id: each for each in await self.left_over()}.get(campaign_id)
+        if left is None:
+            now = await read_campaign(self._redis, campaign_id)
+            if now is not None:
+                raise Refused(
+                    Problem.WRONG_STATE,
+                    f"{campaign_id!r} is no rehearsal: nothing of it is removed",
+                )
+            raise Refused(Problem.NOT_FOUND, f"no rehearsal {campaign_id!r} is left")
+        if not left.struck_off:
+            await self.close(campaign_id, actor)
+            await self._let_go(campaign_id)
+        async with alone(self._pool, campaign_id, LOCK_PATIENCE_S) as connection:
+            removed = Removed(0, 0)
+            if not await rehearsals.is_purged(connection, campaign_id):
+                removed = await self._strike_off(connection, campaign_id, actor, reason)
+            try:
+                await remove_rehearsal(self._redis, campaign_id)
+            except NotRemoved as error:
+                raise Refused(Problem.UNAVAILABLE, str(error)) from None
+            await rehearsals.remove_rows(connection, campaign_id)
+        return removed
+
+    async def _strike_off(
+        self, connection: ledger.Connection, campaign_id: str, actor: Actor, reason: str
+    ) -> Removed:
+        applied, _ = await ledger.position(connection, campaign_id)
+        removed = await rehearsals.strike_off(
+            connection, campaign_id, applied, actor=actor.name, reason=reason
+        )
+        if removed is None:
+            raise Refused(
+                Problem.UNAVAILABLE, f"{campaign_id}: it has changed meanwhile; try again"
+            )
+        return removed
+
+    async def _let_go(self, campaign_id: str) -> None:
+        """Wait until PostgreSQL has all of it and no API process keeps anything for it.
+
+        Not of one that does not sell anyway because it is lost or recovering. Raises Refused.
+        """
+        clock = asyncio.get_running_loop().time
+        end, patience_until, before = clock() + APPLIED_WAIT_MAX_S, clock(), -1
+        while True:
+            head = campaign_keys(campaign_id).head
+            seq, told, recovering = await self._redis.hmget(head, ["seq", "applied", "recovering"])
+            if seq is None or recovering:
+                return
+            applied = int(told or 0)
+            if applied >= int(seq):
+                break
+            if applied > before:
+                before, patience_until = applied, clock() + APPLIED_WAIT_S
+            if clock() > min(patience_until, end):
+                raise Refused(
+                    Problem.UNAVAILABLE,
+                    f"{campaign_id}: PostgreSQL has {applied} of {int(seq)} events: is the writer "
+                    "running? Its data stays until that is so",
+                )
+            await asyncio.sleep(APPLIED_PAUSE_S)
+        await call_the_roll(self._redis)
+
+
+def copy_of(original: CampaignNow, opens_at_ms: int, closes_at_ms: int) -> Campaign:
+    """Give the rehearsal of a campaign: the same showings, stock, limits and price.
+
+    Its stock is all that the original has had, also what was added since.
+    """
+    campaign = original.campaign
+    return msgspec.structs.replace(
+        campaign,
+        id=rehearsal_id(campaign.id),
+        title=f"{TITLE_PREFIX}{campaign.title}"[:TITLE_MAX],
+        unions=(REHEARSAL_UNION,),
+        opens_at=from_ms(opens_at_ms),
+        closes_at=from_ms(closes_at_ms),
+        draft=False,
+        rehearsal_of=campaign.id,
+        showings=tuple(
+            msgspec.structs.replace(showing, tickets=tickets)
+            for showing, tickets in zip(campaign.showings, original.tickets, strict=True)
+        ),
+    )
+
+
+def rehearsal_id(campaign_id: str) -> str:
+    """Give a new ID, ``rehearsal-<date>-<six hex digits>-<campaign>``, cut where it is too long."""
+    today = datetime.now(LOCAL_ZONE).strftime("%Y%m%d")
+    name = f"rehearsal-{today}-{secrets.token_hex(3)}-{campaign_id}"
+    return re.sub(r"-+$", "", name[:ID_MAX])
+
+
+def made_up_cards(count: int) -> Iterator[str]:
+    """Give ``count`` card numbers that no roster holds, the same ones each time."""
+    digits = CARD_DIGITS - len(REHEARSAL_CARDS)
+    return (f"{REHEARSAL_CARDS}{number:0{digits}d}" for number in range(count))
+
+
+def tokens(key: SigningKey, count: int, *, ttl_s: int) -> Iterator[dict[str, str]]:
+    """Make tokens of made-up cards: ``card_no``, ``token``, ``union``, as ``sale tokens`` does."""
+    now_s = int(time.time())
+    for card_no in made_up_cards(count):
+        token = issue_member_token(key, card_no, REHEARSAL_UNION, now_s=now_s, ttl_s=ttl_s)
+        yield {"card_no": card_no, "token": token, "union": REHEARSAL_UNION}

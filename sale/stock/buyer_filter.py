@@ -1,0 +1,139 @@
+"""Which cards a sold-out campaign must still ask Redis about.
+
+When nothing is left, nearly everybody can be refused by one ``peek``; but a card that has bought
+must get its order again under the same key (INV-4) and its limit told before the stock, and a
+revoked card must be told that. This filter holds a bit for each such card. It never misses one up
+to the marks it states (event number, roster revision); a card that it holds by accident is merely
+asked about, so one hash function and a fixed 2 MiB do, however many have bought: with 1,000,000
+buyers 6 % of the others go the longer way, by arithmetic. The alternative, a set of strings, would
+grow with the buyers.
+"""
+
+import asyncio
+from typing import Final
+
+import structlog
+from redis.asyncio import Redis
+
+from sale.ledger.chain import parse_entry
+from sale.ledger.kinds import SOLD
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import Peek
+
+BITS: Final = 1 << 24
+PLACES: Final = BITS - 1
+SCAN_COUNT: Final = 2_000
+CATCH_UP_ENTRIES: Final = 64
+LOAD_AGAIN_S: Final = 0.5
+
+log = structlog.get_logger()
+
+
+class Suspects:
+    """Cards that have bought or may not buy, complete up to ``seq`` and ``roster_rev``."""
+
+    def __init__(self, redis: Redis, campaign_id: str) -> None:
+        self._redis = redis
+        self._campaign_id = campaign_id
+        self._keys = campaign_keys(campaign_id)
+        self._loop = asyncio.get_running_loop()
+        self._load_not_before = 0.0
+        self._ails = ""
+        self.bits = bytearray(BITS // 8)
+        """Bit ``hash(card) & PLACES``; the batcher looks here itself, a call would cost more."""
+        self.seq = -1
+        self.epoch = -1
+        self.roster_rev = -1
+        self.loading: asyncio.Task[None] | None = None
+        """Under way, or the last: it takes a while, and nobody waits for it."""
+
+    def __contains__(self, card_no: str) -> bool:
+        """Whether this card must be asked about; may be wrongly True, never wrongly False."""
+        place = hash(card_no) & PLACES
+        return bool(self.bits[place >> 3] >> (place & 7) & 1)
+
+    async def come_up_to(self, peek: Peek) -> bool:
+        """Whether everything that the peek saw is held; where it is not, see to that.
+
+        Raises CorruptLedger, RedisError, OSError.
+        """
+        if self.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+            return True
+        if self.loading is not None and not self.loading.done():
+            return False  # it sets the marks itself
+        if 0 <= self.seq < peek.seq and self.epoch == peek.epoch:
+            await self.catch_up(peek.seq)
+            if self.complete_for(peek.seq, peek.epoch, peek.roster_rev):
+                return True
+            if 0 <= self.seq < peek.seq:
+                return False  # the next peek goes on from there
+        if self._loop.time() >= self._load_not_before:
+            self.loading = self._loop.create_task(self._load(peek))
+        return False
+
+    async def close(self) -> None:
+        """Load nothing any more."""
+        if self.loading is not None and not self.loading.done():
+            self.loading.cancel()
+            await asyncio.gather(self.loading, return_exceptions=True)
+
+    def complete_for(self, seq: int, epoch: int, roster_rev: int) -> bool:
+        """Whether everything up to these marks is held."""
+        return self.seq >= seq and self.epoch == epoch and self.roster_rev == roster_rev
+
+    async def _load(self, peek: Peek) -> None:
+        try:
+            if self.complete_for(peek.seq, peek.epoch, self.roster_rev):
+                await self.load_revoked()
+            else:
+                await self.load()
+        except Exception as error:  # noqa: BLE001 - refusals take the longer way meanwhile
+            why = type(error).__name__
+            if why != self._ails:
+                log.warning("suspects.not_loaded", campaign=self._campaign_id, why=why)
+            self._ails = why
+            self._load_not_before = self._loop.time() + LOAD_AGAIN_S
+        else:
+            self._ails = ""
+
+    async def load(self) -> None:
+        """Read all buyers and revoked cards, in bounded steps, while sales may go on.
+
+        What a scan may miss came after its start, so the marks are read before it. Cards are never
+        taken out of either place within an epoch, or are wrongly held for a while: both are safe.
+        """
+        seq, epoch = await self._redis.hmget(self._keys.head, ["seq", "epoch"])
+        if seq is None or epoch is None:
+            return
+        async for card in self._redis.hscan_iter(self._keys.cards, count=SCAN_COUNT):
+            self._add((card[0] if isinstance(card, tuple) else card).decode())
+        self.seq, self.epoch = int(seq), int(epoch)
+        await self.load_revoked()
+
+    async def load_revoked(self) -> None:
+        """Read the revoked cards, after the roster has changed."""
+        roster_rev = await self._redis.hget(self._keys.head, "roster_rev")
+        if roster_rev is None:
+            return
+        async for card in self._redis.sscan_iter(self._keys.revoked, count=SCAN_COUNT):
+            self._add(card.decode())
+        self.roster_rev = int(roster_rev)
+
+    async def catch_up(self, seq: int) -> None:
+        """Read the ledger from where this filter stands, at most 64 entries."""
+        rows: list[tuple[bytes, dict[bytes, bytes]]] = await self._redis.xrange(  # type: ignore[assignment]
+            self._keys.stream, f"({self.seq}-0", f"{seq}-0", count=CATCH_UP_ENTRIES
+        )
+        for entry_id, fields in rows:
+            entry = parse_entry(entry_id, fields)
+            if entry.first != self.seq + 1:
+                self.seq = -1  # trimmed meanwhile: load again
+                return
+            for event in entry.events():
+                if event.kind == SOLD and event.card_no is not None:
+                    self._add(event.card_no)
+            self.seq = entry.last
+
+    def _add(self, card_no: str) -> None:
+        place = hash(card_no) & PLACES
+        self.bits[place >> 3] |= 1 << (place & 7)

@@ -1,0 +1,1 @@
+"""Proof and repair: witness, verification, recovery, audit."""

@@ -1,0 +1,301 @@
+"""What Redis holds of a campaign against what its ledger adds up to; audit and recovery share it.
+
+Redis is read in chunks, each in one atomic step with the event number it was read at, while sales
+go on. A card's records carry event numbers, so one fold to the end tells what the card held at any
+number before; only the head and the stock need the fold at exactly the number they were read at.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+from redis.asyncio import Redis
+
+from sale.db import queries, roster
+from sale.domain.campaign import Campaign
+from sale.domain.card import mask_card
+from sale.domain.clock import to_ms
+from sale.ledger.chain import Event
+from sale.ledger.fold import Books, SaleRecord
+from sale.stock.catalogue import CampaignNow, read_campaign
+from sale.stock.keys import campaign_keys
+from sale.stock.rebuild import unions_text
+from sale.stock.records import parse_records
+
+SCAN_COUNT: Final = 1_000
+EVENTS_CHUNK: Final = 2_000
+A_STEP: Final = 5_000
+"""Cards, or numbers, that are looked at between two rests."""
+REST_S: Final = 0.01
+"""Between two steps, which hold the loop for tens of milliseconds: a round of the scheduler's ticks
+passes through in one rest, where a bare yield would let it go on by one call a step (INV-9)."""
+QUERY_TIMEOUT_S: Final = 300.0
+PER_INVARIANT_MAX: Final = 10
+INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
+RULES: Final = {
+    "card_limit": "INV-2",
+    "order_max": "INV-2",
+    "price_fen": "INV-5",
+    "unions": "INV-9",
+}
+"""What the script decides by, and which invariant falls where it is another."""
+
+
+class Finding(msgspec.Struct, frozen=True, order=True):
+    """One breach: which invariant, and what was found. No card number in full."""
+
+    invariant: str
+    what: str
+
+
+class Findings:
+    """Gathers breaches, at most ten of each invariant, so that none hides the others."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, set[str]] = {}
+
+    def add(self, invariant: str, what: str) -> None:
+        """Note a breach."""
+        found = self._found.setdefault(invariant, set())
+        if len(found) < PER_INVARIANT_MAX:
+            found.add(what)
+
+    @property
+    def full(self) -> bool:
+        """Whether a comparison of cards may stop: it has found as much as it can tell."""
+        return len(self._found.get("INV-3", ())) + len(self._found.get("INV-5", ())) >= (
+            2 * PER_INVARIANT_MAX
+        )
+
+    def told(self) -> list[Finding]:
+        """Everything found, in the order of the invariants."""
+        return [
+            Finding(invariant, what)
+            for invariant in INVARIANTS
+            for what in sorted(self._found.get(invariant, ()))
+        ]
+
+
+class Gone(Exception):  # noqa: N818 - says what happened
+    """Redis has lost a campaign while it was read: a rehearsal that is purged, or worse."""
+
+
+class RedisView(msgspec.Struct):
+    """What Redis held: ``cards`` with the number each was read at, in the bytes of the store.
+
+    ``rules`` and ``revoked`` are None where they changed during the reading: the next audit
+    compares them.
+    """
+
+    now: CampaignNow
+    rules: dict[str, str] | None
+    cards: dict[str, tuple[int, bytes]]
+    operations: dict[str, str]
+    revoked: set[str] | None
+    highest: int
+
+
+class Steps:
+    """Counts what a long piece of work has done, and rests where others must have their turn."""
+
+    def __init__(self) -> None:
+        self._done = 0
+
+    async def done(self, count: int = 1) -> None:
+        """Note that so much is done."""
+        self._done += count
+        if self._done >= A_STEP:
+            self._done = 0
+            await asyncio.sleep(REST_S)
+
+
+async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
+    """Read a campaign; None where there is no head.
+
+    Raises Gone where it went away while it was read, one of DAMAGED for what is no value.
+    """
+    keys = campaign_keys(campaign_id)
+    before: list[Any] = await redis.hmget(keys.head, list(RULES))
+    now = await read_campaign(redis, campaign_id)
+    if now is None:
+        return None
+    rules: list[Any] = await redis.hmget(keys.head, list(RULES))
+    operations: dict[Any, Any] = await redis.hgetall(keys.operations)
+    cards: dict[str, tuple[int, bytes]] = {}
+    cursor, highest = 0, now.seq
+    while True:
+        async with redis.pipeline(transaction=True) as pipe:
+            pipe.hget(keys.head, "seq")
+            pipe.hscan(keys.cards, cursor, count=SCAN_COUNT)
+            number, (cursor, chunk) = await pipe.execute()
+        if number is None:
+            raise Gone(campaign_id)
+        seq = int(number)
+        highest = max(highest, seq)
+        cards.update((card.decode(), (seq, value)) for card, value in chunk.items())
+        if int(cursor) == 0:
+            break
+    revoked: set[str] = set()
+    async for card in redis.sscan_iter(keys.revoked, count=SCAN_COUNT):
+        revoked.add(card.decode())
+    after = await redis.hget(keys.head, "roster_rev")
+    unmoved = after is not None and int(after) == now.roster_rev
+    return RedisView(
+        now=now,
+        rules=_named(rules) if rules == before else None,
+        cards=cards,
+        operations={op.decode(): what.decode() for op, what in operations.items()},
+        revoked=revoked if unmoved else None,
+        highest=highest,
+    )
+
+
+def _named(rules: list[bytes | None]) -> dict[str, str]:
+    return {name: (value or b"").decode() for name, value in zip(RULES, rules, strict=True)}
+
+
+async def ledger_events(connection: Any, campaign_id: str) -> AsyncIterator[list[Event]]:  # noqa: ANN401 - asyncpg's proxy
+    """Give PostgreSQL's ledger of a campaign, in order and in chunks, from its first event."""
+    after = 0
+    while rows := await connection.fetch(
+        _SQL["events"], campaign_id, after, EVENTS_CHUNK, timeout=QUERY_TIMEOUT_S
+    ):
+        yield [_event(row) for row in rows]
+        after = rows[-1]["seq"]
+        if len(rows) == EVENTS_CHUNK:
+            await asyncio.sleep(REST_S)
+
+
+def compare_state(now: CampaignNow, books: Books, findings: Findings) -> None:
+    """Compare head and stock with the fold at the same number."""
+    for number, showing in enumerate(now.campaign.showings):
+        for says, held, told in (
+            ("left", now.remaining[number], books.remaining.get(number)),
+            ("in stock", now.tickets[number], books.tickets.get(number)),
+        ):
+            if held != told:
+                findings.add(
+                    "INV-1",
+                    f"showing {showing.id}: Redis has {held} {says}, the ledger says {told}",
+                )
+    if (books.opens_at_ms, books.closes_at_ms) != (now.opens_at_ms, now.closes_at_ms):
+        findings.add("INV-7", "Redis has another window than the ledger says")
+    if books.state != now.recorded.value:
+        findings.add("INV-7", f"Redis says {now.recorded.value}, the ledger says {books.state}")
+    if now.epoch != books.epoch:
+        findings.add("INV-5", f"epoch {now.epoch} in Redis, {books.epoch} in the ledger")
+    if books.config and now.campaign != msgspec.convert(books.config, Campaign):
+        findings.add("INV-5", "Redis has another configuration than the ledger says")
+
+
+def compare_rules(rules: Mapping[str, str] | None, books: Books, findings: Findings) -> None:
+    """Compare what the script decides by with the ledger's configuration."""
+    if rules is None or not books.config:
+        return
+    campaign = msgspec.convert(books.config, Campaign)
+    told = {
+        "card_limit": str(campaign.card_limit),
+        "order_max": str(campaign.order_max),
+        "price_fen": str(campaign.price_fen),
+        "unions": unions_text(campaign),
+    }
+    for name, invariant in RULES.items():
+        if rules.get(name) != told[name]:
+            findings.add(invariant, f"Redis has another {name} than the ledger says")
+
+
+async def compare_cards(view: RedisView, books: Books, findings: Findings) -> None:
+    """Compare each card's orders with the fold, up to the number the card was read at."""
+    steps = Steps()
+    for card, (at, value) in view.cards.items():
+        await steps.done()
+        try:
+            held = parse_records(value)
+        except ValueError as error:
+            findings.add("INV-3", f"card {mask_card(card)}: its orders in Redis: {error}")
+            continue
+        told = [record for record in books.cards.get(card, ()) if record.seq <= at]
+        if held != told:
+            _tell_difference(card, held, told, findings)
+        if findings.full:
+            return
+    for card, records in books.cards.items():
+        await steps.done()
+        # A card that the scan did not meet had no order when it began.
+        if card not in view.cards and (
+            told := [record for record in records if record.seq <= view.now.seq]
+        ):
+            _tell_difference(card, [], told, findings)
+        if findings.full:
+            return
+
+
+def _tell_difference(
+    card: str, held: list[SaleRecord], told: list[SaleRecord], findings: Findings
+) -> None:
+    name = f"card {mask_card(card)}"
+    counts = [sum(record.quantity for record in records) for records in (held, told)]
+    if counts[0] != counts[1]:
+        findings.add("INV-2", f"{name}: Redis counts {counts[0]} tickets, the ledger {counts[1]}")
+    if lacking := _beyond(told, held):
+        findings.add("INV-3", f"{name}: Redis lacks event {lacking}")
+    if unfounded := _beyond(held, told):
+        findings.add("INV-5", f"{name}: Redis has {unfounded} without such an event")
+    if {record.key_hash for record in held} != {record.key_hash for record in told}:
+        findings.add("INV-4", f"{name}: Redis knows other keys than the ledger says")
+
+
+def _beyond(these: Iterable[SaleRecord], those: list[SaleRecord]) -> str:
+    return ", ".join(str(record.seq) for record in these if record not in those)
+
+
+def compare_operations(view: RedisView, books: Books, findings: Findings) -> None:
+    """Compare what Redis remembers of operators' steps with the fold."""
+    known = {op: what for op, what in books.operations.items() if _number(what) <= view.now.seq}
+    for op in sorted(known.keys() - view.operations.keys()):
+        findings.add("INV-4", f"Redis has forgotten the step of event {_number(known[op])}")
+    for op, what in view.operations.items():
+        if books.operations.get(op) != what and _number(what) <= view.highest:
+            findings.add("INV-4", f"Redis remembers a step {what.split(':')[0]} that was not taken")
+
+
+def _number(what: str) -> int:
+    return int(what.partition(":")[0])
+
+
+def compare_revoked(view: RedisView, revoked: set[str], findings: Findings) -> None:
+    """Compare the set of cards that may not buy with the roster at the same revision.
+
+    A campaign whose set is not loaded sells nothing, so there is nothing to compare.
+    """
+    if view.revoked is None:
+        return
+    for card in sorted(revoked - view.revoked):
+        findings.add("INV-9", f"card {mask_card(card)} is not active and may buy")
+    for card in sorted(view.revoked - revoked):
+        findings.add("INV-9", f"card {mask_card(card)} is active and may not buy")
+
+
+async def revoked_at(connection: Any, rev: int) -> set[str]:  # noqa: ANN401 - asyncpg's proxy
+    """Cards that were not active at a revision of the roster."""
+    return set(await roster.inactive_cards(connection, "", None, rev, QUERY_TIMEOUT_S))
+
+
+def _event(row: Mapping[str, Any]) -> Event:
+    data = row["data"]
+    return Event(
+        seq=row["seq"],
+        at_ms=to_ms(row["at"]),
+        epoch=row["epoch"],
+        kind=row["kind"],
+        card_no=row["card_no"],
+        showing=row["showing_no"],
+        quantity=row["quantity"],
+        key_hash=row["key_hash"],
+        price_fen=row["price_fen"],
+        data=msgspec.json.decode(data) if data else {},
+    )
+
+
+_SQL: Final = queries.load("audit")

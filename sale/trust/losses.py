@@ -1,0 +1,61 @@
+"""What a campaign lost for good, listed with all that is known."""
+
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+from sale.db import claims, ledger
+from sale.domain.card import mask_card
+from sale.domain.clock import rfc3339, to_ms
+from sale.domain.problem import Problem, Refused
+
+LISTED_MAX: Final = 1_000
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """Something that was told, or stands in the ledger, and is no order; the card is masked."""
+
+    seq: int
+    at: str
+    source: str
+    why: str
+    kind: str
+    card: str
+    showing: int | None
+    quantity: int | None
+    found_at: str
+
+
+class Losses(msgspec.Struct, frozen=True):
+    """Ranges of numbers that were voided (first, last), and conflicts, newest first."""
+
+    campaign: str
+    voided: list[tuple[int, int]]
+    conflicts: list[Conflict]
+
+
+async def losses(pool: asyncpg.Pool, campaign_id: str) -> Losses:
+    """List them, at most a thousand of each. Raises Refused for an unknown campaign."""
+    async with pool.acquire() as connection:
+        if await ledger.state(connection, campaign_id) is None:
+            raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
+        voided = await claims.voided(connection, campaign_id, LISTED_MAX)
+        rows = await claims.conflicts(connection, campaign_id, LISTED_MAX)
+    return Losses(campaign_id, voided, [_conflict(row) for row in rows])
+
+
+def _conflict(row: dict[str, Any]) -> Conflict:
+    event = msgspec.json.decode(row["event"])
+    card = event.get("card_no")
+    return Conflict(
+        seq=row["seq"],
+        at=rfc3339(to_ms(row["at"])),
+        source=row["source"],
+        why=row["why"],
+        kind=event.get("kind", ""),
+        card=mask_card(card) if card else "",
+        showing=event.get("showing"),
+        quantity=event.get("quantity"),
+        found_at=rfc3339(to_ms(row["found_at"])),
+    )

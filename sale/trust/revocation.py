@@ -1,0 +1,147 @@
+"""Cards that may not buy: the roster decides, every campaign's set follows (INV-9).
+
+The roster writes each change under the next revision; a campaign's head says up to which revision
+its set is complete. Following is a compare-and-set on that revision, so any number of processes
+may do it at once: the command that revoked a card, the scheduler four times a second, and the
+making of a campaign, which sells nothing before its first load is complete. A first load takes many
+steps, so one process at a time makes it, with an empty set to begin with, under a name of its own:
+nothing of a load that died or was overtaken stays in the set.
+"""
+
+import secrets
+from typing import Any, Final
+
+import asyncpg
+import structlog
+from redis.asyncio import Redis
+
+from sale.db import roster
+from sale.domain.campaign import CampaignState
+from sale.stock.catalogue import campaign_ids
+from sale.stock.keys import campaign_keys
+from sale.stock.scripts import CallReply, Scripts
+from sale.stock.survey import read_heads
+from sale.trust.isolation import Isolation
+
+CHUNK: Final = 1_000
+LOAD_LOCK_CLASS: Final = 0x53414C46
+LOAD_LOCK_TIMEOUT: Final = "10s"
+ROUNDS_MAX: Final = 10_000
+
+log = structlog.get_logger()
+
+
+async def sync_all(
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, isolation: Isolation | None = None
+) -> int:
+    """Let every campaign follow the roster; give how many were behind.
+
+    One that cannot is told by ``isolation`` and keeps none of the others from it.
+    """
+    isolation = isolation or Isolation()
+    async with pool.acquire() as connection:
+        newest = await roster.current_rev(connection)
+    ids = await campaign_ids(redis)
+    heads = await read_heads(redis, ids, "roster_rev", "state")
+    behind = 0
+    for campaign_id, head in zip(ids, heads, strict=True):
+        with isolation.of(campaign_id, "roster"):
+            if isinstance(head, Exception):
+                raise head
+            rev, state = head
+            if state in {None, b"deleted"}:
+                continue
+            if rev is not None and int(rev) > newest:
+                await _go_back(scripts, pool, campaign_id, int(rev))
+            elif rev is None or int(rev) < newest:
+                behind += 1
+                await sync_campaign(redis, scripts, pool, campaign_id)
+    isolation.forget_others("roster", ids)
+    return behind
+
+
+async def sync_campaign(
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str
+) -> None:
+    """Let one campaign follow the roster, from wherever it stands."""
+    # Two fields and not the campaign: a damaged head must not keep the others from following.
+    head: list[Any] = await redis.hmget(campaign_keys(campaign_id).head, ["state", "roster_rev"])
+    if head[0] is None or head[0].decode() == CampaignState.DELETED:
+        return
+    rev = -1 if head[1] is None else int(head[1])
+    for _ in range(ROUNDS_MAX):
+        if rev < 0:
+            loaded = await _load(scripts, pool, campaign_id)
+            if loaded is None:
+                return
+            rev = loaded
+            continue
+        async with pool.acquire() as connection:
+            changes = await roster.changes_since(connection, rev, CHUNK)
+        if not changes:
+            return
+        last = changes[-1][0]
+        reply = await scripts.sync_cards(
+            campaign_id, rev, last, [(card, active) for _, card, active in changes]
+        )
+        if reply.reply is CallReply.MISSING:
+            return
+        # STALE: somebody else got there first, and says how far; -1 where it was made anew.
+        rev = last if reply.reply is CallReply.OK else reply.seq
+
+
+async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: int) -> None:
+    """Replace a set that is ahead of the roster, in one step.
+
+    So it is where PostgreSQL was restored from an older copy: its next changes get numbers that the
+    set is past already, and would never reach it.
+    """
+    cards: list[str] = []
+    async with (
+        pool.acquire() as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        newest = await roster.current_rev(connection)
+        for _ in range(ROUNDS_MAX):
+            chunk = await roster.inactive_cards(connection, cards[-1] if cards else "", CHUNK, None)
+            cards += chunk
+            if not chunk:
+                break
+    if newest < rev:  # else: it was looked at before it had followed
+        log.warning("roster.went_back", campaign=campaign_id, roster_rev=newest, followed=rev)
+        changes = [(card, False) for card in cards]
+        name = secrets.token_hex(8)
+        await scripts.sync_cards(campaign_id, rev, newest, changes, load=name, begins=True)
+
+
+async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int | None:
+    """Put all cards that are not active into an empty set, then state the revision.
+
+    Gives the revision that the set is at, -1 where it was made anew meanwhile, None where there is
+    none, or no end to the cards. Raises asyncpg.LockNotAvailableError where another load is slow.
+    """
+    name, after = secrets.token_hex(8), ""
+    async with pool.acquire() as connection, connection.transaction(readonly=True):
+        await connection.execute(f"SET LOCAL lock_timeout = '{LOAD_LOCK_TIMEOUT}'")
+        await connection.execute(
+            "SELECT pg_advisory_xact_lock($1, hashtext($2))", LOAD_LOCK_CLASS, campaign_id
+        )
+        rev = await roster.current_rev(connection)
+        for number in range(ROUNDS_MAX):
+            cards = await roster.inactive_cards(connection, after, CHUNK, rev)
+            reply = await scripts.sync_cards(
+                campaign_id,
+                -1,
+                -1 if cards else rev,
+                [(card, False) for card in cards],
+                load=name,
+                begins=number == 0,
+            )
+            if reply.reply is CallReply.MISSING:
+                return None
+            if reply.reply is CallReply.STALE:
+                return reply.seq
+            if not cards:
+                return rev
+            after = cards[-1]
+    return None

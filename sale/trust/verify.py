@@ -1,0 +1,254 @@
+"""Is this Redis the one that knows what was sold? Asked anew at every incarnation (INV-8).
+
+A Redis that restarted, was swapped or was promoted has another identity than the one in each
+campaign's head, and the scripts sell nothing there until the head has been compared: number and
+chain hash with PostgreSQL, along the chain of what the writer has not applied yet, and with what
+the API processes have seen and acknowledged (``stock/process_reports.py``) or have handed in to
+PostgreSQL, because an old copy may fit PostgreSQL's ledger perfectly and still lack what members
+were told. What does not fit is marked ``recovering`` and stays shut.
+
+While PostgreSQL is away, the API processes' word suffices where all of them were heard, one of them
+knows the campaign, and none misses anything: these are the same files. An unknown Redis stays shut.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import asyncpg
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from sale.db import claims, ledger
+from sale.db.errors import POSTGRES_ERRORS
+from sale.ledger.chain import GENESIS, CorruptLedger, check_chain, parse_entry
+from sale.stock.catalogue import campaign_ids
+from sale.stock.keys import VERIFIED, campaign_keys
+from sale.stock.process_reports import LOOKING, Identity, Roll, call_the_roll, hear, who_is_it
+from sale.stock.scripts import CallReply, Scripts
+from sale.stock.stream import stream_rows
+from sale.stock.survey import read_heads
+from sale.trust.isolation import Isolation
+from sale.trust.stalled_ledgers import Stalls
+
+TRIES: Final = 5
+POSTGRES_PATIENCE_S: Final = 1.0
+
+log = structlog.get_logger()
+
+
+class NotDurable(ValueError):  # noqa: N818 - says what it is
+    """This Redis would lose what members are told: nothing is sold there."""
+
+
+async def verify_all(  # noqa: C901 - one branch a thing that a head may be
+    redis: Redis,
+    scripts: Scripts,
+    pool: asyncpg.Pool,
+    isolation: Isolation | None = None,
+    *,
+    meet: Callable[[str], Awaitable[Sequence[str]]] | None = None,
+    stalls: Stalls | None = None,
+) -> list[str]:
+    """Verify every campaign whose head names another Redis; give those that do not sell for it.
+
+    These are: those that do not fit, those that cannot be read (told by ``isolation``, they keep
+    none of the others shut), and those that PostgreSQL knows and this Redis has lost.
+
+    ``meet(run_id)`` is asked at every incarnation which settings of this Redis would lose what
+    members are told; where there are any, nothing is verified. ``stalls`` says whose ledger
+    PostgreSQL does not follow: these are compared once more.
+    """
+    isolation = isolation or Isolation()
+    roll = await hear(redis)
+    identity = _marks(roll.identity, scripts.nonce)
+    ids = await campaign_ids(redis)
+    heads = await read_heads(
+        redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
+    )
+    fit, held = set(), set()
+    away = False
+    if any(_knows_another(head, identity) for head in heads):
+        # Not within the isolation of one campaign: what is wrong here is wrong for all of them.
+        if meet is not None and (weak := await meet(roll.identity.run_id)):
+            raise NotDurable("; ".join(weak))
+        # Once for all of them, and only now: who answered members is heard first.
+        roll = await call_the_roll(redis)
+    for campaign_id, head in zip(ids, heads, strict=True):
+        held.add(campaign_id)
+        with isolation.of(campaign_id, "verify"):
+            if isinstance(head, Exception):
+                raise head
+            *_, recovering, seq, epoch, applied = head
+            stalled = False
+            if seq is None:
+                held.discard(campaign_id)
+                continue
+            if not _knows_another(head, identity):
+                doubted = what_lacks(roll, campaign_id, int(epoch or 0), int(seq)) != ""
+                if stalls is not None:
+                    stalled = stalls.due(campaign_id, int(seq), int(applied or 0))
+                if not recovering and not doubted:
+                    fit.add(campaign_id)
+                if recovering or not (doubted or stalled):
+                    continue
+                fit.discard(campaign_id)
+            try:
+                if await verify(redis, scripts, pool, campaign_id, roll):
+                    fit.add(campaign_id)
+            except POSTGRES_ERRORS:
+                if not stalled:
+                    away = True
+                    raise
+                fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
+    isolation.forget_others("verify", ids)
+    # Of the Redis that was asked first: one that came since was not looked at.
+    looked_at = ":".join(identity).encode()
+    if not away and await redis.get(VERIFIED) != looked_at:
+        with contextlib.suppress(ResponseError):  # no memory: it is noted once there is some
+            await redis.set(VERIFIED, looked_at)
+    return sorted([*(held - fit), *await _lost(pool, held)])
+
+
+async def unverified(redis: Redis, nonce: str) -> int:
+    """Count the campaigns that nobody has compared with this Redis yet; none once all were.
+
+    One that does not fit, or cannot be compared, is no longer waited for. Raises redis-py's errors.
+    """
+    identity = _marks(await who_is_it(redis), nonce)
+    if await redis.get(VERIFIED) == ":".join(identity).encode():
+        return 0
+    ids = await campaign_ids(redis)
+    heads = await read_heads(redis, ids, "run_id", "replid", "nonce", "recovering", "seq")
+    return sum(_knows_another(head, identity) and not head[3] for head in heads)
+
+
+def _marks(identity: Identity, nonce: str) -> tuple[str, str, str]:
+    """Give what the head of a campaign holds once it was verified in this Redis."""
+    return identity.run_id, identity.replid, nonce
+
+
+def _knows_another(head: Any, identity: tuple[str, str, str]) -> bool:  # noqa: ANN401 - Redis' reply
+    """Whether a head names another Redis than this one, or another deployment."""
+    if isinstance(head, Exception) or head[4] is None:
+        return False
+    return tuple((mark or b"").decode() for mark in head[:3]) != identity
+
+
+async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:
+    try:
+        async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
+            return [each for each in await ledger.living(connection) if each not in held]
+    except POSTGRES_ERRORS:
+        return []
+
+
+async def verify(
+    redis: Redis,
+    scripts: Scripts,
+    pool: asyncpg.Pool,
+    campaign_id: str,
+    roll: Roll,
+    *,
+    whole: bool = False,
+) -> bool:
+    """Compare one campaign's chain with PostgreSQL and with the roll, and mark it.
+
+    True where it fits and may sell. Lifts a recovering mark that this function has set, and where
+    stock and cards were compared too (``whole``) any other. Raises what PostgreSQL does where that
+    is away and the roll does not suffice.
+    """
+    for _ in range(TRIES):
+        seq, chain, epoch, before, others = await _head(redis, campaign_id)
+        handed_in = 0
+        why = what_lacks(roll, campaign_id, epoch, seq)
+        try:
+            async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
+                position = await ledger.position(connection, campaign_id)
+                handed_in = await claims.highest(connection, campaign_id)
+        except POSTGRES_ERRORS:
+            if not why and not _witnessed(roll, campaign_id, epoch):
+                raise
+            position = None
+        if not why and handed_in > seq:
+            # Who handed it in may have died since, and then the roll does not know of it.
+            why = f"event {handed_in} was acknowledged and reported, Redis is at {seq}"
+        why = why or await _misfit(redis, campaign_id, seq, chain, position)
+        if why and (others or why == before):
+            return False  # it is marked, and somebody was told
+        reply = await scripts.verify(campaign_id, seq, chain, why, whole=whole)
+        if reply.reply is CallReply.STALE:
+            continue  # the head has moved meanwhile
+        if why:
+            log.error("campaign.recovering", campaign=campaign_id, why=why)
+        else:
+            log.info("campaign.verified", campaign=campaign_id, seq=seq, witnessed=position is None)
+        return not why and reply.state != "recovering"
+    return False
+
+
+def what_lacks(roll: Roll, campaign_id: str, epoch: int, seq: int) -> str:
+    """Say what an API process knows of that this Redis does not hold; '' where nothing."""
+    for process, told in sorted(roll.reports(campaign_id).items()):
+        if told.epoch > epoch:
+            return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
+        if told.epoch == epoch and told.seq > seq:
+            return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
+        if told.epoch == epoch and told.lacks == LOOKING:
+            return f"API process {process} is still checking whether Redis has what it acknowledged"
+        if told.epoch == epoch and told.lacks:
+            return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"
+    if (seen := roll.highest(campaign_id, epoch)) > seq:
+        return f"API processes that no longer answer had seen event {seen}, Redis is at {seq}"
+    return ""
+
+
+def _witnessed(roll: Roll, campaign_id: str, epoch: int) -> bool:
+    """Whether the API processes alone can say that this Redis holds what was told."""
+    reports = roll.reports(campaign_id).values()
+    return not roll.silent and any(told.epoch == epoch and told.seq > 0 for told in reports)
+
+
+async def _misfit(
+    redis: Redis, campaign_id: str, seq: int, chain: str, applied: ledger.Position | None
+) -> str:
+    """Say in words why the head does not fit PostgreSQL's position; '' where it does.
+
+    ``applied`` is None where PostgreSQL is away: then the stream is compared with itself.
+    """
+    if applied is not None and seq < applied.applied:
+        return f"Redis knows {seq} events, PostgreSQL has applied {applied.applied}"
+    keys = campaign_keys(campaign_id)
+    last: Any = await redis.xrevrange(keys.stream, count=1)
+    ends = int(last[0][0].split(b"-")[0]) if last else 0
+    if ends != seq:
+        return f"the stream in Redis ends at event {ends}, the head says {seq}"
+    start, position = "-", None
+    if applied is not None:
+        position = (applied.applied, applied.chain or GENESIS)
+        start = f"({applied.applied}-0" if applied.applied else "-"
+    try:
+        async for rows in stream_rows(redis, campaign_id, start, f"{seq}-0"):
+            entries = [parse_entry(*row) for row in rows]
+            if position is None:
+                position = (entries[0].last, entries[0].chain)
+                entries = entries[1:]
+            position = check_chain(entries, *position)
+    except CorruptLedger as error:
+        return f"the ledger in Redis does not follow PostgreSQL's: {error}"
+    if position != (seq, chain):
+        ends = position[0] if position else 0
+        return f"the ledger in Redis ends at event {ends}, the head says {seq}"
+    return ""
+
+
+async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, int, str, bool]:
+    """Number, chain hash, epoch, why it is recovering ('' where not), whether others say so."""
+    values: list[Any] = await redis.hmget(
+        campaign_keys(campaign_id).head, ["seq", "chain", "epoch", "recovering", "recovering_by"]
+    )
+    seq, chain, epoch, recovering, by = ((value or b"").decode() for value in values)
+    others = recovering != "" and by != "verify"
+    return int(seq or 0), chain, int(epoch or 0), recovering, others

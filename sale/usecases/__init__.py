@@ -1,1 +1,0 @@
-"""What members, operators and the engine itself want done; one purpose a module."""

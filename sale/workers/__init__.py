@@ -1,1 +1,0 @@
-"""Long-running processes beside the API: ledger writer, scheduler, and who supervises them."""

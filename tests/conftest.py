@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,14 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(trylast=True)  # once ``-m`` has deselected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files that use ``service`` last.
+    """Run the files that use ``service`` last, those with the most tests at the very end.
 
     It runs from its first test to the end of the session, and the campaigns that tests leave in it
     cost CPU time for as long: 300 of them, nearly half a core.
     """
     served = {item.path for item in items if "service" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item.path in served)
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: counts[item.path] if item.path in served else 0)
 
 
 @pytest.fixture(scope="session")

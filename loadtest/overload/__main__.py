@@ -28,7 +28,7 @@ from loadtest.overload.tables import print_overload
 from loadtest.wire import ProtocolError
 from sale.http.overload import files_allow
 
-SECONDS_MIN = 2.0
+SECONDS_MIN = 1.0
 
 
 async def measured(

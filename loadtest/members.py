@@ -72,7 +72,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
+class WaitingLine:
     """What is sent before the opening, and what is sent at it, each in order."""
 
     early: list[Attempt]
@@ -100,7 +100,7 @@ def gather(
     card_limit: int,
     order_max: int,
     seed: int = 2015,
-) -> Crowd:
+) -> WaitingLine:
     """Make the crowd: each member comes once, some of them more often or in a wrong way."""
     rng = random.Random(seed)
     early: list[Attempt] = []
@@ -134,7 +134,7 @@ def gather(
         attempt = Attempt(member, _key(rng), rng.choice(showings), 1, Kind.SUSPENDED)
         place(rng.random() * len(active), attempt)
     placed.sort(key=lambda step: step[:2])
-    return Crowd(early, [attempt for _, _, attempt in placed])
+    return WaitingLine(early, [attempt for _, _, attempt in placed])
 
 
 def _again(first: Attempt, kind: Kind, key: str = "") -> Attempt:

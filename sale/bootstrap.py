@@ -22,7 +22,7 @@ from sale.db.pool import close_pool, open_pool
 from sale.domain.unions import default_unions_path, load_unions
 from sale.host import embedded
 from sale.http.client_address import ClientAddresses
-from sale.http.overload import Admission, files_allow
+from sale.http.overload import Overload, files_allow
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.members.orders import OwnOrders, TicketCodes
 from sale.members.purchase import PurchaseDesk
@@ -36,7 +36,7 @@ from sale.stock.scripts import Scripts
 from sale.trust.disk_watch import DiskWatch
 from sale.trust.durability_watch import DurabilityWatch
 from sale.trust.store_watch import StoreWatch
-from sale.trust.witness import Attending
+from sale.trust.witness import Witness
 
 START_PATIENCE_S: Final = 30.0
 START_PAUSE_S: Final = 0.2
@@ -74,7 +74,7 @@ class Engine(msgspec.Struct, frozen=True):
     campaigns: CampaignDesk
     metrics: PurchaseMetrics
     registry: CollectorRegistry
-    admission: Admission
+    overload: Overload
     limits: RateLimits
     addresses: ClientAddresses
 
@@ -160,7 +160,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         durability = DurabilityWatch(stores.redis, batchers, settings)
         batchers.meet = durability.look
         await _patiently(durability.look, START_PATIENCE_S)
-        admission = Admission(
+        overload = Overload(
             connections_max=files_allow(settings.connections_max),
             turn_max_s=settings.turn_max_ms / 1000,
             waiting_max=settings.waiting_max,
@@ -170,16 +170,16 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         limits = _rate_limits(settings)
         registry.register(
             LoadMetrics(
-                lambda: admission.connections,
+                lambda: overload.connections,
                 lambda: {each.campaign_id: each.waiting for each in batchers.all()},
-                admission.shed,
+                overload.shed,
                 limits.limited,
-                lambda: admission.standing,
+                lambda: overload.waiters,
             )
         )
-        attending = Attending(stores.redis, stores.pool, batchers)
+        witness = Witness(stores.redis, stores.pool, batchers)
         answering = StoreWatch(stores.redis, stores.pool, StoreMetrics(registry))
-        watches = (disk.run, durability.run, attending.run, answering.run)
+        watches = (disk.run, durability.run, witness.run, answering.run)
         watching = [asyncio.create_task(kept_up(watch)) for watch in watches]
         try:
             yield Engine(
@@ -189,20 +189,20 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 catalogue=catalogue,
                 batchers=batchers,
                 desk=PurchaseDesk(
-                    catalogue, batchers, tokens, codes, metrics, stores.pool, limits, admission
+                    catalogue, batchers, tokens, codes, metrics, stores.pool, limits, overload
                 ),
                 orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
                 campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool, saw=batchers.saw),
                 metrics=metrics,
                 registry=registry,
-                admission=admission,
+                overload=overload,
                 limits=limits,
                 addresses=ClientAddresses(settings.trusted_proxies),
             )
         finally:
             await batchers.close()
             await _ended(watching)
-            await attending.sign_off()
+            await witness.sign_off()
 
 
 async def _look_around(catalogue: Catalogue) -> None:

@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "SALE_BATCH_MAX": "batch_max",
     "SALE_QUEUE_MAX": "queue_max",
     "SALE_PURCHASE_DEADLINE_MS": "purchase_deadline_ms",
-    "SALE_FAST_LANE": "fast_lane",
+    "SALE_FAST_PATH": "fast_path",
     "SALE_CONNECTIONS_MAX": "connections_max",
     "SALE_TURN_MAX_MS": "turn_max_ms",
     "SALE_WAITING_MAX": "waiting_max",
@@ -101,7 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     purchase_deadline_ms: int = 5_000
 
     # Plain purchases are served without aiohttp (api/fast_path.py); off, aiohttp serves all.
-    fast_lane: bool = True
+    fast_path: bool = True
 
     # Overload (http/overload.py): beyond these a process refuses at once. Connections are
     # also bounded by the files that the process may open; for the others 0 is no bound.

@@ -147,9 +147,9 @@ class LoadMetrics(Collector):
         waiting: Callable[[], Mapping[str, int]] = dict,
         shed: Mapping[str, int] | None = None,
         limited: Mapping[str, int] | None = None,
-        standing: Callable[[], int] = lambda: 0,
+        waiters: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._standing = standing
+        self._waiters = waiters
         self._connections = connections
         self._waiting = waiting
         self._shed = shed or {}
@@ -163,7 +163,7 @@ class LoadMetrics(Collector):
         yield GaugeMetricFamily(
             "sale_purchases_standing",
             "Purchases in the waiting line, for which there was no time yet.",
-            value=float(self._standing()),
+            value=float(self._waiters()),
         )
         waiting = GaugeMetricFamily(
             "sale_purchases_waiting", "Purchases that wait for their batch.", labels=("campaign",)

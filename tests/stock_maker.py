@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from sale.domain.campaign import Campaign, Showing
 from sale.domain.clock import from_ms
 from sale.ledger.chain import GENESIS, Entry, check_chain, parse_entry
-from sale.ledger.fold import Books, SaleRecord
+from sale.ledger.fold import CampaignState, SaleRecord
 from sale.stock.batch_codec import pack_bids
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
 from sale.stock.process_reports import who_is_it
@@ -118,7 +118,9 @@ class Stock:
         )
 
     async def load_roster(self, *revoked: str, rev: int = 0) -> None:
-        reply = await self.scripts.sync_cards(self.id, -1, rev, [(card, False) for card in revoked])
+        reply = await self.scripts.sync_revoked(
+            self.id, -1, rev, [(card, False) for card in revoked]
+        )
         assert reply.reply is CallReply.OK
 
     async def step(
@@ -191,11 +193,11 @@ class Stock:
         found[self.keys.head] = {name: head[name] for name in head if name not in told}
         return found
 
-    async def check_books(self) -> Books:
+    async def check_books(self) -> CampaignState:
         """The chain is whole, and its fold is what Redis holds, exactly (INV-5)."""
         entries = await self.entries()
         seq, chain = check_chain(entries, 0, GENESIS)
-        books = Books()
+        books = CampaignState()
         for entry in entries:
             for event in entry.events():
                 books.apply(event)

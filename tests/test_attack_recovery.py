@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from shop import CAMPAIGN, Shop, until
 from stock_maker import card, key
-from test_attendance import Api, finish, going_back, seqs
-from test_attendance import apis as the_apis
-from test_attendance import shop as the_shop
+from test_witness import Api, finish, going_back, seqs
+from test_witness import apis as the_apis
+from test_witness import shop as the_shop
 
 from sale.db import claims, ledger
 from sale.ledger.chain import parse_entry
@@ -16,9 +16,9 @@ from sale.stock import process_reports
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision
 from sale.stock.stream import stream_rows
-from sale.stock.unapplied import Kept
-from sale.trust.heal import Healing
-from sale.trust.stalled_ledgers import Stalls
+from sale.stock.unapplied import Unapplied
+from sale.trust.heal import AutoRecovery
+from sale.trust.stalled_ledgers import StalledLedgers
 from sale.trust.verify import verify_all
 
 shop, apis = the_shop, the_apis
@@ -27,14 +27,14 @@ shop, apis = the_shop, the_apis
 @pytest.fixture
 def slow_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it takes to look for some hundred thousand kept sales."""
-    look = Kept.lacking
+    look = Unapplied.lacking
 
-    async def lacking(self: Kept, *where: Any) -> int:
+    async def lacking(self: Unapplied, *where: Any) -> int:
         if len(self):
             await asyncio.sleep(2.5)
         return await look(self, *where)
 
-    monkeypatch.setattr(Kept, "lacking", lacking)
+    monkeypatch.setattr(Unapplied, "lacking", lacking)
 
 
 @pytest.mark.usefixtures("slow_look")
@@ -44,15 +44,15 @@ async def test_given_much_is_kept_when_redis_went_back_then_it_stays_shut_until_
     a, b = apis
     async with going_back(shop):
         told = seqs(await a.buy(*range(1, 21)))
-    await a.attend()
-    await b.attend()
+    await a.check_acknowledged()
+    await b.check_acknowledged()
     # Longer than the roll is waited for: nobody may take the old copy for a sound one.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
-    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
+    auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
 
     async def healed() -> bool:
         unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
-        await healing.recover_unfit(unfit)
+        await auto_recovery.recover_unfit(unfit)
         return not unfit
 
     await until(healed, within_s=25)
@@ -69,7 +69,7 @@ async def test_given_a_look_that_takes_longer_than_a_call_may_then_the_process_s
     a.batcher._call_timeout_s = 0.5
     seqs(await a.buy(1, 2))
     a.batcher.mark = a.batcher.mark._replace(incarnation="0:0:1")
-    await a.attend()
+    await a.check_acknowledged()
 
     async def sells() -> bool:
         return (await a.buy(3))[0].decision is not None
@@ -96,14 +96,14 @@ async def test_given_a_head_that_is_damaged_then_the_process_goes_on_reporting(
     seqs(await a.buy(1))
     head = shop.stock.keys.head
     (seq,) = await shop.stock.head("seq")
-    await a.attend()
+    await a.check_acknowledged()
     await shop.redis.hset(head, mapping={"seq": "x"})
     a.batcher.mark = a.batcher.mark._replace(incarnation="0:0:1")
     await asyncio.sleep(0.6)
     await shop.redis.hset(head, "seq", seq)
 
     async def reports() -> bool:
-        attended = (await process_reports.read_roll(shop.redis)).get("a")
+        attended = (await process_reports.read_reports(shop.redis)).get("a")
         return attended is not None and a.batcher.mark.incarnation.startswith(attended.identity)
 
     await until(reports)
@@ -114,7 +114,7 @@ async def test_given_who_missed_orders_is_long_dead_then_its_report_shuts_nothin
 ):
     identity = await process_reports.who_is_it(shop.redis)
     missing = {CAMPAIGN: process_reports.Report(1, 2, 3, handed=False)}
-    attended = process_reports.Attendance(identity.now_ms - 10_000, str(identity), missing)
+    attended = process_reports.CampaignReport(identity.now_ms - 10_000, str(identity), missing)
     await process_reports.report(shop.redis, "dead", attended)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     seqs(await apis[0].buy(1))
@@ -127,7 +127,7 @@ async def test_given_nobody_was_heard_yet_when_recovered_by_hand_then_they_are_h
     async with going_back(shop):
         told = seqs(await a.buy(1, 2, 3))
     await shop.redis.delete(ROLL)
-    await a.attend()
+    await a.check_acknowledged()
     done = await shop.recover()
     assert (done.filled, done.voided) == (3, [])
     assert [answer.value for answer in await a.buy(1, 2, 3)] == told
@@ -158,17 +158,17 @@ async def test_given_a_writer_that_applies_what_redis_has_lost_then_nothing_more
             seqs(await b.buy(4))
             after = f"({position.applied}-0"
             rows = [row async for some in stream_rows(shop.redis, CAMPAIGN, after) for row in some]
-        await a.attend()
+        await a.check_acknowledged()
         await verify_all(shop.redis, shop.scripts, shop.pool)
         await shop.recover()
         entries = [parse_entry(*row) for row in rows]
         await ledger.apply(connection, CAMPAIGN, entries, after=position)
     await a.buy(50, 51)
     await shop.start_writer()
-    stalls = Stalls(0.3)
+    stalls = StalledLedgers(0.3)
 
     async def shut() -> bool:
-        unfit = await verify_all(shop.redis, shop.scripts, shop.pool, stalls=stalls)
+        unfit = await verify_all(shop.redis, shop.scripts, shop.pool, stalled_ledgers=stalls)
         return unfit == [CAMPAIGN]
 
     await until(shut)
@@ -184,7 +184,7 @@ async def test_given_a_ledger_that_stands_still_and_is_sound_then_it_goes_on_sel
     shop: Shop, apis: list[Api]
 ):
     seqs(await apis[0].buy(1))
-    stalls = Stalls(0.0)
+    stalls = StalledLedgers(0.0)
     for _ in range(3):
-        assert await verify_all(shop.redis, shop.scripts, shop.pool, stalls=stalls) == []
+        assert await verify_all(shop.redis, shop.scripts, shop.pool, stalled_ledgers=stalls) == []
     seqs(await apis[0].buy(2))

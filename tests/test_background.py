@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from sale import background
 from sale.api.app import listening
-from sale.api.fast_path import Lane
+from sale.api.fast_path import FastPath
 from sale.background import kept_up
 from sale.bootstrap import open_engine
 from sale.config import Settings
@@ -21,7 +21,7 @@ from sale.metrics import StoreMetrics
 from sale.trust.disk_watch import DiskWatch
 from sale.trust.durability_watch import DurabilityWatch
 from sale.trust.store_watch import StoreWatch, watching
-from sale.trust.witness import Attending
+from sale.trust.witness import Witness
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ class FailsOnce:
         return self.calls == 2
 
 
-@pytest.mark.parametrize("watch", [DiskWatch, DurabilityWatch, Attending, StoreWatch])
+@pytest.mark.parametrize("watch", [DiskWatch, DurabilityWatch, Witness, StoreWatch])
 async def test_each_watch_of_an_api_process_goes_on(
     watch: type, monkeypatch: pytest.MonkeyPatch,
     redis_url: str, database_url: str, short_path: Path,
@@ -111,7 +111,7 @@ async def test_background_of_a_writer_goes_on(
 async def test_sweep_of_the_connections_goes_on(
     monkeypatch: pytest.MonkeyPatch, redis_url: str, database_url: str, short_path: Path
 ) -> None:
-    broken = FailsOnce(monkeypatch, Lane, "_sweep")
+    broken = FailsOnce(monkeypatch, FastPath, "_sweep")
     settings = settings_for(redis_url, database_url, short_path)
     async with open_engine(settings) as engine, listening(engine):
         await until(broken.goes_on)

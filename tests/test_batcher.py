@@ -36,7 +36,7 @@ from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
 from sale.stock.batcher import GATHER_AT_LEAST, Answer, AwaitedPurchase, Batcher
 from sale.stock.batchers import Batchers
-from sale.stock.buyer_filter import Suspects
+from sale.stock.buyer_filter import BuyerFilter
 from sale.stock.connection import open_redis
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts
 
@@ -153,8 +153,8 @@ class Shop:
         """Ask until the filter of buyers is loaded and refusals cost a peek only."""
         for n in range(100):
             await self.one(card(90_000_000 + n), key(1))
-            suspects = self.batcher._suspects
-            if suspects is not None and suspects.seq >= self.batcher.mark.seq:
+            buyer_filter = self.batcher._buyer_filter
+            if buyer_filter is not None and buyer_filter.seq >= self.batcher.mark.seq:
                 return
             await asyncio.sleep(0.01)
         pytest.fail("the filter of buyers was never loaded")
@@ -675,7 +675,7 @@ async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
 ) -> None:
     how: dict[str, Any] = {"unions": ("dhm",)}
     stock = await open_stock(redis, 1, **how)
-    await stock.scripts.sync_cards(stock.id, 0, 1, [(card(2), False)])
+    await stock.scripts.sync_revoked(stock.id, 0, 1, [(card(2), False)])
     shop = open_shop(redis, campaign(1, **how))
     await shop.one(card(1), key(1), union="dhm")
     for n in range(100):  # the filter loads meanwhile
@@ -688,7 +688,7 @@ async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
     expected = [Decision.CARD_REVOKED, Decision.NOT_ELIGIBLE, Decision.SOLD_OUT]
     assert decisions(answers) == expected
     # Revoked after the filter was loaded.
-    await stock.scripts.sync_cards(stock.id, 1, 2, [(card(4), False), (card(2), True)])
+    await stock.scripts.sync_revoked(stock.id, 1, 2, [(card(4), False), (card(2), True)])
     answers = await shop.ask(Bid(card(2), key(1), union="dhm"), Bid(card(4), key(1), union="dhm"))
     assert decisions(answers) == [Decision.SOLD_OUT, Decision.CARD_REVOKED]
 
@@ -773,7 +773,7 @@ async def test_filter_never_misses_a_buyer_or_a_revoked_card(
     redis: Redis, rng: random.Random
 ) -> None:
     stock = await open_stock(redis, 2_000, card_limit=5)
-    suspects = Suspects(redis, stock.id)
+    buyer_filter = BuyerFilter(redis, stock.id)
     bought: set[str] = set()
     revoked: set[str] = set()
     rev, complete = 0, 0
@@ -787,84 +787,84 @@ async def test_filter_never_misses_a_buyer_or_a_revoked_card(
         elif dice < 0.6:
             changed = card(rng.randint(400, 600))
             revoked ^= {changed}
-            await stock.scripts.sync_cards(
+            await stock.scripts.sync_revoked(
                 stock.id, rev, rev + 1, [(changed, changed not in revoked)]
             )
             rev += 1
         elif dice < 0.65:
             await redis.xtrim(stock.keys.stream, maxlen=rng.randint(1, 5), approximate=False)
         elif dice < 0.7:
-            await suspects.load()
+            await buyer_filter.load()
         else:
             seq = int((await stock.head("seq"))[0])
-            if 0 <= suspects.seq < seq:
-                await suspects.catch_up(seq)
-            if suspects.complete_for(seq, 1, rev):
+            if 0 <= buyer_filter.seq < seq:
+                await buyer_filter.catch_up(seq)
+            if buyer_filter.complete_for(seq, 1, rev):
                 complete += 1
-                assert all(each in suspects for each in bought | revoked)
+                assert all(each in buyer_filter for each in bought | revoked)
     assert complete > 5
-    assert sum(card(n) in suspects for n in range(10_000, 20_000)) < 10
+    assert sum(card(n) in buyer_filter for n in range(10_000, 20_000)) < 10
 
 
 async def test_filter_is_loaded_again_where_the_ledger_was_trimmed_before_it(redis: Redis) -> None:
     stock = await open_stock(redis, 10)
-    suspects = Suspects(redis, stock.id)
-    await suspects.load()
+    buyer_filter = BuyerFilter(redis, stock.id)
+    await buyer_filter.load()
     for n in range(3):
         await stock.buy_one(card(n), key(1))
     await redis.xtrim(stock.keys.stream, maxlen=1, approximate=False)
-    await suspects.catch_up(5)
-    assert not suspects.complete_for(5, 1, 0)
-    await suspects.load()
-    assert suspects.complete_for(5, 1, 0)
-    assert all(card(n) in suspects for n in range(3))
+    await buyer_filter.catch_up(5)
+    assert not buyer_filter.complete_for(5, 1, 0)
+    await buyer_filter.load()
+    assert buyer_filter.complete_for(5, 1, 0)
+    assert all(card(n) in buyer_filter for n in range(3))
 
 
 async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
     stock = await open_stock(redis, 100_000)
     for at in range(0, 5_000, 250):
         await stock.buy(*(Bid(card(n), key(1)) for n in range(at, at + 250)))
-    suspects = Suspects(redis, stock.id)
-    loading = asyncio.create_task(suspects.load())
+    buyer_filter = BuyerFilter(redis, stock.id)
+    loading = asyncio.create_task(buyer_filter.load())
     at = 5_000
     while not loading.done():
         await stock.buy(*(Bid(card(n), key(1)) for n in range(at, at + 50)))
         at += 50
     seq = int((await stock.head("seq"))[0])
-    while suspects.seq < seq:
-        await suspects.catch_up(seq)
-    assert suspects.complete_for(seq, 1, 0)
-    assert all(card(n) in suspects for n in range(at))
+    while buyer_filter.seq < seq:
+        await buyer_filter.catch_up(seq)
+    assert buyer_filter.complete_for(seq, 1, 0)
+    assert all(card(n) in buyer_filter for n in range(at))
 
 
 async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redis) -> None:
     stock = Stock(redis)
-    suspects = Suspects(redis, stock.id)
-    await suspects.load()
-    assert suspects.seq == -1
+    buyer_filter = BuyerFilter(redis, stock.id)
+    await buyer_filter.load()
+    assert buyer_filter.seq == -1
     await stock.create(campaign(1))
-    await suspects.load()  # no roster_rev yet
-    assert not suspects.complete_for(1, 1, 0)
+    await buyer_filter.load()  # no roster_rev yet
+    assert not buyer_filter.complete_for(1, 1, 0)
 
 
 async def test_filter_that_cannot_be_loaded_tells_each_cause_once_and_pauses(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Peek(0, 1, 1, "open", 0, 0, (1,))
-    suspects = Suspects(redis, (await open_stock(redis, 1)).id)
+    buyer_filter = BuyerFilter(redis, (await open_stock(redis, 1)).id)
     causes: list[Exception] = [
         RedisConnectionError(), RedisConnectionError(), ResponseError(), ValueError(), OSError(),
     ]  # fmt: skip
-    monkeypatch.setattr(suspects, "load", mock.AsyncMock(side_effect=causes))
+    monkeypatch.setattr(buyer_filter, "load", mock.AsyncMock(side_effect=causes))
     with capture_logs() as said:
         for _ in causes:
-            assert not await suspects.come_up_to(seen)
-            assert suspects.loading is not None
-            await suspects.loading
-            last = suspects.loading
-            assert not await suspects.come_up_to(seen)
-            assert suspects.loading is last, "it is tried again a while later"
-            suspects._load_not_before = 0.0
+            assert not await buyer_filter.come_up_to(seen)
+            assert buyer_filter.loading is not None
+            await buyer_filter.loading
+            last = buyer_filter.loading
+            assert not await buyer_filter.come_up_to(seen)
+            assert buyer_filter.loading is last, "it is tried again a while later"
+            buyer_filter._load_not_before = 0.0
     told = [each["why"] for each in said if each["event"] == "suspects.not_loaded"]
     assert told == ["ConnectionError", "ResponseError", "ValueError", "OSError"]
 
@@ -879,8 +879,8 @@ async def test_fault_in_refusing_by_a_peek_leaves_nobody_waiting(
     shop = open_shop(redis, campaign(1))
     await shop.until_it_peeks()
     batcher = shop.batcher
-    assert batcher._suspects is not None
-    with mock.patch.object(batcher._suspects, "bits", bytearray(0)):
+    assert batcher._buyer_filter is not None
+    with mock.patch.object(batcher._buyer_filter, "bits", bytearray(0)):
         answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(5)))
     assert decisions(answers) == [None] * 5
     assert (batcher.waiting, batcher._asking) == (0, [])
@@ -914,9 +914,9 @@ async def test_peeks_that_find_more_undecided_than_a_call_holds_keep_the_order(
     await open_stock(redis, 30)
     shop = open_shop(redis, campaign(30), batch_max=8)
     shop.batcher._all_refused = True
-    loaded = Suspects(redis, shop.batcher.campaign_id)
+    loaded = BuyerFilter(redis, shop.batcher.campaign_id)
     await loaded.load()
-    shop.batcher._suspects = loaded
+    shop.batcher._buyer_filter = loaded
     answers = await shop.ask(*(Bid(card(n), key(1)) for n in range(40)))
     assert decisions(answers) == [Decision.SOLD] * 30 + [Decision.SOLD_OUT] * 10
     numbers = [answer.value for answer in answers[:30]]

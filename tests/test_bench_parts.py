@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtest.bench import lane, shapes
+from loadtest.bench import fast_path, shapes
 from sale.stock.scripts import PURCHASE
 
 
@@ -19,9 +19,9 @@ def test_given_the_purchase_script_then_each_shape_is_it_with_one_line_changed()
 async def test_given_the_lane_when_its_parts_are_measured_then_each_has_a_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lane, "ROUNDS", 1)
-    monkeypatch.setattr(lane, "BATCHES", 2)
-    least = await lane.Parts().run()
+    monkeypatch.setattr(fast_path, "ROUNDS", 1)
+    monkeypatch.setattr(fast_path, "BATCHES", 2)
+    least = await fast_path.Parts().run()
     assert {"read, check, queue (token never seen)", " head, by its shape"} < set(least)
     assert len(least) == 14
     assert min(least.values()) > 0

@@ -21,7 +21,7 @@ STANDING = 500
 CROWD = 150
 WINDOWS = 5
 LITTLE, MORE = 6 * 1024, 16 * 1024
-"""Bytes a connection of the fast lane's, and behind a request of aiohttp's: some times what they
+"""Bytes a connection of the fast path's, and behind a request of aiohttp's: some times what they
 take (OPERATIONS.md), because a few hundred are a few pages."""
 
 

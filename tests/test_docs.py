@@ -249,7 +249,7 @@ def test_given_the_invariants_when_read_then_all_ten_have_keeper_audit_and_tests
 
 def test_given_the_invariants_when_they_name_a_rule_of_the_database_then_it_exists() -> None:
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", INVARIANTS)) - {
-        "synchronous_commit", "opens_at", "closes_at", "card_limit",
+        "check_trusted", "synchronous_commit", "opens_at", "closes_at", "card_limit",
     }  # fmt: skip
     assert {"showing_never_oversold", "card_use_within_limit", "orders_one_per_key"} <= named
     for name in named:

@@ -392,12 +392,12 @@ async def test_campaign_made_on_a_weak_redis_sells_nothing(
             watch = DurabilityWatch(found.redis, batchers, Settings())
             batchers.meet = watch.look
             batcher = batchers.of(campaign(10, 5))
-            assert not await batcher.attend()
+            assert not await batcher.check_acknowledged()
             assert batchers.halted.startswith("redis: appendfsync is everysec")
             await found.redis.config_set("appendfsync", "always")
 
             async def signs() -> bool:
-                return await batcher.attend()
+                return await batcher.check_acknowledged()
 
             await until(signs)
             assert batchers.halted == ""

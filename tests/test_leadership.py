@@ -51,7 +51,7 @@ def through(database_url: str, directory: Path, port: int = 5432) -> str:
 
 async def seats(conn: Any, part: str) -> dict[str, bool]:
     """Who is connected for the office, by process number, and whether it is active."""
-    found = await locks.seats(conn, OFFICES[part])
+    found = await locks.members(conn, OFFICES[part])
     return {seat.who.rpartition(":")[2]: seat.active for seat in found}
 
 
@@ -232,7 +232,7 @@ async def test_given_a_holder_when_its_session_ends_then_its_work_is_dropped_and
     conn = await asyncpg.connect(database_url)
 
     async def one_each() -> bool:
-        active = sorted(each.active for each in await locks.seats(conn, locks.WRITER))
+        active = sorted(each.active for each in await locks.members(conn, locks.WRITER))
         return other.stood_by > 0 and active == [False, True]
 
     await until(one_each)

@@ -11,7 +11,7 @@ from service import ADMIN, Client, Seen, Service, campaign_table, new_key, showi
 from shop import ME, Shop, open_shop
 from stock_maker import campaign
 
-from sale.domain.campaign import CampaignState
+from sale.domain.campaign import State
 from sale.domain.problem import Problem, Refused
 from sale.stock.rebuild import freeze
 
@@ -140,10 +140,10 @@ async def test_recovered_redis_still_knows_repeats(shop: Shop, lost: str) -> Non
     await freeze(shop.redis, first.id, "a test")
     await shop.recover()
     again = await shop.desk.create(first, ME, None, "made")
-    assert (again.state, again.campaign) == (CampaignState.DELETED, first)
+    assert (again.state, again.campaign) == (State.DELETED, first)
     await shop.desk.delete(first.id, ME, None, "gone")
     there = await shop.desk.create(second, ME, None, "other")
-    assert (there.state, there.campaign) == (CampaignState.DRAFT, second)
+    assert (there.state, there.campaign) == (State.DRAFT, second)
     await shop.applied()
     assert (await shop.audit()).clean
 
@@ -152,7 +152,7 @@ async def test_campaign_from_before_the_note_is_the_first(shop: Shop) -> None:
     made = campaign(10, 5)
     await shop.desk.create(made, ME, None, "made")
     await shop.redis.hdel(shop.stock.keys.head, "made")
-    assert (await shop.desk.create(made, ME, None, "made")).state is CampaignState.DRAFT
+    assert (await shop.desk.create(made, ME, None, "made")).state is State.DRAFT
 
 
 async def test_repeat_is_unknown_until_postgresql_has_it(

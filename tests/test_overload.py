@@ -31,7 +31,7 @@ async def api(
         "SALE_BATCH_MAX": str(BATCH),
         "SALE_WAIT_MAX_MS": str(WAIT_MS),
         "SALE_PURCHASE_DEADLINE_MS": str(int(DEADLINE_S * 1_000)),
-        "SALE_FAST_LANE": str(request.param).lower(),
+        "SALE_FAST_PATH": str(request.param).lower(),
     }
     async with own_api(service, tmp_path, redis_late_ms=LATE_MS, **settings) as api:
         yield api
@@ -101,7 +101,7 @@ async def test_given_no_time_for_more_when_aiohttp_serves_all_then_refusals_leav
 ) -> None:
     """Here reading alone takes half of the CPU; with all refused at once a fifth was sold."""
     campaign = await client.campaign(tickets=200_000)
-    settings = {"SALE_WAIT_MAX_MS": "250", "SALE_FAST_LANE": "false"}
+    settings = {"SALE_WAIT_MAX_MS": "250", "SALE_FAST_PATH": "false"}
     async with own_api(service, tmp_path, **settings) as api:
         await _closed_loop(api, campaign, 1_000, 128)
         capacity, shares = await _closed_loop(api, campaign, 3_000, 128), [0.0]

@@ -187,7 +187,7 @@ async def office() -> AsyncIterator[tuple[TestClient[Any, Any], RateLimits]]:
     app = web.Application()
     kept = limits(card=Rate(1, 5), address=Rate(1, 10))
     engine: Any = SimpleNamespace(
-        admission=SimpleNamespace(turn_is_over=lambda _: ""),
+        overload=SimpleNamespace(turn_is_over=lambda _: ""),
         limits=kept,
         tokens=MemberTokens(KEY),
         addresses=ClientAddresses(None),

@@ -25,7 +25,7 @@ from sale.cli.processes import RELEASED_WITHIN_S
 from sale.config import Settings
 from sale.stock import process_reports
 from sale.stock.keys import CAMPAIGNS, ROLL, VERIFIED, campaign_keys
-from sale.stock.process_reports import Attendance, call_the_roll, is_gone, report, who_is_it
+from sale.stock.process_reports import CampaignReport, collect_reports, is_gone, report, who_is_it
 from sale.stock.rebuild import freeze
 from sale.trust.verify import unverified, verify_all
 
@@ -231,8 +231,8 @@ async def test_process_that_ended_here_is_not_waited_for(redis: Redis) -> None:
 
     now_ms = (await who_is_it(redis)).now_ms
     for name, where in (("here", place), ("elsewhere", elsewhere), ("older", "")):
-        await report(redis, name, Attendance(now_ms, "the-redis-before", {}, where))
-    assert (await call_the_roll(redis)).silent == ["elsewhere", "older"]
+        await report(redis, name, CampaignReport(now_ms, "the-redis-before", {}, where))
+    assert (await collect_reports(redis)).silent == ["elsewhere", "older"]
     await redis.delete(ROLL)
-    await report(redis, "here", Attendance(now_ms, "the-redis-before", {}, place))
-    assert (await call_the_roll(redis)).silent == []
+    await report(redis, "here", CampaignReport(now_ms, "the-redis-before", {}, place))
+    assert (await collect_reports(redis)).silent == []

@@ -13,7 +13,7 @@ from stock_maker import BEHIND_MAX, Bid, campaign, card, key, packed
 from sale.db import claims
 from sale.domain.problem import Problem, Refused
 from sale.ledger.chain import GENESIS, Event
-from sale.ledger.fold import Books
+from sale.ledger.fold import CampaignState
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
 from sale.stock.rebuild import freeze
 from sale.stock.records import read_card
@@ -396,7 +396,7 @@ async def test_long_event_in_conflict_is_kept_once(shop: Shop) -> None:
 
 async def test_refill_of_many_numbers_gives_others_turns() -> None:
     # Given
-    books = Books(config={})
+    books = CampaignState(config={})
     began, gaps, last = time.monotonic(), [0.0], time.monotonic()
 
     async def watch() -> None:

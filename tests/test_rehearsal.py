@@ -43,10 +43,10 @@ from sale.stock.catalogue import Catalogue, campaign_ids, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import Decision
-from sale.trust.heal import Healing
+from sale.trust.heal import AutoRecovery
 from sale.trust.recover import recover
 from sale.trust.verify import verify_all
-from sale.trust.witness import Attending
+from sale.trust.witness import Witness
 
 KEY = SigningKey(b"k" * 32)
 TABLES = ("event", "orders", "card_use", "showing", "conflict", "handed_in")
@@ -63,7 +63,7 @@ class Play:
             shop.scripts, "p1", PurchaseMetrics(), batch_max=256, queue_max=4_096, deadline_s=5.0,
             behind_max=BEHIND_MAX,
         )  # fmt: skip
-        self.attending = Attending(shop.redis, shop.pool, self.batchers)
+        self.witness = Witness(shop.redis, shop.pool, self.batchers)
 
     async def begin(self, **how: float) -> Campaign:
         """Begin a rehearsal of the real campaign that is open at once."""
@@ -112,7 +112,7 @@ async def play(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         await shop.buy(1, 2)
         await shop.applied()
         play = Play(shop)
-        beating = asyncio.create_task(play.attending.run())
+        beating = asyncio.create_task(play.witness.run())
         yield play
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
@@ -284,8 +284,8 @@ async def test_given_older_files_that_bring_a_purged_one_back_then_the_engine_re
     await shop.redis.hset(campaign_keys(made.id).head, mapping={"run_id": "x", "seq": 3})
     unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
     assert unfit == [made.id]
-    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
-    await healing.recover_unfit(unfit)
+    auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
+    await auto_recovery.recover_unfit(unfit)
     assert await read_campaign(shop.redis, made.id) is None
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     assert await play.clean()

@@ -18,7 +18,7 @@ from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import Bid, campaign, card, key
 
 from sale.db import ledger
-from sale.domain.campaign import CampaignState
+from sale.domain.campaign import State
 from sale.domain.problem import Refused
 from sale.host import embedded
 from sale.jobs import scheduler as scheduler_module
@@ -219,7 +219,7 @@ async def test_given_a_first_load_that_died_when_its_card_is_restored_then_the_c
 ):
     await shop.add_cards(1, 2, status="suspended")
     await shop.stock.create(campaign(10))
-    await shop.scripts.sync_cards(CAMPAIGN, -1, -1, [(card(1), False)])
+    await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(card(1), False)])
     await shop.pool.execute("UPDATE card SET status = 'active' WHERE card_no = $1", card(1))
     await asyncio.gather(*(sync_all(shop.redis, shop.scripts, shop.pool) for _ in range(4)))
     assert await shop.redis.smembers(KEYS.revoked) == {card(2).encode()}
@@ -229,9 +229,9 @@ async def test_given_a_first_load_that_died_when_its_card_is_restored_then_the_c
 async def test_given_a_first_load_that_was_overtaken_then_its_next_step_is_refused(shop: Shop):
     await shop.stock.create(campaign(10))
     for load in ("first", "second"):
-        begun = await shop.scripts.sync_cards(CAMPAIGN, -1, -1, [], load=load, begins=True)
+        begun = await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [], load=load, begins=True)
         assert begun.reply is CallReply.OK
-    late = await shop.scripts.sync_cards(CAMPAIGN, -1, -1, [(card(1), False)], load="first")
+    late = await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(card(1), False)], load="first")
     assert (late.reply, late.seq) == (CallReply.STALE, -1)
     assert not await shop.redis.exists(KEYS.revoked)
 
@@ -447,4 +447,4 @@ async def test_step_is_done_where_postgres_dies_after_it(
 
     monkeypatch.setattr(ledger, "position", dies)
     done = await shop.desk.step(CAMPAIGN, "open", ME, None, None)
-    assert done.state is CampaignState.OPEN
+    assert done.state is State.OPEN

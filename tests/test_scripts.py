@@ -292,11 +292,11 @@ async def test_clock_is_that_of_redis(redis: Redis) -> None:
 async def test_revoked_card_buys_nothing_until_it_is_restored(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     assert (await stock.buy_one(card(1), key(1))).decision is Decision.SOLD
-    assert (await stock.scripts.sync_cards(stock.id, 0, 1, [(card(1), False)])).seq == 1
+    assert (await stock.scripts.sync_revoked(stock.id, 0, 1, [(card(1), False)])).seq == 1
     # Even its own order is not told: the card is checked before the key.
     assert (await stock.buy_one(card(1), key(1))).decision is Decision.CARD_REVOKED
     assert (await stock.buy_one(card(1), key(2))).decision is Decision.CARD_REVOKED
-    await stock.scripts.sync_cards(stock.id, 1, 2, [(card(1), True)])
+    await stock.scripts.sync_revoked(stock.id, 1, 2, [(card(1), True)])
     assert (await stock.buy_one(card(1), key(1))).decision is Decision.REPLAYED
 
 
@@ -311,7 +311,7 @@ async def test_only_the_unions_of_the_campaign_buy(redis: Redis, union: str, all
 
 async def test_card_and_union_are_told_before_state_and_stock(redis: Redis) -> None:
     stock = await open_stock(redis, 0, unions=("dhm",))
-    await stock.scripts.sync_cards(stock.id, 0, 1, [(card(1), False)])
+    await stock.scripts.sync_revoked(stock.id, 0, 1, [(card(1), False)])
     await stock.step("pause")
     first, second, third = await stock.buy(
         Bid(card(1), key(1), union="x"),
@@ -325,17 +325,17 @@ async def test_card_and_union_are_told_before_state_and_stock(redis: Redis) -> N
 
 async def test_steps_of_the_roster_are_taken_in_order_and_once(redis: Redis) -> None:
     stock = Stock(redis)
-    assert (await stock.scripts.sync_cards(stock.id, -1, 4, [])).reply is CallReply.MISSING
+    assert (await stock.scripts.sync_revoked(stock.id, -1, 4, [])).reply is CallReply.MISSING
     await stock.create(campaign(9))
     for n in (1, 2):
-        more = await stock.scripts.sync_cards(stock.id, -1, -1, [(card(n), False)])
+        more = await stock.scripts.sync_revoked(stock.id, -1, -1, [(card(n), False)])
         assert more.reply is CallReply.OK
     assert await redis.hget(stock.keys.head, "roster_rev") is None
     await stock.load_roster(rev=4)
-    late = await stock.scripts.sync_cards(stock.id, 3, 4, [(card(3), False)])
+    late = await stock.scripts.sync_revoked(stock.id, 3, 4, [(card(3), False)])
     assert (late.reply, late.seq) == (CallReply.STALE, 4)
     assert await redis.smembers(stock.keys.revoked) == {card(1).encode(), card(2).encode()}
-    assert (await stock.scripts.sync_cards(stock.id, 4, 6, [(card(1), True)])).seq == 6
+    assert (await stock.scripts.sync_revoked(stock.id, 4, 6, [(card(1), True)])).seq == 6
     assert await read_card(redis, stock.id, card(2)) == ([], True)
     assert await read_card(redis, stock.id, card(1)) == ([], False)
 

@@ -34,7 +34,7 @@ from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
-from sale.stock.process_reports import hear
+from sale.stock.process_reports import collect_report
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.trust import verify
 from sale.trust.audit import audit
@@ -263,9 +263,9 @@ class Sale(RuleBasedStateMachine):
         ]
         assert all(batcher.submit(purchase) for purchase in purchases)
         answers = [await purchase.answer for purchase in purchases]
-        suspects = batcher._suspects
-        if suspects is not None and suspects.loading is not None:
-            await suspects.loading
+        buyer_filter = batcher._buyer_filter
+        if buyer_filter is not None and buyer_filter.loading is not None:
+            await buyer_filter.loading
         return answers
 
     def _maybe_recorded(self) -> None:
@@ -367,7 +367,7 @@ class Sale(RuleBasedStateMachine):
 
     async def _verified(self) -> None:
         redis, pool = self.rig.redis, self.rig.pool
-        roll = await hear(redis)
+        roll = await collect_report(redis)
         assert await verify.verify(redis, self.scripts, pool, self.id, roll)
 
     # The writer -----------------------------------------------------------------------------------

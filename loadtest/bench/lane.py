@@ -1,4 +1,4 @@
-"""What the fast lane costs in Python, part by part, without kernel, Redis and network.
+"""What the fast path costs in Python, part by part, without kernel, Redis and network.
 
 ``python -m loadtest.bench.lane``. The real lane, desk, checks and batcher are given the benchmark's
 requests on transports that lead nowhere; a batch is settled as if the script had answered. The
@@ -24,13 +24,13 @@ from rich.table import Table
 from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
 from loadtest.bench.tables import wide_console
 from loadtest.members import Mint
-from sale.api.fast_path import Connection, Lane
+from sale.api.fast_path import Connection, FastPath
 from sale.api.fast_path_head import HeadReader
 from sale.api.member import ORDER_REQUEST, order_answer
 from sale.api.request import bearer_token, checked_key, decode_body
 from sale.domain.campaign import Campaign, Showing
-from sale.http.overload import Admission
-from sale.http.waiting_line import Crowd
+from sale.http.overload import Overload
+from sale.http.waiting_line import WaitingLine
 from sale.http.wire import rendered
 from sale.identity import MemberTokens, SigningKey, issue_member_token
 from sale.members.orders import TicketCodes, key_hash
@@ -115,13 +115,13 @@ class Parts:
     async def _round(self, *, sold: bool) -> None:
         taker, limits = _Taker(), _limits()
         catalogue = cast("Any", SimpleNamespace(known={NAME: CAMPAIGN}.get))
-        door = Admission(connections_max=BATCH, turn_max_s=0, waiting_max=0, wait_max_s=0)
+        door = Overload(connections_max=BATCH, turn_max_s=0, waiting_max=0, wait_max_s=0)
         desk = PurchaseDesk(
             catalogue, cast("Any", taker), MemberTokens(self.key), _codes(),
             PurchaseMetrics(), cast("Any", None), limits, door,
         )  # fmt: skip
         engine = SimpleNamespace(desk=desk, admission=door, limits=limits)
-        lane = Lane(cast("Any", engine), cast("Any", None), Crowd(door))
+        lane = FastPath(cast("Any", engine), cast("Any", None), WaitingLine(door))
         connections = [Connection(lane) for _ in range(BATCH)]
         for connection in connections:
             connection.connection_made(_Nowhere())
@@ -143,7 +143,7 @@ class Parts:
                 told = time.perf_counter()
                 self._note("read, check, queue (token never seen)", queued - began, BATCH)
                 self._note(f"pack, word, answer: {kind}", told - queued, BATCH)
-        lane.crowd.close()
+        lane.waiting_line.close()
         await lane.close()
 
     async def _sell(self, batcher: Batcher, batch: list[Purchase], start: int) -> None:

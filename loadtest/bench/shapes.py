@@ -28,7 +28,7 @@ from loadtest.bench.__main__ import bench_up
 from loadtest.bench.measure import STOCK, TINY, Bench
 from loadtest.bench.tables import wide_console
 from sale.stock.keys import campaign_keys
-from sale.stock.script_connection import Line, pack
+from sale.stock.script_connection import ScriptConnection, pack
 from sale.stock.scripts import PEEK, PURCHASE
 
 BATCHES: Final = (1, 32, 256)
@@ -170,7 +170,7 @@ class Comparing:
             )
         ]
         self._nonce, self._incarnation = nonce, f"{run_id}:{replid}:{epoch}"
-        line = Line.to(self.redis)
+        line = ScriptConnection.to(self.redis)
         assert line is not None  # noqa: S101 - the embedded Redis has a plain socket
         every = shapes()
         costs = [Cost(shape.name) for shape in every]
@@ -188,7 +188,9 @@ class Comparing:
         await line.close()
         return Shapes(costs, call_us)
 
-    async def _measure(self, line: Line, shape: Shape, batch: int) -> tuple[float, float]:
+    async def _measure(
+        self, line: ScriptConnection, shape: Shape, batch: int
+    ) -> tuple[float, float]:
         """Redis' and the client's µs a purchase."""
         sha = await self.redis.script_load(shape.source)
         reader = hiredis.Reader()

@@ -10,7 +10,7 @@ from typing import Final, Self
 from loadtest.books.answers import AnswerBook
 from loadtest.books.ledger import progress
 from loadtest.client import Client, RunResult, read_json
-from loadtest.members import Attempt, Crowd
+from loadtest.members import Attempt, WaitingLine
 from loadtest.wire import Response, asks_again, get_request
 
 ROUNDS_MAX: Final = 20
@@ -46,7 +46,7 @@ async def until_open(client: Client, opens_at: datetime, tick: Callable[[float],
         await asyncio.sleep(min(left_s, 0.2))
 
 
-async def knock(client: Client, campaign: str, crowd: Crowd, rush: Rush) -> None:
+async def knock(client: Client, campaign: str, crowd: WaitingLine, rush: Rush) -> None:
     """Play those who come too early."""
     await client.run(_requests(client, campaign, crowd.early), rush.book.record)
 
@@ -54,7 +54,7 @@ async def knock(client: Client, campaign: str, crowd: Crowd, rush: Rush) -> None
 async def play(
     client: Client,
     campaign: str,
-    crowd: Crowd,
+    crowd: WaitingLine,
     rush: Rush,
     on_answer: Callable[[], None],
 ) -> None:

@@ -19,7 +19,7 @@ from loadtest.client import Client, read_json
 from loadtest.demo.play import LagWatch, Rush, knock, play, until_open
 from loadtest.demo.tables import Figures, books_table, look_next, outcome_table
 from loadtest.engine import Engine, EngineError
-from loadtest.members import Crowd, gather, read_members
+from loadtest.members import WaitingLine, gather, read_members
 from loadtest.record import Finding
 
 CAMPAIGN: Final = "five-yuan-films"
@@ -49,7 +49,7 @@ class Show:
         self.console.print(look_next(engine, CAMPAIGN), soft_wrap=True, highlight=False)
         return bool(audit["clean"]) and not findings
 
-    async def _prepare(self, engine: Engine) -> Crowd:
+    async def _prepare(self, engine: Engine) -> WaitingLine:
         """Roster, campaign file and crowd; nothing is on sale yet."""
         folder = engine.data_dir / "demo"
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -74,7 +74,7 @@ class Show:
     async def _tokens(self, engine: Engine, file: Path, cards: int, *more: str) -> None:
         await engine.command("tokens", "--cards", str(cards), *more, "--out", str(file))
 
-    async def _rush(self, engine: Engine, crowd: Crowd) -> tuple[Figures, list[Finding]]:
+    async def _rush(self, engine: Engine, crowd: WaitingLine) -> tuple[Figures, list[Finding]]:
         opens_at = datetime.now(UTC) + timedelta(seconds=OPENS_IN_S)
         file = engine.data_dir / "demo" / f"{CAMPAIGN}.toml"
         file.write_text(_scheduled(_campaign_text(), opens_at), "utf-8")

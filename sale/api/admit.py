@@ -8,44 +8,44 @@ from aiohttp import web
 
 from sale.api.request import ENGINE
 from sale.domain.problem import Problem, Refused
-from sale.http.overload import RETRY_MIN_S, STANDS, TURN
-from sale.http.waiting_line import Crowd
+from sale.http.overload import MUST_WAIT, RETRY_MIN_S, TURN
+from sale.http.waiting_line import WaitingLine
 from sale.members.purchase import PurchaseDesk
 
 WAITERS_MAX: Final = 16_384
 """Purchases that aiohttp holds in the crowd: 7 kB each, beside 4 for its connection."""
 
 
-class Crowded(Refused):
+class LineFull(Refused):
     """Refused without a choice: too many stand already. Its connection is closed behind it."""
 
 
-class Door:
+class Admission:
     """Lets purchases in that aiohttp serves, behind whoever stands in the crowd.
 
-    They stand in that of the fast lane, in one order: refusing each at once, they overtook it, and
+    They stand in that of the fast path, in one order: refusing each at once, they overtook it, and
     took the CPU of those who would have been sold to.
     """
 
-    def __init__(self, desk: PurchaseDesk, crowd: Crowd) -> None:
-        self.crowd = crowd
+    def __init__(self, desk: PurchaseDesk, waiting_line: WaitingLine) -> None:
+        self.waiting_line = waiting_line
         self._desk = desk
         self._waiters = 0
 
-    def turned_away(self, now: float) -> int:
-        """Like the desk's: 0, a Retry-After, or ``STANDS``; then ``stand`` is to be awaited."""
-        return STANDS if self.crowd else self._desk.turned_away(now)
+    def admit(self, now: float) -> int:
+        """Like the desk's: 0, a Retry-After, or ``MUST_WAIT``; then ``stand`` is to be awaited."""
+        return MUST_WAIT if self.waiting_line else self._desk.admit(now)
 
-    async def stand(self, request: web.Request, now: float) -> int:
-        """Wait among the crowd, some seconds at most; give 0 or a Retry-After. Raises Crowded."""
+    async def wait(self, request: web.Request, now: float) -> int:
+        """Wait among the crowd, some seconds at most; give 0 or a Retry-After. Raises LineFull."""
         if self._waiters >= WAITERS_MAX:
-            wait_s = request.app[ENGINE].admission.refuse(TURN, now)
-            raise Crowded(Problem.OVERLOADED, retry_after_s=wait_s)
-        standing = _Waiter(self._desk, request)
+            wait_s = request.app[ENGINE].overload.refuse(TURN, now)
+            raise LineFull(Problem.OVERLOADED, retry_after_s=wait_s)
+        waiters = _Waiter(self._desk, request)
         self._waiters += 1
         try:
-            self.crowd.join(standing, now)
-            return await standing.wait_s
+            self.waiting_line.join(waiters, now)
+            return await waiters.wait_s
         finally:
             self._waiters -= 1
 
@@ -71,4 +71,4 @@ class _Waiter:
         handler = self._request.protocol
         left = handler.transport is None or getattr(handler, "client_ended", False)
         now = time.monotonic()
-        self.wait_s.set_result(RETRY_MIN_S if left else self._desk.turned_away(now, called=True))
+        self.wait_s.set_result(RETRY_MIN_S if left else self._desk.admit(now, called=True))

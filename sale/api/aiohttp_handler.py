@@ -1,8 +1,8 @@
 """aiohttp's side of a connection: its own refusals are problem documents, and it can be drained.
 
-It stands alone where the fast lane is off (``LoneHandler``), and inside a ``lane.Connection`` where
+It stands alone where the fast path is off (``LoneHandler``), and inside a ``lane.Connection`` where
 it is on (``InnerHandler``). This is the one module that leans on aiohttp's private state (what
-``busy``, ``idle`` and ``_end`` look at); ``tests/test_lane_connections.py`` fails where a new
+``busy``, ``idle`` and ``_end`` look at); ``tests/test_fast_path_connections.py`` fails where a new
 version has changed it, and the version is pinned.
 
 aiohttp by itself closes a connection at the client's end of file, and whoever shuts down only the
@@ -320,7 +320,7 @@ class InnerHandler(Handler):
 
 
 class LoneHandler(Handler):
-    """A connection that aiohttp has alone: the fast lane is off.
+    """A connection that aiohttp has alone: the fast path is off.
 
     The engine's admission counts it; beyond the bound it is told so and closed at once.
     """
@@ -335,9 +335,9 @@ class LoneHandler(Handler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many."""
-        self._admitted = self._engine.admission.take_connection()
+        self._admitted = self._engine.overload.take_connection()
         if not self._admitted:
-            wait_s = self._engine.admission.retry_after(time.monotonic())
+            wait_s = self._engine.overload.retry_after(time.monotonic())
             refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
             wire = rendered(*problem_answer(refused), last=True)
             cast("asyncio.Transport", transport).write(named(wire, None))
@@ -349,7 +349,7 @@ class LoneHandler(Handler):
         """End."""
         if self._admitted:
             self._admitted = False
-            self._engine.admission.release_connection()
+            self._engine.overload.release_connection()
         for timer in (self._end_by, self._unread):
             if timer is not None:
                 timer.cancel()

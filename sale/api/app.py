@@ -19,9 +19,9 @@ import structlog
 from aiohttp import web
 
 from sale.api.admin import add_admin_routes
-from sale.api.admit import Door
+from sale.api.admit import Admission
 from sale.api.aiohttp_handler import Handler, LoneHandler
-from sale.api.fast_path import Connection, Lane
+from sale.api.fast_path import Connection, FastPath
 from sale.api.health import add_health_routes
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
@@ -29,7 +29,7 @@ from sale.api.request import BODY_MAX, ENGINE
 from sale.api.routing import add_fallback
 from sale.bootstrap import Engine
 from sale.config import StartError
-from sale.http.waiting_line import Crowd
+from sale.http.waiting_line import WaitingLine
 from sale.shared_port import claim, first_address
 
 BACKLOG: Final = 4_096
@@ -43,11 +43,11 @@ STOPPING: Final = "stopping"
 log = structlog.get_logger()
 
 
-def make_app(engine: Engine, crowd: Crowd) -> web.Application:
+def make_app(engine: Engine, waiting_line: WaitingLine) -> web.Application:
     """Put the application together. There is no middleware: see ``routing.py``."""
     app = web.Application(client_max_size=BODY_MAX)
     app[ENGINE] = engine
-    add_member_routes(app, engine.desk, Door(engine.desk, crowd))
+    add_member_routes(app, engine.desk, Admission(engine.desk, waiting_line))
     add_admin_routes(app)
     add_page_routes(app)
     add_health_routes(app)
@@ -61,11 +61,13 @@ async def listening(engine: Engine, listener: socket.socket | None = None) -> As
 
     ``listener`` is bound to it already (``listen_on``). Raises StartError.
     """
-    crowd = Crowd(engine.admission)  # one for both ways in, or one would overtake the other
-    runner = web.AppRunner(make_app(engine, crowd), shutdown_timeout=CANCEL_TIMEOUT_S)
+    waiting_line = WaitingLine(
+        engine.overload
+    )  # one for both ways in, or one would overtake the other
+    runner = web.AppRunner(make_app(engine, waiting_line), shutdown_timeout=CANCEL_TIMEOUT_S)
     await runner.setup()
     assert runner.server is not None  # noqa: S101 - set up just now
-    api = Api(engine, runner.server, crowd)
+    api = Api(engine, runner.server, waiting_line)
     try:
         await api.listen(listener or listen_on(engine.stores.settings.listen))
         yield api
@@ -78,15 +80,17 @@ async def listening(engine: Engine, listener: socket.socket | None = None) -> As
 class Api:
     """The listener of one process and its connections."""
 
-    def __init__(self, engine: Engine, server: web.Server, crowd: Crowd) -> None:
+    def __init__(self, engine: Engine, server: web.Server, waiting_line: WaitingLine) -> None:
         self._engine = engine
-        self._crowd = crowd
+        self._waiting_line = waiting_line
         self._handlers = server
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._name: socket.socket | None = None
         self._server: asyncio.Server | None = None
-        self._lane = Lane(engine, server, crowd) if engine.stores.settings.fast_lane else None
+        self._fast_path = (
+            FastPath(engine, server, waiting_line) if engine.stores.settings.fast_path else None
+        )
         self.draining = False
 
     async def listen(self, listener: socket.socket) -> None:
@@ -104,9 +108,9 @@ class Api:
         if self.draining or self._server is None:
             return
         self.draining = True
-        self._crowd.emptying = True
-        if self._lane is not None:
-            self._lane.drain()
+        self._waiting_line.emptying = True
+        if self._fast_path is not None:
+            self._fast_path.drain()
         self._engine.batchers.halt("drain", STOPPING)
         log.info("api.stopping", connections=len(self._connections))
         waiting = self._close_listener()
@@ -126,9 +130,9 @@ class Api:
 
         aiohttp's runner closes those that are its own.
         """
-        self._crowd.close()
-        if self._lane is not None:
-            await self._lane.close()
+        self._waiting_line.close()
+        if self._fast_path is not None:
+            await self._fast_path.close()
 
     def _close_listener(self) -> list[socket.socket]:
         """Close the listener at a moment when nobody waits at it; give who waited until then."""
@@ -147,14 +151,14 @@ class Api:
 
     @property
     def _connections(self) -> Sequence[Connection | Handler]:
-        if self._lane is not None:
-            return list(self._lane.connections)
+        if self._fast_path is not None:
+            return list(self._fast_path.connections)
         every = self._handlers.connections
         return [handler for handler in every if isinstance(handler, Handler)]
 
     def _connection(self) -> Connection | Handler:
-        if self._lane is not None:
-            return Connection(self._lane)
+        if self._fast_path is not None:
+            return Connection(self._fast_path)
         return LoneHandler(self._handlers, draining=self._is_draining, engine=self._engine)
 
     def _is_draining(self) -> bool:

@@ -1,6 +1,6 @@
 """Turning requests away before work is done for them, and charging those that went wrong.
 
-The guard of every route (``routing.py``) does both; the fast lane charges by the same rule, and has
+The guard of every route (``routing.py``) does both; the fast path charges by the same rule, and has
 its own way of turning away.
 """
 
@@ -35,8 +35,8 @@ CHARGED: Final = frozenset(
 def admit(engine: Engine) -> None:
     """Let a request in that waits in no queue. Raises Refused (overloaded)."""
     now = time.monotonic()
-    if engine.admission.turn_is_over(now):
-        raise Refused(Problem.OVERLOADED, retry_after_s=engine.admission.refuse(TURN, now))
+    if engine.overload.turn_is_over(now):
+        raise Refused(Problem.OVERLOADED, retry_after_s=engine.overload.refuse(TURN, now))
 
 
 def charge(

@@ -1,4 +1,4 @@
-"""The fast lane: plain purchases without aiohttp, on the same port and the same connections.
+"""The fast path: plain purchases without aiohttp, on the same port and the same connections.
 
 Every connection is ours (``Connection``). It looks at each request where it begins: a purchase of
 the one plain shape is parsed here (by llhttp, as aiohttp does), checked, queued, and answered
@@ -10,7 +10,7 @@ HTTP/1.0, ``Connection: close``, whatever llhttp refuses) goes to aiohttp with a
 good. So a request that two parsers might see differently is never cut by one and read by the other.
 
 Which of the two answers changes nothing in the answer: both check by ``exchange``, ask by
-``PurchaseDesk`` and word by ``order_answer`` (``tests/test_lane.py`` compares them). Why it is
+``PurchaseDesk`` and word by ``order_answer`` (``tests/test_fast_path.py`` compares them). Why it is
 built so, and what was rejected, stands in ADR 0012.
 
 Bounds of a connection: ``HEAD_MAX`` bytes of a head and ``HEAD_WITHIN_S`` for it to come whole,
@@ -33,7 +33,7 @@ from aiohttp import web
 
 from sale.api.aiohttp_handler import KEEPALIVE_S, UNREAD_WITHIN_S, InnerHandler
 from sale.api.charge import CHARGED, charge
-from sale.api.fast_path_answers import LaneAnswers, LanePurchase, overloaded_answers
+from sale.api.fast_path_answers import FastPathAnswers, FastPathPurchase, overloaded_answers
 from sale.api.fast_path_head import HEAD_MAX, Head, HeadReader
 from sale.api.member import ORDER_REQUEST
 from sale.api.problems import problem_answer
@@ -54,7 +54,7 @@ from sale.domain.problem import Problem, Refused
 from sale.http.client_address import first_of
 from sale.http.overload import LATE, TURN
 from sale.http.request_ids import named, request_id
-from sale.http.waiting_line import Crowd
+from sale.http.waiting_line import WaitingLine
 from sale.http.wire import rendered
 from sale.members.rate import TooFast
 
@@ -80,14 +80,14 @@ INNER_PAUSE_S: Final = 0.001
 log = structlog.get_logger()
 
 
-class Lane:
+class FastPath:
     """The connections of one API process, and what they share."""
 
-    def __init__(self, engine: Engine, server: web.Server, crowd: Crowd) -> None:
+    def __init__(self, engine: Engine, server: web.Server, waiting_line: WaitingLine) -> None:
         self.engine = engine
         self.desk = engine.desk
         self.known = engine.desk.known
-        self.admission = engine.admission
+        self.overload = engine.overload
         self.server = server
         self.loop = asyncio.get_running_loop()
         self.heads = HeadReader()
@@ -101,8 +101,8 @@ class Lane:
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
         self._sweeper = self.loop.create_task(kept_up(self._sweep))
-        self.crowd = crowd
-        self.answers = LaneAnswers(engine.desk, self.is_draining)
+        self.waiting_line = waiting_line
+        self.answers = FastPathAnswers(engine.desk, self.is_draining)
         self.overloaded = overloaded_answers()
         """What is answered beyond capacity, by its Retry-After; made anew each second."""
 
@@ -160,14 +160,33 @@ class Connection(asyncio.Protocol):
     """One connection: cuts requests, serves purchases, lends the rest to aiohttp."""
 
     __slots__ = (
-        "_admitted", "_answered", "_awaited", "_counted", "_ended", "_for_good", "_held", "_inner",
-        "_inner_full", "_inner_left", "_lane", "_lent", "_looks", "_reading_paused", "_request_id",
-        "_shape", "_stands", "_transport", "_unended", "_unsettled", "_writing_paused", "deadline",
+        "_admitted",
+        "_answered",
+        "_awaited",
+        "_counted",
+        "_ended",
+        "_fast_path",
+        "_for_good",
+        "_held",
+        "_inner",
+        "_inner_full",
+        "_inner_left",
+        "_lent",
+        "_looks",
+        "_reading_paused",
+        "_request_id",
+        "_shape",
+        "_stands",
+        "_transport",
+        "_unended",
+        "_unsettled",
+        "_writing_paused",
+        "deadline",
         "purchase",
     )  # fmt: skip
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self, fast_path: FastPath) -> None:
+        self._fast_path = fast_path
         self._transport: asyncio.Transport | None = None
         self.deadline = NEVER
         """When it has waited too long, by the lane's clock; NEVER while the next move is ours."""
@@ -175,12 +194,12 @@ class Connection(asyncio.Protocol):
         self._counted = 0
         """How much of it the lane's sum has."""
         self._awaited: tuple[Campaign, Head] | None = None
-        self.purchase: LanePurchase | None = None
+        self.purchase: FastPathPurchase | None = None
         """The one that is under way."""
         self._request_id: str | None = None
         """The name of the request that is served now, as it was given or once it was made."""
         self._inner: InnerHandler | None = None
-        self._shape = lane.heads.shape
+        self._shape = fast_path.heads.shape
         self._inner_left = 0
         self._inner_full = False
         self._unended = 0
@@ -214,12 +233,12 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the first request has as long as any head."""
         self._transport = cast("asyncio.Transport", transport)
-        self.deadline = self._lane.now + HEAD_WITHIN_S
-        self._admitted = self._lane.admission.take_connection()
+        self.deadline = self._fast_path.now + HEAD_WITHIN_S
+        self._admitted = self._fast_path.overload.take_connection()
         if self._admitted:
-            self._lane.connections.add(self)
+            self._fast_path.connections.add(self)
             return
-        wait_s = self._lane.admission.retry_after(time.monotonic())
+        wait_s = self._fast_path.overload.retry_after(time.monotonic())
         refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
         self._answer(rendered(*problem_answer(refused), last=True), last=True)
 
@@ -229,22 +248,22 @@ class Connection(asyncio.Protocol):
         self._held = b""
         self.bound_what_is_held()
         if self._admitted:
-            self._lane.connections.discard(self)
-            self._lane.admission.release_connection()
+            self._fast_path.connections.discard(self)
+            self._fast_path.overload.release_connection()
         if self._inner is not None:
             self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
         """Look at nothing more until the client has read its answers; it has not for ever."""
         self._writing_paused = True
-        self.deadline = self._lane.now + UNREAD_WITHIN_S
+        self.deadline = self._fast_path.now + UNREAD_WITHIN_S
         if self._inner is not None:
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
         """Go on."""
         self._writing_paused = False
-        self.deadline = NEVER if self.busy else self._lane.now + KEEPALIVE_S
+        self.deadline = NEVER if self.busy else self._fast_path.now + KEEPALIVE_S
         if self._inner is not None:
             self._inner.resume_writing()
         self._advance()
@@ -261,8 +280,8 @@ class Connection(asyncio.Protocol):
             data, left = data[self._inner_left :], self._inner_left - len(data)
             self._inner_left = max(left, 0)
         before, self._held = self._held, self._held + data
-        if not before and self._lane.admission.standing and self._joins(data):
-            self._stand(time.monotonic())
+        if not before and self._fast_path.overload.waiters and self._joins(data):
+            self._wait(time.monotonic())
         elif self._awaited is None or len(self._held) >= self._awaited[1].whole:
             self._advance()
         else:
@@ -274,8 +293,8 @@ class Connection(asyncio.Protocol):
             self._ended = self._unsettled = True
             if self._inner is not None:
                 self._inner.client_ended = True
-            if self._stands and not self._lane.draining:
-                self._leave_the_crowd()
+            if self._stands and not self._fast_path.draining:
+                self._leave_waiting_line()
             self._advance()
         return True
 
@@ -286,34 +305,34 @@ class Connection(asyncio.Protocol):
 
         ``since``: the first of it has stood in the crowd since then, and is answered now.
         """
-        lane = self._lane
+        fast_path = self._fast_path
         while (held := self._held) and self._ready():
             head = self._shape.read(held)
-            if head is None or lane.draining:
+            if head is None or fast_path.draining:
                 head = self._look(held)
                 if head is None:
                     break
-            campaign = lane.known(head.campaign_id)
+            campaign = fast_path.known(head.campaign_id)
             whole = head.whole
             if campaign is None:
-                self._lend(whole)
+                self._delegate_request(whole)
             elif whole - head.end > BODY_MAX:
-                self._hand_over()
+                self._delegate_connection()
                 break
             elif len(held) < whole:
                 self._awaited = campaign, head
-                self.deadline = lane.now + BODY_WITHIN_S
+                self.deadline = fast_path.now + BODY_WITHIN_S
                 break
             else:
                 now = time.monotonic()
-                reason = lane.admission.overloaded(now, called=since is not None)
-                if reason and since is None and self._stands_rather(reason, now):
+                reason = fast_path.overload.overloaded(now, called=since is not None)
+                if reason and since is None and self._should_wait(reason, now):
                     break
                 asked_at, since = since or now, None
                 self._held, self._awaited = held[whole:], None
                 self._request_id = head.request_id
                 if reason:
-                    self._turn_away(campaign, lane.admission.refuse(reason, now))
+                    self._turn_away(campaign, fast_path.overload.refuse(reason, now))
                 else:
                     self._buy(campaign, head, held[head.end : whole], asked_at, now)
         if self._held or self._unsettled:
@@ -324,50 +343,50 @@ class Connection(asyncio.Protocol):
 
         None: it is not whole yet, or it was handed over.
         """
-        lane = self._lane
+        fast_path = self._fast_path
         end = held.find(b"\r\n\r\n") + 4
         if end < 4 and _may_become_a_head(held):
-            self.deadline = min(self.deadline, lane.now + HEAD_WITHIN_S)
+            self.deadline = min(self.deadline, fast_path.now + HEAD_WITHIN_S)
             return None
-        head = lane.heads.read(held, end) if end >= 4 else None
-        if head is None or lane.draining:
-            self._hand_over()
+        head = fast_path.heads.read(held, end) if end >= 4 else None
+        if head is None or fast_path.draining:
+            self._delegate_connection()
             return None
         if head.campaign_id:
-            self._shape = lane.heads.shape
+            self._shape = fast_path.heads.shape
         return head
 
     def _joins(self, data: bytes) -> bool:
         """Whether what has just come may stand among the crowd without being read any further."""
         return data.startswith(PURCHASE) and self._ready()
 
-    def _stands_rather(self, reason: str, now: float) -> bool:
+    def _should_wait(self, reason: str, now: float) -> bool:
         """Whether to stand among the crowd rather than be refused now; then it does."""
-        if self._ended or (reason != TURN and self._lane.admission.may_refuse(now)):
+        if self._ended or (reason != TURN and self._fast_path.overload.may_refuse(now)):
             return False
         self._awaited = None
-        self._stand(now)
+        self._wait(now)
         return True
 
-    def _stand(self, now: float) -> None:
+    def _wait(self, now: float) -> None:
         """Wait among the crowd; what else comes here waits behind it."""
         self._stands = True
         self.deadline = NEVER
         self.bound_what_is_held()
-        self._lane.crowd.join(self, now)
+        self._fast_path.waiting_line.join(self, now)
 
-    def _leave_the_crowd(self) -> None:
+    def _leave_waiting_line(self) -> None:
         """Be refused: most who send no more while they stand have left, and would be sold to."""
         self._stands = False
-        held, lane = self._held, self._lane
+        held, fast_path = self._held, self._fast_path
         head = self._shape.read(held) or self._look(held)
         if head is None or head.whole > min(len(held), head.end + BODY_MAX):
             return
-        campaign = lane.known(head.campaign_id)
+        campaign = fast_path.known(head.campaign_id)
         if campaign is not None:
             self._held = held[head.whole :]
             self._request_id = head.request_id
-            self._turn_away(campaign, lane.admission.refuse(LATE, time.monotonic()))
+            self._turn_away(campaign, fast_path.overload.refuse(LATE, time.monotonic()))
 
     def called(self, since: float) -> None:
         """Be looked at, and either queued or refused; it has stood ``since`` then."""
@@ -377,7 +396,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             return
         if not self._writing_paused:
-            self.deadline = self._lane.now + KEEPALIVE_S
+            self.deadline = self._fast_path.now + KEEPALIVE_S
         try:
             self._advance(since=since)
         except Exception:
@@ -404,22 +423,22 @@ class Connection(asyncio.Protocol):
         # the rest of a body that it does not want.
         self._answered, self._looks = False, self._looks + 1
         if self._looks <= INNER_LOOKS:
-            self._lane.loop.call_soon(self._inner_answered)
+            self._fast_path.loop.call_soon(self._inner_answered)
         else:
-            self._lane.loop.call_later(INNER_PAUSE_S, self._inner_answered)
+            self._fast_path.loop.call_later(INNER_PAUSE_S, self._inner_answered)
         return False
 
     def _buy(
         self, campaign: Campaign, head: Head, body: bytes, asked_at: float, now: float
     ) -> None:
         """Check a purchase and queue it, or answer at once why not."""
-        desk = self._lane.desk
+        desk = self._fast_path.desk
         try:
             check_media_type(head.content_type or "")
             wish = decode_body(body, ORDER_REQUEST)
             key, token = checked_key(head.key), bearer_token(head.authorization or "")
             checked = desk.check(campaign, wish.quantity, wish.showing, key, token, now)
-            purchase = LanePurchase(self._lane.answers, self, campaign, checked, asked_at)
+            purchase = FastPathPurchase(self._fast_path.answers, self, campaign, checked, asked_at)
             desk.submit(campaign, purchase)
         except Exception as error:  # noqa: BLE001 - told by what it is
             path = f"/api/v1/campaigns/{campaign.id}/orders"
@@ -432,29 +451,29 @@ class Connection(asyncio.Protocol):
     def send(self, wire: bytes) -> None:
         """Send the answer to the purchase that is under way; what waits behind it comes next."""
         self.purchase = None
-        self._answer(wire, last=self._lane.draining)
+        self._answer(wire, last=self._fast_path.draining)
         if self._held or self._ended:
-            self._lane.loop.call_soon(self._advance)
+            self._fast_path.loop.call_soon(self._advance)
 
     def _refuse(
         self, campaign: Campaign, head: Head, refused: Refused, *, last: bool = False
     ) -> None:
         """Answer a purchase that was not queued."""
-        self._lane.desk.count_refused(campaign.id, refused.problem)
+        self._fast_path.desk.count_refused(campaign.id, refused.problem)
         if refused.problem in CHARGED:
             token = bearer_token(head.authorization or "")
             limited = charge(
-                self._lane.engine, refused.problem, token, self._peer(), head.forwarded_for
+                self._fast_path.engine, refused.problem, token, self._peer(), head.forwarded_for
             )
             if limited is not None:
                 refused = TooFast(limited)
-        last = last or self._lane.draining
+        last = last or self._fast_path.draining
         self._answer(rendered(*problem_answer(refused), last=last), last=last)
 
     def _turn_away(self, campaign: Campaign, wait_s: int) -> None:
         """Refuse before anything is done, at the least cost."""
-        self._lane.desk.count_refused(campaign.id, Problem.OVERLOADED)
-        self._answer(self._lane.overloaded[wait_s], last=False)
+        self._fast_path.desk.count_refused(campaign.id, Problem.OVERLOADED)
+        self._answer(self._fast_path.overloaded[wait_s], last=False)
 
     def _answer(self, wire: bytes, *, last: bool) -> None:
         if self._transport is None:
@@ -464,7 +483,7 @@ class Connection(asyncio.Protocol):
         if last:
             self._transport.close()
         elif not self._writing_paused:
-            self.deadline = self._lane.now + KEEPALIVE_S
+            self.deadline = self._fast_path.now + KEEPALIVE_S
 
     def _peer(self) -> str:
         transport = self._transport
@@ -472,7 +491,7 @@ class Connection(asyncio.Protocol):
 
     # What aiohttp serves.
 
-    def _lend(self, length: int) -> None:
+    def _delegate_request(self, length: int) -> None:
         """Give the next ``length`` bytes, a whole request or its beginning, to aiohttp."""
         part, self._held = self._held[:length], self._held[length:]
         self._inner_left = length - len(part)
@@ -481,11 +500,11 @@ class Connection(asyncio.Protocol):
         self.deadline = NEVER
         self._with_inner().data_received(part)
 
-    def _hand_over(self) -> None:
+    def _delegate_connection(self) -> None:
         """Give all that is held and all that follows to aiohttp, for good."""
         part, self._held = self._held, b""
         self._for_good, self._awaited = True, None
-        self.deadline = self._lane.now + HEAD_WITHIN_S
+        self.deadline = self._fast_path.now + HEAD_WITHIN_S
         inner = self._with_inner()
         inner.data_received(part)
         self.bound_what_is_held()
@@ -494,9 +513,9 @@ class Connection(asyncio.Protocol):
     def _with_inner(self) -> InnerHandler:
         if self._inner is None:
             self._inner = InnerHandler(
-                self._lane.server,
-                engine=self._lane.engine,
-                draining=self._lane.is_draining,
+                self._fast_path.server,
+                engine=self._fast_path.engine,
+                draining=self._fast_path.is_draining,
                 answered=self._inner_answered,
                 reading=self._inner_reads,
                 keepalive_timeout=INNER_KEEPALIVE_S,
@@ -511,15 +530,15 @@ class Connection(asyncio.Protocol):
     def _inner_answered(self) -> None:
         self._answered = True
         if not self._writing_paused:
-            self.deadline = self._lane.now + KEEPALIVE_S
+            self.deadline = self._fast_path.now + KEEPALIVE_S
         if self._held or self._ended:
-            self._lane.loop.call_soon(self._advance)
+            self._fast_path.loop.call_soon(self._advance)
 
     def _inner_reads(self, on: bool) -> None:  # noqa: FBT001 - aiohttp's handler calls it
         self._inner_full = not on
         self.bound_what_is_held()
         if on and self._ended:
-            self._lane.loop.call_soon(self._advance)
+            self._fast_path.loop.call_soon(self._advance)
 
     def _settle(self) -> None:
         """See to what is held when no more of it can be served now, and to the end."""
@@ -532,32 +551,33 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if self._ready() and transport is not None:
             if self._held and self._awaited is None:
-                self._hand_over()  # half a head: aiohttp may know already that it will be none
+                # Half a head: aiohttp may know already that it will be none.
+                self._delegate_connection()
             else:
                 transport.close()
         inner = self._inner
         if inner is not None and (self._for_good or self._inner_left) and not self._inner_full:
             inner.eof_received()
         if transport is not None and transport.is_closing():
-            self.deadline = self._lane.now + UNREAD_WITHIN_S
+            self.deadline = self._fast_path.now + UNREAD_WITHIN_S
 
     # Bounds.
 
     def bound_what_is_held(self) -> None:
         """Read no more while too much waits behind a request that is under way, or in all."""
-        lane, held = self._lane, len(self._held)
+        fast_path, held = self._fast_path, len(self._held)
         if held != self._counted:
             more, self._counted = held - self._counted, held
-            lane.hold(more)
+            fast_path.hold(more)
         transport = self._transport
         if transport is None or self._ended:  # there is nothing more to read
-            lane.unread.pop(self, None)
+            fast_path.unread.pop(self, None)
             return
-        much = held > HELD_FREELY and lane.held > HELD_BY_ALL_MAX
+        much = held > HELD_FREELY and fast_path.held > HELD_BY_ALL_MAX
         if much:
-            lane.unread[self] = None
-        elif lane.unread:
-            lane.unread.pop(self, None)
+            fast_path.unread[self] = None
+        elif fast_path.unread:
+            fast_path.unread.pop(self, None)
         paused = much or self._inner_full or held > HELD_MAX
         self._unsettled = paused or held > 0
         if paused != self._reading_paused:
@@ -580,13 +600,13 @@ class Connection(asyncio.Protocol):
         if self._writing_paused or self._transport.is_closing():
             self._transport.abort()  # what a client does not read is never flushed
         elif self._inner is not None and self._inner.busy:
-            self.deadline = self._lane.now + KEEPALIVE_S
+            self.deadline = self._fast_path.now + KEEPALIVE_S
         else:
             if self._awaited is not None:
                 self._request_id = self._awaited[1].request_id
                 self._refuse(*self._awaited, BodyLate(), last=True)
             self._transport.close()
-            self.deadline = self._lane.now + UNREAD_WITHIN_S  # for what is still to be read
+            self.deadline = self._fast_path.now + UNREAD_WITHIN_S  # for what is still to be read
 
     def close(self) -> None:
         """Close it, whatever is under way."""

@@ -1,4 +1,4 @@
-"""The answers to the fast lane's purchases: worded, put on the wire, and sent a batch at a time."""
+"""The answers to the fast path's purchases: worded, put on the wire, and sent a batch at a time."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,7 +22,7 @@ log = structlog.get_logger()
 class Buyer(Protocol):
     """A connection with a purchase under way, or None; what it is sent answers that one."""
 
-    purchase: "LanePurchase | None"
+    purchase: "FastPathPurchase | None"
 
     @property
     def request_id(self) -> str: ...  # noqa: D102
@@ -30,7 +30,7 @@ class Buyer(Protocol):
     def send(self, wire: bytes) -> None: ...  # noqa: D102
 
 
-class LaneAnswers:
+class FastPathAnswers:
     """Those of one process. While ``draining``, each is its connection's last, and says so."""
 
     def __init__(self, desk: PurchaseDesk, draining: Callable[[], bool]) -> None:
@@ -40,7 +40,7 @@ class LaneAnswers:
         self._outbox: list[tuple[Buyer, bytes]] = []
         self._same: tuple[Answer, Campaign, bytes] | None = None
 
-    def wire(self, purchase: "LanePurchase", answer: Answer) -> bytes:
+    def wire(self, purchase: "FastPathPurchase", answer: Answer) -> bytes:
         """Give the bytes that an answer is told with; those whom one peek refuses share them."""
         same = self._same
         if same is not None and same[0] is answer and same[1] is purchase.campaign:
@@ -81,13 +81,18 @@ class LaneAnswers:
                 log.exception("connection.not_answered")
 
 
-class LanePurchase(Purchase):
+class FastPathPurchase(Purchase):
     """A purchase whose answer goes straight to its connection."""
 
     __slots__ = ("_answers", "_key", "buyer", "campaign")
 
     def __init__(
-        self, answers: LaneAnswers, buyer: Buyer, campaign: Campaign, checked: Checked, now: float
+        self,
+        answers: FastPathAnswers,
+        buyer: Buyer,
+        campaign: Campaign,
+        checked: Checked,
+        now: float,
     ) -> None:
         self.card_no, self.union, self.showing, self.quantity, self._key = checked
         self.asked_at = now
@@ -108,7 +113,7 @@ class LanePurchase(Purchase):
             self._answers.post(buyer, self._answers.wire(self, answer))
 
 
-_ANSWERED: Final = LanePurchase.__new__(LanePurchase)
+_ANSWERED: Final = FastPathPurchase.__new__(FastPathPurchase)
 """Under way until its answer is sent, and settled already."""
 
 

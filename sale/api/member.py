@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 from aiohttp import hdrs, web
 
-from sale.api.admit import Crowded, Door
+from sale.api.admit import Admission, LineFull
 from sale.api.charge import refuse_exhausted
 from sale.api.problems import Worded, problem_answer
 from sale.api.request import (
@@ -28,12 +28,12 @@ from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
 from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
-from sale.domain.campaign import CAMPAIGN_ID, CampaignState
+from sale.domain.campaign import CAMPAIGN_ID, State
 from sale.domain.card import may_meet
 from sale.domain.clock import rfc3339
 from sale.domain.order import Order
 from sale.domain.problem import Problem, Refused
-from sale.http.overload import STANDS
+from sale.http.overload import MUST_WAIT
 from sale.identity import Member
 from sale.members.orders import live_tickets
 from sale.members.purchase import Placed, PurchaseDesk
@@ -44,9 +44,9 @@ from sale.stock.records import read_card
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
 
 
-def add_member_routes(app: web.Application, desk: PurchaseDesk, door: Door) -> None:
+def add_member_routes(app: web.Application, desk: PurchaseDesk, admission: Admission) -> None:
     """Register the members' part of ``/api/v1``."""
-    app.router.register_resource(PurchaseResource(order_handler(desk, door)))
+    app.router.register_resource(PurchaseResource(order_handler(desk, admission)))
     for path, handler in (
         ("time", tell_time),
         ("campaigns", list_campaigns),
@@ -59,16 +59,16 @@ def add_member_routes(app: web.Application, desk: PurchaseDesk, door: Door) -> N
         app.router.add_get(f"/api/v1/{path}", guarded(handler))
 
 
-def order_handler(desk: PurchaseDesk, door: Door) -> Handler:
+def order_handler(desk: PurchaseDesk, admission: Admission) -> Handler:
     """Give the handler of POST /api/v1/campaigns/{id}/orders."""
 
     async def place_order(request: web.Request) -> web.StreamResponse:
         try:
-            now, stood_s = time.monotonic(), 0.0
-            if wait_s := door.turned_away(now):
-                if wait_s == STANDS:
-                    wait_s = await door.stand(request, now)
-                    stood_s = time.monotonic() - now
+            now, waited_s = time.monotonic(), 0.0
+            if wait_s := admission.admit(now):
+                if wait_s == MUST_WAIT:
+                    wait_s = await admission.wait(request, now)
+                    waited_s = time.monotonic() - now
                 if wait_s:
                     raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)  # noqa: TRY301
             wish = await read_body(request, ORDER_REQUEST)
@@ -78,13 +78,13 @@ def order_handler(desk: PurchaseDesk, door: Door) -> Handler:
                 wish.showing,
                 checked_key(request.headers.get(KEY_HEADER)),
                 bearer(request),
-                stood_s=stood_s,
+                waited_s=waited_s,
             )
         except Exception as error:  # noqa: BLE001 - guarded here: a wrapper is a coroutine more
             problem = error.problem if isinstance(error, Refused) else Problem.UNAVAILABLE
             desk.count_refused(request.match_info["id"], problem)
             response = failed(request, error)
-            if isinstance(error, Crowded):
+            if isinstance(error, LineFull):
                 response.force_close()
             return response
         status, body, headers = order_answer(placed)
@@ -202,10 +202,10 @@ def _why_not(
 ) -> Problem | None:
     """Give the first reason why this card may not buy now, in the contract's order."""
     by_state = {
-        CampaignState.SCHEDULED: Problem.NOT_OPEN,
-        CampaignState.PAUSED: Problem.PAUSED,
-        CampaignState.CLOSED: Problem.CLOSED,
-        CampaignState.RECOVERING: Problem.UNAVAILABLE,
+        State.SCHEDULED: Problem.NOT_OPEN,
+        State.PAUSED: Problem.PAUSED,
+        State.CLOSED: Problem.CLOSED,
+        State.RECOVERING: Problem.UNAVAILABLE,
     }
     if revoked:
         return Problem.CARD_REVOKED

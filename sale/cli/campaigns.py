@@ -17,7 +17,7 @@ from sale.cli.runtime import (
     note,
     run,
 )
-from sale.domain.campaign import CampaignState, InvalidCampaign, parse_campaign_toml
+from sale.domain.campaign import InvalidCampaign, State, parse_campaign_toml
 from sale.domain.clock import rfc3339
 from sale.domain.problem import Refused
 from sale.files import read_text, shown
@@ -65,7 +65,7 @@ def list_(context: CommandContext, *, rehearsals: bool) -> None:
         async with _desk(context) as (_, _, redis):
             return await read_campaigns(redis, unreadable=unreadable)
 
-    found = [now for now in run(work()) if now.state is not CampaignState.DELETED]
+    found = [now for now in run(work()) if now.state is not State.DELETED]
     for each in unreadable:
         note(f"not listed: {each.detail}")
     campaigns = [now for now in found if rehearsals or not now.campaign.rehearsal_of]
@@ -233,9 +233,9 @@ def _step(
 
 def _say_past(now: CampaignNow) -> None:
     """Say what a moment that is past already has brought about."""
-    if now.state is CampaignState.OPEN:
+    if now.state is State.OPEN:
         note("its opening is past: it sells already")
-    elif now.state is CampaignState.CLOSED:
+    elif now.state is State.CLOSED:
         note("its closing is past: it is closed already")
 
 

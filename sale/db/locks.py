@@ -17,7 +17,7 @@ NAME_MAX_BYTES: Final = 63
 """PostgreSQL cuts an ``application_name`` there."""
 
 
-class Office(NamedTuple):
+class LeaderLock(NamedTuple):
     """An advisory lock's number, and the name of its connections."""
 
     lock: int
@@ -30,24 +30,24 @@ class Office(NamedTuple):
         return f"{self.name} {host[: NAME_MAX_BYTES - len(self.name) - len(tail) - 1]}{tail}"
 
 
-WRITER: Final = Office(0x53414C45_0004, "sale-writer")
-SCHEDULER: Final = Office(0x53414C45_0005, "sale-scheduler")
+WRITER: Final = LeaderLock(0x53414C45_0004, "sale-writer")
+SCHEDULER: Final = LeaderLock(0x53414C45_0005, "sale-scheduler")
 """("SALE", 1 to 3) are the migrations' and the roster's."""
 
 WRITER_APPLIES: Final = "sale-writer-apply"
 """Name of the connection on which the active writer writes."""
 
 
-class Seat(NamedTuple):
+class LockMember(NamedTuple):
     """One process that is connected for an office: ``host:process``."""
 
     who: str
     active: bool
 
 
-async def try_lock(conn: "asyncpg.Connection[Any]", office: Office) -> bool:
+async def try_lock(conn: "asyncpg.Connection[Any]", leader_lock: LeaderLock) -> bool:
     """Take the office for this session, if nobody has it."""
-    taken: bool = await conn.fetchval(_SQL["try_lock"], office.lock)
+    taken: bool = await conn.fetchval(_SQL["try_lock"], leader_lock.lock)
     return taken
 
 
@@ -66,10 +66,10 @@ async def expel(conn: "asyncpg.Connection[Any]", name: str) -> int:
     return ended
 
 
-async def seats(conn: Any, office: Office) -> list[Seat]:  # noqa: ANN401 - pooled or not
+async def members(conn: Any, leader_lock: LeaderLock) -> list[LockMember]:  # noqa: ANN401 - pooled or not
     """Who is connected for an office, the active one first."""
-    rows = await conn.fetch(_SQL["seats"], office.name, office.lock)
-    return [Seat(row["who"], row["active"]) for row in rows]
+    rows = await conn.fetch(_SQL["seats"], leader_lock.name, leader_lock.lock)
+    return [LockMember(row["who"], row["active"]) for row in rows]
 
 
 _SQL: Final = queries.load("offices")

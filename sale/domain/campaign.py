@@ -28,7 +28,7 @@ PRICE_MAX_FEN: Final = 10_000_000
 PROBLEMS_TOLD: Final = 20
 
 
-class CampaignState(StrEnum):
+class State(StrEnum):
     """States of a campaign. Sold out is not one: tickets come back."""
 
     DRAFT = "draft"

@@ -4,8 +4,8 @@ An overloaded event loop does not look overloaded: its queue stands in the kerne
 counts it. What can be seen is the *turn*: one poll of the loop hands out everything that has
 arrived, and that takes as long as the crowd is large. The first request of a turn notes the time
 and asks by ``call_soon`` to be told of the turn's end, which comes after all reads of that poll, on
-asyncio's own loop and on uvloop alike (``tests/test_admission.py`` tries both). A request that is
-read more than ``turn_max_s`` after its turn began is refused or, if it is a purchase, joins the
+asyncio's own loop and on uvloop alike (``tests/test_waiting_line.py`` tries both). A request that
+is read more than ``turn_max_s`` after its turn began is refused or, if it is a purchase, joins the
 waiting line (``http/waiting_line.py``). So the time that a request waits in this process before the
 process looks at it is bounded: the rest of the turn before its own, ``turn_max_s``, and the longest
 stay in the waiting line. A heartbeat that measures the loop's lag was rejected: it notices a crowd
@@ -54,7 +54,7 @@ REFUSALS_DUE_MAX_S: Final = 1.0
 
 CONNECTIONS, TURN, QUEUE, LATE = "connections", "turn", "queue", "late"
 REASONS: Final = (CONNECTIONS, TURN, QUEUE, LATE)
-STANDS: Final = -1
+MUST_WAIT: Final = -1
 """In place of a Retry-After: neither let in nor refused now."""
 
 
@@ -69,7 +69,7 @@ class Waiting(NamedTuple):
     ailing: int = 0
 
 
-class Admission:
+class Overload:
     """Lets connections and requests of one process in, or says why not.
 
     ``waiting`` gives what waits in the batchers (``Waiting``). A bound of 0 is no bound, except
@@ -93,7 +93,7 @@ class Admission:
         self.connections_max = connections_max
         """The bound that holds; see ``files_allow``."""
         self.connections = 0
-        self.standing = 0
+        self.waiters = 0
         """Purchases that stand in the one crowd of this process, which keeps it."""
         self.shed: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         """Refused so far, by reason."""

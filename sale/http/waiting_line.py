@@ -5,8 +5,8 @@ refuses everybody at once, as fast as they come, sells nothing any more: all its
 refusals, fewer purchases leave the queue, and because they leave it slowly still more are refused.
 That state feeds itself. So beyond capacity requests are only read, and stand here. They are called
 in order, for ``CALL_S`` at a time so that batches are answered between, as long as there is room
-for them, or as ``Admission.may_refuse`` allows to refuse; nobody stands longer than about
-``STAND_S``, and that counts towards the purchase's deadline. Who stands asks nothing more: a
+for them, or as ``Overload.may_refuse`` allows to refuse; nobody stands longer than about
+``WAIT_S``, and that counts towards the purchase's deadline. Who stands asks nothing more: a
 connection stands for one request at a time.
 """
 
@@ -15,16 +15,16 @@ import time
 from collections import deque
 from typing import Final, Protocol
 
-from sale.http.overload import Admission
+from sale.http.overload import Overload
 
 CALL_S: Final = 0.005
 LATE_S: Final = 0.002
 """A pause that took so much longer than asked for: the process has no time to spare."""
 
-STAND_S: Final = 4.0
+WAIT_S: Final = 4.0
 
 
-class Standing(Protocol):
+class Waiter(Protocol):
     """A request that waits; ``lost`` once there is nobody to answer. It may stand several times."""
 
     @property
@@ -34,25 +34,25 @@ class Standing(Protocol):
         """Look at the request now, and answer it or queue it. Must not raise."""
 
 
-class Crowd:
+class WaitingLine:
     """Who stands before the door of one process, in the order in which they came."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+    def __init__(self, overload: Overload) -> None:
+        self._overload = overload
         self._loop = asyncio.get_running_loop()
-        self._standing: deque[tuple[float, Standing]] = deque()
+        self._waiters: deque[tuple[float, Waiter]] = deque()
         self._calling: asyncio.Handle | None = None
         self._paused_at = 0.0
         self.emptying = False
         """Whether everybody is called at once: the process is to stop."""
 
     def __len__(self) -> int:
-        return len(self._standing)
+        return len(self._waiters)
 
-    def join(self, request: Standing, now: float) -> None:
+    def join(self, request: Waiter, now: float) -> None:
         """Stand behind all others; ``called`` comes once."""
-        self._standing.append((now, request))
-        self._admission.standing = len(self._standing)
+        self._waiters.append((now, request))
+        self._overload.waiters = len(self._waiters)
         if self._calling is None:
             self._calling = self._loop.call_soon(self._call)
 
@@ -67,7 +67,7 @@ class Crowd:
             paused = self._call_some()
         finally:  # a fault of one must not leave all others standing for ever
             self._calling = None
-            if self._standing:
+            if self._waiters:
                 soon = self._loop.call_soon
                 self._calling = (
                     self._loop.call_later(CALL_S, self._call) if paused else soon(self._call)
@@ -75,23 +75,23 @@ class Crowd:
 
     def _call_some(self) -> bool:
         """Call whom there is time for; whether it is better to pause then."""
-        standing, admission = self._standing, self._admission
+        waiters, overload = self._waiters, self._overload
         began = now = time.monotonic()
         if self._paused_at:
-            admission.breathes(easily=now - self._paused_at < CALL_S + LATE_S)
+            overload.breathes(easily=now - self._paused_at < CALL_S + LATE_S)
             self._paused_at = 0.0
-        while standing and now - began < CALL_S:
-            since, request = standing[0]
+        while waiters and now - began < CALL_S:
+            since, request = waiters[0]
             if request.lost:
-                standing.popleft()
-                admission.standing = len(standing)
+                waiters.popleft()
+                overload.waiters = len(waiters)
                 continue
-            due = self.emptying or now - since > STAND_S
-            if not (due or admission.has_room(now) or admission.may_refuse(now)):
+            due = self.emptying or now - since > WAIT_S
+            if not (due or overload.has_room(now) or overload.may_refuse(now)):
                 self._paused_at = now
                 return True
-            standing.popleft()
-            admission.standing = len(standing)
+            waiters.popleft()
+            overload.waiters = len(waiters)
             request.called(since)
             now = time.monotonic()
         return False

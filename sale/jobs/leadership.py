@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sale.db import locks
 from sale.db.errors import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
-from sale.db.locks import Office
+from sale.db.locks import LeaderLock
 from sale.jobs.backoff import pause
 from sale.jobs.pooling import connected, own_backend, pools_transactions
 from sale.lifetime import ended
@@ -46,9 +46,9 @@ class LockLost(ConnectionError):  # noqa: N818 - says what happened
 class Leadership:
     """One process' part in an office: it holds the lock, or stands by."""
 
-    def __init__(self, database_url: str, office: Office) -> None:
+    def __init__(self, database_url: str, leader_lock: LeaderLock) -> None:
         self._database_url = database_url
-        self._office = office
+        self._leader_lock = leader_lock
         self._beat_at_s = float("-inf")
 
     @property
@@ -79,7 +79,7 @@ class Leadership:
         """
         async with connected(
             self._database_url,
-            self._office.mine(),
+            self._leader_lock.mine(),
             command_timeout_s=ANSWER_TIMEOUT_S,
             # A proxy may have given the backend to others before, with statements of our names.
             statements=0,
@@ -101,7 +101,7 @@ class Leadership:
     ) -> bool:
         while not stop.is_set():
             asked_s = time.monotonic()
-            if await locks.try_lock(conn, self._office):
+            if await locks.try_lock(conn, self._leader_lock):
                 self._beat_at_s = asked_s
                 return True
             stand_by()
@@ -147,14 +147,14 @@ class Leadership:
             self._beat_at_s = asked_s
 
 
-async def refuse_unfit_proxy(database_url: str, office: Office) -> None:
+async def refuse_unfit_proxy(database_url: str, leader_lock: LeaderLock) -> None:
     """Look once, before anything else is opened, whether the lock can be held there.
 
     A PostgreSQL that is away is none of this function's business. Raises UnfitProxy.
     """
     with contextlib.suppress(*POSTGRES_ERRORS):
         async with connected(
-            database_url, office.mine(), command_timeout_s=ANSWER_TIMEOUT_S, statements=0
+            database_url, leader_lock.mine(), command_timeout_s=ANSWER_TIMEOUT_S, statements=0
         ) as conn:
             await own_backend(conn, database_url)
 

@@ -24,7 +24,7 @@ from sale.background import kept_up
 from sale.bootstrap import Stores
 from sale.db.errors import POSTGRES_ERRORS, in_words
 from sale.db.locks import SCHEDULER
-from sale.domain.campaign import Campaign, CampaignState
+from sale.domain.campaign import Campaign, State
 from sale.jobs.backoff import Backoff, pause
 from sale.jobs.leadership import Leadership
 from sale.lifetime import ended
@@ -34,10 +34,10 @@ from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
 from sale.stock.troubles import Troubles
 from sale.trust.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
-from sale.trust.heal import Healing
+from sale.trust.heal import AutoRecovery
 from sale.trust.isolation import Isolation
 from sale.trust.revocation import sync_all
-from sale.trust.stalled_ledgers import Stalls
+from sale.trust.stalled_ledgers import StalledLedgers
 from sale.trust.store_watch import StoreWatch
 from sale.trust.verify import verify_all
 
@@ -120,8 +120,8 @@ class Scheduler:
         self._rehearsals: dict[str, Campaign] = {}
         self._isolation = Isolation()
         self._troubles = Troubles(stores.redis, "scheduler")
-        self._stalls = Stalls()
-        self._healing = Healing(
+        self._stalls = StalledLedgers()
+        self._auto_recovery = AutoRecovery(
             stores.redis, stores.scripts, stores.pool, allowed=stores.settings.auto_recover
         )
         self._leadership = Leadership(database_url, SCHEDULER)
@@ -134,7 +134,7 @@ class Scheduler:
         working = [
             asyncio.create_task(work)
             for work in (
-                self._stand_for_office(stop),
+                self._stand_by(stop),
                 self._repeat(self._round, stop),
                 self._repeat(self._roster_round, stop),
                 self._repeat(self._clock_round, stop),
@@ -177,7 +177,7 @@ class Scheduler:
         if self.active:
             await self._try("clock", self._clock)
 
-    async def _stand_for_office(self, stop: asyncio.Event) -> None:
+    async def _stand_by(self, stop: asyncio.Event) -> None:
         backoff = Backoff()
 
         async def lead() -> None:
@@ -228,11 +228,11 @@ class Scheduler:
             stores.pool,
             self._isolation,
             meet=self._meet,
-            stalls=self._stalls,
+            stalled_ledgers=self._stalls,
         )
         if self.active:  # the lock may have gone to another meanwhile, and its metrics with it
             self._metrics.recovering.set(len(unfit))
-        await self._healing.recover_unfit(unfit)
+        await self._auto_recovery.recover_unfit(unfit)
 
     async def _file(self) -> None:
         """Look at Redis' append-only file, some times a second until it is whole."""
@@ -267,7 +267,7 @@ class Scheduler:
         return weak
 
     async def _settle(self) -> None:
-        await self._healing.settle()
+        await self._auto_recovery.settle()
 
     async def _roster(self) -> None:
         stores = self._stores
@@ -279,7 +279,7 @@ class Scheduler:
         for now in campaigns:
             self._isolation.note(now.campaign.id, "window", now.window_fault)
             with self._isolation.of(now.campaign.id, "clock"):
-                await self._cross(now)
+                await self._apply_clock(now)
         for each in unreadable:
             with self._isolation.of(each.campaign_id, "clock"):
                 raise each
@@ -305,8 +305,8 @@ class Scheduler:
                 with contextlib.suppress(KeyError):
                     self._metrics.remaining.remove(campaign_id, showing.id)
 
-    async def _cross(self, now: CampaignNow) -> None:
-        if now.state is CampaignState.DELETED or not self.active:
+    async def _apply_clock(self, now: CampaignNow) -> None:
+        if now.state is State.DELETED or not self.active:
             return
         campaign_id = now.campaign.id
         if now.campaign.rehearsal_of:

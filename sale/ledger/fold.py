@@ -21,7 +21,7 @@ class SaleRecord(msgspec.Struct, frozen=True, gc=False):
     key_hash: str
 
 
-class Books(msgspec.Struct):
+class CampaignState(msgspec.Struct):
     """What a campaign's events add up to: the state that Redis must hold, exactly."""
 
     seq: int = 0

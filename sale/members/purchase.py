@@ -16,12 +16,12 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from sale.db import ledger
-from sale.domain.campaign import Campaign, CampaignState
+from sale.domain.campaign import Campaign, State
 from sale.domain.card import may_meet
 from sale.domain.clock import rfc3339
 from sale.domain.order import Order
 from sale.domain.problem import Problem, Refused
-from sale.http.overload import QUEUE, STANDS, TURN, Admission
+from sale.http.overload import MUST_WAIT, QUEUE, TURN, Overload
 from sale.identity import MemberTokens
 from sale.members.orders import TicketCodes, key_hash, placed_order
 from sale.members.rate import RateLimits, TooFast
@@ -59,10 +59,10 @@ class PurchaseDesk:
         metrics: PurchaseMetrics,
         pool: asyncpg.Pool,
         limits: RateLimits,
-        admission: Admission,
+        overload: Overload,
     ) -> None:
         self._limits = limits
-        self._admission = admission
+        self._overload = overload
         self._pool = pool
         self._absent: dict[str, tuple[float, Refused]] = {}
         self._metrics = metrics
@@ -81,7 +81,7 @@ class PurchaseDesk:
         key: str,
         token: str | None,
         *,
-        stood_s: float = 0.0,
+        waited_s: float = 0.0,
     ) -> Placed | Refused:
         """Buy ``quantity`` tickets of a showing, once a card and key: for those who can wait.
 
@@ -105,23 +105,23 @@ class PurchaseDesk:
         checked = self.check(campaign, quantity, showing_id, key, token, time.monotonic())
         card_no, union, showing, quantity, key = checked
         purchase = AwaitedPurchase(card_no, union, showing, quantity, key_hash(key), self._loop)
-        purchase.asked_at -= stood_s
+        purchase.asked_at -= waited_s
         self.submit(campaign, purchase)
         return self.word(campaign, purchase, await purchase.answer)
 
-    def turned_away(self, now: float, *, called: bool = False) -> int:
+    def admit(self, now: float, *, called: bool = False) -> int:
         """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds.
 
-        ``STANDS`` where it had better stand in the crowd; not if it is ``called`` from there.
+        ``MUST_WAIT`` where it had better stand in the crowd; not if it is ``called`` from there.
         ``now``, here and in ``check``, is seconds of the monotonic clock.
         """
-        admission = self._admission
-        reason = admission.overloaded(now, called=called)
+        overload = self._overload
+        reason = overload.overloaded(now, called=called)
         if not reason:
             return 0
-        if not called and (reason == TURN or not admission.may_refuse(now)):
-            return STANDS
-        return admission.refuse(reason, now)
+        if not called and (reason == TURN or not overload.may_refuse(now)):
+            return MUST_WAIT
+        return overload.refuse(reason, now)
 
     def check(
         self,
@@ -150,7 +150,7 @@ class PurchaseDesk:
         if self._batchers.halted:
             raise Refused(Problem.UNAVAILABLE)
         if not self._batchers.of(campaign).submit(purchase):
-            wait_s = self._admission.refuse(QUEUE, time.monotonic())
+            wait_s = self._overload.refuse(QUEUE, time.monotonic())
             raise Refused(Problem.OVERLOADED, retry_after_s=wait_s)
 
     def word(self, campaign: Campaign, purchase: Purchase, answer: Answer) -> Placed | Refused:
@@ -171,7 +171,7 @@ class PurchaseDesk:
         async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
             state = await ledger.state(connection, campaign_id)
         refused = Refused(Problem.UNAVAILABLE)
-        if state is None or state in {CampaignState.DRAFT, CampaignState.DELETED}:
+        if state is None or state in {State.DRAFT, State.DELETED}:
             refused = Refused(Problem.NOT_FOUND, "no such campaign")
         if len(self._absent) >= ABSENT_MAX:
             self._absent.clear()

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 
 from sale.db import ledger
 from sale.db.errors import POSTGRES_ERRORS
-from sale.domain.campaign import STOCK_MAX, Campaign, CampaignState
+from sale.domain.campaign import STOCK_MAX, Campaign, State
 from sale.domain.clock import parse_moment, to_ms
 from sale.domain.problem import Problem, Refused
 from sale.domain.text import REASON_MAX, shown_text
@@ -80,7 +80,7 @@ class Actor(msgspec.Struct, frozen=True):
 
     def may_see(self, now: CampaignNow) -> bool:
         """Whether this campaign exists for this actor: its own, and what members are told of."""
-        if now.state is CampaignState.DELETED:
+        if now.state is State.DELETED:
             return False
         return now.listed or self.acts_for(now.campaign.owner)
 
@@ -247,7 +247,7 @@ class CampaignDesk:
     async def _check_free(self, campaign_id: str, before: CampaignNow | None, actor: Actor) -> None:
         """Refuse an ID that is in use, or that PostgreSQL knows and this Redis has lost (INV-8)."""
         if before is not None:
-            gone = before.state is CampaignState.DELETED
+            gone = before.state is State.DELETED
             if not gone or (before.recovering and not actor.acts_for(before.campaign.owner)):
                 raise _taken(campaign_id, before, actor)
             return
@@ -355,8 +355,8 @@ def _gone(draft: ledger.GoneDraft) -> CampaignNow:
     campaign = msgspec.convert(draft.config, Campaign)
     return CampaignNow(
         campaign=campaign,
-        state=CampaignState.DELETED,
-        recorded=CampaignState.DELETED,
+        state=State.DELETED,
+        recorded=State.DELETED,
         opens_at_ms=campaign.opens_at_ms,
         closes_at_ms=campaign.closes_at_ms,
         recovering="",

@@ -10,11 +10,11 @@ from redis.asyncio import Redis
 from sale.config import Durability
 from sale.db import deployment, ledger, locks
 from sale.db.errors import POSTGRES_ERRORS
-from sale.domain.campaign import CampaignState
+from sale.domain.campaign import State
 from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
 from sale.stock.connection import REDIS_ERRORS, product_of
 from sale.stock.durability import durability_faults, rewrite_trouble
-from sale.stock.process_reports import LIVE_MS, read_roll, who_is_it
+from sale.stock.process_reports import LIVE_MS, read_reports, who_is_it
 from sale.stock.troubles import read_troubles
 from sale.trust.disk_watch import free_mb, redis_directory
 
@@ -87,8 +87,8 @@ class _FromPostgres(msgspec.Struct, frozen=True):
     version: str = ""
     deployment: str = ""
     faults: list[str] = []
-    writers: list[locks.Seat] | None = None
-    schedulers: list[locks.Seat] | None = None
+    writers: list[locks.LockMember] | None = None
+    schedulers: list[locks.LockMember] | None = None
     cards: int | None = None
     positions: dict[str, ledger.Position] = {}
 
@@ -123,11 +123,11 @@ async def diagnose(
         missing.append(f"Redis does not answer: {_said(error)}")
     if stock.api == 0:
         missing.append("no API process runs: nothing is sold (sale serve)")
-    for seats, part, so in (
+    for members, part, so in (
         (books.writers, "writer", "the ledger piles up in Redis"),
         (books.schedulers, "scheduler", "nothing opens, closes or is audited by itself"),
     ):
-        if seats is not None and not any(seat.active for seat in seats):
+        if members is not None and not any(member.active for member in members):
             missing.append(f"no {part} works: {so} (sale {part})")
     return Diagnosis(
         redis_version=stock.version,
@@ -137,8 +137,8 @@ async def diagnose(
         faults=stock.faults + books.faults,
         redis_disk_free_mb=stock.disk_free_mb,
         api=_UNKNOWN if stock.api is None else f"{stock.api or 'none'} reported within 5 s",
-        writer=_in_office(books.writers),
-        scheduler=_in_office(books.schedulers),
+        writer=_holds_lock(books.writers),
+        scheduler=_holds_lock(books.schedulers),
         cards=books.cards,
         campaigns=list(_campaigns(stock, books)),
         missing=missing,
@@ -154,7 +154,7 @@ async def _ask_redis(
         faults.append(trouble)
     directory = await redis_directory(redis, redis_url)
     since_ms = (await who_is_it(redis)).now_ms - LIVE_MS
-    reports = (await read_roll(redis)).values()
+    reports = (await read_reports(redis)).values()
     unreadable: list[Unreadable] = []
     ids = sorted({*await campaign_ids(redis), *known})
     found = await read_campaigns(redis, ids, unreadable=unreadable)
@@ -176,8 +176,8 @@ async def _ask_postgres(pool: asyncpg.Pool) -> _FromPostgres:
             version=str(await connection.fetchval("SHOW server_version")),
             deployment=(await deployment.read(connection)).nonce,
             faults=[] if fsync == "on" else ["PostgreSQL's fsync is off"],
-            writers=await locks.seats(connection, locks.WRITER),
-            schedulers=await locks.seats(connection, locks.SCHEDULER),
+            writers=await locks.members(connection, locks.WRITER),
+            schedulers=await locks.members(connection, locks.SCHEDULER),
             cards=await connection.fetchval("SELECT count(*) FROM card"),
             positions=await ledger.positions(connection),
         )
@@ -193,7 +193,7 @@ def _campaigns(stock: _FromRedis, books: _FromPostgres) -> Iterator[CampaignDiag
             yield CampaignDiagnosis(campaign_id, _UNKNOWN, None, applied, "")
         elif why := stock.damaged.get(campaign_id):
             yield CampaignDiagnosis(campaign_id, "unreadable", 0, applied, why)
-        elif now is None or now.state is not CampaignState.DELETED or troubles:
+        elif now is None or now.state is not State.DELETED or troubles:
             yield _diagnosis(campaign_id, now, applied, troubles)
 
 
@@ -224,13 +224,13 @@ def _said(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _in_office(seats: list[locks.Seat] | None) -> str:
-    if seats is None:
+def _holds_lock(members: list[locks.LockMember] | None) -> str:
+    if members is None:
         return _UNKNOWN
-    if not seats:
+    if not members:
         return "none is connected"
-    active = [seat.who for seat in seats if seat.active]
-    waiting = [seat.who for seat in seats if not seat.active]
+    active = [member.who for member in members if member.active]
+    waiting = [member.who for member in members if not member.active]
     words = f"{active[0]} works" if active else "none works"
     return f"{words}, {len(waiting)} on standby ({', '.join(waiting)})" if waiting else words
 

@@ -28,7 +28,7 @@ from redis.asyncio import Redis
 from sale.db import ledger, rehearsals
 from sale.db.errors import POSTGRES_ERRORS
 from sale.db.rehearsals import LeftOver, Removed
-from sale.domain.campaign import Campaign, CampaignState
+from sale.domain.campaign import Campaign, State
 from sale.domain.card import REHEARSAL_CARDS
 from sale.domain.clock import LOCAL_ZONE, from_ms, rfc3339
 from sale.domain.problem import Problem, Refused
@@ -38,7 +38,7 @@ from sale.identity import SigningKey, issue_member_token
 from sale.operators.campaigns import Actor, CampaignDesk
 from sale.stock.catalogue import CampaignNow, read_campaign, read_campaigns, redis_now_ms
 from sale.stock.keys import campaign_keys
-from sale.stock.process_reports import call_the_roll
+from sale.stock.process_reports import collect_reports
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import Scripts
 from sale.trust.recover import LOCK_PATIENCE_S, alone
@@ -57,9 +57,9 @@ APPLIED_WAIT_MAX_S: Final = 600.0
 APPLIED_PAUSE_S: Final = 0.05
 REASON_OVER: Final = "the rehearsal is over"
 _SELLS: Final = {
-    CampaignState.OPEN: "is open",
-    CampaignState.PAUSED: "is paused, and may go on any moment",
-    CampaignState.RECOVERING: "is being recovered",
+    State.OPEN: "is open",
+    State.PAUSED: "is paused, and may go on any moment",
+    State.RECOVERING: "is being recovered",
 }
 
 
@@ -111,7 +111,7 @@ class Rehearsals:
                 continue
             if now.state in _SELLS:
                 found.append(f"{now.campaign.id} {_SELLS[now.state]}")
-            elif now.state is CampaignState.SCHEDULED and (now.opens_at_ms or 0) <= until_ms:
+            elif now.state is State.SCHEDULED and (now.opens_at_ms or 0) <= until_ms:
                 found.append(f"{now.campaign.id} opens at {rfc3339(now.opens_at_ms or 0)}")
         return found
 
@@ -127,7 +127,7 @@ class Rehearsals:
         """Close a rehearsal, where it is not closed yet. Raises Refused."""
         now = await read_campaign(self._redis, campaign_id)
         if now is not None and now.state in {
-            CampaignState.SCHEDULED, CampaignState.OPEN, CampaignState.PAUSED,
+            State.SCHEDULED, State.OPEN, State.PAUSED,
         }:  # fmt: skip
             await self._desk.step(campaign_id, "close", actor, REASON_OVER, None)
 
@@ -215,7 +215,7 @@ class Rehearsals:
                     "running? Its data stays until that is so",
                 )
             await asyncio.sleep(APPLIED_PAUSE_S)
-        await call_the_roll(self._redis)
+        await collect_reports(self._redis)
 
 
 def copy_of(original: CampaignNow, opens_at_ms: int, closes_at_ms: int) -> Campaign:

@@ -37,11 +37,11 @@ from sale.domain.problem import Problem
 from sale.ledger.chain import CorruptLedger
 from sale.metrics import PurchaseMetrics
 from sale.stock.batch_codec import pack_bids
-from sale.stock.buyer_filter import PLACES, Suspects
+from sale.stock.buyer_filter import PLACES, BuyerFilter
 from sale.stock.keys import campaign_keys
-from sale.stock.script_connection import Line
+from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
-from sale.stock.unapplied import Kept, Told
+from sale.stock.unapplied import Told, Unapplied
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
@@ -124,7 +124,7 @@ class Purchase(ABC):
     """One purchase on its way to the script; ``asked_at`` in seconds of the monotonic clock.
 
     Who asks says by ``settle`` what an answer is for: a future for a handler that awaits it
-    (``AwaitedPurchase``), the bytes on the wire for the fast lane. A future and a wake-up for each
+    (``AwaitedPurchase``), the bytes on the wire for the fast path. A future and a wake-up for each
     purchase are a good part of what aiohttp's way costs.
     """
 
@@ -183,7 +183,7 @@ class Batcher:
         deadline_s: float,
         behind_max: tuple[int, int],
         next_call: Callable[[], int],
-        line: Line | None = None,
+        line: ScriptConnection | None = None,
         meet: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         self._campaign = campaign
@@ -203,8 +203,8 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Purchase] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._suspects: Suspects | None = None
-        self._attending: asyncio.Task[bool] | None = None
+        self._buyer_filter: BuyerFilter | None = None
+        self._witness: asyncio.Task[bool] | None = None
         self._all_refused = False
         self._warned = ""
         self._store_ails = self._store_rejects = False
@@ -214,7 +214,7 @@ class Batcher:
         self._settled = 0
         self.mark = NOT_ATTENDED
         """A head behind it has lost something that somebody was told (INV-8)."""
-        self.kept = Kept()
+        self.kept = Unapplied()
         """What this process acknowledged and PostgreSQL may not have yet (INV-3)."""
 
     @property
@@ -258,12 +258,12 @@ class Batcher:
         """Answer what is queued, bounded by the deadline, then stop."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=self._deadline_s)
-        for task in (self._task, self._attending):
+        for task in (self._task, self._witness):
             if task is not None and not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        if self._suspects is not None:
-            await self._suspects.close()
+        if self._buyer_filter is not None:
+            await self._buyer_filter.close()
         self._give_up(self._asking + self._take(len(self._queue)))
 
     async def _drain(self) -> None:
@@ -349,7 +349,11 @@ class Batcher:
                     self._store_ails = self._store_rejects = False
                     self._answer(batch, bids, reply)
                     return
-                if reply[0] == CallReply.UNATTENDED and await self.attend() and attempt == 0:
+                if (
+                    reply[0] == CallReply.UNATTENDED
+                    and await self.check_acknowledged()
+                    and attempt == 0
+                ):
                     attempt = 1
                     batch = self._asking = self._drop_overdue(batch)
                     continue
@@ -363,7 +367,7 @@ class Batcher:
             batch = self._asking = self._drop_overdue(batch)
         self._give_up(batch)
 
-    async def attend(self) -> bool:
+    async def check_acknowledged(self) -> bool:
         """Look whether all that this process acknowledged stands in this Redis, and sign for it.
 
         False where something lacks, or nothing could be read yet: nothing is bought here until the
@@ -371,13 +375,13 @@ class Batcher:
         (``trust/witness.py``).
         """
         # One look for all who ask: with much kept it takes longer than any of them may wait.
-        if self._attending is None or self._attending.done():
-            self._attending = self._loop.create_task(self._attend())
-        await asyncio.wait([self._attending], timeout=self._call_timeout_s)
-        looked = self._attending
+        if self._witness is None or self._witness.done():
+            self._witness = self._loop.create_task(self._check_acknowledged())
+        await asyncio.wait([self._witness], timeout=self._call_timeout_s)
+        looked = self._witness
         return looked.done() and not looked.cancelled() and looked.result()
 
-    async def _attend(self) -> bool:
+    async def _check_acknowledged(self) -> bool:
         redis, keys = self._scripts.redis, self._keys
         try:
             async with asyncio.timeout(self._call_timeout_s):
@@ -501,22 +505,24 @@ class Batcher:
         self._give_up([p for p in batch if p.asked_at < overdue_before])
         return [p for p in batch if p.asked_at >= overdue_before]
 
-    async def _peek(self) -> tuple[Peek, Suspects] | None:
+    async def _peek(self) -> tuple[Peek, BuyerFilter] | None:
         """Look at the campaign; None where nobody can be refused by that."""
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 peek = await self._scripts.peek(
                     self._keys, self.mark, len(self._campaign.showings), self._line
                 )
-                suspects = self._suspects
-                if suspects is None:
-                    suspects = self._suspects = Suspects(self._scripts.redis, self._campaign.id)
-                return (peek, suspects) if await suspects.come_up_to(peek) else None
+                buyer_filter = self._buyer_filter
+                if buyer_filter is None:
+                    buyer_filter = self._buyer_filter = BuyerFilter(
+                        self._scripts.redis, self._campaign.id
+                    )
+                return (peek, buyer_filter) if await buyer_filter.come_up_to(peek) else None
         except (Untrusted, RedisError, OSError, TimeoutError):
             return None
         except CorruptLedger as error:
             self._warn("suspects.not_loaded", str(error))
-            self._suspects = None
+            self._buyer_filter = None
             return None
 
     async def _refuse_by_peek(self) -> list[Purchase]:
@@ -527,7 +533,7 @@ class Batcher:
         seen = await self._peek()
         if seen is None:
             return self._take(self._batch_max)
-        peek, suspects = seen
+        peek, buyer_filter = seen
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
         self._peeked = True
         if not self._store_rejects:  # else it may be read, and not be written
@@ -537,7 +543,7 @@ class Batcher:
         if refusal is not None:
             by_showing, left = [refusal] * len(left), (0,) * len(left)
         unions = None if "*" in self._campaign.unions else self._campaign.unions
-        bits = suspects.bits
+        bits = buyer_filter.bits
         undecided: list[Purchase] = []
         refused: list[Purchase] = []
         answers: list[Answer] = []

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from sale.domain.campaign import Campaign
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import NOT_ATTENDED, Batcher, Mark
-from sale.stock.script_connection import Line
+from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import Scripts
 
 
@@ -39,7 +39,7 @@ class Batchers:
         self.deadline_s = deadline_s
         self._by_campaign: dict[str, Batcher] = {}
         self._calls = 0
-        self._line = Line.to(scripts.redis)
+        self._line = ScriptConnection.to(scripts.redis)
 
     def of(self, campaign: Campaign) -> Batcher:
         """Give the batcher of a campaign that is known to exist."""

@@ -29,7 +29,7 @@ LOAD_AGAIN_S: Final = 0.5
 log = structlog.get_logger()
 
 
-class Suspects:
+class BuyerFilter:
     """Cards that have bought or may not buy, complete up to ``seq`` and ``roster_rev``."""
 
     def __init__(self, redis: Redis, campaign_id: str) -> None:

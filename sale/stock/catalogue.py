@@ -15,7 +15,7 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sale.domain.campaign import CAMPAIGN_ID, Campaign, CampaignState
+from sale.domain.campaign import CAMPAIGN_ID, Campaign, State
 from sale.domain.clock import in_bounds, rfc3339
 from sale.domain.problem import DAMAGED, Problem, Refused
 from sale.stock import survey
@@ -48,8 +48,8 @@ class CampaignNow(msgspec.Struct, frozen=True):
     """
 
     campaign: Campaign
-    state: CampaignState
-    recorded: CampaignState
+    state: State
+    recorded: State
     opens_at_ms: int | None
     closes_at_ms: int | None
     recovering: str
@@ -64,12 +64,12 @@ class CampaignNow(msgspec.Struct, frozen=True):
     @property
     def visible(self) -> bool:
         """Whether members may know of it."""
-        return self.state not in {CampaignState.DRAFT, CampaignState.DELETED}
+        return self.state not in {State.DRAFT, State.DELETED}
 
     @property
     def window_fault(self) -> str:
         """What is wrong with the opening that it waits for; '' where nothing is."""
-        waits = self.state in {CampaignState.DRAFT, CampaignState.SCHEDULED}
+        waits = self.state in {State.DRAFT, State.SCHEDULED}
         if not waits or self.opens_at_ms is None or in_bounds(self.opens_at_ms):
             return ""
         return f"its opening ({rfc3339(self.opens_at_ms)}) is out of bounds: schedule it again"
@@ -278,7 +278,7 @@ def _parse(
     return CampaignNow(
         campaign=campaign,
         state=_state_at(now_ms, state.decode(), opens_at_ms, closes_at_ms, recovering),
-        recorded=CampaignState(state.decode()),
+        recorded=State(state.decode()),
         opens_at_ms=opens_at_ms,
         closes_at_ms=closes_at_ms,
         recovering=(recovering or b"").decode(),
@@ -304,12 +304,12 @@ def _state_at(
     opens_at_ms: int | None,
     closes_at_ms: int | None,
     recovering: bytes | None,
-) -> CampaignState:
+) -> State:
     """Give the state as the next script will find it: what the clock has changed counts."""
     if state in {"draft", "deleted"}:
-        return CampaignState(state)
+        return State(state)
     if recovering:
-        return CampaignState.RECOVERING
+        return State.RECOVERING
     if state == "scheduled" and opens_at_ms is not None and now_ms >= opens_at_ms:
         state = "open"
     if (
@@ -318,7 +318,7 @@ def _state_at(
         and now_ms >= closes_at_ms
     ):
         state = "closed"
-    return CampaignState(state)
+    return State(state)
 
 
 def _moment(value: bytes | None) -> int | None:

@@ -44,7 +44,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     handed: bool
 
 
-class Attendance(msgspec.Struct, frozen=True, array_like=True):
+class CampaignReport(msgspec.Struct, frozen=True, array_like=True):
     """One process's whole report; ``at_ms`` of Redis' clock, before it looked.
 
     ``place`` says where it runs (``own_place``), so that nobody on its host waits for it in vain.
@@ -143,7 +143,7 @@ def _head(fields: Any) -> dict[str, str] | None:  # noqa: ANN401 - Redis' reply
     }
 
 
-async def report(redis: Redis, process: str, attendance: Attendance) -> None:
+async def report(redis: Redis, process: str, attendance: CampaignReport) -> None:
     """Write a process's report."""
     await redis.hset(ROLL, process, _ENCODER.encode(attendance))
 
@@ -153,9 +153,9 @@ async def sign_off(redis: Redis, process: str) -> None:
     await redis.hdel(ROLL, process)
 
 
-async def read_roll(redis: Redis) -> dict[str, Attendance]:
+async def read_reports(redis: Redis) -> dict[str, CampaignReport]:
     """Give the last report of each process; what cannot be read is not there."""
-    found: dict[str, Attendance] = {}
+    found: dict[str, CampaignReport] = {}
     listed: dict[Any, Any] = await redis.hgetall(ROLL)
     for process, value in listed.items():
         try:
@@ -165,16 +165,16 @@ async def read_roll(redis: Redis) -> dict[str, Attendance]:
     return found
 
 
-class Roll(msgspec.Struct, frozen=True):
+class Reports(msgspec.Struct, frozen=True):
     """Who was heard: their reports on this very Redis; and who was waited for in vain.
 
     ``listed`` are the last reports of all, also of those that have ended since, and of before.
     """
 
     identity: Identity
-    heard: dict[str, Attendance]
+    heard: dict[str, CampaignReport]
     silent: list[str]
-    listed: dict[str, Attendance] = {}
+    listed: dict[str, CampaignReport] = {}
 
     def reports(self, campaign_id: str) -> dict[str, Report]:
         """What the processes say of one campaign."""
@@ -190,16 +190,16 @@ class Roll(msgspec.Struct, frozen=True):
         return max((told.seq for told in reports if told and told.epoch >= epoch), default=0)
 
 
-async def hear(redis: Redis) -> Roll:
+async def collect_report(redis: Redis) -> Reports:
     """Look at the roll as it is: who has reported lately. Raises redis-py's errors.
 
     What a process that has died since had to say is not repeated for ever.
     """
     identity = await who_is_it(redis)
-    return _heard(identity, await read_roll(redis), identity.now_ms - LIVE_MS)
+    return _collected(identity, await read_reports(redis), identity.now_ms - LIVE_MS)
 
 
-async def call_the_roll(redis: Redis) -> Roll:
+async def collect_reports(redis: Redis) -> Reports:
     """Wait until every process that lives has looked at this Redis from now on, bounded.
 
     Raises redis-py's errors.
@@ -208,13 +208,13 @@ async def call_the_roll(redis: Redis) -> Roll:
     started = time.monotonic()
     while True:
         await asyncio.sleep(POLL_S)
-        roll = _heard(begun, await read_roll(redis), begun.now_ms)
+        reports = _collected(begun, await read_reports(redis), begun.now_ms)
         waited_s = time.monotonic() - started
-        if waited_s > ROLL_MAX_S or (not roll.silent and waited_s > ROLL_MIN_S):
-            return roll
+        if waited_s > ROLL_MAX_S or (not reports.silent and waited_s > ROLL_MIN_S):
+            return reports
 
 
-def _heard(identity: Identity, listed: dict[str, Attendance], since_ms: int) -> Roll:
+def _collected(identity: Identity, listed: dict[str, CampaignReport], since_ms: int) -> Reports:
     heard = {
         process: attendance
         for process, attendance in listed.items()
@@ -228,12 +228,12 @@ def _heard(identity: Identity, listed: dict[str, Attendance], since_ms: int) -> 
         and attendance.at_ms > newest - LIVE_MS
         and not is_gone(attendance.place)
     ]
-    return Roll(identity, heard, sorted(silent), listed)
+    return Reports(identity, heard, sorted(silent), listed)
 
 
 async def forget_the_gone(redis: Redis) -> None:
     """Take off the roll who has not reported for ten minutes: it died without signing off."""
-    listed, now_ms = await read_roll(redis), (await who_is_it(redis)).now_ms
+    listed, now_ms = await read_reports(redis), (await who_is_it(redis)).now_ms
     gone = [p for p, attendance in listed.items() if attendance.at_ms < now_ms - GONE_MS]
     if gone:
         await redis.hdel(ROLL, *gone)
@@ -241,4 +241,4 @@ async def forget_the_gone(redis: Redis) -> None:
 
 HEAD_FIELDS: Final = ("seq", "epoch", "run_id", "replid", "recovering", "applied")
 _ENCODER: Final = msgspec.json.Encoder()
-_DECODER: Final = msgspec.json.Decoder(Attendance)
+_DECODER: Final = msgspec.json.Decoder(CampaignReport)

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from sale.domain.campaign import Campaign
 from sale.ledger.chain import Entry
-from sale.ledger.fold import Books
+from sale.ledger.fold import CampaignState
 from sale.stock.keys import CAMPAIGNS, campaign_keys, rebuilt_keys
 from sale.stock.records import pack_records
 from sale.stock.scripts import RECOVER, CallReply, Scripts
@@ -36,7 +36,7 @@ class Rebuild(msgspec.Struct, frozen=True):
 
     campaign_id: str
     old: tuple[str, str]
-    books: Books
+    books: CampaignState
     seq: int
     chain: str
     epoch: int

@@ -53,22 +53,22 @@ def pack(*command: str | int | bytes) -> bytes:
     return packed
 
 
-class Line:
+class ScriptConnection:
     """The connection; may be shared by any number of callers."""
 
     @staticmethod
-    def to(redis: Redis) -> "Line | None":
+    def to(redis: Redis) -> "ScriptConnection | None":
         """Give a line to where ``redis`` leads; None where only redis-py can go there (TLS …)."""
         pool = redis.connection_pool
         settings = pool.connection_kwargs
         if pool.connection_class not in _PLAIN or any(settings.get(name) for name in _BEYOND):
             return None
-        return Line(settings)
+        return ScriptConnection(settings)
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
         self._timeout_s = settings.get("socket_timeout") or TIMEOUT_S
-        self._wire: _Wire | None = None
+        self._wire: _Protocol | None = None
         self._opening = asyncio.Lock()
 
     async def call(self, command: bytes) -> Any:  # noqa: ANN401 - Redis' reply
@@ -87,7 +87,7 @@ class Line:
             self._wire.drop(RedisConnectionError("closed"))
             await self._wire.ended
 
-    async def _open(self) -> "_Wire":
+    async def _open(self) -> "_Protocol":
         async with self._opening:
             if self._wire is None or self._wire.lost is not None:
                 seconds = self._settings.get("socket_connect_timeout") or CONNECT_TIMEOUT_S
@@ -95,13 +95,13 @@ class Line:
                     self._wire = await self._connect()
             return self._wire
 
-    async def _connect(self) -> "_Wire":
+    async def _connect(self) -> "_Protocol":
         given, loop = self._settings, asyncio.get_running_loop()
         if "path" in given:
-            _, wire = await loop.create_unix_connection(_Wire, given["path"])
+            _, wire = await loop.create_unix_connection(_Protocol, given["path"])
         else:
             _, wire = await loop.create_connection(
-                _Wire, given.get("host") or "localhost", int(given.get("port") or 6379)
+                _Protocol, given.get("host") or "localhost", int(given.get("port") or 6379)
             )
         try:
             if given.get("username") or given.get("password"):
@@ -116,7 +116,7 @@ class Line:
         return wire
 
 
-class _Wire(asyncio.Protocol):
+class _Protocol(asyncio.Protocol):
     """One connection from its beginning to its end."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from sale.domain.campaign import STOCK_MAX
 from sale.stock.keys import AWAITED, CampaignKeys, campaign_keys
-from sale.stock.script_connection import Line, pack
+from sale.stock.script_connection import ScriptConnection, pack
 
 
 class CallReply(IntEnum):
@@ -148,7 +148,7 @@ class Scripts:
         mark: tuple[str, int],
         behind_max: tuple[int, int],
         bids: bytes,
-        line: Line | None = None,
+        line: ScriptConnection | None = None,
     ) -> list[int]:
         """Run ``purchase.lua`` for what ``pack_bids`` packed; the reply is raw.
 
@@ -162,7 +162,7 @@ class Scripts:
         )  # fmt: skip
         return reply
 
-    async def _send(self, line: Line | None, *command: str | int | bytes) -> Any:  # noqa: ANN401
+    async def _send(self, line: ScriptConnection | None, *command: str | int | bytes) -> Any:  # noqa: ANN401
         packed = pack(*command)
         if line is not None and self._replicas is None:
             return await line.call(packed)
@@ -183,7 +183,11 @@ class Scripts:
             await pool.release(connection)
 
     async def peek(
-        self, keys: CampaignKeys, mark: tuple[str, int], showings: int, line: Line | None = None
+        self,
+        keys: CampaignKeys,
+        mark: tuple[str, int],
+        showings: int,
+        line: ScriptConnection | None = None,
     ) -> Peek:
         """Run ``peek.lua``, on ``line`` where one is given. Raises Untrusted."""
         arguments = (*mark, self.nonce, *range(showings))
@@ -258,7 +262,7 @@ class Scripts:
         since = "" if behind_since_ms is None else behind_since_ms
         return await self._operate(APPLIED, campaign_id, applied, since)
 
-    async def sync_cards(
+    async def sync_revoked(
         self,
         campaign_id: str,
         from_rev: int,
@@ -268,13 +272,13 @@ class Scripts:
         load: str = "",
         begins: bool = False,
     ) -> OperationReply:
-        """Run ``sync_cards.lua``; ``changes`` are cards and whether each is active now.
+        """Run ``sync_revoked.lua``; ``changes`` are cards and whether each is active now.
 
         ``load`` names a first load, which ``begins`` with an empty set.
         """
         flat = [value for card, active in changes for value in ("-" if active else "+", card)]
         return await self._operate(
-            SYNC_CARDS, campaign_id, from_rev, to_rev, load, int(begins), *flat
+            SYNC_REVOKED, campaign_id, from_rev, to_rev, load, int(begins), *flat
         )
 
     async def _operate(
@@ -332,7 +336,7 @@ async def _by_hash(
         return await execute("EVAL", script.source, len(keys), *keys, *args)
 
 
-async def _on(line: Line, *command: str | int) -> Any:  # noqa: ANN401 - Redis' reply
+async def _on(line: ScriptConnection, *command: str | int) -> Any:  # noqa: ANN401 - Redis' reply
     return await line.call(pack(*command))
 
 
@@ -381,5 +385,5 @@ REPEATED: Final = _load("repeated", awaited=True)
 TICK: Final = _load("tick")
 VERIFY: Final = _load("verify")
 APPLIED: Final = _load("applied")
-SYNC_CARDS: Final = _load("sync_cards")
+SYNC_REVOKED: Final = _load("sync_revoked")
 RECOVER: Final = _load("recover")

@@ -29,7 +29,7 @@ Told: TypeAlias = tuple[int, int, str, int, int, str]
 """Event number, sold at (ms), card, showing number, quantity, key hash."""
 
 
-class KeptSale(msgspec.Struct, frozen=True):
+class AcknowledgedSale(msgspec.Struct, frozen=True):
     """An acknowledged sale."""
 
     epoch: int
@@ -42,7 +42,7 @@ class KeptSale(msgspec.Struct, frozen=True):
     key_hash: str
 
 
-class Kept:
+class Unapplied:
     """The acknowledged sales of one campaign in this process that may not be applied yet."""
 
     def __init__(self) -> None:
@@ -95,11 +95,11 @@ class Kept:
         self._replayed.clear()
         self._count = 0
 
-    def sales(self) -> Iterator[KeptSale]:
+    def sales(self) -> Iterator[AcknowledgedSale]:
         """Give what is kept, in the order in which it was told."""
         for batch in list(self._batches):
             for sale in batch.told():
-                yield KeptSale(batch.epoch, batch.price_fen, *sale)
+                yield AcknowledgedSale(batch.epoch, batch.price_fen, *sale)
 
     async def lacking(self, redis: Redis, keys: CampaignKeys) -> int:
         """Count the kept sales that this Redis does not know. Raises redis-py's errors."""

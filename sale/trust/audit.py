@@ -21,13 +21,13 @@ from redis.exceptions import RedisError
 from sale.config import Durability
 from sale.db import queries
 from sale.db.errors import POSTGRES_ERRORS
-from sale.domain.campaign import CampaignState
+from sale.domain.campaign import State
 from sale.domain.card import is_made_up, mask_card
 from sale.domain.clock import from_ms, nearest, rfc3339, to_ms
 from sale.domain.problem import DAMAGED, Problem, Refused
 from sale.identity import TOKEN_TTL_S
 from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, check_chain, parse_entry
-from sale.ledger.fold import Books
+from sale.ledger.fold import CampaignState
 from sale.ledger.kinds import SOLD
 from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
 from sale.stock.durability import durability_faults
@@ -334,9 +334,9 @@ class _Check:
         connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
         position: Mapping[str, Any],
         view: RedisView,
-    ) -> Books:
+    ) -> CampaignState:
         """Fold PostgreSQL's ledger to the end of the snapshot; check each event on the way."""
-        books, rules, compared = Books(), _Rules(self._findings), False
+        books, rules, compared = CampaignState(), _Rules(self._findings), False
         async for events in ledger_events(connection, self._id):
             for event in events:
                 try:
@@ -360,7 +360,7 @@ class _Check:
         await self._compare_showings(connection, books)
         return books
 
-    def _compare_campaign(self, position: Mapping[str, Any], books: Books) -> None:
+    def _compare_campaign(self, position: Mapping[str, Any], books: CampaignState) -> None:
         """Compare PostgreSQL's campaign with its own ledger."""
         opens_at, closes_at = position["opens_at"], position["closes_at"]
         for invariant, name, held, told in (
@@ -377,7 +377,7 @@ class _Check:
     async def _compare_showings(
         self,
         connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
-        books: Books,
+        books: CampaignState,
     ) -> None:
         for row in await connection.fetch(_SQL["showings"], self._id, timeout=QUERY_TIMEOUT_S):
             name, number = f"showing {row['showing_id']}", row["showing_no"]
@@ -446,7 +446,7 @@ class _Check:
     ) -> None:
         """Check that Redis follows the roster, and holds what the roster says."""
         rev = view.now.roster_rev
-        if rev < 0 or view.now.state is CampaignState.DELETED:
+        if rev < 0 or view.now.state is State.DELETED:
             return
         due = from_ms(nearest(view.now.as_of_ms - ROSTER_PATIENCE_MS))
         behind = await connection.fetchval(_SQL["roster_ahead"], rev, due)
@@ -462,7 +462,7 @@ class _Rules:
         self._find = findings.add
         self._clock_ms = 0
 
-    def check(self, books: Books, event: Event) -> None:
+    def check(self, books: CampaignState, event: Event) -> None:
         """Check an event against the books before it."""
         if event.at_ms < self._clock_ms:
             self._find("INV-7", f"event {event.seq}: the clock went back")
@@ -472,7 +472,7 @@ class _Rules:
         if event.kind == SOLD:
             self._check_sale(books, event)
 
-    def _check_sale(self, books: Books, event: Event) -> None:
+    def _check_sale(self, books: CampaignState, event: Event) -> None:
         quantity = event.quantity or 0
         if books.state != "open":
             self._find("INV-7", f"event {event.seq}: sold while {books.state or 'nothing'}")

@@ -17,7 +17,7 @@ from sale.domain.campaign import Campaign
 from sale.domain.card import mask_card
 from sale.domain.clock import to_ms
 from sale.ledger.chain import Event
-from sale.ledger.fold import Books, SaleRecord
+from sale.ledger.fold import CampaignState, SaleRecord
 from sale.stock.catalogue import CampaignNow, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import unions_text
@@ -167,7 +167,7 @@ async def ledger_events(connection: Any, campaign_id: str) -> AsyncIterator[list
             await asyncio.sleep(REST_S)
 
 
-def compare_state(now: CampaignNow, books: Books, findings: Findings) -> None:
+def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) -> None:
     """Compare head and stock with the fold at the same number."""
     for number, showing in enumerate(now.campaign.showings):
         for says, held, told in (
@@ -189,7 +189,9 @@ def compare_state(now: CampaignNow, books: Books, findings: Findings) -> None:
         findings.add("INV-5", "Redis has another configuration than the ledger says")
 
 
-def compare_rules(rules: Mapping[str, str] | None, books: Books, findings: Findings) -> None:
+def compare_rules(
+    rules: Mapping[str, str] | None, books: CampaignState, findings: Findings
+) -> None:
     """Compare what the script decides by with the ledger's configuration."""
     if rules is None or not books.config:
         return
@@ -205,7 +207,7 @@ def compare_rules(rules: Mapping[str, str] | None, books: Books, findings: Findi
             findings.add(invariant, f"Redis has another {name} than the ledger says")
 
 
-async def compare_cards(view: RedisView, books: Books, findings: Findings) -> None:
+async def compare_cards(view: RedisView, books: CampaignState, findings: Findings) -> None:
     """Compare each card's orders with the fold, up to the number the card was read at."""
     steps = Steps()
     for card, (at, value) in view.cards.items():
@@ -250,7 +252,7 @@ def _beyond(these: Iterable[SaleRecord], those: list[SaleRecord]) -> str:
     return ", ".join(str(record.seq) for record in these if record not in those)
 
 
-def compare_operations(view: RedisView, books: Books, findings: Findings) -> None:
+def compare_operations(view: RedisView, books: CampaignState, findings: Findings) -> None:
     """Compare what Redis remembers of operators' steps with the fold."""
     known = {op: what for op, what in books.operations.items() if _number(what) <= view.now.seq}
     for op in sorted(known.keys() - view.operations.keys()):

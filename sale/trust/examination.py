@@ -14,10 +14,10 @@ from sale.db import claims, ledger
 from sale.domain.clock import nearest
 from sale.domain.problem import DAMAGED, Problem, Refused
 from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, check_chain, parse_entry
-from sale.ledger.fold import Books
+from sale.ledger.fold import CampaignState
 from sale.ledger.kinds import SOLD, VOIDED
 from sale.stock.keys import CAMPAIGNS, campaign_keys
-from sale.stock.process_reports import Roll
+from sale.stock.process_reports import Reports
 from sale.stock.rebuild import Rebuild
 from sale.stock.records import parse_records
 from sale.stock.scripts import Scripts
@@ -49,7 +49,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """``progress(step, done, of)``: how far a recovery is."""
 
 
-class Case(msgspec.Struct):
+class Examination(msgspec.Struct):
     """What was found of a campaign: ``books`` stand at ``seq`` and ``chain``."""
 
     campaign_id: str
@@ -59,7 +59,7 @@ class Case(msgspec.Struct):
     seq: int = 0
     chain: str = GENESIS
     clock_ms: int = 0
-    books: Books = msgspec.field(default_factory=Books)
+    books: CampaignState = msgspec.field(default_factory=CampaignState)
     entries: list[Entry] = []
     keep_stream: bool = False
     frozen: bool = False
@@ -127,11 +127,11 @@ async def examine(
     scripts: Scripts,
     connection: ledger.Connection,
     campaign_id: str,
-    roll: Roll,
+    reports: Reports,
     progress: Progress | None,
-) -> Case:
+) -> Examination:
     """Look at everything, change nothing."""
-    case = Case(campaign_id, differences=[], strays=[], silent=roll.silent)
+    case = Examination(campaign_id, differences=[], strays=[], silent=reports.silent)
     findings = Findings()
     view = await _view(redis, campaign_id)
     async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -152,11 +152,11 @@ async def examine(
         handed = await _handed(await claims.unsettled(connection, campaign_id, case.seq))
         told = await _stray(redis, connection, case) if trail.wrong or trail.overlaps else []
     told += await _from_cards(view, case)
-    epochs = [told.epoch for told in roll.reports(campaign_id).values()]
+    epochs = [told.epoch for told in reports.reports(campaign_id).values()]
     case.roll_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
-    given_out = max(given_out, roll.highest(campaign_id, case.books.epoch))
+    given_out = max(given_out, reports.highest(campaign_id, case.books.epoch))
     case.keep_stream = not trail.wrong and trail.ends == case.seq and not trail.overlaps
-    case.differences += _misfit(case, trail, roll, given_out, still=still)
+    case.differences += _misfit(case, trail, reports, given_out, still=still)
     case.unsteady = trail.wrong != "" or given_out > case.seq or not still
     if view is not None and case.redis_seq >= case.applied:
         await compare_cards(view, case.books, findings)
@@ -178,7 +178,9 @@ async def examine(
     return case
 
 
-async def _refill(case: Case, handed: list[Event], told: list[Event], given_out: int) -> None:
+async def _refill(
+    case: Examination, handed: list[Event], told: list[Event], given_out: int
+) -> None:
     """Give every number that was given out beyond the ledger its place in it.
 
     What was handed in and does not stand is set down when the ledger has been applied so far
@@ -197,7 +199,9 @@ async def _refill(case: Case, handed: list[Event], told: list[Event], given_out:
     case.keep_stream = False
 
 
-def _misfit(case: Case, trail: _Trail, roll: Roll, given_out: int, *, still: bool) -> list[str]:
+def _misfit(
+    case: Examination, trail: _Trail, reports: Reports, given_out: int, *, still: bool
+) -> list[str]:
     """Say how head and stream differ from the ledger; ``still``: nothing was sold meanwhile."""
     if case.old == NO_HEAD:
         return ["Redis does not hold it"]
@@ -209,7 +213,7 @@ def _misfit(case: Case, trail: _Trail, roll: Roll, given_out: int, *, still: boo
         return [f"the head says event {case.redis_seq}, the ledger ends at {case.seq}"]
     if still and case.old[1] != case.chain:
         return ["the head has another chain hash than the ledger"]
-    if lacking := what_lacks(roll, case.campaign_id, case.old_epoch, case.seq):
+    if lacking := what_lacks(reports, case.campaign_id, case.old_epoch, case.seq):
         return [lacking]
     if still and given_out > case.seq:
         return [f"events {case.seq + 1} to {given_out} are lost"]
@@ -224,7 +228,7 @@ async def _view(redis: Redis, campaign_id: str) -> RedisView | None:
         return None
 
 
-async def _read_head(redis: Redis, scripts: Scripts, case: Case) -> None:
+async def _read_head(redis: Redis, scripts: Scripts, case: Examination) -> None:
     """Read head, identity and register; the head as bytes, since it may be damaged."""
     server, replication = await redis.info("server"), await redis.info("replication")
     values: list[Any] = await redis.hmget(
@@ -287,7 +291,7 @@ async def _is_no_stream(redis: Redis, campaign_id: str) -> bool:
     return kind not in {b"stream", b"none"}
 
 
-async def _stray(redis: Redis, connection: ledger.Connection, case: Case) -> list[Event]:
+async def _stray(redis: Redis, connection: ledger.Connection, case: Examination) -> list[Event]:
     """Give what a broken stream tells beyond the ledger, and note where it tells another story."""
     held: dict[int, Event] = {}
     beyond: list[Event] = []
@@ -321,7 +325,7 @@ async def _handed(handed_in: list[claims.Claim]) -> list[Event]:
     return found
 
 
-async def _from_cards(view: RedisView | None, case: Case) -> list[Event]:
+async def _from_cards(view: RedisView | None, case: Examination) -> list[Event]:
     """Give what the cards in Redis tell of sales beyond the ledger: the stream may lack them."""
     found: list[Event] = []
     price_fen, steps = case.books.config.get("price_fen"), Steps()
@@ -344,7 +348,7 @@ async def _from_cards(view: RedisView | None, case: Case) -> list[Event]:
 
 async def _fold(
     connection: ledger.Connection,
-    case: Case,
+    case: Examination,
     trail: _Trail,
     compared: tuple[RedisView | None, Findings],
     progress: Progress | None,

@@ -32,7 +32,7 @@ FORGET_S: Final = 60.0
 log = structlog.get_logger()
 
 
-class Healing:
+class AutoRecovery:
     """Recovers what is safe to recover, each campaign with growing waits between its tries."""
 
     def __init__(
@@ -90,6 +90,4 @@ class Healing:
         for each in conflicts[:TOLD_MAX]:
             log.error("ledger.acknowledged_and_lost", campaign=each.campaign_id, seq=each.seq)
         if settled:
-            log.info(
-                "ledger.settled", stand=len(settled) - len(conflicts), conflicts=len(conflicts)
-            )
+            log.info("ledger.settled", wait=len(settled) - len(conflicts), conflicts=len(conflicts))

@@ -27,11 +27,11 @@ from redis.asyncio import Redis
 from sale.db import claims, ledger, rehearsals
 from sale.domain.problem import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys
-from sale.stock.process_reports import Roll, call_the_roll, hear
+from sale.stock.process_reports import Reports, collect_report, collect_reports
 from sale.stock.rebuild import freeze, rebuild
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import CallReply, Scripts
-from sale.trust.examination import DIFFERENCES_MAX, NO_HEAD, Case, Progress, examine
+from sale.trust.examination import DIFFERENCES_MAX, NO_HEAD, Examination, Progress, examine
 from sale.trust.revocation import sync_campaign
 from sale.trust.verify import verify, what_lacks
 
@@ -94,17 +94,17 @@ async def recover(  # noqa: C901 - one branch a thing that is found
             return await _leave_purged(redis, campaign_id, dry_run=dry_run)
         # Looking takes long: where nothing can sell already, all are heard before the first look.
         called = not dry_run and await _shut(redis, campaign_id)
-        roll = await (_hear_all(redis, campaign_id) if called else hear(redis))
+        reports = await (_collect_all(redis, campaign_id) if called else collect_report(redis))
         for attempt in range(TRIES):
-            case = await examine(redis, scripts, connection, campaign_id, roll, progress)
+            case = await examine(redis, scripts, connection, campaign_id, reports, progress)
             if dry_run:
                 return _report(case, changed=False)
             if not case.differences:
                 if not case.trusted and not called:
                     # An old copy may fit perfectly: who answered members is heard first.
-                    roll = await call_the_roll(redis)
-                if not what_lacks(roll, campaign_id, case.old_epoch, case.seq):
-                    return await _trust(redis, scripts, pool, case, roll)
+                    reports = await collect_reports(redis)
+                if not what_lacks(reports, campaign_id, case.old_epoch, case.seq):
+                    return await _trust(redis, scripts, pool, case, reports)
                 continue
             if not case.frozen and case.old != NO_HEAD:
                 if case.unsteady and attempt < PATIENT_TRIES:
@@ -114,7 +114,7 @@ async def recover(  # noqa: C901 - one branch a thing that is found
                 await freeze(redis, campaign_id, case.differences[0])
             if not called:
                 # They see that it is recovering, and hand in what they know.
-                roll, called = await _hear_all(redis, campaign_id), True
+                reports, called = await _collect_all(redis, campaign_id), True
                 continue
             _check_safe(case, lossless_only=lossless_only, without_silent=without_silent)
             if await _put_in_place(scripts, connection, case, actor):
@@ -139,7 +139,7 @@ async def _leave_purged(redis: Redis, campaign_id: str, *, dry_run: bool) -> Rec
     return Recovery(campaign_id, not dry_run, 0, 0, ["PostgreSQL has purged it"], says)
 
 
-def _check_safe(case: Case, *, lossless_only: bool, without_silent: bool) -> None:
+def _check_safe(case: Examination, *, lossless_only: bool, without_silent: bool) -> None:
     if case.silent and not without_silent:
         raise Unsafe(Problem.UNAVAILABLE, f"{case.campaign_id}: {_silent(case.silent)}")
     if lossless_only and not case.lossless:
@@ -147,7 +147,7 @@ def _check_safe(case: Case, *, lossless_only: bool, without_silent: bool) -> Non
 
 
 async def _put_in_place(
-    scripts: Scripts, connection: ledger.Connection, case: Case, actor: str
+    scripts: Scripts, connection: ledger.Connection, case: Examination, actor: str
 ) -> bool:
     """Build it anew; False where somebody has changed something meanwhile."""
     if not case.covers(await ledger.position(connection, case.campaign_id)):
@@ -163,13 +163,13 @@ async def _shut(redis: Redis, campaign_id: str) -> bool:
     return seq is None or bool(recovering)
 
 
-async def _hear_all(redis: Redis, campaign_id: str) -> Roll:
+async def _collect_all(redis: Redis, campaign_id: str) -> Reports:
     """Call the roll until everybody heard has handed in what it knows. Raises Refused."""
     for _ in range(HAND_IN_TRIES):
-        roll = await call_the_roll(redis)
-        keeping = [name for name, told in roll.reports(campaign_id).items() if not told.handed]
+        reports = await collect_reports(redis)
+        keeping = [name for name, told in reports.reports(campaign_id).items() if not told.handed]
         if not keeping:
-            return roll
+            return reports
     raise Refused(
         Problem.UNAVAILABLE,
         f"{campaign_id}: API process {keeping[0]} has acknowledged orders that it cannot report; "
@@ -181,7 +181,7 @@ def _silent(processes: list[str]) -> str:
     return f"{len(processes)} API processes did not answer"
 
 
-def _tell(case: Case) -> None:
+def _tell(case: Examination) -> None:
     log.warning(
         "campaign.recovered",
         campaign=case.campaign_id,
@@ -193,18 +193,18 @@ def _tell(case: Case) -> None:
 
 
 async def _trust(
-    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, case: Case, roll: Roll
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, case: Examination, reports: Reports
 ) -> Recovery:
     """Mark as verified what is sound."""
     await redis.sadd(CAMPAIGNS, case.campaign_id)
     if not case.trusted and not await verify(
-        redis, scripts, pool, case.campaign_id, roll, whole=True
+        redis, scripts, pool, case.campaign_id, reports, whole=True
     ):
         raise Refused(Problem.UNAVAILABLE, f"{case.campaign_id}: it could not be verified")
     return _report(case, changed=not (case.trusted and case.registered))
 
 
-def _report(case: Case, *, changed: bool) -> Recovery:
+def _report(case: Examination, *, changed: bool) -> Recovery:
     """Word it."""
     if case.differences:
         says = f"rebuilt to event {case.seq}" if changed else "would be rebuilt"
@@ -233,7 +233,7 @@ def _report(case: Case, *, changed: bool) -> Recovery:
     )
 
 
-def _losses(case: Case) -> str:
+def _losses(case: Examination) -> str:
     """Word what was found again, and what was not."""
     lost = sum(last - first + 1 for first, last in case.refilled.voided)
     told = []

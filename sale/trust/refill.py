@@ -15,7 +15,7 @@ import msgspec
 
 from sale.domain.campaign import Campaign
 from sale.ledger.chain import Entry, Event, make_entry
-from sale.ledger.fold import Books
+from sale.ledger.fold import CampaignState
 from sale.ledger.kinds import SOLD, VOIDED
 from sale.trust.comparison import Steps
 
@@ -58,7 +58,9 @@ class Refilled(msgspec.Struct):
         return entries
 
 
-async def refill(books: Books, clock_ms: int, claims: Iterable[Event], last: int) -> Refilled:
+async def refill(
+    books: CampaignState, clock_ms: int, claims: Iterable[Event], last: int
+) -> Refilled:
     """Fill or void every number after ``books`` up to ``last``; ``books`` go along.
 
     ``claims`` are what is still known of them, what was acknowledged first. ``clock_ms`` is the
@@ -79,7 +81,7 @@ async def refill(books: Books, clock_ms: int, claims: Iterable[Event], last: int
 class _Refill:
     """Goes through the lost numbers, one by one; voided ones wait, as one may have to open."""
 
-    def __init__(self, books: Books, clock_ms: int) -> None:
+    def __init__(self, books: CampaignState, clock_ms: int) -> None:
         self._books = books
         self._clock_ms = clock_ms
         self._campaign = msgspec.convert(books.config, Campaign) if books.config else None

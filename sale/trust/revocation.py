@@ -16,7 +16,7 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import roster
-from sale.domain.campaign import CampaignState
+from sale.domain.campaign import State
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
@@ -66,7 +66,7 @@ async def sync_campaign(
     """Let one campaign follow the roster, from wherever it stands."""
     # Two fields and not the campaign: a damaged head must not keep the others from following.
     head: list[Any] = await redis.hmget(campaign_keys(campaign_id).head, ["state", "roster_rev"])
-    if head[0] is None or head[0].decode() == CampaignState.DELETED:
+    if head[0] is None or head[0].decode() == State.DELETED:
         return
     rev = -1 if head[1] is None else int(head[1])
     for _ in range(ROUNDS_MAX):
@@ -81,7 +81,7 @@ async def sync_campaign(
         if not changes:
             return
         last = changes[-1][0]
-        reply = await scripts.sync_cards(
+        reply = await scripts.sync_revoked(
             campaign_id, rev, last, [(card, active) for _, card, active in changes]
         )
         if reply.reply is CallReply.MISSING:
@@ -111,7 +111,7 @@ async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: 
         log.warning("roster.went_back", campaign=campaign_id, roster_rev=newest, followed=rev)
         changes = [(card, False) for card in cards]
         name = secrets.token_hex(8)
-        await scripts.sync_cards(campaign_id, rev, newest, changes, load=name, begins=True)
+        await scripts.sync_revoked(campaign_id, rev, newest, changes, load=name, begins=True)
 
 
 async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int | None:
@@ -129,7 +129,7 @@ async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int |
         rev = await roster.current_rev(connection)
         for number in range(ROUNDS_MAX):
             cards = await roster.inactive_cards(connection, after, CHUNK, rev)
-            reply = await scripts.sync_cards(
+            reply = await scripts.sync_revoked(
                 campaign_id,
                 -1,
                 -1 if cards else rev,

@@ -13,7 +13,7 @@ AGAIN_S: Final = 30.0
 """A PostgreSQL that is away makes every ledger stand still: then looking often helps nobody."""
 
 
-class Stalls:
+class StalledLedgers:
     """Remembers since when each campaign's ledger has stood still."""
 
     def __init__(self, stalled_s: float = STALLED_S) -> None:

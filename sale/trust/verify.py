@@ -26,12 +26,19 @@ from sale.db.errors import POSTGRES_ERRORS
 from sale.ledger.chain import GENESIS, CorruptLedger, check_chain, parse_entry
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import VERIFIED, campaign_keys
-from sale.stock.process_reports import LOOKING, Identity, Roll, call_the_roll, hear, who_is_it
+from sale.stock.process_reports import (
+    LOOKING,
+    Identity,
+    Reports,
+    collect_report,
+    collect_reports,
+    who_is_it,
+)
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.stream import stream_rows
 from sale.stock.survey import read_heads
 from sale.trust.isolation import Isolation
-from sale.trust.stalled_ledgers import Stalls
+from sale.trust.stalled_ledgers import StalledLedgers
 
 TRIES: Final = 5
 POSTGRES_PATIENCE_S: Final = 1.0
@@ -50,7 +57,7 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     isolation: Isolation | None = None,
     *,
     meet: Callable[[str], Awaitable[Sequence[str]]] | None = None,
-    stalls: Stalls | None = None,
+    stalled_ledgers: StalledLedgers | None = None,
 ) -> list[str]:
     """Verify every campaign whose head names another Redis; give those that do not sell for it.
 
@@ -62,8 +69,8 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     PostgreSQL does not follow: these are compared once more.
     """
     isolation = isolation or Isolation()
-    roll = await hear(redis)
-    identity = _marks(roll.identity, scripts.nonce)
+    reports = await collect_report(redis)
+    identity = _marks(reports.identity, scripts.nonce)
     ids = await campaign_ids(redis)
     heads = await read_heads(
         redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
@@ -72,10 +79,10 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     away = False
     if any(_knows_another(head, identity) for head in heads):
         # Not within the isolation of one campaign: what is wrong here is wrong for all of them.
-        if meet is not None and (weak := await meet(roll.identity.run_id)):
+        if meet is not None and (weak := await meet(reports.identity.run_id)):
             raise NotDurable("; ".join(weak))
         # Once for all of them, and only now: who answered members is heard first.
-        roll = await call_the_roll(redis)
+        reports = await collect_reports(redis)
     for campaign_id, head in zip(ids, heads, strict=True):
         held.add(campaign_id)
         with isolation.of(campaign_id, "verify"):
@@ -87,16 +94,16 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                 held.discard(campaign_id)
                 continue
             if not _knows_another(head, identity):
-                doubted = what_lacks(roll, campaign_id, int(epoch or 0), int(seq)) != ""
-                if stalls is not None:
-                    stalled = stalls.due(campaign_id, int(seq), int(applied or 0))
+                doubted = what_lacks(reports, campaign_id, int(epoch or 0), int(seq)) != ""
+                if stalled_ledgers is not None:
+                    stalled = stalled_ledgers.due(campaign_id, int(seq), int(applied or 0))
                 if not recovering and not doubted:
                     fit.add(campaign_id)
                 if recovering or not (doubted or stalled):
                     continue
                 fit.discard(campaign_id)
             try:
-                if await verify(redis, scripts, pool, campaign_id, roll):
+                if await verify(redis, scripts, pool, campaign_id, reports):
                     fit.add(campaign_id)
             except POSTGRES_ERRORS:
                 if not stalled:
@@ -150,7 +157,7 @@ async def verify(
     scripts: Scripts,
     pool: asyncpg.Pool,
     campaign_id: str,
-    roll: Roll,
+    reports: Reports,
     *,
     whole: bool = False,
 ) -> bool:
@@ -163,13 +170,13 @@ async def verify(
     for _ in range(TRIES):
         seq, chain, epoch, before, others = await _head(redis, campaign_id)
         handed_in = 0
-        why = what_lacks(roll, campaign_id, epoch, seq)
+        why = what_lacks(reports, campaign_id, epoch, seq)
         try:
             async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
                 position = await ledger.position(connection, campaign_id)
                 handed_in = await claims.highest(connection, campaign_id)
         except POSTGRES_ERRORS:
-            if not why and not _witnessed(roll, campaign_id, epoch):
+            if not why and not _witnessed(reports, campaign_id, epoch):
                 raise
             position = None
         if not why and handed_in > seq:
@@ -189,9 +196,9 @@ async def verify(
     return False
 
 
-def what_lacks(roll: Roll, campaign_id: str, epoch: int, seq: int) -> str:
+def what_lacks(reports: Reports, campaign_id: str, epoch: int, seq: int) -> str:
     """Say what an API process knows of that this Redis does not hold; '' where nothing."""
-    for process, told in sorted(roll.reports(campaign_id).items()):
+    for process, told in sorted(reports.reports(campaign_id).items()):
         if told.epoch > epoch:
             return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
         if told.epoch == epoch and told.seq > seq:
@@ -200,15 +207,15 @@ def what_lacks(roll: Roll, campaign_id: str, epoch: int, seq: int) -> str:
             return f"API process {process} is still checking whether Redis has what it acknowledged"
         if told.epoch == epoch and told.lacks:
             return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"
-    if (seen := roll.highest(campaign_id, epoch)) > seq:
+    if (seen := reports.highest(campaign_id, epoch)) > seq:
         return f"API processes that no longer answer had seen event {seen}, Redis is at {seq}"
     return ""
 
 
-def _witnessed(roll: Roll, campaign_id: str, epoch: int) -> bool:
+def _witnessed(reports: Reports, campaign_id: str, epoch: int) -> bool:
     """Whether the API processes alone can say that this Redis holds what was told."""
-    reports = roll.reports(campaign_id).values()
-    return not roll.silent and any(told.epoch == epoch and told.seq > 0 for told in reports)
+    told = reports.reports(campaign_id).values()
+    return not reports.silent and any(each.epoch == epoch and each.seq > 0 for each in told)
 
 
 async def _misfit(

@@ -23,7 +23,7 @@ from sale.stock.keys import campaign_keys
 from sale.stock.process_reports import (
     BEAT_S,
     LOOKING,
-    Attendance,
+    CampaignReport,
     Identity,
     Report,
     identity_and_heads,
@@ -31,7 +31,7 @@ from sale.stock.process_reports import (
     report,
     sign_off,
 )
-from sale.stock.unapplied import KeptSale
+from sale.stock.unapplied import AcknowledgedSale
 
 BEAT_TIMEOUT_S: Final = 2.0
 HAND_IN_TIMEOUT_S: Final = 10.0
@@ -46,7 +46,7 @@ SIGN_OFF_TIMEOUT_S: Final = 1.0
 log = structlog.get_logger()
 
 
-class Attending:
+class Witness:
     """Reports for the batchers of this process until it is cancelled."""
 
     def __init__(self, redis: Redis, pool: asyncpg.Pool, batchers: Batchers) -> None:
@@ -146,7 +146,7 @@ class Attending:
             await asyncio.wait(begun.values(), timeout=LOOK_PATIENCE_S)
         # Only of looks that began with this beat: what an earlier one has found is remembered.
         reports = {batcher.campaign_id: _told(batcher, begun) for batcher in batchers}
-        attendance = Attendance(identity.now_ms, str(identity), reports, own_place())
+        attendance = CampaignReport(identity.now_ms, str(identity), reports, own_place())
         async with asyncio.timeout(BEAT_TIMEOUT_S):
             await report(self._redis, self._batchers.process, attendance)
         for look in begun.values():
@@ -173,7 +173,7 @@ class Attending:
             head is not None
             and _incarnation(head) == f"{identity}:{epoch}"
             and not self._known_to_lack(batcher, (str(identity), epoch, kept.total))
-            and (await batcher.attend())
+            and (await batcher.check_acknowledged())
         ):
             mark, lacks = batcher.mark, 0
         else:
@@ -243,7 +243,7 @@ def _error(look: asyncio.Task[Report]) -> BaseException | None:
     return None if look.cancelled() else look.exception()
 
 
-def _claim(sale: KeptSale) -> Claim:
+def _claim(sale: AcknowledgedSale) -> Claim:
     return Claim(
         sale.seq, sale.epoch, sale.at_ms, sale.card_no, sale.key_hash,
         sale.showing, sale.quantity, sale.price_fen,

@@ -56,7 +56,7 @@ end
 -- the marks of a process that answers members: the incarnation (run_id:replid:epoch) in which it
 -- has looked whether all that it acknowledged is there, and the highest number that it has seen
 -- since. A head behind that has lost what somebody was told (INV-8). nil: who has told nobody.
-local function distrust(head, nonce, attended, seen)
+local function check_trusted(head, nonce, attended, seen)
   -- What INFO says is searched for the very ID (40 hex digits): taking it out by a pattern cost
   -- 36,000 of a call's 395,000 instructions: a pattern is tried at every place of the text.
   if head.nonce ~= nonce or not head.run_id or not head.replid
@@ -83,7 +83,7 @@ local function json_ms(moment)
 end
 
 -- What the clock alone has changed since the last call: the events, in order, and the new state.
-local function cross(head, events)
+local function apply_clock(head, events)
   if head.recovering then
     return
   end

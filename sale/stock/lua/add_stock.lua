@@ -14,7 +14,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[5])
+local refusal = check_trusted(head, ARGV[5])
 if refusal then
   return { refusal }
 end
@@ -26,7 +26,7 @@ if done then
   return done
 end
 local events = {}
-cross(head, events)
+apply_clock(head, events)
 if head.recovering or head.state == 'deleted' then
   return { WRONG_STATE, head.seq, head.recovering and 'recovering' or head.state }
 end

@@ -1,7 +1,7 @@
 -- create.lua: makes a campaign, as a draft or scheduled.
 --
 -- Guarantee: a campaign is made once; over a deleted draft the ledger goes on with the next number
--- (INV-5). It sells nothing before `revoked` follows the roster (roster_rev, see sync_cards.lua),
+-- (INV-5). It sells nothing before `revoked` follows the roster (roster_rev, see sync_revoked.lua),
 -- which begins anew here: the deleted draft's set may have stood still since.
 --
 -- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
@@ -23,7 +23,7 @@ if head and head.state ~= 'deleted' then
 end
 local run_id, replid = identity()
 if head then
-  local refusal = distrust(head, ARGV[5])
+  local refusal = check_trusted(head, ARGV[5])
   if refusal then
     return { refusal }
   end

@@ -14,11 +14,11 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[3], ARGV[1], tonumber(ARGV[2]))
+local refusal = check_trusted(head, ARGV[3], ARGV[1], tonumber(ARGV[2]))
 if refusal then
   return { refusal }
 end
-cross(head, {})
+apply_clock(head, {})
 local reply = { OK, head.now, head.seq, head.epoch, head.recovering and 'recovering' or head.state,
   head.opens_at or 0, head.roster_rev or -1 }
 for i = 4, #ARGV do

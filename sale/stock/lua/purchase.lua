@@ -38,7 +38,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[5], ARGV[3], tonumber(ARGV[4]))
+local refusal = check_trusted(head, ARGV[5], ARGV[3], tonumber(ARGV[4]))
 if refusal then
   return { refusal }
 end
@@ -73,7 +73,7 @@ local function left(showing)
 end
 
 local crossed = {}
-cross(head, crossed)
+apply_clock(head, crossed)
 local closed_by
 if head.recovering then closed_by = -7
 elseif head.state == 'scheduled' then closed_by = -4

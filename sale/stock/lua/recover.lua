@@ -4,7 +4,7 @@
 -- hash) and cannot sell: no head, or one that is marked as recovering. The `recovered` event takes
 -- the next number under the next epoch, so Redis refuses every earlier number (INV-5) and no
 -- process's mark of the old epoch is believed to be newer (INV-8). It sells nothing before
--- `revoked` is loaded again (roster_rev, see sync_cards.lua). Calls' numbers stay (INV-4).
+-- `revoked` is loaded again (roster_rev, see sync_revoked.lua). Calls' numbers stay (INV-4).
 --
 -- KEYS   the seven, then the new stream stock cards operations
 -- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash that

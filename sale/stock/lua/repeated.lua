@@ -12,7 +12,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[3])
+local refusal = check_trusted(head, ARGV[3])
 if refusal then
   return { refusal }
 end

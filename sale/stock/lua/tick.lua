@@ -8,12 +8,12 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[1])
+local refusal = check_trusted(head, ARGV[1])
 if refusal then
   return { refusal }
 end
 local events = {}
-cross(head, events)
+apply_clock(head, events)
 if #events > 0 then
   append(head, events)
   advance(head)

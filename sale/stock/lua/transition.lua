@@ -28,7 +28,7 @@ local head = read_head()
 if not head then
   return { MISSING }
 end
-local refusal = distrust(head, ARGV[6])
+local refusal = check_trusted(head, ARGV[6])
 if refusal then
   return { refusal }
 end
@@ -39,7 +39,7 @@ if done then
 end
 
 local action, events = ARGV[1], {}
-cross(head, events)
+apply_clock(head, events)
 if head.recovering or not ALLOWED[action][head.state] then
   return { WRONG_STATE, head.seq, head.recovering and 'recovering' or head.state }
 end

@@ -184,10 +184,10 @@ async def until(done: Callable[[], bool], within_s: float = ANSWER_WITHIN_S) -> 
 
 async def in_turn(work: Sequence[Awaitable[T]], at_once: int) -> list[T]:
     """Gather, so many at a time."""
-    door = asyncio.Semaphore(at_once)
+    admission = asyncio.Semaphore(at_once)
 
     async def one(each: Awaitable[T]) -> T:
-        async with door:
+        async with admission:
             return await each
 
     return await asyncio.gather(*(one(each) for each in work))

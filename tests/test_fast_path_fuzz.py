@@ -1,9 +1,9 @@
-"""Some seconds of ``fuzz_lane``; by hand for as long as wanted: ``python -m tests.fuzz_lane``."""
+"""Some seconds of ``fuzz_fast_path``; ``python -m tests.fuzz_fast_path`` runs longer."""
 
 import asyncio
 
 import pytest
-from fuzz_lane.properties import properties, quiet_logs
+from fuzz_fast_path.properties import properties, quiet_logs
 
 EXAMPLES = {"heads": 600, "shapes_of_heads": 600, "connections": 200, "bounds": 150, "rushes": 150}
 

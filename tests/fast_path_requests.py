@@ -3,8 +3,8 @@
 import gzip
 from collections.abc import Iterator
 
-from lane_heads import Case, heads, one, starts
-from lane_rig import LAST, TIME, WISH, Member
+from fast_path_heads import Case, heads, one, starts
+from fast_path_rig import LAST, TIME, WISH, Member
 
 BODY_MAX = 16 * 1024
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from lane_requests import Case
+from fast_path_requests import Case
 
 Lines = list[bytes]
 Change = Callable[[Lines, random.Random], Lines]

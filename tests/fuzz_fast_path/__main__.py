@@ -13,7 +13,7 @@ EACH = 1_000
 
 def main() -> int:
     """Run until the time is over or something is found."""
-    wish = argparse.ArgumentParser(description="Fuzz the fast lane.")
+    wish = argparse.ArgumentParser(description="Fuzz the fast path.")
     wish.add_argument("--minutes", type=float, default=10.0)
     wish.add_argument("--seed", type=int, default=random.randrange(2**32))
     asked = wish.parse_args()

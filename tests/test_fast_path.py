@@ -1,8 +1,8 @@
-"""The fast lane answers as aiohttp does, and one connection may mix both.
+"""The fast path answers as aiohttp does, and one connection may mix both.
 
-Each request of ``lane_requests`` goes through an API process with the lane and one without, over
-real sockets and on both event loops; what comes back must be the same but for ``MEANT``. Some
-thousands more are made of them by ``test_lane_conformance.py``.
+Each request of ``fast_path_requests`` goes through an API process with the fast path and one
+without, over real sockets and on both event loops; what comes back must be the same but for
+``MEANT``. Some thousands more are made of them by ``test_fast_path_conformance.py``.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from unittest import mock
 
 import structlog
 from aiohttp.log import server_logger
-from lane_client import Answer, Told, in_turn, until
-from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from lane_requests import Case, all_cases
-from lane_rig import TIME, WISH, Side, World, shorter
+from fast_path_client import Answer, Told, in_turn, until
+from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
+from fast_path_requests import Case, all_cases
+from fast_path_rig import TIME, WISH, Side, World, shorter
 
 from sale.api import admin
 from sale.members.purchase import PurchaseDesk
@@ -57,10 +57,10 @@ async def alone(world: World, side: Side) -> dict[str, Told]:
 @BOTH_LOOPS
 def test_given_any_request_then_both_lanes_answer_alike(world: World) -> None:
     async def judge() -> tuple[dict[str, Told], dict[str, Told]]:
-        async with world.both() as (lane, aiohttp):
-            ours, theirs = await alone(world, lane), await alone(world, aiohttp)
+        async with world.both() as (fast_path, aiohttp):
+            ours, theirs = await alone(world, fast_path), await alone(world, aiohttp)
             # All purchases are counted, and told apart by their outcomes.
-            assert lane.engine.metrics.outcomes == aiohttp.engine.metrics.outcomes
+            assert fast_path.engine.metrics.outcomes == aiohttp.engine.metrics.outcomes
             return ours, theirs
 
     with shorter():
@@ -107,7 +107,7 @@ def _check_answer(name: str, answer: Answer) -> None:
 @BOTH_LOOPS
 def test_given_purchases_and_others_on_one_connection_then_each_goes_its_way(world: World) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side, side.wire() as wire:
+        async with world.side(fast_path=True) as side, side.wire() as wire:
             asked = 0
 
             async def ask(raw: bytes) -> Answer:
@@ -246,7 +246,7 @@ def test_exhausted_card_or_address_costs_the_stores_nothing(world: World) -> Non
         token = world.member().token.encode()
         members = b"Authorization: Bearer " + token
         with mock.patch.object(catalogue, "read_campaign", read):
-            async with world.side(fast_lane=True, **limits) as side:
+            async with world.side(fast_path=True, **limits) as side:
                 for who in (b"Accept: */*", b"Authorization: Bearer x", members):
                     side.engine.limits._addresses = _Buckets(Rate(1, 3))
                     read.reset_mock()
@@ -320,13 +320,16 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
             for side in sides:
                 with world.service.stopped("redis"):
                     unavailable = await _asked_in_turn(side, [world.member().buy()])
-                door = side.engine.admission
-                door._look_at, door._room = float("inf"), 0  # a full house, and no look at it
+                admission = side.engine.overload
+                admission._look_at, admission._room = (
+                    float("inf"),
+                    0,
+                )  # a full house, and no look at it
                 overloaded = await _asked_in_turn(
                     side, [world.member().buy(), world.member().buy()]
                 )
-                shed = dict(door.shed)
-                door._look_at = 0.0
+                shed = dict(admission.shed)
+                admission._look_at = 0.0
                 told.append((unavailable, overloaded, shed))
             return told
 
@@ -343,13 +346,16 @@ def test_given_a_purchase_that_stood_past_its_deadline_when_called_then_nothing_
         async with world.both(purchase_deadline_ms=300) as sides:
             told = []
             for side in sides:
-                member, door = world.member(), side.engine.admission
-                door._look_at, door._room = float("inf"), 0  # a full house, and no look at it
-                door._refusals_due = float("inf")  # and no time to refuse
+                member, admission = world.member(), side.engine.overload
+                admission._look_at, admission._room = (
+                    float("inf"),
+                    0,
+                )  # a full house, and no look at it
+                admission._refusals_due = float("inf")  # and no time to refuse
                 asked = asyncio.create_task(_asked_in_turn(side, [member.buy()]))
-                await until(lambda: door.standing == 1, 5)  # noqa: B023 - awaited here
+                await until(lambda: admission.waiters == 1, 5)  # noqa: B023 - awaited here
                 await asyncio.sleep(0.4)
-                door._look_at = 0.0
+                admission._look_at = 0.0
                 answers = await asked
                 told.append((answers, await side.orders_of(member)))
             return told

@@ -1,10 +1,10 @@
-"""Fixtures of the fast lane's tests."""
+"""Fixtures of the fast path's tests."""
 
 import asyncio
 from collections.abc import Iterator
 
 import pytest
-from lane_rig import World, make_campaigns, world_on
+from fast_path_rig import World, make_campaigns, world_on
 from service import Service
 
 BOTH_LOOPS = pytest.mark.parametrize("world", ["uvloop", "asyncio"], indirect=True)

@@ -1,4 +1,4 @@
-"""How a connection of the fast lane lives and ends: bounds, time limits, the end of a process."""
+"""How a connection of the fast path lives and ends: bounds, time limits, the end of a process."""
 
 import asyncio
 import contextlib
@@ -10,19 +10,19 @@ from unittest import mock
 import pytest
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
-from fuzz_lane.properties import Counter
-from fuzz_lane.properties import Wire as FuzzWire
-from fuzz_lane.sent import ORDERS
-from lane_client import Told, Wire, until
-from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from lane_rig import TIME, WISH, Member, Side, World, shorter
+from fast_path_client import Told, Wire, until
+from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
+from fast_path_rig import TIME, WISH, Member, Side, World, shorter
+from fuzz_fast_path.properties import Counter
+from fuzz_fast_path.properties import Wire as FuzzWire
+from fuzz_fast_path.sent import ORDERS
 
 from sale.api import aiohttp_handler, fast_path_head
 from sale.api import fast_path as lane_module
 from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
-from sale.api.fast_path import HELD_FREELY, HELD_MAX, Connection, Lane
+from sale.api.fast_path import HELD_FREELY, HELD_MAX, Connection, FastPath
 from sale.http.overload import QUEUE
-from sale.http.waiting_line import STAND_S, Crowd
+from sale.http.waiting_line import WAIT_S, WaitingLine
 
 READ_MAX = 256 * 1024
 """What an event loop reads at once."""
@@ -42,7 +42,7 @@ async def _stalled(
 ) -> Connection:
     """Send more than is served now; give the connection, when it waits and reads no more of it."""
     wire.transport.write(asked)
-    await until(lambda: any(waits(each) for each in side.lane.connections))
+    await until(lambda: any(waits(each) for each in side.fast_path.connections))
     connection = side.connection
     await until(lambda: connection._reading_paused)
     seen: list[tuple[int, bool]] = []
@@ -67,7 +67,7 @@ def test_given_a_client_that_reads_nothing_then_little_is_held_and_nothing_lost(
     async def judge() -> None:
         member = world.member()
         asked = b"".join(_numbered(member, number, mixed=mixed) for number in range(count))
-        async with world.side(fast_lane=True) as side, side.wire(reads=False) as wire:
+        async with world.side(fast_path=True) as side, side.wire(reads=False) as wire:
             connection = await _stalled(side, wire, asked, lambda each: each._writing_paused)
             assert connection._transport.get_write_buffer_size() < READ_MAX
             wire.transport.resume_reading()
@@ -86,7 +86,7 @@ def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: 
     rest = b"".join(_numbered(member, number) for number in range(1_200))
 
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side, side.wire() as wire:
+        async with world.side(fast_path=True) as side, side.wire() as wire:
             with world.service.stopped("redis"):
                 asked = world.member().buy() + rest
                 await _stalled(side, wire, asked, lambda each: each.purchase is not None)
@@ -103,13 +103,13 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
     bound, whole, half = 100_000, 100, 50
 
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side, contextlib.AsyncExitStack() as stack:
+        async with world.side(fast_path=True) as side, contextlib.AsyncExitStack() as stack:
 
             async def connected() -> tuple[Wire, Connection]:
-                known = set(side.lane.connections)
+                known = set(side.fast_path.connections)
                 wire = await stack.enter_async_context(side.wire())
-                await until(lambda: len(side.lane.connections) > len(known))
-                (connection,) = side.lane.connections - known
+                await until(lambda: len(side.fast_path.connections) > len(known))
+                (connection,) = side.fast_path.connections - known
                 return wire, connection
 
             async def brings(connection: Connection, wire: Wire, *sent: bytes) -> int:
@@ -118,7 +118,9 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
                 if connection._transport.is_reading():
                     await until(lambda: len(connection._held) > before)
                 await asyncio.sleep(0.05)
-                assert side.lane.held == sum(len(each._held) for each in side.lane.connections)
+                assert side.fast_path.held == sum(
+                    len(each._held) for each in side.fast_path.connections
+                )
                 return len(connection._held) - before
 
             fat = [await connected() for _ in range(5)]
@@ -136,7 +138,7 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
                     assert each._reading_paused
                 # Who holds a request or two is read on, and given back what it held when it goes.
                 wire, small = await connected()
-                held = side.lane.held
+                held = side.fast_path.held
                 assert await brings(small, wire, world.member().buy(), TIME)
                 assert await brings(small, wire, TIME) == len(TIME)
                 assert not small._reading_paused
@@ -147,20 +149,22 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
                 for wire, each in bodies:
                     assert await brings(each, wire, late[:9_000])
                     assert each._reading_paused
-                assert side.lane.held <= bound + len(fat) * (len(rests[0]) + HELD_FREELY) + 36_000
-                assert side.lane.unread.keys() == {each for _, each in fat + bodies}
-                assert side.lane.held > held
+                assert (
+                    side.fast_path.held <= bound + len(fat) * (len(rests[0]) + HELD_FREELY) + 36_000
+                )
+                assert side.fast_path.unread.keys() == {each for _, each in fat + bodies}
+                assert side.fast_path.held > held
             for wire, _ in fat:
                 assert (await wire.answers(1 + whole)).statuses == [201] + [400] * whole
             for wire, _ in bodies[1:]:  # the first of them brings nothing
                 wire.transport.write(late[9_000:])
                 assert (await wire.answers(1)).statuses == [409]
             wire, first = bodies[0]
-            await until(lambda: side.lane.held == len(first._held) == 9_000)
+            await until(lambda: side.fast_path.held == len(first._held) == 9_000)
             wire.transport.abort()
-            await until(lambda: first not in side.lane.connections)
-            assert (side.lane.held, side.lane.unread) == (0, {})
-            assert all(each._transport.is_reading() for each in side.lane.connections)
+            await until(lambda: first not in side.fast_path.connections)
+            assert (side.fast_path.held, side.fast_path.unread) == (0, {})
+            assert all(each._transport.is_reading() for each in side.fast_path.connections)
 
     with mock.patch.object(lane_module, "HELD_BY_ALL_MAX", bound):
         world.run(judge())
@@ -173,21 +177,21 @@ async def test_given_room_again_when_who_may_read_on_brings_nothing_then_the_oth
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(HELD_BY_ALL_MAX=30_000):
-        lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
+        fast_path = FastPath(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
         try:
             wires = []
             for size in (15_000, 9_000, 9_000, 9_000):
-                connection = Connection(lane)
+                connection = Connection(fast_path)
                 wires.append(FuzzWire(connection, full=False))
                 connection.connection_made(wires[-1])
                 connection.data_received(asked.ljust(size))
             assert [wire.reading for wire in wires] == [True, True, False, False]
             wires[0].close()
             await until(lambda: all(wire.reading for wire in wires), 1)
-            assert lane.held == 27_000
+            assert fast_path.held == 27_000
         finally:
-            lane.crowd.close()
-            await lane.close()
+            fast_path.waiting_line.close()
+            await fast_path.close()
             await server.shutdown(0)
 
 
@@ -208,16 +212,16 @@ async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_en
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(UNREAD_WITHIN_S=0.05):
-        lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
+        fast_path = FastPath(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
         try:
-            connection = Connection(lane)
+            connection = Connection(fast_path)
             connection.connection_made(_NeverRead(connection, full=False))
             connection.data_received(TIME[:-2] + b"Content-Length: 9\r\n\r\nabc")
             connection.eof_received()
             await until(lambda: connection.lost, 2)
         finally:
-            lane.crowd.close()
-            await lane.close()
+            fast_path.waiting_line.close()
+            await fast_path.close()
             await server.shutdown(0)
 
 
@@ -257,29 +261,29 @@ def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> 
         async def unread(side: Side) -> None:
             async with side.wire(reads=False) as wire:
                 wire.transport.write(PAGE * 100)
-                (connection,) = side.lane.connections
+                (connection,) = side.fast_path.connections
                 await until(lambda: connection._writing_paused)
                 began = loop.time()
-                await until(lambda: connection not in side.lane.connections)
+                await until(lambda: connection not in side.fast_path.connections)
                 assert 0.3 <= loop.time() - began <= 0.4 + spare_s
 
-        async with world.both() as (lane, aiohttp):
-            await unread(lane)
+        async with world.both() as (fast_path, aiohttp):
+            await unread(fast_path)
             end = late.index(b"\r\n\r\n") + 4
             told = await asyncio.gather(
-                lasts(lane, 0.3),
-                lasts(lane, 0.3, purchase[:60]),
-                lasts(lane, 0.3, b"P", drip=purchase[1:]),
-                lasts(lane, 0.3, b"\r", drip=b"\r" * 200),  # aiohttp's, for good
-                lasts(lane, 1.5, purchase),
-                lasts(lane, 1.5, purchase, purchase),
-                lasts(lane, 1.5, TIME),
-                lasts(lane, 1.5, TIME, purchase, TIME),
-                lasts(lane, 0.3, purchase, purchase[:60]),
-                lasts(lane, 0.3, TIME, purchase[:60]),
-                lasts(lane, 0.3, late[: end + 5]),
-                lasts(lane, 0.3, late[: end + 5], drip=late[end + 5 : -300]),
-                lasts(lane, 0.3, purchase, late[: end + 5]),
+                lasts(fast_path, 0.3),
+                lasts(fast_path, 0.3, purchase[:60]),
+                lasts(fast_path, 0.3, b"P", drip=purchase[1:]),
+                lasts(fast_path, 0.3, b"\r", drip=b"\r" * 200),  # aiohttp's, for good
+                lasts(fast_path, 1.5, purchase),
+                lasts(fast_path, 1.5, purchase, purchase),
+                lasts(fast_path, 1.5, TIME),
+                lasts(fast_path, 1.5, TIME, purchase, TIME),
+                lasts(fast_path, 0.3, purchase, purchase[:60]),
+                lasts(fast_path, 0.3, TIME, purchase[:60]),
+                lasts(fast_path, 0.3, late[: end + 5]),
+                lasts(fast_path, 0.3, late[: end + 5], drip=late[end + 5 : -300]),
+                lasts(fast_path, 0.3, purchase, late[: end + 5]),
             )
             assert [len(each.answers) for each in told] == [0, 0, 0, 0, 1, 2, 1, 3, 1, 1, 1, 1, 2]
             async with aiohttp.wire() as wire:  # which closes later: it lingers for the rest
@@ -288,41 +292,41 @@ def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> 
             one, dripped, second, theirs = (each.answers[-1].told for each in told[-4:])
             assert one == dripped == second == theirs
             assert one[2]["field"] == "body"
-            assert not lane.lane.connections
+            assert not fast_path.fast_path.connections
 
     with shorter(**bounds):
         world.run(judge())
 
 
-@pytest.mark.parametrize("fast_lane", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 def test_given_more_connections_than_allowed_then_the_others_are_closed_and_room_is_kept(
-    world: World, fast_lane: bool
+    world: World, fast_path: bool
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=fast_lane, connections_max=3) as side:
+        async with world.side(fast_path=fast_path, connections_max=3) as side:
             wires = []
             for _ in range(5):  # one after the other, so that it is known who is too many
                 wires.append(await side.connect())
-                await until(lambda: side.engine.admission.connections >= min(len(wires), 3))
+                await until(lambda: side.engine.overload.connections >= min(len(wires), 3))
             for wire in wires[3:]:
                 told = await wire.until_closed()
                 assert not told.rest
-                if fast_lane:  # aiohttp's handler alone says nothing
+                if fast_path:  # aiohttp's handler alone says nothing
                     (answer,) = told.answers
                     headers = dict(answer.headers)
                     assert (answer.status.split()[1], headers["Connection"]) == ("503", "close")
                     assert 1 <= int(headers["Retry-After"]) <= 60
                     assert answer.body["code"] == "overloaded"
-            assert side.engine.admission.connections == 3
+            assert side.engine.overload.connections == 3
             for wire in wires[:3]:
                 await wire.send(world.member().buy())
                 assert (await wire.answers(1)).statuses == [201]
             wires[0].transport.abort()
-            await until(lambda: side.engine.admission.connections == 2)
+            await until(lambda: side.engine.overload.connections == 2)
             assert (await side.ask(TIME)).statuses == [200, 200]
             for wire in wires:
                 wire.transport.abort()
-            await until(lambda: side.engine.admission.connections == 0)
+            await until(lambda: side.engine.overload.connections == 0)
 
     world.run(judge())
 
@@ -330,13 +334,13 @@ def test_given_more_connections_than_allowed_then_the_others_are_closed_and_room
 # The end of a process.
 
 
-@pytest.mark.parametrize("fast_lane", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_are_told(
-    world: World, fast_lane: bool
+    world: World, fast_path: bool
 ) -> None:
     async def judge() -> dict[str, Told]:
         loop = asyncio.get_running_loop()
-        async with world.side(fast_lane=fast_lane) as side, contextlib.AsyncExitStack() as stack:
+        async with world.side(fast_path=fast_path) as side, contextlib.AsyncExitStack() as stack:
             names = (
                 "under way",
                 "behind it",
@@ -371,7 +375,7 @@ def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_a
             await side.api.close()
             told = {}
             for name, wire in wires.items():
-                if name != "idle" or fast_lane:  # aiohttp's own are closed by its runner, later
+                if name != "idle" or fast_path:  # aiohttp's own are closed by its runner, later
                     told[name] = await wire.until_closed()
             return told
 
@@ -389,22 +393,22 @@ def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_a
     assert all(not told[name].answers for name in told if name == "idle")
 
 
-@pytest.mark.parametrize("fast_lane", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 def test_given_a_crowd_for_which_there_is_no_time_when_told_to_stop_then_it_stands_no_longer(
-    world: World, fast_lane: bool
+    world: World, fast_path: bool
 ) -> None:
     async def judge() -> tuple[Told, float]:
         loop = asyncio.get_running_loop()
-        async with world.side(fast_lane=fast_lane) as side, side.wire() as wire:
-            admission = side.engine.admission
+        async with world.side(fast_path=fast_path) as side, side.wire() as wire:
+            overload = side.engine.overload
             with mock.patch.multiple(
-                admission,
+                overload,
                 overloaded=lambda *_, **__: QUEUE,
                 has_room=lambda _: False,
                 may_refuse=lambda _: False,
             ):
                 await wire.send(world.member().buy())
-                await until(lambda: admission.standing == 1)
+                await until(lambda: overload.waiters == 1)
                 began = loop.time()
                 draining = loop.create_task(side.api.drain())
                 told = await wire.answers(1)
@@ -414,7 +418,7 @@ def test_given_a_crowd_for_which_there_is_no_time_when_told_to_stop_then_it_stan
 
     told, took_s = world.run(judge())
     assert told.statuses == [503]
-    assert took_s < STAND_S / 2
+    assert took_s < WAIT_S / 2
 
 
 # What it leans on.
@@ -497,9 +501,9 @@ def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_ow
     world: World,
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side, side.wire() as one, side.wire() as other:
+        async with world.side(fast_path=True) as side, side.wire() as one, side.wire() as other:
             with mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0):
-                side.lane.heads._learn_at = 0.0
+                side.fast_path.heads._learn_at = 0.0
                 member, told = world.member(), {one: 0, other: 0}
                 for wire, extra in ((one, b"A: b"), (other, b"C: d")) * 10:
                     await wire.send(member.buy("sold-out", WISH, extra))
@@ -508,7 +512,9 @@ def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_ow
                 await one.send(TIME)
                 await one.answers(11)
             raw = member.buy("sold-out", WISH, b"A: b")
-            mine = [each for each in side.lane.connections if each._shape.read(raw) is not None]
+            mine = [
+                each for each in side.fast_path.connections if each._shape.read(raw) is not None
+            ]
             assert len(mine) == 1
             assert mine[0]._inner is not None
 

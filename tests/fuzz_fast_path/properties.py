@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from sale.api import fast_path as lane_module
 from sale.api import fast_path_head
-from sale.api.fast_path import Connection, Lane
+from sale.api.fast_path import Connection, FastPath
 from sale.api.fast_path_head import UNKNOWN, HeadReader, Shape
 from sale.domain.campaign import Campaign, Showing
 from sale.http import waiting_line as crowd_module
-from sale.http.overload import LATE, QUEUE, TURN, Admission
-from sale.http.waiting_line import Crowd
+from sale.http.overload import LATE, QUEUE, TURN, Overload
+from sale.http.waiting_line import WaitingLine
 from sale.identity import Member
 from sale.members.purchase import PurchaseDesk
 from sale.metrics import PurchaseMetrics
@@ -165,7 +165,7 @@ class Wire(asyncio.Transport):
         return self.reading
 
 
-class Rush(Admission):
+class Rush(Overload):
     """Lets in and refuses by chance; who is refused is written down as None."""
 
     def __init__(self, seen: list[Request | None], seed: int, **bounds: Any) -> None:
@@ -195,12 +195,12 @@ class Counter:
         self.halted = ""
         self._body, self._key = b"", None
         bounds = {"connections_max": 10, "turn_max_s": 0, "waiting_max": 0, "wait_max_s": 0}
-        self.door = Admission(**bounds) if rush is None else Rush(self.seen, rush, **bounds)
+        self.admission = Overload(**bounds) if rush is None else Rush(self.seen, rush, **bounds)
         whoever: Any = self
         self.desk = PurchaseDesk(
-            whoever, whoever, whoever, whoever, PurchaseMetrics(), whoever, whoever, self.door
+            whoever, whoever, whoever, whoever, PurchaseMetrics(), whoever, whoever, self.admission
         )
-        self.admission, self.limits, self.addresses = self.door, self, self
+        self.overload, self.limits, self.addresses = self.admission, self, self
 
     # What the lane's own checks are replaced by: any body and key will do.
 
@@ -273,9 +273,9 @@ async def check_connection(
     wanted, refused = oracle(loop, data)
     counter, ended = Counter(rush), False
     server = web.Server(counter.serve)  # type: ignore[arg-type]
-    crowd = mock.patch.multiple(crowd_module, CALL_S=0.0002, STAND_S=0.001)
+    waiting_line = mock.patch.multiple(crowd_module, CALL_S=0.0002, WAIT_S=0.001)
     with (
-        crowd,
+        waiting_line,
         mock.patch.multiple(
             lane_module,
             decode_body=counter.body,
@@ -288,9 +288,9 @@ async def check_connection(
         ),
         mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0),
     ):
-        lane = Lane(counter, server, Crowd(counter.admission))  # type: ignore[arg-type]
-        lane.heads = HeadReader(learned_after=1)
-        connection = Connection(lane)
+        fast_path = FastPath(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
+        fast_path.heads = HeadReader(learned_after=1)
+        connection = Connection(fast_path)
         wire = Wire(connection, full=full)
         connection.connection_made(wire)
         for number, piece in enumerate(pieces):
@@ -298,21 +298,21 @@ async def check_connection(
                 break
             assert len(connection._held) <= min(held_max, held_by_all_max), "it reads on"
             connection.data_received(piece)
-            assert lane.held == len(connection._held), "what it holds is counted"
+            assert fast_path.held == len(connection._held), "what it holds is counted"
             if number % 3:
                 await asyncio.sleep(0)
         else:
             if ended := ends and await _reads(wire, connection):
                 assert connection.eof_received(), "what is under way is still to be written"
-        await _quiet(counter, wire, lane)
+        await _quiet(counter, wire, fast_path)
         answers = len(ANSWERED.findall(wire.written))
         closed, held = wire.closing, connection._held
         assert closed or not ended, "nothing else would ever close it"
         wire.close()
         await asyncio.sleep(0)
-        assert (lane.held, lane.unread) == (0, {})
-        lane.crowd.close()
-        await lane.close()
+        assert (fast_path.held, fast_path.unread) == (0, {})
+        fast_path.waiting_line.close()
+        await fast_path.close()
         await server.shutdown(0)
         await asyncio.sleep(0)
     assert not troubles, troubles
@@ -324,7 +324,7 @@ async def check_connection(
         # The lane looks at a head when it is whole, or its time is over.
         assert closed or b"\r\n\r\n" not in held, "what cannot be read ends the connection"
     assert served <= answers <= served + refused, wire.written
-    assert counter.door.connections == 0
+    assert counter.admission.connections == 0
 
 
 async def _reads(wire: Wire, connection: Connection) -> bool:
@@ -339,12 +339,14 @@ async def _reads(wire: Wire, connection: Connection) -> bool:
     raise AssertionError("it hangs")
 
 
-async def _quiet(counter: Counter, wire: Wire, lane: Lane) -> None:
+async def _quiet(counter: Counter, wire: Wire, fast_path: FastPath) -> None:
     """Wait until nothing moves any more."""
     still, before = 0, None
     for _ in range(TURNS_MAX):
         now = (len(counter.seen), len(wire.written), wire.closing, wire.paused_writing)
-        still = still + 1 if now == before and not (counter.under_way or lane.crowd) else 0
+        still = (
+            still + 1 if now == before and not (counter.under_way or fast_path.waiting_line) else 0
+        )
         before = now
         if still > QUIET_TURNS:
             return

@@ -20,9 +20,9 @@ from sale.stock.connection import open_redis
 from sale.stock.keys import ROLL
 from sale.stock.scripts import Decision
 from sale.trust import witness
-from sale.trust.heal import Healing
+from sale.trust.heal import AutoRecovery
 from sale.trust.verify import verify_all
-from sale.trust.witness import Attending
+from sale.trust.witness import Witness
 
 MADE = campaign(200, card_limit=3)
 
@@ -36,7 +36,7 @@ class Api:
             behind_max=BEHIND_MAX,
         )  # fmt: skip
         self.batcher = self.batchers.of(MADE)
-        self.attending = Attending(shop.redis, shop.pool, self.batchers)
+        self.witness = Witness(shop.redis, shop.pool, self.batchers)
         self._task: asyncio.Task[None] | None = None
 
     async def buy(self, *numbers: int, key_no: int = 1) -> list[Answer]:
@@ -47,8 +47,8 @@ class Api:
         async with asyncio.timeout(10):
             return [await bid.answer for bid in bids]
 
-    async def attend(self) -> None:
-        self._task = asyncio.create_task(self.attending.run())
+    async def check_acknowledged(self) -> None:
+        self._task = asyncio.create_task(self.witness.run())
 
     async def close(self) -> None:
         if self._task is not None:
@@ -106,7 +106,7 @@ async def test_given_an_old_copy_that_fits_postgres_when_verified_then_it_sells_
 ):
     async with going_back(shop):
         await apis[0].buy(1, 2, 3)
-    await apis[0].attend()
+    await apis[0].check_acknowledged()
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     (why,) = await shop.stock.head("recovering")
     assert "API process a" in why
@@ -122,11 +122,11 @@ async def test_given_all_who_told_are_alive_when_redis_lost_it_then_it_heals_by_
         told = seqs(await a.buy(*range(1, 21)))
         told += seqs(await b.buy(*range(21, 31)))
         told += seqs(await a.buy(31))
-    await a.attend()
-    await b.attend()
+    await a.check_acknowledged()
+    await b.check_acknowledged()
     unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
-    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
-    await healing.recover_unfit(unfit)
+    auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
+    await auto_recovery.recover_unfit(unfit)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     # Each key gives the order it gave before, from either process, and nothing is sold twice.
     again = await b.buy(*range(1, 32))
@@ -135,7 +135,7 @@ async def test_given_all_who_told_are_alive_when_redis_lost_it_then_it_heals_by_
     assert await shop.stock.left() == [200 - 31]
     report = await finish(shop)
     assert report.clean, report
-    await healing.settle()
+    await auto_recovery.settle()
     async with shop.pool.acquire() as connection:
         assert await claims.conflicts(connection, CAMPAIGN) == []
         assert await claims.voided(connection, CAMPAIGN) == []
@@ -148,13 +148,13 @@ async def test_given_who_told_handed_in_and_died_before_the_verification_then_it
     # PostgreSQL's ledger, sold the same numbers again.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2, 3))
-    await apis[0].attend()
+    await apis[0].check_acknowledged()
     async with shop.pool.acquire() as connection:
         await until(lambda: _handed_in(connection, told[-1]))
     await apis[0].close()
     await shop.redis.delete(ROLL)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
-    await Healing(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit([CAMPAIGN])
+    await AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit([CAMPAIGN])
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     again = await apis[1].buy(1, 2, 3)
     assert [answer.value for answer in again] == told
@@ -172,9 +172,9 @@ async def test_given_who_told_is_dead_when_recovered_then_its_numbers_are_voided
     async with going_back(shop):
         lost = seqs(await b.buy(*range(1, 11)))
         kept = seqs(await a.buy(*range(11, 16)))
-    await a.attend()
+    await a.check_acknowledged()
     unfit = await verify_all(shop.redis, shop.scripts, shop.pool)
-    await Healing(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit(unfit)
+    await AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit(unfit)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     told = await shop.recover(dry_run=True)
     assert told.voided[0][0] == lost[0]
@@ -193,19 +193,19 @@ async def test_given_who_told_was_stopped_when_it_wakes_then_its_orders_are_conf
     async with going_back(shop):
         lost = seqs(await a.buy(1, 2))
         seqs(await b.buy(3))
-    await b.attend()
+    await b.check_acknowledged()
     await verify_all(shop.redis, shop.scripts, shop.pool)
     assert (await shop.recover()).voided == [(lost[0], lost[-1])]
     seqs(await b.buy(1))
     assert len(a.batcher.kept) == 2
     # It does not sell for the ledger that lacks what it told, until it has handed that in.
     assert (await a.buy(60))[0].decision is None
-    await a.attend()
+    await a.check_acknowledged()
     await until(lambda: _empty(a))
     await shop.start_writer()
     await shop.applied()
-    healing = Healing(shop.redis, shop.scripts, shop.pool, allowed=True)
-    await healing.settle()
+    auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
+    await auto_recovery.settle()
     async with shop.pool.acquire() as connection:
         conflicts = await claims.conflicts(connection, CAMPAIGN)
     assert sorted(row["seq"] for row in conflicts) == lost
@@ -219,7 +219,7 @@ async def test_given_who_told_was_stopped_when_it_wakes_then_its_orders_are_conf
 
 
 async def test_given_the_writer_works_then_nothing_is_kept_for_long(shop: Shop, apis: list[Api]):
-    await apis[0].attend()
+    await apis[0].check_acknowledged()
     await apis[0].buy(*range(1, 50))
     assert len(apis[0].batcher.kept) == 49
     await shop.start_writer()
@@ -229,8 +229,8 @@ async def test_given_the_writer_works_then_nothing_is_kept_for_long(shop: Shop, 
 async def test_given_postgres_away_when_the_same_files_come_back_then_the_witnesses_suffice(
     shop: Shop, apis: list[Api]
 ):
-    await apis[0].attend()
-    await apis[1].attend()
+    await apis[0].check_acknowledged()
+    await apis[1].check_acknowledged()
     await apis[0].buy(1, 2)
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
     assert await verify_all(shop.redis, shop.scripts, _Away()) == []
@@ -244,7 +244,7 @@ async def test_given_postgres_away_when_nobody_knows_the_redis_then_it_stays_shu
         await apis[0].buy(1, 2)
     with pytest.raises(ConnectionRefusedError):
         await verify_all(shop.redis, shop.scripts, _Away())
-    await apis[0].attend()
+    await apis[0].check_acknowledged()
     assert await verify_all(shop.redis, shop.scripts, _Away()) == [CAMPAIGN]
     assert "a has seen" in (await shop.stock.head("recovering"))[0]
 
@@ -266,7 +266,7 @@ async def test_given_orders_handed_in_by_the_dead_when_verified_then_redis_is_no
     # Given: the process that told the orders handed them in, and then died, as did the roll.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
-    await apis[0].attending.beat()
+    await apis[0].witness.beat()
     await shop.redis.delete(ROLL)
     # When and then: the files fit PostgreSQL, and still they are not believed.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
@@ -281,8 +281,8 @@ async def test_given_numbers_that_the_dead_had_seen_when_verified_then_redis_is_
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apis[0].attending, "_pool", _Away())
-        await apis[0].attending.beat()
+        patch.setattr(apis[0].witness, "_pool", _Away())
+        await apis[0].witness.beat()
     # When and then: its last report counts, also where nobody hears from it any more.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).voided == [(told[0], told[-1])]
@@ -294,7 +294,7 @@ async def test_given_who_told_has_ended_in_order_when_redis_lost_it_then_it_is_f
     # Given: Redis had everything when the process ended, and PostgreSQL had not seen it.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
-        await apis[0].attending.sign_off()
+        await apis[0].witness.sign_off()
     # When and then
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     recovered = await shop.recover()
@@ -306,7 +306,7 @@ async def test_given_who_told_has_ended_in_order_when_nothing_is_lost_then_what_
     shop: Shop, apis: list[Api]
 ):
     await apis[0].buy(1, 2)
-    await apis[0].attending.sign_off()
+    await apis[0].witness.sign_off()
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     assert (await finish(shop)).clean
     async with shop.pool.acquire() as connection:
@@ -320,8 +320,8 @@ async def test_given_redis_away_when_a_process_ends_in_order_then_it_hands_in_al
         told = seqs(await apis[0].buy(1, 2, 3))
         away = open_redis("unix:///nowhere/redis.sock")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(apis[0].attending, "_redis", away)
-            await apis[0].attending.sign_off()
+            patch.setattr(apis[0].witness, "_redis", away)
+            await apis[0].witness.sign_off()
         await away.aclose()
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).filled == 3
@@ -335,8 +335,8 @@ async def test_given_postgres_away_when_a_process_ends_in_order_then_its_last_wo
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apis[0].attending, "_pool", _Away())
-        await apis[0].attending.sign_off()
+        patch.setattr(apis[0].witness, "_pool", _Away())
+        await apis[0].witness.sign_off()
     assert "attendance.kept_back" in capsys.readouterr().out
     # When and then: Redis is not believed though nobody is there to speak.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
@@ -353,9 +353,9 @@ async def test_given_postgres_that_is_silent_when_a_process_ends_then_it_ends_al
     began, ended_pools = time.monotonic(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "hand_in", silence)
-        patch.setattr(apis[0].attending, "_pool", _Ended(shop.pool, ended_pools))
+        patch.setattr(apis[0].witness, "_pool", _Ended(shop.pool, ended_pools))
         patch.setattr(witness, "HAND_IN_ALL_S", 0.2)
-        await apis[0].attending.sign_off()
+        await apis[0].witness.sign_off()
     assert time.monotonic() - began < 3
     assert ended_pools == ["terminated"]
 

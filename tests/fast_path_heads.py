@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from lane_rig import TIME, WISH, Member
+from fast_path_rig import TIME, WISH, Member
 
 from sale.api.head_rules import ONCE
 

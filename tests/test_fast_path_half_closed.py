@@ -1,6 +1,6 @@
 """A client that shuts down its sending side is answered all the same, then its connection closes.
 
-The fast lane and aiohttp alone must do so alike, and as for a client that stays.
+The fast path and aiohttp alone must do so alike, and as for a client that stays.
 """
 
 import asyncio
@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 from aiohttp import web
-from lane_client import Told, Wire, in_turn, until
-from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from lane_rig import TIME, WISH, Side, World, shorter
-from test_attack_lane import no_room
+from fast_path_client import Told, Wire, in_turn, until
+from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
+from fast_path_rig import TIME, WISH, Side, World, shorter
+from test_attack_fast_path import no_room
 
 from sale.api import aiohttp_handler
 from sale.api.aiohttp_handler import LoneHandler
@@ -196,14 +196,14 @@ def test_given_one_who_stands_in_the_crowd_when_it_sends_no_more_then_it_is_refu
     world: World,
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side:
+        async with world.side(fast_path=True) as side:
             with no_room():
                 one, two = world.member(), world.member()
                 wires = [await side.connect() for _ in range(3)]
                 await wires[0].send(one.buy() + TIME + two.buy() + TIME[:9])
                 await wires[1].send(one.buy()[:-1])
                 await wires[2].send(world.member().buy())
-                await until(lambda: len(side.lane.crowd) == 3)
+                await until(lambda: len(side.fast_path.waiting_line) == 3)
                 for wire in wires[:2]:
                     wire.end()
                 told = [await _closed(wire) for wire in wires[:2]]
@@ -211,19 +211,19 @@ def test_given_one_who_stands_in_the_crowd_when_it_sends_no_more_then_it_is_refu
                 assert told[0].answers[0].body["code"] == "overloaded"
                 assert not wires[2].told
             assert (await wires[2].answers(1)).statuses == [201]
-            assert not side.lane.crowd
+            assert not side.fast_path.waiting_line
             assert await side.orders_of(one) == await side.orders_of(two) == 0
             wires[2].transport.abort()
 
     world.run(judge())
 
 
-@pytest.mark.parametrize("fast_lane", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 def test_given_one_of_aiohttps_who_stands_when_it_sends_no_more_then_it_is_not_sold_to(
-    world: World, fast_lane: bool
+    world: World, fast_path: bool
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=fast_lane) as side:
+        async with world.side(fast_path=fast_path) as side:
             leaves, stays = world.member(), world.member()
             with no_room():
                 wires = [await side.connect() for _ in range(2)]
@@ -232,7 +232,7 @@ def test_given_one_of_aiohttps_who_stands_when_it_sends_no_more_then_it_is_not_s
                         member.buy("open", b"e\r\n" + WISH + b"\r\n0\r\n\r\n",
                                    drop=["Content-Length"], Transfer_Encoding=b"chunked")
                     )  # fmt: skip
-                    await until(lambda: side.engine.admission.standing == number + 1)  # noqa: B023
+                    await until(lambda: side.engine.overload.waiters == number + 1)  # noqa: B023
                 wires[0].end()
                 await asyncio.sleep(0.05)
             assert (await _closed(wires[0])).statuses == [503]
@@ -243,13 +243,13 @@ def test_given_one_of_aiohttps_who_stands_when_it_sends_no_more_then_it_is_not_s
     world.run(judge())
 
 
-@pytest.mark.parametrize("fast_lane", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 @pytest.mark.parametrize("ends", [True, False])
 def test_given_one_who_reads_nothing_and_perhaps_sends_no_more_then_its_connection_ends(
-    world: World, fast_lane: bool, ends: bool
+    world: World, fast_path: bool, ends: bool
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=fast_lane) as side:
+        async with world.side(fast_path=fast_path) as side:
             for raw in (PAGE * 16, world.member().buy("sold-out") + PAGE * 15):
                 async with side.wire(reads=False) as wire:
                     wire.transport.write(raw)
@@ -269,22 +269,22 @@ def test_given_a_client_that_leaves_during_its_purchase_then_the_order_stands(
     world: World, resets: bool
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side:
+        async with world.side(fast_path=True) as side:
             members = [world.member() for _ in range(20)]
             wishes = [member.buy(Idempotency_Key=b"one") for member in members]
             wires = [await side.connect() for _ in wishes]
             with world.service.stopped("redis"):
                 for wire, wish in zip(wires, wishes, strict=True):
                     wire.transport.write(wish)
-                await until(lambda: sum(each.busy for each in side.lane.connections) == 20)
+                await until(lambda: sum(each.busy for each in side.fast_path.connections) == 20)
                 for wire in wires:
                     if resets:
                         sock = wire.transport.get_extra_info("socket")
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, *bytes(7)]))
                     wire.transport.abort()
                 if resets:
-                    await until(lambda: not side.lane.connections)
-            await until(lambda: not side.lane.connections)
+                    await until(lambda: not side.fast_path.connections)
+            await until(lambda: not side.fast_path.connections)
             for wish, member in zip(wishes, members, strict=True):
                 told = (await side.ask(wish)).answers[0]
                 assert told.status == "HTTP/1.1 201 Created"

@@ -18,30 +18,30 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sale.api import admit as door_module
-from sale.api.admit import Door
+from sale.api.admit import Admission
 from sale.api.health import add_health_routes
 from sale.api.member import order_handler
 from sale.api.request import ENGINE
 from sale.api.routing import PurchaseResource, guarded
 from sale.domain.problem import Problem, Refused
 from sale.host.metrics_server import _Snapshot
-from sale.http import waiting_line as crowd_module
+from sale.http import waiting_line as line_module
 from sale.http.overload import (
     CALM_S,
     FILES_RESERVE,
     LATE,
     LOOK_AGAIN_S,
+    MUST_WAIT,
     QUEUE,
     REFUSALS_AHEAD_S,
     REFUSALS_PER_S,
     RETRY_MAX_S,
-    STANDS,
     TURN,
     WELCOME,
-    Admission,
+    Overload,
     files_allow,
 )
-from sale.http.waiting_line import Crowd
+from sale.http.waiting_line import WaitingLine
 from sale.members.purchase import PurchaseDesk
 from sale.metrics import LoadMetrics
 
@@ -49,35 +49,35 @@ TURN_S = 0.05
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
-def admission(seed: int = 1, **options: Any) -> Admission:
+def overload(seed: int = 1, **options: Any) -> Overload:
     bounds: dict[str, Any] = {
         "connections_max": 10,
         "turn_max_s": TURN_S,
         "waiting_max": 100,
         "wait_max_s": 1.0,
     }
-    return Admission(**(bounds | options), chance=random.Random(seed))
+    return Overload(**(bounds | options), chance=random.Random(seed))
 
 
 def test_given_the_bound_when_more_connections_come_then_they_are_turned_away() -> None:
     async def judge() -> None:
-        door = admission(connections_max=2)
-        assert [door.take_connection() for _ in range(3)] == [True, True, False]
-        assert (door.connections, door.shed["connections"]) == (2, 1)
-        door.release_connection()
-        assert door.take_connection()
+        admission = overload(connections_max=2)
+        assert [admission.take_connection() for _ in range(3)] == [True, True, False]
+        assert (admission.connections, admission.shed["connections"]) == (2, 1)
+        admission.release_connection()
+        assert admission.take_connection()
 
     asyncio.run(judge())
 
 
 async def test_given_a_long_turn_when_a_request_comes_late_in_it_then_it_is_refused() -> None:
-    door = admission()
-    assert door.overloaded(100.0) == ""
-    assert door.overloaded(100.0 + TURN_S / 2) == ""
-    assert door.overloaded(100.0 + TURN_S * 1.1) == TURN
-    assert door.turn_is_over(100.0 + TURN_S * 1.1) == TURN
+    admission = overload()
+    assert admission.overloaded(100.0) == ""
+    assert admission.overloaded(100.0 + TURN_S / 2) == ""
+    assert admission.overloaded(100.0 + TURN_S * 1.1) == TURN
+    assert admission.turn_is_over(100.0 + TURN_S * 1.1) == TURN
     await asyncio.sleep(0)
-    assert door.overloaded(100.0 + TURN_S * 1.2) == ""
+    assert admission.overloaded(100.0 + TURN_S * 1.2) == ""
 
 
 class _Reader(asyncio.Protocol):
@@ -89,27 +89,27 @@ class _Reader(asyncio.Protocol):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("crowd", [40, 1_500])
+@pytest.mark.parametrize("waiting_line", [40, 1_500])
 def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
-    loop: str, crowd: int
+    loop: str, waiting_line: int
 ) -> None:
     """What the measure rests on: ``call_soon`` comes after all reads of a poll."""
 
     async def judge() -> list[str]:
-        door = admission(waiting_max=0)
+        admission = overload(waiting_max=0)
         told: list[str] = []
         all_read = asyncio.Event()
-        work_s = 2 * TURN_S / crowd
+        work_s = 2 * TURN_S / waiting_line
 
         def read() -> None:
             began = time.monotonic()
-            told.append(door.overloaded(began))
+            told.append(admission.overloaded(began))
             while time.monotonic() < began + work_s:
                 pass
-            if len(told) == crowd:
+            if len(told) == waiting_line:
                 all_read.set()
 
-        pairs = [socket.socketpair() for _ in range(crowd)]
+        pairs = [socket.socketpair() for _ in range(waiting_line)]
         running, transports = asyncio.get_running_loop(), []
         for ours, _ in pairs:
             ours.setblocking(False)
@@ -120,7 +120,7 @@ def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
             theirs.send(b"x")
         await asyncio.wait_for(all_read.wait(), 10)
         await asyncio.sleep(0)
-        assert door.overloaded(time.monotonic()) == ""
+        assert admission.overloaded(time.monotonic()) == ""
         for (_, theirs), made in zip(pairs, transports, strict=True):
             made.abort()
             theirs.close()
@@ -130,20 +130,20 @@ def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         told = runner.run(judge())
     admitted = told.index(TURN)
-    assert 0 < admitted < crowd
+    assert 0 < admitted < waiting_line
     assert set(told[:admitted]) == {""}
     assert set(told[admitted:]) == {TURN}
 
 
 async def test_given_a_full_house_when_more_purchases_come_then_they_are_refused() -> None:
     waiting = (95, 99.9, 0)
-    door = admission(waiting=lambda: waiting)
-    told = [door.overloaded(100.0) for _ in range(8)]
+    admission = overload(waiting=lambda: waiting)
+    told = [admission.overloaded(100.0) for _ in range(8)]
     assert told == [""] * 5 + [QUEUE] * 3
-    assert not door.has_room(100.0)
+    assert not admission.has_room(100.0)
     waiting = (0, 0.0, 0)
-    assert door.has_room(100.0 + LOOK_AGAIN_S)
-    assert door.overloaded(100.0 + LOOK_AGAIN_S) == ""
+    assert admission.has_room(100.0 + LOOK_AGAIN_S)
+    assert admission.overloaded(100.0 + LOOK_AGAIN_S) == ""
 
 
 class _Queue:
@@ -169,11 +169,11 @@ async def test_given_more_than_can_be_served_then_nobody_waits_much_longer_than_
 ) -> None:
     """And the queue never runs dry: who is refused had not been served sooner by being let in."""
     queue = _Queue(per_s)
-    door = admission(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
     waits, shortest, told = [], float("inf"), Counter[str]()
     for step in range(5_000):
         for _ in range(per_s * times // 1_000):
-            reason = door.overloaded(queue.now)
+            reason = admission.overloaded(queue.now)
             told[reason] += 1
             queue.waits += not reason
         waits.append(queue.waits / per_s)
@@ -187,76 +187,76 @@ async def test_given_more_than_can_be_served_then_nobody_waits_much_longer_than_
 
 async def test_given_a_pace_that_falls_then_the_wait_is_bounded_by_the_new_one() -> None:
     queue = _Queue(5_000)
-    door = admission(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
     for step in range(8_000):
         queue.per_s = 5_000 if step < 2_000 else 1_000
         for _ in range(10):
-            queue.waits += not door.overloaded(queue.now)
+            queue.waits += not admission.overloaded(queue.now)
         queue.step(0.001)
     assert 0 < queue.waits / queue.per_s < 1.2
 
 
 async def test_given_a_store_that_stalls_for_a_moment_then_a_few_may_wait_for_it() -> None:
     queue = _Queue(0)
-    door = admission(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
     told = Counter[str]()
     for _ in range(1_000):
-        reason = door.overloaded(queue.now)
+        reason = admission.overloaded(queue.now)
         told[reason] += 1
         queue.waits += not reason
         queue.step(0.001)
     assert told == {"": WELCOME, LATE: 1_000 - WELCOME}
-    assert door.turn_is_over(queue.now) == ""
+    assert admission.turn_is_over(queue.now) == ""
 
 
 async def test_given_a_campaign_that_goes_away_then_the_pace_is_measured_anew() -> None:
     waiting = (2_000, 99.0, 50_000)
-    door = admission(waiting=lambda: waiting, waiting_max=0, turn_max_s=0)
-    door.overloaded(100.0)
+    admission = overload(waiting=lambda: waiting, waiting_max=0, turn_max_s=0)
+    admission.overloaded(100.0)
     waiting = (2_000, 99.0, 10)
-    assert door.overloaded(101.0) == ""
+    assert admission.overloaded(101.0) == ""
 
 
 async def test_given_bounds_of_zero_then_nothing_is_refused() -> None:
-    door = admission(turn_max_s=0, waiting_max=0, wait_max_s=0, waiting=lambda: (10**9, 1.0, 0))
-    assert [door.overloaded(now) for now in (100.0, 200.0, 300.0)] == [""] * 3
+    admission = overload(turn_max_s=0, waiting_max=0, wait_max_s=0, waiting=lambda: (10**9, 1.0, 0))
+    assert [admission.overloaded(now) for now in (100.0, 200.0, 300.0)] == [""] * 3
 
 
 async def test_given_refusals_then_retry_after_is_spread_the_wider_the_longer_it_lasts() -> None:
-    door = admission()
-    first = [door.refuse(TURN, 100.0) for _ in range(500)]
+    admission = overload()
+    first = [admission.refuse(TURN, 100.0) for _ in range(500)]
     assert set(first) == {1, 2, 3, 4, 5}
     assert min(first.count(wait_s) for wait_s in set(first)) > 50
-    later = [door.retry_after(100.0 + step * 0.02) for step in range(1_000)]
+    later = [admission.retry_after(100.0 + step * 0.02) for step in range(1_000)]
     assert max(later) > 10
     for step in range(5_000):
-        assert 1 <= door.retry_after(120.0 + step * 0.02) <= RETRY_MAX_S
-    calm = [door.retry_after(300.0 + CALM_S) for _ in range(100)]
+        assert 1 <= admission.retry_after(120.0 + step * 0.02) <= RETRY_MAX_S
+    calm = [admission.retry_after(300.0 + CALM_S) for _ in range(100)]
     assert max(calm) <= 5
-    assert door.shed[TURN] == 500
-    assert [admission().refuse(TURN, 1.0) for _ in range(3)] == [first[0]] * 3
+    assert admission.shed[TURN] == 500
+    assert [overload().refuse(TURN, 1.0) for _ in range(3)] == [first[0]] * 3
 
 
-def _refused_in(door: Admission, began: float, seconds: float) -> int:
+def _refused_in(admission: Overload, began: float, seconds: float) -> int:
     now, told = began, 0
     while now < began + seconds:
-        while door.may_refuse(now):
-            door.refuse(LATE, now)
+        while admission.may_refuse(now):
+            admission.refuse(LATE, now)
             told += 1
         now += 0.01
     return told
 
 
 async def test_given_more_refusals_than_are_cheap_then_the_next_must_wait() -> None:
-    door, (least, most) = admission(), REFUSALS_PER_S
-    cheap = _refused_in(door, 100.0, 2.0)
+    admission, (least, most) = overload(), REFUSALS_PER_S
+    cheap = _refused_in(admission, 100.0, 2.0)
     assert abs(cheap - (2.0 + REFUSALS_AHEAD_S) * least) <= 0.02 * least
     for _ in range(100):
-        door.breathes(easily=True)
-    assert abs(_refused_in(door, 200.0, 1.0) - (1.0 + REFUSALS_AHEAD_S) * most) <= 0.02 * most
+        admission.breathes(easily=True)
+    assert abs(_refused_in(admission, 200.0, 1.0) - (1.0 + REFUSALS_AHEAD_S) * most) <= 0.02 * most
     for _ in range(100):
-        door.breathes(easily=False)
-    assert door.refusals_per_s == least
+        admission.breathes(easily=False)
+    assert admission.refusals_per_s == least
 
 
 class _Standing:
@@ -271,81 +271,81 @@ class _Standing:
 
 async def test_given_a_crowd_then_it_is_called_in_order_while_there_is_room_or_time() -> None:
     waiting = (0, 0.0, 0)
-    door = admission(waiting=lambda: waiting, waiting_max=10)
-    crowd, seen = Crowd(door), []
+    admission = overload(waiting=lambda: waiting, waiting_max=10)
+    waiting_line, seen = WaitingLine(admission), []
 
     def look(number: int) -> None:
         now = time.monotonic()
-        reason = door.overloaded(now)
+        reason = admission.overloaded(now)
         seen.append((number, reason))
         if reason:
-            door.refuse(reason, now)
+            admission.refuse(reason, now)
 
     waiting = (10, time.monotonic(), 0)
     for number in range(3_000):
-        crowd.join(_Standing(lambda number=number: look(number)), time.monotonic())
+        waiting_line.join(_Standing(lambda number=number: look(number)), time.monotonic())
     assert not seen
     await asyncio.sleep(0.05)
-    told, asked = len(seen), len(crowd)
+    told, asked = len(seen), len(waiting_line)
     assert 0 < told < 3_000
     assert told + asked == 3_000
     assert {reason for _, reason in seen} == {QUEUE}
     waiting = (0, 0.0, 0)
-    door._look_at = 0.0
+    admission._look_at = 0.0
     await asyncio.sleep(0.05)
     assert "" in {reason for _, reason in seen[told:]}
     assert [number for number, _ in seen] == list(range(len(seen)))
-    crowd.close()
+    waiting_line.close()
 
 
 async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_is_called(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(crowd_module, "STAND_S", 0.05)
+    monkeypatch.setattr(line_module, "WAIT_S", 0.05)
     waiting = (10, time.monotonic(), 0)
-    door = admission(waiting=lambda: waiting, waiting_max=10)
-    door._refusals_due = time.monotonic() + 60
-    crowd, called = Crowd(door), asyncio.Event()
+    admission = overload(waiting=lambda: waiting, waiting_max=10)
+    admission._refusals_due = time.monotonic() + 60
+    waiting_line, called = WaitingLine(admission), asyncio.Event()
     began = time.monotonic()
-    crowd.join(_Standing(called.set), began)
+    waiting_line.join(_Standing(called.set), began)
     await asyncio.wait_for(called.wait(), 5)
     assert time.monotonic() - began >= 0.05
-    assert not len(crowd)
-    crowd.close()
+    assert not len(waiting_line)
+    waiting_line.close()
 
 
 async def test_given_a_fault_of_one_who_is_called_then_the_others_are_called_all_the_same() -> None:
-    crowd, called, told = Crowd(admission()), asyncio.Event(), []
+    waiting_line, called, told = WaitingLine(overload()), asyncio.Event(), []
 
     def broken() -> None:
         raise RuntimeError("a fault of ours")
 
     asyncio.get_running_loop().set_exception_handler(lambda _, what: told.append(what))
     for then in (broken, called.set):
-        crowd.join(_Standing(then), time.monotonic())
+        waiting_line.join(_Standing(then), time.monotonic())
     await asyncio.wait_for(called.wait(), 5)
     assert len(told) == 1
-    assert crowd._calling is None
-    crowd.close()
+    assert waiting_line._calling is None
+    waiting_line.close()
 
 
 class _Desk:
     """One at which everybody who is let in hears that there is nothing left."""
 
-    def __init__(self, door: Admission) -> None:
-        self._admission = door
+    def __init__(self, admission: Overload) -> None:
+        self._overload = admission
         self.asked: list[str] = []
-        self.stood_s: list[float] = []
+        self.waited_s: list[float] = []
         self.called = 0
 
-    def turned_away(self, now: float, *, called: bool = False) -> int:
+    def admit(self, now: float, *, called: bool = False) -> int:
         self.called += called
         desk: Any = self
-        return PurchaseDesk.turned_away(desk, now, called=called)
+        return PurchaseDesk.admit(desk, now, called=called)
 
-    async def purchase(self, *asked: Any, stood_s: float) -> Refused:
+    async def purchase(self, *asked: Any, waited_s: float) -> Refused:
         self.asked.append(asked[3])
-        self.stood_s.append(stood_s)
+        self.waited_s.append(waited_s)
         return Refused(Problem.SOLD_OUT, remaining=0)
 
     def count_refused(self, *_: Any) -> None: ...
@@ -356,14 +356,14 @@ class _Beyond:
     """Purchases that aiohttp serves, while there is neither room nor time to refuse."""
 
     client: TestClient[Any, Any]
-    door: Admission
+    admission: Overload
     desk: Any
-    crowd: Crowd
+    waiting_line: WaitingLine
     waiting: tuple[int, float, int]
 
     def make_room(self, *, room: bool = True) -> None:
         waits = 0 if room else 10
-        self.waiting, self.door._look_at = (waits, time.monotonic() * waits, 0), 0.0
+        self.waiting, self.admission._look_at = (waits, time.monotonic() * waits, 0), 0.0
 
     async def buy(self, key: str) -> tuple[int, str, str]:
         """Status, Retry-After, and what is said of the connection."""
@@ -377,10 +377,10 @@ class _Beyond:
     async def standing(self, *keys: str) -> list["asyncio.Task[tuple[int, str, str]]"]:
         """Purchases that stand, in this order."""
         tasks = []
-        for number, key in enumerate(keys, start=len(self.crowd) + 1):
+        for number, key in enumerate(keys, start=len(self.waiting_line) + 1):
             tasks.append(asyncio.create_task(self.buy(key)))
             async with asyncio.timeout(5):
-                while len(self.crowd) < number:  # noqa: ASYNC110 - it has no event of its own
+                while len(self.waiting_line) < number:  # noqa: ASYNC110 - it has no event of its own
                     await asyncio.sleep(0.001)
         return tasks
 
@@ -394,17 +394,19 @@ class _Server(TestServer):
 
 @pytest.fixture
 async def beyond() -> AsyncIterator[_Beyond]:
-    door = admission(waiting=lambda: made.waiting, waiting_max=10)
-    door._refusals_due = time.monotonic() + 60
-    crowd, app = Crowd(door), web.Application()
-    desk: Any = _Desk(door)
-    engine: Any = SimpleNamespace(admission=door)
+    admission = overload(waiting=lambda: made.waiting, waiting_max=10)
+    admission._refusals_due = time.monotonic() + 60
+    waiting_line, app = WaitingLine(admission), web.Application()
+    desk: Any = _Desk(admission)
+    engine: Any = SimpleNamespace(overload=admission)
     app[ENGINE] = engine
-    app.router.register_resource(PurchaseResource(order_handler(desk, Door(desk, crowd))))
+    app.router.register_resource(
+        PurchaseResource(order_handler(desk, Admission(desk, waiting_line)))
+    )
     async with TestClient(_Server(app)) as client:
-        made = _Beyond(client, door, desk, crowd, (10, time.monotonic(), 0))
+        made = _Beyond(client, admission, desk, waiting_line, (10, time.monotonic(), 0))
         yield made
-        crowd.close()
+        waiting_line.close()
 
 
 async def test_given_no_room_and_no_time_to_refuse_when_aiohttp_serves_then_purchases_stand(
@@ -412,40 +414,42 @@ async def test_given_no_room_and_no_time_to_refuse_when_aiohttp_serves_then_purc
 ) -> None:
     tasks = await beyond.standing("a", "b", "c")
     await asyncio.sleep(0.05)
-    assert beyond.door.standing == 3
+    assert beyond.admission.waiters == 3
     assert not any(task.done() for task in tasks)
     beyond.make_room()
     assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 3
     assert beyond.desk.asked == ["a", "b", "c"]
-    assert min(beyond.desk.stood_s) >= 0.05
+    assert min(beyond.desk.waited_s) >= 0.05
     assert (await beyond.buy("d"))[0] == 409
-    assert beyond.desk.stood_s[3] == 0
-    assert not beyond.door.shed.total()
+    assert beyond.desk.waited_s[3] == 0
+    assert not beyond.admission.shed.total()
 
 
 async def test_given_a_crowd_when_aiohttp_serves_then_nobody_overtakes_it(beyond: _Beyond) -> None:
     seen: list[list[str]] = []
-    beyond.crowd.join(_Standing(lambda: seen.append(list(beyond.desk.asked))), time.monotonic())
+    beyond.waiting_line.join(
+        _Standing(lambda: seen.append(list(beyond.desk.asked))), time.monotonic()
+    )
     (task,) = await beyond.standing("a")
     beyond.make_room()
-    door = Door(beyond.desk, beyond.crowd)
-    assert door.turned_away(time.monotonic()) == STANDS
+    admission = Admission(beyond.desk, beyond.waiting_line)
+    assert admission.admit(time.monotonic()) == MUST_WAIT
     assert (await task)[0] == 409
     assert (seen, beyond.desk.asked) == ([[]], ["a"])
-    assert door.turned_away(time.monotonic()) == 0
+    assert admission.admit(time.monotonic()) == 0
 
 
 async def test_given_purchases_of_aiohttps_that_stood_too_long_then_they_are_refused(
     beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crowd_module, "STAND_S", 0.05)
+    monkeypatch.setattr(line_module, "WAIT_S", 0.05)
     began = time.monotonic()
     for task in await beyond.standing("a", "b"):
         status, wait_s, said = await task
         assert (status, said) == (503, "")
         assert 1 <= int(wait_s) <= RETRY_MAX_S
     assert time.monotonic() - began >= 0.05
-    assert beyond.door.shed[QUEUE] == 2
+    assert beyond.admission.shed[QUEUE] == 2
     assert beyond.desk.asked == []
 
 
@@ -453,7 +457,7 @@ async def test_given_a_process_that_is_to_stop_then_those_of_aiohttps_stand_no_l
     beyond: _Beyond,
 ) -> None:
     tasks = await beyond.standing("a", "b")
-    beyond.crowd.emptying = True
+    beyond.waiting_line.emptying = True
     async with asyncio.timeout(2):
         assert [told[0] for told in await asyncio.gather(*tasks)] == [503] * 2
 
@@ -466,7 +470,7 @@ async def test_given_too_many_of_aiohttps_that_stand_then_the_next_is_told_and_c
     status, wait_s, said = await beyond.buy("c")
     assert (status, said) == (503, "close")
     assert int(wait_s) >= 1
-    assert beyond.door.shed.total() == 1
+    assert beyond.admission.shed.total() == 1
     beyond.make_room()
     assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 2
     beyond.make_room(room=False)
@@ -501,23 +505,23 @@ def test_given_the_limit_of_open_files_then_connections_stay_below_it() -> None:
 
 
 @pytest.fixture
-async def overrun() -> tuple[web.Application, Admission]:
+async def overrun() -> tuple[web.Application, Overload]:
     """An application whose turn is over at each look."""
-    door = admission()
-    door._in_turn, door._turn_ends = True, 0.0
+    admission = overload()
+    admission._in_turn, admission._turn_ends = True, 0.0
     app = web.Application()
     stores = SimpleNamespace(redis=None, pool=None, settings=None)
     engine: Any = SimpleNamespace(
-        admission=door, batchers=SimpleNamespace(halted="stopping"), stores=stores
+        overload=admission, batchers=SimpleNamespace(halted="stopping"), stores=stores
     )
     app[ENGINE] = engine
-    return app, door
+    return app, admission
 
 
 async def test_given_overload_when_asked_then_routes_say_so_and_health_answers(
-    overrun: tuple[web.Application, Admission],
+    overrun: tuple[web.Application, Overload],
 ) -> None:
-    app, door = overrun
+    app, admission = overrun
 
     async def handler(_: web.Request) -> web.Response:
         return web.Response(text="served")
@@ -534,16 +538,18 @@ async def test_given_overload_when_asked_then_routes_say_so_and_health_answers(
         async with client.get("/healthz") as told:
             assert told.status == 200
     assert len(waits) > 2
-    assert door.shed[TURN] == 40
+    assert admission.shed[TURN] == 40
 
 
 async def test_given_what_a_process_is_under_when_scraped_then_it_is_told_and_adds_up() -> None:
-    door = admission()
-    door.take_connection()
-    door.refuse(TURN, 1.0)
+    admission = overload()
+    admission.take_connection()
+    admission.refuse(TURN, 1.0)
     registry = CollectorRegistry()
     registry.register(
-        LoadMetrics(lambda: door.connections, lambda: {"films": 7}, door.shed, {"card": 3})
+        LoadMetrics(
+            lambda: admission.connections, lambda: {"films": 7}, admission.shed, {"card": 3}
+        )
     )
     text = generate_latest(registry).decode()
     assert "sale_connections 1.0" in text

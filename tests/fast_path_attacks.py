@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from lane_rig import WISH, Member
+from fast_path_rig import WISH, Member
 
 
 class Attack(NamedTuple):

@@ -1,4 +1,4 @@
-"""Two API processes in one, with the fast lane and without, and whose requests they get."""
+"""Two API processes in one, with the fast path and without, and whose requests they get."""
 
 import asyncio
 import contextlib
@@ -14,14 +14,14 @@ from unittest import mock
 
 import uvloop
 from aiohttp.log import server_logger
-from lane_client import Told, Wire
+from fast_path_client import Told, Wire
 from service import Client, Service, free_port, in_s, showings
 
 from sale.api import fast_path as lane_module
 from sale.api import request
 from sale.api.aiohttp_handler import LoneHandler
 from sale.api.app import Api, listening
-from sale.api.fast_path import Connection, Lane
+from sale.api.fast_path import Connection, FastPath
 from sale.bootstrap import Engine, open_engine
 from sale.config import Settings
 from sale.identity import issue_member_token
@@ -66,14 +66,14 @@ class Side:
     api: Api
 
     @property
-    def lane(self) -> Lane:
-        assert self.api._lane is not None
-        return self.api._lane
+    def fast_path(self) -> FastPath:
+        assert self.api._fast_path is not None
+        return self.api._fast_path
 
     @property
     def connection(self) -> Connection:
         """The one connection that there is."""
-        (connection,) = self.lane.connections
+        (connection,) = self.fast_path.connections
         return connection
 
     async def connect(self, *, reads: bool = True) -> Wire:
@@ -157,7 +157,7 @@ class World:
         return Member(self, *self.card())
 
     @contextlib.asynccontextmanager
-    async def side(self, *, fast_lane: bool, **changes: Any) -> AsyncIterator[Side]:
+    async def side(self, *, fast_path: bool, **changes: Any) -> AsyncIterator[Side]:
         """Open an engine; limits and overload are off where ``changes`` do not set them."""
         port = free_port()
         unbounded = dict.fromkeys(UNBOUNDED, 0)
@@ -167,7 +167,7 @@ class World:
                 "database_url": self.service.database_url,
                 "data_dir": self.service.data_dir,
                 "listen": f"127.0.0.1:{port}",
-                "fast_lane": fast_lane,
+                "fast_path": fast_path,
                 **unbounded,
                 **changes,
             }
@@ -175,10 +175,10 @@ class World:
         async with contextlib.AsyncExitStack() as stack:
             engine = await stack.enter_async_context(open_engine(settings))
             api = await stack.enter_async_context(listening(engine))
-            stack.enter_context(_accepted_noted(Connection if fast_lane else LoneHandler))
+            stack.enter_context(_accepted_noted(Connection if fast_path else LoneHandler))
             # A kernel holds megabytes else, and the process never sees that its client stopped.
             api._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_HOLDS)
-            side = Side("lane" if fast_lane else "aiohttp", port, engine, api)
+            side = Side("lane" if fast_path else "aiohttp", port, engine, api)
             for campaign in self.campaigns:  # from now on it knows them
                 await side.ask(self.member().buy(campaign))
             yield side
@@ -186,10 +186,10 @@ class World:
     @contextlib.asynccontextmanager
     async def both(self, **changes: Any) -> AsyncIterator[tuple[Side, Side]]:
         async with (
-            self.side(fast_lane=True, **changes) as lane,
-            self.side(fast_lane=False, **changes) as aiohttp,
+            self.side(fast_path=True, **changes) as fast_path,
+            self.side(fast_path=False, **changes) as aiohttp,
         ):
-            yield lane, aiohttp
+            yield fast_path, aiohttp
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
--- sync_cards.lua: lets a campaign's set of revoked cards follow the roster.
+-- sync_revoked.lua: lets a campaign's set of revoked cards follow the roster.
 --
 -- Guarantee: INV-9. The set holds exactly the cards that were not active at roster_rev: a step is
 -- taken only from the revision it was computed from, and a campaign whose first load is not

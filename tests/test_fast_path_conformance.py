@@ -1,7 +1,8 @@
-"""The same few thousand requests through both lanes, compared by status, headers and body.
+"""The same few thousand requests through both paths, compared by status, headers and body.
 
-Those of ``lane_requests`` and ``lane_attacks``, and made of them by chance: other header lines, cut
-anywhere, with an end behind them, in pipelines. ``SALE_TEST_SEED`` repeats what chance chose.
+Those of ``fast_path_requests`` and ``fast_path_attacks``, and variants made of them by chance:
+other header lines, cut anywhere, with an end behind them, in pipelines. ``SALE_TEST_SEED`` repeats
+what chance chose.
 """
 
 import random
@@ -12,13 +13,13 @@ from unittest import mock
 
 import pytest
 from aiohttp import web
-from lane_attacks import Attack, attacks
-from lane_client import UNREADABLE, Told, in_turn
-from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from lane_requests import Case, one
-from lane_rig import LAST, TIME, WISH, Side, World, shorter
-from lane_variants import CHANGES, changed, cut, in_steps
-from test_lane import AT_ONCE, MEANT, alone, cases_for
+from fast_path_attacks import Attack, attacks
+from fast_path_client import UNREADABLE, Told, in_turn
+from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
+from fast_path_requests import Case, one
+from fast_path_rig import LAST, TIME, WISH, Side, World, shorter
+from fast_path_variants import CHANGES, changed, cut, in_steps
+from test_fast_path import AT_ONCE, MEANT, alone, cases_for
 
 Cut = Callable[[bytes, random.Random], list[bytes]]
 
@@ -109,10 +110,10 @@ def test_given_each_request_otherwise_then_both_lanes_answer_alike(
         return dict(zip(work, await in_turn([*work.values()], at_once), strict=True))
 
     async def judge() -> None:
-        async with world.both() as (lane, aiohttp):
-            ours, theirs = await all_told(lane), await all_told(aiohttp)
+        async with world.both() as (fast_path, aiohttp):
+            ours, theirs = await all_told(fast_path), await all_told(aiohttp)
             assert unlike(ours, theirs) == {}
-            assert lane.engine.metrics.outcomes == aiohttp.engine.metrics.outcomes
+            assert fast_path.engine.metrics.outcomes == aiohttp.engine.metrics.outcomes
             counted(len(ours), f"requests, {how}")
 
     with shorter(), lingering_shortly():
@@ -253,10 +254,10 @@ def test_given_pipelines_cut_anywhere_then_both_lanes_answer_each_request_as_if_
         return [(cases, told) for (cases, _), told in zip(chosen, answers, strict=True)]
 
     async def judge() -> None:
-        async with world.both() as (lane, aiohttp):
-            expected = await alone(world, lane)
+        async with world.both() as (fast_path, aiohttp):
+            expected = await alone(world, fast_path)
             closing = {name for name, told in expected.items() if told.closed}
-            ours, theirs = [await all_pipelines(side, closing) for side in (lane, aiohttp)]
+            ours, theirs = [await all_pipelines(side, closing) for side in (fast_path, aiohttp)]
         for (cases, mine), (same, other) in zip(ours, theirs, strict=True):
             names = [case.name for case in cases]
             assert names == [case.name for case in same]

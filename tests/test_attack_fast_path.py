@@ -1,4 +1,4 @@
-"""What an attack on the fast lane, the crowd, the batcher and rehearsals found."""
+"""What an attack on the fast path, the crowd, the batcher and rehearsals found."""
 
 import asyncio
 import json
@@ -7,18 +7,18 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
-from lane_client import until
-from lane_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from lane_rig import Side, World
+from fast_path_client import until
+from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
+from fast_path_rig import Side, World
 from redis.asyncio import Redis
 from shop import CAMPAIGN, ME
 from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, card, key
 from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
 
 from sale.db import ledger
-from sale.domain.campaign import CampaignState
+from sale.domain.campaign import State
 from sale.domain.problem import Refused
-from sale.http.overload import LATE, Admission
+from sale.http.overload import LATE, Overload
 from sale.metrics import PurchaseMetrics
 from sale.operators import campaigns as campaigns_module
 from sale.operators import rehearsal
@@ -28,7 +28,7 @@ from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
 from sale.stock.keys import campaign_keys
-from sale.stock.script_connection import Line, pack
+from sale.stock.script_connection import ScriptConnection, pack
 from sale.stock.scripts import Decision, Scripts
 
 DEADLINE_S = 0.5
@@ -40,7 +40,7 @@ def no_room() -> Iterator[None]:
     with ExitStack() as stack:
         for name, says in (("overloaded", LATE), ("has_room", False), ("may_refuse", False)):
             answer = mock.Mock(return_value=says)
-            stack.enter_context(mock.patch.object(Admission, name, answer))
+            stack.enter_context(mock.patch.object(Overload, name, answer))
         yield
 
 
@@ -48,16 +48,16 @@ def test_given_the_last_who_stands_when_it_leaves_then_nobody_is_refused_for_it(
     world: World,
 ) -> None:
     async def judge() -> None:
-        async with world.side(fast_lane=True) as side:
+        async with world.side(fast_path=True) as side:
             with no_room():
                 async with side.wire() as wire:
                     await wire.send(world.member().buy())
-                    await until(lambda: len(side.lane.crowd) == 1)
-                await until(lambda: not side.lane.connections)
-            await until(lambda: not side.lane.crowd)
+                    await until(lambda: len(side.fast_path.waiting_line) == 1)
+                await until(lambda: not side.fast_path.connections)
+            await until(lambda: not side.fast_path.waiting_line)
             by_aiohttp = world.member().buy("open", b'{"quantity":1}', b"Connection: close")
             assert (await side.ask(by_aiohttp)).statuses == [201]
-            assert side.engine.admission.standing == 0
+            assert side.engine.overload.waiters == 0
 
     world.run(judge())
 
@@ -83,8 +83,8 @@ def test_given_a_long_body_that_was_answered_early_then_the_connection_is_kept_a
             return (await wire.answers(2)).statuses
 
     async def judge() -> None:
-        async with world.both() as (lane, aiohttp):
-            assert await again(lane) == await again(aiohttp) == [413, 409]
+        async with world.both() as (fast_path, aiohttp):
+            assert await again(fast_path) == await again(aiohttp) == [413, 409]
 
     world.run(judge())
 
@@ -96,7 +96,7 @@ def test_given_a_card_that_asks_for_campaigns_that_are_not_then_its_limit_spares
         member = world.member()
         asked = mock.AsyncMock(side_effect=ledger.state)
         with mock.patch.object(ledger, "state", asked):
-            async with world.side(fast_lane=True, card_per_s=1, card_burst=5) as side:
+            async with world.side(fast_path=True, card_per_s=1, card_burst=5) as side:
                 whole = b"".join(member.buy(f"none-{number}") for number in range(20))
                 async with side.wire() as wire:
                     await wire.send(whole)
@@ -113,7 +113,7 @@ async def test_given_a_redis_user_without_a_password_then_the_line_is_that_user_
 ) -> None:
     await redis.execute_command("ACL", "SETUSER", "shop", "on", "nopass", "~*", "+@all")
     client = open_redis(redis_url.replace("unix://", "unix://shop@"))
-    line = Line.to(client)
+    line = ScriptConnection.to(client)
     assert line is not None
     try:
         assert await line.call(pack("ACL", "WHOAMI")) == b"shop"
@@ -168,13 +168,13 @@ async def test_given_a_slow_look_at_an_incarnation_when_the_deadline_passes_then
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock, batchers, batcher = await _batcher(redis)
-    look = batcher._attend
+    look = batcher._check_acknowledged
 
     async def slow() -> bool:
         await asyncio.sleep(0.12)
         return await look()
 
-    monkeypatch.setattr(batcher, "_attend", slow)
+    monkeypatch.setattr(batcher, "_check_acknowledged", slow)
     late = _asked(1, DEADLINE_S - 0.06)
     assert batcher.submit(late)
     assert (await late.answer).decision is None
@@ -236,4 +236,4 @@ async def test_given_a_real_campaign_that_redis_calls_a_rehearsal_when_purged_th
         await play.purge(CAMPAIGN)
     now = await read_campaign(shop.redis, CAMPAIGN)
     assert now is not None
-    assert now.state is CampaignState.OPEN
+    assert now.state is State.OPEN

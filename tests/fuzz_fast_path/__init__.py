@@ -1,0 +1,10 @@
+"""Fuzzes the fast path: heads against aiohttp's own parser, whole connections against what it sees.
+
+``python -m tests.fuzz_fast_path --minutes 10 [--seed N]`` runs for as long as asked, prints how
+many examples it tried, and ends with the smallest failing example where there is one.
+``tests/test_fast_path_fuzz.py`` runs the same properties for some seconds.
+
+The oracle is aiohttp's parser, fed one byte at a time: what it takes for a request, the lane must
+take for the same request, whoever answers it and however the bytes were split; and where it refuses
+to go on, nothing more may be answered but the refusal.
+"""

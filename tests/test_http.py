@@ -28,7 +28,7 @@ from service import (
     until,
 )
 
-from sale.api import pages, request
+from sale.api import pages
 from sale.api.problems import WORDINGS
 from sale.api.routing import guarded
 from sale.domain.problem import Problem
@@ -1006,10 +1006,10 @@ async def _has_one(client: Client, campaign: str) -> bool:
 async def test_given_a_body_that_does_not_arrive_then_it_is_400_and_the_connection_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(request, "BODY_WITHIN_S", 0.1)
+    monkeypatch.setattr(reading, "BODY_WITHIN_S", 0.1)
 
     async def read(request: web.Request) -> web.Response:
-        return request.json_response(await request.read_body(request, decoder))
+        return reading.json_response(await reading.read_body(request, decoder))
 
     decoder = msgspec.json.Decoder(dict[str, int])
     app = web.Application()

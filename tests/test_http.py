@@ -29,6 +29,7 @@ from service import (
 )
 
 from sale.api import pages
+from sale.api import request as reading
 from sale.api.problems import WORDINGS
 from sale.api.routing import guarded
 from sale.domain.problem import Problem

@@ -565,12 +565,15 @@ def test_given_an_address_for_metrics_then_migrate_takes_it_like_the_other_parts
     assert "nothing is served" in " ".join(command("migrate", "--help").out.split())
 
 
-def test_given_an_address_in_use_then_each_part_says_so_in_one_line(service: Service) -> None:
+def test_given_an_address_in_use_then_each_part_says_so_in_one_line(
+    service: Service, tmp_path: Path
+) -> None:
+    unused = str(tmp_path / "data")  # a directory in use is told before the address
     with socket.create_server(("127.0.0.1", 0)) as other:
         busy, free = f"127.0.0.1:{other.getsockname()[1]}", "127.0.0.1:0"
         for words in (
-            ["up", "--listen", busy, "--metrics-listen", free],
-            ["up", "--listen", free, "--metrics-listen", busy],
+            ["up", "--data-dir", unused, "--listen", busy, "--metrics-listen", free],
+            ["up", "--data-dir", unused, "--listen", free, "--metrics-listen", busy],
             ["serve", "--listen", busy, "--metrics-listen", free],
             ["serve", "--listen", free, "--metrics-listen", busy],
             ["writer", "--metrics-listen", busy],

@@ -28,7 +28,7 @@ from sale.host.embedded.servers import launch_command
 HOLD = """
 import asyncio, sys
 from pathlib import Path
-from sale import embedded
+from sale.host import embedded
 
 async def main():
     async with embedded.running(Path(sys.argv[1]), redis=True, postgres=True) as servers:

@@ -1,4 +1,4 @@
-"""``python -m loadtest COMMAND``: the load-test kit's programs under one name."""
+"""``python -m loadtest COMMAND``: the load tests' programs under one name."""
 
 import sys
 from importlib import import_module
@@ -6,19 +6,19 @@ from typing import Final
 
 from sale.cli.terminal import take_any_character
 
-# Each is a package beside this file.
 COMMANDS: Final = {
-    "rush": "an open loop against a running engine, with proof",
-    "report": "a run's record as one HTML file, or two side by side",
-    "bench": "the engine as a share of what its HTTP stack can do",
-    "overload": "what is sold while more is asked than can be done",
-    "demo": "a whole engine and a whole release, from nothing",
+    "rush": ("rush.__main__", "an open loop against a running engine, with proof"),
+    "report": ("report.__main__", "a run's record as one HTML file, or two side by side"),
+    "bench": ("bench.__main__", "the engine as a share of what its HTTP stack can do"),
+    "overload": ("bench.overload", "what is sold while more is asked than can be done"),
+    "demo": ("demo", "a whole engine and a whole release, from nothing"),
 }
+"""Module of each command, and what it is for. The wheel has no ``bench``."""
 
 
 def usage() -> str:
     """What there is."""
-    lines = [f"  {name:<9}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<9}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: python -m loadtest COMMAND [OPTIONS]", "", *lines])
 
 
@@ -34,8 +34,14 @@ def main() -> None:
         print(f"loadtest: {complaint}\n{usage()}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
+    module = f"loadtest.{COMMANDS[name][0]}"
     try:
-        sys.exit(import_module(f"loadtest.{name}.__main__").main())
+        sys.exit(import_module(module).main())
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        print(f"loadtest: {name} is not installed: run it in the project's folder", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:  # mostly while it is still being imported
         print("loadtest: stopped", file=sys.stderr)
         sys.exit(130)

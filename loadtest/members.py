@@ -50,6 +50,16 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """What one member asks for under one key."""
+
+    card: str
+    key: str
+    showing: str
+    quantity: int
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One request of a member: so many tickets of a showing under a key."""
 

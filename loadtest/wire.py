@@ -4,8 +4,12 @@ It reads what this engine and its peers send, an answer with a length, and fails
 else, because a client that guesses where an answer ends gives one member another's order.
 """
 
+import asyncio
 import json
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+Protocol = TypeVar("Protocol", bound=asyncio.Protocol)
 
 UNKNOWN: Final = 0
 """Status of an answer that never came."""
@@ -29,6 +33,19 @@ class ProtocolError(Exception):
     def __init__(self, message: str, status: int = UNKNOWN) -> None:
         super().__init__(message)
         self.status = status
+
+
+class Unreachable(ConnectionError):  # noqa: N818 - says what it is
+    """No connection to the server could be made, or made again, in time."""
+
+
+async def open_connection(address: str, make: Callable[[], Protocol]) -> Protocol:
+    """Connect to ``host:port`` or ``unix:PATH``. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    if address.startswith("unix:"):
+        return (await loop.create_unix_connection(make, address.removeprefix("unix:")))[1]
+    host, _, port = address.rpartition(":")
+    return (await loop.create_connection(make, host.strip("[]"), int(port)))[1]
 
 
 class Response:

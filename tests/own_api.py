@@ -54,7 +54,7 @@ async def own_api(
     async with contextlib.AsyncExitStack() as stack:
         if redis_late_ms:
             target, listen = urlsplit(redis_url).path, folder / "far"
-            module = (sys.executable, "-m", "loadtest.overload.delay")
+            module = (sys.executable, "-m", "loadtest.bench.delay")
             command = [*module, str(listen), target, str(redis_late_ms)]
             relay = await spawn(command, folder / "far.log", cores)
             stack.push_async_callback(stop, relay)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import statistics
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from own_api import OwnApi, own_api
 from service import Client, Service
 from test_loadtest import run_program
 
-from loadtest.bench.figures import CLEAN
-from loadtest.client import Client as LoadClient
-from loadtest.overload.idle import BOUGHT, LOOKED, OPENED, Idle, shares
+from loadtest.bench.idle import BOUGHT, LOOKED, OPENED, Idle, shares
+from loadtest.generator import closed
+from loadtest.tables import CLEAN
 
 STANDING = 500
 CROWD = 150
@@ -60,11 +59,9 @@ async def _stand(api: OwnApi, raws: list[bytes], *, answered: bool) -> list[_Sta
 
 async def _crowd_s(api: OwnApi, campaign: str) -> float:
     """How long a crowd of purchases takes."""
-    raws, began = api.purchases(campaign, CROWD), time.monotonic()
-    async with LoadClient(api.address, 50) as client:
-        done = await client.run([(raw, None) for raw in raws], lambda *_: None)
-    assert done.statuses == {201: CROWD}
-    return time.monotonic() - began
+    done = await closed(api.address, api.purchases(campaign, CROWD), CROWD, 50)
+    assert done.outcomes() == {"sold": CROWD}
+    return done.duration_s
 
 
 @contextlib.asynccontextmanager

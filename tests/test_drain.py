@@ -7,20 +7,20 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from service import Client, Service, free_port, new_key, until
 
-from loadtest.books.answers import AnswerBook
+from loadtest.books.answers import Spool
 from loadtest.books.check import check
 from loadtest.books.ledger import highest, load_books, wait_applied
 from loadtest.client import Client as LoadClient
-from loadtest.demo.play import ROUND_PAUSE_S, ROUNDS_MAX
+from loadtest.generator import closed
 from loadtest.members import Attempt, Kind, Member
-from loadtest.wire import UNKNOWN, Response, asks_again, get_request, purchase_request
+from loadtest.wire import UNKNOWN, get_request, purchase_request
 
 CONNECTIONS = 16
 REQUESTS_MAX = 60_000
@@ -102,48 +102,38 @@ async def test_given_load_when_workers_are_ended_and_renewed_then_nothing_that_w
 ) -> None:
     campaign = await client.campaign(tickets=1_000_000, card_limit=1)
     address = service.url.removeprefix("http://")
-    book, again = AnswerBook(), list[Attempt]()
+    attempts: dict[int, Attempt] = {}
+    spool = Spool(attempts.__getitem__)
     changed = asyncio.create_task(_end_one_then_renew_all(service))
 
-    def record(attempt: Attempt, answer: Response) -> None:
-        book.record(attempt, answer)
-        if asks_again(answer.status):
-            again.append(attempt)
+    def raw(number: int) -> bytes:
+        if number not in attempts and changed.done():
+            return b""
+        attempt = attempts.setdefault(number, _attempt(service, number))
+        return attempt.raw(address, campaign)
 
-    def plan(attempts: Iterator[Attempt]) -> Iterator[tuple[bytes, Attempt]]:
-        return ((attempt.raw(address, campaign), attempt) for attempt in attempts)
+    tally = await closed(address, raw, REQUESTS_MAX, CONNECTIONS, spool=spool, retries=20)
+    await changed
 
-    async with LoadClient(address, CONNECTIONS) as load:
-        await load.run(plan(_members(service, changed.done)), record)
-        await changed
-        asked_again = len(again)
-        for _ in range(ROUNDS_MAX):
-            attempts, again[:] = list(again), []
-            await load.run(plan(iter(attempts)), record)
-            if not again:
-                break
-            await asyncio.sleep(ROUND_PAUSE_S)
-
-    assert not again, "an error that a retry with the same key does not resolve"
-    answers = list(book)
-    assert {answer.status for answer in answers} <= {201, UNKNOWN, 429, 503}
-    assert len({answer.key for answer in answers if answer.sold}) == len(
-        {answer.key for answer in answers}
+    outcomes = tally.outcomes()
+    assert set(outcomes) <= {"sold", "replayed", "not-sent"}, (
+        f"an error that a retry with the same key does not resolve: {outcomes}"
     )
+    answers = list(spool)
+    assert {answer.status for answer in answers} <= {201, UNKNOWN, 429, 503}
+    assert len({answer.key for answer in answers if answer.sold}) == len(attempts)
     # Kept connections are told to go elsewhere; only a handful may be cut off.
     lost = sum(answer.status == 0 for answer in answers)
-    assert lost <= CONNECTIONS * 3, f"{lost} of {asked_again} without an answer"
+    assert lost <= CONNECTIONS * 3, f"{lost} of {tally.retries} without an answer"
     await wait_applied(service.database_url, campaign, highest(answers))
     assert check(answers, await load_books(service.database_url, campaign), alone=True) == []
 
 
-def _members(service: Service, done: Callable[[], bool]) -> Iterator[Attempt]:
-    for number in range(REQUESTS_MAX):
-        if done():
-            return
-        card = f"6288{number:012d}"
-        member = Member(card, service.token(card), "district")
-        yield Attempt(member, new_key(), "general", 1, Kind.ORDINARY)
+def _attempt(service: Service, number: int) -> Attempt:
+    card = f"6288{number:012d}"
+    return Attempt(
+        Member(card, service.token(card), "district"), new_key(), "general", 1, Kind.ORDINARY
+    )
 
 
 async def _end_one_then_renew_all(service: Service) -> None:

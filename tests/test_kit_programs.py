@@ -11,15 +11,16 @@ from rich.console import Console
 from test_loadtest import run_program
 
 from loadtest.bench.durable import SECONDS_MIN, Durable
-from loadtest.bench.figures import CLEAN
+from loadtest.bench.half import Half, Round, Side
+from loadtest.bench.open_loop import OpenLoops, spool_of
+from loadtest.bench.overload import Overload
 from loadtest.bench.rig import SHOWING
+from loadtest.books.answers import Spool
 from loadtest.books.check import key_hash
 from loadtest.books.ledger import Books, BooksError, OrderRow
 from loadtest.engine import EngineError
 from loadtest.members import Mint
-from loadtest.overload.half import Half, Round, Side, print_half
-from loadtest.overload.measure import Overload
-from loadtest.overload.spool import Compared, Spool
+from loadtest.tables import CLEAN
 from sale.identity import MemberTokens, SigningKey, issue_member_token
 
 Result = TypeVar("Result", Durable, Overload, Half)
@@ -35,7 +36,7 @@ async def told_by(kind: type[Result], *words: str) -> Result:
     status, out = await run_program(*words, "--json", within_s=WITHIN_S)
     assert out, status
     told = msgspec.json.decode(out.splitlines()[-1], type=kind)
-    measured = not isinstance(told, Half) or told.goal.got is not None
+    measured = isinstance(told, Durable) or told.measured
     assert status == (0 if measured else 1), out
     assert told.audit == CLEAN
     return told
@@ -94,7 +95,7 @@ def half_of(*rounds: Round) -> Half:
 
 def shown(result: Half) -> str:
     console = Console(file=io.StringIO(), width=116)
-    print_half(result, console)
+    result.show(console)
     return str(console.file.getvalue())
 
 
@@ -146,7 +147,7 @@ class QuietBench:
 
 def spool() -> Spool:
     """Card 41 was told of an order, card 42 that there are none left."""
-    made = Spool(range(41, 43))
+    made = spool_of(range(41, 43))
     made(0, 201, False, b'{"order_no":"c.5.000001","showing":"general","quantity":1,'
          b'"amount_fen":500,"tickets":[{"code":"a"}]}')  # fmt: skip
     made(1, 409, False, b'{"code":"sold-out"}')
@@ -173,11 +174,11 @@ async def test_given_an_open_loop_s_answers_when_compared_then_what_is_untrue_is
     async def books(*_: str) -> Books:
         return Books(tuple(orders), {SHOWING: 100}, 3)
 
-    monkeypatch.setattr("loadtest.overload.spool.load_books", books)
-    compared = Compared(QuietBench(audit))
-    await compared.add("c", spool())
-    assert compared.answers == 2
-    told = await compared.verdict()
+    monkeypatch.setattr("loadtest.bench.open_loop.load_books", books)
+    loops = OpenLoops(QuietBench(audit))
+    await loops.compare("c", spool())
+    assert loops.answers == 2
+    told = await loops.verdict()
     assert verdict in told
     assert (told == CLEAN) is (verdict == CLEAN)
 
@@ -188,9 +189,9 @@ async def test_given_books_that_cannot_be_read_when_compared_then_the_run_fails_
     async def gone(*_: str) -> Books:
         raise BooksError("PostgreSQL: gone")
 
-    monkeypatch.setattr("loadtest.overload.spool.load_books", gone)
+    monkeypatch.setattr("loadtest.bench.open_loop.load_books", gone)
     with pytest.raises(EngineError, match="PostgreSQL: gone"):
-        await Compared(QuietBench()).add("c", spool())
+        await OpenLoops(QuietBench()).compare("c", spool())
 
 
 def test_given_minted_requests_when_their_answers_are_read_then_card_and_key_are_those_sent() -> (

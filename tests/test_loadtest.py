@@ -23,9 +23,8 @@ from loadtest.books.answers import (
 )
 from loadtest.books.check import check, key_hash
 from loadtest.books.ledger import Books, OrderRow
-from loadtest.client import Client, Unreachable
-from loadtest.demo.__main__ import fresh
-from loadtest.demo.play import metric
+from loadtest.client import Client
+from loadtest.demo import fresh
 from loadtest.engine import EngineError, environment
 from loadtest.members import Attempt, Kind, Member, Mint, gather
 from loadtest.wire import (
@@ -118,41 +117,26 @@ async def server_of(handler: Callable[[web.Request], object], folder: Path) -> A
         await runner.cleanup()
 
 
-async def test_given_a_plan_when_played_then_each_request_is_answered_once(tmp_path: Path) -> None:
-    async def echo(request: web.Request) -> web.Response:
-        return web.Response(status=201, body=await request.read())
-
-    got: dict[int, bytes] = {}
-    async with server_of(echo, tmp_path) as address, Client(address, 8) as client:
-        plan = ((purchase_request("h", "c", "t", "k", n, None), n) for n in range(500))
-        result = await client.run(plan, lambda n, answer: got.update({n: answer.body}))
-        again = await client.request(get_request("h", "/x"))
-    assert got == {n: b'{"quantity":%d}' % n for n in range(500)}
-    assert result.requests == result.statuses[201] == len(result.latencies_s) == 500
-    assert result.rate > 0
-    assert again.status == 201
-    assert again.latency_s > 0
-
-
-async def test_given_lost_connections_when_played_then_the_outcome_is_unknown_and_it_goes_on(
+async def test_given_requests_at_once_when_asked_then_each_gets_its_own_answer(
     tmp_path: Path,
 ) -> None:
-    seen = 0
+    most = busy = 0
 
-    async def cut_every_fifth(request: web.Request) -> web.Response:
-        nonlocal seen
-        seen += 1
-        if seen % 5 == 0 and request.transport is not None:
-            request.transport.abort()
-        return web.Response(body=b"{}")
+    async def echo(request: web.Request) -> web.Response:
+        nonlocal most, busy
+        busy += 1
+        most = max(most, busy)
+        body = await request.read()
+        await asyncio.sleep(0.001)
+        busy -= 1
+        return web.Response(status=201, body=body)
 
-    answers: list[Response] = []
-    async with server_of(cut_every_fifth, tmp_path) as address, Client(address, 4) as client:
-        plan = [(get_request("h", "/"), None)] * 50
-        result = await client.run(plan, lambda _, answer: answers.append(answer))
-    assert len(answers) == result.requests == 50
-    assert result.unknown == 10
-    assert result.statuses[200] == 40
+    raws = [purchase_request("h", "c", "t", "k", n, None) for n in range(100)]
+    async with server_of(echo, tmp_path) as address, Client(address, 8) as client:
+        answers = await asyncio.gather(*(client.request(raw) for raw in raws))
+    assert [each.body for each in answers] == [b'{"quantity":%d}' % n for n in range(100)]
+    assert most <= 8
+    assert all(answer.latency_s > 0 for answer in answers)
 
 
 async def test_given_no_answer_in_time_when_asked_then_unknown(tmp_path: Path) -> None:
@@ -166,47 +150,39 @@ async def test_given_no_answer_in_time_when_asked_then_unknown(tmp_path: Path) -
     assert "in time" in answer.why
 
 
-async def test_given_a_server_that_closes_when_played_then_nothing_is_lost(tmp_path: Path) -> None:
+async def test_given_a_lost_or_closed_connection_when_asked_again_then_another_is_opened(
+    tmp_path: Path,
+) -> None:
+    seen = 0
+
     async def refuse(request: web.Request) -> web.Response:
+        nonlocal seen
+        seen += 1
+        if seen == 2 and request.transport is not None:
+            request.transport.abort()
         return web.Response(status=413, headers={"Connection": "close"}, body=b"{}")
 
-    async with server_of(refuse, tmp_path) as address, Client(address, 2) as client:
-        result = await client.run([(get_request("h", "/"), None)] * 10, lambda *_: None)
-    assert result.statuses == {413: 10}
+    async with server_of(refuse, tmp_path) as address, Client(address) as client:
+        told = [(await client.request(get_request("h", "/"))).status for _ in range(3)]
+    assert told == [413, UNKNOWN, 413]
 
 
-async def test_given_a_chunked_answer_when_played_then_the_run_fails(tmp_path: Path) -> None:
+async def test_given_a_chunked_answer_when_asked_then_it_fails_loudly(tmp_path: Path) -> None:
     async def stream(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"x")
         return response
 
-    async with server_of(stream, tmp_path) as address, Client(address, 2) as client:
+    async with server_of(stream, tmp_path) as address, Client(address) as client:
         with pytest.raises(ProtocolError, match="chunked"):
-            await client.run([(get_request("h", "/"), None)] * 4, lambda *_: None)
+            await client.request(get_request("h", "/"))
 
 
 async def test_given_no_server_when_opened_then_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         async with Client(f"unix:{tmp_path}/nothing"):
             pass
-
-
-async def test_given_a_server_that_goes_away_when_played_then_the_run_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("loadtest.client.RECONNECT_S", 0.2)
-
-    async def die(request: web.Request) -> web.Response:
-        (tmp_path / "s").unlink(missing_ok=True)
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
-
-    async with server_of(die, tmp_path) as address, Client(address, 1) as client:
-        with pytest.raises(Unreachable):
-            await client.run([(get_request("h", "/"), None)] * 4, lambda *_: None)
 
 
 # The crowd ---------------------------------------------------------------------------------------
@@ -430,14 +406,6 @@ def test_given_answers_from_the_wire_when_kept_then_they_are_read_and_counted(
     write_answers(answers, tmp_path / "answers")
     assert read_answers(tmp_path / "answers") == answers
     assert (tmp_path / "answers").stat().st_mode & 0o077 == 0
-
-
-def test_given_a_metrics_page_when_read_then_the_campaign_s_highest_value() -> None:
-    page = (
-        b'# HELP x\nx{campaign="a",pid="1"} 3.0\nx{campaign="a",pid="2"} 5.0\nx{campaign="b"} 9\n'
-    )
-    assert metric(page, "x", "a") == 5.0
-    assert metric(page, "y", "a") is None
 
 
 # The whole ---------------------------------------------------------------------------------------

@@ -22,19 +22,20 @@ from loadtest.crowd.desk import BATCH, Booth, Desk, Setting
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import About
 from loadtest.crowd.proof import measured
-from loadtest.crowd.scenarios import (
+from loadtest.crowd.shape import Plan, target
+from loadtest.engine import Engine, engine_up, environment
+from loadtest.members import Member
+from loadtest.record import Proof, read
+from loadtest.scenarios import (
     SCENARIOS,
     Mix,
+    Phases,
     campaign_file,
     campaign_of_run,
     cards_needed,
     read_campaign,
     run_name,
 )
-from loadtest.crowd.shape import Phases, Plan, target
-from loadtest.engine import Engine, engine_up, environment
-from loadtest.members import Member
-from loadtest.record import Proof, read
 from sale.domain.campaign import parse_campaign
 from sale.domain.unions import default_unions_path, load_unions
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -10,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,20 +22,18 @@ from loadtest.books.answers import Answer
 from loadtest.books.check import FINDINGS_MAX
 from loadtest.books.ledger import BooksError, count_orders, wait_applied
 from loadtest.books.proof import Where, prove
-from loadtest.client import Unreachable
+from loadtest.generator import Bounds, Generator, Tally, closed
 from loadtest.record import Finding, Proof, Record, RecordError, decode, encode
-from loadtest.rush import arrivals, team
+from loadtest.rush import arrivals
+from loadtest.rush import play as plays
 from loadtest.rush.__main__ import main, parser, plan_of, remarks, table, verdict
 from loadtest.rush.arrivals import ArrivalsError
-from loadtest.rush.asks import Asks, AsksError, members_of, write_minted
-from loadtest.rush.loop import OpenLoop
-from loadtest.rush.plan import Plan, RushError
-from loadtest.rush.summary import fill
-from loadtest.rush.tally import Bounds, Tally
-from loadtest.rush.team import only_loopback, play
-from loadtest.rush.worker import Part, summed_up
+from loadtest.rush.asks import Asks, AsksError, Load, write_minted
+from loadtest.rush.play import Plan, RushError, only_loopback, play
+from loadtest.rush.worker import Job
+from loadtest.summary import fill
 from loadtest.thresholds import told_outcome
-from loadtest.wire import get_request
+from loadtest.wire import ProtocolError, Unreachable, get_request
 from sale.identity import MemberTokens, SigningKey
 
 SOLD = b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\n{}"
@@ -128,17 +128,13 @@ def test_given_no_recording_when_read_then_it_says_so_in_words(tmp_path: Path) -
 # What is asked -----------------------------------------------------------------------------------
 
 
-def asks_of(tokens: Path, *, quantity: int = 1, cards: int = 0) -> Asks:
-    return Asks(
-        tokens,
-        host="h:1",
-        campaign="films",
-        salt="s",
-        showings=["a", "b"],
-        quantity=quantity,
-        order_max=3,
-        cards=cards,
-    )
+def load_of(tokens: Path = Path(), **more: Any) -> Load:
+    return Load(address="h:1", campaign="films", tokens=str(tokens), salt="s",
+                showings=("a", "b"), order_max=3, **more)  # fmt: skip
+
+
+def asks_of(tokens: Path, **more: Any) -> Asks:
+    return Asks(load_of(tokens, **more))
 
 
 def test_given_minted_cards_when_asked_for_then_the_engine_accepts_them(tmp_path: Path) -> None:
@@ -174,8 +170,9 @@ def test_given_too_few_or_broken_tokens_when_read_then_it_says_so(tmp_path: Path
 
 
 def test_given_a_duplicate_share_when_dealt_then_so_many_press_again_soon() -> None:
-    made = members_of(10_000, 0.2, seed=3)
-    assert made == members_of(10_000, 0.2, seed=3)
+    load = load_of(duplicate_share=0.2, seed=3)
+    made = load.members(10_000)
+    assert made == load.members(10_000)
     again = 10_000 - len(set(made))
     assert 1_800 < again < 2_200
     seen = -1
@@ -218,7 +215,7 @@ async def played(
     """Play arrivals of GET /NUMBER; give the tally, and (number, status) of each answer."""
     spooled: list[tuple[int, int]] = []
     async with serving(reply) as address:
-        loop = OpenLoop(
+        loop = Generator(
             address,
             array("d", offsets),
             lambda number: get_request("h", f"/{number}"),
@@ -356,29 +353,114 @@ async def test_given_a_full_queue_when_played_then_who_is_never_sent_is_told() -
 
 
 async def test_given_no_server_when_played_then_it_says_so() -> None:
-    loop = OpenLoop(f"127.0.0.1:{free_port()}", array("d", [0.0]), bytes, lambda *_: None)
+    loop = Generator(f"127.0.0.1:{free_port()}", array("d", [0.0]), bytes, lambda *_: None)
     with pytest.raises(Unreachable, match="127"):
         await loop.run(time.monotonic())
+
+
+# The closed loop ---------------------------------------------------------------------------------
+
+
+async def test_given_a_window_when_played_then_each_is_asked_once_and_no_more_at_once() -> None:
+    most = busy = 0
+    paths: list[bytes] = []
+
+    async def quick(request: bytes) -> bytes:
+        nonlocal most, busy
+        busy += 1
+        most = max(most, busy)
+        paths.append(request.split(b" ")[1])
+        await asyncio.sleep(0)
+        busy -= 1
+        return SOLD
+
+    raws = [get_request("h", f"/{n}") for n in range(500)]
+    async with serving(quick) as address:
+        tally = await closed(address, raws, 500, 8)
+    assert sorted(paths) == sorted(b"/%d" % n for n in range(500))
+    assert tally.outcomes() == {"sold": tally.sent.total()} == {"sold": 500}
+    assert tally.connections == most == 8
+    took_ms = tally.took_ms("sold", sent=True)
+    assert len(took_ms) == 500
+    assert 0 < sum(took_ms) <= 8 * tally.duration_s * 1e3
+
+
+async def test_given_a_plan_that_ends_when_played_then_what_was_not_sent_is_not_asked() -> None:
+    async def slow(_: bytes) -> bytes:
+        await asyncio.sleep(0.02)
+        return SOLD
+
+    async with serving(slow) as address:
+        tally = await closed(address, lambda n: get_request("h", "/") if n < 10 else b"", 999, 4)
+    assert tally.outcomes() == {"sold": 10, "not-sent": 989}
+    assert tally.sent.total() == tally.answered.total() == 10
+
+
+async def test_given_lost_connections_when_in_a_closed_loop_then_unknown_and_it_goes_on() -> None:
+    seen = 0
+
+    async def cut_every_fifth(_: bytes) -> bytes:
+        nonlocal seen
+        seen += 1
+        return GONE if seen % 5 == 0 else SOLD
+
+    async with serving(cut_every_fifth) as address:
+        tally = await closed(address, [get_request("h", "/")] * 50, 50, 4)
+    assert tally.outcomes() == {"no-answer": 10, "sold": 40}
+
+
+async def test_given_a_server_that_closes_or_breaks_the_protocol_when_in_a_closed_loop() -> None:
+    answers = [
+        b"HTTP/1.1 413 Large\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+    ]
+
+    async def reply(_: bytes) -> bytes:
+        return answers[0]
+
+    raws = [get_request("h", "/")] * 10
+    async with serving(reply) as address:
+        assert (await closed(address, raws, 10, 2)).outcomes() == {"HTTP 413": 10}
+        answers.pop(0)
+        with pytest.raises(ProtocolError, match="chunked"):
+            await closed(address, raws, 10, 2)
+
+
+async def test_given_a_server_that_goes_away_when_in_a_closed_loop_then_the_run_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loadtest.generator.AWAY_S", 0.2)
+    server: asyncio.Server
+
+    async def die(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server.close()
+        writer.transport.abort()
+
+    server = await asyncio.start_server(die, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    with pytest.raises(Unreachable):
+        await closed(f"{host}:{port}", [get_request("h", "/")] * 4, 4, 1)
 
 
 # The record --------------------------------------------------------------------------------------
 
 
-def part_of(latencies_ms: list[float], *, late_ms: float = 0.1, cpu: float = 0.2) -> Part:
+def tally_of(latencies_ms: list[float], *, late_ms: float = 0.1, cpu: float = 0.2) -> Tally:
     """What a process counted whose members came 100 a second and were all sold."""
     count = len(latencies_ms)
     offsets = array("d", (n / 100 for n in range(count)))
     done = array("d", (at + ms / 1e3 for at, ms in zip(offsets, latencies_ms, strict=True)))
     late = array("f", [late_ms / 1e3]) * count
-    tally = Tally(done, array("B", [0]) * count, late, lags=array("f", [0.0]), cpu=[cpu] * 5)
+    sold = array("B", [0]) * count
+    tally = Tally(offsets, done, sold, late, lags=array("f", [0.0]), cpu=[cpu] * 5)
     tally.sent[0] = tally.answered[1] = count
     tally.duration_s = done[-1]
-    return summed_up(offsets, tally)
+    return tally
 
 
-def record_of(*parts: Part) -> Record:
+def record_of(*tallies: Tally) -> Record:
     record = Record(name="r", campaign="films", started_at="2026-01-01T00:00:00Z", duration_s=0)
-    fill(record, parts)
+    fill(record, tallies)
     return record
 
 
@@ -387,7 +469,7 @@ def at(record: Record, share: float) -> float:
 
 
 def test_given_several_processes_when_merged_then_counts_and_histograms_are_added() -> None:
-    record = record_of(part_of([10.0] * 300), part_of([100.0] * 100))
+    record = record_of(tally_of([10.0] * 300), tally_of([100.0] * 100))
     assert (record.offered, record.sent, record.answered) == (400, 400, 400)
     assert record.outcomes == {"sold": 400}
     assert at(record, 0.74) == pytest.approx(10, rel=0.002)
@@ -404,25 +486,25 @@ def test_given_several_processes_when_merged_then_counts_and_histograms_are_adde
 
 def test_given_members_without_an_answer_when_told_then_their_wait_is_not_left_out() -> None:
     count = 100
-    tally = Tally(array("d", [0.001] * 50 + [math.nan] * 50), array("B", [0] * 50 + [2] * 50),
-                  array("f", [0.0]) * count, duration_s=7.0)  # fmt: skip
-    record = record_of(summed_up(array("d", [0.0]) * count, tally))
+    done, outcome = array("d", [0.001] * 50 + [math.nan] * 50), array("B", [0] * 50 + [2] * 50)
+    late = array("f", [0.0]) * count
+    record = record_of(Tally(array("d", [0.0]) * count, done, outcome, late, duration_s=7.0))
     assert record.outcomes == {"sold": 50, "no-answer": 50}
     assert at(record, 0.9) == pytest.approx(7_000, rel=0.002)
     assert record.achieved_rate == pytest.approx(50 / 7)
 
 
 @pytest.mark.parametrize(
-    ("part", "says"),
+    ("tally", "says"),
     [
-        (part_of([20.0] * 300, late_ms=10), "late at p99"),
-        (part_of([20.0] * 300, cpu=0.99), "used all of its core"),
+        (tally_of([20.0] * 300, late_ms=10), "late at p99"),
+        (tally_of([20.0] * 300, cpu=0.99), "used all of its core"),
     ],
 )
 def test_given_a_generator_that_was_the_limit_when_told_then_it_refuses(
-    part: Part, says: str
+    tally: Tally, says: str
 ) -> None:
-    record = record_of(part)
+    record = record_of(tally)
     assert says in record.bottleneck
     assert record.latency == record.latency_sold == []
     assert record.achieved_rate == 0
@@ -437,30 +519,30 @@ def test_given_a_generator_that_was_the_limit_when_told_then_it_refuses(
 def test_given_a_slow_server_when_told_then_the_generator_s_few_ms_are_no_reason_to_refuse() -> (
     None
 ):
-    assert not record_of(part_of([200.0] * 300, late_ms=10)).bottleneck
-    assert not record_of(part_of([4.0] * 300, late_ms=2)).bottleneck
+    assert not record_of(tally_of([200.0] * 300, late_ms=10)).bottleneck
+    assert not record_of(tally_of([4.0] * 300, late_ms=2)).bottleneck
 
 
 def test_given_a_generator_that_was_a_little_late_when_told_then_its_share_is_told_too() -> None:
-    assert record_of(part_of([20.0] * 300, late_ms=1.9)).notes == []
-    record = record_of(part_of([20.0] * 300, late_ms=4))
+    assert record_of(tally_of([20.0] * 300, late_ms=1.9)).notes == []
+    record = record_of(tally_of([20.0] * 300, late_ms=4))
     assert not record.bottleneck
     assert [note for note in remarks(record) if "may be 4.0 of the 20.0 ms" in note]
 
 
 def test_given_a_run_of_a_second_when_told_then_it_says_what_was_not_seen() -> None:
-    part = part_of([20.0] * 100)
-    assert record_of(part).notes == []
-    short = msgspec.structs.replace(part, cpu=[1.0])
-    for parts in ((short,), (part, short)):
-        (note,) = record_of(*parts).notes
+    tally = tally_of([20.0] * 100)
+    assert record_of(tally).notes == []
+    short = dataclasses.replace(tally, cpu=[1.0])
+    for tallies in ((short,), (tally, short)):
+        (note,) = record_of(*tallies).notes
         assert "short of CPU" in note
 
 
 def test_given_an_older_record_of_a_slow_generator_when_read_then_its_figures_are_withheld() -> (
     None
 ):
-    record = record_of(part_of([20.0] * 300))
+    record = record_of(tally_of([20.0] * 300))
     record.bottleneck = "late"
     again = decode(encode(record))
     assert again.latency == again.latency_sold == []
@@ -473,7 +555,7 @@ async def test_given_a_wait_for_the_start_when_played_then_its_idle_cpu_does_not
         return SOLD
 
     async with serving(quick) as address:
-        loop = OpenLoop(
+        loop = Generator(
             address, array("d", [0.0]), lambda _: get_request("h", "/"), lambda *_: None
         )
         tally = await loop.run(time.monotonic() + 1.3)
@@ -481,8 +563,8 @@ async def test_given_a_wait_for_the_start_when_played_then_its_idle_cpu_does_not
 
 
 def test_given_a_generator_that_lagged_when_told_then_no_p99_is_above_its_max() -> None:
-    part = part_of([20.0] * 300)
-    plan = record_of(msgspec.structs.replace(part, lags=array("f", [0.002] * 9).tobytes())).plan
+    tally = tally_of([20.0] * 300)
+    plan = record_of(dataclasses.replace(tally, lags=array("f", [0.002] * 9))).plan
     assert plan["generator lateness p99 ms"] == plan["generator lateness max ms"] == 2
 
 
@@ -496,26 +578,26 @@ async def test_given_a_loop_that_is_held_up_when_played_then_it_finds_itself_lat
 
     offsets = array("d", (n / 200 for n in range(60)))
     async with serving(quick) as address:
-        loop = OpenLoop(address, offsets, dawdle, lambda *_: None)
+        loop = Generator(address, offsets, dawdle, lambda *_: None)
         tally = await loop.run(time.monotonic() + 0.05)
-    assert "itself was" in record_of(summed_up(offsets, tally)).bottleneck
+    assert "itself was" in record_of(tally).bottleneck
 
 
 def test_rush_that_sold_next_to_nothing_does_not_count() -> None:
-    record = record_of(part_of([10.0] * 300))
+    record = record_of(tally_of([10.0] * 300))
     assert record.not_played == ""
-    shut = Tally(array("d", [0.1] * 300), array("B", [4] * 300), array("f", [0.0] * 300),
-                 codes=["sold", "replayed", "no-answer", "not-sent", "closed"])  # fmt: skip
-    shut.duration_s = 1.0
-    closed = record_of(summed_up(array("d", [0.0]) * 300, shut))
-    (why,) = verdict(closed, proof_wanted=False)
+    codes = ["sold", "replayed", "no-answer", "not-sent", "closed"]
+    shut = Tally(array("d", [0.0]) * 300, array("d", [0.1] * 300), array("B", [4] * 300),
+                 array("f", [0.0] * 300), codes=codes, duration_s=1.0)  # fmt: skip
+    none = record_of(shut)
+    (why,) = verdict(none, proof_wanted=False)
     assert why.startswith("the rush did not happen: 300 of 300 members could not buy")
-    assert decode(encode(closed)).not_played == closed.not_played
+    assert decode(encode(none)).not_played == none.not_played
 
 
 def test_missed_threshold_fails_the_run_and_is_shown() -> None:
     record = Record(name="r", campaign="c", started_at="2026-01-01T00:00:00Z", duration_s=0)
-    fill(record, [part_of([10.0] * 300)], ("p99>9ms", "errors>0%"))
+    fill(record, [tally_of([10.0] * 300)], ("p99>9ms", "errors>0%"))
     assert verdict(record, proof_wanted=False) == ["threshold missed: p99>9ms: it was 10.0 ms"]
     console = Console(file=io.StringIO(), width=116)
     console.print(table(record))
@@ -525,7 +607,7 @@ def test_missed_threshold_fails_the_run_and_is_shown() -> None:
 
 
 def test_given_a_run_when_judged_then_it_counts_only_with_clean_books() -> None:
-    record = record_of(part_of([10.0] * 10))
+    record = record_of(tally_of([10.0] * 10))
     assert verdict(record, proof_wanted=False) == []
     assert "not proved" in verdict(record, proof_wanted=True)[0]
     record.proof = Proof(clean=True)
@@ -545,7 +627,7 @@ def test_given_a_run_when_judged_then_it_counts_only_with_clean_books() -> None:
         b"",
         b"{}",
         b'{"name":"r"}',
-        encode(record_of(part_of([1.0]))).replace(b'"version": 1', b'"version": 9'),
+        encode(record_of(tally_of([1.0]))).replace(b'"version": 1', b'"version": 9'),
     ],
 )
 def test_given_what_is_no_record_when_read_then_it_says_so(raw: bytes) -> None:
@@ -656,14 +738,14 @@ async def test_given_an_answer_that_the_books_do_not_have_when_proved_then_the_r
     """One sold answer is kept back and another doctored: both must be found."""
     campaign = await client.campaign(1_000)
     kept: list[Answer] = []
-    real = team.read_spool
+    real = Job.answers
 
-    def doctored(job: team.Job) -> list[Answer]:
+    def doctored(job: Job) -> list[Answer]:
         first, second, *rest = real(job)
         kept.extend([first, second, *rest])
         return [msgspec.structs.replace(second, told_quantity=7), *rest]
 
-    monkeypatch.setattr(team, "read_spool", doctored)
+    monkeypatch.setattr(Job, "answers", doctored)
     books = Where(database_url=service.database_url)
     key_file = str(service.data_dir / "signing.key")
     plan = small(service, campaign, rate=100, seconds=0.3, books=books, key_file=key_file)
@@ -739,9 +821,9 @@ async def test_rush_at_a_closed_campaign_fails(service: Service, client: Client)
 async def test_books_of_another_engine_are_refused_before_the_load(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(team, "BOOKS_WITHIN_S", 0.3)
+    monkeypatch.setattr(plays, "BOOKS_WITHIN_S", 0.3)
     with pytest.raises(RushError, match="PostgreSQL does not know campaign elsewhere"):
-        await team._look_at_books(small(service, "elsewhere"))
+        await plays._look_at_books(small(service, "elsewhere"))
 
 
 async def test_given_books_that_went_away_meanwhile_when_played_then_told_all_the_same(
@@ -753,7 +835,7 @@ async def test_given_books_that_went_away_meanwhile_when_played_then_told_all_th
     async def gone(*_: object, **__: object) -> None:
         raise BooksError("PostgreSQL: it went away")
 
-    monkeypatch.setattr("loadtest.rush.team.prove", gone)
+    monkeypatch.setattr("loadtest.rush.play.prove", gone)
     record = await play(small(service, campaign, rate=40, seconds=0.3, alone=False))
     assert record.offered == record.outcomes["sold"] > 0
     assert record.proof is None

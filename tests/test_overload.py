@@ -1,7 +1,6 @@
 """More is asked than can be done: what is sold meanwhile, and what the others are told."""
 
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,11 +8,9 @@ import pytest
 from own_api import OwnApi, own_api
 from service import Client, Service
 
-from loadtest.client import Client as LoadClient
+from loadtest.generator import Bounds, Generator, Tally, closed
 from loadtest.record import SOLD
 from loadtest.rush import arrivals
-from loadtest.rush.loop import OpenLoop
-from loadtest.rush.tally import Bounds, Tally
 
 BATCH, LATE_MS, WAIT_MS, DEADLINE_S = 8, 20, 300, 2.0
 SECONDS = 2.0
@@ -40,17 +37,15 @@ async def api(
 async def _closed_loop(api: OwnApi, campaign: str, count: int, connections: int) -> float:
     """Sell in a closed loop, never more under way than the queue holds; give how many a second."""
     raws = api.purchases(campaign, count)
-    async with LoadClient(api.address, connections) as client:
-        began = time.monotonic()
-        done = await client.run([(raw, None) for raw in raws], lambda *_: None)
-        assert done.statuses == {201: count}
-        return count / (time.monotonic() - began)
+    done = await closed(api.address, raws, count, connections)
+    assert done.outcomes() == {SOLD: count}
+    return count / done.duration_s
 
 
 async def _open_loop(api: OwnApi, campaign: str, rate: float, bounds: Bounds) -> Tally:
     offsets = arrivals.make("poisson", rate, SECONDS, seed=1)
     raws = api.purchases(campaign, len(offsets))
-    loop = OpenLoop(api.address, offsets, raws.__getitem__, lambda *_: None, bounds)
+    loop = Generator(api.address, offsets, raws.__getitem__, lambda *_: None, bounds)
     return await loop.run(time.monotonic() + bounds.warm_s + 0.1)
 
 
@@ -80,7 +75,7 @@ async def test_given_more_than_the_capacity_then_as_much_is_sold_and_all_others_
     assert max(map(_rate, windows)) > 0.8 * capacity
     sold = 250
     for tally in windows:
-        outcomes = Counter(tally.codes[each] for each in tally.outcome)
+        outcomes = tally.outcomes()
         assert set(outcomes) == {SOLD, "overloaded"}, outcomes
         took_s = sorted(took_s for _, took_s in _sold(tally))
         assert took_s[int(len(took_s) * 0.99)] < DEADLINE_S

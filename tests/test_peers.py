@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +20,14 @@ from rich.console import Console
 from service import ROOT
 
 from loadtest.bench import compare, peers
+from loadtest.bench.cases import FULL, Bench, Case, Plan
 from loadtest.bench.compare import (
     SELLS_NOTHING,
     Comparing,
     Comparison,
     FullBatches,
-    Goal,
     PeerResult,
 )
-from loadtest.bench.figures import CLEAN, Case
-from loadtest.bench.measure import FULL, Bench, Plan
 from loadtest.bench.offer import OfferError, read_feed, write_feed
 from loadtest.bench.peers import (
     AFTERNOON,
@@ -41,9 +40,10 @@ from loadtest.bench.peers import (
     peer_up,
 )
 from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
-from loadtest.bench.tables import print_comparison
 from loadtest.client import Client
+from loadtest.generator import closed
 from loadtest.members import Mint
+from loadtest.tables import CLEAN, Goal
 from sale.identity import SigningKey, issue_member_token
 
 TICKETS, CROWD = 100, 300
@@ -73,12 +73,14 @@ async def sell(running: RunningPeer, mint: Mint) -> None:
     """A crowd for few tickets, then one card again and again, then refusals of other kinds."""
     await running.campaign("small", TICKETS)
     await running.campaign("large", 10_000)
-    async with Client(running.address, 64) as client:
-        raws = mint.requests("h", "small", "general", range(CROWD))
-        crowd = await client.run(((raw, None) for raw in raws), lambda *_: None)
-        assert crowd.statuses == {201: TICKETS, 409: CROWD - TICKETS}
-        assert await running.misdeed("small", TICKETS, least=TICKETS, most=TICKETS) == ""
-
+    raws = list(mint.requests("h", "small", "general", range(CROWD)))
+    statuses: Counter[int] = Counter()
+    await closed(
+        running.address, raws, CROWD, 64, spool=lambda _, status, *__: statuses.update([status])
+    )
+    assert statuses == {201: TICKETS, 409: CROWD - TICKETS}
+    assert await running.misdeed("small", TICKETS, least=TICKETS, most=TICKETS) == ""
+    async with Client(running.address) as client:
         (raw,) = mint.requests("h", "large", "general", [1])
         answers = [await client.request(raw) for _ in range(4)]
         assert [answer.status for answer in answers] == [201, 201, 201, 409]
@@ -284,11 +286,11 @@ class SmallBench:
     async def measure(self, name: str, feed: Any, target: Any, **how: Any) -> Case:
         if target.name == "serve":
             return made_case(name, 2_000.0, 100)
-        async with Client(target.address, 64) as client:
-            got = await client.run(((raw, None) for raw in read_feed(feed)), lambda *_: None)
-        if got.statuses[409] != (got.requests if how.get("refuses") else 0):
-            raise OfferError(f"{target.name}: {dict(got.statuses)}")
-        return made_case(name, PEER_RATE, got.requests)  # a real one differs from round to round
+        raws = list(read_feed(feed))
+        got = (await closed(target.address, raws, len(raws), 64)).outcomes()
+        if got["sold"] != (0 if how.get("refuses") else len(raws)):
+            raise OfferError(f"{target.name}: {dict(got)}")
+        return made_case(name, PEER_RATE, len(raws))  # a real one differs from round to round
 
     def cards(self, count: int) -> range:
         self.next_card += count
@@ -338,7 +340,7 @@ async def test_given_peers_when_compared_then_the_table_tells_all_of_them(
     assert met["Redis µs a purchase, full batches"] is True
 
     console = Console(file=io.StringIO(), width=116)
-    print_comparison(result, console)
+    result.show(console)
     shown = console.file.getvalue()
     for words in (
         "not measured: node and npm are not installed",

@@ -1,1 +1,9 @@
-"""The benchmark: the engine as a share of what its HTTP stack can do, and beside its peers."""
+"""The benchmark: the engine as a share of what its HTTP stack can do, beside its peers, overloaded.
+
+- ``cases``: what is offered to the engine, and what it costs (a new kind of request goes here)
+- ``compare``, ``peers``: the engine beside other services (a new peer goes into ``peers``)
+- ``durable``: orders in PostgreSQL a second, for long
+- ``overload``, ``half``, ``idle``: open loops against the same rig
+- ``lane``, ``shapes``: parts of the engine, measured alone
+- ``rig``, ``offer``, ``open_loop``: the engine in parts, and how load is offered to it
+"""

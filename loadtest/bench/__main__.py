@@ -2,8 +2,8 @@
 
 Goal: figures of one run, with everything switched on, that stand beside each other: the constant
 peer, purchases, replays and refusals are offered in turn by the same client to the same core, and
-of several rounds the one with the median ratio is told. Not a goal: figures of a network, or of a
-bigger machine.
+of several rounds the one with the median ratio is reported. Not a goal: figures of a network, or of
+a bigger machine.
 
 API and Redis share one core; PostgreSQL, writer, scheduler and client have the other. Closed loop.
 
@@ -18,25 +18,27 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 import uvloop
 from rich.console import Console
 
+from loadtest.bench.cases import FULL, MILLION, TINY, Bench, Plan, Result
 from loadtest.bench.compare import Comparing, Comparison
 from loadtest.bench.durable import SECONDS_MIN, Durable, Lasting
-from loadtest.bench.figures import CLEAN, Result
-from loadtest.bench.measure import FULL, MILLION, TINY, Bench, Plan
 from loadtest.bench.offer import OfferError, wrk
 from loadtest.bench.peers import CACHE
 from loadtest.bench.rig import rig_up
-from loadtest.bench.tables import print_comparison, print_durable, print_result, wide_console
-from loadtest.client import Unreachable
+from loadtest.client import AnswerError
 from loadtest.engine import EngineError, cancelled_by_signals
+from loadtest.tables import CLEAN, wide_console
 from loadtest.wire import ProtocolError
+
+T = TypeVar("T")
 
 
 @contextlib.asynccontextmanager
@@ -45,68 +47,84 @@ async def bench_up(
 ) -> AsyncIterator[Bench]:
     """Run an engine in a directory of its own, ready to be measured. Raises EngineError …"""
     cancelled_by_signals()
-    server, client, everywhere = _cores()
+    allowed = sorted(os.sched_getaffinity(0))
+    server, client = {allowed[0]}, {allowed[min(1, len(allowed) - 1)]}
     os.sched_setaffinity(0, client)
     with contextlib.ExitStack() as stack:
-        stack.callback(os.sched_setaffinity, 0, everywhere)
+        stack.callback(os.sched_setaffinity, 0, allowed)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sale-bench-")))
-        note = _progress(stack, console)
+        note: Callable[[str], None] = _line
+        if console is not None and console.is_terminal:
+            note = stack.enter_context(console.status("starting")).update
         note("starting")
         async with rig_up(folder, server_cores=server, client_cores=client) as rig:
             yield Bench(rig, plan, program, note)
-
-
-def _progress(stack: contextlib.ExitStack, console: Console | None) -> Callable[[str], None]:
-    """Give a function that tells of each step: a spinner on a terminal, else a line on stderr."""
-    if console is None or not console.is_terminal:
-        return _line
-    return stack.enter_context(console.status("starting")).update
-
-
-def _cores() -> tuple[set[int], set[int], set[int]]:
-    """The server's core, the other, and all that we may use."""
-    allowed = sorted(os.sched_getaffinity(0))
-    return {allowed[0]}, {allowed[min(1, len(allowed) - 1)]}, set(allowed)
 
 
 def _line(what: str) -> None:
     print(f"… {what}", file=sys.stderr, flush=True)
 
 
-async def measured(
+def measured_by(
+    name: str,
+    measure: Callable[[Console | None], Coroutine[Any, Any, T]],
+    show: Callable[[T, Console], None],
+    *,
+    as_json: bool,
+) -> T:
+    """Measure, and print the result; exit status 1 where it could not be measured."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    console = None if as_json else wide_console()
+    try:
+        result = uvloop.run(measure(console))
+    except (EngineError, OfferError, ProtocolError, AnswerError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+    if console is None:
+        print(msgspec.json.encode(result).decode())
+    else:
+        show(result, console)
+    return result
+
+
+async def _measured(
     options: argparse.Namespace, plan: Plan, program: str | None, console: Console | None
 ) -> Result | Comparison | Durable:
     """Measure what the command line asks for. Raises EngineError, OfferError …"""
+    if options.plots:
+        from loadtest.bench import plots  # before the run, so that it does not fail after it
+
+        options.plots.mkdir(parents=True, exist_ok=True)
     async with bench_up(plan, program=program, console=console) as bench:
-        if options.compare:
-            return await Comparing(bench, options.cache).run()
         if options.durable:
             return await Lasting(bench, options.durable, options.workers).run()
-        return await bench.run()
+        if not options.compare:
+            return await bench.run()
+        result = await Comparing(bench, options.cache).run()
+    if options.plots:
+        plots.draw(result, options.plots)
+    return result
 
 
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan, str | None]:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a few seconds, to see that it works")
-    parser.add_argument("--seconds", type=int, help="of each measurement")
-    parser.add_argument("--rounds", type=int, help="of which the median is told")
-    parser.add_argument("--million", action="store_true", help="growth up to 1,000,000 sold")
-    parser.add_argument("--client", choices=("wrk", "ours"), help="default: wrk if installed")
-    parser.add_argument("--json", action="store_true", help="one JSON value on stdout")
+    add = parser.add_argument
+    add("--tiny", action="store_true", help="a few seconds, to see that it works")
+    add("--seconds", type=int, help="of each measurement")
+    add("--rounds", type=int, help="of which the median is reported")
+    add("--million", action="store_true", help="growth up to 1,000,000 sold")
+    add("--client", choices=("wrk", "ours"), help="default: wrk if installed")
+    add("--json", action="store_true", help="one JSON value on stdout")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--compare", action="store_true", help="beside the peers")
-    kind.add_argument(
-        "--durable", type=int, metavar="SECONDS", help="orders in PostgreSQL, all cores for all"
-    )
-    parser.add_argument(
-        "--workers", type=int, choices=(1, 2), default=1, help="API processes of --durable"
-    )
-    parser.add_argument(
-        "--plots", type=Path, metavar="DIR", help="draw --compare there, as PNG and SVG"
-    )
-    parser.add_argument(
-        "--cache", type=Path, default=CACHE, help="where the Node peer is kept (%(default)s)"
-    )
+    words = "orders in PostgreSQL, all cores for all"
+    kind.add_argument("--durable", type=int, metavar="SECONDS", help=words)
+    add("--workers", type=int, choices=(1, 2), default=1, help="API processes of --durable")
+    add("--plots", type=Path, metavar="DIR", help="draw --compare there, as PNG and SVG")
+    add("--cache", type=Path, default=CACHE, help="where the Node peer is kept (%(default)s)")
     options = parser.parse_args(arguments)
     if options.plots and not options.compare:
         parser.error("--plots draws a --compare")
@@ -129,36 +147,14 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan,
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the benchmark."""
     options, plan, program = _options(arguments)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    console = None if options.json else wide_console()
-    if options.plots:
-        from loadtest.bench import plots  # before the run, so that it does not fail after it
-    try:
-        if options.plots:
-            options.plots.mkdir(parents=True, exist_ok=True)
-        result = uvloop.run(measured(options, plan, program, console))
-        if options.plots and isinstance(result, Comparison):
-            plots.draw(result, options.plots)
-    except (EngineError, OfferError, ProtocolError, Unreachable, OSError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("bench: stopped", file=sys.stderr)
-        sys.exit(130)
-    _tell(result, console)
-    sound = result.check == CLEAN if isinstance(result, Durable) else True
+    result = measured_by(
+        "bench",
+        lambda console: _measured(options, plan, program, console),
+        lambda result, console: result.show(console),
+        as_json=options.json,
+    )
+    sound = not isinstance(result, Durable) or result.check == CLEAN
     sys.exit(0 if sound and result.audit == CLEAN else 1)
-
-
-def _tell(result: Result | Comparison | Durable, console: Console | None) -> None:
-    if console is None:
-        print(msgspec.json.encode(result).decode())
-    elif isinstance(result, Comparison):
-        print_comparison(result, console)
-    elif isinstance(result, Durable):
-        print_durable(result, console)
-    else:
-        print_result(result, console)
 
 
 if __name__ == "__main__":

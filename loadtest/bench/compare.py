@@ -7,6 +7,7 @@ figures, as a fast lie is none.
 """
 
 import contextlib
+import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -14,31 +15,40 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from rich.console import Console
+from rich.table import Table
 
-from loadtest.bench.figures import CLEAN, Case
-from loadtest.bench.measure import (
+from loadtest.bench.cases import (
+    BUSY,
+    CASE_HEADINGS,
     CONNECTIONS,
+    KINDS,
     OURS,
     SOLD_OUT_TICKETS,
     STOCK,
     Bench,
+    Case,
     Target,
     median,
     middle,
 )
 from loadtest.bench.offer import OfferError
 from loadtest.bench.peers import NAIVE, NODE, PEERS, Peer, RunningPeer, peers_up
-from loadtest.client import Client, Unreachable
 from loadtest.engine import EngineError
+from loadtest.generator import closed
+from loadtest.record import SOLD
+from loadtest.tables import CLEAN, Goal, grid, other_core, verdict
+from loadtest.tables import goals as goal_table
 from loadtest.wire import ProtocolError
 
 FULL_CONNECTIONS: Final = 768
 """Enough that a batch is full when the one before it comes back."""
 
 SELLS_NOTHING: Final = "sells nothing"
+CONSTANT: Final = "a aiohttp, constant"
 TOO_MANY: Final = 2 * CONNECTIONS
 BATCH_FIELDS: Final = ("sale_batch_size_sum", "sale_batch_size_count")
-FAILURES: Final = (OfferError, EngineError, Unreachable, ProtocolError, OSError)
+FAILURES: Final = (OfferError, EngineError, ProtocolError, OSError)
 
 
 class PeerResult(msgspec.Struct, frozen=True):
@@ -56,6 +66,11 @@ class PeerResult(msgspec.Struct, frozen=True):
     sold_out: Case | None = None
     ours: float | None = None
 
+    @property
+    def sound(self) -> bool:
+        """Whether it sold rightly, or nothing."""
+        return self.check in {CLEAN, SELLS_NOTHING}
+
 
 class FullBatches(msgspec.Struct, frozen=True):
     """Purchases over so many connections that batches are full. ``mean``: purchases a call."""
@@ -68,22 +83,6 @@ class FullBatches(msgspec.Struct, frozen=True):
     def api_cores(self) -> float:
         """API cores that one core of Redis feeds."""
         return self.case.api_us / self.case.redis_us
-
-
-class Goal(msgspec.Struct, frozen=True):
-    """A target of the project and this run's figure; None: it was not measured."""
-
-    what: str
-    goal: float
-    got: float | None
-    at_most: bool = False
-
-    @property
-    def met(self) -> bool | None:
-        """Whether this run reached it."""
-        if self.got is None:
-            return None
-        return self.got <= self.goal if self.at_most else self.got >= self.goal
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -99,6 +98,67 @@ class Comparison(msgspec.Struct, frozen=True):
     full: FullBatches
     goals: list[Goal]
     audit: str
+
+    def show(self, console: Console) -> None:
+        """Print the tables."""
+        console.print(
+            f"Client: {self.client}, {self.connections} connections, closed loop; {self.rounds} "
+            f"rounds of {self.seconds} s each in turn. Python {platform.python_version()}. API and "
+            f"its Redis on one core, client (and the engine's PostgreSQL and writer) on "
+            f"{other_core()}."
+        )
+        console.print(self._beside(), self._left_out(), sep="\n")
+        theirs = [case for peer in self.peers for case in (peer.purchases, peer.sold_out) if case]
+        everybody = [self.constant, *self.ours, *theirs]
+        if min(case.server_busy for case in everybody) < BUSY:
+            console.print(
+                "[red]In some row the server's core was not full: another program used it, or the "
+                "client was the bottleneck. Run it again on a quiet machine.[/]"
+            )
+        rows = (case.row for case in (self.constant, *self.ours))
+        console.print(grid("The engine's cases and the constant", CASE_HEADINGS, rows))
+        console.print(goal_table(self.goals))
+        full = self.full
+        console.print(
+            f"Full batches ({full.connections} connections, {full.mean:.0f} purchases a call): API "
+            f"{full.case.api_us:.1f} µs and Redis {full.case.redis_us:.1f} µs a purchase, so one "
+            f"core of Redis feeds {full.api_cores:.1f} API cores."
+        )
+        console.print(f"Audit of all that the engine sold: {verdict(self.audit)}")
+
+    def _beside(self) -> Table:
+        ours = {case.name: case for case in self.ours}
+        purchases, sold_out = ours["purchases"], ours["sold_out"]
+        rows = [
+            ["ours", *_figures(purchases, None), *_refused(sold_out), self.audit],
+            [
+                CONSTANT, *_figures(self.constant, purchases.ratio), *_refused(None), SELLS_NOTHING,
+            ],
+        ]  # fmt: skip
+        for letter, peer in zip("bcdefgh", self.peers, strict=False):
+            books = peer.check if peer.sound else "[red]WRONG[/]"
+            books = "[yellow]not here[/]" if peer.why_not else books
+            figures = (*_figures(peer.purchases, peer.ours), *_refused(peer.sold_out))
+            rows.append([f"{letter} {peer.title}", *figures, books])
+        caption = (
+            "purchases/s of constants: answers. ours ×: the engine's purchases as a multiple. µs: "
+            "CPU time a purchase. books: whether what it answered is what its Redis holds, never "
+            "above the stock. All that sell fsync before each answer."
+        )
+        headings = "|purchases/s|× a|ours ×|API µs|Redis µs|sold-out/s|× a|books"
+        title = "The engine beside its peers: one core for API and Redis"
+        return grid(title, headings, rows, caption, left="books")
+
+    def _left_out(self) -> Table:
+        rows = [[CONSTANT, "everything"]]
+        for letter, peer in zip("bcdefgh", self.peers, strict=False):
+            words = [peer.leaves_out]
+            if peer.why_not:
+                words.append(f"[yellow]not measured: {peer.why_not}[/]")
+            elif not peer.sound:
+                words.append(f"[red]{peer.check}[/]")
+            rows.append([f"{letter} {peer.title}", "\n".join(words)])
+        return grid("What each leaves out", "|what", rows, left="what")
 
 
 class Comparing:
@@ -160,11 +220,10 @@ class Comparing:
             return
         await running.campaign("bench", STOCK)
         await running.campaign("bench-sold-out", SOLD_OUT_TICKETS)
-        async with Client(running.address, CONNECTIONS) as client:
-            cards = self.bench.cards(SOLD_OUT_TICKETS + TOO_MANY)
-            raws = self.bench.requests("bench-sold-out", cards)
-            result = await client.run(((raw, None) for raw in raws), lambda *_: None)
-        sold = result.statuses[201]
+        cards = self.bench.cards(SOLD_OUT_TICKETS + TOO_MANY)
+        raws = list(self.bench.requests("bench-sold-out", cards))
+        tally = await closed(running.address, raws, len(raws), CONNECTIONS)
+        sold = tally.outcomes()[SOLD]
         self._note_wrong(
             running,
             f"sold {sold} of {SOLD_OUT_TICKETS} to a crowd" if sold != SOLD_OUT_TICKETS else "",
@@ -263,11 +322,12 @@ def goals(ours: list[Case], peers: list[PeerResult], full: FullBatches) -> list[
     """The project's targets, and what this run reached of them."""
     share = {case.name: case.ratio for case in ours}
     ahead = {peer.name: peer.ours for peer in peers if peer.check == CLEAN}
+    titles = {"sold_out": "sold-out refusals", "not_open": "not-open refusals"}
     return [
-        Goal("purchases × (a)", 1.2, share["purchases"]),
-        Goal("replays × (a)", 1.2, share["replays"]),
-        Goal("sold-out refusals × (a)", 3.0, share["sold_out"]),
-        Goal("not-open refusals × (a)", 3.0, share["not_open"]),
+        *(
+            Goal(f"{titles.get(name, name)} × (a)", kind.goal, share[name])
+            for name, kind in KINDS.items()
+        ),
         Goal("purchases × Node's", 1.3, ahead.get(NODE.name)),
         Goal("purchases × the naive service's", 4.0, ahead.get(NAIVE.name)),
         Goal("Redis µs a purchase, full batches", 10.0, full.case.redis_us, at_most=True),
@@ -282,3 +342,15 @@ def _median_of(cases: list[Case], constants: list[Case]) -> Case | None:
 
 def _target(running: RunningPeer) -> Target:
     return Target(running.peer.name, running.address, running.pid, running.redis_pid)
+
+
+def _figures(case: Case | None, ours: float | None) -> list[str]:
+    if case is None:
+        return [""] * 5
+    multiple = "" if ours is None else f"{ours:.2f}"
+    us = [f"{case.api_us:.1f}", f"{case.redis_us:.1f}"]
+    return [f"{case.rate:,.0f}", f"{case.ratio:.2f}", multiple, *us]
+
+
+def _refused(case: Case | None) -> list[str]:
+    return ["", ""] if case is None else [f"{case.rate:,.0f}", f"{case.ratio:.2f}"]

@@ -12,13 +12,13 @@ import time
 from typing import Final
 
 import msgspec
+from rich.console import Console
 
-from loadtest.bench.compare import Goal
-from loadtest.bench.figures import CLEAN, Case
-from loadtest.bench.measure import CONNECTIONS, FIRST_GUESS_RATE, STOCK, Bench
-from loadtest.bench.offer import Feed, Offer, OfferError, offer
+from loadtest.bench.cases import CONNECTIONS, FIRST_GUESS_RATE, STOCK, Bench, Case
+from loadtest.bench.offer import Offer, OfferError, offer
 from loadtest.bench.rig import busy_s, tree_cpu_s
 from loadtest.engine import EngineError
+from loadtest.tables import CLEAN, Goal, facts, goals
 
 CAMPAIGN: Final = "bench-durable"
 GOAL: Final = 0.3
@@ -57,10 +57,32 @@ class Durable(msgspec.Struct, frozen=True):
     check: str
     audit: str
 
-    @property
-    def goal(self) -> Goal:
-        """The target for this run."""
-        return Goal("durable orders end to end × (a)", GOAL, self.ratio)
+    def show(self, console: Console) -> None:
+        """Print the tables."""
+        console.print(
+            f"Durable end to end: {self.workers} API process(es), every process free on "
+            f"{self.cores} core(s) with {self.client}, {self.connections} connections, closed "
+            f"loop. Counted over {self.window_s:.0f} s."
+        )
+        rows = [
+            ("orders in PostgreSQL a second", f"{self.rows_a_second:,.0f}"),
+            ("of which the slowest second", f"{self.slowest_second:,.0f}"),
+            ("purchases answered a second", f"{self.answered_a_second:,.0f}"),
+            ("ledger lag at the end of the window, events", f"{self.lag_end:,}"),
+            ("highest ledger lag, events", f"{self.lag_most:,}"),
+            ("(a) before and after, a second", " ".join(f"{rate:,.0f}" for rate in self.constants)),
+            ("p50, p99 ms of a purchase", f"{self.latency_ms[0]:.1f}  {self.latency_ms[2]:.1f}"),
+            ("orders in PostgreSQL in the end, all counted", f"{self.orders:,}"),
+            ("books", self.check),
+            ("audit", self.audit),
+        ]
+        shares = sorted(self.cpu.items(), key=lambda each: -each[1])
+        shares.append(("all else, kernel included", self.others))
+        cpu = [(name, f"{share:.0%}") for name, share in shares]
+        console.print(facts("", rows), facts("CPU, share of one core", cpu), sep="\n")
+        console.print(f"The limit: {self.limit}")
+        goal = Goal("durable orders end to end × (a)", GOAL, self.ratio)
+        console.print(goals([goal]))
 
 
 class _Moment(msgspec.Struct, frozen=True):
@@ -114,7 +136,8 @@ class Lasting:
         """Offer purchases, and look each second how far the books are."""
         bench = self.bench
         bench.note(f"durable: requests for {seconds} s")
-        feed = self._feed(int(rate * seconds * MARGIN) + 2 * CONNECTIONS)
+        cards = bench.cards(int(rate * seconds * MARGIN) + 2 * CONNECTIONS)
+        feed = bench.feed(CAMPAIGN, cards)
         bench.note(f"durable: {seconds} s")
         moments = [await self._moment()]
         selling = asyncio.create_task(
@@ -135,9 +158,6 @@ class Lasting:
         if got.refused:
             raise OfferError(f"durable: {got.refused} refused of {got.requests}")
         return got, moments
-
-    def _feed(self, count: int) -> Feed:
-        return self.bench.feed(CAMPAIGN, self.bench.cards(count))
 
     async def _moment(self) -> _Moment:
         # The head first: what is applied then can only be more, so the lag is not told too high.

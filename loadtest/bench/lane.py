@@ -19,11 +19,10 @@ from typing import Any, Final, cast
 import structlog
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
 from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
-from loadtest.bench.tables import wide_console
 from loadtest.members import Mint
+from loadtest.tables import grid, wide_console
 from sale.api.fast_path import Connection, FastPath
 from sale.api.fast_path_head import HeadReader
 from sale.api.member import ORDER_REQUEST, order_answer
@@ -235,12 +234,9 @@ def _no_collector() -> Iterator[None]:
 
 def print_parts(least: dict[str, float], console: Console) -> None:
     """Print the table."""
-    table = Table(title=f"CPU µs a purchase, the least of {ROUNDS} rounds")
-    table.add_column("")
-    table.add_column("µs", justify="right")
-    for name, each_us in sorted(least.items(), key=lambda item: item[0].startswith(" ")):
-        table.add_row(name, f"{each_us:.2f}")
-    console.print(table)
+    parts = sorted(least.items(), key=lambda item: item[0].startswith(" "))
+    rows = [(name, f"{each_us:.2f}") for name, each_us in parts]
+    console.print(grid(f"CPU µs a purchase, the least of {ROUNDS} rounds", "|µs", rows))
 
 
 def main() -> None:

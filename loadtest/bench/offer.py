@@ -8,6 +8,7 @@ import asyncio
 import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,10 +16,14 @@ from typing import Final
 
 import msgspec
 
-from loadtest.client import Client
+from loadtest.generator import closed
+from loadtest.record import NO_ANSWER
+from loadtest.summary import at_share
 
 GRACE_S: Final = 30.0
 CHUNK_REQUESTS: Final = 512
+RATE_MAX: Final = 200_000
+"""More requests a second than our own client can send."""
 
 
 class OfferError(Exception):
@@ -128,32 +133,36 @@ async def _offer_wrk(
 
 
 async def _offer_ours(feed: Feed, address: str, seconds: int, connections: int) -> Offer:
-    refused = 0
+    refused, ran_out = Counter[bool](), False
+    raws = _repeated(feed) if feed.cycle else read_feed(feed)
 
-    def count(_: object, answer: object) -> None:
-        nonlocal refused
-        refused += getattr(answer, "status", 0) >= 400
+    def take(_: int) -> bytes:
+        nonlocal ran_out
+        if time.perf_counter() > deadline:
+            return b""
+        raw = next(raws, b"")
+        ran_out = ran_out or not raw
+        return raw
 
-    async with Client(address, connections) as client:
-        before = time.process_time()
-        deadline = time.perf_counter() + seconds
-        result = await client.run(_timed(feed, deadline), count, limit_s=seconds + GRACE_S)
-        client_s = time.process_time() - before
-    if result.unknown:
-        raise OfferError(f"{result.unknown} requests were lost")
-    p50, p95, p99 = result.percentiles_ms(0.5, 0.95, 0.99)
-    return Offer(result.requests, result.duration_s, refused, (p50, p95, p99), client_s)
+    def count(_number: int, status: int, *_: object) -> None:
+        refused[status >= 400] += 1
+
+    most = seconds * RATE_MAX if feed.cycle else feed.count + 1
+    deadline = time.perf_counter() + seconds
+    tally = await closed(address, take, most, connections, spool=count, limit_s=seconds + GRACE_S)
+    if ran_out:
+        raise OfferError(f"the feed of {feed.count} requests came to its end")
+    if lost := tally.outcomes()[NO_ANSWER]:
+        raise OfferError(f"{lost} requests were lost")
+    took_ms = sorted(tally.took_ms(sent=True))
+    p50, p95, p99 = (at_share(took_ms, share) for share in (0.5, 0.95, 0.99))
+    requests = tally.sent.total()
+    return Offer(requests, tally.duration_s, refused[True], (p50, p95, p99), tally.cpu_s)
 
 
-def _timed(feed: Feed, deadline: float) -> Iterator[tuple[bytes, None]]:
-    """The feed's requests until the time is up."""
+def _repeated(feed: Feed) -> Iterator[bytes]:
     while True:
-        for raw in read_feed(feed):
-            if time.perf_counter() > deadline:
-                return
-            yield raw, None
-        if not feed.cycle:
-            raise OfferError(f"the feed of {feed.count} requests came to its end")
+        yield from read_feed(feed)
 
 
 def read_feed(feed: Feed) -> Iterator[bytes]:

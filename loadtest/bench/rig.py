@@ -92,6 +92,19 @@ class Rig:
         # Its address may be answered by another; whose metrics can be read, takes purchases.
         await ready(self.processes[name], self.log(name), socket, "/metrics", 200)
 
+    async def serve_anew(self, **settings: str) -> None:
+        """Start the API anew with settings of its own. Raises EngineError."""
+        if "serve" in self.processes:
+            await stop(self.processes.pop("serve"))
+        kept, self.settings = self.settings, self.settings | settings
+        try:
+            socket = f"unix:{self.servers.sockets}/bench-serve"
+            program = ("sale", "serve", "--metrics-listen", socket)
+            await self.spawn("serve", *program, cores=self.server_cores)
+        finally:
+            self.settings = kept
+        await ready(self.processes["serve"], self.log("serve"), self.address, "/readyz", 200)
+
     async def metrics(self) -> dict[str, float]:
         """What the first API process measures of itself, by name and labels as they are written."""
         address = f"unix:{self.servers.sockets}/bench-serve"

@@ -22,11 +22,10 @@ import msgspec
 import structlog
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
 from loadtest.bench.__main__ import bench_up
-from loadtest.bench.measure import STOCK, TINY, Bench
-from loadtest.bench.tables import wide_console
+from loadtest.bench.cases import STOCK, TINY, Bench
+from loadtest.tables import grid, wide_console
 from sale.stock.keys import campaign_keys
 from sale.stock.script_connection import ScriptConnection, pack
 from sale.stock.scripts import PEEK, PURCHASE
@@ -254,18 +253,14 @@ def _as_sent(reply: Any) -> bytes:  # noqa: ANN401 - Redis' reply
 
 def print_shapes(result: Shapes, console: Console) -> None:
     """Print the tables."""
-    table = Table(title="µs a purchase: Redis + client, by purchases a call")
-    table.add_column("")
-    for batch in BATCHES:
-        table.add_column(str(batch), justify="right")
-    for cost in result.costs:
-        figures = (f"{cost.redis_us[n]:.1f} + {cost.client_us[n]:.1f}" for n in BATCHES)
-        table.add_row(cost.name, *figures)
-    console.print(table)
-    table = Table(title="the client's CPU µs for one small call")
-    for name, call_us in result.call_us.items():
-        table.add_row(name, f"{call_us:.0f}")
-    console.print(table)
+    rows = [
+        [cost.name, *(f"{cost.redis_us[n]:.1f} + {cost.client_us[n]:.1f}" for n in BATCHES)]
+        for cost in result.costs
+    ]
+    title = "µs a purchase: Redis + client, by purchases a call"
+    console.print(grid(title, "|".join(("", *map(str, BATCHES))), rows))
+    calls = [(name, f"{call_us:.0f}") for name, call_us in result.call_us.items()]
+    console.print(grid("the client's CPU µs for one small call", "|µs", calls))
 
 
 async def _measured() -> Shapes:

@@ -1,12 +1,13 @@
 """Every answer that clients got, as the check of the books and the outcome table read it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
 
+from loadtest.record import NO_ANSWER, REPLAYED, SOLD
 from loadtest.wire import TOO_MANY, UNNAMED, Response
 from sale.files import LARGE_MAX_BYTES, UnreadableFile, parse_json, read_bytes
 
@@ -54,6 +55,13 @@ class Answer(msgspec.Struct, frozen=True):
     def sold(self) -> bool:
         """Whether the client was told that it has an order."""
         return self.status in (200, 201)
+
+    @property
+    def outcome(self) -> str:
+        """Its word in a record."""
+        if self.sold:
+            return REPLAYED if self.replayed else SOLD
+        return self.code or (f"{UNNAMED}{self.status}" if self.status else NO_ANSWER)
 
     @property
     def refused(self) -> bool:
@@ -110,6 +118,28 @@ class AnswerBook:
             yield read_answer(
                 asked, status, body, replayed=replayed, sent_at=sent_at, received_at=received_at
             )
+
+
+class Spool:
+    """Records what a generator gets: a tuple each, which costs it next to nothing.
+
+    ``asked`` gives what arrival ``n`` asked for, when the answers are read.
+    """
+
+    def __init__(self, asked: Callable[[int], Asked]) -> None:
+        self._asked = asked
+        self._rows: list[tuple[int, int, bool, bytes]] = []
+
+    def __call__(self, number: int, status: int, replayed: bool, body: bytes, /) -> None:  # noqa: FBT001
+        """Record one answer."""
+        self._rows.append((number, status, replayed, body))
+
+    def __iter__(self) -> Iterator[Answer]:
+        for number, status, replayed, body in self._rows:
+            yield read_answer(self._asked(number), status, body, replayed=replayed)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def read_answer(

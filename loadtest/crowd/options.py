@@ -5,8 +5,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from loadtest.crowd.scenarios import SCENARIOS, Deeds, Mix, Scenario
-from loadtest.crowd.shape import Phases
+from loadtest.scenarios import SCENARIOS, Deeds, Mix, Phases, Scenario
 from loadtest.thresholds import RULES_HELP
 
 Changeable = TypeVar("Changeable", Mix, Deeds)

@@ -8,11 +8,12 @@ and the report. Exit status of ``prove``: 0 clean, 1 with findings, 3 where it c
 import argparse
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -27,8 +28,8 @@ from loadtest.books.ledger import BooksError, wait_applied
 from loadtest.books.proof import Where, prove
 from loadtest.crowd.programs import CANNOT, About
 from loadtest.engine import EngineError
-from loadtest.latency import at_share, new_histogram, percentiles
-from loadtest.record import RECORD_NAME, Finding, Percentile, Proof, Record, Sample, Second, write
+from loadtest.record import RECORD_NAME, Finding, Proof, Record, Sample, write
+from loadtest.summary import SECONDS_MAX, Member, count_members
 from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
 from sale.cli.terminal import take_any_character
 from sale.db.pool import connect
@@ -38,7 +39,6 @@ from sale.host.embedded import EmbeddedError
 _LOOP: Final[dict[str, str | int | float]] = {"loop": "closed", "latency": "from the first try"}
 REPORT_NAME: Final = "report.html"
 SHOWN_MAX: Final = 20
-SECONDS_MAX: Final = 7_200
 CONNECT_S: Final = 10.0
 
 
@@ -55,77 +55,36 @@ class Seen(msgspec.Struct):
 def measured(answers: Sequence[Answer], about: About) -> Record:
     """Make the record of what clients saw. Latency counts from a wish's first try to its answer.
 
-    The loop is closed: who waits for an answer asks for nothing else meanwhile, so the latencies
-    leave out what an open loop would have made wait. The record's plan says so.
+    The loop is closed: a user who waits for an answer asks for nothing else meanwhile, so the
+    latencies leave out what an open loop would have made wait. The record's plan says so.
     """
+    start = about.started_at
     ordered = sorted(answers, key=lambda answer: (answer.card, answer.key, answer.sent_at))
-    wishes = [list(told) for _, told in groupby(ordered, lambda a: (a.card, a.key))]
-    duration_s = max(about.ended_at - about.started_at, 1e-3)
-    lasts = [(told[0].sent_at, told[-1]) for told in wishes]
-    return Record(
+    members = []
+    for _, told in groupby(ordered, lambda answer: (answer.card, answer.key)):
+        wish = list(told)
+        first, last = wish[0], wish[-1]
+        latency_s = last.received_at - first.sent_at if last.status else math.nan
+        members.append(Member(max(first.sent_at - start, 0.0), latency_s, last.outcome))
+    duration_s = max(about.ended_at - start, 1e-3)
+    record = Record(
         name=about.name,
         campaign=about.campaign,
-        started_at=datetime.fromtimestamp(about.started_at, UTC).isoformat(timespec="milliseconds"),
+        started_at=datetime.fromtimestamp(start, UTC).isoformat(timespec="milliseconds"),
         duration_s=round(duration_s, 3),
         plan=_LOOP | about.plan,
-        offered=len(wishes),
-        sent=len(answers),
-        answered=sum(answer.status != 0 for answer in answers),
-        offered_rate=round(len(wishes) / duration_s, 1),
-        achieved_rate=round(sum(last.status != 0 for _, last in lasts) / duration_s, 1),
-        outcomes=dict(Counter(_outcome(last) for _, last in lasts)),
-        latency=_percentiles([_ms(first, last) for first, last in lasts if last.status]),
-        latency_sold=_percentiles([_ms(first, last) for first, last in lasts if last.sold]),
-        seconds=_seconds(answers, lasts, about.started_at),
+        offered_rate=round(len(members) / duration_s, 1),
     )
+    sent = Counter(_second(answer.sent_at - start) for answer in answers)
+    answered = Counter(_second(each.received_at - start) for each in answers if each.status)
+    count_members(record, members, sent, answered)
+    known = sum(not math.isnan(member.latency_s) for member in members)
+    record.achieved_rate = round(known / duration_s, 1)
+    return record
 
 
-def _seconds(
-    answers: Iterable[Answer], lasts: Iterable[tuple[float, Answer]], start: float
-) -> list[Second]:
-    rows: defaultdict[int, Second] = defaultdict(lambda: Second(t=0))
-    spent: defaultdict[int, list[float]] = defaultdict(list)
-    answered: Counter[int] = Counter()
-    for answer in answers:
-        rows[_second(answer.sent_at, start)].sent += 1
-        if answer.status:
-            answered[_second(answer.received_at, start)] += 1
-    for t, count in answered.items():
-        rows[t].answered = count
-    for first, last in lasts:
-        t = _second(first, start)
-        rows[t].offered += 1
-        rows[t].outcomes[_outcome(last)] = rows[t].outcomes.get(_outcome(last), 0) + 1
-        if last.status:
-            spent[t].append(_ms(first, last))
-    for t, row in rows.items():
-        row.t = t
-        row.p50_ms, row.p95_ms, row.p99_ms, row.max_ms = (
-            at_share(spent[t], share) for share in (0.5, 0.95, 0.99, 1.0)
-        )
-    # A second without any request is a second too: the report draws it as none.
-    return [rows.get(t) or Second(t=t) for t in range(max(rows, default=-1) + 1)]
-
-
-def _second(moment: float, start: float) -> int:
-    return min(max(int(moment - start), 0), SECONDS_MAX)
-
-
-def _ms(first: float, last: Answer) -> float:
-    return round((last.received_at - first) * 1e3, 3)
-
-
-def _outcome(answer: Answer) -> str:
-    if answer.sold:
-        return "replayed" if answer.replayed else "sold"
-    return answer.code or (f"HTTP {answer.status}" if answer.status else "no-answer")
-
-
-def _percentiles(spent_ms: Iterable[float]) -> list[Percentile]:
-    histogram = new_histogram()
-    for each in spent_ms:
-        histogram.record_value(max(int(each * 1e3), 1))
-    return percentiles(histogram)
+def _second(offset: float) -> int:
+    return min(max(int(offset), 0), SECONDS_MAX - 1)
 
 
 async def proven(answers: Sequence[Answer], about: About, where: Where) -> Proof:
@@ -147,7 +106,7 @@ async def _prove(options: argparse.Namespace) -> int:
     answers = read_answers(options.answers)
     record = measured(answers, about)
     # By the card, not by the wish: bots ask a thousand times, always under another key.
-    record.not_played = not_played(by_card((each.card, _outcome(each)) for each in answers))
+    record.not_played = not_played(by_card((each.card, each.outcome) for each in answers))
     record.thresholds = judge(read_rules(about.fail_if), record)
     record.proof = await proven(answers, about, _where(options))
     _tell(record, record.proof)

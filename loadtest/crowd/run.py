@@ -26,7 +26,9 @@ from loadtest.crowd.desk import Booth, Desk, Setting
 from loadtest.crowd.messages import Workers, give_account, serve_users
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import About, Watch, end_children, program
-from loadtest.crowd.scenarios import (
+from loadtest.crowd.setup import Api, SetupError
+from loadtest.crowd.shape import Plan, target
+from loadtest.scenarios import (
     SCENARIOS,
     Deeds,
     Mix,
@@ -37,8 +39,6 @@ from loadtest.crowd.scenarios import (
     read_campaign,
     run_name,
 )
-from loadtest.crowd.setup import Api, SetupError
-from loadtest.crowd.shape import Plan, target
 from loadtest.thresholds import read_rules
 
 if TYPE_CHECKING:

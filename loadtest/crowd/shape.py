@@ -9,31 +9,11 @@ from typing import Final
 
 import msgspec
 
+from loadtest.scenarios import Phases
+
 SETTLED: Final = 0.7
 LEAVING: Final = 0.5
 """Who leaves has left after this part of the tail."""
-
-
-class Phases(msgspec.Struct, frozen=True):
-    """Lengths in seconds, and the shares of all users that are there."""
-
-    quiet_s: float
-    gathering_s: float
-    opening_s: float
-    tail_s: float
-    quiet_share: float = 0.05
-    gathered_share: float = 0.85
-    tail_share: float = 0.3
-
-    @property
-    def opens_after_s(self) -> float:
-        """When the campaign opens, from the start."""
-        return self.quiet_s + self.gathering_s
-
-    @property
-    def duration_s(self) -> float:
-        """All four together."""
-        return self.opens_after_s + self.opening_s + self.tail_s
 
 
 class Plan(msgspec.Struct, frozen=True):

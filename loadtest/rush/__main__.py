@@ -2,7 +2,7 @@
 
 Exit status: 0 played, proved and clean; 1 anything else (books that do not balance, a proof that
 failed, a threshold of ``--fail-if`` missed, a rush that was none, see `loadtest.thresholds`, or a
-generator that was itself the limit, see `loadtest.rush.summary`); 2 bad usage, among it a run that
+generator that was itself the limit, see `loadtest.summary`); 2 bad usage, among it a run that
 has no books to be compared with and is not said to be ``--unproved``.
 """
 
@@ -25,14 +25,13 @@ from loadtest import record as records
 from loadtest.books.check import so_many
 from loadtest.books.ledger import BooksError
 from loadtest.books.proof import books_of
-from loadtest.client import AnswerError, Unreachable
+from loadtest.client import AnswerError
 from loadtest.engine import EngineError, cancelled_by_signals
-from loadtest.latency import TOLD_SHARES
 from loadtest.record import Percentile, Record
-from loadtest.rush.plan import Plan, RushError, Stopped
-from loadtest.rush.team import only_loopback, play
+from loadtest.rush.play import Plan, RushError, Stopped, only_loopback, play
+from loadtest.summary import TOLD_SHARES
 from loadtest.thresholds import RULES_HELP, missed, read_rules, told_outcome
-from loadtest.wire import ProtocolError
+from loadtest.wire import ProtocolError, Unreachable
 from sale.config import SettingsError
 
 PROBLEMS: Final = (

@@ -1,8 +1,8 @@
-"""What the members of an open-loop run ask for: request bytes, built when they are sent.
+"""What the members of a run ask for, and when: request bytes, built when they are sent.
 
 Only offsets into the tokens file are kept, eight bytes a card; the file itself is mapped, so many
-processes share it. The same plan gives the same asks in every process, and again after the run,
-when the answers are compared with the books.
+processes share it. The same load gives the same asks in every process, and again after the run,
+when the answers are compared with PostgreSQL.
 """
 
 import mmap
@@ -10,13 +10,13 @@ import random
 import time
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 
-from loadtest.members import QUANTITY_SHARES, Mint
+from loadtest.members import QUANTITY_SHARES, Ask, Mint
+from loadtest.rush import arrivals
 from sale.files import UnreadableFile, opened_regular
 from sale.identity import SigningKey, issue_member_token
 
@@ -38,47 +38,62 @@ class _Line(msgspec.Struct):
     token: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One member's wish under one key."""
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """Which requests, and when: the same in all processes of a run."""
 
-    card: str
-    key: str
-    showing: str
-    quantity: int
+    address: str
+    campaign: str
+    tokens: str
+    salt: str
+    showings: tuple[str, ...]
+    order_max: int
+    arrivals: str = "constant"
+    rate: float = 100.0
+    seconds: float = 10.0
+    seed: int = 1
+    cards: int = 0
+    quantity: int = 1
+    duplicate_share: float = 0.0
+
+    def offsets(self) -> "array[float]":
+        """Intended times of all processes together. Raises ArrivalsError."""
+        return arrivals.make(self.arrivals, self.rate, self.seconds, self.seed)
+
+    def members(self, count: int) -> "array[int]":
+        """Member of each arrival: mostly a new one, else one of the last few asking again."""
+        if not self.duplicate_share:
+            return array("L", range(count))
+        rng, made, new = random.Random(self.seed ^ 0xD0B1), array("L"), 0
+        for _ in range(count):
+            if new and rng.random() < self.duplicate_share:
+                made.append(new - 1 - rng.randrange(min(new, DUPLICATE_WITHIN)))
+            else:
+                made.append(new)
+                new += 1
+        return made
 
 
 class Asks:
     """Requests by the member's number. Member ``n`` has card ``n % cards``; keys are its own."""
 
-    def __init__(
-        self,
-        tokens: Path,
-        *,
-        host: str,
-        campaign: str,
-        salt: str,
-        showings: Sequence[str],
-        quantity: int,
-        order_max: int,
-        cards: int = 0,
-    ) -> None:
+    def __init__(self, load: Load) -> None:
         try:
-            with opened_regular(tokens) as stream:
+            with opened_regular(Path(load.tokens)) as stream:
                 self._lines = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         except UnreadableFile as error:
             raise AsksError(f"tokens file {error}") from None
         except (OSError, ValueError) as error:
-            raise AsksError(f"tokens file {tokens}: {error}") from None
-        self._file = tokens
-        self._starts = _line_starts(self._lines, cards)
+            raise AsksError(f"tokens file {load.tokens}: {error}") from None
+        self._load = load
+        self._starts = _line_starts(self._lines, load.cards)
         self.cards = len(self._starts) - 1
-        if self.cards < max(cards, 1):
-            raise AsksError(f"tokens file {tokens}: {self.cards:,} cards, {cards:,} are wanted")
-        self._salt = salt
+        if self.cards < max(load.cards, 1):
+            raise AsksError(
+                f"tokens file {load.tokens}: {self.cards:,} cards, {load.cards:,} are wanted"
+            )
         self._decode = msgspec.json.Decoder(_Line).decode
-        self._wishes = _wishes(showings, quantity, order_max)
-        head = f"POST /api/v1/campaigns/{campaign}/orders HTTP/1.1\r\nHost: {host}\r\n"
+        self._wishes = _wishes(load.showings, load.quantity, load.order_max)
+        head = f"POST /api/v1/campaigns/{load.campaign}/orders HTTP/1.1\r\nHost: {load.address}\r\n"
         self._head = f"{head}Authorization: Bearer "
         self._tails = [_tail(quantity, showing) for quantity, showing in self._wishes]
         self._line(0)
@@ -95,7 +110,7 @@ class Asks:
         starts, card = self._starts, member % self.cards
         token = self._decode(self._lines[starts[card] : starts[card + 1]]).token
         tail = self._tails[member * _MIX % 4_294_967_291 % len(self._tails)]
-        head = f"{self._head}{token}\r\nIdempotency-Key: {self._salt}-{member:x}"
+        head = f"{self._head}{token}\r\nIdempotency-Key: {self._load.salt}-{member:x}"
         return f"{head}{tail}".encode("ascii")
 
     def token(self, member: int) -> str:
@@ -106,27 +121,13 @@ class Asks:
         """The same purchase, as it is compared with the books."""
         quantity, showing = self._wishes[member * _MIX % 4_294_967_291 % len(self._wishes)]
         card = self._line(member % self.cards).card_no
-        return Ask(card, f"{self._salt}-{member:x}", showing, quantity)
+        return Ask(card, f"{self._load.salt}-{member:x}", showing, quantity)
 
     def _line(self, card: int) -> _Line:
         try:
             return self._decode(self._lines[self._starts[card] : self._starts[card + 1]])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise AsksError(f"tokens file {self._file}, line {card + 1}: {error}") from None
-
-
-def members_of(arrivals: int, duplicate_share: float, seed: int) -> "array[int]":
-    """Which member each arrival is: mostly a new one, else one of the last few pressing again."""
-    if not duplicate_share:
-        return array("L", range(arrivals))
-    rng, made, new = random.Random(seed ^ 0xD0B1), array("L"), 0
-    for _ in range(arrivals):
-        if new and rng.random() < duplicate_share:
-            made.append(new - 1 - rng.randrange(min(new, DUPLICATE_WITHIN)))
-        else:
-            made.append(new)
-            new += 1
-    return made
+            raise AsksError(f"tokens file {self._load.tokens}, line {card + 1}: {error}") from None
 
 
 def write_minted(file: Path, key: SigningKey, *, first: int, count: int) -> None:

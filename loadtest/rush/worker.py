@@ -1,9 +1,9 @@
-"""One generating process of an open-loop run, and what it hands back.
+"""One generating process of a run, and what it leaves for the process that leads.
 
-It reads its job (`Job`, JSON, one line) on stdin, answers ``{"ready":true}``, reads the start
-moment (``time.monotonic()``, the same clock in all processes of a host), plays its share of the
-arrivals, and leaves two files in the job's folder: what it counted, and every answer. Progress goes
-to stdout, a JSON line a second.
+It reads its `Job` (JSON, one line) on stdin, answers ``{"ready":true}``, reads the start time
+(``time.monotonic()``, the same clock in all processes of a host), plays its share of the arrivals,
+and leaves two files in the job's folder: its tally, and every answer. Progress goes to stdout, a
+JSON line a second.
 """
 
 import asyncio
@@ -12,8 +12,10 @@ import os
 import resource
 import struct
 import sys
-from array import array  # noqa: TC003 - msgspec and readers alike look at the annotations
+from array import array
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -21,56 +23,16 @@ import msgspec
 import uvloop
 
 from loadtest.books.answers import Answer, read_answer
-from loadtest.latency import HIGHEST_US, new_histogram
-from loadtest.record import NOT_SENT, REPLAYED, SOLD
-from loadtest.rush import arrivals
-from loadtest.rush.asks import Asks, members_of
-from loadtest.rush.loop import OpenLoop
-from loadtest.rush.tally import Bounds, Tally
+from loadtest.generator import Bounds, Generator, Tally
+from loadtest.rush.asks import Asks, Load
 from loadtest.wire import ProtocolError
 
 PROGRESS_S: Final = 1.0
 SPARE_FILES: Final = 200
 _ROW: Final = struct.Struct("<IHBI")
-
-
-class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """Which requests, and when: the same in all processes of a run."""
-
-    address: str
-    campaign: str
-    tokens: str
-    salt: str
-    showings: tuple[str, ...]
-    order_max: int
-    arrivals: str = "constant"
-    rate: float = 100.0
-    seconds: float = 10.0
-    seed: int = 1
-    cards: int = 0
-    quantity: int = 1
-    duplicate_share: float = 0.0
-
-    def offsets(self) -> "array[float]":
-        """Intended moments of all processes together. Raises ArrivalsError."""
-        return arrivals.make(self.arrivals, self.rate, self.seconds, self.seed)
-
-    def members(self, count: int) -> "array[int]":
-        """Member of each arrival."""
-        return members_of(count, self.duplicate_share, self.seed)
-
-    def asks(self) -> Asks:
-        """The requests. Raises AsksError."""
-        return Asks(
-            Path(self.tokens),
-            host=self.address,
-            campaign=self.campaign,
-            salt=self.salt,
-            showings=self.showings,
-            quantity=self.quantity,
-            order_max=self.order_max,
-            cards=self.cards,
-        )
+_ARRAYS: Final = {
+    "offsets": "d", "done_at": "d", "sent_at": "d", "outcome": "B", "late": "f", "lags": "f",
+}  # fmt: skip
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,9 +44,32 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     processes: int
     folder: str
 
+    def tally(self) -> Tally:
+        """What the process counted."""
+        told = msgspec.msgpack.decode((Path(self.folder) / f"tally-{self.index}").read_bytes())
+        for name, kind in _ARRAYS.items():
+            told[name] = array(kind, told[name])
+        for name in ("sent", "answered", "told_to_wait"):
+            told[name] = Counter(told[name])
+        return Tally(**told)
+
+    def answers(self) -> Iterator[Answer]:
+        """Every answer that the process got, in the order in which they came."""
+        members = self.load.members(len(self.load.offsets()))[self.index :: self.processes]
+        with Asks(self.load) as asks, self.spool.open("rb", buffering=1 << 20) as stream:
+            while row := stream.read(_ROW.size):
+                number, status, replayed, size = _ROW.unpack(row)
+                body = stream.read(size)
+                yield read_answer(asks.ask(members[number]), status, body, replayed=bool(replayed))
+
+    @property
+    def spool(self) -> Path:
+        """File of the answers."""
+        return Path(self.folder) / f"answers-{self.index}"
+
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """What a process tells on stdout."""
+    """What a process writes to stdout."""
 
     ready: bool = False
     done: bool = False
@@ -94,107 +79,34 @@ class Line(msgspec.Struct, omit_defaults=True):
     answered: int = 0
 
 
-class Part(msgspec.Struct, kw_only=True):
-    """What one process counted. Arrays are the bytes of their native items; see `Tally`."""
-
-    offsets: bytes
-    done_at: bytes
-    outcome: bytes
-    late: bytes
-    lags: bytes
-    codes: list[str]
-    sent: dict[int, int]
-    answered: dict[int, int]
-    cpu: list[float]
-    cpu_s: float
-    retries: int
-    pool_waits: int
-    connections: int
-    lost_connections: int
-    duration_s: float
-    rss_bytes: int
-    latency: bytes
-    latency_sold: bytes
-
-
-def read_part(folder: Path, index: int) -> Part:
-    """What process ``index`` left in the folder."""
-    return msgspec.msgpack.decode((folder / f"part-{index}").read_bytes(), type=Part)
-
-
-def read_spool(job: Job) -> Iterator[Answer]:
-    """Every answer that the job's process got, in the order in which they came."""
-    count = len(job.load.offsets())
-    members = job.load.members(count)[job.index :: job.processes]
-    with job.load.asks() as asks, _spool_file(job).open("rb", buffering=1 << 20) as stream:
-        while row := stream.read(_ROW.size):
-            number, status, replayed, size = _ROW.unpack(row)
-            body = stream.read(size)
-            yield read_answer(asks.ask(members[number]), status, body, replayed=bool(replayed))
-
-
 async def work(job: Job) -> None:
-    """Play one job; the start moment comes on stdin. Raises what `OpenLoop.run` does."""
+    """Play one job; the start time comes on stdin. Raises what `Generator.run` does."""
     offsets = job.load.offsets()
-    mine, members = offsets[job.index :: job.processes], job.load.members(len(offsets))
-    members = members[job.index :: job.processes]
+    members = job.load.members(len(offsets))[job.index :: job.processes]
     _allow_files(job.bounds.connections)
-    with job.load.asks() as asks, _spool_file(job).open("wb", buffering=1 << 20) as stream:
+    with Asks(job.load) as asks, job.spool.open("wb", buffering=1 << 20) as stream:
         write, pack, raw = stream.write, _ROW.pack, asks.raw
 
         def spool(number: int, status: int, replayed: bool, body: bytes) -> None:  # noqa: FBT001
             write(pack(number, status, replayed, len(body)) + body)
 
-        loop = OpenLoop(
-            job.load.address, mine, lambda number: raw(members[number]), spool, job.bounds
-        )
+        generator = Generator(
+            job.load.address, offsets[job.index :: job.processes],
+            lambda number: raw(members[number]), spool, job.bounds,
+        )  # fmt: skip
         _tell(Line(ready=True))
         start = float(sys.stdin.buffer.readline())
-        progress = asyncio.create_task(_progress(loop))
+        progress = asyncio.create_task(_progress(generator))
         try:
-            tally = await loop.run(start)
+            tally = await generator.run(start)
         finally:
             progress.cancel()
             await asyncio.gather(progress, return_exceptions=True)
-    part = summed_up(mine, tally)
-    (Path(job.folder) / f"part-{job.index}").write_bytes(msgspec.msgpack.encode(part))
-    _tell(_line(loop, done=True))
-
-
-def summed_up(offsets: "array[float]", tally: Tally) -> Part:
-    """A process's counts, with its latencies put into histograms (in bulk: the run is over)."""
-    everything, sold = new_histogram(), new_histogram()
-    bought = {tally.codes.index(code) for code in (SOLD, REPLAYED)}
-    unsent = tally.codes.index(NOT_SENT)
-    for offset, done_at, outcome in zip(offsets, tally.done_at, tally.outcome, strict=True):
-        if outcome == unsent:
-            continue
-        # NaN: never answered, so it waited at least until the end.
-        until = done_at if done_at == done_at else tally.duration_s
-        us = min(max(round((until - offset) * 1e6), 1), HIGHEST_US)
-        everything.record_value(us)
-        if outcome in bought:
-            sold.record_value(us)
-    return Part(
-        offsets=offsets.tobytes(),
-        done_at=tally.done_at.tobytes(),
-        outcome=tally.outcome.tobytes(),
-        late=tally.late.tobytes(),
-        lags=tally.lags.tobytes(),
-        codes=tally.codes,
-        sent=dict(tally.sent),
-        answered=dict(tally.answered),
-        cpu=tally.cpu,
-        cpu_s=tally.cpu_s,
-        retries=tally.retries,
-        pool_waits=tally.pool_waits,
-        connections=tally.connections,
-        lost_connections=tally.lost_connections,
-        duration_s=tally.duration_s,
-        rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        latency=everything.encode(),
-        latency_sold=sold.encode(),
-    )
+    tally.rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    told = {each.name: getattr(tally, each.name) for each in fields(tally)}
+    packed = msgspec.msgpack.encode(told, enc_hook=bytes)
+    (Path(job.folder) / f"tally-{job.index}").write_bytes(packed)
+    _tell(_line(generator, done=True))
 
 
 def _allow_files(connections: int) -> None:
@@ -210,24 +122,15 @@ def _allow_files(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _spool_file(job: Job) -> Path:
-    return Path(job.folder) / f"answers-{job.index}"
+def _line(generator: Generator, *, done: bool = False) -> Line:
+    sent, answered = generator.tally.sent.total(), generator.tally.answered.total()
+    return Line(done=done, offered=generator.offered, sent=sent, answered=answered)
 
 
-def _line(loop: OpenLoop, *, done: bool = False) -> Line:
-    tally = loop.tally
-    return Line(
-        done=done,
-        offered=loop.offered,
-        sent=tally.sent.total(),
-        answered=tally.answered.total(),
-    )
-
-
-async def _progress(loop: OpenLoop) -> None:
+async def _progress(generator: Generator) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
-        _tell(_line(loop))
+        _tell(_line(generator))
 
 
 def _tell(line: Line) -> None:

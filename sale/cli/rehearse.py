@@ -40,7 +40,7 @@ SECONDS_MAX: Final = 3_600.0
 OPENS_IN_S: Final = 15.0
 OPENS_IN_MIN_S: Final = 3.0
 OPENS_IN_MAX_S: Final = 86_400.0
-NEEDED: Final = ("loadtest", "hdrh", "plotly", "psutil")
+NEEDED: Final = ("loadtest", "jinja2", "plotly", "psutil")
 
 
 @click.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from loadtest.books.answers import Answer, AnswerBook, read_answer
-from loadtest.client import Client, Unreachable
+from loadtest.client import Client
 from loadtest.members import Attempt, Kind, Member
 from loadtest.wire import UNKNOWN, Response, ResponseParser
 
@@ -164,16 +164,13 @@ class Load:
         try:
             client = await self._connected()
             return await client.request(raw)
-        except (Unreachable, OSError) as error:
+        except OSError as error:
             return Response(UNKNOWN, b"", b"", repr(error))
 
     async def _connected(self) -> Client:
-        """Give the client; a new one where the last gave up on the server. Raises OSError."""
+        """Give the client, which opens connections anew as they are lost. Raises OSError."""
         async with self._connecting:
-            if self._client is None or self._client._error is not None:
-                old, self._client = self._client, None
-                if old is not None:
-                    await old.close()
+            if self._client is None:
                 client = Client(self.address, CONNECTIONS, timeout_s=ANSWER_S)
                 await client.__aenter__()
                 self._client = client

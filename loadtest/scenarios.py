@@ -1,4 +1,4 @@
-"""The rushes of the federation as Locust plays them: one table, and the campaign of a run.
+"""The rushes of the federation, as Locust plays them: one table, and the campaign of a run.
 
 Each row names its campaign file. Tickets, limits and unions stand there; how many come, when, and
 with whom, stands here, and is ours. A run plays a small part of the real crowd, so the stock is cut
@@ -15,11 +15,32 @@ from typing import Any, Final
 
 import msgspec
 
-from loadtest.crowd.shape import Phases
 from sale.files import UnreadableFile, read_toml
 
-FOLDERS: Final = (Path("config/campaigns"), Path(__file__).parents[2] / "config/campaigns")
+FOLDERS: Final = (Path("config/campaigns"), Path(__file__).parents[1] / "config/campaigns")
 SELLS_FOR: Final = timedelta(days=1)
+
+
+class Phases(msgspec.Struct, frozen=True):
+    """Lengths in seconds, and the shares of all users that are there."""
+
+    quiet_s: float
+    gathering_s: float
+    opening_s: float
+    tail_s: float
+    quiet_share: float = 0.05
+    gathered_share: float = 0.85
+    tail_share: float = 0.3
+
+    @property
+    def opens_after_s(self) -> float:
+        """When the campaign opens, from the start."""
+        return self.quiet_s + self.gathering_s
+
+    @property
+    def duration_s(self) -> float:
+        """All four together."""
+        return self.opens_after_s + self.opening_s + self.tail_s
 
 
 class Mix(msgspec.Struct, frozen=True):
@@ -125,7 +146,7 @@ def campaign_file(name: str) -> Path:
     for folder in FOLDERS:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
-    raise ScenarioError(f"config/campaigns/{name}.toml is missing: run Locust in the project")
+    raise ScenarioError(f"config/campaigns/{name}.toml is missing: run this in the project")
 
 
 def read_campaign(name: str) -> dict[str, Any]:

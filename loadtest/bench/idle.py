@@ -1,10 +1,10 @@
-"""Connections that only stand there: what they cost an API process, and what others feel of them.
+"""Idle connections: what they cost an API process, and what others feel of them.
 
-They are opened in three kinds, one after the other: most have bought once, or asked once for what
-aiohttp answers; a tenth has asked nothing yet, and those come last, because the engine gives them
-ten seconds. Memory is looked at around each kind. Another client's purchases come in an open loop
-at a rate that is far from any limit: before, beside all of them, and after, which tells how much of
-a difference is the machine. Every answer to a purchase is compared with PostgreSQL.
+They are opened in three kinds, one after the other: most have bought once, or sent one request that
+aiohttp serves; a tenth has sent nothing yet, and those come last, because the engine gives them
+ten seconds. Memory is read around each kind. Another client's purchases come in an open loop at a
+rate that is far from any limit: before, beside all of them, and after, which tells how much of a
+difference is the machine. Every answer to a purchase is compared with PostgreSQL.
 
 One source address has ports for `PORTS` connections, so they come from as many addresses of
 loopback as they need.
@@ -12,26 +12,19 @@ loopback as they need.
 
 import asyncio
 import time
-from collections.abc import Sequence
 from typing import Final, cast
 
 import msgspec
 import psutil
 from rich.console import Console
-from rich.table import Table
 
-from loadtest.bench.measure import STOCK, Bench
+from loadtest.bench.cases import STOCK, Bench
+from loadtest.bench.open_loop import OpenLoops, spool_of
 from loadtest.client import AnswerError
-from loadtest.latency import at_share
-from loadtest.overload.measure import OPENED_PER_S, SETTLE_S, serve_anew
-from loadtest.overload.spool import Compared, Spool
-from loadtest.overload.tables import print_books
-from loadtest.record import SOLD, Record
-from loadtest.rush import arrivals
-from loadtest.rush.loop import OpenLoop
-from loadtest.rush.summary import fill
-from loadtest.rush.tally import Bounds
-from loadtest.rush.worker import summed_up
+from loadtest.generator import Bounds
+from loadtest.record import SOLD
+from loadtest.summary import at_share, judged
+from loadtest.tables import grid
 from loadtest.wire import Response, ResponseParser, get_request
 from sale.http.overload import files_allow
 
@@ -42,11 +35,14 @@ SPARE: Final = 2 * CONNECTIONS
 PORTS: Final = 10_000
 ASKED: Final = "/api/v1/time"
 OPENING_MAX: Final = 100
+OPENED_PER_S: Final = 4_000
+SETTLE_S: Final = 0.5
 ANSWERED_WITHIN_S: Final = 20.0
-BEGINS_IN_S: Final = 1.0
+ENDED_S: Final = 1.0
 SECONDS_MAX: Final = 5.0
 """So that those that have asked nothing are still there at the end."""
 
+BOUNDS: Final = Bounds(connections=CONNECTIONS, warm=CONNECTIONS, warm_s=1.0, retries=0)
 BOUGHT, LOOKED, OPENED = "behind a purchase", "behind a GET of aiohttp's", "just opened"
 
 
@@ -60,7 +56,7 @@ class Kind(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """Purchases of another client; ms from the intended moment. ``idle``: open at its end."""
+    """Purchases of another client; ms from the intended time. ``idle``: open at its end."""
 
     when: str
     idle: int
@@ -74,7 +70,7 @@ class Idle(msgspec.Struct, frozen=True):
     """All of it. ``connections``: as many as the files allow of those that were ``asked`` for.
 
     ``rss`` and ``uss`` are the process' bytes without them. ``compared`` and ``audit`` as in
-    `loadtest.overload.measure`.
+    `loadtest.bench.overload`.
     """
 
     asked: int
@@ -86,6 +82,35 @@ class Idle(msgspec.Struct, frozen=True):
     windows: list[Window]
     compared: int
     audit: str
+    measured: bool = True
+
+    def show(self, console: Console) -> None:
+        """Print the tables."""
+        if self.connections < self.asked:
+            console.print(
+                f"[yellow]{self.connections:,} connections, not {self.asked:,}: so many files may "
+                "be open (ulimit -n)"
+            )
+        caption = (
+            f"Without them {self.rss / 1e6:,.1f} MB resident, {self.uss / 1e6:,.1f} MB unique. The "
+            "kernel's own memory is not in it."
+        )
+        kinds = (
+            (each.kind, f"{each.connections:,}", f"{each.rss:,.0f}", f"{each.uss:,.0f}")
+            for each in self.kinds
+        )
+        headings = "|connections|resident, bytes each|unique, bytes each"
+        title = f"{self.connections:,} idle connections, one API process"
+        console.print(grid(title, headings, kinds, caption))
+        windows = (
+            (w.when, f"{w.idle:,}", f"{w.p50_ms:.2f}", f"{w.p99_ms:.2f}", f"{w.unsold:,}")
+            for w in self.windows
+        )
+        title = f"{self.rate:,.0f} purchases a second of another client, open loop"
+        console.print(grid(title, "|idle beside|p50 ms|p99 ms|unsold", windows))
+        for window in self.windows:
+            if window.bottleneck:
+                console.print(f"[yellow]{window.when}: the generator's limit: {window.bottleneck}")
 
 
 def shares(connections: int) -> dict[str, int]:
@@ -98,7 +123,7 @@ def shares(connections: int) -> dict[str, int]:
 async def idle(bench: Bench, asked: int, seconds: float) -> Idle:
     """Measure. Raises EngineError, AnswerError, OSError …"""
     connections = max(files_allow(asked + SPARE) - SPARE, 1)
-    await serve_anew(bench.rig, SALE_CONNECTIONS_MAX=str(connections + SPARE))
+    await bench.rig.serve_anew(SALE_CONNECTIONS_MAX=str(connections + SPARE))
     await bench.rig.campaign(CAMPAIGN, STOCK)
     return await _Idling(bench, connections, min(seconds, SECONDS_MAX)).run(asked)
 
@@ -108,10 +133,9 @@ class _Idling:
 
     def __init__(self, bench: Bench, connections: int, seconds: float) -> None:
         self._bench = bench
-        self._rig = bench.rig
         self._connections = connections
         self._seconds = seconds
-        self._compared = Compared(bench)
+        self._loops = OpenLoops(bench)
         self._process = psutil.Process(bench.rig.pid("serve"))
         self._stand: list[_Standing] = []
 
@@ -126,19 +150,12 @@ class _Idling:
             windows.append(await self._window("beside"))
         finally:
             for each in self._stand:
-                each.abort()
-        await asyncio.sleep(BEGINS_IN_S)
+                each.transport.abort()
+        await asyncio.sleep(ENDED_S)
         windows.append(await self._window("after"))
+        audit = await self._loops.verdict()
         return Idle(
-            asked=asked,
-            connections=self._connections,
-            rate=RATE,
-            rss=rss,
-            uss=uss,
-            kinds=kinds,
-            windows=windows,
-            compared=self._compared.answers,
-            audit=await self._compared.verdict(),
+            asked, self._connections, RATE, rss, uss, kinds, windows, self._loops.answers, audit
         )
 
     def _memory(self) -> tuple[int, int]:
@@ -150,33 +167,28 @@ class _Idling:
         self._bench.note(f"{count:,} connections: {kind}")
         if not count:
             return Kind(kind, 0, 0.0, 0.0)
-        spool = None
-        raws: Sequence[bytes] = [b""] * count
-        wanted = 0
+        cards = self._bench.cards(count)
+        raws, wanted = [b""] * count, 0
         if kind == LOOKED:
-            raws, wanted = [get_request(self._rig.address, ASKED)] * count, 200
+            raws, wanted = [get_request(self._bench.rig.address, ASKED)] * count, 200
         elif kind == BOUGHT:
-            cards = self._bench.cards(count)
-            raws, wanted, spool = list(self._bench.requests(CAMPAIGN, cards)), 201, Spool(cards)
-        before = self._memory()
-        first = len(self._stand)
+            raws, wanted = list(self._bench.requests(CAMPAIGN, cards)), 201
+        before, first, spool = self._memory(), len(self._stand), spool_of(cards)
         await self._open(raws)
-        answered = self._stand[first:]
         if wanted:
             async with asyncio.timeout(ANSWERED_WITHIN_S):
-                answers = [await each.answer for each in answered]
+                answers = [await each.answer for each in self._stand[first:]]
             for number, answer in enumerate(answers):
                 if answer.status != wanted:
                     raise AnswerError(f"{kind}: {answer.status} {answer.body[:200]!r} {answer.why}")
-                if spool is not None:
-                    spool(number, answer.status, False, answer.body)  # noqa: FBT003
-        if spool is not None:
-            await self._compared.add(CAMPAIGN, spool)
+                spool(number, answer.status, False, answer.body)  # noqa: FBT003
+        if kind == BOUGHT:
+            await self._loops.compare(CAMPAIGN, spool)
         await asyncio.sleep(SETTLE_S)
         rss, uss = self._memory()
         return Kind(kind, count, (rss - before[0]) / count, (uss - before[1]) / count)
 
-    async def _open(self, raws: Sequence[bytes]) -> None:
+    async def _open(self, raws: list[bytes]) -> None:
         """Open a connection for each request, at a pace, and send it."""
         began = time.monotonic()
         for at in range(0, len(raws), OPENING_MAX):
@@ -185,7 +197,7 @@ class _Idling:
             await asyncio.sleep(max(ahead_s, 0))
 
     async def _one(self, raw: bytes) -> None:
-        host, _, port = self._rig.address.rpartition(":")
+        host, _, port = self._bench.rig.address.rpartition(":")
         source = (f"127.0.0.{2 + len(self._stand) // PORTS}", 0)
         _, standing = await asyncio.get_running_loop().create_connection(
             _Standing, host, int(port), local_addr=source
@@ -195,29 +207,18 @@ class _Idling:
 
     async def _window(self, when: str) -> Window:
         """Let another client buy for a while."""
-        offsets = arrivals.make("poisson", RATE, self._seconds, seed=1)
-        cards = self._bench.cards(len(offsets))
-        raws, spool = list(self._bench.requests(CAMPAIGN, cards)), Spool(cards)
         self._bench.note(f"purchases of another client, {when}")
-        bounds = Bounds(connections=CONNECTIONS, warm=CONNECTIONS, warm_s=BEGINS_IN_S, retries=0)
-        loop = OpenLoop(self._rig.address, offsets, raws.__getitem__, spool, bounds)
-        tally = await loop.run(time.monotonic() + BEGINS_IN_S)
+        tally, spool = await self._loops.offer(CAMPAIGN, RATE, self._seconds, BOUNDS)
         still = sum(each.open for each in self._stand)
-        record = Record(name=CAMPAIGN, campaign=CAMPAIGN, started_at="", duration_s=0.0)
-        fill(record, [summed_up(offsets, tally)])
-        await self._compared.add(CAMPAIGN, spool)
-        took_ms = [
-            (done_at - offset) * 1e3
-            for offset, done_at, outcome in zip(offsets, tally.done_at, tally.outcome, strict=True)
-            if tally.codes[outcome] == SOLD
-        ]
+        await self._loops.compare(CAMPAIGN, spool)
+        took_ms = tally.took_ms(SOLD)
         return Window(
             when=when,
             idle=still,
             p50_ms=at_share(took_ms, 0.5),
             p99_ms=at_share(took_ms, 0.99),
-            unsold=record.offered - len(took_ms),
-            bottleneck=record.bottleneck,
+            unsold=len(tally.offsets) - len(took_ms),
+            bottleneck=judged(tally).bottleneck,
         )
 
 
@@ -243,36 +244,3 @@ class _Standing(asyncio.Protocol):
         self.open = False
         if not self.answer.done():
             self.answer.set_result(Response(0, b"", b"", f"connection lost: {error}"))
-
-    def abort(self) -> None:
-        self.transport.abort()
-
-
-def print_idle(result: Idle, console: Console) -> None:
-    """Print the tables."""
-    if result.connections < result.asked:
-        console.print(
-            f"[yellow]{result.connections:,} connections, not {result.asked:,}: so many files may "
-            "be open (ulimit -n)"
-        )
-    table = Table(title=f"{result.connections:,} idle connections, one API process")
-    for heading in ("", "connections", "resident, bytes each", "unique, bytes each"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for kind in result.kinds:
-        table.add_row(kind.kind, f"{kind.connections:,}", f"{kind.rss:,.0f}", f"{kind.uss:,.0f}")
-    table.caption = (
-        f"Without them {result.rss / 1e6:,.1f} MB resident, {result.uss / 1e6:,.1f} MB unique. The "
-        "kernel's own memory is not in it."
-    )
-    console.print(table)
-    table = Table(title=f"{result.rate:,.0f} purchases a second of another client, open loop")
-    for heading in ("", "idle beside", "p50 ms", "p99 ms", "unsold"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for window in result.windows:
-        figures = (f"{window.p50_ms:.2f}", f"{window.p99_ms:.2f}", f"{window.unsold:,}")
-        table.add_row(window.when, f"{window.idle:,}", *figures)
-    console.print(table)
-    for window in result.windows:
-        if window.bottleneck:
-            console.print(f"[yellow]{window.when}: the generator's limit: {window.bottleneck}")
-    print_books(result.compared, result.audit, console)

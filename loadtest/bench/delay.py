@@ -1,6 +1,6 @@
 """A store that is far away: forwards a unix socket, and holds every answer back for a moment.
 
-``python -m loadtest.overload.delay LISTEN TARGET MILLISECONDS``. A process of its own, so that the
+``python -m loadtest.bench.delay LISTEN TARGET MILLISECONDS``. A process of its own, so that the
 load's own business does not make the store slower still.
 """
 

@@ -1,8 +1,8 @@
-"""Plays an open-loop run with one or more processes, and makes its record, proof included.
+"""Plays a run in an open loop with one or more generating processes, and makes its record.
 
-The generating processes do nothing else (`loadtest.rush.worker`); this one starts them, gives
-them one start moment, samples the engine meanwhile, adds their counts and histograms up, and
-compares every answer with the books.
+The generating processes do nothing else (`loadtest.rush.worker`); this one starts them, gives them
+one start time, samples the engine meanwhile, adds their counts up, and compares every answer with
+PostgreSQL.
 """
 
 import asyncio
@@ -23,18 +23,16 @@ from typing import Any, Final
 import msgspec
 import psutil
 
-from loadtest.books.answers import Answer
-from loadtest.books.ledger import BooksError, count_orders, wait_applied
-from loadtest.books.proof import prove
+from loadtest.books.ledger import WAIT_S, BooksError, count_orders, wait_applied
+from loadtest.books.proof import Where, prove
 from loadtest.client import Client, read_json
 from loadtest.engine import EngineError, engine_settings, environment, stop
+from loadtest.generator import Bounds
 from loadtest.record import Record
-from loadtest.rush.asks import MIXED, write_minted
-from loadtest.rush.plan import Plan, RushError, Stopped
-from loadtest.rush.summary import fill
-from loadtest.rush.tally import Bounds
-from loadtest.rush.worker import Job, Line, Load, read_part, read_spool
+from loadtest.rush.asks import MIXED, Asks, Load, write_minted
+from loadtest.rush.worker import Job, Line
 from loadtest.sampler import Sampler, discover_processes
+from loadtest.summary import fill
 from loadtest.surroundings import describe
 from loadtest.wire import ProtocolError, get_request, problem_code
 from sale.config import SettingsError
@@ -51,6 +49,65 @@ METRICS_S: Final = 3.0
 WARM_LEAST: Final = 16
 BOOKS_WITHIN_S: Final = 5.0
 UNPROVABLE: Final = (BooksError, EngineError, OSError, ValueError)
+
+
+class RushError(Exception):
+    """The rush could not be played; the message is for people."""
+
+
+class Stopped(asyncio.CancelledError):
+    """Cancelled after the start. Its arguments: how many were offered and answered by then."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """An open-loop run. ``target`` is ``host:port``.
+
+    ``fail_if``: rules of thresholds, see `loadtest.thresholds`.
+
+    ``arrivals``: see `loadtest.rush.arrivals.make`. Tokens come from a file as ``sale tokens``
+    writes it, or (``tokens`` empty) are minted for ``cards`` synthetic cards with the key in
+    ``key_file``, or else the key that the engine's settings name (``config``: their file).
+    ``cards`` 0: all of the file. ``quantity`` 0 mixes one to three. ``showing`` empty: all
+    showings in turn. Bounds are of all processes together. ``alone``: see
+    `loadtest.books.proof.prove`. ``warm`` connections are opened before the start; 0: as many as
+    come in the busiest tenth of a second.
+    """
+
+    target: str
+    campaign: str
+    name: str = "rush"
+    arrivals: str = "poisson"
+    rate: float = 100.0
+    seconds: float = 10.0
+    seed: int = 1
+    tokens: str = ""
+    key_file: str = ""
+    config: str = ""
+    cards: int = 0
+    first_card: int = 1
+    quantity: int = 1
+    showing: str = ""
+    duplicate_share: float = 0.0
+    connections: int = 2_000
+    warm: int = 0
+    queue: int = 200_000
+    processes: int = 1
+    timeout_s: float = 10.0
+    retries: int = 5
+    give_up_s: float = 30.0
+    at_opening: bool = False
+    alone: bool = False
+    proof: bool = True
+    ledger_within_s: float = WAIT_S
+    metrics: str = ""
+    fail_if: tuple[str, ...] = ()
+    books: Where = msgspec.field(default_factory=Where)
+
+    def told(self) -> dict[str, str | int | float]:
+        """The plan for the record; files and URLs are nobody's business."""
+        hidden = ("tokens", "key_file", "config", "books", "name", "campaign", "fail_if")
+        shown = {name: getattr(self, name) for name in self.__struct_fields__ if name not in hidden}
+        return {name: int(v) if isinstance(v, bool) else v for name, v in shown.items()}
 
 
 @dataclass(slots=True)
@@ -117,9 +174,9 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         record = await _play(plan, jobs, campaign, offsets[-1], note)
         planned_s = offsets[-1] if load.arrivals.startswith("file:") else load.seconds
         record.offered_rate = len(offsets) / max(planned_s, 1.0)
-        parts = [read_part(folder, job.index) for job in jobs]
         try:
-            await asyncio.to_thread(fill, record, parts, plan.fail_if)
+            tallies = [job.tally() for job in jobs]
+            await asyncio.to_thread(fill, record, tallies, plan.fail_if)
             if plan.proof and plan.books.known:
                 note("the ledger, and every answer compared with PostgreSQL")
                 await _prove(plan, jobs, record)
@@ -132,7 +189,7 @@ async def _prove(plan: Plan, jobs: list[Job], record: Record) -> None:
     """Put the proof into the record, or why there is none: the run is told all the same."""
     books, within_s = plan.books, plan.ledger_within_s
     try:
-        answers = await asyncio.to_thread(_answers, jobs)
+        answers = await asyncio.to_thread(lambda: [each for job in jobs for each in job.answers()])
         record.proof = await prove(
             answers, plan.campaign, books, alone=plan.alone, within_s=within_s
         )
@@ -166,7 +223,7 @@ async def _look_at_books(plan: Plan) -> None:
 
 async def _try_token(plan: Plan, load: Load) -> None:
     """See before the load that the engine takes our tokens. Raises RushError, AsksError."""
-    with load.asks() as asks:
+    with Asks(load) as asks:
         token = asks.token(0)
     async with Client(plan.target) as client:
         path = f"/api/v1/campaigns/{plan.campaign}/allowance"
@@ -403,10 +460,6 @@ async def _tell_progress(workers: list[_Worker], note: Note) -> None:
 def _sum(workers: list[_Worker], name: str) -> int:
     """What all processes told last."""
     return sum(getattr(worker.last, name) for worker in workers)
-
-
-def _answers(jobs: list[Job]) -> list[Answer]:
-    return [answer for job in jobs for answer in read_spool(job)]
 
 
 def _quiet(_: str) -> None: ...

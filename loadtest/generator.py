@@ -1,37 +1,43 @@
-"""The open loop of one process: each request at its intended moment, whatever the server does.
+"""The load generator of one process: each request at its intended time, whatever the server does.
 
-The moments stand before the run. A kernel timer (`loadtest.rush.pacer`) wakes the loop for those
-that are due; each goes out on a free keep-alive connection. Where none is free the pool grows to
-its bound, and then members wait in a bounded queue. Latency counts from the *intended* moment to
-the member's last answer, repeats and all waiting included: a server that stalls is not spared the
-members that would have come meanwhile (coordinated omission). No task or future a request.
+The times stand before the run. A kernel timer wakes the event loop for those that are due; each
+goes out on a free keep-alive connection. If none is free the pool grows to its bound, and then
+members wait in a bounded queue. Latency counts from the *intended* time to the member's last
+answer, repeats and all waiting included: a server that stalls is not spared the members that would
+have come meanwhile (coordinated omission). There is no task and no future per request.
+
+A closed loop (`closed`) is the same with a window: all requests are due at once, and each of so
+many connections sends the next when it has an answer.
 
 A member asks again under its key after no answer, 429 and any 5xx (a balancer's 502 or 504 leaves
-the outcome open), as Retry-After says and a jitter later, a bounded number of times. How late this
-loop itself is (`late`, `lags`) is kept beside, so that a slow generator is not told as a slow
+the outcome open), as Retry-After says and a jitter later, a bounded number of times. The generator
+records its own lateness (`late`, `lags`), so that a slow generator is not reported as a slow
 server.
 """
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import heapq
+import os
 import random
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
-from loadtest.client import Unreachable
 from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD
-from loadtest.rush.pacer import Pacer
-from loadtest.rush.tally import Bounds, Tally
 from loadtest.wire import (
     UNKNOWN,
     ProtocolError,
     ResponseParser,
+    Unreachable,
     asks_again,
     closes,
+    open_connection,
     problem_code,
     retry_after_s,
 )
@@ -40,7 +46,7 @@ TICK_S: Final = 0.0002
 BATCH: Final = 128
 BEAT_S: Final = 0.05
 OPENING_MAX: Final = 16
-"""Connections being opened at once: each costs the loop as much as ten requests."""
+"""Connections being opened at once: each costs the event loop as much as ten requests."""
 
 CONNECT_S: Final = 10.0
 BACKOFF_S: Final = 0.25
@@ -49,17 +55,137 @@ RETRY_AFTER_MAX_S: Final = 30.0
 JITTER: Final = 0.5
 EARLY_PAUSE_S: Final = 0.05
 EARLY_WITHIN_S: Final = 2.0
-"""Whoever is told "not open" so soon after the opening came a moment early, and presses again."""
+"""A member that gets "not open" so soon after the opening came a moment early, and asks again."""
 
+CLOSED_MAX_S: Final = 600.0
+AWAY_S: Final = 10.0
+NEVER_S: Final = 1e9
 CLOSING: Final = b"\r\nConnection: close"
 _NAN: Final = float("nan")
 
 
 class Spool(Protocol):
-    """Takes down every answer: arrival number, status, whether replayed, body."""
+    """Records every answer: arrival number, status, whether replayed, body."""
 
     def __call__(self, number: int, status: int, replayed: bool, body: bytes, /) -> object:  # noqa: FBT001
-        """Take down one answer."""
+        """Record one answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The limits of one process. ``early_again``: ask again after "not open" at the opening.
+
+    ``warm`` connections are opened before the start, from ``warm_s`` seconds before it on.
+    ``window``: a closed loop; ``away_s``: the run fails after so long without a connection.
+    """
+
+    connections: int = 1_000
+    warm: int = 32
+    warm_s: float = 2.0
+    queue: int = 100_000
+    timeout_s: float = 10.0
+    retries: int = 5
+    give_up_s: float = 30.0
+    early_again: bool = False
+    window: bool = False
+    away_s: float = NEVER_S
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of a run.
+
+    Per arrival: ``offsets`` (intended time, seconds from the start), ``done_at`` (NaN: never),
+    ``outcome`` (index into ``codes``), ``late`` (how late the generator took it up, seconds),
+    ``sent_at`` (its last try; NaN: never). Per second of the run: ``sent``, ``answered``, ``cpu``
+    (share of a core). ``told_to_wait``: 503s by their Retry-After (seconds; 0.0: none was told).
+    """
+
+    offsets: "array[float]"
+    done_at: "array[float]"
+    outcome: "array[int]"
+    late: "array[float]"
+    codes: list[str] = field(default_factory=lambda: [SOLD, REPLAYED, NO_ANSWER, NOT_SENT])
+    sent_at: "array[float]" = field(default_factory=lambda: array("d"))
+    lags: "array[float]" = field(default_factory=lambda: array("f"))
+    sent: Counter[int] = field(default_factory=Counter)
+    answered: Counter[int] = field(default_factory=Counter)
+    told_to_wait: Counter[float] = field(default_factory=Counter)
+    cpu: list[float] = field(default_factory=list)
+    cpu_s: float = 0.0
+    retries: int = 0
+    pool_waits: int = 0
+    connections: int = 0
+    lost_connections: int = 0
+    duration_s: float = 0.0
+    rss_bytes: int = 0
+
+    def outcomes(self) -> Counter[str]:
+        """Members by their final outcome."""
+        return Counter({self.codes[n]: count for n, count in Counter(self.outcome).items()})
+
+    def took_ms(self, *codes: str, sent: bool = False, since_s: float = 0.0) -> list[float]:
+        """Latencies of members with these outcomes: from the intended time, or from ``sent``.
+
+        Without ``codes``: of all that got an answer. Members intended before ``since_s`` are left
+        out.
+        """
+        wanted = {n for n, code in enumerate(self.codes) if not codes or code in codes}
+        wanted -= set() if codes else {2, 3}  # no answer, not sent
+        first = self.sent_at if sent else self.offsets
+        rows = zip(self.offsets, first, self.done_at, self.outcome, strict=True)
+        return [
+            (done - began) * 1e3
+            for offset, began, done, n in rows
+            if n in wanted and offset >= since_s
+        ]
+
+
+class Pacer:
+    """Calls ``on_tick`` once at the time last set with `at`, as ``time.monotonic()`` counts.
+
+    asyncio's own timers are rounded to milliseconds (by epoll, and by libuv), which is as long as
+    an answer takes; a kernel timer's file wakes the event loop at the time itself. Linux only.
+    Python 3.13 has ``os.timerfd_create``, 3.11 has not, so the C library is called.
+    """
+
+    class _Moment(ctypes.Structure):
+        _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
+
+    class _Timer(ctypes.Structure):
+        pass
+
+    _Timer._fields_ = (("interval", _Moment), ("value", _Moment))
+
+    def __init__(self, on_tick: Callable[[], None]) -> None:
+        self._on_tick = on_tick
+        self._library = ctypes.CDLL(None, use_errno=True)
+        self._timer = self._Timer()
+        flags = os.O_NONBLOCK | os.O_CLOEXEC
+        self._fd: int = self._library.timerfd_create(time.CLOCK_MONOTONIC, flags)
+        if self._fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create failed")
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._fd, self._fired)
+
+    def at(self, moment: float) -> None:
+        """Tick at a time; one that has passed ticks at once. The time set before is dropped."""
+        value = self._timer.value
+        value.s = int(moment)
+        value.ns = max(int((moment - value.s) * 1e9), 1)
+        absolute = 1
+        if self._library.timerfd_settime(self._fd, absolute, ctypes.byref(self._timer), None):
+            raise OSError(ctypes.get_errno(), "timerfd_settime failed")
+
+    def close(self) -> None:
+        """Stop ticking."""
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+    def _fired(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._fd, 8)
+            self._on_tick()
 
 
 class _Connection(asyncio.Protocol):
@@ -67,7 +193,7 @@ class _Connection(asyncio.Protocol):
 
     __slots__ = ("loop", "number", "parser", "sent_at", "transport")
 
-    def __init__(self, loop: "OpenLoop") -> None:
+    def __init__(self, loop: "Generator") -> None:
         self.loop = loop
         self.transport: asyncio.Transport | None = None
         self.parser = ResponseParser()
@@ -102,17 +228,18 @@ class _Connection(asyncio.Protocol):
         self.loop.lost(self)
 
 
-class OpenLoop:
+class Generator:
     """Plays arrivals against one server (``host:port`` or ``unix:PATH``) and tells what came of it.
 
     ``offsets`` are seconds from the start, rising; ``raw(n)`` gives the bytes of arrival ``n``. It
-    must give the same bytes each time: a repeat sends them again, under the same key.
+    must give the same bytes each time: a repeat sends them again, under the same key. b"" ends the
+    run: what has not been sent by then is not asked for.
     """
 
     def __init__(
         self,
         address: str,
-        offsets: Sequence[float],
+        offsets: "array[float]",
         raw: Callable[[int], bytes],
         spool: Spool,
         bounds: Bounds | None = None,
@@ -123,12 +250,10 @@ class OpenLoop:
         self.spool = spool
         self.bounds = bounds or Bounds()
         count = len(offsets)
-        self.tally = Tally(
-            array("d", [_NAN]) * count,
-            array("B", [2]) * count,
-            array("f", [0.0]) * count,
-            sent_at=array("d", [_NAN]) * count,
-        )
+        nan = array("d", [_NAN])
+        outcome = array("B", [3]) * count  # not sent, until something else is known
+        self.tally = Tally(offsets, nan * count, outcome, array("f", [0.0]) * count)
+        self.tally.sent_at = nan * count
         self._index = {code: number for number, code in enumerate(self.tally.codes)}
         self._tries = array("B", bytes(count))
         self._idle: deque[_Connection] = deque()
@@ -140,27 +265,30 @@ class OpenLoop:
         self._opening: set[asyncio.Task[None]] = set()
         self._next = 0
         self._left = count
-        self._start = 0.0
+        self._ended = False
+        self._start = self._seen_at = 0.0
         self._done: asyncio.Event = asyncio.Event()
         self._error: Exception | None = None
         self._why = ""
         self._rng = random.Random()
         self._pacer: Pacer | None = None
 
-    async def run(self, start: float) -> Tally:
-        """Play it all; ``start`` is the moment of offset 0 on ``time.monotonic()``.
+    async def run(self, start: float | None = None) -> Tally:
+        """Play it all; ``start`` is the time of offset 0 on ``time.monotonic()``, None: when warm.
 
         It ends when all members have their last answer, or have given up. Raises Unreachable where
         not one connection could be made before the start, ProtocolError.
         """
-        self._start = start
-        await asyncio.sleep(max(start - self.bounds.warm_s - time.monotonic(), 0))
+        self._start = time.monotonic() if start is None else start
+        await asyncio.sleep(max(self._start - self.bounds.warm_s - time.monotonic(), 0))
         try:
             await self._warm()
+            if start is None:
+                self._start = time.monotonic()
             gc.collect()
             gc.freeze()
             self._pacer = Pacer(self._tick)
-            self._pacer.at(start + self.offsets[0])
+            self._pacer.at(self._start + self.offsets[0])
             beats = asyncio.create_task(self._beat())
             try:
                 await self._finished()
@@ -188,7 +316,9 @@ class OpenLoop:
         number = self._next
         for _ in range(BATCH):
             now = time.monotonic() - self._start
-            if number >= last or (offset := offsets[number]) > now:
+            if self._ended or number >= last or (offset := offsets[number]) > now:
+                break
+            if self.bounds.window and not self._idle:
                 break
             late[number] = now - offset
             self._next = number = number + 1
@@ -201,7 +331,8 @@ class OpenLoop:
         self._arm(now)
 
     def _arm(self, now: float) -> None:
-        due = self.offsets[self._next] if self._next < len(self.offsets) else None
+        more = self._next < len(self.offsets) and not self.bounds.window
+        due = self.offsets[self._next] if more else None
         if self._again and (due is None or self._again[0][0] < due):
             due = self._again[0][0]
         if due is not None and self._pacer is not None:
@@ -221,22 +352,38 @@ class OpenLoop:
         return self._grow()
 
     def _send(self, connection: _Connection, number: int, now: float) -> None:
+        raw = self.raw(number)
+        if not raw:
+            return self._end(connection)
         connection.number = number
         connection.sent_at = self.tally.sent_at[number] = now
         self._tries[number] += 1
         self.tally.sent[int(now)] += 1
-        connection.transport.write(self.raw(number))  # type: ignore[union-attr]
+        connection.transport.write(raw)  # type: ignore[union-attr]
+        return None
+
+    def _end(self, connection: _Connection) -> None:
+        """Send nothing more but repeats of what was sent."""
+        self._ended = True
+        self._idle.append(connection)
+        self._waiting = deque(number for number in self._waiting if self._tries[number])
+        under_way = sum(each.number >= 0 for each in self._live)
+        self._left = under_way + len(self._waiting) + len(self._again)
+        if not self._left:
+            self._done.set()
 
     def _free(self, connection: _Connection, now: float) -> None:
-        """Use a free connection for who waits longest, or keep it."""
+        """Use a free connection for the member that has waited longest, or keep it."""
         if not self._waiting:
-            self._idle.append(connection)
-            return
+            if self.bounds.window and self._next < len(self.offsets) and not self._ended:
+                self._next += 1
+                return self._send(connection, self._next - 1, now)
+            return self._idle.append(connection)
         number = self._waiting.popleft()
         # With room in the pool it was our own opening of connections that was waited for.
         if not self._tries[number] and len(self._live) < self.bounds.connections:
             self.tally.late[number] = now - self.offsets[number]
-        self._send(connection, number, now)
+        return self._send(connection, number, now)
 
     def answered(self, connection: _Connection, status: int, head: bytes, body: bytes) -> None:
         """Take in an answer: settle its member, or have it ask again; use the connection anew."""
@@ -299,14 +446,11 @@ class OpenLoop:
         number, connection.number = connection.number, -1
         self.tally.lost_connections += 1
         if number >= 0:
-            self._unknown(number)
-
-    def _unknown(self, number: int) -> None:
-        self.spool(number, UNKNOWN, False, b"")  # noqa: FBT003 - the Spool's own order
-        self._refused(number, UNKNOWN, b"", b"", time.monotonic() - self._start)
+            self.spool(number, UNKNOWN, False, b"")  # noqa: FBT003 - the Spool's own order
+            self._refused(number, UNKNOWN, b"", b"", time.monotonic() - self._start)
 
     def fail(self, error: Exception) -> None:
-        """End the run: the server sends what cannot be read."""
+        """End the run: the server sends what cannot be read, or is gone."""
         self._error = self._error or error
         self._done.set()
 
@@ -325,8 +469,9 @@ class OpenLoop:
             raise Unreachable(f"{self.address}: {self._why or 'no connection'}")
 
     def _grow(self) -> None:
-        """Open as many connections as members wait, within the bounds."""
-        wanted = min(len(self._waiting), OPENING_MAX) - len(self._opening)
+        """Open as many connections as members wait, or as the window has, within the bounds."""
+        wanted = OPENING_MAX if self.bounds.window else min(len(self._waiting), OPENING_MAX)
+        wanted -= len(self._opening)
         room = self.bounds.connections - len(self._live) - len(self._opening)
         for _ in range(min(wanted, room)):
             self._open()
@@ -337,15 +482,9 @@ class OpenLoop:
         task.add_done_callback(self._opening.discard)
 
     async def _connect(self) -> None:
-        loop, made = asyncio.get_running_loop(), _Connection(self)
         try:
             async with asyncio.timeout(CONNECT_S):
-                if self.address.startswith("unix:"):
-                    path = self.address.removeprefix("unix:")
-                    await loop.create_unix_connection(lambda: made, path)
-                else:
-                    host, _, port = self.address.rpartition(":")
-                    await loop.create_connection(lambda: made, host.strip("[]"), int(port))
+                made = await open_connection(self.address, lambda: _Connection(self))
         except (OSError, TimeoutError) as error:  # the next beat tries again
             self._why = str(error) or "no connection in time"
             return
@@ -370,7 +509,7 @@ class OpenLoop:
     # Beside the hot path -----------------------------------------------------------------------
 
     async def _finished(self) -> None:
-        """Wait for the last member, bounded; whoever is left then got no answer."""
+        """Wait for the last member, bounded; those that are left then got no answer."""
         patience_s = self.bounds.give_up_s + 2 * self.bounds.timeout_s
         until = self._start + self.offsets[-1] + patience_s
         before = time.process_time()
@@ -381,12 +520,17 @@ class OpenLoop:
             for connection in self._live:
                 if connection.number >= 0:
                     self.spool(connection.number, UNKNOWN, False, b"")  # noqa: FBT003
+        under_way = [each.number for each in self._live if each.number >= 0]
+        waiting = [number for number in self._waiting if self._tries[number]]
+        for number in (*under_way, *waiting, *(number for _, number in self._again)):
+            self.tally.outcome[number] = self._index[NO_ANSWER]
         self.tally.cpu_s = time.process_time() - before
         self.tally.duration_s = time.monotonic() - self._start
 
     async def _beat(self) -> None:
         """Look after timeouts and connections, and at our own lag and CPU time."""
         due, looked, cpu = time.monotonic() + BEAT_S, time.monotonic(), time.process_time()
+        self._seen_at = looked
         while True:
             await asyncio.sleep(max(due - time.monotonic(), 0))
             moment = time.monotonic()
@@ -401,8 +545,12 @@ class OpenLoop:
                 self.tally.cpu.append((used - cpu) / (moment - looked))
                 looked, cpu = moment, used
             self._time_out(now)
-            if self._waiting:
+            if self._waiting or self.bounds.window:
                 self._grow()
+            if self._live:
+                self._seen_at = moment
+            elif moment - self._seen_at > self.bounds.away_s:
+                self.fail(Unreachable(f"{self.address}: {self._why or 'no connection'}"))
 
     def _time_out(self, now: float) -> None:
         for connection in list(self._live):
@@ -415,3 +563,29 @@ class OpenLoop:
                 break
             self._waiting.popleft()
             self._settle(number, self._told.get(number, NOT_SENT), now)
+
+
+async def closed(
+    address: str,
+    raw: Callable[[int], bytes] | Sequence[bytes],
+    count: int,
+    connections: int,
+    *,
+    spool: Spool = lambda *_: None,
+    retries: int = 0,
+    early_again: bool = False,
+    limit_s: float = CLOSED_MAX_S,
+) -> Tally:
+    """Play ``count`` requests in a closed loop: each connection asks again when it is answered.
+
+    Raises:
+        ProtocolError: the server sent what is not understood.
+        Unreachable: no connection could be made, or made again within ``AWAY_S``.
+
+    """
+    bounds = Bounds(
+        connections=connections, warm=connections, warm_s=0, queue=count, retries=retries,
+        give_up_s=limit_s, early_again=early_again, window=True, away_s=AWAY_S,
+    )  # fmt: skip
+    take = raw if callable(raw) else raw.__getitem__
+    return await Generator(address, array("d", bytes(8 * count)), take, spool, bounds).run()

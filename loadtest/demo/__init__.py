@@ -1,1 +1,0 @@
-"""A whole engine and a whole release, from nothing."""

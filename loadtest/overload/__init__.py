@@ -1,1 +1,0 @@
-"""What the engine sells while more is asked of it than it can do."""

@@ -1,6 +1,7 @@
 """The record of a run, as JSON in ``run.json``: offered, sent, answered, latency, and the proof."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +15,13 @@ NO_ANSWER: Final = "no-answer"
 NOT_SENT: Final = "not-sent"
 """A member that never found a connection: the queue was full, or its patience ran out there."""
 
-RECORD_NAME = "run.json"
+RECORD_NAME: Final = "run.json"
+REPORT_NAME: Final = "report.html"
 VERSION = 1
 
 
-class RecordError(Exception):
-    """A run's record cannot be read; the message says which file and why, in one line."""
+class RecordError(ValueError):
+    """A run's record cannot be read or written; the message says which file and why."""
 
 
 class Second(msgspec.Struct, kw_only=True):
@@ -174,6 +176,16 @@ def write(file: Path, record: Record) -> None:
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     fresh.write_bytes(encode(record))
     fresh.replace(file)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for records, and see that we may write there. Raises RecordError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RecordError(f"--out {folder}: {error.strerror or error}") from None
 
 
 def read(file: Path) -> Record:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import asyncpg
 import click
@@ -20,11 +19,11 @@ from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import BEHIND_MAX, Bid, campaign, card, key
 
 from loadtest import record as records
+from loadtest.rehearsal import Release
 from loadtest.rush import arrivals
 from loadtest.thresholds import judge, read_rules
 from sale.bootstrap import open_stores
 from sale.cli import rehearse
-from sale.cli.rehearsal_play import Plan, _options
 from sale.cli.rehearsal_report import Outcome, show
 from sale.config import Settings
 from sale.db import claims, rehearsals
@@ -504,11 +503,18 @@ def test_given_arrivals_when_played_then_the_generator_knows_them_and_is_told(
     tmp_path: Path,
 ) -> None:
     assert list(rehearse.ARRIVALS) == sorted(arrivals.KINDS, reverse=True)
-    context = SimpleNamespace(settings=Settings(data_dir=tmp_path), as_json=False)
-    plan = Plan(of="films", cards=5, rate=5, seconds=1, arrivals="constant", target="h:1", out=None,
-                keep=False, beside_real_sales=False, opens_in_s=3, processes=1)  # fmt: skip
-    words = _options(context, plan, "copy", tmp_path / "t", tmp_path / "o")
-    assert words[words.index("--arrivals") + 1] == "constant"
+    release = Release(target="h:1", campaign="copy", tokens=tmp_path / "t", rate=5, seconds=1,
+                      arrivals="constant", processes=1, name="r", out=tmp_path)  # fmt: skip
+    made = release.plan(Settings(data_dir=tmp_path, durability="relaxed"))
+    assert (made.arrivals, made.at_opening, made.alone, made.quantity) == (
+        "constant",
+        True,
+        True,
+        0,
+    )
+    told = made.books.settings()
+    assert told is not None
+    assert (told["SALE_DATA_DIR"], told["SALE_DURABILITY"]) == (str(tmp_path), "relaxed")
 
 
 @pytest.mark.parametrize("says_yes", [True, False])
@@ -543,8 +549,7 @@ def test_missed_threshold_is_read_from_the_record(
                             duration_s=1.0, not_played="100 of 100 could not buy",
                             proof=records.Proof(clean=True))  # fmt: skip
     record.thresholds = judge(read_rules(["p99>1ms", "sold<0"]), record)
-    records.write(tmp_path / "run.json", record)
-    made = Outcome.of_run("r", "films", tmp_path, status=1, audits=[], untouched=True)
+    made = Outcome.of_run("r", "films", tmp_path, record, audits=[], untouched=True)
     assert made.findings == []
     assert made.failed == [
         "the rush did not happen: 100 of 100 could not buy",

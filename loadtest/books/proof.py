@@ -22,19 +22,22 @@ from sale.host.embedded import find
 
 AUDIT_S: Final = 600.0
 AUDIT_FINDINGS_MAX: Final = 200
+PROBLEMS: Final = (BooksError, EngineError, OSError, ValueError)
 SETTLED: Final = frozenset({"held", "confirmed", "collected"})
 
 
 class Where(msgspec.Struct, frozen=True, kw_only=True):
     """Where the books are: the data directory of a ``sale up``, or the stores' URLs.
 
-    With ``database_url`` alone the answers are compared, but the audit, which reads Redis as well,
+    ``environment`` are the engine's settings, empty where ours are the same. With ``database_url``
+    alone the answers are compared, but the audit, which reads Redis as well,
     cannot run.
     """
 
     data_dir: str = ""
     database_url: str = ""
     redis_url: str = ""
+    environment: dict[str, str] = {}
 
     @property
     def known(self) -> bool:
@@ -57,7 +60,7 @@ class Where(msgspec.Struct, frozen=True, kw_only=True):
             "SALE_DATABASE_URL": self.database_url,
             "SALE_REDIS_URL": self.redis_url,
         }
-        told = config.as_environment(engine_settings()) | where
+        told = (self.environment or config.as_environment(engine_settings())) | where
         return {name: value for name, value in told.items() if value}
 
 
@@ -78,6 +81,7 @@ def books_of(
         data_dir=str(settings.data_dir) if data_dir or set_apart or runs else "",
         database_url=settings.database_url or "",
         redis_url=settings.redis_url or "",
+        environment=config.as_environment(settings) if config_file else {},
     )
 
 

@@ -28,7 +28,7 @@ from loadtest.books.ledger import BooksError, wait_applied
 from loadtest.books.proof import Where, prove
 from loadtest.crowd.programs import CANNOT, About
 from loadtest.engine import EngineError
-from loadtest.record import RECORD_NAME, Finding, Proof, Record, Sample, write
+from loadtest.record import REPORT_NAME, Finding, Proof, Record, Sample
 from loadtest.summary import SECONDS_MAX, Member, count_members
 from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
 from sale.cli.terminal import take_any_character
@@ -37,7 +37,6 @@ from sale.files import LARGE_MAX_BYTES, read_json
 from sale.host.embedded import EmbeddedError
 
 _LOOP: Final[dict[str, str | int | float]] = {"loop": "closed", "latency": "from the first try"}
-REPORT_NAME: Final = "report.html"
 SHOWN_MAX: Final = 20
 CONNECT_S: Final = 10.0
 
@@ -142,7 +141,7 @@ def _tell(record: Record, proof: Proof) -> None:
 
 def _keep(record: Record, out: Path, seen_file: Path | None) -> None:
     """Write ``run.json`` and the report beside the answers. Raises OSError."""
-    from loadtest.report.page import write_report
+    from loadtest.report.page import keep
 
     if seen_file is not None and seen_file.exists():
         seen: Seen = read_json(seen_file, Seen, most=LARGE_MAX_BYTES)
@@ -152,8 +151,7 @@ def _keep(record: Record, out: Path, seen_file: Path | None) -> None:
         ]
         record.settings, record.versions = seen.settings, seen.versions
         record.machine = seen.machine
-    write(out / RECORD_NAME, record)
-    write_report(out / REPORT_NAME, record)
+    keep(out, record)
     print(f"report: {out / REPORT_NAME}")
 
 

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import jinja2
 from plotly.offline import get_plotlyjs
 
+from loadtest import record as records
 from loadtest.record import Finding, Record
 from loadtest.report.charts import Chart, charts
 from loadtest.report.tables import NONE, at_share, count, figure_groups, measure, told_tables
@@ -44,6 +45,12 @@ class Fact(NamedTuple):
     name: str
     value: str
     note: str
+
+
+def keep(folder: Path, record: Record) -> None:
+    """Write a run's record and its report. Raises OSError."""
+    records.write(folder / records.RECORD_NAME, record)
+    write_report(folder / records.REPORT_NAME, record)
 
 
 def write_report(file: Path, record: Record, other: Record | None = None) -> None:

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -39,7 +38,6 @@ PROBLEMS: Final = (
     ValueError, OSError,
 )  # fmt: skip
 FINDINGS_SHOWN: Final = 20
-REPORT_NAME: Final = "report.html"
 WAITED_SHARE: Final = 0.01
 _DEFAULT: Final = Plan(target="", campaign="")
 _LEAST: Final = 0.001
@@ -312,7 +310,7 @@ def main() -> None:
     unwritten = ""
     try:
         if options.out is not None:
-            _make_folder(options.out)
+            records.make_folder(options.out)
         record = uvloop.run(_rush(options, plan, console))
         if options.out is not None:
             unwritten = _write(options.out, record)
@@ -323,7 +321,7 @@ def main() -> None:
         print(f"rush: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(130)
     if options.out is not None and not unwritten:
-        console.print(f"report: {options.out / REPORT_NAME}", highlight=False)
+        console.print(f"report: {options.out / records.REPORT_NAME}", highlight=False)
     if options.json:
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
     else:
@@ -336,23 +334,12 @@ def main() -> None:
     sys.exit(1 if why else 0)
 
 
-def _make_folder(folder: Path) -> None:
-    """See before the load that we may write there. Raises RushError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RushError(f"--out {folder}: {error.strerror or error}") from None
-
-
 def _write(folder: Path, record: Record) -> str:
     """Write record and report; say why not, or nothing: the run is told all the same."""
-    from loadtest.report.page import write_report
+    from loadtest.report.page import keep
 
     try:
-        records.write(folder / records.RECORD_NAME, record)
-        write_report(folder / REPORT_NAME, record)
+        keep(folder, record)
     except OSError as error:
         return f"--out {folder}: not written: {error.strerror or error}"
     return ""

@@ -24,9 +24,9 @@ import msgspec
 import psutil
 
 from loadtest.books.ledger import WAIT_S, BooksError, count_orders, wait_applied
-from loadtest.books.proof import Where, prove
+from loadtest.books.proof import PROBLEMS, Where, prove
 from loadtest.client import Client, read_json
-from loadtest.engine import EngineError, engine_settings, environment, stop
+from loadtest.engine import engine_settings, environment, stop
 from loadtest.generator import Bounds
 from loadtest.record import Record
 from loadtest.rush.asks import MIXED, Asks, Load, write_minted
@@ -48,7 +48,6 @@ PROCESSES_MAX: Final = 64
 METRICS_S: Final = 3.0
 WARM_LEAST: Final = 16
 BOOKS_WITHIN_S: Final = 5.0
-UNPROVABLE: Final = (BooksError, EngineError, OSError, ValueError)
 
 
 class RushError(Exception):
@@ -193,7 +192,7 @@ async def _prove(plan: Plan, jobs: list[Job], record: Record) -> None:
         record.proof = await prove(
             answers, plan.campaign, books, alone=plan.alone, within_s=within_s
         )
-    except UNPROVABLE as error:
+    except PROBLEMS as error:
         record.not_proved = " ".join(str(error).split()) or type(error).__name__
 
 

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import os
-import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,21 +10,18 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
-from sale import config
-from sale.cli.rehearsal_report import RECORD, Outcome
+from sale.cli.rehearsal_report import Outcome
 from sale.cli.runtime import CommandContext, note
-from sale.config import Settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from loadtest.rehearsal import Record
     from sale.bootstrap import Stores
     from sale.operators.rehearsal import Rehearsals
 
 AFTER_S: Final = 900.0
 """Longest that the generator may take beyond the rush: last answers, books, audit, report."""
-LEDGER_WITHIN_S: Final = 300
-STOP_S: Final = 10.0
 ANSWER_S: Final = 5.0
 
 
@@ -67,10 +62,10 @@ async def play(context: CommandContext, plan: Plan, reason: str) -> Outcome:
             try:
                 note(f"{identifier} opens in {plan.opens_in_s:.0f} s; Ctrl-C ends and removes it")
                 await ask(plan.target, f"/api/v1/campaigns/{identifier}")
-                status = await _rush(context, plan, identifier, tokens, out)
+                record = await _rush(context, plan, identifier, tokens, out)
                 await desk.close(identifier, actor)
                 outcome = await _proven(
-                    context, stores, desk, identifier, plan, out, status, before
+                    context, stores, desk, identifier, plan, out, record, before
                 )
             except BaseException:
                 await _tidy(desk, identifier, actor, keep=plan.keep)
@@ -118,63 +113,30 @@ def _write_tokens(file: Path, key: Any, plan: Plan) -> None:  # noqa: ANN401 - t
 
 async def _rush(
     context: CommandContext, plan: Plan, identifier: str, tokens: Path, out: Path
-) -> int:
-    """Run the load generator to its end; its exit status. Raises click.ClickException."""
-    from sale.host.embedded.servers import end, launch_command
+) -> "Record":
+    """Play the release to its end. Raises click.ClickException."""
+    from loadtest.rehearsal import Release, ReleaseError, play_release
 
-    options = tokens.with_name("options")
-    options.write_text("\n".join(_options(context, plan, identifier, tokens, out)), "utf-8")
-    program = [sys.executable, "-m", "loadtest", "rush", f"@{options}"]
-    process = await asyncio.create_subprocess_exec(
-        # It ends with us, also where we are killed.
-        *launch_command("TERM", program=program),
-        env=_environment(context.settings),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
+    release = Release(
+        target=plan.target.removeprefix("http://").rstrip("/"),
+        campaign=identifier,
+        tokens=tokens,
+        rate=plan.rate,
+        seconds=plan.seconds,
+        arrivals=plan.arrivals,
+        processes=plan.processes,
+        name=f"rehearsal of {plan.of}",
+        out=out,
+        fail_if=plan.fail_if,
     )
     try:
         async with asyncio.timeout(plan.opens_in_s + plan.seconds + AFTER_S):
-            status = await process.wait()
+            return await play_release(release, context.settings, note)
     except TimeoutError:
-        raise click.ClickException(
-            f"the load generator was not done {AFTER_S:.0f} s after the rush"
-        ) from None
-    finally:
-        await end(process, signal.SIGTERM, STOP_S)
-    if not (out / RECORD).is_file():
-        raise click.ClickException(
-            f"the load generator failed with exit status {status}: its message is above"
-        )
-    return status
-
-
-def _environment(settings: Settings) -> dict[str, str]:
-    """Ours, with exactly these settings: a file that was named by an option is not known there."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("SALE_")}
-    return ours | config.as_environment(settings)
-
-
-def _options(
-    context: CommandContext, plan: Plan, identifier: str, tokens: Path, out: Path
-) -> list[str]:
-    """Options of the generator, for a file: everybody on this host sees a command line."""
-    options = [
-        *("--target", _url(plan.target), "--campaign", identifier, "--tokens", str(tokens)),
-        *("--rate", f"{plan.rate:g}", "--seconds", f"{plan.seconds:g}"),
-        *("--arrivals", plan.arrivals),
-        *("--quantity", "0", "--alone", "--at-opening", "--anywhere"),
-        *("--processes", str(plan.processes), "--ledger-within", str(LEDGER_WITHIN_S)),
-        *("--name", f"rehearsal of {plan.of}", "--out", str(out)),
-    ]
-    options += [word for rule in plan.fail_if for word in ("--fail-if", rule)]
-    settings = context.settings
-    if settings.redis_url is None or settings.database_url is None:
-        options += ["--data-dir", str(settings.data_dir.absolute())]
-    if settings.redis_url is not None:
-        options += ["--redis-url", settings.redis_url]
-    if settings.database_url is not None:
-        options += ["--database-url", settings.database_url]
-    return options + ["--json"] * context.as_json
+        why = f"was not done {AFTER_S:.0f} s after the rush"
+    except ReleaseError as error:
+        why = f"failed: {error}"
+    raise click.ClickException(f"the load generator {why}")
 
 
 async def _proven(
@@ -184,7 +146,7 @@ async def _proven(
     identifier: str,
     plan: Plan,
     out: Path,
-    status: int,
+    record: "Record",
     before: Any,  # noqa: ANN401 - Real
 ) -> Outcome:
     from sale.trust.audit import audit
@@ -204,7 +166,7 @@ async def _proven(
         identifier,
         plan.of,
         out,
-        status=status,
+        record,
         audits=[each for report in reports for each in report.campaigns],
         untouched=await desk.real(plan.of) == before,
     )

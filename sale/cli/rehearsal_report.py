@@ -8,9 +8,9 @@ import click
 import msgspec
 
 from sale.cli.runtime import echo_fields, echo_table
-from sale.files import LARGE_MAX_BYTES, read_json
 
 if TYPE_CHECKING:
+    from loadtest.rehearsal import Record
     from sale.trust.audit import CampaignAudit
 
 RECORD: Final = "run.json"
@@ -57,16 +57,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         identifier: str,
         of: str,
         out: Path,
+        record: "Record",
         *,
-        status: int,
         audits: Sequence["CampaignAudit"],
         untouched: bool,
     ) -> "Outcome":
-        """Put together what is known. A run without a proof is not clean.
+        """Put together what is known. A run without a proof is not clean."""
+        from loadtest.rehearsal import missed
 
-        Raises UnreadableFile where the generator has left no record.
-        """
-        record: _Record = read_json(out / RECORD, _Record, most=LARGE_MAX_BYTES)
         proof = record.proof
         findings = [
             f"{each.id}: {finding.invariant}: {finding.what}"
@@ -81,9 +79,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             )
         else:
             findings += [f"{finding.kind}: {finding.what}" for finding in proof.findings]
-        failed = _failed(record)
-        if status and not (record.bottleneck or findings or failed):
-            findings.append(f"the load generator ended with exit status {status}")
+        told = [f"the rush did not happen: {record.not_played}"] if record.not_played else []
+        failed = told + missed(record)
         pages = sorted(out.glob("*.html"))
         return cls(
             rehearsal=identifier,
@@ -94,7 +91,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             offered_rate=record.offered_rate,
             achieved_rate=record.achieved_rate,
             outcomes=record.outcomes,
-            latency_ms=_latency(record.latency),
+            latency_ms=_latency(record),
             bottleneck=record.bottleneck,
             failed=failed,
             notes=record.notes,
@@ -103,7 +100,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             findings=findings,
             audit_clean=audited,
             real_untouched=untouched,
-            generator_status=status,
+            generator_status=int(bool(record.bottleneck or failed or findings)),
             out=str(out),
             report=str(pages[0]) if pages else None,
         )
@@ -141,60 +138,11 @@ def show(outcome: Outcome) -> None:
         click.echo("but the generator was the limit, so it was no rehearsal of that rate")
 
 
-class _Finding(msgspec.Struct):
-    kind: str = ""
-    what: str = ""
-
-
-class _Proof(msgspec.Struct):
-    clean: bool
-    findings: list[_Finding] = []
-    orders: int = 0
-    tickets: int = 0
-
-
-class _Threshold(msgspec.Struct):
-    rule: str
-    got: str
-    missed: bool
-
-
-class _Percentile(msgspec.Struct):
-    share: float
-    ms: float
-
-
-class _Record(msgspec.Struct):
-    """What is read of the generator's record; whatever else it holds is its own."""
-
-    offered: int = 0
-    answered: int = 0
-    offered_rate: float = 0.0
-    achieved_rate: float = 0.0
-    outcomes: dict[str, int] = {}
-    latency: list[_Percentile] = []
-    bottleneck: str = ""
-    notes: list[str] = []
-    proof: _Proof | None = None
-    not_proved: str = ""
-    not_played: str = ""
-    thresholds: list[_Threshold] = []
-
-
-def _failed(record: _Record) -> list[str]:
-    told = [f"the rush did not happen: {record.not_played}"] if record.not_played else []
-    return told + [
-        f"threshold missed: {each.rule}: it was {each.got}"
-        for each in record.thresholds
-        if each.missed
-    ]
-
-
-def _latency(percentiles: Sequence[_Percentile]) -> dict[str, float]:
+def _latency(record: "Record") -> dict[str, float]:
     """Give the latency that so large a share of the answers did not pass."""
     told = {}
     for share, name in _SHARES:
-        for each in percentiles:
+        for each in record.latency:
             if each.share >= share:
                 told[name] = each.ms
                 break

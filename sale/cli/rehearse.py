@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -156,9 +155,10 @@ def _check_generator(fail_if: tuple[str, ...]) -> None:
             f"the load generator is not installed here ({', '.join(missing)} is missing): "
             "in the project's folder, pip install -e '.[loadtest]'"
         )
+    from loadtest.rehearsal import read_rules
+
     try:
-        # By name, because the engine knows its load generator only as a program beside it.
-        import_module("loadtest.thresholds").read_rules(fail_if)
+        read_rules(fail_if)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--fail-if") from None
 

@@ -59,27 +59,8 @@ class Engine:
 
     async def command(self, *arguments: str, accept: tuple[int, ...] = (0,)) -> bytes:
         """Run ``sale ARGUMENTS`` on this engine and return its stdout. Raises EngineError."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "sale",
-            *arguments,
-            env=environment(SALE_DATA_DIR=str(self.data_dir)),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            async with asyncio.timeout(COMMAND_S):
-                out, complaint = await process.communicate()
-        except TimeoutError:
-            raise EngineError(f"sale {arguments[0]}: not done in {COMMAND_S:.0f} s") from None
-        finally:
-            await stop(process)
-        if process.returncode not in accept:
-            said = (complaint or out).decode("utf-8", "replace").strip()
-            raise EngineError(f"sale {' '.join(arguments)}: exit {process.returncode}: {said}")
-        return out
+        settings = {"SALE_DATA_DIR": str(self.data_dir)}
+        return await sale(*arguments, accept=accept, settings=settings)
 
     async def json(self, *arguments: str, accept: tuple[int, ...] = (0,)) -> Any:  # noqa: ANN401
         """Run a command with ``--json``. Raises EngineError."""
@@ -88,6 +69,47 @@ class Engine:
     def database_url(self) -> str:
         """URL of the embedded PostgreSQL. Raises EngineError."""
         return find_database(self.data_dir)
+
+
+async def run_program(
+    *command: str,
+    settings: Mapping[str, str] | None = None,
+    within_s: float = COMMAND_S,
+    cwd: Path | None = None,
+) -> tuple[int, bytes, str]:
+    """Run a program to its end: exit status, stdout, and what it said on stderr.
+
+    Raises EngineError where it is not done in time.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=cwd,
+        env=environment(**(settings or {})),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(within_s):
+            out, complaint = await process.communicate()
+    except TimeoutError:
+        name = Path(command[0]).name
+        raise EngineError(f"{name}: not done in {within_s:.0f} s") from None
+    finally:
+        await stop(process)
+    return process.returncode or 0, out, complaint.decode("utf-8", "replace").strip()
+
+
+async def sale(
+    *arguments: str, settings: Mapping[str, str], accept: tuple[int, ...] = (0,)
+) -> bytes:
+    """Run ``sale ARGUMENTS`` with these settings and return its stdout. Raises EngineError."""
+    command = (sys.executable, "-m", "sale", *arguments)
+    status, out, complaint = await run_program(*command, settings=settings)
+    if status not in accept:
+        said = complaint or out.decode("utf-8", "replace").strip()
+        raise EngineError(f"sale {' '.join(arguments)}: exit {status}: {said}")
+    return out
 
 
 def find_database(data_dir: Path) -> str:

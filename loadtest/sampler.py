@@ -274,15 +274,29 @@ def _measured(process: psutil.Process, *, head: bool) -> ProcessSample | None:
 def _registered(data_dir: Path) -> dict[str, int]:
     """Read a data directory's register of processes; empty where there is none."""
     try:
-        found: _Register = read_json(data_dir / "run" / "processes.json", _Register)
+        found = _register(data_dir)
     except UnreadableFile:
         return {}
     return {**found.processes, "supervisor": found.supervisor}
 
 
+def metrics_address(data_dir: Path | None) -> str:
+    """Where the metrics of a ``sale up`` are, by its register; '' where it does not say."""
+    try:
+        return "" if data_dir is None else _register(data_dir).metrics_listen
+    except UnreadableFile:
+        return ""
+
+
 class _Register(msgspec.Struct):
     supervisor: int
     processes: dict[str, int]
+    metrics_listen: str = ""
+
+
+def _register(data_dir: Path) -> _Register:
+    found: _Register = read_json(data_dir / "run" / "processes.json", _Register)
+    return found
 
 
 def _listener(address: str) -> int | None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from answer_book import AnswerBook
 
 from loadtest.books import check as bookkeeping
 from loadtest.books.answers import (
     Answer,
-    AnswerBook,
     outcome,
     read_answer,
     read_answers,

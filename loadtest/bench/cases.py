@@ -22,7 +22,7 @@ from rich.console import Console
 from loadtest.bench.offer import Feed, OfferError, offer, read_feed, write_feed
 from loadtest.bench.rig import SHOWING, Rig, cpu_s, tree_cpu_s
 from loadtest.client import Client
-from loadtest.engine import EngineError
+from loadtest.engine import EngineError, sale
 from loadtest.generator import closed
 from loadtest.record import SOLD
 from loadtest.tables import CLEAN, coloured, facts, grid, other_core
@@ -470,7 +470,7 @@ class Bench:
         """What the engine's audit says of everything that was measured; a fast lie is no figure."""
         self.note("audit of all that was sold")
         try:
-            await self.rig.sale("audit")
+            await sale("audit", settings=self.rig.settings)
         except EngineError as error:
             return str(error)
         return CLEAN

@@ -5,7 +5,6 @@ same settings as the engine's (append-only file, an fsync before each answer), s
 measured while another's file is written anew.
 """
 
-import asyncio
 import contextlib
 import hashlib
 import importlib.util
@@ -22,7 +21,7 @@ import msgspec
 import redis.asyncio
 
 from loadtest.bench.rig import SIGNING_KEY, pin, ready, spawn
-from loadtest.engine import EngineError, free_address, stop
+from loadtest.engine import EngineError, free_address, run_program, stop
 from sale.host.embedded import running
 
 NPM_S: Final = 180.0
@@ -190,22 +189,13 @@ async def _install(npm: str, cache: Path) -> Path:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name, content in sources.items():
         (home / name).write_bytes(content)
-    process = await asyncio.create_subprocess_exec(
-        *(npm, "ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund"),
-        cwd=home,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
+    how = ("ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
     try:
-        async with asyncio.timeout(NPM_S):
-            out, _ = await process.communicate()
-    except TimeoutError:
-        raise PeerMissingError(f"npm ci was not done in {NPM_S:.0f} s") from None
-    finally:
-        await stop(process)
-    if process.returncode:
-        lines = out.decode("utf-8", "replace").splitlines()
+        status, out, said = await run_program(npm, *how, within_s=NPM_S, cwd=home)
+    except EngineError as error:
+        raise PeerMissingError(f"npm ci: {error}") from None
+    if status:
+        lines = (out.decode("utf-8", "replace") + said).splitlines()
         errors = [line.partition(" ")[2] for line in lines if re.match("npm (error|ERR!)", line)]
         raise PeerMissingError(f"npm ci failed: {'; '.join(errors[:2])[:200] or '(nothing said)'}")
     done.touch()

@@ -18,7 +18,7 @@ from typing import Any, Final
 import redis.asyncio
 
 from loadtest.client import Client
-from loadtest.engine import COMMAND_S, EngineError, environment, free_address, stop
+from loadtest.engine import EngineError, environment, free_address, sale, stop
 from loadtest.members import Mint
 from loadtest.wire import get_request
 from sale.bootstrap import open_stores
@@ -132,25 +132,6 @@ class Rig:
                 own = self.server_cores if name in _ON_SERVER_CORES else self.client_cores
                 pin(self.pid(name), own if apart else both)
 
-    async def sale(self, *arguments: str) -> None:
-        """Run a command of ``sale`` to its end. Raises EngineError."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sale", *arguments),
-            env=environment(**self.settings),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        try:
-            async with asyncio.timeout(COMMAND_S):
-                out, _ = await process.communicate()
-        except TimeoutError:
-            raise EngineError(f"sale {arguments[0]}: not done in {COMMAND_S:.0f} s") from None
-        finally:
-            await stop(process)
-        if process.returncode:
-            raise EngineError(f"sale {' '.join(arguments)}: {out.decode('utf-8', 'replace')}")
-
     async def campaign(self, name: str, tickets: int, opens_at: datetime | None = None) -> None:
         """Create a campaign of one showing; every card may buy up to three.
 
@@ -238,7 +219,7 @@ async def rig_up(
             "SALE_LEDGER_RETENTION_EVENTS": "0",
             "SALE_LEDGER_RETENTION_S": "0",
         }
-        await rig.sale("migrate")
+        await sale("migrate", settings=rig.settings)
         for name, cores in (
             ("scheduler", client_cores),
             ("writer", client_cores),

@@ -8,28 +8,21 @@ from typing import Final, Protocol
 import msgspec
 
 from loadtest.record import NO_ANSWER, REPLAYED, SOLD
-from loadtest.wire import TOO_MANY, UNNAMED, Response
+from loadtest.wire import TOO_MANY, UNNAMED
 from sale.files import LARGE_MAX_BYTES, UnreadableFile, parse_json, read_bytes
 
 
 class Asked(Protocol):
-    """What the book needs to know of a request."""
+    """What is known of a request: whose it is, under which idempotency key, and for what."""
 
     @property
-    def card(self) -> str:
-        """Card number of the asker."""
-
+    def card(self) -> str: ...  # noqa: D102
     @property
-    def key(self) -> str:
-        """Idempotency key."""
-
+    def key(self) -> str: ...  # noqa: D102
     @property
-    def showing(self) -> str:
-        """Showing asked for."""
-
+    def showing(self) -> str: ...  # noqa: D102
     @property
-    def quantity(self) -> int:
-        """Tickets asked for."""
+    def quantity(self) -> int: ...  # noqa: D102
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -88,36 +81,6 @@ class _Body(msgspec.Struct):
     tickets: tuple[_TicketBody, ...] = ()
     code: str = ""
     remaining: int | None = None
-
-
-class AnswerBook:
-    """Every answer of a run. Bodies are kept as they came and read when the run is over."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[Asked, int, bytes, bool, float, float]] = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def record(self, asked: Asked, response: Response) -> None:
-        """Take down one answer; quick, so that it may be called in the midst of the load."""
-        replayed = response.status == 201 and b"dempotency-" in response.head
-        self._rows.append(
-            (
-                asked,
-                response.status,
-                response.body,
-                replayed and response.header("idempotency-replayed") == "true",
-                response.sent_at,
-                response.received_at,
-            )
-        )
-
-    def __iter__(self) -> Iterator[Answer]:
-        for asked, status, body, replayed, sent_at, received_at in self._rows:
-            yield read_answer(
-                asked, status, body, replayed=replayed, sent_at=sent_at, received_at=received_at
-            )
 
 
 class Spool:

@@ -7,14 +7,14 @@ import asyncio
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from loadtest.books.answers import Answer
 from loadtest.books.check import check
 from loadtest.books.ledger import WAIT_S, BooksError, highest, load_books, wait_applied
-from loadtest.engine import EngineError, engine_settings, environment, find_database, stop
+from loadtest.engine import EngineError, engine_settings, find_database, run_program
 from loadtest.record import Finding, Proof
 from sale import config
 from sale.config import Settings
@@ -124,51 +124,27 @@ async def prove(
     )
 
 
-class _AuditFinding(msgspec.Struct):
-    invariant: str
-    what: str
-
-
-class _AuditCampaign(msgspec.Struct):
-    findings: list[_AuditFinding]
-
-
-class _Audit(msgspec.Struct):
-    clean: bool
-    campaigns: list[_AuditCampaign]
-
-
 async def audit(campaign: str, settings: dict[str, str]) -> tuple[bool | None, list[Finding]]:
     """Run ``sale audit CAMPAIGN``: whether clean (None: it could not check), and what it found."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sale", "audit", campaign, "--json"),
-        env=environment(**settings),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(AUDIT_S):
-            out, complaint = await process.communicate()
-    except TimeoutError:
-        raise EngineError(f"sale audit {campaign}: not done in {AUDIT_S:.0f} s") from None
-    finally:
-        await stop(process)
-    if process.returncode not in (0, 1):
-        said = complaint.decode("utf-8", "replace").strip().splitlines()[-1:]
-        return None, [Finding("audit-not-done", f"sale audit: {' '.join(said)}")]
+    command = (sys.executable, "-m", "sale", "audit", campaign, "--json")
+    status, out, complaint = await run_program(*command, within_s=AUDIT_S, settings=settings)
+    if status not in (0, 1):
+        said = " ".join(complaint.splitlines()[-1:])
+        return None, [Finding("audit-not-done", f"sale audit: {said}")]
     try:
         told = msgspec.json.decode(out, type=_Audit)
     except msgspec.DecodeError as error:
         return None, [Finding("audit-not-done", f"sale audit: {error}")]
     found = [
-        Finding(f"audit {finding.invariant}", finding.what)
+        Finding(f"audit {finding['invariant']}", finding["what"])
         for each in told.campaigns
-        for finding in each.findings
+        for finding in each["findings"]
     ]
     if not told.clean and not found:
         found = [Finding("audit", "sale audit is not clean")]
     return told.clean, found[:AUDIT_FINDINGS_MAX]
 
 
-__all__ = ["BooksError", "EngineError", "Where", "audit", "prove"]
+class _Audit(msgspec.Struct):
+    clean: bool
+    campaigns: list[dict[str, Any]]

@@ -28,6 +28,7 @@ from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import About, Watch, end_children, program
 from loadtest.crowd.setup import Api, SetupError
 from loadtest.crowd.shape import Plan, target
+from loadtest.sampler import metrics_address
 from loadtest.scenarios import (
     SCENARIOS,
     Deeds,
@@ -239,7 +240,8 @@ class Run:
             Path(told.out).mkdir(parents=True, exist_ok=True)
         self._answers = Path(told.out or self._folder) / "answers.jsonl"
         self.desk.open(self._cards, self._answers)
-        metrics = told.metrics or setup.metrics_address(told.data_dir)
+        folder = Path(told.data_dir) if told.data_dir else None
+        metrics = told.metrics or metrics_address(folder)
         self._watch = Watch(self._folder / "seen.json")
         if told.out and metrics:
             self._watch.start(metrics, table["id"], told.data_dir)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from loadtest.engine import engine_settings, environment
 from loadtest.members import Member, read_members
 from sale import config
-from sale.files import UnreadableFile, read_json, read_text
+from sale.files import UnreadableFile, read_text
 
 CALL_S: Final = 10.0
 COMMAND_S: Final = 60.0
@@ -215,15 +215,6 @@ def _sale(data_dir: str, arguments: list[str], accept: tuple[int, ...] = (0,)) -
 def _why(status: int, body: object) -> str:
     told = body.get("detail") or body.get("title") if isinstance(body, dict) else None
     return f"{status} {told or ''}".strip()
-
-
-def metrics_address(data_dir: str) -> str:
-    """Where the metrics of a ``sale up`` are, by its register; '' where it does not say."""
-    try:
-        register = read_json(Path(data_dir) / "run" / "processes.json", dict[str, Any])
-        return str(register["metrics_listen"]) if data_dir else ""
-    except (UnreadableFile, KeyError):
-        return ""
 
 
 def seconds(number: float) -> timedelta:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import psutil
 
 from loadtest.books.ledger import WAIT_S, BooksError, count_orders, wait_applied
 from loadtest.books.proof import PROBLEMS, Where, prove
@@ -31,10 +30,10 @@ from loadtest.generator import Bounds
 from loadtest.record import Record
 from loadtest.rush.asks import MIXED, Asks, Load, write_minted
 from loadtest.rush.worker import Job, Line
-from loadtest.sampler import Sampler, discover_processes
+from loadtest.sampler import Sampler, discover_processes, metrics_address
 from loadtest.summary import fill
 from loadtest.surroundings import describe
-from loadtest.wire import ProtocolError, get_request, problem_code
+from loadtest.wire import get_request, problem_code
 from sale.config import SettingsError
 from sale.host.embedded.servers import launch_command
 from sale.identity import load_or_create_signing_key
@@ -45,7 +44,6 @@ CLOCK_LOOKS: Final = 7
 OPENING_MAX_S: Final = 86_400.0
 SUM_UP_S: Final = 120.0
 PROCESSES_MAX: Final = 64
-METRICS_S: Final = 3.0
 WARM_LEAST: Final = 16
 BOOKS_WITHIN_S: Final = 5.0
 
@@ -397,7 +395,7 @@ async def _started(job: Job) -> AsyncIterator[_Worker]:
 async def _sampling(
     plan: Plan, data_dir: Path | None, workers: list[_Worker], stack: contextlib.AsyncExitStack
 ) -> Sampler | None:
-    metrics = plan.metrics or await _metrics_of(data_dir)
+    metrics = plan.metrics or metrics_address(data_dir)
     if not metrics:
         return None
     generators = {f"generator-{w.job.index + 1}": w.process.pid for w in workers}
@@ -406,23 +404,6 @@ async def _sampling(
         return discover_processes(data_dir or metrics) | generators
 
     return await stack.enter_async_context(Sampler(metrics, plan.campaign, pids))
-
-
-async def _metrics_of(data_dir: Path | None) -> str:
-    """Address of the metrics of a ``sale up``, '' where none is found: it listens on one more."""
-    supervisor = discover_processes(data_dir).get("supervisor") if data_dir else None
-    if supervisor is None:
-        return ""
-    with contextlib.suppress(psutil.Error, OSError):
-        for listener in psutil.Process(supervisor).net_connections("tcp"):
-            if listener.status != psutil.CONN_LISTEN:
-                continue
-            address = f"127.0.0.1:{listener.laddr.port}"
-            with contextlib.suppress(ProtocolError, TimeoutError):
-                async with asyncio.timeout(METRICS_S), Client(address) as client:
-                    if (await client.request(get_request(address, "/metrics"))).status == 200:
-                        return address
-    return ""
 
 
 async def _start_moment(plan: Plan, campaign: dict[str, Any], note: Note) -> tuple[float, datetime]:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from loadtest.books.answers import Answer, AnswerBook, read_answer
+from answer_book import AnswerBook
+
+from loadtest.books.answers import Answer, read_answer
 from loadtest.client import Client
 from loadtest.members import Attempt, Kind, Member
 from loadtest.wire import UNKNOWN, Response, ResponseParser

@@ -15,12 +15,13 @@ from typing import Any, Final
 import aiohttp
 import asyncpg
 import redis.asyncio
+from answer_book import AnswerBook
 from crowd import Load, Phone
 from machine import SERVERS, START_LIMIT_S, Machine
 from service import ADMIN, Ran, campaign_table, command
 
 from loadtest.books import ledger
-from loadtest.books.answers import Answer, AnswerBook
+from loadtest.books.answers import Answer
 from loadtest.books.check import check
 from loadtest.members import Member, read_members
 from sale.config import Settings

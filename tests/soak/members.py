@@ -5,7 +5,8 @@ import json
 import time
 from dataclasses import dataclass, field
 
-from loadtest.books.answers import AnswerBook
+from answer_book import AnswerBook
+
 from loadtest.client import Client
 from loadtest.members import Member
 from loadtest.wire import UNKNOWN, ProtocolError, Response, purchase_request

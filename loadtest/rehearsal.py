@@ -14,7 +14,8 @@ from loadtest.books.proof import PROBLEMS, Where
 from loadtest.client import AnswerError
 from loadtest.record import Record, make_folder
 from loadtest.rush.asks import MIXED
-from loadtest.rush.play import Plan, RushError, play
+from loadtest.rush.plan import Plan, RushError
+from loadtest.rush.play import play
 from loadtest.thresholds import missed, read_rules
 from loadtest.wire import ProtocolError
 from sale import config

@@ -63,10 +63,9 @@ def facts(title: str, *sections: Iterable[tuple[str, str]]) -> Table:
     table = Table(title=title or None, title_style="bold", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for section in sections:
-        for name, figure in section:
-            table.add_row(name, figure)
-        table.add_section()
+    for section in map(list, sections):
+        for number, (name, figure) in enumerate(section, start=1):
+            table.add_row(name, figure, end_section=number == len(section))
     return table
 
 

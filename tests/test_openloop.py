@@ -29,7 +29,8 @@ from loadtest.rush import play as plays
 from loadtest.rush.__main__ import main, parser, plan_of, remarks, table, verdict
 from loadtest.rush.arrivals import ArrivalsError
 from loadtest.rush.asks import Asks, AsksError, Load, write_minted
-from loadtest.rush.play import Plan, RushError, only_loopback, play
+from loadtest.rush.plan import Plan, RushError
+from loadtest.rush.play import only_loopback, play
 from loadtest.rush.worker import Job
 from loadtest.summary import fill
 from loadtest.thresholds import told_outcome
@@ -748,7 +749,7 @@ async def test_given_an_answer_that_the_books_do_not_have_when_proved_then_the_r
     monkeypatch.setattr(Job, "answers", doctored)
     books = Where(database_url=service.database_url)
     key_file = str(service.data_dir / "signing.key")
-    plan = small(service, campaign, rate=100, seconds=0.3, books=books, key_file=key_file)
+    plan = small(service, campaign, rate=100, seconds=0.3, books=books, signing_key_file=key_file)
     record = await play(plan)
     assert record.proof is not None
     assert record.proof.audit_clean is None  # Redis is not known
@@ -780,7 +781,7 @@ async def test_given_books_that_are_out_of_reach_when_played_then_refused_before
     key_file = str(service.data_dir / "signing.key")
     plan = small(service, campaign, rate=40, seconds=0.3, alone=False, books=away)
     with pytest.raises(BooksError, match="PostgreSQL: "):
-        await play(msgspec.structs.replace(plan, key_file=key_file))
+        await play(msgspec.structs.replace(plan, signing_key_file=key_file))
     assert await count_orders(service.database_url, campaign) == 0
 
 

@@ -8,7 +8,6 @@ has no books to be compared with and is not said to be ``--unproved``.
 
 import argparse
 import asyncio
-import math
 import sys
 from pathlib import Path
 from typing import Final
@@ -17,8 +16,8 @@ from urllib.parse import urlsplit
 import msgspec
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from loadtest import record as records
 from loadtest.books.check import so_many
@@ -27,8 +26,11 @@ from loadtest.books.proof import books_of
 from loadtest.client import AnswerError
 from loadtest.engine import EngineError, cancelled_by_signals
 from loadtest.record import Percentile, Record
-from loadtest.rush.play import Plan, RushError, Stopped, only_loopback, play
+from loadtest.rush.plan import Plan, RushError, Stopped, add_options, check_bounds
+from loadtest.rush.play import only_loopback, play
 from loadtest.summary import TOLD_SHARES
+from loadtest.tables import CLEAN, coloured, facts
+from loadtest.tables import verdict as verdict_of
 from loadtest.thresholds import RULES_HELP, missed, read_rules, told_outcome
 from loadtest.wire import ProtocolError, Unreachable
 from sale.config import SettingsError
@@ -39,14 +41,6 @@ PROBLEMS: Final = (
 )  # fmt: skip
 FINDINGS_SHOWN: Final = 20
 WAITED_SHARE: Final = 0.01
-_DEFAULT: Final = Plan(target="", campaign="")
-_LEAST: Final = 0.001
-_NUMBERS: Final = (
-    ("duplicate_share", 0, 1), ("retries", 0, 101), ("connections", 1, math.inf),
-    ("queue", 1, math.inf), ("warm", 0, math.inf), ("timeout", _LEAST, math.inf),
-    ("give_up", _LEAST, math.inf), ("cards", 0, math.inf), ("first_card", 0, 10**12),
-    ("rate", _LEAST, math.inf), ("seconds", _LEAST, math.inf), ("ledger_within", _LEAST, math.inf),
-)  # fmt: skip
 
 
 class _Interrupted(Exception):  # noqa: N818 - says what it is
@@ -64,94 +58,30 @@ def parser() -> argparse.ArgumentParser:
     what = made.add_argument_group("what is bought, and by whom")
     what.add_argument("--target", required=True, metavar="http://H:P", help="the engine")
     what.add_argument("--campaign", required=True, metavar="ID")
-    what.add_argument("--showing", default="", metavar="ID", help="default: all in turn")
-    what.add_argument("--quantity", type=int, default=1, help="tickets; 0 mixes 1 to 3")
-    what.add_argument("--tokens", default="", metavar="FILE", help="as `sale tokens` writes it")
-    what.add_argument(
-        "--cards", type=int, default=0, help="distinct cards; default: all of the file, or minted"
-    )
-    what.add_argument(
-        "--signing-key-file", default="", metavar="FILE", help="mint tokens (no --tokens)"
-    )
-    what.add_argument("--first-card", type=int, default=1, help="count minted cards from here")
-    what.add_argument(
-        "--duplicate-share",
-        type=float,
-        default=0.0,
-        help="share of members that send their request twice, 0 to 1",
-    )
-    _when(made.add_argument_group("when"))
-    _bounds(made.add_argument_group("bounds, of all processes together"))
+    add_options(what, "showing quantity tokens cards signing_key_file first_card duplicate_share")
+    add_options(made.add_argument_group("when"), "rate seconds arrivals seed at_opening")
+    bounds = made.add_argument_group("bounds, of all processes together")
+    add_options(bounds, "processes connections warm queue timeout_s retries give_up_s")
     books = made.add_argument_group("comparison with PostgreSQL, and samples of the engine")
+    for name, metavar, words in (
+        ("data-dir", "D", "of a running `sale up`; without options, as the settings have it"),
+        ("database-url", "URL", "PostgreSQL of the engine"),
+        ("redis-url", "URL", "with --database-url: audits as well"),
+        ("config", "FILE", "settings, as `sale --config`"),
+    ):
+        books.add_argument(f"--{name}", default="", metavar=metavar, help=words)
+    add_options(books, "metrics alone ledger_within_s")
+    unproved = "sell without comparing the answers with PostgreSQL"
     books.add_argument(
-        "--data-dir",
-        default="",
-        metavar="D",
-        help="of a running `sale up`; without options, as the engine's settings have it",
+        *("--unproved", "--no-proof"), dest="proof", action="store_false", help=unproved
     )
-    books.add_argument("--database-url", default="", help="PostgreSQL of the engine")
-    books.add_argument("--redis-url", default="", help="with --database-url: audits as well")
-    books.add_argument("--config", type=Path, metavar="FILE", help="settings, as `sale --config`")
-    books.add_argument("--metrics", default="", metavar="H:P", help="default: by --data-dir")
-    books.add_argument(
-        "--alone",
-        action="store_true",
-        help="nobody else buys and no ticket returns: check that too",
-    )
-    books.add_argument(
-        *("--unproved", "--no-proof"),
-        dest="no_proof",
-        action="store_true",
-        help="sell without comparing the answers with PostgreSQL",
-    )
-    books.add_argument("--ledger-within", type=float, default=_DEFAULT.ledger_within_s, metavar="S")
     out = made.add_argument_group("result")
     out.add_argument("--fail-if", action="append", default=[], metavar="RULE", help=RULES_HELP)
-    out.add_argument(
-        "--name", default="", help="of the run, in record and report; default: what was offered"
-    )
+    out.add_argument("--name", default="", help="of the run; default: what was offered")
     out.add_argument("--out", type=Path, metavar="DIR", help="write run.json and report.html")
     out.add_argument("--json", action="store_true", help="the record on stdout, progress on stderr")
     out.add_argument("--anywhere", action="store_true", help="load other machines than this one")
     return made
-
-
-def _when(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--rate", type=float, default=_DEFAULT.rate, help="members a second")
-    group.add_argument("--seconds", type=float, default=_DEFAULT.seconds)
-    group.add_argument(
-        "--arrivals",
-        default=_DEFAULT.arrivals,
-        metavar="KIND",
-        help="constant, poisson, release, or file:PATH (offsets, or CSV t,count); default poisson",
-    )
-    group.add_argument("--seed", type=int, default=_DEFAULT.seed, help="of all random choices")
-    group.add_argument(
-        "--at-opening", action="store_true", help="start at the opening, by the engine's clock"
-    )
-
-
-def _bounds(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--processes", type=int, default=_DEFAULT.processes)
-    group.add_argument("--connections", type=int, default=_DEFAULT.connections)
-    group.add_argument(
-        "--warm",
-        type=int,
-        default=_DEFAULT.warm,
-        help="opened before the start; default: the busiest 0.1 s",
-    )
-    group.add_argument(
-        "--queue", type=int, default=_DEFAULT.queue, help="members that may wait for a connection"
-    )
-    group.add_argument("--timeout", type=float, default=_DEFAULT.timeout_s, metavar="S")
-    group.add_argument("--retries", type=int, default=_DEFAULT.retries, help="0 to 100")
-    group.add_argument(
-        "--give-up",
-        type=float,
-        default=_DEFAULT.give_up_s,
-        metavar="S",
-        help="seconds after which a member gives up",
-    )
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -159,41 +89,29 @@ def plan_of(options: argparse.Namespace) -> Plan:
     address = urlsplit(options.target)
     if address.scheme != "http" or not address.hostname or address.path.strip("/"):
         raise ValueError(f"--target {options.target}: not http://HOST:PORT")
-    _check_numbers(options)
+    check_bounds(options)
     if options.redis_url and not (options.database_url or options.data_dir):
         raise ValueError("--redis-url: give --database-url too")
     read_rules(options.fail_if)
-    where = books_of(options.data_dir, options.database_url, options.redis_url, options.config)
-    if not (where.known or options.no_proof):
+    config = Path(options.config) if options.config else None
+    where = books_of(options.data_dir, options.database_url, options.redis_url, config)
+    if not (where.known or not options.proof):
         raise ValueError(
             "nothing to compare the answers with, so nothing was sold: give --data-dir or"
             " --database-url (or SALE_DATABASE_URL), or say --unproved to do without"
         )
     host = f"[{address.hostname}]" if ":" in address.hostname else address.hostname
-    same = ("campaign", "arrivals", "rate", "seconds", "seed", "tokens", "cards")
-    more = ("first_card", "quantity", "showing", "duplicate_share", "connections", "queue", "warm")
-    rest = ("processes", "retries", "at_opening", "alone", "metrics")
+    given = {name: value for name, value in vars(options).items() if name in Plan.__struct_fields__}
+    name = f"{options.arrivals}, {options.rate:,g}/s, {options.seconds:g} s"
     return Plan(
-        **{name: getattr(options, name) for name in (*same, *more, *rest)},
-        name=options.name or f"{options.arrivals}, {options.rate:,g}/s, {options.seconds:g} s",
-        target=f"{host}:{address.port or 80}",
-        key_file=options.signing_key_file,
-        config=str(options.config or ""),
-        fail_if=tuple(options.fail_if),
-        timeout_s=options.timeout,
-        give_up_s=options.give_up,
-        proof=not options.no_proof,
-        ledger_within_s=options.ledger_within,
-        books=where,
+        **given
+        | {
+            "name": options.name or name,
+            "target": f"{host}:{address.port or 80}",
+            "fail_if": tuple(options.fail_if),
+            "books": where,
+        }
     )
-
-
-def _check_numbers(options: argparse.Namespace) -> None:
-    for name, least, below in _NUMBERS:
-        given = getattr(options, name)
-        if not least <= given < below:
-            most = f" and below {below:g}" if below < math.inf else ""
-            raise ValueError(f"--{name.replace('_', '-')} {given:g}: from {least:g}{most}")
 
 
 def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
@@ -227,50 +145,47 @@ def remarks(record: Record) -> list[str]:
 
 def table(record: Record) -> Table:
     """The run for people. Latencies are left out where they are not the server's."""
-    made = Table(title=f"{record.name}: {record.campaign}", title_style="bold", show_header=False)
-    made.add_column()
-    made.add_column(justify="right")
-    made.add_row("members offered", f"{record.offered:,} ({record.offered_rate:,.0f}/s)")
-    made.add_row("requests sent, with repeats", f"{record.sent:,}")
-    made.add_row("answers", f"{record.answered:,}")
+    counts = [
+        ("members offered", f"{record.offered:,} ({record.offered_rate:,.0f}/s)"),
+        ("requests sent, with repeats", f"{record.sent:,}"),
+        ("answers", f"{record.answered:,}"),
+    ]
     if not record.bottleneck:
-        made.add_row("members settled a second", f"{record.achieved_rate:,.0f}")
-    made.add_section()
-    for code, count in sorted(record.outcomes.items(), key=lambda item: -item[1]):
-        made.add_row(told_outcome(code), f"{count:,}")
-    made.add_section()
+        counts.append(("members settled a second", f"{record.achieved_rate:,.0f}"))
+    ordered = sorted(record.outcomes.items(), key=lambda item: -item[1])
+    outcomes = [(told_outcome(code), f"{count:,}") for code, count in ordered]
+    latencies = []
     for title, latency in (("all", record.latency), ("sold", record.latency_sold)):
-        if latency:
-            shown = "  ".join(f"p{share * 100:g} {at(latency, share):.1f}" for share in TOLD_SHARES)
-            made.add_row(f"ms from the intended moment, {title}", shown)
-    made.add_section()
-    for name, value in record.plan.items():
-        if " " in name:
-            made.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value}")
-    made.add_section()
-    for each in record.thresholds:
-        sign = "[red]missed[/]" if each.missed else "[green]met[/]"
-        made.add_row(f"fail if {each.rule}", f"{each.got}, {sign}")
-    if record.proof is None:
-        made.add_section()
-        made.add_row("the books", Text(_unproved(record)))
-    else:
-        proof = record.proof
-        made.add_section()
-        made.add_row("orders in the campaign, tickets", f"{proof.orders:,}, {proof.tickets:,}")
-        clean = "[green]clean[/]" if proof.clean else f"[red]{so_many(proof.findings)}[/]"
-        made.add_row("every answer compared with PostgreSQL", clean)
-        audit = {True: "[green]clean[/]", False: "[red]findings[/]", None: "not run"}
-        made.add_row("sale audit", audit[proof.audit_clean])
-        for finding in proof.findings[:FINDINGS_SHOWN]:
-            made.add_row(f"[red]{finding.kind}[/]", finding.what)
-    return made
+        shown = "  ".join(f"p{share * 100:g} {at(latency, share):.1f}" for share in TOLD_SHARES)
+        latencies += [(f"ms from the intended time, {title}", shown)] * bool(latency)
+    figures = [
+        (name, f"{value:,}" if isinstance(value, int) else f"{value}")
+        for name, value in record.plan.items()
+        if " " in name
+    ]
+    rules = [
+        (f"fail if {each.rule}", f"{each.got}, {coloured(sign, good=not each.missed)}")
+        for each in record.thresholds
+        for sign in ["missed" if each.missed else "met"]
+    ]
+    name = f"{record.name}: {record.campaign}"
+    return facts(name, counts, outcomes, latencies, figures, rules, _books(record))
 
 
-def _unproved(record: Record) -> str:
-    if record.not_proved:
-        return f"not proved: {record.not_proved}"
-    return "not looked at" + " (--unproved)" * (record.plan.get("proof") == 0)
+def _books(record: Record) -> list[tuple[str, str]]:
+    proof = record.proof
+    if proof is None:
+        why = "not looked at" + " (--unproved)" * (record.plan.get("proof") == 0)
+        why = f"not proved: {record.not_proved}" if record.not_proved else why
+        return [("the books", escape(why))]
+    words = CLEAN if proof.clean else so_many(proof.findings)
+    audit = {True: verdict_of(CLEAN), False: verdict_of("findings"), None: "not run"}
+    return [
+        ("orders in the campaign, tickets", f"{proof.orders:,}, {proof.tickets:,}"),
+        ("every answer compared with PostgreSQL", verdict_of(words)),
+        ("sale audit", audit[proof.audit_clean]),
+        *((f"[red]{each.kind}[/]", escape(each.what)) for each in proof.findings[:FINDINGS_SHOWN]),
+    ]
 
 
 def at(latency: list[Percentile], share: float) -> float:

@@ -215,23 +215,28 @@ class _Processes:
         before, self._cpu_s = self._cpu_s, {}
         read = {}
         for name, family in self._families.items():
-            members = [
-                _measured(process, head=number == 0) for number, process in enumerate(family)
-            ]
-            if not members or members[0] is None:
-                continue
-            used_s = 0.0
-            for process, member in zip(family, members, strict=True):
-                if member is not None:
-                    self._cpu_s[process] = member.cpu
-                    used_s += max(member.cpu - before.get(process, member.cpu), 0.0)
-            rss = sum(member.rss_bytes for member in members if member is not None)
-            read[name] = ProcessSample(cpu=round(used_s / elapsed_s, 4), rss_bytes=rss)
+            used_s, rss, seen = 0.0, 0, 0
+            for process in family:
+                with contextlib.suppress(psutil.Error), process.oneshot():
+                    if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                        continue
+                    times, memory, head = process.cpu_times(), process.memory_info(), not seen
+                    self._cpu_s[process] = cpu_s = times.user + times.system
+                    used_s += max(cpu_s - before.get(process, cpu_s), 0.0)
+                    # Pages shared with others count only with the head of the family.
+                    rss += memory.rss if head else max(memory.rss - memory.shared, 0)
+                    seen += 1
+                if not seen:
+                    break  # a family whose head is gone has no figure
+            if seen:
+                read[name] = ProcessSample(cpu=round(used_s / elapsed_s, 4), rss_bytes=rss)
         return read
 
     def _find(self, now: float) -> None:
         """Bring the families up to date: each name's process first, then its descendants."""
-        named = self._named()
+        named = dict(self._pids() if callable(self._pids) else self._pids)
+        if os.getpid() not in named.values():
+            named["generator" if "generator-1" in named else "generator-1"] = os.getpid()
         whole = now - self._families_at >= FAMILY_S
         self._families_at = now if whole else self._families_at
         families = {}
@@ -244,31 +249,8 @@ class _Processes:
                 process = psutil.Process(pid)
                 # The supervisor's descendants have names of their own, and so have ours.
                 alone = name == "supervisor" or pid == os.getpid()
-                rest = [] if alone else process.children(recursive=True)
-                families[name] = [process, *rest]
+                families[name] = [process, *([] if alone else process.children(recursive=True))]
         self._families = families
-
-    def _named(self) -> dict[str, int]:
-        named = dict(self._pids() if callable(self._pids) else self._pids)
-        if os.getpid() not in named.values():
-            named["generator" if "generator-1" in named else "generator-1"] = os.getpid()
-        return named
-
-
-def _measured(process: psutil.Process, *, head: bool) -> ProcessSample | None:
-    """CPU seconds and bytes of one process, or None where it is gone.
-
-    Pages shared with others count only with the head of its family.
-    """
-    try:
-        with process.oneshot():
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            times, memory = process.cpu_times(), process.memory_info()
-    except psutil.Error:
-        return None
-    bytes_own = memory.rss if head else max(memory.rss - memory.shared, 0)
-    return ProcessSample(cpu=times.user + times.system, rss_bytes=bytes_own)
 
 
 def _registered(data_dir: Path) -> dict[str, int]:

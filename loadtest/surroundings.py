@@ -4,6 +4,7 @@ The settings are those that the running engine was started with, read from the e
 its processes: those of the load test's own shell would be a guess.
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -52,8 +53,11 @@ async def describe(
     used = settings or _running_settings(pids)
     redis_url = used.redis_url if used else None
     database_url = used.database_url if used else None
-    if data_dir is not None and not (redis_url and database_url):
-        redis_url, database_url = _embedded(data_dir, redis_url, database_url)
+    if data_dir is not None:
+        with contextlib.suppress(EmbeddedError):
+            if found := find(data_dir):
+                redis_url = redis_url or found.redis_url
+                database_url = database_url or found.database_url
     told = {} if used is None else plain_settings(used)
     versions = _versions()
     if redis_url is not None:
@@ -96,18 +100,6 @@ def _running_settings(pids: Mapping[str, int]) -> Settings | None:
     return None
 
 
-def _embedded(
-    data_dir: Path, redis_url: str | None, database_url: str | None
-) -> tuple[str | None, str | None]:
-    try:
-        found = find(data_dir)
-    except EmbeddedError:
-        found = None
-    if found is None:
-        return redis_url, database_url
-    return redis_url or found.redis_url, database_url or found.database_url
-
-
 def _versions() -> Table:
     versions = {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -123,37 +115,27 @@ def _versions() -> Table:
 
 async def _ask_redis(url: str, told: Table, versions: Table) -> None:
     versions["redis server"] = UNREACHED
-    try:
+    with contextlib.suppress(RedisError, OSError, ValueError):
         client = open_redis(url, max_connections=1)
-    except ValueError:
-        return
-    try:
-        versions["redis server"] = str(product_of(await client.info("server")))
-        for name in ("appendonly", "appendfsync", "maxmemory", "io-threads"):
-            for key, value in (await client.config_get(name)).items():
-                told[f"redis {key}"] = str(value)
-    except (RedisError, OSError, TimeoutError):
-        return
-    finally:
-        await client.aclose()
+        async with contextlib.aclosing(client):
+            versions["redis server"] = str(product_of(await client.info("server")))
+            for name in ("appendonly", "appendfsync", "maxmemory", "io-threads"):
+                for key, value in (await client.config_get(name)).items():
+                    told[f"redis {key}"] = str(value)
 
 
 async def _ask_postgres(url: str, told: Table, versions: Table) -> None:
     versions["postgresql"] = UNREACHED
-    try:
+    with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError):
         connection = await connect(
             url, name="sale loadtest", timeout_s=REACH_S, command_timeout=REACH_S
         )
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ValueError):
-        return
-    try:
-        versions["postgresql"] = str(await connection.fetchval("SHOW server_version"))
-        for name in ("fsync", "synchronous_commit", "shared_buffers", "max_connections"):
-            told[f"postgresql {name}"] = str(await connection.fetchval(f"SHOW {name}"))
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
-        return
-    finally:
-        connection.terminate()
+        try:
+            versions["postgresql"] = str(await connection.fetchval("SHOW server_version"))
+            for name in ("fsync", "synchronous_commit", "shared_buffers", "max_connections"):
+                told[f"postgresql {name}"] = str(await connection.fetchval(f"SHOW {name}"))
+        finally:
+            connection.terminate()
 
 
 def _machine() -> Table:

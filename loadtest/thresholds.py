@@ -13,15 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loadtest.record import (
-    NO_ANSWER,
-    NOT_SENT,
-    REPLAYED,
-    SOLD,
-    Percentile,
-    Record,
-    Threshold,
-)
+from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD, Record, Threshold
 from loadtest.wire import UNNAMED
 
 ORDERED: Final = (SOLD, REPLAYED)
@@ -36,9 +28,8 @@ MOST: Final = 0.5
 
 _LATENCY: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 _SHARES: Final = ("errors", "unanswered")
-_RATES: Final = ("sold/s", "settled/s", "offered/s")
-_COUNTS: Final = ("sold",)
-NAMES: Final = (*_LATENCY, *_SHARES, *_RATES, *_COUNTS)
+_NUMBERS: Final = ("sold/s", "settled/s", "offered/s", "sold")
+NAMES: Final = (*_LATENCY, *_SHARES, *_NUMBERS)
 RULES_HELP: Final = (
     "the run fails where this holds, as 'p99>200ms' or 'errors>=1%%'; several are allowed;"
     f" figures: {', '.join(NAMES)}"
@@ -127,7 +118,11 @@ def not_played(outcomes: Mapping[str, int]) -> str:
     members = sum(outcomes.values())
     if not members:
         return "no member asked for anything"
-    shut = {code: count for code, count in outcomes.items() if _shut(code)}
+    shut = {
+        code: count
+        for code, count in outcomes.items()
+        if code not in DECIDED and not _undecided(code)
+    }
     orders = sum(outcomes.get(code, 0) for code in ORDERED)
     if sum(shut.values()) > MOST * members:
         return f"{sum(shut.values()):,} of {members:,} members could not buy at all ({_told(shut)})"
@@ -138,10 +133,6 @@ def not_played(outcomes: Mapping[str, int]) -> str:
             f" ({_told(others)})"
         )
     return ""
-
-
-def _shut(code: str) -> bool:
-    return code not in DECIDED and not _undecided(code)
 
 
 def _undecided(code: str) -> bool:
@@ -162,55 +153,42 @@ def _read(text: str) -> Rule:
         raise RuleError(f"{text!r}: no figure {name!r}; there are {', '.join(NAMES)}")
     if not _NUMBER.fullmatch(found["number"]):
         raise RuleError(f"{text!r}: {found['number']!r} is not a number")
-    value = _in_unit(text, name, float(found["number"]), unit)
-    return Rule(text.strip(), name, found["compare"], value)
-
-
-def _in_unit(text: str, name: str, number: float, unit: str) -> float:
+    number = float(found["number"])
     if name in _LATENCY:
         if unit not in _MS:
             raise RuleError(f"{text!r}: {unit!r} is no unit of time; there are ms, s and us")
-        return number * _MS[unit]
-    if name in _SHARES:
+        number *= _MS[unit]
+    elif name in _SHARES:
         if unit == "%" and number <= 100:
-            return number / 100
-        if unit or number >= 1:
+            number /= 100
+        elif unit or number >= 1:
             raise RuleError(f"{text!r}: a share is written 1% or 0.01")
-        return number
-    if unit:
+    elif unit:
         raise RuleError(f"{text!r}: {name} takes no unit, {unit!r} is not understood")
-    return number
+    return Rule(text.strip(), name, found["compare"], number)
 
 
 def _figure(record: Record, name: str) -> float | None:
     """Give the run's figure; None where it tells none."""
     if name in _LATENCY:
-        return _at(record.latency, _LATENCY[name])
+        share = _LATENCY[name]
+        return next((each.ms for each in record.latency if each.share >= share), None)
     if name == "offered/s":
         return record.offered_rate
-    if name in _RATES and (record.bottleneck or not record.duration_s):
-        return None
     orders = sum(record.outcomes.get(code, 0) for code in ORDERED)
     if name == "sold":
         return orders
-    if name == "sold/s":
-        return orders / record.duration_s
-    if name == "settled/s":
-        return record.achieved_rate
-    members = sum(record.outcomes.values())
-    if not members:
+    if name in _SHARES:
+        members, failed = sum(record.outcomes.values()), (NO_ANSWER, NOT_SENT)
+        counted = sum(
+            count
+            for code, count in record.outcomes.items()
+            if code in failed or (name == "errors" and _undecided(code))
+        )
+        return counted / members if members else None
+    if record.bottleneck or not record.duration_s:
         return None
-    failed = (NO_ANSWER, NOT_SENT)
-    counted = sum(
-        count
-        for code, count in record.outcomes.items()
-        if code in failed or (name == "errors" and _undecided(code))
-    )
-    return counted / members
-
-
-def _at(latency: Sequence[Percentile], share: float) -> float | None:
-    return next((each.ms for each in latency if each.share >= share), None)
+    return orders / record.duration_s if name == "sold/s" else record.achieved_rate
 
 
 def _said(name: str, got: float | None) -> str:
@@ -220,4 +198,4 @@ def _said(name: str, got: float | None) -> str:
         return f"{got:,.1f} ms"
     if name in _SHARES:
         return f"{got:.3%}"
-    return f"{got:,.0f}" if name in _COUNTS else f"{got:,.1f}"
+    return f"{got:,.0f}" if name == "sold" else f"{got:,.1f}"

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from importlib.resources import files
 from typing import Any, Final
 
@@ -54,18 +54,30 @@ class BooksError(Exception):
     """The books cannot be read; the message is for people."""
 
 
+@contextlib.asynccontextmanager
+async def _open(database_url: str) -> AsyncIterator[Any]:
+    """A connection. Raises BooksError, also for what PostgreSQL does within the block."""
+    try:
+        connection = await connect(
+            database_url, name="sale loadtest", timeout_s=CONNECT_S, command_timeout=READ_S
+        )
+        try:
+            yield connection
+        finally:
+            await connection.close(timeout=CONNECT_S)
+    except (*_PROBLEMS, BadUrl) as error:
+        raise BooksError(f"PostgreSQL: {error or type(error).__name__}") from None
+
+
 async def load_books(database_url: str, campaign: str) -> Books:
     """Read orders, stock and limit of a campaign, at one moment. Raises BooksError."""
-    connection = await _connect(database_url)
-    try:
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            head = await connection.fetchrow(_sql("campaign"), campaign)
-            showings = await connection.fetch(_sql("showings"), campaign)
-            rows = await connection.fetch(_sql("orders"), campaign, timeout=READ_S)
-    except _PROBLEMS as error:
-        raise _unreadable(error) from None
-    finally:
-        await connection.close(timeout=CONNECT_S)
+    async with (
+        _open(database_url) as connection,
+        connection.transaction(isolation="repeatable_read", readonly=True),
+    ):
+        head = await connection.fetchrow(_sql("campaign"), campaign)
+        showings = await connection.fetch(_sql("showings"), campaign)
+        rows = await connection.fetch(_sql("orders"), campaign, timeout=READ_S)
     if head is None:
         raise BooksError(f"campaign {campaign}: not in PostgreSQL")
     orders = tuple(
@@ -87,13 +99,8 @@ async def load_books(database_url: str, campaign: str) -> Books:
 
 async def count_orders(database_url: str, campaign: str) -> int:
     """How many orders PostgreSQL has of a campaign. Raises BooksError."""
-    connection = await _connect(database_url)
-    try:
+    async with _open(database_url) as connection:
         return int(await connection.fetchval(_sql("count"), campaign))
-    except _PROBLEMS as error:
-        raise _unreadable(error) from None
-    finally:
-        await connection.close(timeout=CONNECT_S)
 
 
 def highest(answers: Iterable[Answer]) -> int:
@@ -124,9 +131,9 @@ async def wait_applied(
 
 
 async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None]:
-    """Tell each further number that PostgreSQL has applied, as it is seen. Raises BooksError."""
-    connection, seen = await _connect(database_url), -1
-    try:
+    """Give each further number that PostgreSQL has applied, as it is seen. Raises BooksError."""
+    seen = -1
+    async with _open(database_url) as connection:
         while True:
             head = await connection.fetchrow(_sql("campaign"), campaign)
             applied = 0 if head is None else head["applied"]
@@ -134,23 +141,6 @@ async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None
                 yield applied
                 seen = applied
             await asyncio.sleep(POLL_S)
-    except _PROBLEMS as error:
-        raise _unreadable(error) from None
-    finally:
-        await connection.close(timeout=CONNECT_S)
-
-
-async def _connect(database_url: str) -> Any:  # noqa: ANN401 - asyncpg's connection is untyped
-    try:
-        return await connect(
-            database_url, name="sale loadtest", timeout_s=CONNECT_S, command_timeout=READ_S
-        )
-    except (*_PROBLEMS, BadUrl) as error:
-        raise _unreadable(error) from None
-
-
-def _unreadable(error: Exception) -> BooksError:
-    return BooksError(f"PostgreSQL: {error or type(error).__name__}")
 
 
 def _sql(name: str) -> str:

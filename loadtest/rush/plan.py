@@ -112,20 +112,15 @@ def add_options(group: Any, names: str) -> None:  # noqa: ANN401 - argparse's gr
         kind, (meta,) = _HINTS[name].__origin__, _HINTS[name].__metadata__
         how: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind}
         usual = getattr(default, name)
-        group.add_argument(
-            option(name), dest=name, default=usual, help=f"{meta.description} ({usual!r})", **how
-        )
+        words = meta.description + f" ({usual})" * bool(usual)
+        group.add_argument(option(name), dest=name, default=usual, help=words, **how)
 
 
 def check_bounds(options: argparse.Namespace) -> None:
     """Refuse a setting that is out of its bounds. Raises ValueError."""
     for name, hint in _HINTS.items():
-        meta = next(
-            (each for each in getattr(hint, "__metadata__", ()) if each.ge is not None), None
-        )
-        if meta is None:
-            continue
-        given, below = getattr(options, name), math.inf if meta.lt is None else meta.lt
-        if not meta.ge <= given < below:
-            most = f" and below {below:g}" if below < math.inf else ""
-            raise ValueError(f"{option(name)} {given:g}: from {meta.ge:g}{most}")
+        for meta in getattr(hint, "__metadata__", ()):
+            given, below = getattr(options, name), math.inf if meta.lt is None else meta.lt
+            if meta.ge is not None and not meta.ge <= given < below:
+                most = f" and below {below:g}" if below < math.inf else ""
+                raise ValueError(f"{option(name)} {given:g}: from {meta.ge:g}{most}")

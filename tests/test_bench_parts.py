@@ -1,8 +1,9 @@
 """The small programs that measure parts: they run, and measure what the engine really does."""
 
+import measure_fast_path as fast_path
+import measure_scripts as shapes
 import pytest
 
-from loadtest.bench import fast_path, shapes
 from sale.stock.scripts import PURCHASE
 
 

@@ -4,6 +4,5 @@
 - ``compare``, ``peers``: the engine beside other services (a new peer goes into ``peers``)
 - ``durable``: orders in PostgreSQL a second, for long
 - ``overload``, ``half``, ``idle``: open loops against the same rig
-- ``lane``, ``shapes``: parts of the engine, measured alone
 - ``rig``, ``offer``, ``open_loop``: the engine in parts, and how load is offered to it
 """

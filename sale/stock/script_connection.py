@@ -1,7 +1,7 @@
 """A connection of our own, for the two scripts that carry a rush.
 
 redis-py stays for everything else. A small call costs the client 92 µs of CPU by redis-py and 20 by
-this (``python -m loadtest.bench.shapes``): taking a connection from the pool, looking whether it
+this (``python tests/measure_scripts.py``): taking a connection from the pool, looking whether it
 still lives, a timer and a lock each. A batch shares that, but a rush's batches are as small as the
 process is fast.
 

@@ -23,7 +23,7 @@
 --        later call is found by its key.
 -- Cost   does not grow with what is already sold.
 -- Shape  µs a purchase, Redis + client, at 1, 32 and 256 a call (the least of 12 rounds on a shared
---        machine, where tenths are noise; python -m loadtest.bench.shapes):
+--        machine, where tenths are noise; python tests/measure_scripts.py):
 --          MessagePack columns, an integer a sale (this)  58.5 + 5.9   5.3 + 0.3   3.2 + 0.1
 --          MessagePack rows                               58.1 + 6.8   6.4 + 0.5   3.8 + 0.2
 --          JSON columns                                   66.6 + 7.1   6.8 + 0.4   3.7 + 0.1

@@ -1,10 +1,10 @@
 """What the fast path costs in Python, part by part, without kernel, Redis and network.
 
-``python -m loadtest.bench.lane``. The real lane, desk, checks and batcher are given the benchmark's
-requests on transports that lead nowhere; a batch is settled as if the script had answered. The
-least of several rounds is told: it hardly moves where the rates of a shared machine do, so a change
-to the lane can be judged by it. What the rest of a request costs is in the kernel, the loop and
-Redis.
+``python tests/measure_fast_path.py``. The real fast path, desk, checks and batcher get the
+benchmark's requests on transports that lead nowhere; a batch is settled as if the script had
+answered. The least of several rounds is reported: it hardly moves where the rates of a shared
+machine do, so a change to the fast path can be judged by it. What the rest of a request costs is in
+the kernel, the event loop and Redis.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ CAMPAIGN: Final = Campaign(
 class _Nowhere(asyncio.Transport):
     """A transport that forgets what is written."""
 
-    def write(self, data: Any) -> None:  # noqa: ANN401 - as asyncio has it
+    def write(self, data: Any) -> None:
         """Forget it."""
 
     def is_closing(self) -> bool:
@@ -136,7 +136,7 @@ class Parts:
                 if sold:
                     await self._sell(batcher, batch, start)
                 else:
-                    batcher._settle(batch, [Answer(Decision.SOLD_OUT)] * BATCH)  # noqa: SLF001
+                    batcher._settle(batch, [Answer(Decision.SOLD_OUT)] * BATCH)
                 for _ in range(3):  # told, posted, sent
                     await asyncio.sleep(0)
                 told = time.perf_counter()
@@ -156,7 +156,7 @@ class Parts:
             )
         )
         reply = [0, NOW_MS, start + BATCH, 1, 500, start] + [2] * BATCH
-        batcher._answer(batch, bids, reply)  # noqa: SLF001
+        batcher._answer(batch, bids, reply)
 
     def _single_parts(self) -> None:
         """Steps on the way, each alone."""

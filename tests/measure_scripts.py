@@ -1,7 +1,7 @@
 """What the purchase script's shape costs: how a batch goes in, how answers come out, on what line.
 
 Goal: figures for the choices in the header of ``purchase.lua`` and in
-``stock/script_connection.py``, repeatable with ``python -m loadtest.bench.shapes``. Each shape is
+``stock/script_connection.py``, repeatable with ``python tests/measure_scripts.py``. Each shape is
 the real script with the one line changed that reads its arguments, or that gives its answers, run
 in turn with the others on the same Redis; of several rounds the least is told. Redis' time is its
 own ``usec_per_call``, so it has no share of an idle core; the client's is packing a batch and
@@ -170,7 +170,7 @@ class Comparing:
         ]
         self._nonce, self._incarnation = nonce, f"{run_id}:{replid}:{epoch}"
         line = ScriptConnection.to(self.redis)
-        assert line is not None  # noqa: S101 - the embedded Redis has a plain socket
+        assert line is not None
         every = shapes()
         costs = [Cost(shape.name) for shape in every]
         for number, batch in ((n, b) for n in range(ROUNDS) for b in BATCHES):
@@ -242,7 +242,7 @@ class Comparing:
         await self.redis.evalsha(PEEK.sha, 7, *self.keys, self._incarnation, 0, self._nonce, 0)
 
 
-def _as_sent(reply: Any) -> bytes:  # noqa: ANN401 - Redis' reply
+def _as_sent(reply: Any) -> bytes:
     """A reply as Redis writes it (RESP 2)."""
     if isinstance(reply, list):
         return b"*%d\r\n" % len(reply) + b"".join(map(_as_sent, reply))

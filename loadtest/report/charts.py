@@ -13,8 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from loadtest.record import ProcessSample, Record, Sample
-from loadtest.report.runs import Run, runs_of
+from loadtest.record import ProcessSample, Record, Sample, Second
 
 OUTCOME_COLOURS: Final = {
     "sold": "#009e73",
@@ -43,6 +42,23 @@ _SHARES_TOLD: Final = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 Line = tuple[str, str, Sequence[float | None], str]
 """Name, colour, values, dash."""
 
+Lines = Callable[["Run"], list[Line]]
+BINS_MAX: Final = 600
+
+
+class Run(NamedTuple):
+    """A record, and its seconds and samples merged to at most ``BINS_MAX`` of each.
+
+    ``showings`` and ``processes`` are those of all runs: one name has one colour.
+    """
+
+    record: Record
+    seconds: list[Second]
+    width_s: int
+    samples: list[Sample]
+    showings: list[str]
+    processes: list[str]
+
 
 class Chart(NamedTuple):
     """One chart: an id, a title, a line that says how to read it, and a figure for each run."""
@@ -58,71 +74,9 @@ class Chart(NamedTuple):
 def charts(records: Sequence[Record]) -> list[Chart]:
     """All charts of one run, or of two side by side with the same axes."""
     runs = runs_of(records)
-    return [
-        _over_time(
-            "throughput",
-            "Throughput",
-            "Requests a second: offered by the plan, written, and answered. Answered below offered "
-            "is a queue that grows. Where the generator was the limit, answers are not told.",
-            runs,
-            _throughput,
-            by_second=True,
-        ),
-        _over_time(
-            "latency",
-            "Latency over time",
-            "Milliseconds from the intended send time, by the second of that time; log scale.",
-            runs,
-            _latency,
-            by_second=True,
-            log=True,
-        ),
-        _outcomes(runs),
-        _percentiles(runs),
-        _over_time("stock", "Stock left", "Tickets left, by showing.", runs, _stock),
-        _over_time(
-            "lag",
-            "Ledger lag",
-            "Events that PostgreSQL did not have yet.",
-            runs,
-            lambda run: [_sampled(run, "events", 4, lambda sample: sample.lag_events)],
-        ),
-        _over_time(
-            "lag-age",
-            "Age of the ledger lag",
-            "Seconds since the oldest of these events.",
-            runs,
-            lambda run: [_sampled(run, "seconds", 3, lambda sample: sample.lag_s)],
-        ),
-        _over_time(
-            "queue",
-            "Queue depth",
-            "Purchases that waited for a batch.",
-            runs,
-            lambda run: [_sampled(run, "waiting", 1, lambda sample: sample.queue)],
-        ),
-        _over_time(
-            "connections",
-            "Connections",
-            "Open connections to the API.",
-            runs,
-            lambda run: [_sampled(run, "connections", 0, lambda sample: sample.connections)],
-        ),
-        _over_time(
-            "cpu",
-            "CPU of each process",
-            "Per cent of one core, children counted. A process at 100 is a limit.",
-            runs,
-            lambda run: _by_process(run, lambda process: process.cpu * 100),
-        ),
-        _over_time(
-            "memory",
-            "Memory of each process",
-            "MiB in memory, children counted, shared pages once.",
-            runs,
-            lambda run: _by_process(run, lambda process: process.rss_bytes / 2**20),
-        ),
-    ]
+    first, second = (_over_time(runs, *each) for each in _BY_SECOND)
+    sampled = [_over_time(runs, *each) for each in _SAMPLED]
+    return [first, second, _outcomes(runs), _percentiles(runs), *sampled]
 
 
 def colour_of(outcome: str) -> str:
@@ -143,6 +97,77 @@ def all_outcomes(record: Record) -> list[str]:
     """Every outcome that a record has, in the total or in any second."""
     names = set(record.outcomes)
     return in_order(names.union(*(second.outcomes for second in record.seconds)))
+
+
+# Runs, made ready to be drawn -------------------------------------------------------------------
+
+
+def runs_of(records: Sequence[Record]) -> list[Run]:
+    """The records, ready to be drawn beside each other."""
+    samples = [sample for record in records for sample in record.samples]
+    showings = sorted({name for sample in samples for name in sample.stock})
+    processes = sorted({name for sample in samples for name in sample.processes})
+    return [_run(record, showings, processes) for record in records]
+
+
+def _run(record: Record, showings: list[str], processes: list[str]) -> Run:
+    width_s = max(1, math.ceil(_length_s(record.seconds) / BINS_MAX))
+    merged: dict[int, list[Second]] = {}
+    for second in sorted(record.seconds, key=lambda each: each.t):
+        merged.setdefault(second.t // width_s, []).append(second)
+    seconds = [_merged(number * width_s, width_s, group) for number, group in merged.items()]
+    samples = sorted(record.samples, key=lambda sample: sample.t)
+    step = max(1, math.ceil(len(samples) / BINS_MAX))
+    groups = [samples[start : start + step] for start in range(0, len(samples), step)]
+    return Run(record, seconds, width_s, [_peak(group) for group in groups], showings, processes)
+
+
+def _length_s(seconds: Sequence[Second]) -> int:
+    times = [second.t for second in seconds]
+    return max(times) - min(times) + 1 if times else 1
+
+
+def _merged(start: int, width_s: int, group: list[Second]) -> Second:
+    """Sums of counts, and of latencies the highest: percentiles do not add up."""
+    if width_s == 1 and len(group) == 1:
+        return group[0]
+    answered = [second.answered for second in group if second.answered is not None]
+    outcomes: dict[str, int] = {}
+    for second in group:
+        for name, count in second.outcomes.items():
+            outcomes[name] = outcomes.get(name, 0) + count
+    return Second(
+        t=start,
+        offered=sum(second.offered for second in group),
+        sent=sum(second.sent for second in group),
+        answered=sum(answered) if answered else None,
+        outcomes=outcomes,
+        p50_ms=max(second.p50_ms for second in group),
+        p95_ms=max(second.p95_ms for second in group),
+        p99_ms=max(second.p99_ms for second in group),
+        max_ms=max(second.max_ms for second in group),
+    )
+
+
+def _peak(group: list[Sample]) -> Sample:
+    """The highest of each figure; of stock the last."""
+    if len(group) == 1:
+        return group[0]
+    processes: dict[str, ProcessSample] = {}
+    for name in {name for sample in group for name in sample.processes}:
+        seen = [sample.processes[name] for sample in group if name in sample.processes]
+        processes[name] = ProcessSample(
+            cpu=max(each.cpu for each in seen), rss_bytes=max(each.rss_bytes for each in seen)
+        )
+    return Sample(
+        t=group[0].t,
+        stock=next((sample.stock for sample in reversed(group) if sample.stock), {}),
+        lag_events=max(sample.lag_events for sample in group),
+        lag_s=max(sample.lag_s for sample in group),
+        queue=max(sample.queue for sample in group),
+        connections=max(sample.connections for sample in group),
+        processes=processes,
+    )
 
 
 # Lines --------------------------------------------------------------------------------------------
@@ -199,20 +224,83 @@ def _sampled(run: Run, name: str, number: int, figure: Callable[[Sample], float 
     return name, colour, shown, _DASHES[number // len(_LINE_COLOURS) % len(_DASHES)]
 
 
+def _line(name: str, number: int, figure: Callable[[Sample], float | None]) -> Lines:
+    return lambda run: [_sampled(run, name, number, figure)]
+
+
+_BY_SECOND: Final[tuple[tuple[str, str, str, Lines, bool], ...]] = (
+    (
+        "throughput",
+        "Throughput",
+        (
+            "Requests a second: offered by the plan, written, and answered. Answered below offered "
+            "is a queue that grows. Where the generator was the limit, answers are not told."
+        ),
+        _throughput,
+        True,
+    ),
+    (
+        "latency",
+        "Latency over time",
+        "Milliseconds from the intended send time, by the second of that time; log scale.",
+        _latency,
+        True,
+    ),
+)
+_SAMPLED: Final[tuple[tuple[str, str, str, Lines], ...]] = (
+    ("stock", "Stock left", "Tickets left, by showing.", _stock),
+    (
+        "lag",
+        "Ledger lag",
+        "Events that PostgreSQL did not have yet.",
+        _line("events", 4, lambda sample: sample.lag_events),
+    ),
+    (
+        "lag-age",
+        "Age of the ledger lag",
+        "Seconds since the oldest of these events.",
+        _line("seconds", 3, lambda sample: sample.lag_s),
+    ),
+    (
+        "queue",
+        "Queue depth",
+        "Purchases that waited for a batch.",
+        _line("waiting", 1, lambda sample: sample.queue),
+    ),
+    (
+        "connections",
+        "Connections",
+        "Open connections to the API.",
+        _line("connections", 0, lambda sample: sample.connections),
+    ),
+    (
+        "cpu",
+        "CPU of each process",
+        "Per cent of one core, children counted. A process at 100 is a limit.",
+        lambda run: _by_process(run, lambda process: process.cpu * 100),
+    ),
+    (
+        "memory",
+        "Memory of each process",
+        "MiB in memory, children counted, shared pages once.",
+        lambda run: _by_process(run, lambda process: process.rss_bytes / 2**20),
+    ),
+)
+"""Id, title, how to read it, the lines of a run, and whether they are by the second."""
+
+
 # Figures ------------------------------------------------------------------------------------------
 
 
 def _over_time(
+    runs: Sequence[Run],
     identifier: str,
     title: str,
     about: str,
-    runs: Sequence[Run],
-    lines: Callable[[Run], list[Line]],
-    *,
-    by_second: bool = False,
-    log: bool = False,
+    lines: Lines,
+    by_second: bool = False,  # noqa: FBT001, FBT002 - a row of the tables above
 ) -> Chart:
-    drawn = [lines(run) for run in runs]
+    log, drawn = lines is _latency, [lines(run) for run in runs]
     values = [v for each in drawn for line in each for v in line[2] if v and _rounded(v)]
     if by_second:
         about += _merging(runs)

@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import gc
 import heapq
+import math
 import os
 import random
 import time
@@ -99,6 +100,7 @@ class Tally:
     ``outcome`` (index into ``codes``), ``late`` (how late the generator took it up, seconds),
     ``sent_at`` (its last try; NaN: never). Per second of the run: ``sent``, ``answered``, ``cpu``
     (share of a core). ``told_to_wait``: 503s by their Retry-After (seconds; 0.0: none was told).
+    ``window``: of a closed loop, whose ``offsets`` are those at which it sent.
     """
 
     offsets: "array[float]"
@@ -111,6 +113,7 @@ class Tally:
     sent: Counter[int] = field(default_factory=Counter)
     answered: Counter[int] = field(default_factory=Counter)
     told_to_wait: Counter[float] = field(default_factory=Counter)
+    window: bool = False
     cpu: list[float] = field(default_factory=list)
     cpu_s: float = 0.0
     retries: int = 0
@@ -526,6 +529,10 @@ class Generator:
             self.tally.outcome[number] = self._index[NO_ANSWER]
         self.tally.cpu_s = time.process_time() - before
         self.tally.duration_s = time.monotonic() - self._start
+        if self.bounds.window:  # nothing was intended before it could be sent
+            sent = (0.0 if math.isnan(at) else at for at in self.tally.sent_at)
+            self.tally.offsets, self.tally.window = array("d", sent), True
+            self.tally.late = array("f", bytes(4 * len(self.offsets)))
 
     async def _beat(self) -> None:
         """Look after timeouts and connections, and at our own lag and CPU time."""

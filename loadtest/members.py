@@ -1,17 +1,11 @@
-"""The crowd at a release: who asks for what, when, and how often.
-
-A seed gives the same crowd again. The shares are ours (no record tells how many press twice); they
-are meant to bring every way of asking into each rush, not to be a forecast.
-"""
+"""Members: their cards and tokens, what they ask for, and tokens that are signed in numbers."""
 
 import base64
 import hashlib
 import hmac
 import json
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
@@ -20,24 +14,6 @@ from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_text, shown
 
 QUANTITY_SHARES: Final = {1: 0.2, 2: 0.45, 3: 0.35}
 """How many tickets members ask for; families mostly want two or three."""
-
-RETRY_SHARE: Final = 0.08
-PAST_LIMIT_SHARE: Final = 0.06
-EARLY_SHARE: Final = 0.04
-TWO_PHONES_SHARE: Final = 0.05
-RETRY_WITHIN: Final = 4_000
-"""A retry follows its first try within so many requests of the crowd."""
-
-
-class Kind(StrEnum):
-    """Why a request is made."""
-
-    ORDINARY = "ordinary"
-    RETRY = "retry with the same key"
-    PAST_LIMIT = "past the limit"
-    EARLY = "too early"
-    SUSPENDED = "suspended card"
-    TWO_PHONES = "two phones at once"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,36 +35,6 @@ class Ask:
     quantity: int
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One request of a member: so many tickets of a showing under a key."""
-
-    member: Member
-    key: str
-    showing: str
-    quantity: int
-    kind: Kind
-
-    @property
-    def card(self) -> str:
-        """Card number of the asker."""
-        return self.member.card
-
-    def raw(self, host: str, campaign: str) -> bytes:
-        """Bytes of the purchase."""
-        return purchase_request(
-            host, campaign, self.member.token, self.key, self.quantity, self.showing
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class WaitingLine:
-    """What is sent before the opening, and what is sent at it, each in order."""
-
-    early: list[Attempt]
-    rush: list[Attempt]
-
-
 def read_members(path: Path) -> list[Member]:
     """Read what ``sale tokens`` wrote. Raises ValueError in words."""
     try:
@@ -100,64 +46,6 @@ def read_members(path: Path) -> list[Member]:
         return [Member(row["card_no"], row["token"], row["union"]) for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"tokens file {shown(path)}: {error!r}") from None
-
-
-def gather(
-    active: Sequence[Member],
-    suspended: Sequence[Member],
-    *,
-    showings: Sequence[str],
-    card_limit: int,
-    order_max: int,
-    seed: int = 2015,
-) -> WaitingLine:
-    """Make the crowd: each member comes once, some of them more often or in a wrong way."""
-    rng = random.Random(seed)
-    early: list[Attempt] = []
-    placed: list[tuple[float, int, Attempt]] = []
-
-    def place(at: float, attempt: Attempt) -> None:
-        placed.append((at, len(placed), attempt))
-
-    for member in active:
-        at = rng.random() * len(active)
-        first = Attempt(
-            member,
-            _key(rng),
-            rng.choice(showings),
-            _quantity(rng, min(order_max, card_limit)),
-            Kind.ORDINARY,
-        )
-        place(at, first)
-        dice = rng.random()
-        if dice < RETRY_SHARE:
-            place(at + rng.random() * RETRY_WITHIN, _again(first, Kind.RETRY))
-        elif dice < RETRY_SHARE + PAST_LIMIT_SHARE:
-            for _ in range(card_limit // first.quantity):
-                at += rng.random() * RETRY_WITHIN
-                place(at, _again(first, Kind.PAST_LIMIT, _key(rng)))
-        elif dice < RETRY_SHARE + PAST_LIMIT_SHARE + EARLY_SHARE:
-            early.append(_again(first, Kind.EARLY))
-        elif dice < RETRY_SHARE + PAST_LIMIT_SHARE + EARLY_SHARE + TWO_PHONES_SHARE:
-            place(at, _again(first, Kind.TWO_PHONES, _key(rng)))
-    for member in suspended:
-        attempt = Attempt(member, _key(rng), rng.choice(showings), 1, Kind.SUSPENDED)
-        place(rng.random() * len(active), attempt)
-    placed.sort(key=lambda step: step[:2])
-    return WaitingLine(early, [attempt for _, _, attempt in placed])
-
-
-def _again(first: Attempt, kind: Kind, key: str = "") -> Attempt:
-    return Attempt(first.member, key or first.key, first.showing, first.quantity, kind)
-
-
-def _key(rng: random.Random) -> str:
-    return f"{rng.getrandbits(80):020x}"
-
-
-def _quantity(rng: random.Random, most: int) -> int:
-    sizes = [size for size in QUANTITY_SHARES if size <= most]
-    return rng.choices(sizes, [QUANTITY_SHARES[size] for size in sizes])[0]
 
 
 class Mint:

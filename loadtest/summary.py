@@ -121,8 +121,10 @@ def fill(record: Record, tallies: Sequence[Tally], fail_if: Sequence[str] = ()) 
     record.plan |= _own_figures(tallies, record)
     late_ms = float(record.plan["generator lateness p99 ms"])
     p99_ms = next((each.ms for each in record.latency if each.share >= 0.99), 0.0)
-    record.bottleneck = _bottleneck(record, tallies, late_ms, p99_ms)
-    if record.bottleneck:
+    if all(tally.window for tally in tallies):
+        record.notes = ["a closed loop: its latencies count from sending"]
+    elif why := _bottleneck(record, tallies, late_ms, p99_ms):
+        record.bottleneck = why
         withhold_figures(record)
     else:
         record.notes = _notes(tallies, late_ms, p99_ms)

@@ -1,9 +1,32 @@
-"""Every answer of a run, kept as it came and read when the run is over."""
+"""What tests ask for, and every answer: kept as it came and read when the run is over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from loadtest.books.answers import Answer, Asked, read_answer
-from loadtest.wire import Response
+from loadtest.members import Member
+from loadtest.wire import Response, purchase_request
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request of a member: so many tickets of a showing under a key."""
+
+    member: Member
+    key: str
+    showing: str
+    quantity: int
+
+    @property
+    def card(self) -> str:
+        """Card number of the asker."""
+        return self.member.card
+
+    def raw(self, host: str, campaign: str) -> bytes:
+        """Bytes of the purchase."""
+        return purchase_request(
+            host, campaign, self.member.token, self.key, self.quantity, self.showing
+        )
 
 
 class AnswerBook:
@@ -34,3 +57,33 @@ class AnswerBook:
             yield read_answer(
                 asked, status, body, replayed=replayed, sent_at=sent_at, received_at=received_at
             )
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run came to, by the answers alone."""
+
+    offered: int = 0
+    sold_orders: int = 0
+    sold_tickets: int = 0
+    replayed: int = 0
+    unknown: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+
+def outcome(answers: Iterable[Answer]) -> Outcome:
+    """Count what clients were told."""
+    total = Outcome()
+    for answer in answers:
+        total.offered += 1
+        if answer.sold and answer.replayed:
+            total.replayed += 1
+        elif answer.sold:
+            total.sold_orders += 1
+            total.sold_tickets += answer.told_quantity
+        elif answer.status == 0:
+            total.unknown += 1
+        else:
+            code = answer.code or f"HTTP {answer.status}"
+            total.refused[code] = total.refused.get(code, 0) + 1
+    return total

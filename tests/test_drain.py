@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from answer_book import Attempt
 from service import Client, Service, free_port, new_key, until
 
 from loadtest.books.answers import Spool
@@ -19,7 +20,7 @@ from loadtest.books.check import check
 from loadtest.books.ledger import highest, load_books, wait_applied
 from loadtest.client import Client as LoadClient
 from loadtest.generator import closed
-from loadtest.members import Attempt, Kind, Member
+from loadtest.members import Member
 from loadtest.wire import UNKNOWN, get_request, purchase_request
 
 CONNECTIONS = 16
@@ -131,9 +132,7 @@ async def test_given_load_when_workers_are_ended_and_renewed_then_nothing_that_w
 
 def _attempt(service: Service, number: int) -> Attempt:
     card = f"6288{number:012d}"
-    return Attempt(
-        Member(card, service.token(card), "district"), new_key(), "general", 1, Kind.ORDINARY
-    )
+    return Attempt(Member(card, service.token(card), "district"), new_key(), "general", 1)
 
 
 async def _end_one_then_renew_all(service: Service) -> None:

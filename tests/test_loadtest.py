@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from answer_book import AnswerBook
+from answer_book import AnswerBook, Attempt, outcome
 
 from loadtest.books import check as bookkeeping
 from loadtest.books.answers import (
     Answer,
-    outcome,
     read_answer,
     read_answers,
     write_answers,
@@ -26,7 +25,7 @@ from loadtest.books.ledger import Books, OrderRow
 from loadtest.client import Client
 from loadtest.demo import fresh
 from loadtest.engine import EngineError, environment
-from loadtest.members import Attempt, Kind, Member, Mint, gather
+from loadtest.members import Member, Mint
 from loadtest.wire import (
     UNKNOWN,
     ProtocolError,
@@ -188,29 +187,6 @@ async def test_given_no_server_when_opened_then_it_says_so(tmp_path: Path) -> No
 # The crowd ---------------------------------------------------------------------------------------
 
 
-def members(count: int) -> list[Member]:
-    return [Member(f"6222{n:012d}", "token", "donghuamen") for n in range(count)]
-
-
-def test_given_a_seed_when_gathered_then_the_same_crowd_with_all_kinds() -> None:
-    def crowd(seed: int) -> tuple[list[Attempt], list[Attempt]]:
-        made = gather(
-            members(2_000), members(50), showings=["a", "b"], card_limit=3, order_max=3, seed=seed
-        )
-        return made.early, made.rush
-
-    early, rush = crowd(7)
-    assert (early, rush) == crowd(7) != crowd(8)
-    kinds = {attempt.kind for attempt in early + rush}
-    assert kinds == set(Kind)
-    firsts = {a.card: a for a in rush if a.kind is Kind.ORDINARY}
-    assert len(firsts) == 2_000
-    for attempt in rush:
-        if attempt.kind in (Kind.RETRY, Kind.EARLY):
-            first = firsts[attempt.card]
-            assert (attempt.key, attempt.quantity) == (first.key, first.quantity)
-
-
 def test_given_a_pattern_when_minted_then_the_engine_accepts_the_tokens() -> None:
     key = SigningKey(b"k" * 32)
     pattern = issue_member_token(key, "6222000000000000", "district", now_s=1_000)
@@ -284,7 +260,7 @@ def test_given_an_unknown_outcome_when_it_stands_then_clean() -> None:
 
 def test_balancers_answer_leaves_the_outcome_open() -> None:
     """A 4xx that is no problem document says nothing of the order, nor does any 5xx."""
-    asked = Attempt(Member(CARD, "t", "u"), "k1", "general", 2, Kind.ORDINARY)
+    asked = Attempt(Member(CARD, "t", "u"), "k1", "general", 2)
     for status, body in (
         (502, b"<html>"),
         (504, b""),
@@ -384,7 +360,7 @@ def test_given_answers_from_the_wire_when_kept_then_they_are_read_and_counted(
     tmp_path: Path,
 ) -> None:
     book = AnswerBook()
-    attempt = Attempt(Member(CARD, "t", "u"), "k1", "general", 2, Kind.ORDINARY)
+    attempt = Attempt(Member(CARD, "t", "u"), "k1", "general", 2)
     body = (
         b'{"order_no":"films.5.000001","campaign":"films","showing":"general","quantity":2,'
         b'"state":"confirmed","amount_fen":1000,"pay_before":null,"card_remaining":1,'

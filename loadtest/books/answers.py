@@ -1,7 +1,6 @@
 """Every answer that clients got, as the check of the books and the outcome table read it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -136,36 +135,6 @@ def read_answer(
         sent_at=sent_at,
         received_at=received_at,
     )
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run came to, by the answers alone."""
-
-    offered: int = 0
-    sold_orders: int = 0
-    sold_tickets: int = 0
-    replayed: int = 0
-    unknown: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
-
-
-def outcome(answers: Iterable[Answer]) -> Outcome:
-    """Count what clients were told."""
-    total = Outcome()
-    for answer in answers:
-        total.offered += 1
-        if answer.sold and answer.replayed:
-            total.replayed += 1
-        elif answer.sold:
-            total.sold_orders += 1
-            total.sold_tickets += answer.told_quantity
-        elif answer.status == 0:
-            total.unknown += 1
-        else:
-            code = answer.code or f"HTTP {answer.status}"
-            total.refused[code] = total.refused.get(code, 0) + 1
-    return total
 
 
 def write_answers(answers: Iterable[Answer], path: Path) -> None:

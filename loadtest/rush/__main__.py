@@ -16,22 +16,17 @@ from urllib.parse import urlsplit
 import msgspec
 import uvloop
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from loadtest import record as records
-from loadtest.books.check import so_many
 from loadtest.books.ledger import BooksError
 from loadtest.books.proof import books_of
 from loadtest.client import AnswerError
 from loadtest.engine import EngineError, cancelled_by_signals
-from loadtest.record import Percentile, Record
+from loadtest.record import Record
 from loadtest.rush.plan import Plan, RushError, Stopped, add_options, check_bounds
 from loadtest.rush.play import only_loopback, play
-from loadtest.summary import TOLD_SHARES
-from loadtest.tables import CLEAN, coloured, facts
-from loadtest.tables import verdict as verdict_of
-from loadtest.thresholds import RULES_HELP, missed, read_rules, told_outcome
+from loadtest.rush.told import remarks, table, verdict
+from loadtest.thresholds import RULES_HELP, read_rules
 from loadtest.wire import ProtocolError, Unreachable
 from sale.config import SettingsError
 
@@ -39,8 +34,6 @@ PROBLEMS: Final = (
     EngineError, RushError, AnswerError, BooksError, ProtocolError, Unreachable, SettingsError,
     ValueError, OSError,
 )  # fmt: skip
-FINDINGS_SHOWN: Final = 20
-WAITED_SHARE: Final = 0.01
 
 
 class _Interrupted(Exception):  # noqa: N818 - says what it is
@@ -112,85 +105,6 @@ def plan_of(options: argparse.Namespace) -> Plan:
             "books": where,
         }
     )
-
-
-def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
-    """Why a run does not count, a line each; none for a run that does."""
-    why = []
-    if record.not_played:
-        why.append(f"the rush did not happen: {record.not_played}")
-    if record.bottleneck:
-        why.append(f"not reported, the generator itself was the limit: {record.bottleneck}")
-    if record.not_proved:
-        why.append(f"not proved: {record.not_proved}")
-    elif proof_wanted and record.proof is None:
-        why.append("not proved: give --data-dir or --database-url, or say --unproved to do without")
-    if record.proof is not None and not record.proof.clean:
-        why.append(f"the books do not balance: {so_many(record.proof.findings)}")
-    return why + missed(record)
-
-
-def remarks(record: Record) -> list[str]:
-    """What a reader must know of a run that counts all the same, a line each."""
-    lines = list(record.notes)
-    waited, bound = record.plan.get("waited for a connection", 0), record.plan.get("connections")
-    if isinstance(waited, int) and waited > WAITED_SHARE * record.offered:
-        lines.append(
-            f"{waited:,} waits for a connection, all {bound:,} were taken: the server never had"
-            " more requests at once, and the wait counts as latency; raise --connections to press"
-            " harder"
-        )
-    return lines
-
-
-def table(record: Record) -> Table:
-    """The run for people. Latencies are left out where they are not the server's."""
-    counts = [
-        ("members offered", f"{record.offered:,} ({record.offered_rate:,.0f}/s)"),
-        ("requests sent, with repeats", f"{record.sent:,}"),
-        ("answers", f"{record.answered:,}"),
-    ]
-    if not record.bottleneck:
-        counts.append(("members settled a second", f"{record.achieved_rate:,.0f}"))
-    ordered = sorted(record.outcomes.items(), key=lambda item: -item[1])
-    outcomes = [(told_outcome(code), f"{count:,}") for code, count in ordered]
-    latencies = []
-    for title, latency in (("all", record.latency), ("sold", record.latency_sold)):
-        shown = "  ".join(f"p{share * 100:g} {at(latency, share):.1f}" for share in TOLD_SHARES)
-        latencies += [(f"ms from the intended time, {title}", shown)] * bool(latency)
-    figures = [
-        (name, f"{value:,}" if isinstance(value, int) else f"{value}")
-        for name, value in record.plan.items()
-        if " " in name
-    ]
-    rules = [
-        (f"fail if {each.rule}", f"{each.got}, {coloured(sign, good=not each.missed)}")
-        for each in record.thresholds
-        for sign in ["missed" if each.missed else "met"]
-    ]
-    name = f"{record.name}: {record.campaign}"
-    return facts(name, counts, outcomes, latencies, figures, rules, _books(record))
-
-
-def _books(record: Record) -> list[tuple[str, str]]:
-    proof = record.proof
-    if proof is None:
-        why = "not looked at" + " (--unproved)" * (record.plan.get("proof") == 0)
-        why = f"not proved: {record.not_proved}" if record.not_proved else why
-        return [("the books", escape(why))]
-    words = CLEAN if proof.clean else so_many(proof.findings)
-    audit = {True: verdict_of(CLEAN), False: verdict_of("findings"), None: "not run"}
-    return [
-        ("orders in the campaign, tickets", f"{proof.orders:,}, {proof.tickets:,}"),
-        ("every answer compared with PostgreSQL", verdict_of(words)),
-        ("sale audit", audit[proof.audit_clean]),
-        *((f"[red]{each.kind}[/]", escape(each.what)) for each in proof.findings[:FINDINGS_SHOWN]),
-    ]
-
-
-def at(latency: list[Percentile], share: float) -> float:
-    """Milliseconds that at least a share of the answers stayed within."""
-    return next((each.ms for each in latency if each.share >= share), 0.0)
 
 
 async def _rush(options: argparse.Namespace, plan: Plan, console: Console) -> Record:

@@ -16,6 +16,9 @@ from typing import Final
 
 from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_text
 
+AT_ONCE: Final = "at-once"
+"""All together, ``rate * seconds`` of them: what a closed loop plays."""
+
 KINDS: Final = ("constant", "poisson", "release")
 ARRIVALS_MAX: Final = 20_000_000
 STEP_S: Final = 1.0
@@ -53,6 +56,8 @@ def make(kind: str, rate: float, seconds: float, seed: int) -> "array[float]":
             made = array("d", _poisson(rng, rate, seconds))
         case "release":
             made = array("d", _release(rng, rate, seconds))
+        case kind if kind == AT_ONCE:
+            made = array("d", bytes(8 * round(rate * seconds)))
         case _:
             known = ", ".join(KINDS)
             raise ArrivalsError(f"arrivals {kind!r}: not one of {known}, file:PATH")

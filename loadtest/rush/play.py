@@ -22,12 +22,13 @@ from typing import Any, Final
 
 import msgspec
 
-from loadtest.books.ledger import BooksError, count_orders, wait_applied
+from loadtest.books.ledger import BooksError, count_orders, highest, wait_applied
 from loadtest.books.proof import PROBLEMS, prove
 from loadtest.client import Client, read_json
 from loadtest.engine import engine_settings, environment, stop
 from loadtest.generator import Bounds
 from loadtest.record import Record
+from loadtest.rush.arrivals import AT_ONCE
 from loadtest.rush.asks import MIXED, Asks, Load, write_minted
 from loadtest.rush.plan import Plan, RushError, Stopped
 from loadtest.rush.worker import Job, Line
@@ -111,29 +112,41 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         plan = msgspec.structs.replace(plan, warm=min(max(warm, WARM_LEAST), plan.connections))
         jobs = [_job(plan, load, index, folder) for index in range(plan.processes)]
         record = await _play(plan, jobs, campaign, offsets[-1], note)
-        planned_s = offsets[-1] if load.arrivals.startswith("file:") else load.seconds
-        record.offered_rate = len(offsets) / max(planned_s, 1.0)
+        ended = time.monotonic()
         try:
             tallies = [job.tally() for job in jobs]
             await asyncio.to_thread(fill, record, tallies, plan.fail_if)
+            planned_s = load.seconds
+            if load.arrivals == AT_ONCE:
+                planned_s = record.duration_s
+            elif load.arrivals.startswith("file:"):
+                planned_s = offsets[-1]
+            record.offered_rate = len(offsets) / max(planned_s, 1.0)
             if plan.proof and plan.books.known:
                 note("the ledger, and every answer compared with PostgreSQL")
-                await _prove(plan, jobs, record)
+                await _prove(plan, jobs, record, ended)
         except asyncio.CancelledError:
             raise Stopped(record.offered, record.answered) from None
     return record
 
 
-async def _prove(plan: Plan, jobs: list[Job], record: Record) -> None:
-    """Put the proof into the record, or why there is none: the run is told all the same."""
-    books, within_s = plan.books, plan.ledger_within_s
+async def _prove(plan: Plan, jobs: list[Job], record: Record, ended: float) -> None:
+    """Put the proof into the record, or why there is none: the run is reported all the same."""
+    within_s = plan.ledger_within_s
     try:
+        url = plan.books.books_url()
         answers = await asyncio.to_thread(lambda: [each for job in jobs for each in job.answers()])
+        await wait_applied(url, plan.campaign, highest(answers), within_s=within_s)
+        written_s = time.monotonic() - ended
         record.proof = await prove(
-            answers, plan.campaign, books, alone=plan.alone, within_s=within_s
+            answers, plan.campaign, plan.books, alone=plan.alone, within_s=within_s
         )
     except PROBLEMS as error:
         record.not_proved = " ".join(str(error).split()) or type(error).__name__
+        return
+    record.plan["PostgreSQL had all orders, s after the end"] = round(written_s, 2)
+    rate = record.proof.orders / (record.duration_s + written_s)
+    record.plan["orders in PostgreSQL a second, until then"] = round(rate)
 
 
 async def _look_at_books(plan: Plan) -> None:
@@ -261,6 +274,7 @@ def _job(plan: Plan, load: Load, index: int, folder: Path) -> Job:
         retries=plan.retries,
         give_up_s=plan.give_up_s,
         early_again=plan.at_opening,
+        window=plan.arrivals == AT_ONCE,
     )
     return Job(load=load, bounds=bounds, index=index, processes=plan.processes, folder=str(folder))
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from answer_book import AnswerBook
+from answer_book import AnswerBook, Attempt
 
 from loadtest.books.answers import Answer, read_answer
 from loadtest.client import Client
-from loadtest.members import Attempt, Kind, Member
+from loadtest.members import Member
 from loadtest.wire import UNKNOWN, Response, ResponseParser
 
 AGAIN: Final = frozenset({UNKNOWN, 429, 503})
@@ -132,7 +132,6 @@ class Load:
             f"{rng.getrandbits(80):020x}",
             rng.choice(self._showings),
             self._quantity or rng.randint(1, self._order_max),
-            Kind.ORDINARY,
         )
 
     async def _member(self, attempt: Attempt) -> None:
@@ -146,7 +145,7 @@ class Load:
             other = attempt
             if dice < 0.1:  # the same key for something else
                 quantity = attempt.quantity % self._order_max + 1
-                other = Attempt(attempt.member, attempt.key, attempt.showing, quantity, Kind.RETRY)
+                other = Attempt(attempt.member, attempt.key, attempt.showing, quantity)
             await self._ask(other)
 
     async def _ask(self, attempt: Attempt) -> bool:
@@ -204,7 +203,7 @@ class Phone:
     ) -> Attempt:
         """Give a purchase, under a new key where none is given."""
         key = key or f"{random.getrandbits(80):020x}"
-        return Attempt(self.member, key, showing, quantity, Kind.ORDINARY)
+        return Attempt(self.member, key, showing, quantity)
 
     async def buy(
         self, quantity: int = 1, *, key: str | None = None, of: str | None = None

@@ -4,9 +4,8 @@ import asyncio
 import time
 
 import pytest
+from answer_book import outcome
 from rig import Rig
-
-from loadtest.books.answers import outcome
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 

@@ -378,7 +378,8 @@ class Generator:
     def _free(self, connection: _Connection, now: float) -> None:
         """Use a free connection for the member that has waited longest, or keep it."""
         if not self._waiting:
-            if self.bounds.window and self._next < len(self.offsets) and not self._ended:
+            more = self._next < len(self.offsets) and not self._ended
+            if self.bounds.window and more and self._pacer is not None:
                 self._next += 1
                 return self._send(connection, self._next - 1, now)
             return self._idle.append(connection)

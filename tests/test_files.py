@@ -14,7 +14,7 @@ from loadtest.members import read_members
 from loadtest.record import RecordError
 from loadtest.record import read as read_record
 from loadtest.rush.arrivals import ArrivalsError, recorded
-from loadtest.rush.asks import Asks, AsksError
+from loadtest.rush.asks import Asks, AsksError, Load
 from sale import config
 from sale.config import SettingsError
 from sale.domain.campaign import InvalidCampaign, parse_campaign_toml
@@ -49,7 +49,7 @@ READERS = {
     "record": read_record,
     "arrivals": lambda path: recorded(path, 1),
     "asks": lambda path: Asks(
-        path, host="x", campaign="c", salt="s", showings=["g"], quantity=1, order_max=1
+        Load(address="x", campaign="c", tokens=str(path), salt="s", showings=("g",), order_max=1)
     ),
 }
 COMPLAINTS = (ValueError, SetupError, RecordError, SettingsError, ArrivalsError, AsksError)

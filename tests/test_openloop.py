@@ -386,6 +386,25 @@ async def test_given_a_window_when_played_then_each_is_asked_once_and_no_more_at
     assert 0 < sum(took_ms) <= 8 * tally.duration_s * 1e3
 
 
+async def test_given_a_window_when_it_warms_up_then_nothing_is_sent_before_the_start() -> None:
+    moments: list[float] = []
+
+    async def quick(_: bytes) -> bytes:
+        moments.append(time.monotonic())
+        return SOLD
+
+    raw = get_request("h", "/")
+    async with serving(quick) as address:
+        start = time.monotonic() + 0.3
+        offsets, bounds = array("d", bytes(8 * 20)), Bounds(connections=4, warm=4, window=True)
+        tally = await Generator(address, offsets, lambda _: raw, lambda *_: None, bounds).run(start)
+    assert min(moments) >= start
+    assert len(moments) == 20
+    record = record_of(tally)
+    assert (record.offered, record.outcomes) == (20, {"sold": 20})
+    assert record.notes == ["a closed loop: its latencies count from sending"]
+
+
 async def test_given_a_plan_that_ends_when_played_then_what_was_not_sent_is_not_asked() -> None:
     async def slow(_: bytes) -> bytes:
         await asyncio.sleep(0.02)

@@ -42,7 +42,7 @@ from sale.http.overload import files_allow
 
 CAMPAIGN: Final = "overload"
 OVERLOADED: Final = "overloaded"
-SECONDS_MIN: Final = 2.0
+SECONDS_MIN: Final = 1.0
 PROBE_S: Final = 2
 PROBE_CONNECTIONS: Final = 256
 FIRST_RATE: Final = 30_000

@@ -144,9 +144,9 @@ async def _prove(plan: Plan, jobs: list[Job], record: Record, ended: float) -> N
     except PROBLEMS as error:
         record.not_proved = " ".join(str(error).split()) or type(error).__name__
         return
-    record.plan["PostgreSQL had all orders, s after the end"] = round(written_s, 2)
+    record.plan["ledger complete, s after the end"] = round(written_s, 2)
     rate = record.proof.orders / (record.duration_s + written_s)
-    record.plan["orders in PostgreSQL a second, until then"] = round(rate)
+    record.plan["orders in PostgreSQL a second"] = round(rate)
 
 
 async def _look_at_books(plan: Plan) -> None:

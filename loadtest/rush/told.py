@@ -7,6 +7,7 @@ from rich.table import Table
 
 from loadtest.books.check import so_many
 from loadtest.record import Percentile, Record
+from loadtest.rush.arrivals import AT_ONCE
 from loadtest.summary import TOLD_SHARES
 from loadtest.tables import CLEAN, coloured, facts
 from loadtest.tables import verdict as verdict_of
@@ -58,9 +59,11 @@ def table(record: Record) -> Table:
     ordered = sorted(record.outcomes.items(), key=lambda item: -item[1])
     outcomes = [(told_outcome(code), f"{count:,}") for code, count in ordered]
     latencies = []
+    closed = record.plan.get("arrivals") == AT_ONCE
+    since = "sending" if closed else "the intended time"
     for title, latency in (("all", record.latency), ("sold", record.latency_sold)):
         shown = "  ".join(f"p{share * 100:g} {at(latency, share):.1f}" for share in TOLD_SHARES)
-        latencies += [(f"ms from the intended time, {title}", shown)] * bool(latency)
+        latencies += [(f"ms from {since}, {title}", shown)] * bool(latency)
     figures = [
         (name, f"{value:,}" if isinstance(value, int) else f"{value}")
         for name, value in record.plan.items()

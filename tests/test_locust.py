@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +308,7 @@ async def test_given_all_scenarios_when_set_up_then_the_engine_makes_each_campai
             scenario,
             read_campaign(name),
             identifier=run_name(name),
-            opens_at=api.now() + setup.seconds(60),
+            opens_at=api.now() + timedelta(seconds=60),
             users=30,
             full_stock=False,
         )

@@ -6,8 +6,9 @@ most ``BATCH`` in a message, and say at the end how many there were: an answer t
 finding like any other. With one Locust process, desk and booth call each other directly.
 """
 
+import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -59,26 +60,23 @@ class Booth:
     """What the users of one process share. ``want`` asks the desk for so many cards."""
 
     def __init__(self) -> None:
-        self.setting = Setting(0, "")
         self.want: Callable[[int], None] = lambda _: None
         self.send: Callable[[bytes, int], None] = lambda *_: None
-        self._reset()
+        self._ticker: Any = None
+        self._forget(Setting(0, ""))
 
-    def _reset(self) -> None:
+    def _forget(self, setting: Setting) -> None:
+        self.setting = setting
         self._cards: Queue = Queue()
-        self._wanted = 0
         self._kept: list[Answer] = []
         self._findings: list[Finding] = []
-        self._sent = 0
-        self._without = 0
+        self._wanted = self._sent = self._without = 0
         self._flushed_at = 0.0
-        self._ticker: Any = None
 
     def begin(self, setting: Setting) -> None:
         """Forget the run before; cards and answers of this one follow."""
         self.stop()
-        self._reset()
-        self.setting = setting
+        self._forget(setting)
         self._ticker = gevent.spawn(self._tick)
 
     def stop(self) -> None:
@@ -90,22 +88,19 @@ class Booth:
     def card(self) -> Member | None:
         """Wait for a card of one's own; None where the desk has no more."""
         self._wanted += 1
-        try:
-            card: Member | None = self._cards.get(timeout=CARD_WAIT_S)
-        except Empty:
-            card = None
+        card: Member | None = None
+        with contextlib.suppress(Empty):
+            card = self._cards.get(timeout=CARD_WAIT_S)
         self._without += card is None
         return card
 
     def give(self, cards: Iterable[Member], dry: int) -> None:
         """Take in what the desk gives; ``dry`` askers get nothing."""
-        for card in cards:
+        for card in (*cards, *[None] * dry):
             self._cards.put(card)
-        for _ in range(dry):
-            self._cards.put(None)
 
     def record(self, answer: Answer) -> None:
-        """Take down what a member was told."""
+        """Record what a member was told."""
         self._kept.append(answer)
 
     def find(self, kind: str, what: str) -> None:
@@ -133,7 +128,7 @@ class Booth:
         while self._kept:
             batch, self._kept = self._kept[:BATCH], self._kept[BATCH:]
             self._sent += len(batch)
-            self.send(b"".join(map(_line, batch)), len(batch))
+            self.send(b"".join(msgspec.json.encode(each) + b"\n" for each in batch), len(batch))
 
 
 class Desk:
@@ -141,18 +136,22 @@ class Desk:
 
     def __init__(self) -> None:
         self._file: Any = None
-        self._reset()
+        self._forget()
 
-    def _reset(self) -> None:
+    def _forget(self) -> None:
         self.cards: deque[Member] = deque()
-        self.received: dict[str, int] = {}
+        self.received: Counter[str] = Counter()
         self.accounts: dict[str, Account] = {}
-        self.answers = 0
         self._changed = Event()
+
+    @property
+    def answers(self) -> int:
+        """How many came."""
+        return self.received.total()
 
     def open(self, cards: Iterable[Member], file: Path) -> None:
         """Begin a run. The file is readable by the owner alone: it holds card numbers."""
-        self._reset()
+        self._forget()
         self.cards.extend(cards)
         file.unlink(missing_ok=True)
         file.touch(mode=0o600)
@@ -167,8 +166,7 @@ class Desk:
         """Write down a batch of answers; what is past ``ANSWERS_MAX`` is only counted."""
         if self._file is None or self._file.closed:
             return
-        self.received[booth] = self.received.get(booth, 0) + number
-        self.answers += number
+        self.received[booth] += number
         if self.answers <= ANSWERS_MAX:
             self._file.write(lines)
 
@@ -179,8 +177,7 @@ class Desk:
 
     def wait(self, booths: Iterable[str], within_s: float) -> None:
         """Wait until all these have given account, for so long at most."""
-        owing = set(booths)
-        deadline = time.monotonic() + within_s
+        owing, deadline = set(booths), time.monotonic() + within_s
         while owing - self.accounts.keys() and time.monotonic() < deadline:
             self._changed.clear()
             self._changed.wait(timeout=0.2)
@@ -189,25 +186,19 @@ class Desk:
         """End the run: what users found, and where answers are missing."""
         if self._file is not None:
             self._file.close()
-        told = [finding for account in self.accounts.values() for finding in account.findings]
-        found = told[:FINDINGS_MAX]
+        accounts = self.accounts.values()
+        found = [finding for account in accounts for finding in account.findings][:FINDINGS_MAX]
         for booth in sorted(self.received.keys() | self.accounts.keys()):
-            got = self.received.get(booth, 0)
-            account = self.accounts.get(booth)
+            got, account = self.received[booth], self.accounts.get(booth)
             if account is None:
                 found.append(Finding("no-account", f"process {booth}: ended without an account"))
             elif account.answers != got:
                 what = f"process {booth}: sent {account.answers} answers, {got} came"
                 found.append(Finding("answers-missing", what))
-        without = sum(account.without_card for account in self.accounts.values())
-        if without:
+        if without := sum(account.without_card for account in accounts):
             what = f"{without} users found no card left; the file of tokens is too short"
             found.append(Finding("without-card", what))
         if self.answers > ANSWERS_MAX:
             what = f"{self.answers:,} answers, at most {ANSWERS_MAX:,} can be compared"
             found.append(Finding("too-many-answers", what))
         return found
-
-
-def _line(answer: Answer) -> bytes:
-    return msgspec.json.encode(answer) + b"\n"

@@ -83,7 +83,7 @@ class Workers:
     def _tell(self, client_id: str) -> None:
         booth = str(self._runner.get_worker_index(client_id) + 1)
         self._booths[client_id] = booth
-        self._desk.received.setdefault(booth, 0)
+        self._desk.received[booth] += 0
         self._runner.send_message("sale-setting", msgspec.to_builtins(self._setting), client_id)
 
     def _want(self, msg: Any, **_: object) -> None:  # noqa: ANN401 - Locust's message

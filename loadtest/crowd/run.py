@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -258,7 +259,7 @@ class Run:
             scenario,
             read_campaign(told.scenario),
             identifier=run_name(told.scenario),
-            opens_at=self._api.now() + setup.seconds(opens_in_s),
+            opens_at=self._api.now() + timedelta(seconds=opens_in_s),
             users=members,
             full_stock=told.full_stock,
         )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -68,12 +68,16 @@ class Api:
         finally:
             connection.close()
 
+    def must(self, wanted: int, method: str, path: str, what: str, **more: Any) -> Any:  # noqa: ANN401
+        """One request that must be answered so; its JSON. Raises SetupError with ``what``."""
+        status, body = self.call(method, path, **more)
+        if status != wanted:
+            raise SetupError(f"{self.host}{path}: {what}: {_why(status, body)}")
+        return body
+
     def now(self) -> datetime:
         """Time of the clock that decides openings. Raises SetupError."""
-        status, body = self.call("GET", "/api/v1/time")
-        if status != 200:
-            raise SetupError(f"{self.host}/api/v1/time: {_why(status, body)}")
-        return datetime.fromisoformat(body["now"])
+        return datetime.fromisoformat(self.must(200, "GET", "/api/v1/time", "no time")["now"])
 
 
 def find_campaign(api: Api, campaign: str) -> dict[str, Any]:
@@ -106,30 +110,19 @@ def opens_in(api: Api, campaign: dict[str, Any]) -> float:
 
 def make_campaign(api: Api, token: str, table: dict[str, Any]) -> dict[str, Any]:
     """Make the campaign of a run. Raises SetupError."""
-    status, made = api.call("POST", "/api/v1/admin/campaigns", token=token, body=table)
-    if status != 201:
-        raise SetupError(f"campaign {table['id']}: not made: {_why(status, made)}")
+    made = api.must(201, "POST", "/api/v1/admin/campaigns", "not made", token=token, body=table)
     return dict(made)
 
 
 def close_campaign(api: Api, token: str, campaign: str) -> None:
     """Close the campaign of a run that is over. Raises SetupError."""
-    status, told = api.call(
-        "POST",
-        f"/api/v1/admin/campaigns/{campaign}/close",
-        token=token,
-        body={"reason": "the load test is over"},
-        key="load-test-over",
-    )
-    if status != 200:
-        raise SetupError(f"campaign {campaign}: not closed: {_why(status, told)}")
+    path, why = f"/api/v1/admin/campaigns/{campaign}/close", {"reason": "the load test is over"}
+    api.must(200, "POST", path, "not closed", token=token, body=why, key="load-test-over")
 
 
 def check_operator(api: Api, token: str) -> None:
     """Refuse a token that does not open the admin API. Raises SetupError."""
-    status, told = api.call("GET", "/api/v1/admin/campaigns?limit=1", token=token)
-    if status != 200:
-        raise SetupError(f"the operator's token: {_why(status, told)}")
+    api.must(200, "GET", "/api/v1/admin/campaigns?limit=1", "the operator's token", token=token)
 
 
 def operator_token(data_dir: str, token_file: str) -> str:
@@ -215,8 +208,3 @@ def _sale(data_dir: str, arguments: list[str], accept: tuple[int, ...] = (0,)) -
 def _why(status: int, body: object) -> str:
     told = body.get("detail") or body.get("title") if isinstance(body, dict) else None
     return f"{status} {told or ''}".strip()
-
-
-def seconds(number: float) -> timedelta:
-    """So many seconds."""
-    return timedelta(seconds=number)

@@ -2,9 +2,6 @@
 
 import argparse
 import asyncio
-import signal
-import socket
-import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +11,8 @@ import asyncpg
 import gevent
 import msgspec
 import pytest
+from service import free_port
+from test_loadtest import run_program
 
 from loadtest.books.answers import Answer, read_answers, write_answers
 from loadtest.books.ledger import load_books
@@ -23,7 +22,7 @@ from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import About
 from loadtest.crowd.proof import measured
 from loadtest.crowd.shape import Plan, target
-from loadtest.engine import Engine, engine_up, environment
+from loadtest.engine import Engine, engine_up
 from loadtest.members import Member
 from loadtest.record import Proof, read
 from loadtest.scenarios import (
@@ -39,7 +38,6 @@ from loadtest.scenarios import (
 from sale.domain.campaign import parse_campaign
 from sale.domain.unions import default_unions_path, load_unions
 
-ROOT = Path(__file__).parents[1]
 ROWS = {
     "five-yuan-films",
     "ice-snow-carnival",
@@ -253,34 +251,9 @@ def test_host_that_is_no_address_is_refused(host: str) -> None:
 # The whole ---------------------------------------------------------------------------------------
 
 
-async def run_locust(*arguments: str, within_s: float = 90) -> tuple[int, str]:
+async def run_locust(*arguments: str) -> tuple[int, str]:
     """Run Locust's command line to its end; status, and stdout and stderr together."""
-    return await run_module("locust", "-f", "loadtest/locustfile.py", *arguments, within_s=within_s)
-
-
-async def run_module(*arguments: str, within_s: float = 60) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", *arguments),
-        cwd=ROOT,
-        env=environment(),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        async with asyncio.timeout(within_s):
-            out, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGKILL)
-            await process.wait()
-    return process.returncode or 0, out.decode()
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return await run_program("locust", "-f", "loadtest/locustfile.py", *arguments, within_s=90)
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +333,7 @@ async def at_first(engine: Engine, campaign: str) -> int:
 async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_proven(
     engine: Engine, tmp_path: Path
 ) -> None:
-    out, port = tmp_path / "out", free_port()
+    out, port = tmp_path / "out", str(free_port())
     lengths = ["--quiet", "1", "--gathering", "2", "--opening", "1", "--tail", "5"]
     ports = ["--processes", "2", "--master-port", port, "--master-bind-port", port]
     many = run_locust(*where(engine), *ports, "--scenario", "illusion-art", "-u", "5000")
@@ -399,7 +372,7 @@ async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_
     first = next(number for number, each in enumerate(answers) if each.sold)
     answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
     write_answers(answers, tmp_path / "tampered")
-    status, told = await run_module(
+    status, told = await run_program(
         *("loadtest.crowd.proof", "prove", "--answers", str(tmp_path / "tampered")),
         *("--about", str(about), "--database-url", engine.database_url()),
     )

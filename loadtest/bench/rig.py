@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import redis.asyncio
 
 from loadtest.client import Client
@@ -301,18 +302,11 @@ def tree_cpu_s(pid: int) -> float:
 
 def busy_s(cores: set[int]) -> float:
     """CPU seconds for which anything at all ran on some cores, in clock ticks."""
-    rows = (line.split() for line in Path("/proc/stat").read_text().splitlines())
-    # user, nice, system, then idle and iowait, irq, softirq
-    ticks = {row[0]: [int(each) for each in row[1:8]] for row in rows if row[0].startswith("cpu")}
-    return sum(sum(ticks[f"cpu{n}"]) - sum(ticks[f"cpu{n}"][3:5]) for n in cores) / _TICKS
+    times = psutil.cpu_times(percpu=True)
+    return float(sum(sum(times[n][:7]) - times[n].idle - times[n].iowait for n in cores))
 
 
 def _children(pid: int) -> list[int]:
-    children = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                if int(parent) == pid:
-                    children.append(int(entry.name))
-    return children
+    with contextlib.suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []

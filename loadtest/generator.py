@@ -12,25 +12,24 @@ many connections sends the next when it has an answer.
 A member asks again under its key after no answer, 429 and any 5xx (a balancer's 502 or 504 leaves
 the outcome open), as Retry-After says and a jitter later, a bounded number of times. The generator
 records its own lateness (`late`, `lags`), so that a slow generator is not reported as a slow
-server.
+server. Sending, refusals and connections stand in one room of more than 400 lines, because each
+answer goes through all three.
 """
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import heapq
 import math
-import os
 import random
 import time
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
+from loadtest.pacer import Pacer
 from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD
+from loadtest.tally import Bounds, Spool, Tally
 from loadtest.wire import (
     UNKNOWN,
     ProtocolError,
@@ -60,135 +59,8 @@ EARLY_WITHIN_S: Final = 2.0
 
 CLOSED_MAX_S: Final = 600.0
 AWAY_S: Final = 10.0
-NEVER_S: Final = 1e9
 CLOSING: Final = b"\r\nConnection: close"
 _NAN: Final = float("nan")
-
-
-class Spool(Protocol):
-    """Records every answer: arrival number, status, whether replayed, body."""
-
-    def __call__(self, number: int, status: int, replayed: bool, body: bytes, /) -> object:  # noqa: FBT001
-        """Record one answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """The limits of one process. ``early_again``: ask again after "not open" at the opening.
-
-    ``warm`` connections are opened before the start, from ``warm_s`` seconds before it on.
-    ``window``: a closed loop; ``away_s``: the run fails after so long without a connection.
-    """
-
-    connections: int = 1_000
-    warm: int = 32
-    warm_s: float = 2.0
-    queue: int = 100_000
-    timeout_s: float = 10.0
-    retries: int = 5
-    give_up_s: float = 30.0
-    early_again: bool = False
-    window: bool = False
-    away_s: float = NEVER_S
-
-
-@dataclass(slots=True)
-class Tally:
-    """What came of a run.
-
-    Per arrival: ``offsets`` (intended time, seconds from the start), ``done_at`` (NaN: never),
-    ``outcome`` (index into ``codes``), ``late`` (how late the generator took it up, seconds),
-    ``sent_at`` (its last try; NaN: never). Per second of the run: ``sent``, ``answered``, ``cpu``
-    (share of a core). ``told_to_wait``: 503s by their Retry-After (seconds; 0.0: none was told).
-    ``window``: of a closed loop, whose ``offsets`` are those at which it sent.
-    """
-
-    offsets: "array[float]"
-    done_at: "array[float]"
-    outcome: "array[int]"
-    late: "array[float]"
-    codes: list[str] = field(default_factory=lambda: [SOLD, REPLAYED, NO_ANSWER, NOT_SENT])
-    sent_at: "array[float]" = field(default_factory=lambda: array("d"))
-    lags: "array[float]" = field(default_factory=lambda: array("f"))
-    sent: Counter[int] = field(default_factory=Counter)
-    answered: Counter[int] = field(default_factory=Counter)
-    told_to_wait: Counter[float] = field(default_factory=Counter)
-    window: bool = False
-    cpu: list[float] = field(default_factory=list)
-    cpu_s: float = 0.0
-    retries: int = 0
-    pool_waits: int = 0
-    connections: int = 0
-    lost_connections: int = 0
-    duration_s: float = 0.0
-    rss_bytes: int = 0
-
-    def outcomes(self) -> Counter[str]:
-        """Members by their final outcome."""
-        return Counter({self.codes[n]: count for n, count in Counter(self.outcome).items()})
-
-    def took_ms(self, *codes: str, sent: bool = False, since_s: float = 0.0) -> list[float]:
-        """Latencies of members with these outcomes: from the intended time, or from ``sent``.
-
-        Without ``codes``: of all that got an answer. Members intended before ``since_s`` are left
-        out.
-        """
-        wanted = {n for n, code in enumerate(self.codes) if not codes or code in codes}
-        wanted -= set() if codes else {2, 3}  # no answer, not sent
-        first = self.sent_at if sent else self.offsets
-        rows = zip(self.offsets, first, self.done_at, self.outcome, strict=True)
-        return [
-            (done - began) * 1e3
-            for offset, began, done, n in rows
-            if n in wanted and offset >= since_s
-        ]
-
-
-class Pacer:
-    """Calls ``on_tick`` once at the time last set with `at`, as ``time.monotonic()`` counts.
-
-    asyncio's own timers are rounded to milliseconds (by epoll, and by libuv), which is as long as
-    an answer takes; a kernel timer's file wakes the event loop at the time itself. Linux only.
-    Python 3.13 has ``os.timerfd_create``, 3.11 has not, so the C library is called.
-    """
-
-    class _Moment(ctypes.Structure):
-        _fields_ = (("s", ctypes.c_long), ("ns", ctypes.c_long))
-
-    class _Timer(ctypes.Structure):
-        pass
-
-    _Timer._fields_ = (("interval", _Moment), ("value", _Moment))
-
-    def __init__(self, on_tick: Callable[[], None]) -> None:
-        self._on_tick = on_tick
-        self._library = ctypes.CDLL(None, use_errno=True)
-        self._timer = self._Timer()
-        flags = os.O_NONBLOCK | os.O_CLOEXEC
-        self._fd: int = self._library.timerfd_create(time.CLOCK_MONOTONIC, flags)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), "timerfd_create failed")
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._fd, self._fired)
-
-    def at(self, moment: float) -> None:
-        """Tick at a time; one that has passed ticks at once. The time set before is dropped."""
-        value = self._timer.value
-        value.s = int(moment)
-        value.ns = max(int((moment - value.s) * 1e9), 1)
-        absolute = 1
-        if self._library.timerfd_settime(self._fd, absolute, ctypes.byref(self._timer), None):
-            raise OSError(ctypes.get_errno(), "timerfd_settime failed")
-
-    def close(self) -> None:
-        """Stop ticking."""
-        self._loop.remove_reader(self._fd)
-        os.close(self._fd)
-
-    def _fired(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._fd, 8)
-            self._on_tick()
 
 
 class _Connection(asyncio.Protocol):

@@ -24,9 +24,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from loadtest.generator import Tally
 from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD, Percentile, Record, Second
 from loadtest.record import withhold as withhold_figures
+from loadtest.tally import Tally
 from loadtest.thresholds import judge, not_played, read_rules
 from loadtest.wire import UNNAMED
 

@@ -19,8 +19,9 @@ from loadtest import record as records
 from loadtest.__main__ import main as loadtest_command
 from loadtest.record import Percentile, Proof, Record, Sample, Second, Threshold
 from loadtest.report.__main__ import main
-from loadtest.report.charts import BINS_MAX, OUTCOME_COLOURS, charts, colour_of
+from loadtest.report.charts import OUTCOME_COLOURS, charts, colour_of
 from loadtest.report.page import render, write_report
+from loadtest.report.runs import BINS_MAX
 from loadtest.report.tables import figure_groups, told_tables
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

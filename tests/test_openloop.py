@@ -22,7 +22,7 @@ from loadtest.books.answers import Answer
 from loadtest.books.check import FINDINGS_MAX
 from loadtest.books.ledger import BooksError, count_orders, wait_applied
 from loadtest.books.proof import Where, prove
-from loadtest.generator import Bounds, Generator, Tally, closed
+from loadtest.generator import Generator, closed
 from loadtest.record import Finding, Proof, Record, RecordError, decode, encode
 from loadtest.rush import arrivals
 from loadtest.rush import play as plays
@@ -33,6 +33,7 @@ from loadtest.rush.plan import Plan, RushError
 from loadtest.rush.play import only_loopback, play
 from loadtest.rush.worker import Job
 from loadtest.summary import fill
+from loadtest.tally import Bounds, Tally
 from loadtest.thresholds import told_outcome
 from loadtest.wire import ProtocolError, Unreachable, get_request
 from sale.identity import MemberTokens, SigningKey

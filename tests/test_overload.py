@@ -8,9 +8,10 @@ import pytest
 from own_api import OwnApi, own_api
 from service import Client, Service
 
-from loadtest.generator import Bounds, Generator, Tally, closed
+from loadtest.generator import Generator, closed
 from loadtest.record import SOLD
 from loadtest.rush import arrivals
+from loadtest.tally import Bounds, Tally
 
 BATCH, LATE_MS, WAIT_MS, DEADLINE_S = 8, 20, 300, 2.0
 SECONDS = 2.0

@@ -20,7 +20,7 @@ from rich.console import Console
 from service import ROOT
 
 from loadtest.bench import compare, peers
-from loadtest.bench.cases import FULL, Bench, Case, Plan
+from loadtest.bench.cases import FULL, Bench, Plan
 from loadtest.bench.compare import (
     SELLS_NOTHING,
     Comparing,
@@ -28,6 +28,7 @@ from loadtest.bench.compare import (
     FullBatches,
     PeerResult,
 )
+from loadtest.bench.figures import Case
 from loadtest.bench.offer import OfferError, read_feed, write_feed
 from loadtest.bench.peers import (
     AFTERNOON,

@@ -1,6 +1,6 @@
 """The benchmark: the engine as a share of what its HTTP stack can do, beside its peers, overloaded.
 
-- ``cases``: what is offered to the engine, and what it costs (a new kind of request goes here)
+- ``figures``, ``cases``: kinds of requests to the engine, and what each costs (a new one goes here)
 - ``compare``, ``peers``: the engine beside other services (a new peer goes into ``peers``)
 - ``durable``: orders in PostgreSQL a second, for long
 - ``overload``, ``half``, ``idle``: open loops against the same rig

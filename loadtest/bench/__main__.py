@@ -27,9 +27,10 @@ import structlog
 import uvloop
 from rich.console import Console
 
-from loadtest.bench.cases import FULL, MILLION, TINY, Bench, Plan, Result
+from loadtest.bench.cases import FULL, MILLION, TINY, Bench, Plan
 from loadtest.bench.compare import Comparing, Comparison
 from loadtest.bench.durable import SECONDS_MIN, Durable, Lasting
+from loadtest.bench.figures import Result
 from loadtest.bench.offer import OfferError, wrk
 from loadtest.bench.peers import CACHE
 from loadtest.bench.rig import rig_up

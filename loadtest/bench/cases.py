@@ -6,7 +6,6 @@ compared within themselves, because a shared machine is quick in one and slow in
 
 import asyncio
 import os
-import platform
 import signal
 import statistics
 import time
@@ -16,16 +15,14 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Final
 
-import msgspec
-from rich.console import Console
-
+from loadtest.bench.figures import KINDS, OURS, Case, Growth, Result
 from loadtest.bench.offer import Feed, OfferError, offer, read_feed, write_feed
 from loadtest.bench.rig import SHOWING, Rig, cpu_s, tree_cpu_s
 from loadtest.client import Client
 from loadtest.engine import EngineError, sale
 from loadtest.generator import closed
 from loadtest.record import SOLD
-from loadtest.tables import CLEAN, coloured, facts, grid, other_core
+from loadtest.tables import CLEAN
 
 CONNECTIONS: Final = 256
 SOLD_OUT_TICKETS: Final = 100
@@ -36,142 +33,6 @@ FIRST_GUESS_RATE: Final = 30_000
 STOCK: Final = 10_000_000
 WRITER_S: Final = 90.0
 WRITER_POLL_S: Final = 0.005
-BUSY: Final = 0.9
-BYTES_GOAL: Final = 300
-CASE_HEADINGS: Final = "|a second|× a|p50 ms|p99 ms|API µs|Redis µs|server|client|books"
-
-
-class Kind(msgspec.Struct, frozen=True):
-    """A kind of request to the engine: its outcome there, and the goal of its share of (a).
-
-    ``of``: the campaign whose refusals it offers, '' for one that sells.
-    """
-
-    outcome: str
-    goal: float
-    of: str = ""
-
-
-KINDS: Final = {
-    "purchases": Kind("sold", 1.2),
-    "replays": Kind("replayed", 1.2),
-    "sold_out": Kind("sold-out", 3.0, "bench-sold-out"),
-    "not_open": Kind("not-open", 3.0, "bench-not-open"),
-}
-OURS: Final = tuple(KINDS)
-
-
-class Case(msgspec.Struct, frozen=True):
-    """One kind of request. ``*_us``: CPU microseconds a request; ``*_busy``: share of a core;
-    ``ratio``: rate as a share of the constant peer's just before and after; ``cpu_ratio``: the same
-    by CPU time, which other programs hardly touch.
-    """
-
-    name: str
-    rate: float
-    latency_ms: tuple[float, float, float]
-    api_us: float
-    redis_us: float
-    server_busy: float
-    client_busy: float
-    books_busy: float
-    ratio: float = 1.0
-    cpu_ratio: float = 1.0
-    requests: int = 0
-
-    @property
-    def server_us(self) -> float:
-        """CPU microseconds a request, API and Redis."""
-        return self.api_us + self.redis_us
-
-    @property
-    def row(self) -> list[str]:
-        """It as a row of `CASE_HEADINGS`."""
-        busy = (self.server_busy, self.client_busy, self.books_busy)
-        measured = (self.latency_ms[0], self.latency_ms[2], self.api_us, self.redis_us)
-        return [
-            self.name.replace("_", " "),
-            f"{self.rate:,.0f}",
-            f"{self.ratio:.2f}",
-            *(f"{each:.1f}" for each in measured),
-            *(f"{each:.0%}" for each in busy),
-        ]
-
-    def beside(self, *constants: "Case") -> "Case":
-        """Give this case with its shares of the constant peer, as measured close to it."""
-        rate = statistics.fmean(each.rate for each in constants)
-        server_us = statistics.fmean(each.server_us for each in constants)
-        return msgspec.structs.replace(
-            self, ratio=self.rate / rate, cpu_ratio=server_us / self.server_us
-        )
-
-
-class Growth(msgspec.Struct, frozen=True):
-    """What a purchase costs when so many were sold in the campaign before it."""
-
-    sold: int
-    rate: float
-    api_us: float
-    redis_us: float
-
-
-class Result(msgspec.Struct, frozen=True):
-    """Everything that one run measured."""
-
-    client: str
-    connections: int
-    cases: list[Case]
-    growth: list[Growth]
-    redis_bytes_an_order: float
-    stream_entries_left: int
-    writer_rows_a_second: float
-    audit: str
-
-    @property
-    def disturbed(self) -> bool:
-        """Whether something else used the server's core, so that the rates mean little."""
-        return min(case.server_busy for case in self.cases) < BUSY
-
-    def show(self, console: Console) -> None:
-        """Print the tables."""
-        console.print(
-            f"Client: {self.client}, {self.connections} connections, closed loop. Python "
-            f"{platform.python_version()}. API and Redis on one core, client, PostgreSQL and "
-            f"writer on {other_core()}."
-        )
-        rows = []
-        for letter, case in zip("abcdefgh", self.cases, strict=False):
-            kind, row = KINDS.get(case.name), case.row
-            good = kind is not None and case.ratio >= kind.goal
-            goal = "" if kind is None else coloured(f"≥ {kind.goal}", good=good)
-            rows.append([f"{letter} {row[0]}", *row[1:3], goal, f"{case.cpu_ratio:.2f}", *row[3:]])
-        headings = CASE_HEADINGS.replace("|p50", "|goal|CPU × a|p50", 1)
-        caption = (
-            "server: API and Redis on their core; books: PostgreSQL and writer, on the client's "
-            "core. While server is near 100 % and client and books together are not, the client is "
-            "no bottleneck. CPU × a: the same ratio by CPU time."
-        )
-        console.print(grid("One core: API and Redis", headings, rows, caption))
-        if self.disturbed:
-            console.print(
-                "[red]The server's core was not full: another program used it, or the client was "
-                "the bottleneck. Go by CPU × a, or run it again on a quiet machine.[/]"
-            )
-        growth = (
-            (f"{g.sold:,}", f"{g.rate:,.0f}", f"{g.api_us:.1f}", f"{g.redis_us:.1f}")
-            for g in self.growth
-        )
-        headings = "sold before|purchases a second|API µs|Redis µs"
-        console.print(grid("Growth: one campaign, our own client", headings, growth))
-        each = self.redis_bytes_an_order
-        left = f"({self.stream_entries_left} stream entries left)"
-        figure = f"{coloured(f'{each:.0f}', good=each <= BYTES_GOAL)} (≤ {BYTES_GOAL})"
-        rest = [
-            (f"Redis bytes an order of one ticket {left}", figure),
-            ("writer, rows a second", f"{self.writer_rows_a_second:,.0f}"),
-            ("audit of all that was sold", self.audit),
-        ]
-        console.print(facts("", rest))
 
 
 @dataclass(frozen=True, slots=True)

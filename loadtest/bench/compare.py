@@ -18,20 +18,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from loadtest.bench.cases import (
-    BUSY,
-    CASE_HEADINGS,
-    CONNECTIONS,
-    KINDS,
-    OURS,
-    SOLD_OUT_TICKETS,
-    STOCK,
-    Bench,
-    Case,
-    Target,
-    median,
-    middle,
-)
+from loadtest.bench.cases import CONNECTIONS, SOLD_OUT_TICKETS, STOCK, Bench, Target, median, middle
+from loadtest.bench.figures import BUSY, CASE_HEADINGS, KINDS, OURS, Case
 from loadtest.bench.offer import OfferError
 from loadtest.bench.peers import NAIVE, NODE, PEERS, Peer, RunningPeer, peers_up
 from loadtest.engine import EngineError

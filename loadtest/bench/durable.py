@@ -14,7 +14,8 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from loadtest.bench.cases import CONNECTIONS, FIRST_GUESS_RATE, STOCK, Bench, Case
+from loadtest.bench.cases import CONNECTIONS, FIRST_GUESS_RATE, STOCK, Bench
+from loadtest.bench.figures import Case
 from loadtest.bench.offer import Offer, OfferError, offer
 from loadtest.bench.rig import busy_s, tree_cpu_s
 from loadtest.engine import EngineError

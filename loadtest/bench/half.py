@@ -15,10 +15,10 @@ from rich.console import Console
 
 from loadtest.bench.cases import Bench
 from loadtest.bench.open_loop import OpenLoops
-from loadtest.generator import Bounds, Tally
 from loadtest.record import SOLD
 from loadtest.summary import at_share, judged
 from loadtest.tables import Goal, coloured, grid
+from loadtest.tally import Bounds, Tally
 
 SHARE: Final = 0.5
 GOAL: Final = 10.0

@@ -21,10 +21,10 @@ from rich.console import Console
 from loadtest.bench.cases import STOCK, Bench
 from loadtest.bench.open_loop import OpenLoops, spool_of
 from loadtest.client import AnswerError
-from loadtest.generator import Bounds
 from loadtest.record import SOLD
 from loadtest.summary import at_share, judged
 from loadtest.tables import grid
+from loadtest.tally import Bounds
 from loadtest.wire import Response, ResponseParser, get_request
 from sale.http.overload import files_allow
 

@@ -10,11 +10,12 @@ from loadtest.books.answers import Spool
 from loadtest.books.check import check, so_many
 from loadtest.books.ledger import BooksError, load_books
 from loadtest.engine import EngineError
-from loadtest.generator import Bounds, Generator, Tally
+from loadtest.generator import Generator
 from loadtest.members import Ask, minted_card, minted_key
 from loadtest.record import Finding
 from loadtest.rush import arrivals
 from loadtest.tables import CLEAN
+from loadtest.tally import Bounds, Tally
 
 
 @dataclass(slots=True)

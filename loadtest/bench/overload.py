@@ -34,10 +34,10 @@ from loadtest.bench.offer import offer, wrk
 from loadtest.bench.open_loop import OpenLoops
 from loadtest.bench.rig import cpu_s, spawn, tree_cpu_s
 from loadtest.engine import EngineError, stop
-from loadtest.generator import Bounds, Tally
 from loadtest.record import SOLD
 from loadtest.summary import at_share, judged
 from loadtest.tables import CLEAN, coloured, grid, verdict
+from loadtest.tally import Bounds, Tally
 from sale.http.overload import files_allow
 
 CAMPAIGN: Final = "overload"

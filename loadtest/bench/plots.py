@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from loadtest.bench.cases import Case
 from loadtest.bench.compare import Comparison
+from loadtest.bench.figures import Case
 from sale.files import LARGE_MAX_BYTES, UnreadableFile, read_json
 
 try:

@@ -13,7 +13,8 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from loadtest.record import ProcessSample, Record, Sample, Second
+from loadtest.record import ProcessSample, Record, Sample
+from loadtest.report.runs import Run, runs_of
 
 OUTCOME_COLOURS: Final = {
     "sold": "#009e73",
@@ -42,22 +43,7 @@ _SHARES_TOLD: Final = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 Line = tuple[str, str, Sequence[float | None], str]
 """Name, colour, values, dash."""
 
-Lines = Callable[["Run"], list[Line]]
-BINS_MAX: Final = 600
-
-
-class Run(NamedTuple):
-    """A record, and its seconds and samples merged to at most ``BINS_MAX`` of each.
-
-    ``showings`` and ``processes`` are those of all runs: one name has one colour.
-    """
-
-    record: Record
-    seconds: list[Second]
-    width_s: int
-    samples: list[Sample]
-    showings: list[str]
-    processes: list[str]
+Lines = Callable[[Run], list[Line]]
 
 
 class Chart(NamedTuple):
@@ -97,77 +83,6 @@ def all_outcomes(record: Record) -> list[str]:
     """Every outcome that a record has, in the total or in any second."""
     names = set(record.outcomes)
     return in_order(names.union(*(second.outcomes for second in record.seconds)))
-
-
-# Runs, made ready to be drawn -------------------------------------------------------------------
-
-
-def runs_of(records: Sequence[Record]) -> list[Run]:
-    """The records, ready to be drawn beside each other."""
-    samples = [sample for record in records for sample in record.samples]
-    showings = sorted({name for sample in samples for name in sample.stock})
-    processes = sorted({name for sample in samples for name in sample.processes})
-    return [_run(record, showings, processes) for record in records]
-
-
-def _run(record: Record, showings: list[str], processes: list[str]) -> Run:
-    width_s = max(1, math.ceil(_length_s(record.seconds) / BINS_MAX))
-    merged: dict[int, list[Second]] = {}
-    for second in sorted(record.seconds, key=lambda each: each.t):
-        merged.setdefault(second.t // width_s, []).append(second)
-    seconds = [_merged(number * width_s, width_s, group) for number, group in merged.items()]
-    samples = sorted(record.samples, key=lambda sample: sample.t)
-    step = max(1, math.ceil(len(samples) / BINS_MAX))
-    groups = [samples[start : start + step] for start in range(0, len(samples), step)]
-    return Run(record, seconds, width_s, [_peak(group) for group in groups], showings, processes)
-
-
-def _length_s(seconds: Sequence[Second]) -> int:
-    times = [second.t for second in seconds]
-    return max(times) - min(times) + 1 if times else 1
-
-
-def _merged(start: int, width_s: int, group: list[Second]) -> Second:
-    """Sums of counts, and of latencies the highest: percentiles do not add up."""
-    if width_s == 1 and len(group) == 1:
-        return group[0]
-    answered = [second.answered for second in group if second.answered is not None]
-    outcomes: dict[str, int] = {}
-    for second in group:
-        for name, count in second.outcomes.items():
-            outcomes[name] = outcomes.get(name, 0) + count
-    return Second(
-        t=start,
-        offered=sum(second.offered for second in group),
-        sent=sum(second.sent for second in group),
-        answered=sum(answered) if answered else None,
-        outcomes=outcomes,
-        p50_ms=max(second.p50_ms for second in group),
-        p95_ms=max(second.p95_ms for second in group),
-        p99_ms=max(second.p99_ms for second in group),
-        max_ms=max(second.max_ms for second in group),
-    )
-
-
-def _peak(group: list[Sample]) -> Sample:
-    """The highest of each figure; of stock the last."""
-    if len(group) == 1:
-        return group[0]
-    processes: dict[str, ProcessSample] = {}
-    for name in {name for sample in group for name in sample.processes}:
-        seen = [sample.processes[name] for sample in group if name in sample.processes]
-        processes[name] = ProcessSample(
-            cpu=max(each.cpu for each in seen), rss_bytes=max(each.rss_bytes for each in seen)
-        )
-    return Sample(
-        t=group[0].t,
-        stock=next((sample.stock for sample in reversed(group) if sample.stock), {}),
-        lag_events=max(sample.lag_events for sample in group),
-        lag_s=max(sample.lag_s for sample in group),
-        queue=max(sample.queue for sample in group),
-        connections=max(sample.connections for sample in group),
-        processes=processes,
-    )
 
 
 # Lines --------------------------------------------------------------------------------------------

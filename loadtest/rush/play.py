@@ -26,7 +26,6 @@ from loadtest.books.ledger import BooksError, count_orders, highest, wait_applie
 from loadtest.books.proof import PROBLEMS, prove
 from loadtest.client import Client, read_json
 from loadtest.engine import engine_settings, environment, stop
-from loadtest.generator import Bounds
 from loadtest.record import Record
 from loadtest.rush.arrivals import AT_ONCE
 from loadtest.rush.asks import MIXED, Asks, Load, write_minted
@@ -35,6 +34,7 @@ from loadtest.rush.worker import Job, Line
 from loadtest.sampler import Sampler, discover_processes, metrics_address
 from loadtest.summary import fill
 from loadtest.surroundings import describe
+from loadtest.tally import Bounds
 from loadtest.wire import get_request, problem_code
 from sale.config import SettingsError
 from sale.host.embedded.servers import launch_command
@@ -95,7 +95,7 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         ProtocolError, Unreachable, OSError, ValueError: bad plan or a server that is none.
 
     """
-    note = note or _quiet
+    note = note or (lambda _: None)
     if not 1 <= plan.processes <= PROCESSES_MAX:
         raise RushError(f"processes: 1 to {PROCESSES_MAX}")
     with tempfile.TemporaryDirectory(prefix="sale-rush-") as made:
@@ -396,6 +396,3 @@ async def _tell_progress(workers: list[_Worker], note: Note) -> None:
 def _sum(workers: list[_Worker], name: str) -> int:
     """What all processes told last."""
     return sum(getattr(worker.last, name) for worker in workers)
-
-
-def _quiet(_: str) -> None: ...

@@ -23,8 +23,9 @@ import msgspec
 import uvloop
 
 from loadtest.books.answers import Answer, read_answer
-from loadtest.generator import Bounds, Generator, Tally
+from loadtest.generator import Generator
 from loadtest.rush.asks import Asks, Load
+from loadtest.tally import Bounds, Tally
 from loadtest.wire import ProtocolError
 
 PROGRESS_S: Final = 1.0

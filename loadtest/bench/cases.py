@@ -200,17 +200,17 @@ class Bench:
         """Measure one kind of request of the engine, or the constant peer."""
         if name == "constant":
             return await self.measure(name, self.replays, self.constant)
-        before = await self.rig.metrics()
-        if name == "purchases":
-            feed = self.purchases("serve")
-            got = await self.measure(name, feed, self.ours)
+        kind, before = KINDS[name], await self.rig.metrics()
+        if kind.fresh:
+            feed = self.purchases("serve", campaign=kind.of or "bench")
+        else:
+            feed = self.refused[kind.of] if kind.of else self.replays
+        got = await self.measure(name, feed, self.ours, refuses=bool(kind.of))
+        if kind.fresh:
             feed.file.unlink()
             await self.rig.written("bench")
-        elif name == "replays":
-            got = await self.measure(name, self.replays, self.ours)
-        else:
-            got = await self.measure(name, self.refused[KINDS[name].of], self.ours, refuses=True)
-        await self._outcomes_were(name, before, got.requests)
+        if kind.outcome:
+            await self._outcomes_were(name, before, got.requests)
         return got
 
     async def _outcomes_were(self, name: str, before: dict[str, float], requests: int) -> None:
@@ -225,11 +225,11 @@ class Bench:
         if sum(count for label, count in told.items() if wanted in label) < requests:
             raise OfferError(f"{name}: {requests} answered, but the engine counted {told}")
 
-    def purchases(self, target: str, seconds: int | None = None) -> Feed:
-        """Purchases of new cards, more than the target can sell in the time."""
+    def purchases(self, target: str, seconds: int | None = None, campaign: str = "bench") -> Feed:
+        """Purchases of new cards, more than the target can answer in the time."""
         rate = self.rates.get(target, FIRST_GUESS_RATE)
         count = int(rate * (seconds or self.plan.seconds) * FEED_MARGIN) + 2 * CONNECTIONS
-        return self.feed("bench", self.cards(max(count, FIRST_GUESS_RATE)))
+        return self.feed(campaign, self.cards(max(count, FIRST_GUESS_RATE)))
 
     async def measure(
         self,

@@ -18,18 +18,21 @@ CASE_HEADINGS: Final = "|a second|× a|p50 ms|p99 ms|API µs|Redis µs|server|cl
 
 
 class Kind(msgspec.Struct, frozen=True):
-    """A kind of request to the engine: its outcome there, and the goal of its share of (a).
+    """A kind of request to the engine, and the goal of its share of (a).
 
-    ``of``: the campaign whose refusals it offers, '' for one that sells.
+    ``outcome``: how the engine must count all of them, '' for what is no purchase. ``of``: the
+    campaign that refuses them, '' for the one that sells. ``fresh``: each has a card that was not
+    seen before; otherwise the same cards ask in turn.
     """
 
     outcome: str
     goal: float
     of: str = ""
+    fresh: bool = False
 
 
 KINDS: Final = {
-    "purchases": Kind("sold", 1.2),
+    "purchases": Kind("sold", 1.2, fresh=True),
     "replays": Kind("replayed", 1.2),
     "sold_out": Kind("sold-out", 3.0, "bench-sold-out"),
     "not_open": Kind("not-open", 3.0, "bench-not-open"),

@@ -40,7 +40,8 @@ _NOT_DONE: Final = (
 class Peer(msgspec.Struct, frozen=True):
     """A server that the engine is measured against. ``leaves_out``: what ours does and it does not.
 
-    ``program`` is a Python module, or ``node``; ``needs`` are packages beyond the engine's own.
+    ``program`` is a Python module, or ``node``; ``needs`` are packages beyond the engine's own. A
+    new peer stands in `PEERS`; one in another language has its start in `_command`.
     """
 
     name: str

@@ -119,7 +119,7 @@ class Parts:
             catalogue, cast("Any", taker), MemberTokens(self.key), _codes(),
             PurchaseMetrics(), cast("Any", None), limits, door,
         )  # fmt: skip
-        engine = SimpleNamespace(desk=desk, admission=door, limits=limits)
+        engine = SimpleNamespace(desk=desk, overload=door, limits=limits)
         lane = FastPath(cast("Any", engine), cast("Any", None), WaitingLine(door))
         connections = [Connection(lane) for _ in range(BATCH)]
         for connection in connections:

@@ -158,10 +158,10 @@ class Generator:
         await asyncio.sleep(max(self._start - self.bounds.warm_s - time.monotonic(), 0))
         try:
             await self._warm()
-            if start is None:
-                self._start = time.monotonic()
             gc.collect()
             gc.freeze()
+            if start is None:
+                self._start = time.monotonic()
             self._pacer = Pacer(self._tick)
             self._pacer.at(self._start + self.offsets[0])
             beats = asyncio.create_task(self._beat())

@@ -34,8 +34,9 @@ WITHIN_S = 60
 async def told_by(kind: type[Result], *words: str) -> Result:
     """Run a program with --json; it says that its books are clean."""
     status, out = await run_program(*words, "--json", within_s=WITHIN_S)
-    assert out, status
-    told = msgspec.json.decode(out.splitlines()[-1], type=kind)
+    *_, last = ["", *out.splitlines()]
+    assert last.startswith("{"), (status, out)
+    told = msgspec.json.decode(last, type=kind)
     measured = isinstance(told, Durable) or told.measured
     assert status == (0 if measured else 1), out
     assert told.audit == CLEAN

@@ -47,8 +47,8 @@ EARLY_SHARE: Final = 0.04
 RETRY_SHARE: Final = 0.08
 """Of the requests: the same again, under the same key."""
 
-AGAIN_SHARE: Final = 0.1
-"""Of the members: they come again under another key."""
+MORE_SHARE: Final = 0.2
+"""Requests beyond one for each card: repeats, and members that come again under another key."""
 
 CONNECTIONS: Final = 384
 RETRIES: Final = 20
@@ -110,7 +110,7 @@ async def play_release(
         quantity=MIXED,
         duplicate_share=RETRY_SHARE,
         arrivals=AT_ONCE,
-        rate=(members + SUSPENDED) * (1 + AGAIN_SHARE),
+        rate=(members + SUSPENDED) * (1 + MORE_SHARE),
         seconds=1.0,
         seed=seed,
         at_opening=True,

@@ -1,4 +1,4 @@
-"""Work beside what a process is for: watches and sweeps that go on for as long as it runs."""
+"""Background tasks of a process: watches and sweeps that run until the process ends."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -6,20 +6,20 @@ from typing import Any, Final
 
 import structlog
 
-AGAIN_S: Final = 1.0
+RETRY_AFTER_S: Final = 1.0
 
 log = structlog.get_logger()
 
 
-async def kept_up(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do ``work`` again, a second later, each time that it fails; end once it returns.
+async def keep_running(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run ``work`` until it returns; log each failure and start it again after a second.
 
-    Nobody awaits such work before the end of the process. A fault that ended it would be noticed by
-    nothing but what it no longer does.
+    Nobody awaits a background task before the process ends, so without this a failure would stop
+    it unnoticed.
     """
     while True:
         try:
             return await work()
         except Exception:
             log.exception("background.failed", work=getattr(work, "__qualname__", repr(work)))
-        await asyncio.sleep(AGAIN_S)
+        await asyncio.sleep(RETRY_AFTER_S)

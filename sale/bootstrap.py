@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 
-from sale.background import kept_up
+from sale.background import keep_running
 from sale.config import Settings, SettingsError
 from sale.db import deployment
 from sale.db.errors import POSTGRES_ERRORS
@@ -180,7 +180,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         witness = Witness(stores.redis, stores.pool, batchers)
         answering = StoreWatch(stores.redis, stores.pool, StoreMetrics(registry))
         watches = (disk.run, durability.run, witness.run, answering.run)
-        watching = [asyncio.create_task(kept_up(watch)) for watch in watches]
+        watching = [asyncio.create_task(keep_running(watch)) for watch in watches]
         try:
             yield Engine(
                 stores=stores,

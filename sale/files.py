@@ -1,8 +1,8 @@
-"""Files that people name: one guarded reader for settings, campaigns, rosters, tokens.
+"""Read files that people name: settings, campaigns, rosters, tokens.
 
-Every read has a bound of size and of time, so that a device, a pipe that nobody writes to, or a
-file without an end is refused in one clear line. A pipe is opened without blocking and polled;
-Python's ``open`` would wait in the kernel for a writer, where no time limit of ours reaches.
+Every read is bounded in size and in time, so that a device, a pipe without a writer, or an endless
+file is refused with one clear line. A pipe is opened without blocking and polled, because Python's
+``open`` waits for a writer inside the kernel, where no time limit can interrupt it.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ import msgspec
 
 STDIN: Final = Path("-")
 SMALL_MAX_BYTES: Final = 256 << 10
-"""Bound of files that are written by hand: settings, campaigns, unions."""
+"""Largest file that people write by hand: settings, campaigns, unions."""
 
 LARGE_MAX_BYTES: Final = 512 << 20
-"""Bound of files that programs write: tokens, records of a run, recorded arrivals."""
+"""Largest file that programs write: tokens, records of a run, recorded arrivals."""
 
 SILENCE_S: Final = 30.0
-"""How long a pipe may say nothing."""
+"""Longest wait for the next bytes of a pipe."""
 
 WITHIN_S: Final = 60.0
-"""How long a small file may take as a whole."""
+"""Longest time to read a small file."""
 
 KEY_PARTS_MAX: Final = 64
-"""Parts of a dotted TOML key; ``tomllib`` needs time in the square of them."""
+"""Most parts of a dotted TOML key; ``tomllib`` takes time quadratic in their number."""
 
 VALUE_SHOWN_MAX: Final = 80
 
@@ -55,16 +55,16 @@ class Source(NamedTuple):
 
 
 def shown(path: Path | str) -> str:
-    """Give a path as it may be printed and stored.
+    """Give a path in a form that can be printed and stored.
 
-    A name that is not UTF-8 keeps its odd bytes as ``\\xff``; control characters are escaped too.
+    Bytes that are not UTF-8, and control characters, are escaped as ``\\xff``.
     """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(_escaped(character) for character in text)
 
 
 def brief(value: object) -> str:
-    """Give a value as it may stand in a complaint: its ``repr``, cut where it is long."""
+    """Give a value for an error message: its ``repr``, cut at VALUE_SHOWN_MAX characters."""
     try:
         text = repr(value)
     except RecursionError:
@@ -79,7 +79,7 @@ def read_bytes(path: Path, *, most: int = SMALL_MAX_BYTES, within_s: float = WIT
 
 
 def read_text(path: Path, *, most: int = SMALL_MAX_BYTES) -> str:
-    """Read a text in UTF-8, with or without a byte order mark. Raises UnreadableFile."""
+    """Read UTF-8 text, with or without a byte order mark. Raises UnreadableFile."""
     raw = read_bytes(path, most=most)
     wrong = not_utf8(raw)
     if wrong is not None:
@@ -129,10 +129,7 @@ def parse_json(raw: bytes, type_: Any = Any) -> Any:  # noqa: ANN401 - any type 
 
 @contextlib.contextmanager
 def opened_regular(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that must be a regular one, as it is mapped or read twice.
-
-    Raises UnreadableFile.
-    """
+    """Open a regular file, for callers that map it or read it twice. Raises UnreadableFile."""
     with _opened(path) as descriptor:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UnreadableFile(f"{shown(path)}: is not a regular file")
@@ -146,8 +143,8 @@ def opened_large(
 ) -> Iterator[Source]:
     """Open a file of up to ``most`` bytes; ``-`` is stdin.
 
-    What is no regular file is first copied, whole, to a temporary file that has no name: its reader
-    can then hold a transaction open without waiting for a pipe. Raises UnreadableFile.
+    A pipe is first copied to an unnamed temporary file, so that the caller can read it inside a
+    transaction without waiting. Raises UnreadableFile.
     """
     name = "stdin" if path == STDIN else shown(path)
     with _opened(path) as descriptor:
@@ -165,14 +162,16 @@ def opened_large(
                 try:
                     copy.write(part)
                 except OSError as error:
-                    raise UnreadableFile(f"{name}: cannot be kept: {error.strerror}") from None
+                    raise UnreadableFile(
+                        f"{name}: cannot be copied to {tempfile.gettempdir()}: {error.strerror}"
+                    ) from None
             size = copy.tell()
             copy.seek(0)
             yield Source(copy, size, name)
 
 
 def not_utf8(raw: bytes) -> str | None:
-    """Say why bytes are no text in UTF-8, and what they are instead where that shows; else None."""
+    """Say why bytes are not UTF-8 text and, if it can be told, what they are; else None."""
     if raw.startswith(_UTF_16_MARKS):
         return "is UTF-16, not UTF-8: save it as UTF-8"
     if raw.startswith(_WORKBOOK_MARKS):
@@ -192,7 +191,7 @@ def not_utf8(raw: bytes) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a file without waiting, for reading. Raises UnreadableFile for what cannot be read."""
+    """Open a file for reading, without blocking. Raises UnreadableFile."""
     try:
         descriptor = (
             os.dup(0)
@@ -215,7 +214,7 @@ def _opened(path: Path) -> Iterator[int]:
 def _parts(
     descriptor: int, name: str, most: int, within_s: float, silence_s: float = SILENCE_S
 ) -> Iterator[bytes]:
-    """Read to the end, within the bounds. Raises UnreadableFile."""
+    """Yield the file's parts to its end, within the bounds. Raises UnreadableFile."""
     ready = select.poll()
     ready.register(descriptor, select.POLLIN)
     ends_at, seen = time.monotonic() + within_s, 0
@@ -224,10 +223,10 @@ def _parts(
     while True:
         left_s = ends_at - time.monotonic()
         if left_s <= 0:
-            raise UnreadableFile(f"{name}: has no end after {within_s:.0f} s")
+            raise UnreadableFile(f"{name}: does not end within {within_s:.0f} s")
         if not ready.poll(min(left_s, silence_s) * 1000):
             if silence_s < left_s:
-                raise UnreadableFile(f"{name}: nothing came for {silence_s:.0f} s")
+                raise UnreadableFile(f"{name}: no data for {silence_s:.0f} s")
             continue
         try:
             part = os.read(descriptor, _PART_BYTES)
@@ -249,11 +248,11 @@ def _too_large(name: str, most: int) -> UnreadableFile:
 
 
 def _is_gbk(raw: bytes) -> bool:
-    """Whether bytes read as Chinese in GB18030, of which GBK and GB2312 are parts."""
+    """Whether bytes decode to Chinese in GB18030, which includes GBK and GB2312."""
     try:
         text = raw.decode("gb18030")
     except UnicodeDecodeError as error:
-        if error.end < len(raw):  # a piece of a longer text may be cut amid a character
+        if error.end < len(raw):  # only the end of a piece may be cut within a character
             return False
         text = raw[: error.start].decode("gb18030")
     wide = [character for character in text if character > "\x7f"]
@@ -272,5 +271,5 @@ _PART_BYTES: Final = 1 << 20
 _UTF_16_MARKS: Final = (b"\xff\xfe", b"\xfe\xff")
 _WORKBOOK_MARKS: Final = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
 _KEY_PART: Final = r"""(?:[A-Za-z0-9_-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+"""
-# Begins at the beginning of a word, so that a long word is not looked at from each of its letters.
+# Matches only from the start of a word, so that a long word is not searched from each letter.
 _LONG_KEY: Final = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_KEY_PART}\.[ \t]*+){{{KEY_PARTS_MAX}}}")

@@ -1,6 +1,6 @@
-"""When a process is told to end, or to renew itself: a signal sets an event, and nothing else.
+"""Stop and restart by signals, and cancel tasks until they have ended.
 
-And how work ends that has to, whether it was told or has lost what it works for.
+A signal handler only sets an event.
 """
 
 import asyncio
@@ -13,54 +13,54 @@ from typing import Any, Final
 import structlog
 
 CANCEL_AGAIN_S: Final = 0.1
-"""What goes on this long after it was cancelled is cancelled anew."""
+"""A task that still runs this long after its cancellation is cancelled again."""
 
 log = structlog.get_logger()
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[asyncio.Event]:
-    """Give an event that SIGTERM and SIGINT set, while the block runs."""
-    told = asyncio.Event()
+def stop_on_signal() -> Iterator[asyncio.Event]:
+    """Yield an event that SIGTERM and SIGINT set while the block runs."""
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(number, stop.set)
     try:
-        yield told
+        yield stop
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
 
 @contextlib.contextmanager
-def told_to_restart(stop: asyncio.Event) -> Iterator[asyncio.Event]:
-    """Give an event that SIGHUP sets, while the block runs.
+def restart_on_signal(stop: asyncio.Event) -> Iterator[asyncio.Event]:
+    """Yield an event that SIGHUP sets while the block runs.
 
-    A terminal that goes away sends the same signal and means the end: then ``stop`` is set, unless
-    the process was started to outlive its terminal (``nohup``).
+    The kernel sends the same signal when the terminal closes. Then ``stop`` is set instead, unless
+    the process ignored SIGHUP at its start (``nohup``).
     """
-    told = asyncio.Event()
+    restart = asyncio.Event()
     loop = asyncio.get_running_loop()
     outlives = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     had_terminal = _has_terminal()
 
     def hung_up() -> None:
         if not had_terminal or _has_terminal():
-            told.set()
+            restart.set()
         elif not outlives:
             stop.set()
 
     loop.add_signal_handler(signal.SIGHUP, hung_up)
     try:
-        yield told
+        yield restart
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-async def ends_in_time(
+async def run_until_stopped(
     work: Coroutine[Any, Any, None], stop: asyncio.Event, within_s: float
 ) -> None:
-    """Do ``work``, which heeds ``stop``; what has not ended ``within_s`` after it is cancelled."""
+    """Run ``work``, which should end when ``stop`` is set; cancel it ``within_s`` after that."""
     task = asyncio.ensure_future(work)
     waiting = asyncio.ensure_future(stop.wait())
     try:
@@ -77,22 +77,23 @@ async def ends_in_time(
         task.result()
 
 
-async def ended(
+async def cancel_and_wait(
     tasks: Sequence[asyncio.Future[Any]], *, first: Callable[[], None] = lambda: None
 ) -> None:
-    """Cancel tasks until all of them have ended, calling ``first`` before each try.
+    """Cancel tasks until all of them have ended, calling ``first`` before each attempt.
 
-    Once is not enough, as libraries lose cancellations and the work goes on for ever. redis-py
-    sends by ``wait_for``, which in Python 3.11 swallows one that meets the end of the sending; and
-    asyncpg's transaction, cut off, puts an InterfaceError in its place, which reads as PostgreSQL's
-    being away. A process that wakes from a stop does all at once, and so meets them often.
+    One cancellation is not enough, because libraries lose it and the task runs on. redis-py sends
+    with ``wait_for``, which in Python 3.11 swallows a cancellation that arrives as the sending
+    ends. A cut-off asyncpg transaction replaces it by an InterfaceError, which the caller takes for
+    an unreachable PostgreSQL. Both happen often in a process that resumes after SIGSTOP, because
+    all its timers fire at once.
     """
-    while going_on := [task for task in tasks if not task.done()]:
+    while running := [task for task in tasks if not task.done()]:
         first()
-        for task in going_on:
+        for task in running:
             task.cancel()
-        await asyncio.wait(going_on, timeout=CANCEL_AGAIN_S)
-    await asyncio.gather(*tasks, return_exceptions=True)  # whatever they raised is no news
+        await asyncio.wait(running, timeout=CANCEL_AGAIN_S)
+    await asyncio.gather(*tasks, return_exceptions=True)  # callers have read the errors they need
 
 
 def _has_terminal() -> bool:

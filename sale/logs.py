@@ -1,6 +1,6 @@
-"""The log of a service: one JSON object a line on stderr.
+"""The log of a service: one JSON object per line on stderr.
 
-A room of its own, so that ``sale up`` can log before it imports what only its parts need.
+This is a module of its own so that ``sale up`` can log without importing what only its parts need.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 def set_up_logging(settings: Settings) -> None:
-    """One JSON object a line on stderr: time, level, a fixed action name, fields."""
+    """Log one JSON object per line on stderr: time, level, a fixed action name, fields."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -39,27 +39,27 @@ def set_up_logging(settings: Settings) -> None:
 
 
 class _Unfailing:
-    """A stream whose failures harm nobody: a log on a full disk must not stop a sale."""
+    """A stream that ignores failures: a log on a full disk must not stop a sale."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Write, or lose the line."""
+        """Write the text, or drop it on failure."""
         with contextlib.suppress(OSError):
             self._stream.write(text)
 
     def flush(self) -> None:
-        """Flush, or lose what was written."""
+        """Flush, and ignore a failure."""
         with contextlib.suppress(OSError):
             self._stream.flush()
 
 
 class _Libraries(logging.Handler):
-    """What libraries log by themselves, in the form of our own lines."""
+    """Write the log records of libraries in the form of our own lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Pass a record on."""
+        """Log a record as ``library.said``."""
         log.log(
             record.levelno,
             "library.said",
@@ -70,5 +70,5 @@ class _Libraries(logging.Handler):
 
 
 def _worth_a_line(record: logging.LogRecord) -> bool:
-    """Leave out bytes that are not HTTP: any stranger can send them, and they are answered 400."""
+    """Drop records about malformed HTTP: any client can send it, and aiohttp answers 400."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))

@@ -1,8 +1,8 @@
-"""Counting what the purchase path does, at a cost that the path does not feel.
+"""Metrics of the purchase path and of a process, cheap to count.
 
-A labelled counter and a histogram's observation for each purchase would stand on the hot path. So
-the batcher adds up plain integers, a batch at a time, and this collector turns them into metrics
-when somebody asks.
+A labelled counter and a histogram observation per purchase would be too slow on the hot path. So
+the batcher adds up plain integers once per batch, and a collector turns them into metrics when
+they are scraped.
 """
 
 import platform
@@ -36,16 +36,16 @@ SUMMED_GAUGES: Final = frozenset(
         "sale_purchases_waiting",
     }
 )
-"""Gauges of which several processes' values add up, where of others the highest counts."""
+"""Gauges that are summed over processes; of all others the maximum is shown."""
 
 
 def new_registry(role: str) -> CollectorRegistry:
-    """Make the registry of one process: what it is, and what the kernel says of it."""
+    """Make the registry of one process, with its build and the kernel's figures about it."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     Gauge(
         "sale_build_info",
-        "1 for each part that runs, with the version of the engine and of Python.",
+        "1 for each running part, with the versions of the engine and of Python.",
         ["version", "python", "role"],
         registry=registry,
     ).labels(__version__, platform.python_version(), role).set(1)
@@ -53,17 +53,15 @@ def new_registry(role: str) -> CollectorRegistry:
 
 
 class StoreMetrics:
-    """Whether the stores answer this process; registered in ``registry``."""
+    """Gauges that say whether the stores answer this process; registered in ``registry``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.redis_up = Gauge("sale_redis_up", "1 where Redis answers.", registry=registry)
-        self.postgres_up = Gauge(
-            "sale_postgres_up", "1 where PostgreSQL answers.", registry=registry
-        )
+        self.redis_up = Gauge("sale_redis_up", "1 if Redis answers.", registry=registry)
+        self.postgres_up = Gauge("sale_postgres_up", "1 if PostgreSQL answers.", registry=registry)
 
 
 class Distribution:
-    """A histogram's counts: ``observe`` costs a bisection and two additions."""
+    """The counts of a histogram; ``observe`` costs a bisection and two additions."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
@@ -76,9 +74,9 @@ class Distribution:
         self.total += value
 
     def observe_all(self, values: list[float]) -> None:
-        """Count many values at once, which are left in order: a search a bound, not a value.
+        """Count many values at once, and sort the list: one search per bound, not per value.
 
-        Times of a queue are in order already, so that sorting them is one pass.
+        Waiting times of a queue are almost sorted already, so the sort is one pass.
         """
         values.sort()
         seen = 0
@@ -92,7 +90,7 @@ class Distribution:
         self.total += sum(values)
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative buckets as Prometheus wants them."""
+        """Cumulative buckets in Prometheus' form."""
         running, rows = 0, []
         for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
             running += count
@@ -101,7 +99,7 @@ class Distribution:
 
 
 class PurchaseMetrics(Collector):
-    """Purchases by campaign and outcome, their latency (s), and batch sizes of one process."""
+    """Purchases of one process by campaign and outcome, their latency (s), and batch sizes."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -110,7 +108,7 @@ class PurchaseMetrics(Collector):
         self.halted = False
 
     def collect(self) -> Iterator[Metric]:
-        """Give what was counted so far."""
+        """Give the counts so far."""
         purchases = CounterMetricFamily(
             "sale_purchases",
             "Purchase requests answered, by outcome.",
@@ -127,7 +125,7 @@ class PurchaseMetrics(Collector):
         )
         yield GaugeMetricFamily(
             "sale_halted",
-            "1 where this process sells nothing: Redis is weak or short of disk, or it stops.",
+            "1 if this process sells nothing: Redis is too weak, its disk is full, or it stops.",
             value=float(self.halted),
         )
         yield HistogramMetricFamily(
@@ -139,7 +137,7 @@ class PurchaseMetrics(Collector):
 
 
 class LoadMetrics(Collector):
-    """What a process is under, and whom it turned away: filled by what counts it."""
+    """The load of a process and its refusals; other modules count, this one collects."""
 
     def __init__(
         self,
@@ -156,13 +154,13 @@ class LoadMetrics(Collector):
         self._limited = limited or {}
 
     def collect(self) -> Iterator[Metric]:
-        """Give what is and what was counted so far."""
+        """Give the present load and the counts so far."""
         yield GaugeMetricFamily(
             "sale_connections", "Open connections of clients.", value=float(self._connections())
         )
         yield GaugeMetricFamily(
             "sale_purchases_standing",
-            "Purchases in the waiting line, for which there was no time yet.",
+            "Purchases in the waiting line: received and not yet examined.",
             value=float(self._waiters()),
         )
         waiting = GaugeMetricFamily(

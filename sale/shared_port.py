@@ -1,13 +1,14 @@
-"""Who may share an address: the API processes of one deployment, and nobody else.
+"""Let only the API processes of one deployment share an address.
 
-They share it by SO_REUSEPORT, which a rolling restart needs, and the kernel lets any process of the
-same user join them: another deployment would take half of the requests. So a process names itself
-before it listens. The name is an abstract unix socket: it belongs to the same network namespace as
-the port, ends with its process, and is listed in /proc/net/unix. Each process names itself first
-and looks second, so that of two that come together at least one sees the other.
+They share it through SO_REUSEPORT, which a rolling restart needs. The kernel lets any process of
+the same user join them, so another deployment could take half of the requests. Therefore each
+process claims the address before it listens: it binds an abstract unix socket whose name holds the
+address and the deployment. Such a socket belongs to the same network namespace as the port, ends
+with its process, and is listed in /proc/net/unix. A process first binds its claim and then looks
+for others, so that of two processes that start together at least one sees the other.
 
-Rejected: a lock file, which containers and services with a /tmp of their own do not see; and asking
-the listener for its name, as one that is stopped or stopping gives no answer.
+Rejected: a lock file, because containers and services with a private /tmp do not see it; and a
+request to the listener for its deployment, because a stopped or stopping one does not answer.
 """
 
 import hashlib
@@ -28,52 +29,52 @@ _TABLES: Final = {
     socket.AF_INET: Path("/proc/net/tcp"),
     socket.AF_INET6: Path("/proc/net/tcp6"),
 }
-_NAMES: Final = Path("/proc/net/unix")
+_CLAIMS: Final = Path("/proc/net/unix")
 
 _Address = IPv4Address | IPv6Address
 
 
 def first_address(listen: str) -> tuple[socket.AddressFamily, Any]:
-    """Where to bind for ``host:port``: the first address that the host's name has.
+    """Give the address to bind for ``host:port``: the first one that the host name resolves to.
 
-    One function for all who bind, because several processes share the address. Raises OSError.
+    All processes use this function, because they must bind the same address. Raises OSError.
     """
     host, port = split_address(listen)
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return found[0][0], found[0][4]
 
 
-class _Holder(NamedTuple):
-    """A process that has named itself for an address."""
+class _Claim(NamedTuple):
+    """A process's claim to an address."""
 
     host: _Address
     owner: str
 
 
 def claim(listener: socket.socket, deployment: str) -> socket.socket:
-    """Name this process for the address of ``listener``, which is bound and does not listen yet.
+    """Claim the address of ``listener``, which is bound and does not listen yet.
 
-    The name holds until the socket that is returned is closed. Raises StartError where another
-    deployment, or another program, has the address.
+    The claim holds until the returned socket is closed. Raises StartError if another deployment or
+    another program has the address.
     """
     owner = _digest(deployment)
-    name = _name_for(listener, owner)
+    own = _bind_claim(listener, owner)
     host, port = _address_of(listener)
-    others = [each for each in _holders(port, but=name) if _overlap(each.host, host)]
+    others = [each for each in _claims(port, but=own) if _overlap(each.host, host)]
     friends = [each for each in others if each.owner in {owner, _supervisor(os.getppid())}]
-    strangers = [each for each in others if not each.owner.startswith("up-")]
-    if any(each.owner != owner for each in strangers):
-        name.close()
+    api = [each for each in others if not each.owner.startswith("up-")]
+    if any(each.owner != owner for each in api):
+        own.close()
         raise StartError(f"address {_words(host, port)}: another deployment of sale has it")
     if not friends and (others or _listens(listener.family, host, port)):
-        name.close()
+        own.close()
         raise StartError(f"address {_words(host, port)}: Address already in use")
-    return name
+    return own
 
 
 def reserve(holder: socket.socket) -> socket.socket:
-    """Name this process as the supervisor that holds an address for its children."""
-    return _name_for(holder, _supervisor(os.getpid()))
+    """Claim an address as the supervisor that reserves it for its children."""
+    return _bind_claim(holder, _supervisor(os.getpid()))
 
 
 def _supervisor(pid: int) -> str:
@@ -93,34 +94,34 @@ def _words(host: _Address, port: int) -> str:
     return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"
 
 
-def _name_for(listener: socket.socket, owner: str) -> socket.socket:
+def _bind_claim(listener: socket.socket, owner: str) -> socket.socket:
     host, port = _address_of(listener)
-    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    name.bind(f"\0{_PREFIX}/{port}/{host}/{owner}/{secrets.token_hex(4)}")
-    return name
+    claimed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    claimed.bind(f"\0{_PREFIX}/{port}/{host}/{owner}/{secrets.token_hex(4)}")
+    return claimed
 
 
-def _holders(port: int, *, but: socket.socket) -> Iterator[_Holder]:
+def _claims(port: int, *, but: socket.socket) -> Iterator[_Claim]:
     own = but.getsockname()
     own = (own.decode() if isinstance(own, bytes) else own).replace("\0", "@")
-    for line in _lines(_NAMES):
+    for line in _lines(_CLAIMS):
         path = line.rstrip().rpartition(" ")[2]
         if path.startswith(f"@{_PREFIX}/{port}/") and path != own:
             parts = path.split("/")
             try:
-                yield _Holder(ip_address(parts[2]), parts[3])
+                yield _Claim(ip_address(parts[2]), parts[3])
             except (ValueError, IndexError):
                 continue
 
 
 def _listens(family: int, host: _Address, port: int) -> bool:
-    """Whether anybody listens on an address that overlaps this one."""
+    """Whether a process listens on an address that overlaps this one."""
     lines = _lines(_TABLES[socket.AddressFamily(family)])
     next(lines, None)
     for line in lines:
         local, state = line.split()[1], line.split()[3]
         if state != _LISTENING:
-            return False  # those that listen come first
+            return False  # the kernel lists listening sockets first
         theirs, _, their_port = local.partition(":")
         if int(their_port, 16) == port and _overlap(_from_hex(theirs), host):
             return True
@@ -141,5 +142,5 @@ def _lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="ascii", errors="replace") as stream:
             yield from stream
-    except OSError:  # no /proc: nobody is seen
+    except OSError:  # without /proc, no other process can be found
         return

@@ -1,11 +1,10 @@
-"""The URLs of Redis and PostgreSQL, read here and nowhere else.
+"""Parse the URLs of Redis and PostgreSQL, for all modules.
 
-The drivers read a URL leniently. A word in place of a database number becomes database 0, options
-override the limits that we set, and what a URL leaves open comes from PG* variables, ``.pgpass``
-and service files of the account that starts the process. Here a URL says all, and a driver is given
-each of its arguments.
+The drivers parse a URL leniently: a word in place of a database number becomes database 0, options
+override our limits, and PG* variables, ``.pgpass`` and service files of the process's account fill
+what a URL omits. Here the URL is complete, and the driver gets every argument from us.
 
-No message repeats any part of a URL: where a password is written wrongly, it may stand anywhere.
+No message repeats any part of a URL, because a wrongly quoted password may appear in any part.
 """
 
 import os
@@ -25,11 +24,11 @@ SESSIONS: Final = ("any", "primary", "standby", "read-write", "read-only", "pref
 
 
 class BadUrl(ValueError):  # noqa: N818 - reads as a sentence where it is raised
-    """A URL cannot be used; the message says why, in words that follow the setting's name."""
+    """A URL cannot be used; the message continues a line that begins with the setting's name."""
 
 
 class RedisUrl(msgspec.Struct, frozen=True, kw_only=True):
-    """Where Redis is: a unix socket's ``path``, or ``host`` and ``port``."""
+    """The address of Redis: a unix socket's ``path``, or ``host`` and ``port``."""
 
     path: str = ""
     host: str = ""
@@ -47,11 +46,11 @@ class RedisUrl(msgspec.Struct, frozen=True, kw_only=True):
         unix = parts.scheme == "unix"
         options = _options(parts, _REDIS_TLS if parts.scheme == "rediss" else {"db"})
         if not unix and not _DB_PATH.fullmatch(parts.path):
-            raise BadUrl(f"after the host stands no number of a database {_HINT}")
+            raise BadUrl(f"has something other than a database number after the host {_HINT}")
         given = {options.pop("db", None), None if unix else parts.path.strip("/") or None}
         numbers = given - {None}
         if len(numbers) > 1:
-            raise BadUrl("two numbers of a database")
+            raise BadUrl("has two different database numbers")
         where: dict[str, Any] = (
             {"path": _socket_path(parts)} if unix else _host_and_port(parts, REDIS_PORT)
         )
@@ -69,12 +68,12 @@ class RedisUrl(msgspec.Struct, frozen=True, kw_only=True):
         where: dict[str, Any] = (
             {"path": self.path} if self.path else {"host": self.host, "port": self.port}
         )
-        who = {"username": self.username or None, "password": self.password or None}
-        return {**where, **who, "db": self.db, **self.tls_options}
+        login = {"username": self.username or None, "password": self.password or None}
+        return {**where, **login, "db": self.db, **self.tls_options}
 
 
 class PostgresUrl(msgspec.Struct, frozen=True, kw_only=True):
-    """Where PostgreSQL is: hosts (or directories of unix sockets) and their ports."""
+    """The address of PostgreSQL: hosts (or directories of unix sockets) and their ports."""
 
     hosts: tuple[str, ...]
     ports: tuple[int, ...]
@@ -118,7 +117,7 @@ class PostgresUrl(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def place(self) -> str:
-        """Where it leads to, for people: without user and password."""
+        """Hosts and ports for messages, without user and password."""
         pairs = zip(self.hosts, self.ports, strict=True)
         return ", ".join(
             f"{host} port {port}" if host.startswith("/") else f"{host}:{port}"
@@ -127,15 +126,15 @@ class PostgresUrl(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tls_is_optional(self) -> bool:
-        """Whether a server without TLS is good enough."""
+        """Whether a server without TLS is accepted."""
         return self.tls_mode in {"allow", "prefer"} and not all(
             host.startswith("/") for host in self.hosts
         )
 
     def connection(self) -> dict[str, Any]:
-        """Give all arguments that asyncpg would otherwise look for in the environment.
+        """Give all arguments that asyncpg would otherwise take from the environment.
 
-        Raises OSError where a file that the URL names cannot be read.
+        Raises OSError if a file that the URL names cannot be read.
         """
         return {
             "host": list(self.hosts),
@@ -171,14 +170,14 @@ class PostgresUrl(msgspec.Struct, frozen=True, kw_only=True):
 
 def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
     if re.search(r"[\s\x00-\x1f\x7f]", url):
-        raise BadUrl("has white space in it")
+        raise BadUrl("contains white space")
     if not url.startswith(tuple(f"{scheme}://" for scheme in schemes)):
         raise BadUrl(f"not a URL that begins with {' or '.join(f'{s}://' for s in schemes)}")
     if "#" in url:
-        raise BadUrl(f"has a # in it {_HINT}")
+        raise BadUrl(f"contains a # {_HINT}")
     try:
         return urlsplit(url)
-    except ValueError:  # its text may repeat what stands before the host
+    except ValueError:  # its message may repeat the user and password
         raise BadUrl(f"its host cannot be read {_HINT}") from None
 
 
@@ -186,12 +185,12 @@ def _options(parts: SplitResult, known: frozenset[str] | set[str]) -> dict[str, 
     try:
         pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError:
-        raise BadUrl(f"what stands after its ? are no options {_HINT}") from None
+        raise BadUrl(f"has something other than options after its ? {_HINT}") from None
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise BadUrl("an option stands there twice")
+        raise BadUrl("has the same option twice")
     if not options.keys() <= known:
-        raise BadUrl(f"has an option that is none of {', '.join(sorted(known))} {_HINT}")
+        raise BadUrl(f"has an option other than {', '.join(sorted(known))} {_HINT}")
     empty = sorted(name for name, value in options.items() if not value)
     if empty:
         raise BadUrl(f"its option {empty[0]} is empty")
@@ -216,14 +215,14 @@ def _hosts(listed: str, ports: str, default_port: int) -> tuple[tuple[str, ...],
             raise BadUrl(f"its host or port cannot be read {_HINT}")
         hosts.append(name)
         own_ports.append(found["port"])
-    told = [each for each in ports.split(",") if each] or [str(default_port)]
-    if len(told) == 1:
-        told *= len(hosts)
-    if len(told) != len(hosts):
-        raise BadUrl("as many ports as hosts are needed, or one for all")
+    defaults = [each for each in ports.split(",") if each] or [str(default_port)]
+    if len(defaults) == 1:
+        defaults *= len(hosts)
+    if len(defaults) != len(hosts):
+        raise BadUrl("needs one port for all hosts, or one for each")
     return tuple(hosts), tuple(
         _whole(default if own is None else own, 65_535, "port")
-        for own, default in zip(own_ports, told, strict=True)
+        for own, default in zip(own_ports, defaults, strict=True)
     )
 
 
@@ -240,18 +239,18 @@ def _whole(text: str, most: int, what: str) -> int:
 
 
 def _redis_tls(options: dict[str, str]) -> dict[str, Any]:
-    told: dict[str, Any] = dict(options)
-    if told.get("ssl_cert_reqs", "none") not in {"none", "optional", "required"}:
+    arguments: dict[str, Any] = dict(options)
+    if arguments.get("ssl_cert_reqs", "none") not in {"none", "optional", "required"}:
         raise BadUrl("ssl_cert_reqs is none of none, optional, required")
-    if "ssl_check_hostname" in told:
-        if told["ssl_check_hostname"] not in {"true", "false"}:
+    if "ssl_check_hostname" in arguments:
+        if arguments["ssl_check_hostname"] not in {"true", "false"}:
             raise BadUrl("ssl_check_hostname is neither true nor false")
-        told["ssl_check_hostname"] = told["ssl_check_hostname"] == "true"
-    return told
+        arguments["ssl_check_hostname"] = arguments["ssl_check_hostname"] == "true"
+    return arguments
 
 
 def _login_name() -> str:
-    # Not getpass.getuser(): it asks LOGNAME and USER first.
+    # Not getpass.getuser(), which reads LOGNAME and USER first.
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

@@ -1,4 +1,4 @@
-"""Work in the background goes on after a fault: the helper, and each process that has such work."""
+"""Background tasks restart after a failure: the function, and each process that uses it."""
 
 import asyncio
 from pathlib import Path
@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from sale import background
 from sale.api.app import listening
 from sale.api.fast_path import FastPath
-from sale.background import kept_up
+from sale.background import keep_running
 from sale.bootstrap import open_engine
 from sale.config import Settings
 from sale.jobs.scheduler import Scheduler
@@ -26,10 +26,10 @@ from sale.trust.witness import Witness
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "AGAIN_S", 0.01)
+    monkeypatch.setattr(background, "RETRY_AFTER_S", 0.01)
 
 
-async def test_work_that_fails_is_done_again_and_logged() -> None:
+async def test_failed_work_restarts_and_is_logged() -> None:
     done = []
 
     async def work() -> None:
@@ -38,7 +38,7 @@ async def test_work_that_fails_is_done_again_and_logged() -> None:
             raise KeyError("a fault of ours")
 
     with capture_logs() as logs:
-        await kept_up(work)
+        await keep_running(work)
     assert done == [0, 1, 2]
     assert [line["event"] for line in logs] == ["background.failed"] * 2
     assert "work" in logs[0]["work"]
@@ -48,7 +48,7 @@ async def test_work_ends_when_it_is_cancelled() -> None:
     async def work() -> None:
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(kept_up(work))
+    task = asyncio.create_task(keep_running(work))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -56,7 +56,7 @@ async def test_work_ends_when_it_is_cancelled() -> None:
 
 
 class FailsOnce:
-    """Takes the place of a method that goes on for ever: a fault of ours ends it the first time."""
+    """Replaces a method that runs for ever with one that fails the first time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
         self.calls = 0
@@ -74,7 +74,7 @@ class FailsOnce:
 
 
 @pytest.mark.parametrize("watch", [DiskWatch, DurabilityWatch, Witness, StoreWatch])
-async def test_each_watch_of_an_api_process_goes_on(
+async def test_watches_of_an_api_process_restart(
     watch: type, monkeypatch: pytest.MonkeyPatch,
     redis_url: str, database_url: str, short_path: Path,
 ) -> None:  # fmt: skip
@@ -86,7 +86,7 @@ async def test_each_watch_of_an_api_process_goes_on(
 @pytest.mark.parametrize(
     ("owner", "name"), [(Scheduler, "_audit_for_ever"), (StoreWatch, "run")], ids=["audit", "watch"]
 )
-async def test_background_of_a_scheduler_goes_on(
+async def test_background_tasks_of_a_scheduler_restart(
     owner: type, name: str, monkeypatch: pytest.MonkeyPatch, redis_url: str, database_url: str
 ) -> None:
     broken = FailsOnce(monkeypatch, owner, name)
@@ -94,7 +94,7 @@ async def test_background_of_a_scheduler_goes_on(
         await until(broken.goes_on)
 
 
-async def test_background_of_a_writer_goes_on(
+async def test_background_tasks_of_a_writer_restart(
     monkeypatch: pytest.MonkeyPatch, redis_url: str, database_url: str
 ) -> None:
     lag = FailsOnce(monkeypatch, LedgerLag, "_watch")
@@ -108,7 +108,7 @@ async def test_background_of_a_writer_goes_on(
         await until(stores.goes_on)
 
 
-async def test_sweep_of_the_connections_goes_on(
+async def test_sweep_of_connections_restarts(
     monkeypatch: pytest.MonkeyPatch, redis_url: str, database_url: str, short_path: Path
 ) -> None:
     broken = FailsOnce(monkeypatch, FastPath, "_sweep")

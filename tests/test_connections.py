@@ -80,7 +80,7 @@ async def _standing(
 
 
 @pytest.mark.load
-async def test_given_hundreds_that_idle_or_stop_midway_then_they_cost_little_and_sales_go_on(
+async def test_idle_and_half_sent_requests_do_not_stop_sales(
     service: Service, client: Client, tmp_path: Path
 ) -> None:
     campaign = await client.campaign(tickets=10_000)
@@ -113,9 +113,7 @@ async def test_given_hundreds_that_idle_or_stop_midway_then_they_cost_little_and
 
 
 @pytest.mark.load
-async def test_given_idle_connections_when_probed_then_each_kind_and_what_others_feel_is_told() -> (
-    None
-):
+async def test_probe_reports_each_kind_of_idle_connection() -> None:
     words = ("loadtest", "overload", "--idle", "101", "--seconds", "1", "--json")
     status, out = await run_program(*words, within_s=60)
     assert status == 0, out

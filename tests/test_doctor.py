@@ -1,4 +1,4 @@
-"""The doctor names all that is wrong, also past a store that does not answer."""
+"""`sale doctor` names every fault, even if a store does not answer."""
 
 import pytest
 from service import Ran, Service, command, free_port
@@ -8,7 +8,7 @@ from service import Ran, Service, command, free_port
 def deployment(
     redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.MonkeyPatch:
-    """Both stores, migrated, and no process of the engine."""
+    """Both stores, with the schema, and no process of the engine."""
     monkeypatch.setenv("SALE_REDIS_URL", redis_url)
     monkeypatch.setenv("SALE_DATABASE_URL", database_url)
     return monkeypatch
@@ -19,7 +19,7 @@ def examined(ran: Ran) -> tuple[dict[str, object], str]:
     return told, "; ".join(told["missing"])
 
 
-def test_doctor_is_content_with_a_sound_system(service: Service) -> None:
+def test_doctor_finds_no_fault_in_a_sound_system(service: Service) -> None:
     ran = service.sale("doctor", "--json")
     told, missing = examined(ran)
     assert (ran.status, missing) == (0, "")

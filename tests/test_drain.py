@@ -98,9 +98,7 @@ def connect(address: str) -> socket.socket:
 
 
 @pytest.mark.fault
-async def test_given_load_when_workers_are_ended_and_renewed_then_nothing_that_was_told_is_lost(
-    service: Service, client: Client
-) -> None:
+async def test_stop_and_renewal_under_load_lose_no_order(service: Service, client: Client) -> None:
     campaign = await client.campaign(tickets=1_000_000, card_limit=1)
     address = service.url.removeprefix("http://")
     attempts: dict[int, Attempt] = {}
@@ -169,7 +167,7 @@ async def _end_one_then_renew_all(service: Service) -> None:
     assert not died, "an end that was asked for is no failure"
 
 
-async def test_given_kept_connections_when_told_to_stop_then_they_are_sent_elsewhere(
+async def test_stop_closes_kept_connections(
     service: Service, client: Client, short_path: Path
 ) -> None:
     campaign = await client.campaign()
@@ -201,7 +199,7 @@ async def test_given_kept_connections_when_told_to_stop_then_they_are_sent_elsew
 
 
 @pytest.mark.fault
-async def test_given_connections_not_yet_accepted_when_told_to_stop_then_each_is_answered(
+async def test_stop_answers_connections_not_yet_accepted(
     service: Service, client: Client, short_path: Path
 ) -> None:
     campaign = await client.campaign()
@@ -222,7 +220,7 @@ async def test_given_connections_not_yet_accepted_when_told_to_stop_then_each_is
 
 @pytest.mark.fault
 @pytest.mark.parametrize("redis_back", [True, False])
-async def test_given_a_purchase_under_way_when_told_to_stop_then_it_is_answered_in_time(
+async def test_stop_answers_a_purchase_under_way(
     service: Service, client: Client, short_path: Path, redis_back: bool
 ) -> None:
     campaign = await client.campaign()

@@ -182,7 +182,7 @@ async def faults(redis: Redis, level: Durability, replicas_min: int = 1) -> list
 # What Redis is configured to do -------------------------------------------------------------------
 
 
-async def test_given_a_sound_redis_then_there_is_no_fault(alone: Redis) -> None:
+async def test_sound_redis_has_no_fault(alone: Redis) -> None:
     assert await faults(alone, "fsync") == []
     assert await faults(alone, "relaxed") == []
 
@@ -197,7 +197,7 @@ async def test_given_a_sound_redis_then_there_is_no_fault(alone: Redis) -> None:
         ("maxmemory-policy", "allkeys-lru", "keys may be", {"fsync", "replicated", "relaxed"}),
     ],
 )
-async def test_given_a_weaker_setting_then_it_is_told_at_the_levels_that_it_breaks(
+async def test_weak_setting_is_a_fault_at_the_levels_it_breaks(
     alone: Redis, name: str, value: str, says: str, levels: set[Durability]
 ) -> None:
     await alone.config_set(name, value)
@@ -209,9 +209,7 @@ async def test_given_a_weaker_setting_then_it_is_told_at_the_levels_that_it_brea
     assert (await faults(alone, "relaxed") == []) is ("relaxed" not in levels)
 
 
-async def test_given_evicted_keys_then_they_are_told_although_the_policy_is_right_now(
-    tmp_path: Path,
-) -> None:
+async def test_evicted_keys_are_a_fault_after_the_policy_is_fixed(tmp_path: Path) -> None:
     async with server(tmp_path / "r", maxmemory_policy="allkeys-lru") as found:
         used = (await found.redis.info("memory"))["used_memory"]
         await found.redis.config_set("maxmemory", used + 1_000_000)
@@ -260,9 +258,7 @@ async def test_server_that_is_too_old_is_refused_at_the_start(database_url: str)
                 pass
 
 
-async def test_given_that_config_is_forbidden_then_it_cannot_be_read_and_that_is_a_fault(
-    tmp_path: Path,
-) -> None:
+async def test_forbidden_config_command_is_a_fault(tmp_path: Path) -> None:
     async with server(tmp_path / "r", rename_command="CONFIG HIDDEN") as found:
         await until(lambda: whole(found.redis))
         for level in ("fsync", "relaxed"):
@@ -270,7 +266,7 @@ async def test_given_that_config_is_forbidden_then_it_cannot_be_read_and_that_is
             assert fault.startswith("cannot be read: appendfsync")
 
 
-async def test_given_a_user_who_may_not_read_config_then_it_is_the_same(alone: Redis) -> None:
+async def test_user_without_config_permission_is_a_fault(alone: Redis) -> None:
     await alone.acl_setuser("managed", True, ["+x"], keys=["*"], commands=["+@all", "-config"])
     port = alone.connection_pool.connection_kwargs["port"]
     async with Redis(port=port, username="managed", password="x") as managed:
@@ -279,7 +275,7 @@ async def test_given_a_user_who_may_not_read_config_then_it_is_the_same(alone: R
     await alone.acl_deluser("managed")
 
 
-async def test_given_a_replica_attached_then_level_fsync_demands_replicated(pair: Pair) -> None:
+async def test_replica_at_level_fsync_is_a_fault(pair: Pair) -> None:
     (fault,) = await faults(pair.primary.redis, "fsync")
     assert "1 replica(s) attached" in fault
     assert "must be replicated" in fault
@@ -287,16 +283,14 @@ async def test_given_a_replica_attached_then_level_fsync_demands_replicated(pair
     assert await faults(pair.primary.redis, "relaxed") == []
 
 
-async def test_given_a_redis_that_is_a_replica_then_each_level_tells(pair: Pair) -> None:
+async def test_redis_that_is_a_replica_is_a_fault_at_each_level(pair: Pair) -> None:
     for level in ("fsync", "replicated", "relaxed"):
         assert any(
             "is a replica of 127.0.0.1" in f for f in await faults(pair.replica.redis, level)
         )
 
 
-async def test_given_too_few_replicas_or_a_primary_that_goes_on_alone_then_it_is_told(
-    pair: Pair, alone: Redis
-) -> None:
+async def test_too_few_replicas_or_min_replicas_is_a_fault(pair: Pair, alone: Redis) -> None:
     told = "; ".join(await faults(pair.primary.redis, "replicated", 2))
     assert "1 replica(s) in step, 2 wanted" in told
     assert "min-replicas-to-write is 1, not 2" in told
@@ -305,7 +299,7 @@ async def test_given_too_few_replicas_or_a_primary_that_goes_on_alone_then_it_is
     assert "min-replicas-to-write is 0, not 1" in told
 
 
-async def test_given_a_weak_redis_then_the_check_decides_whether_a_host_is_ready(
+async def test_durability_check_decides_whether_a_host_is_ready(
     alone: Redis, database_url: str
 ) -> None:
     await alone.config_set("appendfsync", "everysec")
@@ -325,7 +319,7 @@ async def test_given_a_weak_redis_then_the_check_decides_whether_a_host_is_ready
         await close_pool(pool)
 
 
-async def test_given_a_weak_redis_when_audited_then_the_level_says_what_is_a_finding(
+async def test_audit_of_a_weak_redis_depends_on_the_level(
     redis_url: str, database_url: str, redis: Redis
 ) -> None:
     async with open_shop(redis_url, database_url) as shop:
@@ -404,7 +398,7 @@ async def test_campaign_made_on_a_weak_redis_sells_nothing(
             await batchers.close()
 
 
-async def test_watch_goes_on_after_a_look_that_fails(
+async def test_watch_goes_on_after_a_failed_check(
     alone: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[Exception | list[str]] = [KeyError("run_id"), ["appendonly is off"]]
@@ -434,9 +428,7 @@ async def test_watch_goes_on_after_a_look_that_fails(
         await batchers.close()
 
 
-async def test_weak_redis_is_not_verified_by_the_way_of_a_recovery(
-    database_url: str, tmp_path: Path
-) -> None:
+async def test_recovery_does_not_verify_a_weak_redis(database_url: str, tmp_path: Path) -> None:
     home = tmp_path / "r"
     async with server(home) as found, open_shop(found.url, database_url) as shop:
         await shop.start_writer()
@@ -460,7 +452,7 @@ async def test_weak_redis_is_not_verified_by_the_way_of_a_recovery(
             await until(verified)
 
 
-def test_given_the_settings_then_only_level_replicated_waits(tmp_path: Path) -> None:
+def test_only_level_replicated_waits_for_replicas(tmp_path: Path) -> None:
     file = tmp_path / "sale.toml"
     file.write_text("replicas_min = 2\n", "utf-8")
     assert load(file, {}).replicas_awaited is None
@@ -516,16 +508,14 @@ async def sold_on(server_: Server, stock: Stock) -> int:
     return await server_.redis.hlen(stock.keys.cards)
 
 
-async def test_given_a_replica_then_what_is_answered_stands_there_already(pair: Pair) -> None:
+async def test_replica_has_each_answered_order(pair: Pair) -> None:
     async with buying(pair) as buyer:
         for n in range(1, 21):
             assert (await buyer.buy(n)).decision is Decision.SOLD
             assert await sold_on(pair.replica, buyer.stock) == n
 
 
-async def test_given_a_redis_that_forgot_its_scripts_then_the_replies_stay_in_step(
-    pair: Pair,
-) -> None:
+async def test_replies_stay_in_order_after_script_flush(pair: Pair) -> None:
     async with buying(pair) as buyer:
         for n in range(1, 4):
             await pair.primary.redis.script_flush()
@@ -535,9 +525,7 @@ async def test_given_a_redis_that_forgot_its_scripts_then_the_replies_stay_in_st
 
 
 @pytest.mark.fault
-async def test_given_a_replica_that_stops_for_a_moment_then_the_answer_waits_for_it(
-    pair: Pair,
-) -> None:
+async def test_answer_waits_for_a_stopped_replica(pair: Pair) -> None:
     async with buying(pair) as buyer:
         assert (await buyer.buy(1)).decision is Decision.SOLD
         with pair.replica.stopped():
@@ -554,9 +542,7 @@ async def test_given_a_replica_that_stops_for_a_moment_then_the_answer_waits_for
 
 
 @pytest.mark.fault
-async def test_given_a_replica_that_stays_away_then_the_outcome_is_unknown_and_the_key_still_good(
-    pair: Pair,
-) -> None:
+async def test_order_without_replica_is_unknown_and_repeatable(pair: Pair) -> None:
     async with buying(pair, deadline_s=0.9) as buyer:
         with pair.replica.stopped():
             started = time.monotonic()
@@ -573,9 +559,7 @@ async def test_given_a_replica_that_stays_away_then_the_outcome_is_unknown_and_t
 
 
 @pytest.mark.fault
-async def test_given_a_replica_that_stops_then_an_operators_step_is_unknown_and_may_be_repeated(
-    pair: Pair,
-) -> None:
+async def test_step_without_replica_is_unknown_and_repeatable(pair: Pair) -> None:
     stock = await open_stock(pair.primary.redis, 10)
     pauses = operation("pause-1")
     # Two clients: the one who repeats has written nothing on a connection of its own.
@@ -596,9 +580,7 @@ async def test_given_a_replica_that_stops_then_an_operators_step_is_unknown_and_
 
 
 @pytest.mark.fault
-async def test_given_a_primary_killed_when_its_replica_is_promoted_then_what_was_answered_is_there(
-    tmp_path: Path,
-) -> None:
+async def test_promoted_replica_has_each_answered_order(tmp_path: Path) -> None:
     async with pair_in(tmp_path) as pair, buying(pair, deadline_s=0.6) as buyer:
         answers = await asyncio.gather(*(buyer.buy(n) for n in range(40)))
         with pair.replica.stopped():

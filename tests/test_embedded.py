@@ -1,4 +1,4 @@
-"""The embedded servers: durable, alone in their directory, gone with their parent."""
+"""The embedded servers are durable, own their directory, and end with their parent."""
 
 # ruff: noqa: ASYNC240 - small local files
 
@@ -61,7 +61,7 @@ async def facts(process: asyncio.subprocess.Process) -> tuple[str, str, list[int
         if line.startswith(b"unix://"):
             redis_url, database_url, *pids = line.decode().split()
             return redis_url, database_url, [int(pid) for pid in pids]
-    raise AssertionError("the other process said nothing")
+    raise AssertionError("the other process printed no URLs")
 
 
 async def gone(pids: list[int], within_s: float) -> bool:
@@ -74,14 +74,14 @@ async def gone(pids: list[int], within_s: float) -> bool:
 
 
 def _runs(pid: int) -> bool:
-    """Whether it still runs; one that nobody reaped yet does not."""
+    """Whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-async def test_given_the_defaults_then_writes_are_durable_and_nothing_listens_on_a_network(
+async def test_defaults_are_durable_and_open_no_network_port(
     servers: embedded.EmbeddedServers, redis: redis_lib.Redis, server_database_url: str
 ) -> None:
     settings = await redis.config_get("*")
@@ -110,9 +110,7 @@ async def test_given_the_defaults_then_writes_are_durable_and_nothing_listens_on
 
 
 @pytest.mark.fault
-async def test_given_the_parent_killed_then_both_stop_and_the_next_start_has_the_data(
-    short_path: Path,
-) -> None:
+async def test_killed_parent_stops_both_servers_and_keeps_the_data(short_path: Path) -> None:
     data_dir = short_path / "data"
     async with another_process(data_dir) as parent:
         redis_url, database_url, pids = await facts(parent)
@@ -127,7 +125,7 @@ async def test_given_the_parent_killed_then_both_stop_and_the_next_start_has_the
         await parent.wait()
 
         async with embedded.running(data_dir, redis=True, postgres=True) as again:
-            assert await gone(pids, 0.1), "the successor waits until its predecessor is gone"
+            assert await gone(pids, 0.1), "the new servers wait until the old ones are gone"
             async with redis_lib.from_url(redis_url) as client:
                 assert await client.get("kept") == b"yes"
             connection = await asyncpg.connect(database_url)
@@ -139,9 +137,7 @@ async def test_given_the_parent_killed_then_both_stop_and_the_next_start_has_the
 
 
 @pytest.mark.fault
-async def test_given_a_server_killed_when_watched_then_it_comes_back_with_its_data(
-    short_path: Path,
-) -> None:
+async def test_watched_server_restarts_with_its_data(short_path: Path) -> None:
     async with embedded.running(short_path / "data", redis=True, postgres=True) as servers:
         assert servers.endpoints.redis_url
         watching = asyncio.create_task(servers.watch())
@@ -165,9 +161,7 @@ async def test_given_a_server_killed_when_watched_then_it_comes_back_with_its_da
         await asyncio.wait([watching])
 
 
-async def test_given_a_directory_in_use_then_a_second_user_is_told_by_whom(
-    short_path: Path,
-) -> None:
+async def test_directory_in_use_names_the_pid(short_path: Path) -> None:
     async with embedded.running(short_path / "data", redis=False, postgres=False):
         with pytest.raises(EmbeddedError, match=rf"in use by pid {os.getpid()}"):
             async with embedded.running(short_path / "data", redis=False, postgres=False):
@@ -176,7 +170,7 @@ async def test_given_a_directory_in_use_then_a_second_user_is_told_by_whom(
         pass
 
 
-async def test_given_two_directories_then_their_servers_run_side_by_side(
+async def test_servers_of_two_directories_run_side_by_side(
     short_path: Path, redis: redis_lib.Redis
 ) -> None:
     async with embedded.running(short_path / "other", redis=True, postgres=False) as other:
@@ -187,9 +181,7 @@ async def test_given_two_directories_then_their_servers_run_side_by_side(
         assert await redis.get("mine") is None
 
 
-async def test_given_a_path_too_long_for_sockets_then_a_short_private_directory_is_used(
-    tmp_path: Path,
-) -> None:
+async def test_long_path_gets_a_short_private_socket_directory(tmp_path: Path) -> None:
     data_dir = tmp_path / "长 目录" / ("x" * 90)
     async with embedded.running(data_dir, redis=True, postgres=True) as servers:
         sockets = servers.sockets
@@ -203,7 +195,7 @@ async def test_given_a_path_too_long_for_sockets_then_a_short_private_directory_
     assert not sockets.exists()
 
 
-async def test_given_a_new_directory_then_it_is_private_and_stamped(short_path: Path) -> None:
+async def test_new_directory_is_private_and_stamped(short_path: Path) -> None:
     async with embedded.running(short_path / "data", redis=True, postgres=False):
         versions = json.loads((short_path / "data" / "versions.json").read_text())
     assert re.fullmatch(r"(Redis|Valkey) \d+\.\d+", versions["redis"])
@@ -214,12 +206,12 @@ async def test_given_a_new_directory_then_it_is_private_and_stamped(short_path: 
 @pytest.mark.parametrize(
     ("versions", "says"),
     [
-        ({"redis": "5.0"}, "made by Redis 5.0"),
-        ({"redis": "99.1"}, "made by Redis 99.1"),
-        ({"postgresql": "9"}, "made by PostgreSQL 9"),
+        ({"redis": "5.0"}, "Redis 5.0 wrote the data directory"),
+        ({"redis": "99.1"}, "Redis 99.1 wrote the data directory"),
+        ({"postgresql": "9"}, "PostgreSQL 9 wrote the data directory"),
     ],
 )
-async def test_given_data_of_another_version_then_it_is_refused_in_words(
+async def test_data_of_an_unsupported_version_is_refused(
     short_path: Path, versions: dict[str, str], says: str
 ) -> None:
     (short_path / "versions.json").write_text(json.dumps(versions))
@@ -228,40 +220,38 @@ async def test_given_data_of_another_version_then_it_is_refused_in_words(
             pass
 
 
-async def test_given_data_without_a_stamp_then_it_is_refused(short_path: Path) -> None:
+async def test_data_without_a_stamp_is_refused(short_path: Path) -> None:
     (short_path / "redis").mkdir()
     (short_path / "redis" / "appendonly.aof").touch()
-    with pytest.raises(EmbeddedError, match=r"versions.json is missing"):
+    with pytest.raises(EmbeddedError, match=r"versions.json, .* is missing"):
         async with embedded.running(short_path, redis=True, postgres=False):
             pass
 
 
-async def test_given_a_directory_of_something_else_then_it_is_left_alone(short_path: Path) -> None:
+async def test_directory_with_other_files_is_not_touched(short_path: Path) -> None:
     (short_path / "holiday.jpg").touch()
     short_path.chmod(0o755)
-    with pytest.raises(EmbeddedError, match="holds nothing of ours"):
+    with pytest.raises(EmbeddedError, match="is not empty and no data directory of sale"):
         async with embedded.running(short_path, redis=True, postgres=False):
             pass
     assert stat.S_IMODE(short_path.stat().st_mode) == 0o755
 
 
-async def test_given_a_file_in_its_place_then_the_directory_is_called_not_writable(
-    short_path: Path,
-) -> None:
+async def test_file_in_place_of_the_directory_is_refused(short_path: Path) -> None:
     (short_path / "data").touch()
     with pytest.raises(EmbeddedError, match="not writable"):
         async with embedded.running(short_path / "data", redis=True, postgres=False):
             pass
 
 
-async def test_given_a_read_only_directory_then_the_error_says_so() -> None:
-    # Not even root makes directories here.
+async def test_read_only_directory_is_refused() -> None:
+    # Even root cannot make directories in /proc.
     with pytest.raises(EmbeddedError, match="not writable"):
         async with embedded.running(Path("/proc/data"), redis=True, postgres=False):
             pass
 
 
-async def test_given_a_half_made_cluster_then_it_is_made_anew(short_path: Path) -> None:
+async def test_unfinished_cluster_is_replaced(short_path: Path) -> None:
     half = short_path / "postgresql.new-1"
     half.mkdir()
     (half / "PG_VERSION").write_text("18\n")
@@ -271,9 +261,7 @@ async def test_given_a_half_made_cluster_then_it_is_made_anew(short_path: Path) 
     assert not half.exists()
 
 
-async def test_given_no_binary_then_the_error_says_how_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_missing_binary_error_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binaries, "_working", lambda *_: [])
     with pytest.raises(EmbeddedError, match="SALE_REDIS_URL"):
         binaries.find_redis(None)
@@ -295,19 +283,19 @@ async def test_given_no_binary_then_the_error_says_how_to_install(
         ("Redis 6.0", None),
     ],
 )
-def test_data_is_opened_by_a_server_that_reads_it(
+def test_server_is_chosen_by_the_version_of_the_data(
     monkeypatch: pytest.MonkeyPatch, stamp: str | None, expected: str | None
 ) -> None:
     here = [Program(Path("/wheel"), "Valkey", (9, 1)), Program(Path("/system"), "Redis", (8, 2))]
     monkeypatch.setattr(binaries, "_working", lambda *_: here)
     if expected is None:
-        with pytest.raises(EmbeddedError, match=f"made by {stamp} and only Valkey 9.1, Redis 8.2"):
+        with pytest.raises(EmbeddedError, match=f"{stamp} wrote .* only Valkey 9.1, Redis 8.2 is"):
             binaries.find_redis(stamp)
     else:
         assert binaries.find_redis(stamp).name == expected
 
 
-def test_server_that_is_too_old_is_named_in_the_refusal(
+def test_refusal_names_the_server_that_is_too_old(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     old = tmp_path / "redis-server"
@@ -319,10 +307,10 @@ def test_server_that_is_too_old_is_named_in_the_refusal(
     assert "\n" not in str(refused.value)
 
 
-async def test_data_of_the_former_redis_is_opened_by_the_present_server(short_path: Path) -> None:
+async def test_data_of_redis_6_opens_in_the_present_server(short_path: Path) -> None:
     home = short_path / "redis"
     home.mkdir()
-    # One file, as Redis 6.2 wrote it.
+    # Redis 6.2 wrote one append-only file.
     (home / "appendonly.aof").write_bytes(
         b"*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n*3\r\n$3\r\nSET\r\n$4\r\nkept\r\n$3\r\nyes\r\n"
     )
@@ -336,7 +324,7 @@ async def test_data_of_the_former_redis_is_opened_by_the_present_server(short_pa
     assert stamp == binaries.find_redis(None).name
 
 
-async def test_given_a_program_that_is_not_there_then_the_launcher_says_so() -> None:
+async def test_launcher_names_a_missing_program() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", launch.__file__, "--parent", str(os.getpid())),
         *("--signal", "KILL", "--", "/nowhere/redis-server"),
@@ -348,7 +336,7 @@ async def test_given_a_program_that_is_not_there_then_the_launcher_says_so() -> 
     assert b"Traceback" not in said
 
 
-async def test_given_a_dead_parent_then_the_launcher_starts_nothing() -> None:
+async def test_launcher_starts_nothing_after_its_parent_died() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-I", "-S", launch.__file__, "--parent", "1", "--signal", "KILL"),
         *("--", shutil.which("echo") or "echo", "started"),
@@ -359,10 +347,8 @@ async def test_given_a_dead_parent_then_the_launcher_starts_nothing() -> None:
     assert said == b""
 
 
-def test_given_programs_below_a_private_directory_when_launched_then_access_finds_them(
-    tmp_path: Path,
-) -> None:
-    """initdb looks for postgres by access(2), and a clone of root's may lie where none else may."""
+def test_launched_program_can_access_a_private_directory(tmp_path: Path) -> None:
+    """initdb finds postgres with access(2), and root's clone may lie in a private directory."""
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     probe = shutil.copy2(shutil.which("test") or "/usr/bin/test", private / "test")

@@ -143,14 +143,14 @@ async def test_answer_comes_after_its_fsync_or_is_refused(
             assert faults == []
 
 
-async def test_note_shows_answers_that_nobody_synced(tmp_path: Path, library: Path) -> None:
+async def test_trace_detects_answers_before_their_fsync(tmp_path: Path, library: Path) -> None:
     async with slow(tmp_path / "r", library, appendfsync="everysec") as found:
         await open_stock(found.server.redis, 1_000)
         told = await rush(found.server.url)
         assert len(found.early(told)) > len(told) / 2
 
 
-async def test_threads_added_while_it_runs_answer_after_the_fsync_too(
+async def test_io_threads_added_at_run_time_keep_the_fsync_order(
     tmp_path: Path, library: Path
 ) -> None:
     async with slow(tmp_path / "r", library) as found:
@@ -185,9 +185,7 @@ async def _takes_threads(redis: Redis) -> bool:
         ({"redis_version": "7.2.4", "server_name": "other", "other_version": "7.0.0"}, True),
     ],
 )
-def test_threads_are_refused_where_nobody_has_tried_them(
-    info: dict[str, str], refused: bool
-) -> None:
+def test_io_threads_of_an_untested_version_are_refused(info: dict[str, str], refused: bool) -> None:
     from sale.stock.durability import _threads_faults
 
     product = product_of(info)

@@ -129,7 +129,7 @@ async def host(home: Path, redis_url: str, database_url: str) -> AsyncIterator[H
 
 
 @pytest.mark.fault
-async def test_given_two_hosts_when_one_is_stopped_cut_off_or_killed_then_the_other_takes_over(
+async def test_standby_host_takes_over_from_a_lost_one(
     redis: Redis, redis_url: str, database_url: str, short_path: Path
 ):
     took = {}
@@ -167,7 +167,7 @@ async def test_given_two_hosts_when_one_is_stopped_cut_off_or_killed_then_the_ot
     print(f"taken over after, in seconds: {took}")
 
 
-async def test_given_a_writer_that_was_stopped_amid_a_copy_then_the_next_one_does_not_wait_for_it(
+async def test_new_writer_ends_a_stopped_writers_copy(
     redis: Redis, redis_url: str, database_url: str
 ):
     async with open_shop(redis_url, database_url) as shop:
@@ -220,9 +220,7 @@ class Holder:
         await self.leadership.lead(stop, work, stand_by=stand_by, sever=sever)
 
 
-async def test_given_a_holder_when_its_session_ends_then_its_work_is_dropped_and_it_is_not_sure(
-    database_url: str,
-):
+async def test_lost_session_cancels_the_holders_work(database_url: str):
     stop, holder, other = asyncio.Event(), Holder(database_url), Holder(database_url)
     assert not holder.leadership.sure
     leading = asyncio.create_task(holder.lead(stop))
@@ -248,7 +246,7 @@ async def test_given_a_holder_when_its_session_ends_then_its_work_is_dropped_and
     await asyncio.wait_for(waiting, TAKEN_OVER_S)
 
 
-async def test_given_a_holder_that_falls_still_amid_a_heartbeat_then_it_loses_the_lock_as_well(
+async def test_holder_stopped_during_a_heartbeat_loses_the_lock(
     database_url: str, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its session must count as idle at every moment, also where half of a question has come."""
@@ -267,7 +265,7 @@ async def test_given_a_holder_that_falls_still_amid_a_heartbeat_then_it_loses_th
 
 
 @pytest.mark.parametrize("library", ["redis-py", "asyncpg"])
-async def test_given_work_whose_cancellation_a_library_loses_when_severed_then_it_ends_all_the_same(
+async def test_severed_work_ends_if_a_library_loses_its_cancellation(
     library: str, database_url: str
 ):
     """It would go on beside the next holder for ever, and its process never stand by again."""
@@ -308,7 +306,7 @@ async def test_given_work_whose_cancellation_a_library_loses_when_severed_then_i
     assert outlived.is_set() or (library == "redis-py" and sys.version_info >= (3, 12))
 
 
-async def test_given_work_that_ends_or_that_does_not_when_told_to_stop_then_the_lock_is_free(
+async def test_stop_frees_the_lock_even_if_work_does_not_end(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sale.jobs.leadership.STOP_PATIENCE_S", 0.1)
@@ -321,7 +319,7 @@ async def test_given_work_that_ends_or_that_does_not_when_told_to_stop_then_the_
     assert (holder.severed, holder.stood_by) == (1, 0)
 
 
-async def test_given_postgres_away_when_an_opening_comes_then_each_scheduler_records_it(
+async def test_schedulers_record_an_opening_without_postgres(
     redis: Redis, redis_url: str, database_url: str, short_path: Path
 ):
     """The clock goes on, whoever holds the lock that nobody can ask for."""
@@ -369,7 +367,7 @@ def _remaining(registry: Any) -> float | None:
     return registry.get_sample_value("sale_stock_remaining", labels)
 
 
-async def test_given_writers_and_schedulers_when_asked_then_the_doctor_tells_who_works(
+async def test_doctor_names_the_active_writer_and_scheduler(
     redis: Redis, redis_url: str, database_url: str
 ):
     async def told(shop: Shop) -> tuple[str, str]:
@@ -457,7 +455,7 @@ def pooler(database_url: str) -> Iterator[Pooler]:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("mode", ["transaction", "statement"])
-async def test_given_a_proxy_that_pools_less_than_sessions_then_it_is_refused_in_words(
+async def test_transaction_pooler_is_refused_with_a_reason(
     pooler: Pooler, mode: str, redis_url: str, short_path: Path
 ):
     async with pooler.pooling(mode):
@@ -496,7 +494,7 @@ def _run(part: str, redis_url: str, database_url: str, home: Path) -> Any:
 
 
 @pytest.mark.fault
-async def test_given_a_proxy_that_pools_sessions_when_the_holder_falls_still_then_it_is_replaced(
+async def test_stopped_holder_behind_a_session_pooler_is_replaced(
     pooler: Pooler, redis: Redis, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ):
     async def still(*_: object) -> None:
@@ -523,14 +521,12 @@ async def test_given_a_proxy_that_pools_sessions_when_the_holder_falls_still_the
 
 
 @pytest.mark.fault
-async def test_given_a_proxy_whose_sessions_are_all_taken_then_it_is_not_taken_for_another(
-    pooler: Pooler,
-):
+async def test_full_session_pooler_is_not_taken_for_a_transaction_one(pooler: Pooler):
     async with pooler.pooling("session", default_pool_size=1):
         await Holder(pooler.url).lead(asyncio.Event(), work_s=0.0)
 
 
-async def test_given_a_proxy_that_refuses_our_settings_then_that_is_told(short_path: Path):
+async def test_pooler_that_refuses_our_settings_is_named(short_path: Path):
     said = b"SERROR\0C08P01\0Munsupported startup parameter: application_name\0\0"
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

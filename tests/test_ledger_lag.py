@@ -1,4 +1,4 @@
-"""How far PostgreSQL is: told to Redis, seldom, and by nobody who may have lost the lock."""
+"""The writer stores the applied number in Redis: seldom, and only while it holds the lock."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,30 +27,30 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         yield shop
 
 
-async def stands(shop: Shop) -> list[bytes | None]:
+async def stored(shop: Shop) -> list[bytes | None]:
     return list(await shop.redis.hmget(HEAD, ["applied", "behind_since"]))
 
 
-async def test_given_sales_when_applied_then_redis_is_told_how_far_postgres_is(shop: Shop):
-    async def all_told() -> bool:
+async def test_head_in_redis_follows_the_applied_number(shop: Shop):
+    async def up_to_date() -> bool:
         (seq,) = await shop.stock.head("seq")
-        return await stands(shop) == [seq.encode(), b""]
+        return await stored(shop) == [seq.encode(), b""]
 
-    await until(all_told, SOON_S)
+    await until(up_to_date, SOON_S)
     for n in range(3):
         await shop.buy(n)
-        await until(all_told, SOON_S)
+        await until(up_to_date, SOON_S)
     async with shop.pool.acquire() as conn, conn.transaction():
         await conn.execute("LOCK TABLE campaign IN ACCESS EXCLUSIVE MODE")
         await shop.buy(7)
         await asyncio.sleep(0.3)
         await shop.buy(8)
         *_, oldest, _ = await shop.redis.xrange(campaign_keys(CAMPAIGN).stream)
-        assert await stands(shop) == [b"5", oldest[1][b"t"]]
-    await until(all_told, SOON_S)
+        assert await stored(shop) == [b"5", oldest[1][b"t"]]
+    await until(up_to_date, SOON_S)
 
 
-async def test_given_a_head_that_says_less_when_the_writer_looks_then_it_is_told_anew(shop: Shop):
+async def test_stale_head_is_corrected(shop: Shop):
     await until(lambda: _is(shop, [b"2", b""]), SOON_S)
     await shop.redis.hset(HEAD, mapping={"applied": "0", "behind_since": "1"})
     await until(lambda: _is(shop, [b"2", b""]), SOON_S)
@@ -58,7 +58,7 @@ async def test_given_a_head_that_says_less_when_the_writer_looks_then_it_is_told
     await until(lambda: _is(shop, [b"2", b""]), SOON_S)
 
 
-async def test_given_a_rush_when_told_then_not_more_often_than_ten_times_a_second(
+async def test_head_is_updated_at_most_ten_times_a_second(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ):
     told: list[int] = []
@@ -81,10 +81,10 @@ async def test_given_a_rush_when_told_then_not_more_often_than_ten_times_a_secon
     assert told == sorted(told)
     count = len(told)
     await asyncio.sleep(0.5)
-    assert len(told) == count  # at rest there is nothing to tell
+    assert len(told) == count  # nothing changes, so nothing is stored
 
 
-async def test_given_a_redis_that_cannot_be_told_then_the_writer_goes_on(
+async def test_writer_goes_on_if_redis_refuses_the_update(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ):
     async def refused(*_: object) -> None:
@@ -98,11 +98,11 @@ async def test_given_a_redis_that_cannot_be_told_then_the_writer_goes_on(
         await asyncio.sleep(0.3)
         troubles = [entry for entry in said if entry["event"] == "ledger.tell_failed"]
         assert [entry["campaign"] for entry in troubles] == [CAMPAIGN]
-        assert (await stands(shop))[0] == b"2"
+        assert (await stored(shop))[0] == b"2"
     await until(lambda: _is(shop, [b"3", b""]), SOON_S)
 
 
-async def test_given_a_writer_that_may_have_lost_its_lock_then_it_tells_nothing(
+async def test_writer_unsure_of_its_lock_updates_no_head(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ):
     async def still(*_: object) -> None:
@@ -116,8 +116,8 @@ async def test_given_a_writer_that_may_have_lost_its_lock_then_it_tells_nothing(
     await shop.buy(1)
     await shop.applied()
     await asyncio.sleep(0.3)
-    assert (await stands(shop))[0] == b"2"
+    assert (await stored(shop))[0] == b"2"
 
 
 async def _is(shop: Shop, wanted: list[bytes]) -> bool:
-    return await stands(shop) == wanted
+    return await stored(shop) == wanted

@@ -89,7 +89,7 @@ async def rig(redis: Redis, database_url: str) -> AsyncIterator[Rig]:
     await conn.close()
 
 
-async def test_given_a_stream_when_the_writer_runs_then_postgres_has_it_all(rig: Rig):
+async def test_writer_copies_the_stream_to_postgres(rig: Rig):
     book, other = Ledger(), Ledger("green-gift")
     await book.append(rig.redis, created(10_000), operation("opened"))
     async with rig.writing() as writer:
@@ -108,7 +108,7 @@ async def test_given_a_stream_when_the_writer_runs_then_postgres_has_it_all(rig:
     assert await rig.conn.fetchval("SELECT live FROM showing WHERE stock = 10000") == 4_000
 
 
-async def test_given_a_backlog_over_the_batch_when_it_starts_then_it_catches_up(rig: Rig):
+async def test_writer_catches_up_a_backlog_of_several_batches(rig: Rig):
     book = Ledger()
     await book.append(rig.redis, created(10_000))
     for n in range(10):
@@ -117,7 +117,7 @@ async def test_given_a_backlog_over_the_batch_when_it_starts_then_it_catches_up(
         await until(lambda: _is(rig.applied(), 2_561))
 
 
-async def test_given_two_writers_when_the_first_ends_then_the_second_goes_on(rig: Rig):
+async def test_second_writer_takes_over_when_the_first_ends(rig: Rig):
     book = Ledger()
     await book.append(rig.redis, created(100))
     async with rig.writing() as second_outer:
@@ -138,9 +138,7 @@ async def test_given_two_writers_when_the_first_ends_then_the_second_goes_on(rig
     assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
 
 
-async def test_given_a_holder_that_stops_when_its_heart_is_still_then_another_takes_over(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-):
+async def test_writer_without_heartbeat_is_replaced(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     book = Ledger()
     await book.append(rig.redis, created(100))
 
@@ -161,7 +159,7 @@ async def test_given_a_holder_that_stops_when_its_heart_is_still_then_another_ta
     assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
 
 
-async def test_given_a_conflict_when_written_then_the_campaign_is_paused_and_goes_on(rig: Rig):
+async def test_conflict_pauses_the_campaign_and_writing_goes_on(rig: Rig):
     def refuse_once() -> None:
         rig.pausing = lambda: None
         raise Refused(Problem.UNAVAILABLE)
@@ -181,7 +179,7 @@ async def test_given_a_conflict_when_written_then_the_campaign_is_paused_and_goe
     assert rig.paused == [CAMPAIGN]
 
 
-async def test_given_a_conflict_not_yet_paused_when_the_writer_starts_then_it_pauses(rig: Rig):
+async def test_new_writer_pauses_for_an_earlier_conflict(rig: Rig):
     book = Ledger()
     entry = await book.append(rig.redis, created(0), sold(1))
     await ledger.apply(rig.conn, CAMPAIGN, [entry])
@@ -189,9 +187,7 @@ async def test_given_a_conflict_not_yet_paused_when_the_writer_starts_then_it_pa
         await until(lambda: rig.paused == [CAMPAIGN])
 
 
-async def test_given_an_untrusted_redis_when_a_conflict_is_written_then_it_is_paused_later(
-    rig: Rig, redis_url: str
-):
+async def test_conflict_in_an_untrusted_redis_pauses_later(rig: Rig, redis_url: str):
     async with open_shop(redis_url, rig.database_url) as shop:
         await shop.start_writer()
         await shop.create(campaign(10))
@@ -219,9 +215,7 @@ async def test_given_an_untrusted_redis_when_a_conflict_is_written_then_it_is_pa
         assert await shop.stock.head("state") == ["paused"]
 
 
-async def test_given_a_campaign_that_sells_nothing_or_may_again_when_paused_then_that_is_told(
-    rig: Rig, redis_url: str
-):
+async def test_pause_reports_whether_the_campaign_could_sell(rig: Rig, redis_url: str):
     async with open_shop(redis_url, rig.database_url) as shop:
         with pytest.raises(Refused):
             await shop.desk.pause_for(CAMPAIGN, "no such one")
@@ -233,9 +227,7 @@ async def test_given_a_campaign_that_sells_nothing_or_may_again_when_paused_then
             await shop.desk.pause_for(CAMPAIGN, "it will go on")
 
 
-async def test_given_postgres_goes_away_when_a_step_is_done_then_it_is_not_refused(
-    rig: Rig, redis_url: str
-):
+async def test_pause_succeeds_if_postgres_goes_away(rig: Rig, redis_url: str):
     async with open_shop(redis_url, rig.database_url) as shop:
         await shop.create(campaign(10))
         await shop.pool.close()
@@ -243,7 +235,7 @@ async def test_given_postgres_goes_away_when_a_step_is_done_then_it_is_not_refus
         assert await shop.stock.head("state") == ["open"]
 
 
-async def test_given_a_conflict_of_before_when_the_writer_starts_then_the_gauge_tells(rig: Rig):
+async def test_gauge_counts_conflicts_from_before_the_start(rig: Rig):
     book, other = Ledger(), Ledger("green-gift")
     entry = await book.append(rig.redis, created(0), sold(1))
     await ledger.apply(rig.conn, CAMPAIGN, [entry])
@@ -253,7 +245,7 @@ async def test_given_a_conflict_of_before_when_the_writer_starts_then_the_gauge_
         await until(lambda: sample(writer, "sale_ledger_conflict_rows", campaign="green-gift") == 0)
 
 
-async def test_given_a_gap_when_written_then_that_campaign_alone_is_stuck(rig: Rig):
+async def test_gap_stops_only_its_campaign(rig: Rig):
     broken, sound = Ledger(), Ledger("green-gift")
     await broken.append(rig.redis, created(10))
     lost = await broken.append(rig.redis, sold(1))
@@ -268,7 +260,7 @@ async def test_given_a_gap_when_written_then_that_campaign_alone_is_stuck(rig: R
     assert await rig.applied() < 2
 
 
-async def test_given_all_entries_gone_when_written_then_it_is_stuck(rig: Rig):
+async def test_missing_entries_stop_the_campaign(rig: Rig):
     book = Ledger()
     await book.append(rig.redis, created(10))
     await rig.redis.delete(STREAM)
@@ -276,7 +268,7 @@ async def test_given_all_entries_gone_when_written_then_it_is_stuck(rig: Rig):
         await until(lambda: CAMPAIGN in writer.stuck)
 
 
-async def test_given_redis_behind_postgres_when_watched_then_stuck_until_it_agrees(rig: Rig):
+async def test_redis_behind_postgres_stops_until_they_agree(rig: Rig):
     book = Ledger()
     entries = [await book.append(rig.redis, created(10)), await book.append(rig.redis, sold(1))]
     await ledger.apply(rig.conn, CAMPAIGN, entries)
@@ -288,7 +280,7 @@ async def test_given_redis_behind_postgres_when_watched_then_stuck_until_it_agre
         assert sample(writer, "sale_ledger_stuck", campaign=CAMPAIGN) == 0
 
 
-async def test_given_no_retention_when_applied_then_only_the_last_entry_stays(rig: Rig):
+async def test_zero_retention_keeps_only_the_last_entry(rig: Rig):
     book = Ledger()
     await book.append(rig.redis, created(10))
     async with rig.writing(ledger_retention_events=0, ledger_retention_s=0):
@@ -303,9 +295,7 @@ async def test_given_no_retention_when_applied_then_only_the_last_entry_stays(ri
 @pytest.mark.parametrize(
     ("events", "seconds"), [(1_000, 0), (0, 600), (3, 0)], ids=["events", "age", "three"]
 )
-async def test_given_retention_when_applied_then_entries_stay_until_both_bounds_pass(
-    rig: Rig, events: int, seconds: int
-):
+async def test_entries_stay_until_both_retention_bounds_pass(rig: Rig, events: int, seconds: int):
     book = Ledger()
     await book.append(rig.redis, created(10))
     async with rig.writing(ledger_retention_events=events, ledger_retention_s=seconds):
@@ -317,7 +307,7 @@ async def test_given_retention_when_applied_then_entries_stay_until_both_bounds_
     assert left == (4 if events == 3 else 7)
 
 
-async def test_given_postgres_away_when_events_come_then_lag_tells_and_nothing_is_lost(rig: Rig):
+async def test_lag_grows_without_postgres_and_no_event_is_lost(rig: Rig):
     book = Ledger()
     await book.append(rig.redis, created(100))
     async with rig.writing() as writer:
@@ -343,7 +333,7 @@ async def _is(found: Awaitable[Any], wanted: object) -> bool:
     return bool(await found == wanted)
 
 
-async def test_writer_applies_what_is_before_an_unreadable_entry(rig: Rig) -> None:
+async def test_writer_applies_entries_before_an_unreadable_one(rig: Rig) -> None:
     # Given
     book, other = Ledger(), Ledger("green-gift")
     await book.append(rig.redis, created(10))
@@ -370,7 +360,7 @@ async def read_writer_troubles(rig: Rig) -> set[str]:
 @pytest.mark.parametrize(
     "at_ms", [10**18, -(10**18), 253_402_300_799_000], ids=["huge", "negative", "9999"]
 )
-async def test_far_moment_in_an_event_is_stored_as_the_nearest(rig: Rig, at_ms: int) -> None:
+async def test_moment_out_of_range_is_stored_as_the_nearest(rig: Rig, at_ms: int) -> None:
     book = Ledger()
     await book.append(rig.redis, created(10))
     await book.append(rig.redis, operation("scheduled", opens_at=at_ms))
@@ -405,7 +395,7 @@ async def test_far_moment_in_an_event_is_stored_as_the_nearest(rig: Rig, at_ms: 
         b'[["\xff"]]',
     ],
 )
-def test_entry_that_cannot_be_applied_is_told_as_corrupt(payload: bytes) -> None:
+def test_entry_that_cannot_be_applied_is_corrupt(payload: bytes) -> None:
     entry = Entry(1, 1, NOW_MS, 1, "", payload)
     with pytest.raises(CorruptLedger):
         entry.events()

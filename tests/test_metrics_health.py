@@ -47,9 +47,7 @@ async def metrics(service: Service) -> str:
     return await asyncio.to_thread(read)
 
 
-async def test_given_the_contract_then_each_metric_is_there_in_its_kind(
-    service: Service, client: Client
-) -> None:
+async def test_each_metric_of_the_contract_is_exposed(service: Service, client: Client) -> None:
     campaign = await client.campaign(tickets=5)
     await client.buy(campaign, service.card().token)
 
@@ -80,7 +78,7 @@ async def test_given_the_contract_then_each_metric_is_there_in_its_kind(
     assert metric(text, "sale_postgres_up") == 1
 
 
-async def test_each_part_tells_its_build_and_its_process(service: Service) -> None:
+async def test_each_part_exposes_its_build_and_process(service: Service) -> None:
     text = await metrics(service)
     versions = f'python="{platform.python_version()}"', f'version="{__version__}"'
     for role in ("serve", "writer", "scheduler"):
@@ -97,7 +95,7 @@ async def test_each_part_tells_its_build_and_its_process(service: Service) -> No
     assert told == pytest.approx(resident, rel=0.3)
 
 
-async def test_each_part_tells_whether_it_reaches_the_stores(service: Service) -> None:
+async def test_each_part_exposes_whether_it_reaches_the_stores(service: Service) -> None:
     found = set()
     for path in sorted((service.data_dir / "run").glob("m-*")):
         async with (
@@ -110,7 +108,7 @@ async def test_each_part_tells_whether_it_reaches_the_stores(service: Service) -
     assert found == {"serve", "writer", "scheduler"}
 
 
-async def test_given_two_workers_then_counts_add_up_over_both(
+async def test_counts_of_two_workers_add_up(
     service: Service, client: Client, crowd: Client
 ) -> None:
     before = await metrics(service)
@@ -150,9 +148,7 @@ async def test_given_two_workers_then_counts_add_up_over_both(
     assert metric(text, "sale_batch_size_sum") > metric(before, "sale_batch_size_sum")
 
 
-async def test_given_sales_then_stock_and_the_ledgers_lag_are_told(
-    service: Service, client: Client
-) -> None:
+async def test_stock_and_ledger_lag_are_exposed(service: Service, client: Client) -> None:
     campaign = await client.campaign(tickets=10)
     await client.buy(campaign, service.card().token, 3)
 
@@ -173,14 +169,14 @@ async def test_given_sales_then_stock_and_the_ledgers_lag_are_told(
     await until(more)
 
 
-async def test_given_a_sound_system_then_it_is_healthy_and_ready(client: Client) -> None:
+async def test_sound_system_is_healthy_and_ready(client: Client) -> None:
     for path in ("/healthz", "/readyz"):
         seen = await client.get(path)
         assert (seen.status, seen.json()) == (200, {"status": "ok"})
         assert seen.headers["Cache-Control"] == "no-store"
 
 
-async def test_given_a_weak_durability_then_it_is_not_ready_and_says_why(
+async def test_weak_durability_is_unready_with_a_reason(
     service: Service, client: Client, crowd: Client
 ) -> None:
     async with service.redis() as redis:
@@ -216,7 +212,7 @@ async def test_given_a_weak_durability_then_it_is_not_ready_and_says_why(
         ("update schema_migration set sha256 = repeat('0', 64)", "reads differently"),
     ],
 )
-async def test_given_the_schema_of_another_version_then_it_is_not_ready_and_says_why(
+async def test_other_schema_version_is_unready_with_a_reason(
     database_url: str, redis_client: Redis, change: str, says: str
 ) -> None:
     pool = await open_pool(database_url)
@@ -231,7 +227,7 @@ async def test_given_the_schema_of_another_version_then_it_is_not_ready_and_says
         await close_pool(pool)
 
 
-async def test_probes_share_one_look_at_the_stores(
+async def test_concurrent_probes_share_one_check_of_the_stores(
     database_url: str, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = await open_pool(database_url)
@@ -255,9 +251,7 @@ async def test_probes_share_one_look_at_the_stores(
         await close_pool(pool)
 
 
-async def test_look_that_fails_is_unready_and_logged_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_failed_check_is_unready_and_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "reasons", mock.AsyncMock(side_effect=KeyError("a fault of ours")))
     monkeypatch.setattr(health, "log", mock.Mock())
     looks, stores = health.SharedLooks(), mock.Mock()
@@ -273,9 +267,7 @@ def log_lines(service: Service) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-async def test_given_the_log_then_each_line_is_json_with_a_fixed_action_and_nobodys_number(
-    service: Service, client: Client
-) -> None:
+async def test_log_lines_are_json_without_card_numbers(service: Service, client: Client) -> None:
     campaign, card = await client.campaign(), service.card()
     await client.buy(campaign, card.token)
     await service.asale("cards", "revoke", card.no, "--reason", "lost")
@@ -293,9 +285,7 @@ async def test_given_the_log_then_each_line_is_json_with_a_fixed_action_and_nobo
     assert not re.search(r"\b9901\d{12}\b", text)
 
 
-async def test_given_purchases_then_nothing_is_logged_for_each(
-    service: Service, client: Client, crowd: Client
-) -> None:
+async def test_purchases_are_not_logged(service: Service, client: Client, crowd: Client) -> None:
     campaign = await client.campaign(tickets=20)
     await client.buy(campaign, service.card().token)
     before = len(log_lines(service))
@@ -307,5 +297,5 @@ async def test_given_purchases_then_nothing_is_logged_for_each(
     assert len(log_lines(service)) - before < 10
 
 
-def test_given_the_data_directory_then_its_secrets_are_ours_alone(service: Service) -> None:
+def test_secrets_in_the_data_directory_are_private(service: Service) -> None:
     assert (service.data_dir / "signing.key").stat().st_mode & 0o777 == 0o600

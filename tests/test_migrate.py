@@ -1,4 +1,4 @@
-"""Migrations run once even when many start together, and refuse what they cannot trust."""
+"""Migrations run once even if many processes start together, and refuse unknown schemas."""
 
 import asyncio
 import hashlib
@@ -31,7 +31,7 @@ RELEASED = {
     "0006_recovery": "6eb5acd776166c67",
     "0007_rehearsals": "f1f97cf1e84106ee",
 }
-"""Migrations that databases have run, by the beginning of their SHA-256."""
+"""Released migrations, and the first 16 digits of their SHA-256."""
 
 
 def migration(name: str, text: str) -> Migration:
@@ -46,31 +46,25 @@ async def fetchval(url: str, statement: str) -> object:
         await connection.close()
 
 
-async def test_given_twenty_migrators_at_once_then_each_migration_runs_once(
-    fresh_database: FreshDatabase,
-) -> None:
+async def test_twenty_migrators_run_each_migration_once(fresh_database: FreshDatabase) -> None:
     url = await fresh_database()
     applied = await asyncio.gather(*(migrate(url) for _ in range(20)))
     assert sorted(name for names in applied for name in names) == NAMES
     assert await fetchval(url, "select count(*) from schema_migration") == len(NAMES)
 
 
-async def test_given_a_migrated_database_when_migrated_again_then_nothing_happens(
-    database_url: str,
-) -> None:
+async def test_second_migrate_changes_nothing(database_url: str) -> None:
     assert await migrate(database_url) == []
 
 
-async def test_given_a_newer_database_then_it_is_refused(database_url: str) -> None:
+async def test_newer_database_is_refused(database_url: str) -> None:
     future = migration("9999_future", "create table future (x int)")
     assert await migrate(database_url, (*migrations(), future)) == ["9999_future"]
     with pytest.raises(DatabaseNewer, match="9999_future"):
         await migrate(database_url)
 
 
-async def test_given_an_edited_migration_then_it_is_refused_and_nothing_runs(
-    database_url: str,
-) -> None:
+async def test_edited_migration_is_refused_and_runs_nothing(database_url: str) -> None:
     first, *others = migrations()
     edited = migration(first.name, first.text + "-- edited")
     new = migration("9999_new", "create table never_made (x int)")
@@ -79,9 +73,7 @@ async def test_given_an_edited_migration_then_it_is_refused_and_nothing_runs(
     assert await fetchval(database_url, "select to_regclass('never_made')") is None
 
 
-async def test_given_a_migration_that_fails_then_all_of_it_is_undone_and_it_can_be_mended(
-    database_url: str,
-) -> None:
+async def test_failed_migration_is_rolled_back_and_can_be_fixed(database_url: str) -> None:
     broken = migration("9998_broken", "create table half (x int); select 1 / 0")
     with pytest.raises(asyncpg.DivisionByZeroError):
         await migrate(database_url, (*migrations(), broken))
@@ -104,7 +96,7 @@ async def test_pending_names_what_is_missing_and_changes_nothing(
         await connection.close()
 
 
-async def test_every_table_and_every_column_that_needs_it_has_a_comment(database_url: str) -> None:
+async def test_every_table_has_a_comment(database_url: str) -> None:
     bare = await fetchval(
         database_url,
         """
@@ -121,18 +113,18 @@ def test_migrations_are_named_and_in_order() -> None:
     assert len({name[:4] for name in NAMES}) == len(NAMES)
 
 
-def test_named_sql_is_loaded_and_a_missing_topic_is_an_error() -> None:
+def test_missing_sql_topic_is_an_error() -> None:
     assert load("migrate")["record"].startswith("insert into schema_migration")
     with pytest.raises(FileNotFoundError):
         load("no_such_topic")
 
 
-def test_migration_errors_are_one_family() -> None:
+def test_migration_errors_share_a_base_class() -> None:
     assert issubclass(DatabaseNewer, MigrationError)
     assert issubclass(MigrationChanged, MigrationError)
 
 
-def test_migrations_that_databases_ran_are_unchanged() -> None:
+def test_released_migrations_are_unchanged() -> None:
     told = {each.name: each.sha256[:16] for each in migrations() if each.name in RELEASED}
     assert told == RELEASED
 
@@ -170,7 +162,7 @@ ADD_CARD = """
 ADD_AUDIT = "insert into audit_log (actor, action, target) values ('cli:a', $1, $2)"
 
 
-def test_version_installed_over_a_running_process_is_not_read(
+def test_migrations_are_read_once_per_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     known = migrations()

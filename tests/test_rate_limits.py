@@ -43,7 +43,7 @@ def passed(kept: RateLimits, times: int, now: float, card: str = CARD, campaign:
     return sum(kept.spend(card, campaign, now) is None for _ in range(times))
 
 
-def test_given_a_card_when_it_hammers_then_it_has_its_burst_and_then_its_pace() -> None:
+def test_card_may_use_its_burst_then_its_rate() -> None:
     kept = limits()
     assert passed(kept, 100, 1_000.0) == 20
     assert passed(kept, 100, 1_001.0) == 5
@@ -51,7 +51,7 @@ def test_given_a_card_when_it_hammers_then_it_has_its_burst_and_then_its_pace() 
     assert kept.limited["card-campaign"] == 80 + 95 + 80
 
 
-def test_given_several_campaigns_when_a_card_hammers_then_its_own_bucket_holds_too() -> None:
+def test_card_limit_holds_across_campaigns() -> None:
     kept = limits()
     assert [passed(kept, 100, 1_000.0, campaign=each) for each in "abc"] == [20, 20, 0]
     assert kept.limited["card"] == 100
@@ -60,7 +60,7 @@ def test_given_several_campaigns_when_a_card_hammers_then_its_own_bucket_holds_t
     assert passed(kept, 100, 1_002.0, campaign="c") == 20
 
 
-def test_given_a_refusal_then_it_says_when_and_by_which_limit() -> None:
+def test_refusal_names_its_limit_and_wait() -> None:
     kept = limits()
     passed(kept, 20, 1_000.0)
     told = kept.spend(CARD, "a", 1_000.05)
@@ -74,7 +74,7 @@ def test_given_a_refusal_then_it_says_when_and_by_which_limit() -> None:
     assert kept.spend(CARD, "a", 1_000.05 + told.wait_s) is None
 
 
-def test_given_limits_of_zero_then_nothing_is_limited_or_kept() -> None:
+def test_limits_of_zero_limit_and_store_nothing() -> None:
     kept = limits(card_campaign=OFF, card=OFF, address=OFF)
     assert passed(kept, 10_000, 1_000.0) == 10_000
     assert all(kept.spend_address("10.0.0.1", 1_000.0) is None for _ in range(10_000))
@@ -82,7 +82,7 @@ def test_given_limits_of_zero_then_nothing_is_limited_or_kept() -> None:
     assert passed(half, 100, 1_000.0) == 20
 
 
-def test_given_a_pace_when_kept_to_for_long_then_nobody_is_refused(rng: Any) -> None:
+def test_client_at_the_permitted_rate_is_never_refused(rng: Any) -> None:
     """Against the definition: of any span, not more than its burst and its pace may pass."""
     kept = limits(card_campaign=Rate(5, 3), card=OFF)
     now, times = 1_000.0, []
@@ -97,7 +97,7 @@ def test_given_a_pace_when_kept_to_for_long_then_nobody_is_refused(rng: Any) -> 
     assert all(steady.spend(CARD, "a", 1_000.0 + step * 0.2001) is None for step in range(500))
 
 
-def test_given_many_keys_then_full_buckets_are_forgotten_and_others_are_not() -> None:
+def test_only_full_buckets_are_forgotten() -> None:
     kept = limits()
     passed(kept, 20, 1_000.0)
     for number in range(5_000):
@@ -109,9 +109,7 @@ def test_given_many_keys_then_full_buckets_are_forgotten_and_others_are_not() ->
     assert len(here.young) + len(here.old) <= 2
 
 
-def test_given_more_keys_than_the_bound_then_memory_stays_bounded(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_buckets_stay_below_their_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate, "KEYS_MAX", 100)
     kept = limits()
     for number in range(10_000):
@@ -149,27 +147,27 @@ def test_given_more_keys_than_the_bound_then_memory_stays_bounded(
         (None, "not an address", None, "not an address"),
     ],
 )
-def test_given_a_peer_and_what_is_forwarded_then_the_client_is_who_can_be_known(
+def test_client_address_from_peer_and_forwarded_header(
     trusted: str | None, peer: str, forwarded: str | None, client: str
 ) -> None:
     assert ClientAddresses(trusted).of(peer, forwarded) == client
 
 
-def test_given_a_long_row_of_hops_then_only_the_last_are_looked_at() -> None:
+def test_only_the_last_hops_are_read() -> None:
     row = ",".join(["198.51.100.7", *["10.0.0.9"] * 5_000])
     began = time.perf_counter()
     assert ClientAddresses("10.0.0.0/8").of("10.0.0.1", row) == "10.0.0.9"
     assert time.perf_counter() - began < 1
 
 
-def test_given_a_transport_then_its_peer_is_read_whatever_it_is() -> None:
+def test_peer_is_read_from_any_transport() -> None:
     assert first_of(("192.0.2.1", 80)) == "192.0.2.1"
     assert first_of(("::1", 80, 0, 0)) == "::1"
     assert [first_of(odd) for odd in ("", None, b"", "/run/sale.sock")] == [""] * 4
 
 
 @pytest.mark.parametrize("bad", ["10.0.0.0/33", "proxy", "10.0.0.1/8"])
-def test_given_a_network_that_is_none_when_set_then_it_is_refused_by_name(bad: str) -> None:
+def test_invalid_proxy_network_is_refused_by_name(bad: str) -> None:
     with pytest.raises(SettingsError, match="SALE_TRUSTED_PROXIES"):
         load(environment={"SALE_TRUSTED_PROXIES": bad})
     good = load(environment={"SALE_TRUSTED_PROXIES": "10.0.0.0/8, fd00::/8,unix"})
@@ -218,7 +216,7 @@ async def statuses(client: TestClient[Any, Any], path: str, times: int, **how: A
     return found
 
 
-async def test_given_an_address_that_guesses_then_it_is_limited_and_valid_cards_are_not(
+async def test_guessing_address_is_limited_and_valid_cards_not(
     office: tuple[TestClient[Any, Any], RateLimits],
 ) -> None:
     client, kept = office
@@ -232,7 +230,7 @@ async def test_given_an_address_that_guesses_then_it_is_limited_and_valid_cards_
     assert (await statuses(client, "/nowhere", 1)) == [429]
 
 
-async def test_given_a_card_that_hammers_then_it_is_limited_and_told_when_to_come_back(
+async def test_card_over_its_rate_gets_429_with_retry_after(
     office: tuple[TestClient[Any, Any], RateLimits],
 ) -> None:
     client, kept = office
@@ -247,7 +245,7 @@ async def test_given_a_card_that_hammers_then_it_is_limited_and_told_when_to_com
     assert kept.limited["address"] == 0
 
 
-async def test_given_a_valid_card_when_its_requests_are_wrong_then_the_card_pays_not_the_address(
+async def test_bad_request_of_a_valid_card_charges_the_card(
     office: tuple[TestClient[Any, Any], RateLimits],
 ) -> None:
     client, kept = office
@@ -256,7 +254,7 @@ async def test_given_a_valid_card_when_its_requests_are_wrong_then_the_card_pays
     assert kept.limited == {"card-campaign": 0, "card": 1, "address": 1}
 
 
-async def test_given_an_operators_token_that_was_good_then_no_guesser_shuts_it_out() -> None:
+async def test_guesser_does_not_lock_out_a_known_token() -> None:
     kept = limits(address=Rate(1, 2))
     good = operator_token_hash("sale_op_good")
     kept.remember(good, 1_000.0)
@@ -270,7 +268,7 @@ async def test_given_an_operators_token_that_was_good_then_no_guesser_shuts_it_o
     assert not kept.remembers(good)
 
 
-def test_token_is_vouched_for_a_while_and_not_once_disabled() -> None:
+def test_known_token_expires_and_ends_when_disabled() -> None:
     kept, good = limits(), operator_token_hash("sale_op_good")
     kept.remember(good, 1_000.0)
     assert kept.vouches(good, 1_059.0)
@@ -312,7 +310,7 @@ async def _slow_tenth(client: Client, campaign: str) -> float:
 
 
 @pytest.mark.load
-async def test_given_a_card_that_hammers_then_it_costs_the_others_nothing(
+async def test_card_over_its_rate_costs_others_nothing(
     service: Service, client: Client, crowd: Client
 ) -> None:
     """Row 22 of HOLES.md: one limit for everybody was 8 to 30 s for all, and would be 429 here.
@@ -368,7 +366,7 @@ def _raised_and_told() -> None:
     assert refused.problem is Problem.RATE_LIMITED
 
 
-def test_given_refusals_by_the_thousand_then_the_collector_has_nothing_to_do_for_them() -> None:
+def test_refusals_create_no_garbage_for_the_collector() -> None:
     """With tracebacks each was a cycle: a card that hammered stopped everybody for 50 ms."""
     _raised_and_told()
     gc.collect()
@@ -382,7 +380,7 @@ def _metrics(service: Service) -> str:
         return str(answer.read(), "utf-8")
 
 
-async def test_given_impatience_when_a_purchase_is_repeated_with_its_key_then_it_is_replayed(
+async def test_repeated_purchase_over_the_rate_is_replayed(
     service: Service, client: Client
 ) -> None:
     campaign, card, key = await client.campaign(), service.card(), new_key()

@@ -34,7 +34,7 @@ NOT_VERIFIED = "campaigns are not verified yet"
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-def test_ready_after_everything_was_killed_sells_at_once(short_path: Path) -> None:
+def test_system_sells_once_ready_after_kill_of_everything(short_path: Path) -> None:
     data_dir = short_path / "data"
     with running_service(data_dir, killed=True) as service:
         service.admin_token = service.operator("admin")[1]
@@ -81,7 +81,7 @@ def kill_everything(service: Service) -> None:
     service.process.wait(10)
 
 
-async def test_process_shows_metrics_once_nothing_halts_it(
+async def test_process_serves_metrics_once_nothing_halts_it(
     short_path: Path, database_url: str
 ) -> None:
     async with server(short_path / "r", appendfsync="everysec") as weak:
@@ -96,9 +96,7 @@ async def test_process_shows_metrics_once_nothing_halts_it(
             assert halted == 0
 
 
-async def test_process_that_is_halted_ends_at_once_when_told(
-    short_path: Path, database_url: str
-) -> None:
+async def test_halted_process_ends_at_once_on_sigterm(short_path: Path, database_url: str) -> None:
     async with (
         server(short_path / "r", appendfsync="everysec") as weak,
         serving(short_path, weak, database_url) as (process, url),
@@ -187,13 +185,13 @@ async def test_host_is_unready_until_campaigns_are_verified(shop: Shop) -> None:
     assert await reasons(stores(shop)) == []
 
 
-async def test_another_deployment_is_not_taken_for_verified(shop: Shop) -> None:
+async def test_other_deployment_is_not_taken_as_verified(shop: Shop) -> None:
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     assert await unverified(shop.redis, shop.nonce) == 0
     assert await unverified(shop.redis, "of another deployment") > 0
 
 
-async def test_recovering_or_damaged_campaign_keeps_no_host_unready(shop: Shop) -> None:
+async def test_host_is_ready_despite_a_recovering_campaign(shop: Shop) -> None:
     await freeze(shop.redis, CAMPAIGN, "an operator said so")
     await shop.redis.sadd(CAMPAIGNS, "damaged")
     await shop.redis.set(campaign_keys("damaged").head, "no hash")

@@ -1,4 +1,4 @@
-"""One deployment shares an address, strangers are refused; all is bound before that is said."""
+"""Processes of one deployment share an address; any other process is refused."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ def test_another_deployment_is_refused(theirs: str, ours: str) -> None:
         pass
 
 
-def test_a_shared_port_of_another_program_is_refused() -> None:
+def test_shared_port_of_another_program_is_refused() -> None:
     with (
         socket.create_server(("127.0.0.1", 0), reuse_port=True) as theirs,
         pytest.raises(StartError, match="already in use"),
@@ -75,11 +75,11 @@ def test_other_addresses_and_ports_are_free() -> None:
         assert same == port
     with listener_for("theirs", port=0), listener_for("ours", port=0):
         pass
-    with listener_for("ours", port=port):  # the name ended with its listener
+    with listener_for("ours", port=port):  # the claim ended with its listener
         pass
 
 
-def test_a_reserved_address_is_for_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserved_address_is_for_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
     with listen_on("127.0.0.1:0") as holder, reserve(holder):
         port = holder.getsockname()[1]
         with pytest.raises(StartError, match="in use"), listener_for("theirs", port=port):
@@ -87,12 +87,12 @@ def test_a_reserved_address_is_for_the_children(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(os, "getppid", os.getpid)
         with listener_for("ours", port=port):
             monkeypatch.undo()
-            with listener_for("ours", port=port):  # by hand, beside `sale up`
+            with listener_for("ours", port=port):  # started by hand beside `sale up`
                 pass
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-async def test_a_taken_metrics_address_is_told_before_anything(
+async def test_metrics_address_in_use_is_reported_first(
     kind: str, short_path: Path, redis_url: str, database_url: str
 ) -> None:
     wanted = "127.0.0.1:0" if kind == "tcp" else f"unix:{short_path / 'm'}"
@@ -114,7 +114,7 @@ async def test_a_taken_metrics_address_is_told_before_anything(
             )
 
 
-async def test_a_dead_metrics_socket_is_taken_over(short_path: Path) -> None:
+async def test_metrics_socket_of_a_dead_process_is_replaced(short_path: Path) -> None:
     path = short_path / "m"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -153,7 +153,7 @@ async def test_serve_refuses_the_port_of_another_deployment(
                     assert json.loads(line)["address"] == address
                     break
             else:
-                pytest.fail("it ended")
+                pytest.fail("it ended before it listened")
     finally:
         friend.send_signal(signal.SIGTERM)
         await asyncio.wait_for(friend.communicate(), 20)

@@ -1,4 +1,4 @@
-"""A URL says all: strictly read, no password in a message, nothing taken from the environment."""
+"""URLs are parsed strictly, no message holds a password, and the environment is ignored."""
 
 import os
 from collections.abc import Awaitable, Callable
@@ -19,7 +19,7 @@ from sale.stock.connection import open_redis
 from sale.store_urls import PostgresUrl, RedisUrl
 
 SECRET = "hunter2"
-LED_ASTRAY = {
+MISLEADING = {
     "PGHOST": "/nowhere",
     "PGPORT": "1",
     "PGUSER": "nobody-we-know",
@@ -88,7 +88,9 @@ LED_ASTRAY = {
         ("SALE_SIGNING_KEY", SECRET),
     ],
 )
-def test_bad_url_names_its_setting_and_no_password(variable: str, url: str, tmp_path: Path) -> None:
+def test_bad_url_error_names_the_setting_and_no_password(
+    variable: str, url: str, tmp_path: Path
+) -> None:
     with pytest.raises(SettingsError, match=f"^bad settings: {variable}: ") as told:
         config.load(environment={variable: url})
     assert SECRET not in str(told.value)
@@ -140,7 +142,7 @@ async def test_driver_environment_is_ignored(
     by_socket = database_url
     async with Proxy("127.0.0.1:0", f"unix:{socket_of(database_url)}") as proxy:
         by_tcp = f"postgresql://sale@{proxy.listen}{urlsplit(database_url).path}"
-        for name, value in {**LED_ASTRAY, "HOME": str(tmp_path)}.items():
+        for name, value in {**MISLEADING, "HOME": str(tmp_path)}.items():
             monkeypatch.setenv(name, value)
         for url in (by_socket, by_tcp):
             pool = await open_pool(url)
@@ -172,7 +174,7 @@ async def test_search_path_makes_no_second_tables(
         assert await admin.fetchval(tables) == 0
         pool = await open_pool(url, max_size=1)
         try:
-            for _ in range(2):  # as it connected, and as it was given back
+            for _ in range(2):  # after connecting, and after its reset in the pool
                 assert await pool.fetchval("SELECT count(*) FROM card") == 0
         finally:
             await close_pool(pool)

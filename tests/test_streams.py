@@ -1,4 +1,4 @@
-"""Closed streams, and readers that go away, stop nothing."""
+"""Commands and `sale up` work with closed streams and after their reader has gone."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def shell(line: str, service: Service) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_stop_no_step(service: Service, closed: str) -> None:
+def test_command_succeeds_with_closed_streams(service: Service, closed: str) -> None:
     name = f"clerk-{os.urandom(4).hex()}"
     done = shell(f"{SALE} operator add {name} --role auditor {closed}", service)
     assert (done.returncode, done.stderr) == (0, "")
@@ -35,16 +35,16 @@ def test_closed_streams_stop_no_step(service: Service, closed: str) -> None:
     assert name in service.sale("operator", "list").out
 
 
-def test_a_reader_that_has_gone_stops_no_step(service: Service) -> None:
+def test_command_succeeds_after_its_reader_has_gone(service: Service) -> None:
     name = f"clerk-{os.urandom(4).hex()}"
     add = f"{SALE} operator add {name} --role auditor"
-    # The reader goes before the command can have begun to write.
+    # The reader ends before the command can have begun to write.
     done = shell(f"{{ {add}; echo status $? >&2; }} | true", service)
     assert done.stderr == "status 0\n"
     assert name in service.sale("operator", "list").out
 
 
-def test_a_full_disk_under_the_output_is_told(service: Service) -> None:
+def test_full_disk_under_the_output_is_reported(service: Service) -> None:
     done = shell(f"{SALE} operator list > /dev/full", service)
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
@@ -52,7 +52,7 @@ def test_a_full_disk_under_the_output_is_told(service: Service) -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("output", [">&- <&-", "| true", "> /dev/full"])
-def test_up_outlives_its_output(
+def test_up_runs_on_after_its_output_is_gone(
     output: str, short_path: Path, redis_url: str, server_database_url: str
 ) -> None:
     stub = Path(__file__).with_name("stub_part.py")

@@ -1,4 +1,4 @@
-"""The supervisor with stub parts: ready line, restarts, merged metrics, a clean end."""
+"""The supervisor with stub parts: ready line, restarts, merged metrics, an orderly stop."""
 
 # ruff: noqa: ASYNC240 - small local files
 
@@ -45,7 +45,7 @@ async def system(
 
 
 class System:
-    """A supervisor in this process, on the tests' servers."""
+    """A supervisor in this process, with the stores of the tests."""
 
     def __init__(self, data_dir: Path, redis_url: str, database_url: str) -> None:
         self.data_dir = data_dir
@@ -78,14 +78,14 @@ class System:
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.wait_for(self.task, 20)
 
-    def told(self) -> dict[str, object]:
+    def register(self) -> dict[str, object]:
         return json.loads((self.data_dir / "run" / "processes.json").read_text())
 
     def pids(self) -> dict[str, int]:
-        return self.told()["processes"]  # type: ignore[return-value]
+        return self.register()["processes"]  # type: ignore[return-value]
 
     async def metrics(self) -> str:
-        return await get(f"http://{self.told()['metrics_listen']}/metrics")
+        return await get(f"http://{self.register()['metrics_listen']}/metrics")
 
 
 FIELDS = ("redis_url", "database_url", "data_dir", "listen", "metrics_listen", "workers")
@@ -109,9 +109,7 @@ def value(text: str, sample: str) -> float:
     )
 
 
-async def test_given_two_urls_when_it_runs_then_all_parts_run_and_end_in_order(
-    system: System,
-) -> None:
+async def test_all_parts_run_and_stop_in_order(system: System) -> None:
     url = await system.start()
 
     pids = system.pids()
@@ -138,11 +136,11 @@ async def test_ready_waits_for_each_part_to_show_its_metrics(system: System, par
 
     async def answers() -> bool:
         with contextlib.suppress(OSError, aiohttp.ClientError, KeyError):
-            return "ok" in await get(f"http://{system.told()['listen']}/readyz")
+            return "ok" in await get(f"http://{system.register()['listen']}/readyz")
         return False
 
     await until(answers)
-    # Some turns of its loop (READY_POLL_S), so that it has seen the API answer, too.
+    # Several READY_POLL_S, so that the supervisor has seen the API answer too.
     await asyncio.sleep(20 * supervisor.READY_POLL_S)
     assert not starting.done()
     unready.unlink()
@@ -150,15 +148,13 @@ async def test_ready_waits_for_each_part_to_show_its_metrics(system: System, par
 
 
 @pytest.mark.fault
-async def test_given_a_part_killed_then_it_is_started_again_and_counters_do_not_fall(
-    system: System,
-) -> None:
+async def test_killed_part_restarts_and_counters_do_not_fall(system: System) -> None:
     url = await system.start()
     for _ in range(20):
         await get(f"{url}/ping")
     text = await system.metrics()
     assert value(text, 'sale_pings_total{part="serve"}') == 20
-    assert value(text, "sale_redis_up") == 0, "the lowest counts"
+    assert value(text, "sale_redis_up") == 0, "the minimum is shown"
     before = system.pids()
 
     for name in ("serve-1", "writer"):
@@ -177,9 +173,7 @@ async def test_given_a_part_killed_then_it_is_started_again_and_counters_do_not_
 
 
 @pytest.mark.fault
-async def test_given_one_worker_when_renewed_then_somebody_listens_at_every_moment(
-    system: System,
-) -> None:
+async def test_renewing_one_worker_refuses_no_connection(system: System) -> None:
     url = await system.start(workers=1)
     await get(f"{url}/ping")
     before = system.pids()
@@ -208,7 +202,7 @@ async def test_given_one_worker_when_renewed_then_somebody_listens_at_every_mome
 
 
 @pytest.mark.fault
-async def test_given_a_new_process_that_does_not_come_up_then_the_old_one_stays(
+async def test_failed_renewal_keeps_the_old_process(
     system: System, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url = await system.start()
@@ -217,26 +211,26 @@ async def test_given_a_new_process_that_does_not_come_up_then_the_old_one_stays(
 
     os.kill(os.getpid(), signal.SIGHUP)
 
-    async def told() -> bool:
-        nonlocal said
-        said += "".join(capfd.readouterr())
-        return "supervisor.renewal_failed" in said
+    async def failed() -> bool:
+        nonlocal output
+        output += "".join(capfd.readouterr())
+        return "supervisor.renewal_failed" in output
 
-    said = ""
-    await until(told)
+    output = ""
+    await until(failed)
     assert system.pids() == before
     assert json.loads(await get(f"{url}/ping"))["pid"] in before.values()
     (system.data_dir / "dies-serve").unlink()
 
 
 @pytest.mark.fault
-def test_given_a_terminal_that_goes_away_then_that_is_the_end_and_not_a_restart() -> None:
+def test_closed_terminal_stops_instead_of_restarting() -> None:
     program = (
-        "import asyncio, os, sys; from sale.lifetime import told_to_restart\n"
+        "import asyncio, os, sys; from sale.lifetime import restart_on_signal\n"
         "os.setsid(); os.open(sys.argv[1], os.O_RDWR)\n"
         "async def main():\n"
         "    stop = asyncio.Event()\n"
-        "    with told_to_restart(stop) as restart:\n"
+        "    with restart_on_signal(stop) as restart:\n"
         "        print('ready', flush=True)\n"
         "        await asyncio.wait_for(restart.wait(), 10)\n"
         "        print('restart', flush=True)\n"
@@ -257,7 +251,7 @@ def test_given_a_terminal_that_goes_away_then_that_is_the_end_and_not_a_restart(
         assert process.stdout.readline() == "stop\n"
 
 
-async def test_given_an_address_in_use_then_it_says_so(system: System) -> None:
+async def test_address_in_use_is_named(system: System) -> None:
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(SupervisorError, match=rf"{address}.*in use"):
@@ -266,7 +260,7 @@ async def test_given_an_address_in_use_then_it_says_so(system: System) -> None:
             await system.start(metrics_listen=address)
 
 
-async def test_directory_in_use_is_told_before_its_address(system: System) -> None:
+async def test_directory_in_use_is_reported_before_its_address(system: System) -> None:
     url = await system.start()
     words = ("--data-dir", str(system.data_dir), "up", "--listen", url.removeprefix("http://"))
     second = await asyncio.create_subprocess_exec(
@@ -277,9 +271,7 @@ async def test_directory_in_use_is_told_before_its_address(system: System) -> No
     assert f"{system.data_dir}: in use by pid {os.getpid()}" in said.decode()
 
 
-async def test_given_a_name_with_several_addresses_then_all_bind_its_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_name_with_several_addresses_binds_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def addresses(host: str, port: int, **_: object) -> list[Any]:
         assert host == "somewhere"
         kinds = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
@@ -294,7 +286,7 @@ async def test_given_a_name_with_several_addresses_then_all_bind_its_first(
 @pytest.mark.parametrize(
     "error", [asyncpg.InterfaceError("closed"), redis.exceptions.ConnectionError(), OSError()]
 )
-async def test_given_a_store_that_comes_late_then_it_is_waited_for(error: Exception) -> None:
+async def test_start_waits_for_a_late_store(error: Exception) -> None:
     answers = [error, error, None]
 
     async def attempt() -> str:
@@ -306,14 +298,14 @@ async def test_given_a_store_that_comes_late_then_it_is_waited_for(error: Except
     assert await bootstrap._patiently(attempt, 5) == "there"
 
 
-async def test_given_a_port_just_left_then_it_can_be_taken_again(system: System) -> None:
+async def test_port_can_be_bound_again_at_once(system: System) -> None:
     url = await system.start()
     await get(f"{url}/ping")
     await system.stop()
     assert await system.start(listen=url.removeprefix("http://")) == url
 
 
-async def test_given_failing_migrations_then_nothing_is_started(system: System) -> None:
+async def test_failed_migrations_start_no_part(system: System) -> None:
     system.data_dir.mkdir()
     (system.data_dir / "run").mkdir()
     (system.data_dir / "broken").touch()
@@ -322,7 +314,7 @@ async def test_given_failing_migrations_then_nothing_is_started(system: System) 
     assert not (system.data_dir / "stopped").exists()
 
 
-async def test_given_a_part_that_never_starts_then_it_is_named(system: System) -> None:
+async def test_part_that_never_starts_is_named(system: System) -> None:
     system.data_dir.mkdir()
     (system.data_dir / "run").mkdir()
     (system.data_dir / "dies-serve").touch()
@@ -331,7 +323,7 @@ async def test_given_a_part_that_never_starts_then_it_is_named(system: System) -
 
 
 @pytest.mark.fault
-async def test_given_the_supervisor_killed_then_nothing_is_left_running(short_path: Path) -> None:
+async def test_killed_supervisor_leaves_no_process(short_path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from sale import config;"
         "from sale.host import supervisor; import uvloop;"
@@ -349,8 +341,8 @@ async def test_given_the_supervisor_killed_then_nothing_is_left_running(short_pa
         async for line in process.stdout:
             if line.startswith(b"ready http://127.0.0.1:"):
                 break
-        told = json.loads((short_path / "data" / "run" / "processes.json").read_text())
-        pids = told["processes"]
+        register = json.loads((short_path / "data" / "run" / "processes.json").read_text())
+        pids = register["processes"]
         assert set(pids) == {"serve-1", "writer", "scheduler", "redis", "postgresql"}
     finally:
         process.kill()
@@ -369,14 +361,14 @@ def _runs(pid: int) -> bool:
         return False
 
 
-async def test_given_several_lives_then_sums_are_kept_and_labels_survive(short_path: Path) -> None:
+async def test_restarted_child_keeps_its_counters_and_labels(short_path: Path) -> None:
     merged = MergedMetrics()
     awkward = 'a "quoted" \\ back\nnew 电影'
-    for life in (1, 2):
+    for process in (1, 2):
         registry = CollectorRegistry()
-        Counter("sale_x", "X.", ["what"], registry=registry).labels(awkward).inc(life)
+        Counter("sale_x", "X.", ["what"], registry=registry).labels(awkward).inc(process)
         Histogram("sale_y", "Y.", buckets=(1, 2), registry=registry).observe(1.5)
-        path = short_path / f"m{life}"
+        path = short_path / f"m{process}"
         async with serving_metrics(f"unix:{path}", registry):
             merged.follow("child", path)
             text = await merged.render()
@@ -385,4 +377,4 @@ async def test_given_several_lives_then_sums_are_kept_and_labels_survive(short_p
     assert value(text, 'sale_y_bucket{le="2.0"}') == 2
     assert value(text, "sale_y_count") == 2
     assert "# TYPE sale_x_total counter" in text
-    assert value(await merged.render(), "sale_x_total{") == 3, "one that is away counts as read"
+    assert value(await merged.render(), "sale_x_total{") == 3, "a silent child keeps its values"

@@ -1,4 +1,4 @@
-"""At a terminal and elsewhere: nothing is cut, no character fails, every command says its time."""
+"""Output at a terminal and elsewhere: nothing is cut, and every character can be written."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ def run(service: Service, *words: object, **more: str) -> "subprocess.CompletedP
 
 
 def at_terminal(service: Service, columns: int, *words: str) -> str:
-    """What a command writes to a terminal of so many columns."""
+    """Give the output of a command to a terminal of ``columns`` columns."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     child = subprocess.Popen(
@@ -72,7 +72,7 @@ def write_campaign(folder: Path, identifier: str, title: str = "五元看大片"
     return file
 
 
-def test_ids_and_times_are_whole_at_any_width(service: Service, tmp_path: Path) -> None:
+def test_ids_and_times_are_not_cut_at_any_width(service: Service, tmp_path: Path) -> None:
     identifier = (service.new_id("wide") + "-" + "x" * 48)[:48]
     title = "一个很长的标题" * 20
     made = service.sale("campaign", "create", write_campaign(tmp_path, identifier, title))
@@ -90,7 +90,7 @@ def test_ids_and_times_are_whole_at_any_width(service: Service, tmp_path: Path) 
     assert identifier in at_terminal(service, 80, "audit", identifier)
 
 
-def test_table_cuts_nothing_that_is_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_does_not_cut_a_single_word(capsys: pytest.CaptureFixture[str]) -> None:
     word = "a" * 64
     echo_table(("id", "why"), [(word, "一" * 300), ("", None)], title="[Title]")
     out = capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_table_cuts_nothing_that_is_one_word(capsys: pytest.CaptureFixture[str])
     ],
     ids=["ascii", "latin-1", "C"],
 )
-def test_output_that_cannot_be_encoded_fails_no_command(
+def test_command_succeeds_if_output_cannot_be_encoded(
     service: Service, tmp_path: Path, more: dict[str, str]
 ) -> None:
     file = write_campaign(tmp_path, service.new_id("enc"), "五元看大片 𠮷 é")
@@ -132,7 +132,7 @@ def test_short_help_option_works_on_every_command(words: list[str]) -> None:
         assert "..." not in ran.out.partition("Commands:")[2]
 
 
-def test_help_tells_shell_completion(service: Service) -> None:
+def test_help_explains_shell_completion(service: Service) -> None:
     assert "_SALE_COMPLETE=bash_source" in command("--help").out
     told = run(service, _SALE_COMPLETE="bash_source")
     assert b"_sale_completion" in told.stdout
@@ -148,7 +148,7 @@ def test_help_tells_shell_completion(service: Service) -> None:
         ["cards", "show", "-5"],
     ],
 )
-def test_number_below_zero_is_refused_as_such(words: list[str]) -> None:
+def test_negative_number_is_refused_as_such(words: list[str]) -> None:
     assert "-5: a number below zero" in one_line(command(*words), status=2)
     assert "--nope" in one_line(command(*words[:2], "--nope"), status=2)
 
@@ -158,7 +158,7 @@ def test_audit_of_unknown_campaign_is_bad_usage(service: Service) -> None:
     assert "2 no such campaign" in " ".join(command("audit", "--help").out.split())
 
 
-def test_piped_rehearsal_asks_only_for_what_lacks(service: Service, tmp_path: Path) -> None:
+def test_piped_rehearsal_names_only_missing_options(service: Service, tmp_path: Path) -> None:
     identifier = service.new_id("piped")
     assert service.sale("campaign", "create", write_campaign(tmp_path, identifier)).status == 0
     words = ("rehearse", identifier, "--cards", 2, "--beside-real-sales")
@@ -173,7 +173,7 @@ def test_piped_rehearsal_asks_only_for_what_lacks(service: Service, tmp_path: Pa
         assert ran.stderr.decode().rstrip().endswith(lacks), ran
 
 
-def test_progress_is_plain_lines_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("importing", every_s=0.05) as move:
         move(3, 9, "reading")
         time.sleep(0.3)
@@ -185,7 +185,7 @@ def test_progress_is_plain_lines_where_nobody_watches(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == ""
 
 
-def test_commands_that_take_long_say_how_long() -> None:
+def test_documents_say_how_long_slow_commands_take() -> None:
     operations = (ROOT / "docs/OPERATIONS.md").read_text("utf-8")
     section = operations.partition("## How long commands take")[2].partition("\n## ")[0]
     for words in ("cards import", "cards sample", "tokens", "audit", "recover", "rehearse", "up"):

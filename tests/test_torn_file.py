@@ -117,7 +117,7 @@ async def test_second_crash_before_the_rewrite_ended_loses_nothing(
         await shop.stop_writer()
 
 
-async def test_rewrite_that_fails_keeps_it_shut_and_is_told(
+async def test_failed_rewrite_keeps_sales_shut_and_is_reported(
     torn: tuple[Path, list[str]], database_url: str
 ) -> None:
     home, _ = torn
@@ -144,7 +144,7 @@ async def test_rewrite_that_fails_keeps_it_shut_and_is_told(
             assert await trouble(redis) == ""
 
 
-async def test_file_turned_on_while_it_runs_is_awaited(tmp_path: Path) -> None:
+async def test_append_only_file_turned_on_later_is_awaited(tmp_path: Path) -> None:
     async with server(tmp_path / "r", **SLOW_REWRITE) as found:
         redis = found.redis
         await redis.mset({f"key-{n}": n for n in range(8)})
@@ -161,7 +161,7 @@ async def test_file_turned_on_while_it_runs_is_awaited(tmp_path: Path) -> None:
         assert await faults(redis, "fsync") == []
 
 
-async def test_later_rewrite_that_fails_shuts_nothing(tmp_path: Path) -> None:
+async def test_later_failed_rewrite_does_not_stop_sales(tmp_path: Path) -> None:
     async with server(tmp_path / "r", **SLOW_REWRITE) as found:
         redis = found.redis
         await until(lambda: whole(redis))

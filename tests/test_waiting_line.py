@@ -59,7 +59,7 @@ def overload(seed: int = 1, **options: Any) -> Overload:
     return Overload(**(bounds | options), chance=random.Random(seed))
 
 
-def test_given_the_bound_when_more_connections_come_then_they_are_turned_away() -> None:
+def test_connections_above_the_bound_are_refused() -> None:
     async def judge() -> None:
         admission = overload(connections_max=2)
         assert [admission.take_connection() for _ in range(3)] == [True, True, False]
@@ -70,7 +70,7 @@ def test_given_the_bound_when_more_connections_come_then_they_are_turned_away() 
     asyncio.run(judge())
 
 
-async def test_given_a_long_turn_when_a_request_comes_late_in_it_then_it_is_refused() -> None:
+async def test_request_read_late_in_a_turn_is_refused() -> None:
     admission = overload()
     assert admission.overloaded(100.0) == ""
     assert admission.overloaded(100.0 + TURN_S / 2) == ""
@@ -90,9 +90,7 @@ class _Reader(asyncio.Protocol):
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("waiting_line", [40, 1_500])
-def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
-    loop: str, waiting_line: int
-) -> None:
+def test_all_requests_of_one_poll_are_one_turn(loop: str, waiting_line: int) -> None:
     """What the measure rests on: ``call_soon`` comes after all reads of a poll."""
 
     async def judge() -> list[str]:
@@ -135,7 +133,7 @@ def test_given_a_crowd_when_one_poll_reads_it_all_then_that_is_one_turn(
     assert set(told[admitted:]) == {TURN}
 
 
-async def test_given_a_full_house_when_more_purchases_come_then_they_are_refused() -> None:
+async def test_purchases_above_the_queue_bound_are_refused() -> None:
     waiting = (95, 99.9, 0)
     admission = overload(waiting=lambda: waiting)
     told = [admission.overloaded(100.0) for _ in range(8)]
@@ -164,9 +162,7 @@ class _Queue:
 
 @pytest.mark.parametrize("per_s", [700, 5_000])
 @pytest.mark.parametrize("times", [2, 10])
-async def test_given_more_than_can_be_served_then_nobody_waits_much_longer_than_told(
-    per_s: int, times: int
-) -> None:
+async def test_wait_stays_near_its_bound_under_overload(per_s: int, times: int) -> None:
     """And the queue never runs dry: who is refused had not been served sooner by being let in."""
     queue = _Queue(per_s)
     admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
@@ -185,7 +181,7 @@ async def test_given_more_than_can_be_served_then_nobody_waits_much_longer_than_
     assert set(told) == {"", LATE}
 
 
-async def test_given_a_pace_that_falls_then_the_wait_is_bounded_by_the_new_one() -> None:
+async def test_wait_is_bounded_by_a_falling_pace() -> None:
     queue = _Queue(5_000)
     admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
     for step in range(8_000):
@@ -196,7 +192,7 @@ async def test_given_a_pace_that_falls_then_the_wait_is_bounded_by_the_new_one()
     assert 0 < queue.waits / queue.per_s < 1.2
 
 
-async def test_given_a_store_that_stalls_for_a_moment_then_a_few_may_wait_for_it() -> None:
+async def test_some_purchases_may_wait_for_a_stalled_store() -> None:
     queue = _Queue(0)
     admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
     told = Counter[str]()
@@ -209,7 +205,7 @@ async def test_given_a_store_that_stalls_for_a_moment_then_a_few_may_wait_for_it
     assert admission.turn_is_over(queue.now) == ""
 
 
-async def test_given_a_campaign_that_goes_away_then_the_pace_is_measured_anew() -> None:
+async def test_pace_is_measured_anew_after_a_campaign_is_gone() -> None:
     waiting = (2_000, 99.0, 50_000)
     admission = overload(waiting=lambda: waiting, waiting_max=0, turn_max_s=0)
     admission.overloaded(100.0)
@@ -217,12 +213,12 @@ async def test_given_a_campaign_that_goes_away_then_the_pace_is_measured_anew() 
     assert admission.overloaded(101.0) == ""
 
 
-async def test_given_bounds_of_zero_then_nothing_is_refused() -> None:
+async def test_bounds_of_zero_refuse_nothing() -> None:
     admission = overload(turn_max_s=0, waiting_max=0, wait_max_s=0, waiting=lambda: (10**9, 1.0, 0))
     assert [admission.overloaded(now) for now in (100.0, 200.0, 300.0)] == [""] * 3
 
 
-async def test_given_refusals_then_retry_after_is_spread_the_wider_the_longer_it_lasts() -> None:
+async def test_retry_after_spreads_wider_as_overload_lasts() -> None:
     admission = overload()
     first = [admission.refuse(TURN, 100.0) for _ in range(500)]
     assert set(first) == {1, 2, 3, 4, 5}
@@ -247,7 +243,7 @@ def _refused_in(admission: Overload, began: float, seconds: float) -> int:
     return told
 
 
-async def test_given_more_refusals_than_are_cheap_then_the_next_must_wait() -> None:
+async def test_purchase_waits_if_refusals_would_cost_sales() -> None:
     admission, (least, most) = overload(), REFUSALS_PER_S
     cheap = _refused_in(admission, 100.0, 2.0)
     assert abs(cheap - (2.0 + REFUSALS_AHEAD_S) * least) <= 0.02 * least
@@ -269,7 +265,7 @@ class _Standing:
         self._call()
 
 
-async def test_given_a_crowd_then_it_is_called_in_order_while_there_is_room_or_time() -> None:
+async def test_waiters_are_called_in_order_while_there_is_room() -> None:
     waiting = (0, 0.0, 0)
     admission = overload(waiting=lambda: waiting, waiting_max=10)
     waiting_line, seen = WaitingLine(admission), []
@@ -298,9 +294,7 @@ async def test_given_a_crowd_then_it_is_called_in_order_while_there_is_room_or_t
     waiting_line.close()
 
 
-async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_is_called(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_waiter_over_its_time_is_called_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_module, "WAIT_S", 0.05)
     waiting = (10, time.monotonic(), 0)
     admission = overload(waiting=lambda: waiting, waiting_max=10)
@@ -314,7 +308,7 @@ async def test_given_that_nobody_may_be_refused_when_one_stood_too_long_then_it_
     waiting_line.close()
 
 
-async def test_given_a_fault_of_one_who_is_called_then_the_others_are_called_all_the_same() -> None:
+async def test_failing_waiter_does_not_stop_the_others() -> None:
     waiting_line, called, told = WaitingLine(overload()), asyncio.Event(), []
 
     def broken() -> None:
@@ -409,9 +403,7 @@ async def beyond() -> AsyncIterator[_Beyond]:
         waiting_line.close()
 
 
-async def test_given_no_room_and_no_time_to_refuse_when_aiohttp_serves_then_purchases_stand(
-    beyond: _Beyond,
-) -> None:
+async def test_aiohttp_purchase_waits_without_room_or_refusals(beyond: _Beyond) -> None:
     tasks = await beyond.standing("a", "b", "c")
     await asyncio.sleep(0.05)
     assert beyond.admission.waiters == 3
@@ -425,7 +417,7 @@ async def test_given_no_room_and_no_time_to_refuse_when_aiohttp_serves_then_purc
     assert not beyond.admission.shed.total()
 
 
-async def test_given_a_crowd_when_aiohttp_serves_then_nobody_overtakes_it(beyond: _Beyond) -> None:
+async def test_aiohttp_purchase_does_not_overtake_the_line(beyond: _Beyond) -> None:
     seen: list[list[str]] = []
     beyond.waiting_line.join(
         _Standing(lambda: seen.append(list(beyond.desk.asked))), time.monotonic()
@@ -439,7 +431,7 @@ async def test_given_a_crowd_when_aiohttp_serves_then_nobody_overtakes_it(beyond
     assert admission.admit(time.monotonic()) == 0
 
 
-async def test_given_purchases_of_aiohttps_that_stood_too_long_then_they_are_refused(
+async def test_aiohttp_purchase_is_refused_after_its_wait(
     beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(line_module, "WAIT_S", 0.05)
@@ -453,16 +445,14 @@ async def test_given_purchases_of_aiohttps_that_stood_too_long_then_they_are_ref
     assert beyond.desk.asked == []
 
 
-async def test_given_a_process_that_is_to_stop_then_those_of_aiohttps_stand_no_longer(
-    beyond: _Beyond,
-) -> None:
+async def test_stop_empties_the_line_of_aiohttp_purchases(beyond: _Beyond) -> None:
     tasks = await beyond.standing("a", "b")
     beyond.waiting_line.emptying = True
     async with asyncio.timeout(2):
         assert [told[0] for told in await asyncio.gather(*tasks)] == [503] * 2
 
 
-async def test_given_too_many_of_aiohttps_that_stand_then_the_next_is_told_and_closed(
+async def test_aiohttp_waiters_above_the_bound_are_closed(
     beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(door_module, "WAITERS_MAX", 2)
@@ -479,9 +469,7 @@ async def test_given_too_many_of_aiohttps_that_stand_then_the_next_is_told_and_c
     assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 2
 
 
-async def test_given_a_client_of_aiohttps_that_goes_while_it_stands_then_nothing_is_bought_for_it(
-    beyond: _Beyond,
-) -> None:
+async def test_client_that_leaves_the_line_buys_nothing(beyond: _Beyond) -> None:
     gone, stays = await beyond.standing("a", "b")
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
@@ -491,7 +479,7 @@ async def test_given_a_client_of_aiohttps_that_goes_while_it_stands_then_nothing
     assert (beyond.desk.asked, beyond.desk.called) == (["b"], 1)
 
 
-def test_given_the_limit_of_open_files_then_connections_stay_below_it() -> None:
+def test_connections_stay_below_the_limit_of_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1_000), hard))
@@ -518,7 +506,7 @@ async def overrun() -> tuple[web.Application, Overload]:
     return app, admission
 
 
-async def test_given_overload_when_asked_then_routes_say_so_and_health_answers(
+async def test_overload_answers_503_and_health_still_answers(
     overrun: tuple[web.Application, Overload],
 ) -> None:
     app, admission = overrun
@@ -541,7 +529,7 @@ async def test_given_overload_when_asked_then_routes_say_so_and_health_answers(
     assert admission.shed[TURN] == 40
 
 
-async def test_given_what_a_process_is_under_when_scraped_then_it_is_told_and_adds_up() -> None:
+async def test_load_metrics_are_shown_and_add_up() -> None:
     admission = overload()
     admission.take_connection()
     admission.refuse(TURN, 1.0)

@@ -12,7 +12,7 @@ from shop import CAMPAIGN, Shop, open_shop, until
 from stock_maker import BEHIND_MAX, campaign, card, key
 
 from sale.db import claims
-from sale.lifetime import ended
+from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
@@ -52,7 +52,7 @@ class Api:
 
     async def close(self) -> None:
         if self._task is not None:
-            await ended([self._task])  # redis-py may swallow a cancellation
+            await cancel_and_wait([self._task])  # redis-py may swallow a cancellation
         await self.batchers.close()
 
 

@@ -47,7 +47,7 @@ from sale.api.request import (
     decode_body,
 )
 from sale.api.routing import refused_by
-from sale.background import kept_up
+from sale.background import keep_running
 from sale.bootstrap import Engine
 from sale.domain.campaign import Campaign
 from sale.domain.problem import Problem, Refused
@@ -100,7 +100,7 @@ class FastPath:
         self._reads_on = False
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
-        self._sweeper = self.loop.create_task(kept_up(self._sweep))
+        self._sweeper = self.loop.create_task(keep_running(self._sweep))
         self.waiting_line = waiting_line
         self.answers = FastPathAnswers(engine.desk, self.is_draining)
         self.overloaded = overloaded_answers()

@@ -178,11 +178,11 @@ def _run_part(
     *,
     held: bool,
 ) -> None:
-    from sale.lifetime import ends_in_time, told_to_stop
+    from sale.lifetime import run_until_stopped, stop_on_signal
 
     async def part() -> None:
-        with told_to_stop() as stop:
-            await ends_in_time(work(settings, stop), stop, settings.drain_limit_s)
+        with stop_on_signal() as stop:
+            await run_until_stopped(work(settings, stop), stop, settings.drain_limit_s)
 
     _log(settings)
     # `sale up` starts a part before its stores, so that they come up while it is imported.

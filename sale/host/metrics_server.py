@@ -1,8 +1,9 @@
-"""``GET /metrics``: of one process, or of all a supervisor's processes as one.
+"""``GET /metrics``: of one process, or of all processes of a supervisor together.
 
-Every process serves its own metrics; the supervisor's children do so on unix sockets, where it
-reads them and adds them up. ``prometheus_client``'s multiprocess mode was rejected: it keeps files
-of dead processes for ever and needs an environment variable before the first import.
+Every process serves its own metrics. A child of the supervisor serves them on a unix socket; the
+supervisor reads these sockets and adds the values up. ``prometheus_client``'s multiprocess mode was
+rejected: it keeps the files of dead processes for ever and needs an environment variable before the
+first import.
 """
 
 import asyncio
@@ -39,14 +40,14 @@ Source = CollectorRegistry | Callable[[], Awaitable[str]] | Callable[[], str]
 
 
 class MetricsAddressError(StartError):
-    """The metrics address cannot be listened on; the message is one line for people."""
+    """The process cannot listen on the metrics address; the message is one line for people."""
 
 
 class MetricsAddress(msgspec.Struct, frozen=True):
-    """An address of metrics that is ours from now on; ``path`` is that of a unix socket.
+    """A bound address for metrics; ``path`` is set for a unix socket.
 
-    Such a socket is bound as ``bound_as`` and gets its own name once it is served: a supervisor
-    takes that for the sign that a part does its work.
+    A unix socket is bound as ``bound_as`` and gets the name ``path`` when it is served: to the
+    supervisor, a socket under that name means that the part works.
     """
 
     listeners: tuple[socket.socket, ...]
@@ -60,14 +61,14 @@ def bound_metrics(address: str) -> Iterator[MetricsAddress]:
     """Bind ``host:port`` (port 0 picks a free one) or ``unix:/path`` while the block runs.
 
     Raises:
-        MetricsAddressError: the address is in use or not ours to take.
+        MetricsAddressError: the address is in use, or binding it is not permitted.
 
     """
     try:
         bound = _bind(address)
     except (OSError, ValueError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        # Not ``strerror``, to which the library adds the address.
+        # Not ``error.strerror``: the library adds the address to it.
         why = os.strerror(number) if number is not None and number > 0 else error
         raise MetricsAddressError(f"metrics address {address}: {why}") from None
     try:
@@ -81,12 +82,12 @@ def bound_metrics(address: str) -> Iterator[MetricsAddress]:
 
 @contextlib.asynccontextmanager
 async def serving_metrics(address: str | MetricsAddress, source: Source) -> AsyncIterator[str]:
-    """Serve ``GET /metrics`` on an address while the block runs; yields the real one.
+    """Serve ``GET /metrics`` on an address while the block runs; yields the bound address.
 
     ``source`` is a registry, or a function (async or not) that returns the text.
 
     Raises:
-        MetricsAddressError: the address is in use or not ours to take.
+        MetricsAddressError: the address is in use, or binding it is not permitted.
 
     """
     app = web.Application()
@@ -103,41 +104,41 @@ async def serving_metrics(address: str | MetricsAddress, source: Source) -> Asyn
 
 
 class MergedMetrics:
-    """The metrics of several child processes, added up.
+    """The metrics of several child processes, merged.
 
-    Counters and histograms are summed by name and labels, and those of a child that died are kept
-    as last read, so that they never fall; gauges are the highest of those alive, except that of
-    names ending in ``_up`` the lowest counts, and those in ``SUMMED_GAUGES`` add up.
+    Counters and histograms are summed by name and labels. The last values read from a child that
+    died stay in the sum, so that a counter never falls. A gauge is the maximum over the running
+    processes; the minimum if its name ends in ``_up``; the sum if it is in ``SUMMED_GAUGES``.
     """
 
     def __init__(self) -> None:
         self._sockets: dict[str, Path] = {}
         self._latest: dict[str, _Snapshot] = {}
-        self._buried = _Snapshot()
+        self._retired = _Snapshot()
 
     def follow(self, child: str, socket: Path) -> None:
-        """Read ``child``'s metrics from ``socket``; an earlier process of that name is dead."""
-        self.bury(child)
+        """Read ``child``'s metrics from ``socket``; retire an earlier process of that name."""
+        self.retire(child)
         self._sockets[child] = socket
 
-    def bury(self, child: str) -> None:
-        """Keep what ``child`` last counted and read it no more."""
+    def retire(self, child: str) -> None:
+        """Stop reading ``child`` and keep its last counters in the sum."""
         self._sockets.pop(child, None)
         last = self._latest.pop(child, None)
         if last is not None:
-            self._buried.add(last, gauges=False)
+            self._retired.add(last, gauges=False)
 
     async def poll(self) -> None:
-        """Read the children every second until cancelled: a death loses a second at most."""
+        """Read the children every second until cancelled, so that a death loses 1 s at most."""
         while True:
             await self._read_all()
             await asyncio.sleep(POLL_INTERVAL_S)
 
     async def render(self) -> str:
-        """All children's metrics as one text; a child that does not answer stands as last read."""
+        """All children's metrics as one text, with the last values of a child that is silent."""
         await self._read_all()
         total = _Snapshot()
-        total.add(self._buried, gauges=False)
+        total.add(self._retired, gauges=False)
         for snapshot in self._latest.values():
             total.add(snapshot, gauges=True)
         return total.text()
@@ -175,7 +176,7 @@ class _Family(msgspec.Struct):
 
 
 class _Snapshot:
-    """Metrics of one process at one moment, or of several added up."""
+    """Metrics of one process at one moment, or the sum of several."""
 
     def __init__(self) -> None:
         self.families: dict[str, _Family] = {}
@@ -193,7 +194,7 @@ class _Snapshot:
         return snapshot
 
     def add(self, other: "_Snapshot", *, gauges: bool) -> None:
-        """Add another's counters and histograms, and merge its ``gauges`` where asked."""
+        """Add another's counters and histograms; merge its gauges if ``gauges`` is true."""
         for name, theirs in other.families.items():
             summed = theirs.kind in {"counter", "histogram", "summary"}
             if not summed and not gauges:
@@ -209,7 +210,7 @@ class _Snapshot:
                     ours.samples[key] = choose(ours.samples[key], value)
 
     def text(self) -> str:
-        """Render in the text format, families and samples in a steady order."""
+        """Render in Prometheus' text format, families sorted by name."""
         lines: list[str] = []
         for name, family in sorted(self.families.items()):
             shown = f"{name}_total" if family.kind == "counter" else name
@@ -239,7 +240,7 @@ def _bind(address: str) -> MetricsAddress:
     if address.startswith(UNIX_PREFIX):
         path = Path(address.removeprefix(UNIX_PREFIX))
         _remove_dead(path)
-        # Short, because the kernel takes at most 107 bytes of path.
+        # A short name: the kernel accepts at most 107 bytes of path.
         new = path.with_name(f".{os.getpid()}-{next(_NUMBERS)}")
         listener = socket.socket(socket.AF_UNIX)
         try:
@@ -254,7 +255,7 @@ def _bind(address: str) -> MetricsAddress:
     with contextlib.ExitStack() as stack:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for family, name in dict.fromkeys((each[0], str(each[4][0])) for each in found):
-            # Listening at once: only that keeps another process from binding it too.
+            # ``create_server`` listens at once: until then another process could bind it too.
             listener = socket.create_server((name, port), family=family, backlog=BACKLOG)
             stack.enter_context(listener)
             listeners.append(listener)
@@ -265,7 +266,7 @@ def _bind(address: str) -> MetricsAddress:
 
 
 def _remove_dead(path: Path) -> None:
-    """Remove the socket of a process that has ended. Raises OSError where somebody has it."""
+    """Remove the socket of a process that has ended. Raises OSError if one still listens."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -287,7 +288,7 @@ async def _serve(runner: web.AppRunner, bound: MetricsAddress, stack: contextlib
     server = await loop.create_unix_server(runner.server, sock=bound.listeners[0])
     stack.callback(server.close)
     try:
-        # Not renamed: that would take the place of a process which came meanwhile.
+        # A rename would replace the socket of a process that started meanwhile; a link fails.
         bound.path.hardlink_to(bound.bound_as)
     except OSError as error:
         raise MetricsAddressError(f"metrics address {bound.real}: {error.strerror}") from None

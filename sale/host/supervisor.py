@@ -1,9 +1,9 @@
-"""``sale up``: everything on one machine, under one parent that restarts what dies.
+"""``sale up``: the whole system on one machine, under one supervisor that restarts failed parts.
 
-The parts are the same commands that a real deployment runs (``serve``, ``writer``, ``scheduler``,
-``migrate``), as child processes that end with this one however it ends. The API's port is bound
-here once and held without listening, so that it stays ours while the API processes, which share
-it by SO_REUSEPORT, come and go.
+The parts are the commands that a real deployment runs (``serve``, ``writer``, ``scheduler``,
+``migrate``), as child processes. The kernel ends them when this process ends, for whatever reason.
+The supervisor binds the API's port and never listens on it: this reserves the port while the API
+processes, which share it through SO_REUSEPORT, are restarted.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ from sale.host.children import Child, SupervisorError
 from sale.host.embedded import EmbeddedServers, Endpoints, claimed, running_in
 from sale.host.embedded.servers import end, launch_command
 from sale.host.metrics_server import MergedMetrics, serving_metrics
-from sale.lifetime import told_to_restart, told_to_stop
+from sale.lifetime import restart_on_signal, stop_on_signal
 from sale.shared_port import first_address, reserve
 
 COMMAND = (sys.executable, "-m", "sale")
 MIGRATE_TIMEOUT_S = 300
 READY_TIMEOUT_S = 120
 READY_POLL_S = 0.05
-REST_GRACE_S = 10  # for the parts beside the first API process, once that is ready
+REST_GRACE_S = 10  # for the other parts, after the first API process is ready
 STOP_TIMEOUT_S = 15
-STOP_SPARE_S = 5  # for a part that was cut short (``lifetime.py``) to close what it has open
-UNREADY_RESTARTS_MAX = 3  # in a row, before the first ready: a wrong setting, not an accident
+STOP_SPARE_S = 5  # for a part whose work was cancelled (``lifetime.py``) to close its connections
+UNREADY_RESTARTS_MAX = 3  # in a row, before the first ready: then a setting must be wrong
 
 log = structlog.get_logger()
 
@@ -52,20 +52,19 @@ async def run(
 ) -> None:
     """Run the whole system until SIGTERM or SIGINT; then stop all of it and return.
 
-    SIGHUP renews the API processes, one after the other.
-
-    ``on_ready`` is called once with ``http://host:port`` when the API answers ready. ``command``
-    is put before ``serve``, ``writer``, ``scheduler`` and ``migrate``.
+    SIGHUP renews the API processes, one after the other. When the API answers ready, ``on_ready``
+    is called once with ``http://host:port``. ``command`` is the prefix of ``serve``, ``writer``,
+    ``scheduler`` and ``migrate``.
 
     Raises:
-        SupervisorError: an address is in use, the migrations failed, or a part keeps dying.
+        SupervisorError: an address is in use, the migrations failed, or a part keeps failing.
         EmbeddedError: the data directory or an embedded server cannot be used.
-        MetricsAddressError: the metrics address cannot be listened on.
+        MetricsAddressError: the process cannot listen on the metrics address.
 
     """
-    with told_to_stop() as told, told_to_restart(told) as restart:
+    with stop_on_signal() as stop, restart_on_signal(stop) as restart:
         work = asyncio.ensure_future(_run(settings, on_ready, tuple(command), restart))
-        waiting = asyncio.ensure_future(told.wait())
+        waiting = asyncio.ensure_future(stop.wait())
         try:
             await asyncio.wait({work, waiting}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -83,7 +82,7 @@ async def _run(
     restart: asyncio.Event,
 ) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        # First: a second system on this directory would find the address taken too.
+        # Before the address: a second system on this directory is refused for the directory.
         directory = stack.enter_context(claimed(settings.data_dir))
         address = stack.enter_context(_reserved(settings.listen))
         metrics = MergedMetrics()
@@ -94,13 +93,13 @@ async def _run(
         prepared = asyncio.get_running_loop().create_future()
 
         async def prepare(servers: EmbeddedServers) -> None:
-            """Have the parts imported while the servers start: held, they do nothing else."""
+            """Start the parts held, so that they import their modules while the servers start."""
             complete = _complete(settings, address, servers.endpoints)
             register = _Register(complete.data_dir, servers, address, metrics_address)
             stack.callback(register.remove)
             children = _children(complete, command, servers.sockets, metrics, register)
             stack.push_async_callback(_stop, children)
-            # The scheduler first: a Redis that came back is verified while the others are imported.
+            # The scheduler first: it verifies Redis while the other parts still import.
             for child in reversed(children):
                 await child.prepare()
             prepared.set_result((complete, register, children))
@@ -127,7 +126,7 @@ async def _run(
 
 
 def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Settings:
-    """Settings as the children get them: real address, real URLs, a signing key."""
+    """Fill in what the children need: the bound address, the stores' URLs, a signing key."""
     settings = msgspec.structs.replace(
         settings,
         listen=address,
@@ -144,8 +143,8 @@ def _complete(settings: Settings, address: str, endpoints: Endpoints) -> Setting
 
 
 async def _migrate(settings: Settings, command: tuple[str, ...]) -> None:
-    """Migrate where anything is missing; to ask costs less than a process that finds nothing."""
-    with contextlib.suppress(MigrationError, *POSTGRES_ERRORS):  # the process says it in words
+    """Run ``migrate`` if a migration is missing; the check is cheaper than a process."""
+    with contextlib.suppress(MigrationError, *POSTGRES_ERRORS):  # ``migrate`` reports these itself
         connection = await connect(settings.database_url or "", name="sale up")
         try:
             if not await pending(connection):
@@ -155,7 +154,7 @@ async def _migrate(settings: Settings, command: tuple[str, ...]) -> None:
     process = await asyncio.create_subprocess_exec(
         *launch_command("KILL", program=[*command, "migrate"]),
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,  # its result in words; the log has the same
+        stdout=asyncio.subprocess.DEVNULL,  # the log on stderr says the same
         env=_environment(settings),
     )
     try:
@@ -181,7 +180,7 @@ def _children(
     metrics: MergedMetrics,
     register: "_Register",
 ) -> list[Child]:
-    """The parts in the order in which they are stopped: the API first."""
+    """The parts in the order in which the supervisor stops them: the API first."""
     parts = [(f"serve-{number}", "serve") for number in range(1, settings.workers + 1)]
     parts += [("writer", "writer"), ("scheduler", "scheduler")]
     environment = _environment(settings)
@@ -201,7 +200,7 @@ def _children(
 
 
 async def _supervise(children: list[Child]) -> None:
-    """Keep all running until cancelled, then stop the API, and after it the rest."""
+    """Keep all parts running until cancelled, then stop them."""
     try:
         async with asyncio.TaskGroup() as group:
             for child in children:
@@ -211,7 +210,7 @@ async def _supervise(children: list[Child]) -> None:
 
 
 async def _stop(children: list[Child]) -> None:
-    """Stop the API, and after it the rest; those that have ended stay as they are."""
+    """Stop the API, and after it the other parts."""
     api = _api_of(children)
     rest = [child for child in children if child not in api]
     for some in (api, rest):
@@ -222,14 +221,14 @@ def _api_of(children: list[Child]) -> list[Child]:
     return [child for child in children if child.name.startswith("serve-")]
 
 
-async def _renew_api(children: list[Child], told: asyncio.Event) -> None:
-    """Each time it is told to, renew the API processes one by one, until cancelled.
+async def _renew_api(children: list[Child], restart: asyncio.Event) -> None:
+    """Renew the API processes one by one each time ``restart`` is set, until cancelled.
 
-    Where a new one does not come up, those not yet renewed stay as they are.
+    If a new process does not become ready, the remaining ones are not renewed.
     """
     while True:
-        await told.wait()
-        told.clear()
+        await restart.wait()
+        restart.clear()
         log.info("supervisor.renewing")
         for child in _api_of(children):
             if not await child.renew():
@@ -239,16 +238,16 @@ async def _renew_api(children: list[Child], told: asyncio.Event) -> None:
 
 
 async def _until_ready(address: str, children: list[Child]) -> None:
-    """Wait until the API answers ready, and a little longer for the other parts.
+    """Wait until the API answers ready, and at most REST_GRACE_S more for the other parts.
 
-    Raises SupervisorError when it cannot get there.
+    Raises SupervisorError if a part keeps failing, or after READY_TIMEOUT_S.
     """
     host, port = config.split_address(address)
     reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared
     url = f"http://{_join(reached, port)}/readyz"
     deadline = time.monotonic() + READY_TIMEOUT_S
     ready_since: float | None = None
-    said = "no answer"
+    last_answer = "no answer"
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as session:
         while time.monotonic() < deadline:
             for child in children:
@@ -261,15 +260,15 @@ async def _until_ready(address: str, children: list[Child]) -> None:
                         late = time.monotonic() - ready_since > REST_GRACE_S
                         if late or all(child.listening for child in children):
                             return
-                    said = f"{answer.status} {(await answer.text())[:300]}"
+                    last_answer = f"{answer.status} {(await answer.text())[:300]}"
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                said = str(error)
+                last_answer = str(error)
             await asyncio.sleep(READY_POLL_S)
-    raise SupervisorError(f"not ready after {READY_TIMEOUT_S} s: {said}")
+    raise SupervisorError(f"not ready after {READY_TIMEOUT_S} s: {last_answer}")
 
 
 class _Register:
-    """``run/processes.json``: who runs, for ``sale doctor`` and the fault tests."""
+    """``run/processes.json``: the running processes, for ``sale doctor`` and the fault tests."""
 
     def __init__(
         self, data_dir: Path, servers: EmbeddedServers, listen: str, metrics_listen: str
@@ -282,22 +281,22 @@ class _Register:
         self._failing = False
 
     def put(self, name: str, pid: int) -> None:
-        """A child was started."""
+        """Record a child that was started."""
         self._children[name] = pid
         self._write()
 
     def drop(self, name: str, pid: int) -> None:
-        """A child's process is gone; it may have a successor already."""
+        """Remove a child whose process has ended, unless a new process has its name already."""
         if self._children.get(name) == pid:
             del self._children[name]
             self._write()
 
     def remove(self) -> None:
-        """All is over."""
+        """Remove the file."""
         self._file.unlink(missing_ok=True)
 
     async def refresh(self) -> None:
-        """Write down restarted servers too, within a second, until cancelled."""
+        """Record restarted servers too, within a second, until cancelled."""
         while True:
             self._write()
             await asyncio.sleep(0.5)
@@ -327,16 +326,16 @@ class _Register:
 
 @contextlib.contextmanager
 def _reserved(listen: str) -> Iterator[str]:
-    """Hold the API's port: bound so that the children may share it, but not listening.
+    """Bind the API's port so that the children can share it, without listening.
 
-    Yields the real ``host:port``. Raises SupervisorError where someone else has it.
+    Yields the bound ``host:port``. Raises SupervisorError if another process has the port.
     """
     host, _ = config.split_address(listen)
     try:
         family, where = first_address(listen)
         with socket.socket(family) as probe:
-            # Another system of the same user shares its port too, so sharing alone would succeed
-            # and take half of its requests.
+            # Without SO_REUSEPORT: another system of the same user shares its port, so a bind
+            # with that option would succeed and take half of that system's requests.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
             probe.listen(1)
@@ -359,7 +358,7 @@ def _join(host: str, port: int) -> str:
 
 
 def _raise_first(error: BaseException | None) -> None:
-    """Raise the first error of a group as itself: people want one line, not a tree."""
+    """Raise the first error of a group alone: people need one line, not a tree."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if error is not None:

@@ -26,7 +26,7 @@ from sale.db.errors import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
 from sale.db.locks import LeaderLock
 from sale.jobs.backoff import pause
 from sale.jobs.pooling import connected, own_backend, pools_transactions
-from sale.lifetime import ended
+from sale.lifetime import cancel_and_wait
 
 if TYPE_CHECKING:
     import asyncpg
@@ -129,7 +129,7 @@ class Leadership:
         finally:
             self._beat_at_s = float("-inf")
             # Before each try: work that has outlived one may have connected again.
-            await ended(everything, first=lambda: None if working.done() else sever())
+            await cancel_and_wait(everything, first=lambda: None if working.done() else sever())
 
     async def _beat(self, conn: "asyncpg.Connection[Any]", backend: int) -> None:
         """Keep the lock's connection from its idle timeout; ends by the error that it is lost."""

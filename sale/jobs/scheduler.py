@@ -20,14 +20,14 @@ from typing import Final
 import structlog
 from prometheus_client import CollectorRegistry, Gauge
 
-from sale.background import kept_up
+from sale.background import keep_running
 from sale.bootstrap import Stores
 from sale.db.errors import POSTGRES_ERRORS, in_words
 from sale.db.locks import SCHEDULER
 from sale.domain.campaign import Campaign, State
 from sale.jobs.backoff import Backoff, pause
 from sale.jobs.leadership import Leadership
-from sale.lifetime import ended
+from sale.lifetime import cancel_and_wait
 from sale.metrics import StoreMetrics
 from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
 from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
@@ -141,9 +141,9 @@ class Scheduler:
             )
         ]
         stores = self._stores
-        auditing = asyncio.create_task(kept_up(lambda: self._audit_for_ever(stop)))
+        auditing = asyncio.create_task(keep_running(lambda: self._audit_for_ever(stop)))
         asking = asyncio.create_task(
-            kept_up(StoreWatch(stores.redis, stores.pool, self._metrics.stores).run)
+            keep_running(StoreWatch(stores.redis, stores.pool, self._metrics.stores).run)
         )
         patience = asyncio.create_task(_patience(stop))
         rounds = asyncio.gather(*working)
@@ -152,7 +152,7 @@ class Scheduler:
             if rounds.done():
                 rounds.result()
         finally:
-            await ended([*working, rounds, auditing, asking, patience])
+            await cancel_and_wait([*working, rounds, auditing, asking, patience])
             self._metrics.active.set(0)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:

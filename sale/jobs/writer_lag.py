@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 from redis import exceptions as redis_errors
 
-from sale.background import kept_up
+from sale.background import keep_running
 from sale.domain.problem import DAMAGED
 from sale.jobs.writer_campaign import LedgerCampaign
 from sale.jobs.writer_metrics import LedgerMetrics
@@ -49,7 +49,7 @@ class LedgerLag:
     async def watching(self) -> AsyncIterator[None]:
         """Keep the lag right, also while PostgreSQL is away and the writer waits for it."""
         self._watching = True
-        watch = asyncio.create_task(kept_up(self._watch), name="ledger-lag")
+        watch = asyncio.create_task(keep_running(self._watch), name="ledger-lag")
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ import asyncpg
 from prometheus_client import Gauge
 from redis.asyncio import Redis
 
-from sale.background import kept_up
+from sale.background import keep_running
 from sale.metrics import StoreMetrics
 
 INTERVAL_S: Final = 2.0
@@ -41,7 +41,7 @@ class StoreWatch:
 @contextlib.asynccontextmanager
 async def watching(redis: Redis, pool: asyncpg.Pool, metrics: StoreMetrics) -> AsyncIterator[None]:
     """Watch while the block runs."""
-    watch = asyncio.create_task(kept_up(StoreWatch(redis, pool, metrics).run))
+    watch = asyncio.create_task(keep_running(StoreWatch(redis, pool, metrics).run))
     try:
         yield
     finally:

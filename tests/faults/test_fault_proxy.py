@@ -66,7 +66,7 @@ class Line:
             return b""
 
 
-async def test_it_forwards_and_counts(proxy: Proxy) -> None:
+async def test_proxy_forwards_and_counts(proxy: Proxy) -> None:
     async with Line(proxy) as line:
         line.say(b"hello")
         assert await line.hear() == b"hello"
@@ -74,7 +74,7 @@ async def test_it_forwards_and_counts(proxy: Proxy) -> None:
         assert (proxy.accepted, proxy.connections) == (1, 1)
 
 
-async def test_much_goes_through_whole(proxy: Proxy) -> None:
+async def test_proxy_forwards_large_data_unchanged(proxy: Proxy) -> None:
     sent, heard = bytes(range(256)) * 20_000, b""
     async with Line(proxy) as line:
         line.say(sent)
@@ -97,7 +97,7 @@ async def test_cut_closes_and_refuses_until_healed(proxy: Proxy) -> None:
             assert await other.hear() == b"b"
 
 
-async def test_delay_makes_late_and_keeps_the_order(proxy: Proxy) -> None:
+async def test_delay_keeps_the_order(proxy: Proxy) -> None:
     async with Line(proxy) as line:
         proxy.delay(1.0)
         started = time.monotonic()
@@ -112,7 +112,7 @@ async def test_delay_makes_late_and_keeps_the_order(proxy: Proxy) -> None:
         assert time.monotonic() - started < 2.8  # at once: one after the other they took 3 s
 
 
-async def test_halve_lets_so_many_through_and_closes_once(proxy: Proxy) -> None:
+async def test_halve_forwards_some_bytes_then_closes_once(proxy: Proxy) -> None:
     async with Line(proxy) as line:
         proxy.halve(3, "down")
         line.say(b"hello")
@@ -123,7 +123,7 @@ async def test_halve_lets_so_many_through_and_closes_once(proxy: Proxy) -> None:
         assert await line.hear() == b"hello"
 
 
-async def test_hold_keeps_back_and_release_lets_go(proxy: Proxy) -> None:
+async def test_hold_stops_bytes_until_release(proxy: Proxy) -> None:
     async with Line(proxy) as line:
         proxy.hold("down")
         arrival = asyncio.create_task(proxy.wait_bytes("down", 5))
@@ -135,7 +135,7 @@ async def test_hold_keeps_back_and_release_lets_go(proxy: Proxy) -> None:
         assert await line.hear() == b"hello"
 
 
-async def test_swallow_loses_and_heal_closes_who_lost_something(proxy: Proxy) -> None:
+async def test_heal_closes_connections_that_lost_bytes(proxy: Proxy) -> None:
     async with Line(proxy) as line, Line(proxy) as other:
         proxy.swallow("up")
         line.say(b"hello")
@@ -146,7 +146,7 @@ async def test_swallow_loses_and_heal_closes_who_lost_something(proxy: Proxy) ->
         assert await other.hear() == b"b"
 
 
-async def test_a_trap_holds_the_answer_to_its_word_alone(proxy: Proxy) -> None:
+async def test_trap_holds_only_the_answer_to_its_word(proxy: Proxy) -> None:
     async with Line(proxy) as line:
         proxy.trap(b"COMMIT", holding="down")
         line.say(b"BEGIN")
@@ -158,7 +158,7 @@ async def test_a_trap_holds_the_answer_to_its_word_alone(proxy: Proxy) -> None:
         assert await line.hear() == b"COMMIT"
 
 
-async def test_close_in_the_very_turn_of_an_accept_leaves_nothing_open(proxy: Proxy) -> None:
+async def test_close_during_an_accept_leaves_nothing_open(proxy: Proxy) -> None:
     made = asyncio.ensure_future(Line(proxy).__aenter__())
     while not proxy._tasks:
         proxy._accept()

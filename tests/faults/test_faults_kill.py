@@ -15,9 +15,7 @@ SELLING_AGAIN_S = 5.0
 """Loose: this runs beside other tests. What it took is printed."""
 
 
-async def test_given_a_rush_when_everything_is_killed_at_once_then_nothing_is_lost(
-    rig: Rig,
-) -> None:
+async def test_kill_of_everything_in_a_rush_loses_nothing(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign)
     await asyncio.sleep(1.0)
@@ -37,9 +35,7 @@ async def test_given_a_rush_when_everything_is_killed_at_once_then_nothing_is_lo
 
 
 @pytest.mark.parametrize("server", ["redis", "postgres"])
-async def test_given_a_rush_when_a_server_is_killed_and_restarted_then_it_sells_again(
-    rig: Rig, server: str
-) -> None:
+async def test_sales_resume_after_a_server_is_killed(rig: Rig, server: str) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign)
     await asyncio.sleep(0.7)
@@ -57,9 +53,7 @@ async def test_given_a_rush_when_a_server_is_killed_and_restarted_then_it_sells_
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_rush_when_an_api_process_is_killed_then_the_other_sells_on(
-    rig: Rig,
-) -> None:
+async def test_other_api_process_sells_on_after_a_kill(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign)
     for name in ("serve-1", "serve-2"):
@@ -74,9 +68,7 @@ async def test_given_a_rush_when_an_api_process_is_killed_then_the_other_sells_o
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
-async def test_given_two_writers_when_one_is_gone_then_the_other_takes_over(
-    rig: Rig, how: str
-) -> None:
+async def test_standby_writer_takes_over_after_a_kill(rig: Rig, how: str) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign, rate=100)
     await asyncio.sleep(0.5)
@@ -95,9 +87,7 @@ async def test_given_two_writers_when_one_is_gone_then_the_other_takes_over(
 
 
 @pytest.mark.parametrize("name", ["redis", "postgres", "serve-1", "scheduler-1"])
-async def test_given_a_rush_when_one_is_frozen_and_wakes_up_then_nothing_is_lost(
-    rig: Rig, name: str
-) -> None:
+async def test_suspended_process_loses_nothing_when_it_resumes(rig: Rig, name: str) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign)
     await asyncio.sleep(0.5)
@@ -115,9 +105,7 @@ async def test_given_a_rush_when_one_is_frozen_and_wakes_up_then_nothing_is_lost
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_rush_when_the_schedulers_are_killed_then_an_opening_is_not_late(
-    rig: Rig,
-) -> None:
+async def test_opening_is_on_time_without_a_scheduler(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign)
     rig.kill("scheduler-1")
@@ -129,9 +117,7 @@ async def test_given_a_rush_when_the_schedulers_are_killed_then_an_opening_is_no
     assert await rig.verdict(campaign, other) == []
 
 
-async def test_given_a_rush_when_api_processes_are_restarted_in_turn_then_every_retry_is_answered(
-    rig: Rig,
-) -> None:
+async def test_rolling_restart_in_a_rush_answers_every_retry(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign, rate=100)
     for name in ("serve-1", "serve-2"):

@@ -20,9 +20,7 @@ WAIT_S = 5.0
 
 
 @pytest.mark.parametrize("gone", ["serve-1", "redis"])
-async def test_given_the_script_ran_when_one_dies_before_the_answer_then_a_retry_finds_the_order(
-    rig: Rig, gone: str
-) -> None:
+async def test_retry_finds_the_order_after_a_lost_answer(rig: Rig, gone: str) -> None:
     campaign = await rig.campaign(tickets=5)
     phone, link = rig.phone(campaign), rig.link("serve-1", "redis")
     attempt = phone.attempt(2)
@@ -54,9 +52,7 @@ async def test_given_the_script_ran_when_one_dies_before_the_answer_then_a_retry
     assert await remaining(rig, campaign) == 5 - 1 - 2
 
 
-async def test_given_a_held_answer_when_it_comes_late_then_the_retry_elsewhere_was_the_same_order(
-    rig: Rig,
-) -> None:
+async def test_retry_elsewhere_and_late_answer_are_one_order(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=5)
     phone, link = rig.phone(campaign), rig.link("serve-1", "redis")
     attempt = phone.attempt(3)
@@ -75,9 +71,7 @@ async def test_given_a_held_answer_when_it_comes_late_then_the_retry_elsewhere_w
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_request_that_was_held_back_when_it_comes_after_the_retry_then_it_sells_not(
-    rig: Rig,
-) -> None:
+async def test_delayed_request_after_its_retry_sells_nothing(rig: Rig) -> None:
     """A delayed first attempt cannot sell after its retry was answered with a refusal."""
     campaign = await rig.campaign(tickets=2, card_limit=2)
     phone, link = rig.phone(campaign, timeout_s=20.0), rig.link("serve-1", "redis")
@@ -98,9 +92,7 @@ async def test_given_a_request_that_was_held_back_when_it_comes_after_the_retry_
 
 @pytest.mark.parametrize("part", ["serve-1", "writer-1", "scheduler-1"])
 @pytest.mark.parametrize("server", ["redis", "postgres"])
-async def test_given_a_rush_when_a_link_fails_in_every_way_then_nothing_is_lost(
-    rig: Rig, part: str, server: str
-) -> None:
+async def test_any_link_failure_in_a_rush_loses_nothing(rig: Rig, part: str, server: str) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign, rate=100)
     await asyncio.sleep(0.4)
@@ -116,9 +108,7 @@ async def test_given_a_rush_when_a_link_fails_in_every_way_then_nothing_is_lost(
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_rush_when_all_links_fail_at_once_then_it_sells_again_and_nothing_is_lost(
-    rig: Rig,
-) -> None:
+async def test_failure_of_all_links_at_once_loses_nothing(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign, rate=100)
     await asyncio.sleep(0.4)
@@ -146,7 +136,7 @@ async def test_given_a_rush_when_all_links_fail_at_once_then_it_sells_again_and_
         pytest.param("redis", b"XTRIM", "down", id="after-the-trim"),
     ],
 )
-async def test_given_a_batch_when_the_writer_dies_at_a_named_point_then_each_event_stands_once(
+async def test_killed_writer_leaves_each_event_written_once(
     rig: Rig, server: str, word: bytes, holding: Direction
 ) -> None:
     campaign = await rig.campaign(tickets=1_000, card_limit=30)

@@ -12,9 +12,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 RIG = {"workers": 2, "proxied": [("*", "postgres")]}
 
 
-async def test_given_an_older_copy_when_postgresql_returns_then_the_stream_fills_it_up_again(
-    rig: Rig, tmp_path: Path
-) -> None:
+async def test_older_copy_of_postgres_is_filled_from_the_stream(rig: Rig, tmp_path: Path) -> None:
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     load = await rig.rush(campaign, seconds=0.5)
     await load.over()
@@ -34,9 +32,7 @@ async def test_given_an_older_copy_when_postgresql_returns_then_the_stream_fills
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_bound_when_postgresql_stays_away_then_sales_stop_and_go_on_by_themselves(
-    rig: Rig,
-) -> None:
+async def test_sales_stop_at_the_lag_bound_and_resume(rig: Rig) -> None:
     """The ledger in Redis is bounded: beyond it nothing is sold until the writer follows again."""
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     await rig.settle()

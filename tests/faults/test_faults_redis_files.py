@@ -20,9 +20,7 @@ RECOVERED_S = 12.0
 LOST_ORDERS = 400
 
 
-async def test_given_a_rush_when_redis_returns_with_its_files_then_it_sells_again_soon(
-    rig: Rig,
-) -> None:
+async def test_sales_resume_after_redis_returns_with_its_files(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign)
     for _ in range(3):
@@ -37,9 +35,7 @@ async def test_given_a_rush_when_redis_returns_with_its_files_then_it_sells_agai
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_torn_tail_when_api_processes_live_then_what_was_told_is_filled_in(
-    rig: Rig,
-) -> None:
+async def test_torn_tail_is_filled_in_by_api_processes(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     await rig.settle()
     rig.kill("writer-1")  # PostgreSQL does not know the tail
@@ -59,9 +55,7 @@ async def test_given_a_torn_tail_when_api_processes_live_then_what_was_told_is_f
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_an_old_copy_that_lacks_400_orders_when_api_processes_live_then_all_stand(
-    rig: Rig, tmp_path: Path
-) -> None:
+async def test_old_copy_lacking_400_orders_is_filled_in(rig: Rig, tmp_path: Path) -> None:
     campaign = await rig.campaign(tickets=1_000, card_limit=30)
     await go_back_in_time(rig, campaign, tmp_path / "old")
     took_s = await rig.selling(campaign, within_s=RECOVERED_S)
@@ -75,7 +69,7 @@ async def test_given_an_old_copy_that_lacks_400_orders_when_api_processes_live_t
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_an_old_copy_when_an_api_process_died_then_the_rest_is_voided_and_listed(
+async def test_old_copy_voids_orders_that_only_a_dead_process_knew(
     rig: Rig, tmp_path: Path
 ) -> None:
     campaign = await rig.campaign(tickets=1_000, card_limit=30)
@@ -110,9 +104,7 @@ async def test_given_an_old_copy_when_an_api_process_died_then_the_rest_is_voide
     assert await rig.verdict(campaign, voided=voided) == []
 
 
-async def test_given_a_rush_when_redis_returns_empty_then_everything_told_is_there_again(
-    rig: Rig,
-) -> None:
+async def test_empty_redis_gets_every_answered_order_back(rig: Rig) -> None:
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     load = await rig.rush(campaign)
     await asyncio.sleep(1.0)
@@ -138,7 +130,7 @@ async def test_given_a_rush_when_redis_returns_empty_then_everything_told_is_the
         pytest.param(b"-- recover.lua:", "down", id="after-the-flip"),
     ],
 )
-async def test_given_a_recovery_when_it_dies_in_the_midst_then_the_next_one_does_it_whole(
+async def test_killed_recovery_is_completed_by_the_next(
     rig: Rig, word: bytes, holding: Direction
 ) -> None:
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
@@ -162,9 +154,7 @@ async def test_given_a_recovery_when_it_dies_in_the_midst_then_the_next_one_does
     assert await rig.verdict(campaign) == []
 
 
-async def test_given_a_torn_tail_when_nobody_lives_who_knew_then_the_check_finds_the_loss(
-    rig: Rig,
-) -> None:
+async def test_check_finds_orders_lost_with_a_torn_tail(rig: Rig) -> None:
     """The rig's own test: files that were changed by hand, and no witness; it must be found."""
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     await rig.settle()

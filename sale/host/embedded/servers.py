@@ -1,8 +1,9 @@
-"""Valkey (or Redis) and PostgreSQL as children of this process, durable, on unix sockets.
+"""Run Valkey (or Redis) and PostgreSQL as child processes, durable, on unix sockets.
 
-Each is started through ``launch.py``, so that it ends with its parent also when that is killed
--9, and its successor waits until it is gone. PostgreSQL is told SIGQUIT then (stops at once and
-recovers at the next start) and Valkey SIGTERM; both lose nothing that was acknowledged.
+Each server is started through ``launch.py``: it ends with its parent, even after ``kill -9``, and
+its successor waits until it is gone. When the parent dies, the kernel sends PostgreSQL a SIGQUIT
+(it stops at once and recovers at the next start) and Valkey a SIGTERM; both keep everything that
+they acknowledged.
 
 The parent is the *thread* that runs the event loop: it must live as long as the servers.
 """
@@ -31,7 +32,7 @@ from sale.host.embedded.data_dir import DataDirectory, Endpoints, claimed
 from sale.store_urls import PostgresUrl
 
 START_TIMEOUT_S = 60
-LOADING_TIMEOUT_S = 600  # a large append-only file or write-ahead log is read before they answer
+LOADING_TIMEOUT_S = 600  # a server first reads its append-only file or write-ahead log
 INITDB_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 15
 READY_POLL_S = 0.02
@@ -39,7 +40,7 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 STABLE_S = 30
 RESTARTS_MAX = 50
-DISK_FULL_BYTES = 8 * 1024 * 1024  # less than this, and a server that died most likely died of it
+DISK_FULL_BYTES = 8 * 1024 * 1024  # below this, a full disk is the likely cause of a server's end
 LOG_MAX_BYTES = 16 * 1024 * 1024
 LOG_TAIL_BYTES = 1_500
 POSTGRESQL_PORT = 5432  # names the socket; nothing listens on a network
@@ -50,7 +51,7 @@ log = structlog.get_logger()
 
 
 def launch_command(parent_dies: str, *options: str, program: list[str]) -> list[str]:
-    """Command line that becomes ``program`` and ends with this process by SIG``parent_dies``.
+    """Command line that runs ``program`` and ends it by SIG``parent_dies`` when this process ends.
 
     ``options`` are those of ``launch.py``.
     """
@@ -69,31 +70,32 @@ class EmbeddedServers:
 
     @property
     def sockets(self) -> Path:
-        """A private directory for sockets: at most 24 bytes of name fit beneath it."""
+        """A private directory for sockets; a socket's name in it may have at most 24 bytes."""
         return self._directory.sockets
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process numbers: ``redis`` and ``postgresql``, those that run."""
+        """Pids of the running servers, by ``redis`` and ``postgresql``."""
         return {name: pid for name, server in self._servers.items() if (pid := server.pid)}
 
     async def restart(self, name: str) -> None:
-        """Stop ``redis`` or ``postgresql`` (if it runs), start it again. Raises EmbeddedError."""
+        """Stop ``redis`` or ``postgresql`` if it runs, and start it. Raises EmbeddedError."""
         server = self._servers[name]
         async with server.busy:
             await server.stop()
             await server.start()
 
     async def watch(self) -> None:
-        """Start again what dies, until cancelled.
+        """Restart servers that die, until cancelled.
 
-        Raises EmbeddedError when a server has died RESTARTS_MAX times without a stable time. One
-        whose disk is full is tried for ever: it runs again by itself once there is space.
+        Raises EmbeddedError when a server has died more than RESTARTS_MAX times without STABLE_S
+        between. A server whose disk is full is restarted without this limit: it runs again as soon
+        as there is space.
         """
         await _together(_keep_running(server) for server in self._servers.values())
 
     def _place(self, *, redis: bool, postgres: bool) -> None:
-        """Say where those will be that are wanted."""
+        """Set the endpoints of the servers that will run."""
         self.endpoints = Endpoints(
             _redis_url(self._directory) if redis else None,
             _database_url(self._directory, "sale") if postgres else None,
@@ -124,9 +126,9 @@ async def running(
     redis: bool,
     postgres: bool,
 ) -> AsyncIterator[EmbeddedServers]:
-    """Run the wanted servers on ``data_dir`` and stop them at the end; none is allowed too.
+    """Run the given servers (possibly none) on ``data_dir`` and stop them after the block.
 
-    What dies stays dead unless ``watch`` runs.
+    A server that dies is restarted only while ``watch`` runs.
 
     Raises:
         EmbeddedError: the directory or a server cannot be used; one line says why.
@@ -145,9 +147,9 @@ async def running_in(
     postgres: bool,
     meanwhile: Callable[[EmbeddedServers], Coroutine[Any, Any, None]] | None = None,
 ) -> AsyncIterator[EmbeddedServers]:
-    """Do the same in a directory that is held already.
+    """Do the same in a directory that this process has locked already.
 
-    ``meanwhile`` is done while the servers start; it knows their endpoints already.
+    ``meanwhile`` runs while the servers start; their endpoints are set before.
     """
     servers = EmbeddedServers(directory)
     servers._place(redis=redis, postgres=postgres)  # noqa: SLF001 - its factory
@@ -162,7 +164,7 @@ async def running_in(
 
 
 class _Server:
-    """One server process: how it is started, known to be ready, and stopped."""
+    """One server process: starts it, waits until it is ready, and stops it."""
 
     def __init__(
         self,
@@ -188,7 +190,7 @@ class _Server:
 
     @property
     def pid(self) -> int | None:
-        """Process number while it runs."""
+        """Its pid, or None while it does not run."""
         process = self.process
         return process.pid if process is not None and process.returncode is None else None
 
@@ -201,35 +203,35 @@ class _Server:
             await self._wait_ready(self.process)
         except BaseException:
             await _uncancelled(self.stop())
-            self._stopping = False  # it ended by itself, for all that ``died`` is about
+            self._stopping = False  # so that ``died`` is true and ``watch`` tries again
             raise
         log.info("embedded.started", server=self.name, pid=self.process.pid)
 
     async def _wait_ready(self, process: asyncio.subprocess.Process) -> None:
         started = time.monotonic()
         while True:
-            said = await self._ready()
-            if said is None:
+            obstacle = await self._ready()
+            if obstacle is None:
                 return
             if process.returncode is not None:
                 raise EmbeddedError(
                     f"{self.name} does not start (exit status {process.returncode}):"
                     f" {_tail(self._log_file)}"
                 )
-            limit = LOADING_TIMEOUT_S if _LOADING.search(said) else START_TIMEOUT_S
-            if time.monotonic() - started > limit:
-                raise EmbeddedError(f"{self.name} does not answer after {limit} s: {said}")
+            limit_s = LOADING_TIMEOUT_S if _LOADING.search(obstacle) else START_TIMEOUT_S
+            if time.monotonic() - started > limit_s:
+                raise EmbeddedError(f"{self.name} does not answer after {limit_s} s: {obstacle}")
             await asyncio.sleep(READY_POLL_S)
 
     async def stop(self) -> None:
-        """Stop it, gently first; returns when it is gone."""
+        """Send its stop signal, after STOP_TIMEOUT_S SIGKILL; return when it is gone."""
         self._stopping = True
         if self.process is not None:
             await end(self.process, self._stop_signal, STOP_TIMEOUT_S)
 
     @property
     def died(self) -> bool:
-        """Whether it ended without being told to."""
+        """Whether it ended although nobody stopped it."""
         return not self._stopping and self.pid is None
 
 
@@ -239,7 +241,7 @@ async def spawn(
     env: dict[str, str],
     stdin: int = asyncio.subprocess.DEVNULL,
 ) -> asyncio.subprocess.Process:
-    """Start a child that writes to ``log_file`` (appended; turned over when large)."""
+    """Start a child that appends to ``log_file``; a large file is renamed to ``.log.old`` first."""
     if isinstance(log_file, int):
         return await asyncio.create_subprocess_exec(
             *command, stdin=stdin, stdout=log_file, stderr=log_file, env=env
@@ -254,7 +256,7 @@ async def spawn(
 async def end(
     process: asyncio.subprocess.Process, number: signal.Signals, timeout_s: float
 ) -> None:
-    """Signal a child, wait ``timeout_s``, kill it if it still runs; returns when it is gone."""
+    """Signal a child, wait ``timeout_s``, kill it if it still runs; return when it is gone."""
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):
@@ -276,19 +278,19 @@ async def _keep_running(server: _Server) -> None:
         process = server.process
         if process is not None:
             await process.wait()
-        async with server.busy:  # somebody may be restarting it just now
+        async with server.busy:  # ``restart`` may hold it
             if not server.died:
                 await asyncio.sleep(READY_POLL_S)
                 continue
             failures = 0 if time.monotonic() - started > STABLE_S else failures + 1
             was_full, full = full, _disk_is_full(server.home)
             if full:
-                failures = 0  # nothing to give up for: it runs again once there is space
+                failures = 0  # never give up: the server runs again once there is space
                 if not was_full:
                     log.error("embedded.disk_full", server=server.name, directory=str(server.home))
             if failures > RESTARTS_MAX:
                 raise EmbeddedError(f"{server.name} died {failures} times in a row")
-            if not (full and was_full):  # told once, not every few seconds on a full disk
+            if not (full and was_full):  # on a full disk, log it once, not every few seconds
                 log.error("embedded.died", server=server.name, failures=failures)
             pause_s = min(BACKOFF_FIRST_S * 2**failures, BACKOFF_MAX_S)
             await asyncio.sleep(BACKOFF_MAX_S if full else pause_s)
@@ -301,12 +303,12 @@ async def _keep_running(server: _Server) -> None:
 
 
 def _disk_is_full(home: Path) -> bool:
-    """Whether the disk is as good as full. A server that died of it cannot always say so."""
+    """Whether the disk is almost full. A server that died of it cannot always log that."""
     try:
-        told = os.statvfs(home)
+        disk = os.statvfs(home)
     except OSError:
         return False
-    return told.f_bavail * told.f_frsize < DISK_FULL_BYTES
+    return disk.f_bavail * disk.f_frsize < DISK_FULL_BYTES
 
 
 def _redis(directory: DataDirectory, program: Program) -> _Server:
@@ -349,19 +351,19 @@ def _redis(directory: DataDirectory, program: Program) -> _Server:
 
 
 async def _ping_redis(socket: Path) -> str | None:
-    """None if Redis answers, else what is in the way."""
+    """None if Redis answers, else the obstacle in words."""
     try:
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_unix_connection(socket)
             try:
                 writer.write(b"PING\r\n")
-                said = await reader.readline()
+                reply = await reader.readline()
             finally:
                 writer.close()
                 await writer.wait_closed()
     except (OSError, TimeoutError) as error:
         return repr(error)
-    return None if said.startswith(b"+PONG") else said.decode("utf-8", "replace").strip()
+    return None if reply.startswith(b"+PONG") else reply.decode("utf-8", "replace").strip()
 
 
 def _postgresql(directory: DataDirectory, program: Program) -> _Server:
@@ -381,7 +383,7 @@ def _postgresql(directory: DataDirectory, program: Program) -> _Server:
         "full_page_writes": "on",
         "max_connections": "100",
         "shared_buffers": "128MB",
-        # After a crash, one call instead of one for each of a thousand files.
+        # After a crash, one syncfs call instead of one fsync for each of a thousand files.
         "recovery_init_sync_method": "syncfs",
         "timezone": "UTC",
         "log_timezone": "UTC",
@@ -420,7 +422,7 @@ def _postgresql(directory: DataDirectory, program: Program) -> _Server:
 
 
 def _postgresql_owner(home: Path) -> tuple[int, int] | None:
-    """User and group to become for PostgreSQL: as root the data's owner or nobody; else None."""
+    """User and group for PostgreSQL: as root, the data's owner or nobody; else None."""
     if os.geteuid() != 0:
         return None
     if home.exists():
@@ -440,7 +442,7 @@ def _give(paths: Iterable[Path], owner: tuple[int, int]) -> None:
             os.chown(path, *owner)
         except OSError as error:
             raise EmbeddedError(
-                f"PostgreSQL does not run as root and {path} cannot be given to user {owner[0]}"
+                f"PostgreSQL does not run as root, and chown of {path} to user {owner[0]} fails"
                 f" ({error.strerror}): run as an ordinary user"
             ) from None
 
@@ -448,8 +450,8 @@ def _give(paths: Iterable[Path], owner: tuple[int, int]) -> None:
 async def _initdb(
     home: Path, program: Program, owner: tuple[int, int] | None, options: list[str]
 ) -> None:
-    """Make the cluster beside its place and move it there whole, so that a half-made one is never
-    taken for good.
+    """Make the cluster in a temporary directory and rename that, so that an unfinished cluster is
+    never used.
     """
     for leftover in home.parent.glob("postgresql.new-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -479,7 +481,7 @@ async def _initdb(
 
 
 async def _prepare_database(directory: DataDirectory, home: Path) -> str | None:
-    """None if PostgreSQL answers and has the database ``sale``, else what is in the way."""
+    """Create the database ``sale`` if it is missing; None if done, else the obstacle in words."""
     if not _says_ready(home):
         return "starting up"
     try:
@@ -498,9 +500,9 @@ async def _prepare_database(directory: DataDirectory, home: Path) -> str | None:
 
 
 def _says_ready(home: Path) -> bool:
-    """Whether PostgreSQL's own file says that it takes connections.
+    """Whether PostgreSQL's pid file says that it accepts connections.
 
-    Each try to connect before that is a process more, while it recovers after a crash.
+    Before that, each attempt to connect would cost PostgreSQL a process while it recovers.
     """
     try:
         return (home / "postmaster.pid").read_text("utf-8").rstrip().endswith("ready")
@@ -518,7 +520,7 @@ def _database_url(directory: DataDirectory, database: str) -> str:
 
 
 def _plain_environment() -> dict[str, str]:
-    """Environment of a server: nothing that could change its settings."""
+    """Environment of a server, without variables that could change its settings."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {"LC_ALL": "C", "TZ": "UTC", **kept}
 
@@ -534,7 +536,7 @@ def _tail(file: Path) -> str:
 
 
 async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
-    """Do all at once; if one fails, the others are cancelled. Raises the first's own error."""
+    """Run all at once; if one fails, cancel the others and raise its error as EmbeddedError."""
     try:
         async with asyncio.TaskGroup() as group:
             for work in works:
@@ -555,11 +557,11 @@ _POSTGRES_ERRORS: Final = (
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
 )
-"""As in ``sale.db.errors``, which stands beside this package and not below it."""
+"""As in ``sale.db.errors``, which the import contract does not let this package import."""
 
 
 async def _uncancelled(work: Awaitable[None]) -> None:
-    """Finish ``work`` although the caller is cancelled, then let the cancellation go on."""
+    """Finish ``work`` although the caller is cancelled, then raise the cancellation."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

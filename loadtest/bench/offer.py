@@ -5,6 +5,7 @@ PostgreSQL and the writer. Both are closed loops over the same number of connect
 """
 
 import asyncio
+import math
 import resource
 import shutil
 import time
@@ -133,11 +134,13 @@ async def _offer_wrk(
 
 
 async def _offer_ours(feed: Feed, address: str, seconds: int, connections: int) -> Offer:
-    refused, ran_out = Counter[bool](), False
+    refused, ran_out, deadline = Counter[bool](), False, math.inf
     raws = _repeated(feed) if feed.cycle else read_feed(feed)
 
-    def take(_: int) -> bytes:
-        nonlocal ran_out
+    def take(number: int) -> bytes:
+        nonlocal ran_out, deadline
+        if not number:  # the connections are open now
+            deadline = time.perf_counter() + seconds
         if time.perf_counter() > deadline:
             return b""
         raw = next(raws, b"")
@@ -148,7 +151,6 @@ async def _offer_ours(feed: Feed, address: str, seconds: int, connections: int) 
         refused[status >= 400] += 1
 
     most = seconds * RATE_MAX if feed.cycle else feed.count + 1
-    deadline = time.perf_counter() + seconds
     tally = await closed(address, take, most, connections, spool=count, limit_s=seconds + GRACE_S)
     if ran_out:
         raise OfferError(f"the feed of {feed.count} requests came to its end")

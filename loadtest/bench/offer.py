@@ -94,8 +94,12 @@ async def offer(
 
     """
     if program is None:
-        return await _offer_ours(feed, address, seconds, connections)
-    return await _offer_wrk(feed, address, seconds, connections, program)
+        got = await _offer_ours(feed, address, seconds, connections)
+    else:
+        got = await _offer_wrk(feed, address, seconds, connections, program)
+    if not got.requests:
+        raise OfferError(f"nothing was answered at {address} in {seconds} s")
+    return got
 
 
 async def _offer_wrk(

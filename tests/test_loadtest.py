@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -425,6 +426,13 @@ def test_given_data_that_no_demo_made_when_made_anew_then_it_is_left_alone(tmp_p
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(EngineError, match="in use"):
             fresh(tmp_path / "demo")
+
+
+def test_demo_needs_no_more_than_its_extra() -> None:
+    """`scripts/demo` installs neither Locust nor what the report needs."""
+    away = "import sys; sys.modules.update(dict.fromkeys(('locust', 'plotly', 'jinja2')))"
+    code = f"{away}; import loadtest.demo, loadtest.rush.worker"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.mark.load

@@ -35,6 +35,7 @@ from sale.stock.connection import REDIS_ERRORS, open_redis, product_of, too_old
 from sale.stock.scripts import Scripts
 from sale.trust.disk_watch import DiskWatch
 from sale.trust.durability_watch import DurabilityWatch
+from sale.trust.generations import Generations
 from sale.trust.store_watch import StoreWatch
 from sale.trust.witness import Witness
 
@@ -138,7 +139,9 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         metrics = PurchaseMetrics()
         registry = new_registry("serve")
         registry.register(metrics)
-        tokens = MemberTokens(key)
+        generations = Generations(stores.redis, stores.pool)
+        await _patiently(generations.load, START_PATIENCE_S)
+        tokens = MemberTokens(key, generations.raised)
         codes = TicketCodes(stores.ticket_secret)
         catalogue = Catalogue(stores.redis)
         await _look_around(catalogue)
@@ -179,7 +182,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         )
         witness = Witness(stores.redis, stores.pool, batchers)
         answering = StoreWatch(stores.redis, stores.pool, StoreMetrics(registry))
-        watches = (disk.run, durability.run, witness.run, answering.run)
+        watches = (disk.run, durability.run, witness.run, answering.run, generations.run)
         watching = [asyncio.create_task(keep_running(watch)) for watch in watches]
         try:
             yield Engine(

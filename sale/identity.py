@@ -8,7 +8,9 @@ stranger wrote is ever parsed; ``alg`` is then only asked whether it agrees. PyJ
 its tests.
 
 ``iat`` is not compared with the clock: a token of ours from a host whose clock runs ahead is still
-ours.
+ours. A token carries the member's generation, which replacing or revoking the card raises: a token
+below the generation that the process knows of is refused (``trust/generations.py`` keeps those that
+were ever raised; all others are 0).
 """
 
 import binascii
@@ -17,6 +19,7 @@ import hmac
 import os
 import secrets
 import stat
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, NoReturn
@@ -25,7 +28,7 @@ import jwt
 import msgspec
 
 from sale.config import SIGNING_KEY_MIN_BYTES, Settings, SettingsError
-from sale.domain.card import CARD_NO
+from sale.domain.member import is_member_no
 from sale.domain.problem import Problem, Refused
 from sale.files import MissingFile, UnreadableFile, read_bytes, shown
 
@@ -58,10 +61,11 @@ class SigningKey(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):
-    """Who a member token speaks for."""
+    """Who a member token speaks for: number, union, and the generation of the token."""
 
-    card_no: str
+    no: int
     union: str
+    generation: int = 0
 
 
 def load_or_create_signing_key(settings: Settings, *, create: bool = False) -> SigningKey:
@@ -85,10 +89,17 @@ def load_or_create_signing_key(settings: Settings, *, create: bool = False) -> S
 
 
 def issue_member_token(
-    key: SigningKey, card_no: str, union: str, *, now_s: int, ttl_s: int = TOKEN_TTL_S
+    key: SigningKey, member: Member, *, now_s: int, ttl_s: int = TOKEN_TTL_S
 ) -> str:
-    """A member's token: claims ``sub`` (card number), ``union``, ``iat``, ``exp``, ``aud``."""
-    claims = {"sub": card_no, "union": union, "iat": now_s, "exp": now_s + ttl_s, "aud": AUDIENCE}
+    """A member's token: ``sub`` (member number), ``gen``, ``union``, ``iat``, ``exp``, ``aud``."""
+    claims = {
+        "sub": str(member.no),
+        "gen": member.generation,
+        "union": member.union,
+        "iat": now_s,
+        "exp": now_s + ttl_s,
+        "aud": AUDIENCE,
+    }
     return jwt.encode(claims, key.secret, algorithm=ALGORITHM, headers={"kid": key.kid})
 
 
@@ -96,10 +107,12 @@ class MemberTokens:
     """Verifies member tokens of one key, without I/O.
 
     A token that was found good is remembered, whole: a member tries again with the same one. Two
-    generations of at most ``REMEMBERED_MAX`` bound what that holds. Time is looked at each time.
+    generations of at most ``REMEMBERED_MAX`` bound what that holds. Time is looked at each time,
+    and so is ``raised``, the members' generations that are not 0.
     """
 
-    def __init__(self, key: SigningKey) -> None:
+    def __init__(self, key: SigningKey, raised: Mapping[int, int] | None = None) -> None:
+        self._raised = {} if raised is None else raised
         # HMAC of RFC 2104 by its two hashes: copying two states and finishing them takes half of
         # what copying a keyed hmac object does (0.8 against 1.7 µs, OpenSSL 3, Python 3.11).
         block = key.secret if len(key.secret) <= SHA256_BLOCK else sha256(key.secret).digest()
@@ -108,7 +121,7 @@ class MemberTokens:
         self._outer = sha256(bytes(byte ^ 0x5C for byte in block))
         self._kid = key.kid
         # The header as we write it; any other spelling takes the slow way.
-        self._header = issue_member_token(key, "", "", now_s=0).split(".")[0].encode()
+        self._header = issue_member_token(key, Member(0, ""), now_s=0).split(".")[0].encode()
         self._good: dict[str, _Good] = {}
         self._good_before: dict[str, _Good] = {}
 
@@ -127,6 +140,8 @@ class MemberTokens:
             _refuse("the token has expired")
         if nbf > now_s:
             _refuse(_NOT_VALID)
+        if member.generation < self._raised.get(member.no, 0):
+            _refuse("the token has ended: the card was replaced or revoked, sign in again")
         return member
 
     def _remember(self, token: str, good: "_Good") -> "_Good":
@@ -153,9 +168,9 @@ class MemberTokens:
             claims = _CLAIMS.decode(_decode_segment(payload))
         except (ValueError, RecursionError):
             _refuse(_NOT_VALID)
-        if not CARD_NO.fullmatch(claims.sub):
+        if not (claims.sub.isascii() and claims.sub.isdecimal() and is_member_no(int(claims.sub))):
             _refuse(_NOT_VALID)
-        return claims.exp, claims.nbf, Member(claims.sub, claims.union)
+        return claims.exp, claims.nbf, Member(int(claims.sub), claims.union, claims.gen)
 
     def _check_header(self, segment: bytes) -> None:
         """Accept another spelling of our header. Extensions that must be understood are not."""
@@ -188,11 +203,6 @@ def operator_token_hash(token: str) -> bytes:
     return hashlib.sha256(token.encode(errors="surrogatepass")).digest()
 
 
-def card_tag(key: SigningKey, card_no: str) -> str:
-    """A card in logs: 16 hex digits that only the key's holder can match with a number."""
-    return hmac.digest(key.derive("card-tag"), card_no.encode(), "sha256").hex()[:16]
-
-
 def pin_mac(pin_key: bytes, card_no: str, pin: str) -> bytes:
     """What the roster holds of a PIN; ``pin_key`` is ``key.derive("pin")``.
 
@@ -207,6 +217,7 @@ _Good = tuple[int, int, Member]
 
 class _Claims(msgspec.Struct, gc=False):
     sub: str
+    gen: int
     union: str
     iat: int
     exp: int

@@ -19,7 +19,7 @@ def campaigns(service: Service) -> dict[str, str]:
 def revoked(service: Service) -> str:
     card = service.card()
     assert service.sale("cards", "revoke", card.no, "--reason", "lost").status == 0
-    return card.token
+    return service.token(card.member, card.union, generation=1)
 
 
 @pytest.fixture(name="world", scope="module")

@@ -34,7 +34,7 @@ def config(*tickets: int, card_limit: int = 3, campaign_id: str = CAMPAIGN) -> d
 
 
 def card(n: int) -> str:
-    return f"1101010{n:08d}"
+    return str(11_010_000 + n)
 
 
 def sold(n: int, *, key: int = 1, quantity: int = 1, showing: int = 0) -> list[Any]:

@@ -20,7 +20,7 @@ import structlog
 import uvloop
 from rich.console import Console
 
-from loadtest.bench.rig import PATTERN_CARD, SIGNING_KEY
+from loadtest.bench.rig import SIGNING_KEY
 from loadtest.members import Mint
 from loadtest.tables import grid, wide_console
 from sale.api.fast_path import Connection, FastPath
@@ -31,7 +31,7 @@ from sale.domain.campaign import Campaign, Showing
 from sale.http.overload import Overload
 from sale.http.waiting_line import WaitingLine
 from sale.http.wire import rendered
-from sale.identity import MemberTokens, SigningKey, issue_member_token
+from sale.identity import MemberTokens, SigningKey
 from sale.members.orders import TicketCodes, key_hash
 from sale.members.purchase import Placed, PurchaseDesk
 from sale.members.rate import Rate, RateLimits
@@ -97,10 +97,9 @@ class Parts:
 
     def __init__(self) -> None:
         self.key = SigningKey(SIGNING_KEY.encode())
-        pattern = issue_member_token(self.key, PATTERN_CARD, "district", now_s=int(time.time()))
-        mint = Mint(pattern, PATTERN_CARD, self.key.secret)
-        cards = range(10**9, 10**9 + BATCH * BATCHES)
-        self.requests = list(mint.requests("127.0.0.1:18080", NAME, "general", cards))
+        members = range(BATCH * BATCHES)
+        requests = Mint(self.key.secret).requests("127.0.0.1:18080", NAME, "general", members)
+        self.requests = list(requests)
         self.least: dict[str, float] = {}
 
     async def run(self) -> dict[str, float]:
@@ -176,8 +175,8 @@ class Parts:
         self._each(" key's hash (only for the script)", lambda: [key_hash(key) for key in keys])
         self._each(" token, never seen", lambda: [verifier.verify(token, now) for token in tokens])
         self._each(" token, seen before", lambda: [verifier.verify(token, now) for token in tokens])
-        cards = [verifier.verify(token, now).card_no for token in tokens]
-        self._each(" rate limits", lambda: [limits.spend(card, NAME, 100.0) for card in cards])
+        members = [verifier.verify(token, now).no for token in tokens]
+        self._each(" rate limits", lambda: [limits.spend(no, NAME, 100.0) for no in members])
         desk = SimpleNamespace(_codes=codes)
         answers = [Answer(Decision.SOLD, n, 2, NOW_MS, NOW_MS, 500) for n in range(len(raws))]
         purchase = cast("Any", SimpleNamespace(showing=0, quantity=1))

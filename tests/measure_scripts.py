@@ -36,7 +36,7 @@ CALLS: Final = 40
 LINE_CALLS: Final = 2_000
 CAMPAIGN: Final = "shapes"
 FAR_BEHIND: Final = 10**9
-FIRST_CARD: Final = 6_222_000_000_000_000
+FIRST_CARD: Final = 10_000_000
 
 Row = tuple[str, str, int, int, str]
 Columns = tuple[list[str], list[str], list[int], list[int], list[str]]

@@ -58,7 +58,7 @@ def made_up(
         seconds=rows,
         samples=samples,
         settings={"batch_max": "256", "durability": "fsync", "workers": "2", "seed": str(seed)},
-        versions={"python": "CPython 3.11.7", "sale": "0.1.0", "redis server": "Valkey 9.1.2"},
+        versions={"python": "CPython 3.11.7", "sale": "0.2.0", "redis server": "Valkey 9.1.2"},
         machine={"cores": "2", "memory": "23.5 GiB", "load average before": "0.39 0.39 0.77"},
         proof=Proof(clean=True, audit_clean=True, orders=total["sold"], tickets=total["sold"]),
     )

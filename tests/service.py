@@ -31,12 +31,13 @@ import redis.asyncio
 import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
+from loadtest.members import member_of
 from sale.cli.main import sale as root_command
 from sale.cli.runtime import main_entry
 from sale.config import Settings
 from sale.domain.clock import LOCAL_ZONE
 from sale.host import embedded
-from sale.identity import SigningKey, issue_member_token, load_or_create_signing_key
+from sale.identity import Member, SigningKey, issue_member_token, load_or_create_signing_key
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -85,6 +86,11 @@ class Card(NamedTuple):
     no: str
     union: str
     token: str
+
+    @property
+    def member(self) -> int:
+        """Number of its member."""
+        return int(member_of(self.token))
 
 
 def command(*arguments: object, data_dir: Path | None = None) -> Ran:
@@ -165,10 +171,10 @@ class Service:
         rows = map(json.loads, file.read_text("utf-8").splitlines())
         return [Card(row["card_no"], row["union"], row["token"]) for row in rows]
 
-    def token(self, card_no: str, union: str = "district", **times: int) -> str:
+    def token(self, member: int, union: str = "district", generation: int = 0, **times: int) -> str:
         """Make a member's token, by default one that is good for an hour from now."""
         times = {"now_s": int(time.time()), "ttl_s": 3_600, **times}
-        return issue_member_token(self.key, card_no, union, **times)
+        return issue_member_token(self.key, Member(member, union, generation), **times)
 
     def operator(self, role: str, union: str | None = None) -> tuple[str, str]:
         """Make an account; give its name and its token."""

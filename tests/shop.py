@@ -122,10 +122,11 @@ class Shop:
                 await connection.execute(statement)
 
     async def add_cards(self, *numbers: int, status: str = "active") -> None:
+        """Add members to the roster, whose numbers are those of ``card``."""
         await self.pool.executemany(
-            "INSERT INTO card (card_no, name, union_code, phone, status)"
+            "INSERT INTO member (member_no, name, union_code, phone, status)"
             " VALUES ($1, '王小明', 'donghuamen', '', $2)",
-            [(card(n), status) for n in numbers],
+            [(int(card(n)), status) for n in numbers],
         )
 
 

@@ -25,7 +25,8 @@ BEHIND_MAX = (1_000_000, 10**12)
 
 
 def card(n: int) -> str:
-    return f"1101010{n:08d}"
+    """A member's number, as Redis and the ledger hold it."""
+    return str(11_010_000 + n)
 
 
 def key(n: int) -> str:

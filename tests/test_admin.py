@@ -132,7 +132,7 @@ async def test_given_no_or_a_foreign_token_then_401_and_403_for_every_call(
         *(("GET", AUDIT_LOG), ("POST", ADMIN), ("DELETE", f"{ADMIN}/{campaign}")),
         *(("POST", f"{ADMIN}/{campaign}/{step}") for step in (*STEPS, "stock")),
     ]
-    expired = service.token("622100000001", now_s=1_000_000)
+    expired = service.token(7, now_s=1_000_000)
     for method, path in calls:
         body: dict[str, Any] = {"json": {}} if method == "POST" else {}
         for token, expected in (
@@ -483,8 +483,7 @@ async def test_given_a_card_is_revoked_then_the_audit_log_says_by_whom_and_masks
     entry = next(each for each in seen.json()["items"] if each["actor"] == "hotline-7")
     assert entry["reason"] == "lost it"
     assert "revoke" in entry["action"]
-    assert entry["target"].startswith("card ")
-    assert entry["target"].split()[1].endswith(card.no[-4:])
+    assert entry["target"] == f"member {card.member}, card {'*' * 12}{card.no[-4:]}"
     assert entry["data"] == {"from": "active", "to": "cancelled"}
     assert card.no not in seen.body.decode()
 

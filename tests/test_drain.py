@@ -129,8 +129,9 @@ async def test_stop_and_renewal_under_load_lose_no_order(service: Service, clien
 
 
 def _attempt(service: Service, number: int) -> Attempt:
-    card = f"6288{number:012d}"
-    return Attempt(Member(card, service.token(card), "district"), new_key(), "general", 1)
+    member_no = 20_000_000 + number
+    member = Member(str(member_no), service.token(member_no), "district")
+    return Attempt(member, new_key(), "general", 1)
 
 
 async def _end_one_then_renew_all(service: Service) -> None:

@@ -209,6 +209,7 @@ async def test_new_directory_is_private_and_stamped(short_path: Path) -> None:
         ({"redis": "5.0"}, "Redis 5.0 wrote the data directory"),
         ({"redis": "99.1"}, "Redis 99.1 wrote the data directory"),
         ({"postgresql": "9"}, "PostgreSQL 9 wrote the data directory"),
+        ({"engine": "0.1.0"}, r"version 0\.1\.0 wrote the data directory.*--data-dir"),
     ],
 )
 async def test_data_of_an_unsupported_version_is_refused(

@@ -36,7 +36,7 @@ MEANT: dict[str, str] = {}
 def cases_for(world: World) -> list[Case]:
     """The same cases, as a card of its own sends them."""
     service = world.service
-    expired = service.token("110101012345", now_s=1_600_000_000)
+    expired = service.token(7, now_s=1_600_000_000)
     return all_cases(
         world.member(), revoked=world.revoked, expired=expired, operator=service.admin_token
     )

@@ -110,7 +110,7 @@ async def test_row_10_window_pause_and_revocation_are_checked_when_the_ticket_is
 ) -> None:
     """Window, pause and revocation are checked when the token is issued, not later."""
     campaign, card = await client.campaign(), service.card()
-    token = service.token(card.no, card.union)  # issued while everything was well
+    token = service.token(card.member, card.union)  # issued while everything was well
     assert (await client.buy(campaign, token)).status == 201
 
     await client.step(campaign, "pause")
@@ -118,6 +118,8 @@ async def test_row_10_window_pause_and_revocation_are_checked_when_the_ticket_is
     await client.step(campaign, "resume")
     await service.asale("cards", "revoke", card.no, "--reason", "lost")
     await asyncio.sleep(1)
+    assert (await client.buy(campaign, token)).status == 401
+    token = service.token(card.member, card.union, generation=1)
     assert (await client.buy(campaign, token)).code == "card-revoked"
     await service.asale("cards", "restore", card.no, "--reason", "found")
     await asyncio.sleep(1)

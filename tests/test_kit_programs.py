@@ -21,7 +21,7 @@ from loadtest.books.ledger import Books, BooksError, OrderRow
 from loadtest.engine import EngineError
 from loadtest.members import Mint
 from loadtest.tables import CLEAN
-from sale.identity import MemberTokens, SigningKey, issue_member_token
+from sale.identity import MemberTokens, SigningKey
 
 Result = TypeVar("Result", Durable, Overload, Half)
 
@@ -155,7 +155,7 @@ def spool() -> Spool:
     return made
 
 
-ORDER = OrderRow("c.5.000001", "6222000000000041", SHOWING, 1, 500, "confirmed",
+ORDER = OrderRow("c.5.000001", "10000041", SHOWING, 1, 500, "confirmed",
                  key_hash("k000000000041"))  # fmt: skip
 
 
@@ -199,11 +199,10 @@ def test_given_minted_requests_when_their_answers_are_read_then_card_and_key_are
     None
 ):
     key = SigningKey(b"k" * 32)
-    pattern = issue_member_token(key, "6222000000000000", "district", now_s=int(time.time()))
-    mint = Mint(pattern, "6222000000000000", key.secret)
+    mint = Mint(key.secret)
     for raw, answer in zip(mint.requests("h", "c", SHOWING, range(41, 43)), spool(), strict=True):
         token = raw.partition(b"Bearer ")[2].partition(b"\r\n")[0].decode()
-        assert MemberTokens(key).verify(token, time.time()).card_no == answer.card
+        assert str(MemberTokens(key).verify(token, time.time()).no) == answer.card
         assert f"Idempotency-Key: {answer.key}\r\n".encode() in raw
         assert raw.endswith(b'{"quantity":%d,"showing":"%s"}'
                             % (answer.quantity, answer.showing.encode()))  # fmt: skip

@@ -84,9 +84,9 @@ class Rig:
         self.examples = 0
         self.clock = self.run(now_ms(self.redis)) + HOUR_MS
         self.run(self.pool.executemany(
-            "INSERT INTO card (card_no, name, union_code, phone, status) "
+            "INSERT INTO member (member_no, name, union_code, phone, status) "
             "VALUES ($1, '某某', $2, '', 'active')",
-            [(card(n), UNIONS[n % 2]) for n in range(CARDS)],
+            [(int(card(n)), UNIONS[n % 2]) for n in range(CARDS)],
         ))  # fmt: skip
 
     def run(self, work: Awaitable[T]) -> T:
@@ -99,12 +99,14 @@ class Rig:
     async def set_status(self, status: str, *cards: str) -> None:
         """Change cards on the roster, at the campaign's clock."""
         async with self.pool.acquire() as conn, conn.transaction():
-            before = await conn.fetchval("SELECT coalesce(max(rev), 0) FROM card_change")
+            before = await conn.fetchval("SELECT coalesce(max(rev), 0) FROM member_change")
             await conn.execute(
-                "UPDATE card SET status = $1 WHERE card_no = ANY($2::text[])", status, cards
+                "UPDATE member SET status = $1 WHERE member_no = ANY($2::int[])",
+                status,
+                list(map(int, cards)),
             )
             await conn.execute(
-                "UPDATE card_change SET at = to_timestamp($2::bigint / 1000.0) WHERE rev > $1",
+                "UPDATE member_change SET at = to_timestamp($2::bigint / 1000.0) WHERE rev > $1",
                 before,
                 self.clock,
             )

@@ -104,7 +104,7 @@ def test_given_the_wheel_installed_elsewhere_then_the_command_works(
 ) -> None:
     sample = run([sys.executable, "-m", "sale", "cards", "sample", 3], cwd=tmp_path, path=installed)
     assert len(sample.splitlines()) == 4
-    scripts = (installed / "sale-0.1.0.dist-info" / "entry_points.txt").read_text("utf-8")
+    scripts = (installed / "sale-0.2.0.dist-info" / "entry_points.txt").read_text("utf-8")
     assert "sale = sale.cli.main:main" in scripts
 
 

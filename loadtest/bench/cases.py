@@ -30,6 +30,9 @@ FEED_MARGIN: Final = 3.0
 CHUNK: Final = 50_000
 PROBE_MAX: Final = 5_000
 FIRST_GUESS_RATE: Final = 30_000
+REPLAYED_FROM: Final = 50_000_000
+REFUSED_FROM: Final = 60_000_000
+"""Numbers of minted members who replay, and who are refused."""
 STOCK: Final = 10_000_000
 WRITER_S: Final = 90.0
 WRITER_POLL_S: Final = 0.005
@@ -127,7 +130,9 @@ class Bench:
 
     async def prepare_replays(self) -> None:
         """Sell what is asked for again and again, of the constant peer as well."""
-        replayed = self.feed("bench", range(5 * 10**9, 5 * 10**9 + self.plan.cards), cycle=True)
+        replayed = self.feed(
+            "bench", range(REPLAYED_FROM, REPLAYED_FROM + self.plan.cards), cycle=True
+        )
         await self._play(list(read_feed(replayed)))
         self.replays = replayed
 
@@ -137,7 +142,7 @@ class Bench:
         await rig.campaign("bench-not-open", STOCK, datetime.now(UTC) + timedelta(days=365))
         await self._sell("bench-sold-out", SOLD_OUT_TICKETS)
         self.refused = {
-            name: self.feed(name, range(10**9, 10**9 + self.plan.cards), cycle=True)
+            name: self.feed(name, range(REFUSED_FROM, REFUSED_FROM + self.plan.cards), cycle=True)
             for name in filter(None, (kind.of for kind in KINDS.values()))
         }
 

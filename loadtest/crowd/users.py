@@ -15,7 +15,6 @@ from locust.user.task import LOCUST_STATE_STOPPING
 from loadtest.books.answers import Answer, read_answer
 from loadtest.crowd.run import RUN
 from loadtest.wire import TOO_MANY, asks_again
-from sale.domain.card import mask_card
 
 LOOKS_MAX: Final = 20
 CLOCK_LOOKS: Final = 2
@@ -223,7 +222,7 @@ class MemberUser(CardHolder):
     def _check_order(self, answer: Answer) -> None:
         """See that the order stands as it was told, is ours, and that another's is not shown."""
         told = self.call("GET", f"/api/v1/orders/{answer.order_no}", "/api/v1/orders/[order]")
-        who = f"order {answer.order_no} of card {mask_card(self.card.card)}"
+        who = f"order {answer.order_no} of member {self.card.card}"
         if told.status == 200:
             codes = tuple(ticket["code"] for ticket in told.body.get("tickets", ()))
             shown = (told.body.get("order_no"), told.body.get("quantity"), codes)
@@ -244,7 +243,7 @@ class MemberUser(CardHolder):
             catch_response=True,
         ) as response:
             if response.status_code == 200:
-                what = f"order {order_no} was shown to card {mask_card(self.card.card)}"
+                what = f"order {order_no} was shown to member {self.card.card}"
                 RUN.booth.find("anothers-order", what)
             elif response.status_code in (403, 404):
                 response.success()
@@ -279,7 +278,7 @@ class BotUser(CardHolder):
         token = _forged(self.card.token) if forged else self.card.token
         answer, _ = self.ask(self.wish(self.card.card), token)
         if forged and answer.sold:
-            what = f"card {mask_card(self.card.card)} bought with a forged token"
+            what = f"member {self.card.card} bought with a forged token"
             RUN.booth.find("forged-token", what)
         if answer.status == 0:
             self.pause(BACKOFF_S)  # nobody is there: even a script would only spin

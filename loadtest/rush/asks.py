@@ -7,7 +7,6 @@ when the answers are compared with PostgreSQL.
 
 import mmap
 import random
-import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,15 @@ from typing import Final, Self
 
 import msgspec
 
-from loadtest.members import QUANTITY_SHARES, Ask, Mint
+from loadtest.members import QUANTITY_SHARES, Ask, Mint, member_of, minted_card
 from loadtest.rush import arrivals
 from sale.files import UnreadableFile, opened_regular
-from sale.identity import SigningKey, issue_member_token
+from sale.identity import SigningKey
 
 MIXED: Final = 0
 """Quantity of a plan that mixes them as families do."""
 
 DUPLICATE_WITHIN: Final = 50
-CARD_PREFIX: Final = "6229"
 _MIX: Final = 2_654_435_761
 _SLOTS: Final = 20
 
@@ -120,7 +118,7 @@ class Asks:
     def ask(self, member: int) -> Ask:
         """The same purchase, as it is compared with the books."""
         quantity, showing = self._wishes[member * _MIX % 4_294_967_291 % len(self._wishes)]
-        card = self._line(member % self.cards).card_no
+        card = member_of(self._line(member % self.cards).token)
         return Ask(card, f"{self._load.salt}-{member:x}", showing, quantity)
 
     def _line(self, card: int) -> _Line:
@@ -131,14 +129,12 @@ class Asks:
 
 
 def write_minted(file: Path, key: SigningKey, *, first: int, count: int) -> None:
-    """Write tokens of ``count`` synthetic cards, as ``sale tokens`` does, signed with the key."""
-    pattern_card = f"{CARD_PREFIX}{0:012d}"
-    pattern = issue_member_token(key, pattern_card, "district", now_s=int(time.time()))
-    mint = Mint(pattern, pattern_card, key.secret)
+    """Write tokens of ``count`` synthetic members, as ``sale tokens`` does, signed with the key."""
+    mint = Mint(key.secret)
     file.touch(mode=0o600)
     with file.open("w", encoding="ascii", buffering=1 << 20) as stream:
         for number in range(first, first + count):
-            card = f"{CARD_PREFIX}{number:012d}"
+            card = minted_card(number)
             token = mint.token(card)
             stream.write(f'{{"card_no":"{card}","token":"{token}","union":"district"}}\n')
 

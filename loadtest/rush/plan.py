@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from loadtest.books.ledger import WAIT_S
 from loadtest.books.proof import Where
+from loadtest.members import MINTED_MAX
 
 _LEAST: Final = 0.001
 _HIDDEN: Final = frozenset({
@@ -47,7 +48,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ] = 0
     signing_key_file: Annotated[str, Meta(description="mint tokens (no --tokens)")] = ""
     first_card: Annotated[
-        int, Meta(ge=0, lt=10**12, description="count minted cards from here")
+        int, Meta(ge=0, lt=MINTED_MAX, description="count minted cards from here")
     ] = 1
     duplicate_share: Annotated[
         float, Meta(ge=0, lt=1, description="share of members that send their request twice")

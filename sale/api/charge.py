@@ -51,12 +51,12 @@ def charge(
     now = time.monotonic()
     if token:
         try:
-            card_no = engine.tokens.verify(token, time.time()).card_no
+            member_no = engine.tokens.verify(token, time.time()).no
         except Refused:
             if engine.limits.vouches(operator_token_hash(token), now):
                 return None
         else:
-            return engine.limits.spend_card(card_no, now)
+            return engine.limits.spend_card(member_no, now)
     return engine.limits.spend_address(engine.addresses.of(peer, forwarded_for), now)
 
 
@@ -91,12 +91,12 @@ def refuse_exhausted(request: web.Request) -> None:
     """
     engine, now = request.app[ENGINE], time.monotonic()
     try:
-        card_no = engine.tokens.verify(bearer(request) or "", time.time()).card_no
+        member_no = engine.tokens.verify(bearer(request) or "", time.time()).no
     except Refused:
         address = engine.addresses.of(peer_of(request), forwarded_for(request))
         limited = engine.limits.address_is_out(address, now)
     else:
-        limited = engine.limits.card_is_out(card_no, now)
+        limited = engine.limits.card_is_out(member_no, now)
     if limited is not None:
         raise TooFast(limited)
 

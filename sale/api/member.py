@@ -29,8 +29,8 @@ from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderReq
 from sale.api.views import campaign_view, remaining_views
 from sale.db.ledger import OrderCursor
 from sale.domain.campaign import CAMPAIGN_ID, State
-from sale.domain.card import may_meet
 from sale.domain.clock import rfc3339
+from sale.domain.member import may_meet
 from sale.domain.order import Order
 from sale.domain.problem import Problem, Refused
 from sale.http.overload import MUST_WAIT
@@ -143,7 +143,7 @@ async def show_allowance(request: web.Request) -> web.Response:
     now = await visible_campaign(request)
     campaign = now.campaign
     redis = request.app[ENGINE].stores.redis
-    records, revoked = await read_card(redis, campaign.id, member.card_no)
+    records, revoked = await read_card(redis, campaign.id, str(member.no))
     card_remaining = campaign.card_limit - live_tickets(records)
     reason = _why_not(now, member, revoked=revoked, card_remaining=card_remaining)
     return json_response(
@@ -162,7 +162,7 @@ async def list_orders(request: web.Request) -> web.Response:
     limit = page_limit(request)
     before = decode_cursor(request, OrderCursor)
     member = member_of(request)
-    orders, following = await request.app[ENGINE].orders.page(member.card_no, before, limit)
+    orders, following = await request.app[ENGINE].orders.page(str(member.no), before, limit)
     cursor = None if following is None else encode_cursor(following)
     return json_response(ListView[Order](orders, cursor), headers=NO_STORE)
 
@@ -170,7 +170,7 @@ async def list_orders(request: web.Request) -> web.Response:
 async def show_order(request: web.Request) -> web.Response:
     """GET /api/v1/orders/{order_no}."""
     member = member_of(request)
-    order = await request.app[ENGINE].orders.one(member.card_no, request.match_info["order_no"])
+    order = await request.app[ENGINE].orders.one(str(member.no), request.match_info["order_no"])
     return json_response(order, headers=NO_STORE)
 
 
@@ -191,7 +191,7 @@ def member_of(request: web.Request) -> Member:
     """Give whose token this is, and charge the card. Raises Refused (unauthenticated), TooFast."""
     engine = request.app[ENGINE]
     member = engine.tokens.verify(bearer(request) or "", time.time())
-    limited = engine.limits.spend_card(member.card_no, time.monotonic())
+    limited = engine.limits.spend_card(member.no, time.monotonic())
     if limited is not None:
         raise TooFast(limited)
     return member
@@ -209,7 +209,7 @@ def _why_not(
     }
     if revoked:
         return Problem.CARD_REVOKED
-    if not may_meet(now.campaign, member.card_no) or (
+    if not may_meet(now.campaign, member.no) or (
         "*" not in now.campaign.unions and member.union not in now.campaign.unions
     ):
         return Problem.NOT_ELIGIBLE

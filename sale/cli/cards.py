@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
@@ -25,11 +25,10 @@ from sale.cli.runtime import (
 )
 from sale.cli.terminal import as_utf8, megabytes, nobody_reads, progress
 from sale.config import SettingsError
-from sale.domain.card import mask_card
 from sale.domain.clock import rfc3339, to_ms
+from sale.domain.member import mask_card
 from sale.domain.unions import default_unions_path, load_unions
 from sale.files import Source, opened_large, shown
-from sale.identity import SigningKey, card_tag
 from sale.operators import roster
 from sale.operators.roster import Card, ImportReport, NamedLine
 from sale.operators.sample_roster import SAMPLE_MAX, sample
@@ -99,21 +98,17 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_check
 @click.option("--reason", required=True, help="Why, for the audit log.")
 @command_context
 def revoke(context: CommandContext, card_no: str, reason: str) -> None:
-    """Cancel a card until `restore`, whatever a roster file says."""
-    key = context.signing_key()
+    """Cancel a card until `restore`, whatever a roster file says.
 
-    async def work() -> Card:
-        async with context.pool() as pool:
-            return await roster.revoke(
-                pool,
-                key,
-                card_no,
-                actor=context.actor,
-                reason=reason,
-                after_change=_after_change(context, pool, "the card is revoked"),
-            )
-
-    _show_card(context, key, run(work()))
+    The tokens of its holder end within a second.
+    """
+    _change(
+        context,
+        "the card is revoked",
+        lambda pool, tell: roster.revoke(
+            pool, card_no, actor=context.actor, reason=reason, after_change=tell
+        ),
+    )
 
 
 @cards.command()
@@ -125,34 +120,46 @@ def restore(context: CommandContext, card_no: str, reason: str) -> None:
 
     The next import whose file names the card decides anew.
     """
-    key = context.signing_key()
+    _change(
+        context,
+        "the card is active again",
+        lambda pool, tell: roster.restore(
+            pool, card_no, actor=context.actor, reason=reason, after_change=tell
+        ),
+    )
 
-    async def work() -> Card:
-        async with context.pool() as pool:
-            return await roster.restore(
-                pool,
-                key,
-                card_no,
-                actor=context.actor,
-                reason=reason,
-                after_change=_after_change(context, pool, "the card is active again"),
-            )
 
-    _show_card(context, key, run(work()))
+@cards.command()
+@click.argument("old", callback=card_number)
+@click.argument("new", callback=card_number)
+@click.option("--reason", required=True, help="Why, for the audit log.")
+@command_context
+def replace(context: CommandContext, old: str, new: str, reason: str) -> None:
+    """Give the holder of card OLD the card NEW.
+
+    Orders and limits stay the member's. The tokens of OLD end within a second, and a roster file
+    that still holds OLD changes nothing for it.
+    """
+    _change(
+        context,
+        "the card is replaced",
+        lambda pool, tell: roster.replace(
+            pool, old, new, actor=context.actor, reason=reason, after_change=tell
+        ),
+    )
 
 
 @cards.command()
 @click.argument("card_no", callback=card_number)
 @command_context
 def show(context: CommandContext, card_no: str) -> None:
-    """Show a card; its number is masked."""
-    key = context.signing_key()
+    """Show a card and its member; of the number, only the last four digits."""
 
     async def work() -> Card:
         async with context.pool() as pool:
             return await roster.show(pool, card_no)
 
-    _show_card(context, key, run(work()))
+    _show_card(context, run(work()))
 
 
 @cards.command("sample")
@@ -223,6 +230,20 @@ def tokens(context: CommandContext, count: int, status: str, out: Path | None) -
         )
 
 
+def _change(
+    context: CommandContext,
+    done: str,
+    change: Callable[[Any, roster.AfterChange], Awaitable[Card]],
+) -> None:
+    """Do a change of one card and show what came of it."""
+
+    async def work() -> Card:
+        async with context.pool() as pool:
+            return await change(pool, _after_change(context, pool, done))
+
+    _show_card(context, run(work()))
+
+
 def _after_change(context: CommandContext, pool: Any, done: str) -> roster.AfterChange:  # noqa: ANN401
     """Tell Redis at once; should that fail, the scheduler does it within a second (INV-9).
 
@@ -257,20 +278,28 @@ def _after_change(context: CommandContext, pool: Any, done: str) -> roster.After
     return tell
 
 
-def _show_card(context: CommandContext, key: SigningKey, card: Card) -> None:
+def _show_card(context: CommandContext, card: Card) -> None:
     fields = {
-        "card_no": mask_card(card.card_no),
-        "tag": card_tag(key, card.card_no),
+        "member": card.member_no,
+        "card_tail": card.card_no[-4:],
+        "replaced_by_tail": card.replaced_by and card.replaced_by[-4:],
         "name": card.name,
         "union": card.union_code,
         "phone": _mask_phone(card.phone),
         "has_pin": card.has_pin,
         "status": card.status,
         "revoked": card.revoked,
+        "generation": card.generation,
         "updated_at": rfc3339(to_ms(card.updated_at)),
     }
-    words = fields | {"revoked": "yes, until a person restores it" if card.revoked else "no"}
-    echo(context, fields, lambda: echo_fields(list(words.items())))
+    words = fields | {
+        "card_tail": mask_card(card.card_no),
+        "replaced_by_tail": mask_card(card.replaced_by) if card.replaced_by else "no",
+        "revoked": "yes, until a person restores it" if card.revoked else "no",
+    }
+    names = {"card_tail": "card", "replaced_by_tail": "replaced by"}
+    shown_words = [(names.get(name, name), value) for name, value in words.items()]
+    echo(context, fields, lambda: echo_fields(shown_words))
 
 
 def _mask_phone(phone: str) -> str:
@@ -296,6 +325,11 @@ def _show_report(report: ImportReport) -> None:
             f"{report.kept_revoked} stay cancelled, revoked by a person, though the file says "
             f"otherwise (`sale cards restore` takes that back): "
             f"{_lines(report.kept_revoked, report.kept_revoked_lines)}"
+        )
+    if report.replaced:
+        click.echo(
+            f"{report.replaced} were passed over, replaced by other cards: "
+            f"{_lines(report.replaced, report.replaced_lines)}"
         )
     if report.doubtful:
         click.echo(

@@ -89,10 +89,10 @@ def losses(context: CommandContext, campaign_id: str) -> None:
             click.echo(f"{_range(first, last)}: voided")
         if found.conflicts:
             rows = [
-                (each.seq, each.at, each.card, each.showing, each.quantity, each.source, each.why)
+                (each.seq, each.at, each.member, each.showing, each.quantity, each.source, each.why)
                 for each in found.conflicts
             ]
-            names = ("event", "at", "card", "showing", "tickets", "source", "why")
+            names = ("event", "at", "member", "showing", "tickets", "source", "why")
             echo_table(names, rows, title="conflicts")
 
     echo(context, found, in_words)

@@ -23,7 +23,7 @@ import structlog
 from sale import config
 from sale.cli.terminal import echo_fields, echo_json, echo_table, note, take_any_character
 from sale.config import BadOption, Settings, SettingsError, StartError
-from sale.domain.card import CARD_NO
+from sale.domain.member import CARD_NO
 from sale.domain.problem import Refused
 from sale.domain.text import ACCOUNT_NAME_MAX, shown_text
 from sale.files import shown

@@ -38,6 +38,10 @@ class DatabaseNewer(MigrationError):  # noqa: N818 - reads as a sentence where i
     """The database ran migrations that this version does not know."""
 
 
+class DatabaseOlder(MigrationError):  # noqa: N818 - reads as a sentence where it is raised
+    """The database was made by version 0.1, from which no way leads here."""
+
+
 class MigrationChanged(MigrationError):  # noqa: N818 - reads as a sentence where it is raised
     """A migration that the database ran reads differently now."""
 
@@ -80,7 +84,7 @@ async def migrate(database_url: str, known: tuple[Migration, ...] | None = None)
     ``known`` are the migrations of this version; other ones are for tests.
 
     Raises:
-        DatabaseNewer, MigrationChanged: nothing was changed.
+        DatabaseOlder, DatabaseNewer, MigrationChanged: nothing was changed.
         MigrationError: another migrator held the lock for LOCK_WAIT_S.
         BadUrl, asyncpg.PostgresError, OSError, TimeoutError: what was applied before it stays.
 
@@ -105,7 +109,7 @@ async def migrate(database_url: str, known: tuple[Migration, ...] | None = None)
 async def pending(connection: Any) -> list[str]:  # noqa: ANN401 - a connection or a pool
     """Names of this version's migrations that the database has not run. Changes nothing.
 
-    Raises DatabaseNewer and MigrationChanged.
+    Raises DatabaseOlder, DatabaseNewer and MigrationChanged.
     """
     if await connection.fetchval(_SQL["find_table"]) is None:
         return [migration.name for migration in migrations()]
@@ -155,6 +159,11 @@ async def _lock(connection: Any) -> None:  # noqa: ANN401 - asyncpg has no commo
 
 
 def _missing(known: tuple[Migration, ...], recorded: dict[str, str]) -> list[Migration]:
+    if recorded.get("0001_ledger", "").startswith(_LEDGER_OF_0_1):
+        raise DatabaseOlder(
+            "version 0.1 wrote the database, and this version does not read it: use a new, empty "
+            "database, or use that version"
+        )
     names = {migration.name for migration in known}
     unknown = sorted(set(recorded) - names)
     if unknown:
@@ -170,6 +179,9 @@ def _missing(known: tuple[Migration, ...], recorded: dict[str, str]) -> list[Mig
             )
     return [migration for migration in known if migration.name not in recorded]
 
+
+_LEDGER_OF_0_1: Final = "b4a640bd5f670827"
+"""The beginning of the SHA-256 of 0001_ledger in version 0.1."""
 
 _FILE_NAME: Final = re.compile(r"[0-9]{4}_[a-z0-9_]+\.sql")
 _SQL: Final = load("migrate")

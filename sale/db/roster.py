@@ -18,11 +18,13 @@ CURSOR_ROWS: Final = 2_000
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
-    """A card as the roster holds it, without its PIN.
+    """A card as the roster holds it, with its member's particulars but the PIN.
 
-    ``revoked``: a person has cancelled it, and no roster file changes that.
+    ``revoked``: a person has cancelled it, and no roster file changes that. ``replaced_by``: the
+    member's card in use, where this one was replaced.
     """
 
+    member_no: int
     card_no: str
     name: str
     union_code: str
@@ -30,15 +32,43 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     has_pin: bool
     status: str
     revoked: bool
+    generation: int
+    replaced_by: str | None
     updated_at: datetime
 
 
-class CardChange(NamedTuple):
-    """One revision of the feed: the card became active, or ceased to be."""
+class LockedMember(NamedTuple):
+    """The member of a card, and whether another card has taken that card's place."""
+
+    member_no: int
+    status: str
+    revoked: bool
+    replaced: bool
+
+
+class MemberChange(NamedTuple):
+    """One revision of the feed, and whether the member may buy from there on."""
 
     rev: int
-    card_no: str
+    member_no: int
     active: bool
+
+
+class Raised(NamedTuple):
+    """One revision of the feed that raised a member's generation."""
+
+    rev: int
+    member_no: int
+    generation: int
+
+
+class TokenRow(NamedTuple):
+    """What a token says of a member, and the card in use."""
+
+    card_no: str
+    member_no: int
+    union_code: str
+    generation: int
 
 
 class IncomingLine(NamedTuple):
@@ -108,22 +138,32 @@ async def kept_revoked(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
     return await _incoming(connection, "kept_revoked", limit)
 
 
+async def replaced(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
+    """Lines that are not taken, because their card was replaced by another."""
+    return await _incoming(connection, "replaced", limit)
+
+
 async def _incoming(connection: Any, statement: str, *values: int) -> Incoming:  # noqa: ANN401
     rows = await connection.fetch(_SQL[statement], *values, timeout=IMPORT_TIMEOUT_S)
     lines = [IncomingLine(row["line"], row["card_no"], row.get("status", "")) for row in rows]
     return Incoming(rows[0]["total"] if rows else 0, lines)
 
 
-async def count_incoming(connection: Any) -> tuple[int, int]:  # noqa: ANN401
-    """How many incoming cards are new, and how many read differently from the roster."""
+async def lock_roster(connection: Any) -> None:  # noqa: ANN401
+    """Wait for the right to add cards, and hold it to the commit."""
     await connection.execute(_SQL["lock_import"], timeout=IMPORT_TIMEOUT_S)
+
+
+async def count_incoming(connection: Any) -> tuple[int, int]:  # noqa: ANN401
+    """How many incoming cards are new, and how many members read differently from the roster."""
     row = await connection.fetchrow(_SQL["count_incoming"], timeout=IMPORT_TIMEOUT_S)
     return row["added"], row["changed"]
 
 
 async def apply_incoming(connection: Any) -> None:  # noqa: ANN401
     """Write what differs. The feed of changes is kept by triggers."""
-    await connection.execute(_SQL["upsert_incoming"], timeout=IMPORT_TIMEOUT_S)
+    await connection.execute(_SQL["change_members"], timeout=IMPORT_TIMEOUT_S)
+    await connection.execute(_SQL["add_members"], timeout=IMPORT_TIMEOUT_S)
 
 
 async def find_card(connection: Any, card_no: str) -> Card | None:  # noqa: ANN401
@@ -132,65 +172,80 @@ async def find_card(connection: Any, card_no: str) -> Card | None:  # noqa: ANN4
     return None if row is None else Card(**dict(row))
 
 
+async def lock_member(connection: Any, card_no: str) -> LockedMember | None:  # noqa: ANN401
+    """The member of a card, held until the commit; None: no such card."""
+    row = await connection.fetchrow(_SQL["lock_member"], card_no)
+    return None if row is None else LockedMember(*row)
+
+
 async def set_status(
     connection: Any,  # noqa: ANN401
-    card_no: str,
+    member: LockedMember,
     status: str,
     *,
     revoked: bool,
-) -> str | None:
-    """Set a card's status by a person's word; return the one before, or None: no such card."""
-    row = await connection.fetchrow(_SQL["lock_card"], card_no)
-    if row is None:
-        return None
-    if (row["status"], row["revoked"]) != (status, revoked):
-        await connection.execute(_SQL["set_status"], card_no, status, revoked)
-    before: str = row["status"]
-    return before
+) -> None:
+    """Set a member's status by a person's word. A revocation raises the generation."""
+    if (member.status, member.revoked) != (status, revoked):
+        await connection.execute(_SQL["set_status"], member.member_no, status, revoked)
 
 
-async def changes_since(connection: Any, rev: int, limit: int) -> list[CardChange]:  # noqa: ANN401
+async def replace_card(connection: Any, member: LockedMember, old: str, new: str) -> bool:  # noqa: ANN401
+    """Give a member another card, and end the tokens of before; False where the roster has it."""
+    await connection.execute(_SQL["replace_card"], old)
+    if await connection.fetchval(_SQL["add_card"], new, member.member_no) is None:
+        return False
+    await connection.execute(_SQL["end_tokens"], member.member_no)
+    return True
+
+
+async def changes_since(connection: Any, rev: int, limit: int) -> list[MemberChange]:  # noqa: ANN401
     """The feed after ``rev``, oldest first. Revisions come in the order of commits."""
-    rows = await connection.fetch(_SQL["changes_since"], rev, limit)
-    return [CardChange(row["rev"], row["card_no"], row["active"]) for row in rows]
+    return [MemberChange(*row) for row in await connection.fetch(_SQL["changes_since"], rev, limit)]
 
 
 async def current_rev(connection: Any) -> int:  # noqa: ANN401
     """The feed's last revision, 0 where it is empty.
 
-    ``inactive_cards`` at this revision gives the same cards at any later moment.
+    ``inactive_members`` at this revision gives the same members at any later moment.
     """
     rev: int = await connection.fetchval(_SQL["current_rev"])
     return rev
 
 
-async def inactive_cards(
+async def generations_from(connection: Any, rev: int, limit: int) -> list[Raised]:  # noqa: ANN401
+    """Rises of members' generations from revision ``rev`` on, oldest first."""
+    rows = await connection.fetch(_SQL["generations_from"], rev, limit)
+    return [Raised(*row) for row in rows]
+
+
+async def inactive_members(
     connection: Any,  # noqa: ANN401
-    after_card_no: str,
+    after_member_no: int,
     limit: int | None,
     rev: int | None = None,
     timeout_s: float | None = None,
-) -> list[str]:
-    """Cards that may not buy, in order, after ``after_card_no`` ("" for the first ones).
+) -> list[int]:
+    """Members who may not buy, in order, after ``after_member_no`` (0 for the first ones).
 
-    As the feed says it up to ``rev`` (None: up to now), so a card that a hand has removed counts.
+    As the feed says it up to ``rev`` (None: up to now).
     """
     rows = await connection.fetch(
-        _SQL["inactive_cards"], after_card_no, limit, rev, timeout=timeout_s
+        _SQL["inactive_members"], after_member_no, limit, rev, timeout=timeout_s
     )
-    return [row["card_no"] for row in rows]
+    return [row["member_no"] for row in rows]
 
 
-async def cards_of_status(
+async def members_of_status(
     connection: Any,  # noqa: ANN401
     status: str,
     limit: int,
-) -> AsyncIterator[tuple[str, str]]:
-    """Stream (card number, union) of the roster's first cards. Needs a transaction."""
+) -> AsyncIterator[TokenRow]:
+    """Stream the roster's first members of a status. Needs a transaction."""
     async for row in connection.cursor(
-        _SQL["cards_of_status"], status, limit, prefetch=CURSOR_ROWS
+        _SQL["members_of_status"], status, limit, prefetch=CURSOR_ROWS
     ):
-        yield row["card_no"], row["union_code"]
+        yield TokenRow(*row)
 
 
 _SQL: Final = load("roster")

@@ -17,8 +17,8 @@ import asyncpg
 
 from sale.db import ledger
 from sale.domain.campaign import Campaign, State
-from sale.domain.card import may_meet
 from sale.domain.clock import rfc3339
+from sale.domain.member import may_meet
 from sale.domain.order import Order
 from sale.domain.problem import Problem, Refused
 from sale.http.overload import MUST_WAIT, QUEUE, TURN, Overload
@@ -93,7 +93,7 @@ class PurchaseDesk:
         if campaign is None:
             # No store pays for a guesser: token and pace come first.
             member = self._tokens.verify(token or "", time.time())
-            limited = self._limits.spend_card(member.card_no, time.monotonic())
+            limited = self._limits.spend_card(member.no, time.monotonic())
             if limited is not None:
                 raise TooFast(limited)
             async with asyncio.timeout(self._batchers.deadline_s):
@@ -138,12 +138,12 @@ class PurchaseDesk:
         """
         showing = _check_request(campaign, quantity, showing_id)
         member = self._tokens.verify(token or "", time.time())
-        limited = self._limits.spend(member.card_no, campaign.id, now)
+        limited = self._limits.spend(member.no, campaign.id, now)
         if limited is not None:
             raise TooFast(limited)
-        if not may_meet(campaign, member.card_no):
+        if not may_meet(campaign, member.no):
             raise Refused(Problem.NOT_ELIGIBLE)
-        return member.card_no, member.union, showing, quantity, key
+        return str(member.no), member.union, showing, quantity, key
 
     def submit(self, campaign: Campaign, purchase: Purchase) -> None:
         """Queue a checked purchase; it will be settled once. Raises Refused."""

@@ -1,4 +1,4 @@
-"""Rate limits: a bucket for each card in each campaign, for each card, and for each address.
+"""Rate limits: a bucket for each member in each campaign, for each member, and for each address.
 
 A bucket is a GCRA: one number a key, the moment at which the bucket will be full again (its
 "theoretical arrival time"). A request that finds that moment too far ahead is refused and changes
@@ -87,8 +87,8 @@ class RateLimits:
         self.limited: Counter[str] = Counter(dict.fromkeys(SCOPES, 0))
         """Refused so far, by scope."""
 
-    def spend(self, card_no: str, campaign_id: str, now: float) -> Limited | None:
-        """Charge a purchase to a card; None where it may go on. The campaign must be a known one.
+    def spend(self, member_no: int, campaign_id: str, now: float) -> Limited | None:
+        """Charge a purchase to a member; None where it may go on. The campaign must be a known one.
 
         Both buckets are charged, or none.
         """
@@ -103,23 +103,23 @@ class RateLimits:
         cards = self._cards
         if now >= cards.change_at or len(cards.young) >= KEYS_MAX:
             cards.change(now)
-        full_here = here.young.get(card_no) or here.old.get(card_no, now)
+        full_here = here.young.get(member_no) or here.old.get(member_no, now)
         if full_here < now:
             full_here = now
         elif full_here - now > here.slack_s:
             return self._limited(CARD_CAMPAIGN, here, full_here - now)
-        full = cards.young.get(card_no) or cards.old.get(card_no, now)
+        full = cards.young.get(member_no) or cards.old.get(member_no, now)
         if full < now:
             full = now
         elif full - now > cards.slack_s:
             return self._limited(CARD, cards, full - now)
-        here.young[card_no] = full_here + here.per_request_s
-        cards.young[card_no] = full + cards.per_request_s
+        here.young[member_no] = full_here + here.per_request_s
+        cards.young[member_no] = full + cards.per_request_s
         return None
 
-    def spend_card(self, card_no: str, now: float) -> Limited | None:
-        """Charge a card's request that is no purchase, or one that went wrong."""
-        return self._spend(CARD, self._cards, card_no, now)
+    def spend_card(self, member_no: int, now: float) -> Limited | None:
+        """Charge a member's request that is no purchase, or one that went wrong."""
+        return self._spend(CARD, self._cards, member_no, now)
 
     def spend_address(self, address: str, now: float) -> Limited | None:
         """Charge an address with what no valid card answers for."""
@@ -129,9 +129,9 @@ class RateLimits:
         """Look, without charging, whether an address has nothing left."""
         return self._spend(ADDRESS, self._addresses, address, now, look_only=True)
 
-    def card_is_out(self, card_no: str, now: float) -> Limited | None:
-        """Look, without charging, whether a card has nothing left."""
-        return self._spend(CARD, self._cards, card_no, now, look_only=True)
+    def card_is_out(self, member_no: int, now: float) -> Limited | None:
+        """Look, without charging, whether a member has nothing left."""
+        return self._spend(CARD, self._cards, member_no, now, look_only=True)
 
     def remember(self, token_hash: bytes, now: float) -> None:
         """Note an operator's token that was good: a guesser at the same address shuts nobody out.
@@ -165,7 +165,13 @@ class RateLimits:
         return buckets
 
     def _spend(
-        self, scope: str, buckets: "_Buckets", key: str, now: float, *, look_only: bool = False
+        self,
+        scope: str,
+        buckets: "_Buckets",
+        key: int | str,
+        now: float,
+        *,
+        look_only: bool = False,
     ) -> Limited | None:
         if not buckets.rate.per_s:
             return None
@@ -198,8 +204,8 @@ class _Buckets:
         # Sums of fractions of a second are not exact.
         spare_s = self._fills_s - self.per_request_s + _A_MOMENT_S
         self.slack_s = spare_s if rate.per_s else math.inf
-        self.young: dict[str, float] = {}
-        self.old: dict[str, float] = {}
+        self.young: dict[int | str, float] = {}
+        self.old: dict[int | str, float] = {}
         self.change_at = 0.0
 
     def change(self, now: float) -> None:

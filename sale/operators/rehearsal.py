@@ -29,12 +29,12 @@ from sale.db import ledger, rehearsals
 from sale.db.errors import POSTGRES_ERRORS
 from sale.db.rehearsals import LeftOver, Removed
 from sale.domain.campaign import Campaign, State
-from sale.domain.card import REHEARSAL_CARDS
 from sale.domain.clock import LOCAL_ZONE, from_ms, rfc3339
+from sale.domain.member import MADE_UP_FROM
 from sale.domain.problem import Problem, Refused
 from sale.domain.text import TITLE_MAX
 from sale.domain.unions import REHEARSAL_UNION
-from sale.identity import SigningKey, issue_member_token
+from sale.identity import Member, SigningKey, issue_member_token
 from sale.operators.campaigns import Actor, CampaignDesk
 from sale.stock.catalogue import CampaignNow, read_campaign, read_campaigns, redis_now_ms
 from sale.stock.keys import campaign_keys
@@ -50,7 +50,6 @@ CLOSES_AFTER_S: Final = 300.0
 TITLE_PREFIX: Final = "演练 rehearsal: "
 ID_MAX: Final = 48
 CARDS_MAX: Final = 1_000_000
-CARD_DIGITS: Final = 16
 APPLIED_WAIT_S: Final = 30.0
 """How long the writer may stand still."""
 APPLIED_WAIT_MAX_S: Final = 600.0
@@ -247,15 +246,17 @@ def rehearsal_id(campaign_id: str) -> str:
     return re.sub(r"-+$", "", name[:ID_MAX])
 
 
-def made_up_cards(count: int) -> Iterator[str]:
-    """Give ``count`` card numbers that no roster holds, the same ones each time."""
-    digits = CARD_DIGITS - len(REHEARSAL_CARDS)
-    return (f"{REHEARSAL_CARDS}{number:0{digits}d}" for number in range(count))
+def made_up_members(count: int) -> Iterator[Member]:
+    """Give ``count`` members who stand in no roster, the same ones each time."""
+    return (Member(MADE_UP_FROM + number, REHEARSAL_UNION) for number in range(count))
 
 
 def tokens(key: SigningKey, count: int, *, ttl_s: int) -> Iterator[dict[str, str]]:
-    """Make tokens of made-up cards: ``card_no``, ``token``, ``union``, as ``sale tokens`` does."""
+    """Make tokens of made-up members: ``card_no``, ``token``, ``union``, as ``sale tokens`` does.
+
+    They have no card; their number stands in its place.
+    """
     now_s = int(time.time())
-    for card_no in made_up_cards(count):
-        token = issue_member_token(key, card_no, REHEARSAL_UNION, now_s=now_s, ttl_s=ttl_s)
-        yield {"card_no": card_no, "token": token, "union": REHEARSAL_UNION}
+    for member in made_up_members(count):
+        token = issue_member_token(key, member, now_s=now_s, ttl_s=ttl_s)
+        yield {"card_no": str(member.no), "token": token, "union": member.union}

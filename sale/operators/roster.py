@@ -1,4 +1,4 @@
-"""The roster: import, revoke, restore, show, and members' tokens.
+"""The roster: import, revoke, restore, replace, show, and members' tokens.
 
 An import streams: each line of the file is checked by itself and goes to a temporary table by COPY,
 so memory does not grow with the file; whether a card stands twice is asked of that table. All of it
@@ -15,12 +15,12 @@ import msgspec
 
 from sale.db import operators as accounts
 from sale.db import roster as table
-from sale.db.roster import Card, changes_since, current_rev, inactive_cards
-from sale.domain.card import mask_card
+from sale.db.roster import Card, LockedMember
+from sale.domain.member import mask_card
 from sale.domain.problem import Problem, Refused
 from sale.domain.text import REASON_MAX, shown_text
 from sale.files import Source
-from sale.identity import SigningKey, card_tag, issue_member_token
+from sale.identity import Member, SigningKey, issue_member_token
 from sale.operators.roster_file import (
     BAD_LINES_LISTED,
     CHANCE_MAX,
@@ -41,10 +41,8 @@ __all__ = [
     "BadLine",
     "Card",
     "ImportReport",
-    "changes_since",
-    "current_rev",
     "import_cards",
-    "inactive_cards",
+    "replace",
     "restore",
     "revoke",
     "show",
@@ -60,7 +58,7 @@ LISTED_MAX: Final = 20
 """Lines of each kind that a report names beside the bad ones."""
 
 AfterChange = Callable[[], Awaitable[None]]
-"""Called after the commit of what changed who may buy: it takes the feed on to Redis (INV-9)."""
+"""Called after the commit of a change: it takes the feed on to Redis (INV-9)."""
 
 
 class NamedLine(msgspec.Struct, frozen=True):
@@ -75,9 +73,10 @@ class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
 
     ``lines`` counts the cards read; ``added`` + ``changed`` + ``unchanged`` = ``imported``, which
     is 0 where there is a bad line. ``kept_revoked`` counts cards that the file gives as active or
-    suspended and that stay cancelled, because a person has revoked them. ``doubtful`` counts new
-    cards whose number may have been rounded: by chance so many true ones look so. The first
-    LISTED_MAX lines of both are named.
+    suspended and that stay cancelled, because a person has revoked them. ``replaced`` counts cards
+    that another card has replaced: they are read and not imported. ``doubtful`` counts new cards
+    whose number may have been rounded: by chance so many true ones look so. The first LISTED_MAX
+    lines of each are named.
     """
 
     lines: int
@@ -89,6 +88,8 @@ class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
     bad: list[BadLine]
     kept_revoked: int
     kept_revoked_lines: list[NamedLine]
+    replaced: int
+    replaced_lines: list[NamedLine]
     doubtful: int
     doubtful_lines: list[NamedLine]
     dry_run: bool
@@ -109,8 +110,9 @@ async def import_cards(
     """Take a roster file (CSV, header ``card_no,name,union,phone,pin,status``) into the roster.
 
     All or nothing; may be repeated; rows that read the same are not touched. ``on_progress`` gets
-    bytes done and in total. Cards that the file does not name stay as they are, and a card that a
-    person has revoked stays cancelled. New numbers that a program has rounded, by how many of them
+    bytes done and in total. A card that the roster does not have gets a new member. Cards that the
+    file does not name stay as they are, a card that a person has revoked stays cancelled, and one
+    that was replaced is passed over. New numbers that a program has rounded, by how many of them
     look so, are bad lines, unless ``numbers_checked``: somebody has compared them with the cards.
     """
     checker = Checker(key, unions)
@@ -134,6 +136,7 @@ async def import_cards(
                         "added": report.added,
                         "changed": report.changed,
                         "kept_revoked": report.kept_revoked,
+                        "replaced": report.replaced,
                         "numbers_checked": numbers_checked,
                     },
                 )
@@ -151,27 +154,24 @@ async def import_cards(
 
 async def revoke(
     pool: Any,  # noqa: ANN401 - an asyncpg pool
-    key: SigningKey,
     card_no: str,
     *,
     actor: str,
     reason: str,
     after_change: AfterChange | None = None,
 ) -> Card:
-    """Cancel a card; it buys nothing until it is restored (INV-9). May be repeated.
+    """Cancel a card; its member buys nothing until it is restored (INV-9). May be repeated.
 
-    No roster file takes a revocation back.
+    The tokens that the member has end. No roster file takes a revocation back.
 
-    Raises Refused: NOT_FOUND, or INVALID_REQUEST for a bad reason.
+    Raises Refused: NOT_FOUND, WRONG_STATE for a card that was replaced, INVALID_REQUEST for a bad
+    reason.
     """
-    return await _set_status(
-        pool, key, card_no, "cancelled", "card.revoke", actor, reason, after_change
-    )
+    return await _set_status(pool, card_no, "cancelled", "card.revoke", actor, reason, after_change)
 
 
 async def restore(
     pool: Any,  # noqa: ANN401 - an asyncpg pool
-    key: SigningKey,
     card_no: str,
     *,
     actor: str,
@@ -180,11 +180,47 @@ async def restore(
 ) -> Card:
     """Make a card active again, whatever it was. May be repeated. Raises as ``revoke`` does.
 
-    The next roster file that names the card decides again.
+    The next roster file that names the card decides again. Tokens that a revocation ended stay
+    ended: the member needs a new one.
     """
-    return await _set_status(
-        pool, key, card_no, "active", "card.restore", actor, reason, after_change
-    )
+    return await _set_status(pool, card_no, "active", "card.restore", actor, reason, after_change)
+
+
+async def replace(
+    pool: Any,  # noqa: ANN401 - an asyncpg pool
+    old: str,
+    new: str,
+    *,
+    actor: str,
+    reason: str,
+    after_change: AfterChange | None = None,
+) -> Card:
+    """Give the member of card ``old`` the card ``new``; number, orders and limits stay.
+
+    The tokens that the member has end. Not to be repeated: the second time ``old`` is replaced.
+
+    Raises Refused: NOT_FOUND, WRONG_STATE where ``old`` was replaced before or the roster has
+    ``new``, or INVALID_REQUEST for a bad reason.
+    """
+    reason = _checked_reason(reason)
+    async with pool.acquire() as connection, connection.transaction():
+        await table.lock_roster(connection)
+        member = await _locked(connection, old)
+        if not await table.replace_card(connection, member, old, new):
+            raise Refused(
+                Problem.WRONG_STATE, f"card {mask_card(new)} is in the roster already: nothing done"
+            )
+        await accounts.write_audit(
+            connection,
+            actor=actor,
+            action="card.replace",
+            target=_target(member, new),
+            reason=reason,
+            data={"from": mask_card(old), "to": mask_card(new)},
+        )
+    if after_change is not None:
+        await after_change()
+    return await show(pool, new)
 
 
 async def show(pool: Any, card_no: str) -> Card:  # noqa: ANN401 - an asyncpg pool
@@ -209,14 +245,14 @@ async def tokens(
     Streams; fewer where the roster has fewer.
     """
     async with pool.acquire() as connection, connection.transaction(readonly=True):
-        async for card_no, union in table.cards_of_status(connection, status, count):
-            token = issue_member_token(key, card_no, union, now_s=now_s)
-            yield {"card_no": card_no, "token": token, "union": union}
+        async for row in table.members_of_status(connection, status, count):
+            member = Member(row.member_no, row.union_code, row.generation)
+            token = issue_member_token(key, member, now_s=now_s)
+            yield {"card_no": row.card_no, "token": token, "union": row.union_code}
 
 
 async def _set_status(
     pool: Any,  # noqa: ANN401 - an asyncpg pool
-    key: SigningKey,
     card_no: str,
     status: str,
     action: str,
@@ -224,26 +260,48 @@ async def _set_status(
     reason: str,
     after_change: AfterChange | None,
 ) -> Card:
-    try:
-        reason = shown_text(reason, REASON_MAX)
-    except ValueError as wrong:
-        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
+    reason = _checked_reason(reason)
     async with pool.acquire() as connection, connection.transaction():
-        before = await table.set_status(connection, card_no, status, revoked=status == "cancelled")
-        if before is None:
-            raise Refused(Problem.NOT_FOUND, f"there is no card {mask_card(card_no)} in the roster")
+        member = await _locked(connection, card_no)
+        await table.set_status(connection, member, status, revoked=status == "cancelled")
         await accounts.write_audit(
             connection,
             actor=actor,
             action=action,
-            target=f"card {mask_card(card_no)} {card_tag(key, card_no)}",
+            target=_target(member, card_no),
             reason=reason,
-            data={"from": before, "to": status},
+            data={"from": member.status, "to": status},
         )
     # Also where nothing changed: a repeat is how an operator mends a hand-over that failed.
     if after_change is not None:
         await after_change()
     return await show(pool, card_no)
+
+
+def _checked_reason(reason: str) -> str:
+    try:
+        return shown_text(reason, REASON_MAX)
+    except ValueError as wrong:
+        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
+
+
+async def _locked(connection: Any, card_no: str) -> LockedMember:  # noqa: ANN401
+    """Hold the member of a card in use until the commit. Raises Refused."""
+    member = await table.lock_member(connection, card_no)
+    if member is None:
+        raise Refused(Problem.NOT_FOUND, f"there is no card {mask_card(card_no)} in the roster")
+    if member.replaced:
+        card = await table.find_card(connection, card_no)
+        by = mask_card((card.replaced_by if card else None) or "")
+        raise Refused(
+            Problem.WRONG_STATE,
+            f"card {mask_card(card_no)} was replaced by card {by}: name that one",
+        )
+    return member
+
+
+def _target(member: LockedMember, card_no: str) -> str:
+    return f"member {member.member_no}, card {mask_card(card_no)}"
 
 
 async def _take_in(
@@ -253,13 +311,15 @@ async def _take_in(
     dry_run: bool,
     numbers_checked: bool,
 ) -> ImportReport:
+    await table.lock_roster(connection)
     duplicates = await table.find_duplicates(connection, BAD_LINES_LISTED)
     numbers = await _look_at_numbers(connection, checked=numbers_checked)
     bad_count = checker.bad_count + duplicates.total + numbers.bad_count
     kept = await table.kept_revoked(connection, LISTED_MAX)
+    replaced = await table.replaced(connection, LISTED_MAX)
     added = changed = imported = 0
     if not bad_count:
-        imported = checker.lines
+        imported = checker.lines - replaced.total
         added, changed = await table.count_incoming(connection)
         if not dry_run:
             await table.apply_incoming(connection)
@@ -275,6 +335,8 @@ async def _take_in(
         bad=bad[:BAD_LINES_LISTED],
         kept_revoked=kept.total,
         kept_revoked_lines=_named(kept),
+        replaced=replaced.total,
+        replaced_lines=_named(replaced),
         doubtful=numbers.doubtful,
         doubtful_lines=sorted(numbers.doubtful_lines, key=lambda entry: entry.line)[:LISTED_MAX],
         dry_run=dry_run,

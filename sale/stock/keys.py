@@ -23,6 +23,9 @@ from typing import Final, NamedTuple
 CAMPAIGNS: Final = "sale:campaigns"
 """Set of campaign IDs that have, or had, a head."""
 
+GENERATIONS: Final = "sale:generations"
+"""Sorted set of the members' generations above 0, see ``trust/generations.py``."""
+
 ROLL: Final = "sale:roll"
 """Hash of API process → its last report, see ``stock/process_reports.py``."""
 

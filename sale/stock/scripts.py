@@ -267,16 +267,16 @@ class Scripts:
         campaign_id: str,
         from_rev: int,
         to_rev: int,
-        changes: list[tuple[str, bool]],
+        changes: list[tuple[int, bool]],
         *,
         load: str = "",
         begins: bool = False,
     ) -> OperationReply:
-        """Run ``sync_revoked.lua``; ``changes`` are cards and whether each is active now.
+        """Run ``sync_revoked.lua``; ``changes`` are members and whether each is active now.
 
         ``load`` names a first load, which ``begins`` with an empty set.
         """
-        flat = [value for card, active in changes for value in ("-" if active else "+", card)]
+        flat = [value for no, active in changes for value in ("-" if active else "+", no)]
         return await self._operate(
             SYNC_REVOKED, campaign_id, from_rev, to_rev, load, int(begins), *flat
         )

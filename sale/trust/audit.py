@@ -22,8 +22,8 @@ from sale.config import Durability
 from sale.db import queries
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.campaign import State
-from sale.domain.card import is_made_up, mask_card
 from sale.domain.clock import from_ms, nearest, rfc3339, to_ms
+from sale.domain.member import is_made_up
 from sale.domain.problem import DAMAGED, Problem, Refused
 from sale.identity import TOKEN_TTL_S
 from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, check_chain, parse_entry
@@ -419,14 +419,14 @@ class _Check:
         for row in miscounted:
             self._findings.add(
                 "INV-2" if row["really"] > limit else "INV-6",
-                f"card {mask_card(row['card_no'])}: orders add up to {row['really']}, "
+                f"member {row['card_no']}: orders add up to {row['really']}, "
                 f"counted {row['live']}, limit {limit}",
             )
         await each("INV-3", "sales_without_order", "event {seq}: sold, and no order like it")
         await each("INV-3", "orders_without_sale", "order {seq}: no sale in the ledger")
         await each("INV-5", "conflicts", "event {seq}: refused by PostgreSQL: {why}")
         await each("INV-3", "untold", "event {seq}: {why}")
-        await each("INV-9", "sold_to_revoked", "event {seq}: sold to a card that was not active")
+        await each("INV-9", "sold_to_revoked", "event {seq}: sold to a member who was not active")
         await each(
             "INV-10", "steps_unaccounted", "event {seq} ({kind}): not in the audit log, or no why"
         )
@@ -434,7 +434,7 @@ class _Check:
             await each(
                 "INV-9",
                 "sold_to_others",
-                "event {seq}: sold to a card of a union that may not buy",
+                "event {seq}: sold to a member of a union that may not buy",
                 list(campaign.unions),
                 timedelta(seconds=TOKEN_TTL_S),
             )
@@ -483,13 +483,13 @@ class _Rules:
         if books.remaining.get(event.showing or 0, 0) < quantity or quantity < 1:
             self._find("INV-1", f"event {event.seq}: {quantity} sold, fewer were left")
         held = books.cards.get(event.card_no or "", ())
-        masked = mask_card(event.card_no or "")
         if sum(record.quantity for record in held) + quantity > books.config.get("card_limit", 0):
-            self._find("INV-2", f"event {event.seq}: card {masked} passed its limit")
+            self._find("INV-2", f"event {event.seq}: member {event.card_no} passed the limit")
         if any(record.key_hash == event.key_hash for record in held):
-            self._find("INV-4", f"event {event.seq}: a key of {masked} sold twice")
-        if is_made_up(event.card_no or "") is not bool(books.config.get("rehearsal_of")):
-            self._find("INV-9", f"event {event.seq}: {masked} and this campaign may not meet")
+            self._find("INV-4", f"event {event.seq}: a key of member {event.card_no} sold twice")
+        if is_made_up(int(event.card_no or 0)) is not bool(books.config.get("rehearsal_of")):
+            what = f"event {event.seq}: member {event.card_no} and this campaign may not meet"
+            self._find("INV-9", what)
         if event.price_fen != books.config.get("price_fen"):
             self._find("INV-5", f"event {event.seq}: not the campaign's price")
 

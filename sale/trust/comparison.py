@@ -14,7 +14,6 @@ from redis.asyncio import Redis
 
 from sale.db import queries, roster
 from sale.domain.campaign import Campaign
-from sale.domain.card import mask_card
 from sale.domain.clock import to_ms
 from sale.ledger.chain import Event
 from sale.ledger.fold import CampaignState, SaleRecord
@@ -43,7 +42,7 @@ RULES: Final = {
 
 
 class Finding(msgspec.Struct, frozen=True, order=True):
-    """One breach: which invariant, and what was found. No card number in full."""
+    """One breach: which invariant, and what was found."""
 
     invariant: str
     what: str
@@ -215,7 +214,7 @@ async def compare_cards(view: RedisView, books: CampaignState, findings: Finding
         try:
             held = parse_records(value)
         except ValueError as error:
-            findings.add("INV-3", f"card {mask_card(card)}: its orders in Redis: {error}")
+            findings.add("INV-3", f"member {card}: the orders in Redis: {error}")
             continue
         told = [record for record in books.cards.get(card, ()) if record.seq <= at]
         if held != told:
@@ -236,7 +235,7 @@ async def compare_cards(view: RedisView, books: CampaignState, findings: Finding
 def _tell_difference(
     card: str, held: list[SaleRecord], told: list[SaleRecord], findings: Findings
 ) -> None:
-    name = f"card {mask_card(card)}"
+    name = f"member {card}"
     counts = [sum(record.quantity for record in records) for records in (held, told)]
     if counts[0] != counts[1]:
         findings.add("INV-2", f"{name}: Redis counts {counts[0]} tickets, the ledger {counts[1]}")
@@ -274,14 +273,15 @@ def compare_revoked(view: RedisView, revoked: set[str], findings: Findings) -> N
     if view.revoked is None:
         return
     for card in sorted(revoked - view.revoked):
-        findings.add("INV-9", f"card {mask_card(card)} is not active and may buy")
+        findings.add("INV-9", f"member {card} is not active and may buy")
     for card in sorted(view.revoked - revoked):
-        findings.add("INV-9", f"card {mask_card(card)} is active and may not buy")
+        findings.add("INV-9", f"member {card} is active and may not buy")
 
 
 async def revoked_at(connection: Any, rev: int) -> set[str]:  # noqa: ANN401 - asyncpg's proxy
-    """Cards that were not active at a revision of the roster."""
-    return set(await roster.inactive_cards(connection, "", None, rev, QUERY_TIMEOUT_S))
+    """Members who were not active at a revision of the roster."""
+    inactive = await roster.inactive_members(connection, 0, None, rev, QUERY_TIMEOUT_S)
+    return set(map(str, inactive))
 
 
 def _event(row: Mapping[str, Any]) -> Event:

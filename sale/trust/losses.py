@@ -6,7 +6,6 @@ import asyncpg
 import msgspec
 
 from sale.db import claims, ledger
-from sale.domain.card import mask_card
 from sale.domain.clock import rfc3339, to_ms
 from sale.domain.problem import Problem, Refused
 
@@ -14,14 +13,14 @@ LISTED_MAX: Final = 1_000
 
 
 class Conflict(msgspec.Struct, frozen=True):
-    """Something that was told, or stands in the ledger, and is no order; the card is masked."""
+    """Something that was told, or stands in the ledger, and is no order."""
 
     seq: int
     at: str
     source: str
     why: str
     kind: str
-    card: str
+    member: str
     showing: int | None
     quantity: int | None
     found_at: str
@@ -47,14 +46,13 @@ async def losses(pool: asyncpg.Pool, campaign_id: str) -> Losses:
 
 def _conflict(row: dict[str, Any]) -> Conflict:
     event = msgspec.json.decode(row["event"])
-    card = event.get("card_no")
     return Conflict(
         seq=row["seq"],
         at=rfc3339(to_ms(row["at"])),
         source=row["source"],
         why=row["why"],
         kind=event.get("kind", ""),
-        card=mask_card(card) if card else "",
+        member=event.get("card_no") or "",
         showing=event.get("showing"),
         quantity=event.get("quantity"),
         found_at=rfc3339(to_ms(row["found_at"])),

@@ -1,4 +1,4 @@
-"""Cards that may not buy: the roster decides, every campaign's set follows (INV-9).
+"""Members who may not buy: the roster decides, every campaign's set follows (INV-9).
 
 The roster writes each change under the next revision; a campaign's head says up to which revision
 its set is complete. Following is a compare-and-set on that revision, so any number of processes
@@ -21,6 +21,7 @@ from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.survey import read_heads
+from sale.trust.generations import copy_generations
 from sale.trust.isolation import Isolation
 
 CHUNK: Final = 1_000
@@ -34,12 +35,13 @@ log = structlog.get_logger()
 async def sync_all(
     redis: Redis, scripts: Scripts, pool: asyncpg.Pool, isolation: Isolation | None = None
 ) -> int:
-    """Let every campaign follow the roster; give how many were behind.
+    """Let generations and every campaign follow the roster; give how many campaigns were behind.
 
     One that cannot is told by ``isolation`` and keeps none of the others from it.
     """
     isolation = isolation or Isolation()
     async with pool.acquire() as connection:
+        await copy_generations(redis, connection)
         newest = await roster.current_rev(connection)
     ids = await campaign_ids(redis)
     heads = await read_heads(redis, ids, "roster_rev", "state")
@@ -80,9 +82,9 @@ async def sync_campaign(
             changes = await roster.changes_since(connection, rev, CHUNK)
         if not changes:
             return
-        last = changes[-1][0]
+        last = changes[-1].rev
         reply = await scripts.sync_revoked(
-            campaign_id, rev, last, [(card, active) for _, card, active in changes]
+            campaign_id, rev, last, [(each.member_no, each.active) for each in changes]
         )
         if reply.reply is CallReply.MISSING:
             return
@@ -96,31 +98,32 @@ async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: 
     So it is where PostgreSQL was restored from an older copy: its next changes get numbers that the
     set is past already, and would never reach it.
     """
-    cards: list[str] = []
+    members: list[int] = []
     async with (
         pool.acquire() as connection,
         connection.transaction(isolation="repeatable_read", readonly=True),
     ):
         newest = await roster.current_rev(connection)
         for _ in range(ROUNDS_MAX):
-            chunk = await roster.inactive_cards(connection, cards[-1] if cards else "", CHUNK, None)
-            cards += chunk
+            after = members[-1] if members else 0
+            chunk = await roster.inactive_members(connection, after, CHUNK)
+            members += chunk
             if not chunk:
                 break
     if newest < rev:  # else: it was looked at before it had followed
         log.warning("roster.went_back", campaign=campaign_id, roster_rev=newest, followed=rev)
-        changes = [(card, False) for card in cards]
+        changes = [(member_no, False) for member_no in members]
         name = secrets.token_hex(8)
         await scripts.sync_revoked(campaign_id, rev, newest, changes, load=name, begins=True)
 
 
 async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int | None:
-    """Put all cards that are not active into an empty set, then state the revision.
+    """Put all members who are not active into an empty set, then state the revision.
 
     Gives the revision that the set is at, -1 where it was made anew meanwhile, None where there is
-    none, or no end to the cards. Raises asyncpg.LockNotAvailableError where another load is slow.
+    none, or no end to the members. Raises asyncpg.LockNotAvailableError where another load is slow.
     """
-    name, after = secrets.token_hex(8), ""
+    name, after = secrets.token_hex(8), 0
     async with pool.acquire() as connection, connection.transaction(readonly=True):
         await connection.execute(f"SET LOCAL lock_timeout = '{LOAD_LOCK_TIMEOUT}'")
         await connection.execute(
@@ -128,12 +131,12 @@ async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int |
         )
         rev = await roster.current_rev(connection)
         for number in range(ROUNDS_MAX):
-            cards = await roster.inactive_cards(connection, after, CHUNK, rev)
+            members = await roster.inactive_members(connection, after, CHUNK, rev)
             reply = await scripts.sync_revoked(
                 campaign_id,
                 -1,
-                -1 if cards else rev,
-                [(card, False) for card in cards],
+                -1 if members else rev,
+                [(member_no, False) for member_no in members],
                 load=name,
                 begins=number == 0,
             )
@@ -141,7 +144,7 @@ async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int |
                 return None
             if reply.reply is CallReply.STALE:
                 return reply.seq
-            if not cards:
+            if not members:
                 return rev
-            after = cards[-1]
+            after = members[-1]
     return None

@@ -7,6 +7,7 @@ children end with this process, however it ends.
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
@@ -92,6 +93,7 @@ class Rig(Machine):
         super().__init__(data_dir, servers, parts, settings)
         self.admin_token = ""
         self.members: list[tuple[str, str]] = []
+        self.card_numbers: dict[str, str] = {}
         """Card number and token of each active member of the roster."""
         self.campaigns: list[str] = []
         """Campaigns that ``settle`` waits for."""
@@ -321,6 +323,9 @@ class Rig(Machine):
         self.admin_token = (await self.sale("operator", "token", "rig", "--json")).json()["token"]
         self._crowd = read_members(self.data_dir / "tokens.jsonl")
         self.members = [(member.card, member.token) for member in self._crowd]
+        lines = (self.data_dir / "tokens.jsonl").read_text("utf-8").splitlines()
+        numbers = [json.loads(line)["card_no"] for line in lines]
+        self.card_numbers = dict(zip((no for no, _ in self.members), numbers, strict=True))
 
     async def _end(self) -> None:
         for load in self._loads:

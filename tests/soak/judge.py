@@ -18,7 +18,12 @@ from sale.domain.order import parse_order_number
 from soak.members import Stall
 from soak.play import ActTold
 
-HIDDEN_BY = frozenset({"card-revoked", "not-eligible", "unavailable", "overloaded", "rate-limited"})
+HIDDEN_BY = frozenset(
+    {
+        *("unauthenticated", "card-revoked", "not-eligible"),
+        *("unavailable", "overloaded", "rate-limited"),
+    }
+)
 """Answers that may come before "you have it already": the first of the contract's order is told."""
 
 

@@ -192,7 +192,7 @@ class Player:
         """Do it by the command line: done (200) or, as far as one can tell, unknown (0)."""
         words: tuple[str, ...]
         if act.what in {"revoke", "restore"}:
-            words = ("cards", act.what, self.members[act.member].card)
+            words = ("cards", act.what, self.rig.card_numbers[self.members[act.member].card])
         elif act.what == "stock":
             showing = stall.showings[act.showing]
             words = ("campaign", "add-stock", stall.campaign, showing, str(act.add))

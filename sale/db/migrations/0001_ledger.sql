@@ -31,20 +31,29 @@ CREATE TABLE campaign (
     epoch integer NOT NULL DEFAULT 1 CHECK (epoch >= 1),
     applied bigint NOT NULL DEFAULT 0 CHECK (applied >= 0),
     chain text NOT NULL CHECK (chain ~ '^[0-9a-f]{40}$'),
-    applied_at timestamptz
+    applied_at timestamptz,
+    rehearsal_of text COLLATE "C" NOT NULL
+        GENERATED ALWAYS AS (coalesce(config ->> 'rehearsal_of', '')) STORED,
+    purged_at timestamptz,
+    CONSTRAINT campaign_purged_is_rehearsal CHECK (
+        purged_at IS NULL OR (rehearsal_of <> '' AND state = 'deleted'))
 );
-COMMENT ON TABLE campaign IS 'A campaign as far as its ledger has been applied.';
+COMMENT ON TABLE campaign IS
+    'A campaign as far as its ledger has been applied. The row of a purged rehearsal stays, so that '
+    'its event numbers are never used again.';
 COMMENT ON COLUMN campaign.campaign_id IS 'ID of the campaign file.';
 COMMENT ON COLUMN campaign.config IS 'Configuration of the last created event.';
 COMMENT ON COLUMN campaign.state IS 'State after the last applied event.';
 COMMENT ON COLUMN campaign.opens_at IS 'Start of the window; null: opened by hand.';
 COMMENT ON COLUMN campaign.closes_at IS 'End of the window; null: closed by hand.';
 COMMENT ON COLUMN campaign.price_fen IS 'Price of a ticket in fen.';
-COMMENT ON COLUMN campaign.card_limit IS 'Tickets a card may hold in this campaign (INV-2).';
+COMMENT ON COLUMN campaign.card_limit IS 'Tickets a member may hold in this campaign (INV-2).';
 COMMENT ON COLUMN campaign.epoch IS 'Epoch of the last applied event; a recovery begins a new one.';
 COMMENT ON COLUMN campaign.applied IS 'Number of the last applied event; moved by compare-and-set.';
 COMMENT ON COLUMN campaign.chain IS 'Chain hash after that event, 40 hex digits.';
 COMMENT ON COLUMN campaign.applied_at IS 'Campaign clock of that event.';
+COMMENT ON COLUMN campaign.rehearsal_of IS 'The campaign that this one rehearses; empty: a real one.';
+COMMENT ON COLUMN campaign.purged_at IS 'When a rehearsal was purged; then its rows may be removed.';
 
 CREATE TABLE showing (
     campaign_id text COLLATE "C" NOT NULL REFERENCES campaign,
@@ -92,7 +101,7 @@ COMMENT ON COLUMN event.quantity IS 'Tickets sold; null in what is not a sale.';
 COMMENT ON COLUMN event.price_fen IS 'Price of one ticket; null in what is not a sale.';
 COMMENT ON COLUMN event.campaign_id IS 'The campaign.';
 COMMENT ON COLUMN event.kind IS 'sold, created, opened …';
-COMMENT ON COLUMN event.card_no IS 'Buying card; null in what is not a sale.';
+COMMENT ON COLUMN event.card_no IS 'Buyer, by member number; null in what is not a sale.';
 COMMENT ON COLUMN event.key_hash IS 'Hash of the idempotency key, 16 hex digits.';
 COMMENT ON COLUMN event.actor IS 'Who did it; null in a sale.';
 COMMENT ON COLUMN event.reason IS 'Why, where a reason was given.';
@@ -107,7 +116,7 @@ CREATE TABLE orders (
     quantity integer NOT NULL CHECK (quantity > 0),
     price_fen integer NOT NULL CHECK (price_fen >= 0),
     campaign_id text COLLATE "C" NOT NULL,
-    card_no text COLLATE "C" NOT NULL CHECK (length(card_no) BETWEEN 12 AND 19),
+    card_no text COLLATE "C" NOT NULL CHECK (card_no ~ '^[1-9][0-9]{0,9}$'),
     key_hash text COLLATE "C" NOT NULL CHECK (length(key_hash) = 16),
     state text NOT NULL DEFAULT 'confirmed' CHECK (
         state IN ('held', 'confirmed', 'cancelled', 'expired', 'refunded', 'collected')
@@ -123,12 +132,12 @@ COMMENT ON COLUMN orders.showing_no IS 'Showing it is for.';
 COMMENT ON COLUMN orders.quantity IS 'Tickets.';
 COMMENT ON COLUMN orders.price_fen IS 'Price of one ticket at the sale.';
 COMMENT ON COLUMN orders.campaign_id IS 'The campaign.';
-COMMENT ON COLUMN orders.card_no IS 'Buying card.';
+COMMENT ON COLUMN orders.card_no IS 'Buyer, by member number.';
 COMMENT ON COLUMN orders.key_hash IS 'Hash of the idempotency key, 16 hex digits.';
 COMMENT ON COLUMN orders.state IS 'held, confirmed and collected are live: they hold their tickets.';
 COMMENT ON CONSTRAINT orders_one_per_key ON orders IS
-    'INV-4: one key of a card in a campaign, one order. The card stands first, so that this index '
-    'also finds the orders of a card; they are few, so sorting them beats a third index.';
+    'INV-4: one key of a member in a campaign, one order. The member stands first, so that this index '
+    'also finds the orders of a member; they are few, so sorting them beats a third index.';
 
 CREATE TABLE card_use (
     campaign_id text COLLATE "C" NOT NULL,
@@ -138,11 +147,44 @@ CREATE TABLE card_use (
     PRIMARY KEY (campaign_id, card_no),
     CONSTRAINT card_use_within_limit CHECK (live BETWEEN 0 AND card_limit)
 ) WITH (fillfactor = 80);
-COMMENT ON TABLE card_use IS 'What each card holds in each campaign (INV-2).';
+COMMENT ON TABLE card_use IS 'What each member holds in each campaign (INV-2).';
 COMMENT ON COLUMN card_use.campaign_id IS 'The campaign.';
-COMMENT ON COLUMN card_use.card_no IS 'The card.';
+COMMENT ON COLUMN card_use.card_no IS 'The member, by number.';
 COMMENT ON COLUMN card_use.live IS 'Tickets in live orders; kept by the triggers of orders alone.';
-COMMENT ON COLUMN card_use.card_limit IS 'Limit of the campaign when the card first bought.';
+COMMENT ON COLUMN card_use.card_limit IS 'Limit of the campaign when the member first bought.';
+
+CREATE TABLE handed_in (
+    campaign_id text COLLATE "C" NOT NULL,
+    seq bigint NOT NULL CHECK (seq > 0),
+    epoch integer NOT NULL,
+    at timestamptz NOT NULL,
+    card_no text COLLATE "C" NOT NULL,
+    key_hash text COLLATE "C" NOT NULL,
+    showing_no integer NOT NULL,
+    quantity integer NOT NULL CHECK (quantity > 0),
+    price_fen integer NOT NULL,
+    process text NOT NULL,
+    handed_at timestamptz NOT NULL DEFAULT now(),
+    settled text CHECK (settled IN ('stands', 'conflict')),
+    PRIMARY KEY (campaign_id, seq, card_no, key_hash)
+);
+CREATE INDEX handed_in_unsettled ON handed_in (campaign_id, seq) WHERE settled IS NULL;
+COMMENT ON TABLE handed_in IS
+    'Sales that an API process had acknowledged and reported, because Redis had lost them or the '
+    'process ended before the writer had seen them (INV-3).';
+COMMENT ON COLUMN handed_in.campaign_id IS 'The campaign.';
+COMMENT ON COLUMN handed_in.seq IS 'Event number that the member was told.';
+COMMENT ON COLUMN handed_in.epoch IS 'Epoch it was told in.';
+COMMENT ON COLUMN handed_in.at IS 'Campaign clock of the sale.';
+COMMENT ON COLUMN handed_in.card_no IS 'Buyer, by member number.';
+COMMENT ON COLUMN handed_in.key_hash IS 'Hash of the idempotency key, 16 hex digits.';
+COMMENT ON COLUMN handed_in.showing_no IS 'Showing it is for.';
+COMMENT ON COLUMN handed_in.quantity IS 'Tickets.';
+COMMENT ON COLUMN handed_in.price_fen IS 'Price of one ticket at the sale.';
+COMMENT ON COLUMN handed_in.process IS 'API process that told it.';
+COMMENT ON COLUMN handed_in.handed_at IS 'When it was reported.';
+COMMENT ON COLUMN handed_in.settled IS
+    'stands: the ledger says the same; conflict: it does not, see conflict; null: not applied yet.';
 
 CREATE TABLE conflict (
     campaign_id text COLLATE "C" NOT NULL,
@@ -152,17 +194,24 @@ CREATE TABLE conflict (
     event jsonb NOT NULL,
     found_at timestamptz NOT NULL DEFAULT now(),
     paused_at timestamptz,
-    PRIMARY KEY (campaign_id, seq)
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    source text NOT NULL DEFAULT 'refused' CHECK (source IN ('refused', 'forked', 'handed_in'))
 );
-COMMENT ON TABLE conflict IS
-    'Events that stand in the ledger but that the constraints refused to act on. None is normal.';
+-- An index holds no more than 2,704 bytes of a row, and an event may be longer: by a hash of it.
+CREATE UNIQUE INDEX conflict_once
+    ON conflict (campaign_id, seq, source, jsonb_hash_extended(event, 0));
+COMMENT ON TABLE conflict IS 'What was sold, or told, and does not stand as an order. None is normal.';
 COMMENT ON COLUMN conflict.campaign_id IS 'The campaign.';
 COMMENT ON COLUMN conflict.seq IS 'Number of the event.';
 COMMENT ON COLUMN conflict.at IS 'Campaign clock of the event.';
-COMMENT ON COLUMN conflict.why IS 'What PostgreSQL said.';
-COMMENT ON COLUMN conflict.event IS 'The event as it stands in the ledger.';
-COMMENT ON COLUMN conflict.found_at IS 'When the writer found it.';
+COMMENT ON COLUMN conflict.why IS 'What PostgreSQL said, or how the event differs from the ledger.';
+COMMENT ON COLUMN conflict.event IS 'The event as it stands in the ledger, or as it was told.';
+COMMENT ON COLUMN conflict.found_at IS 'When it was found.';
 COMMENT ON COLUMN conflict.paused_at IS 'When the campaign was paused for it; null: yet to be done.';
+COMMENT ON COLUMN conflict.id IS 'Grows with every row.';
+COMMENT ON COLUMN conflict.source IS
+    'refused: in the ledger, but PostgreSQL refused to act on it; forked: a Redis told another '
+    'story than the ledger; handed_in: an API process had acknowledged it.';
 
 CREATE TABLE audit_log (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -177,15 +226,43 @@ CREATE TABLE audit_log (
 CREATE INDEX audit_log_newest ON audit_log (at DESC, id DESC);
 CREATE UNIQUE INDEX audit_log_once_per_event ON audit_log (campaign_id, (data ->> 'seq'))
     WHERE campaign_id IS NOT NULL AND data ? 'seq';
+-- Without these two, one page of a log of 200,000 rows took 240 ms for a campaign and minutes for a
+-- union.
+CREATE INDEX audit_log_by_campaign ON audit_log (campaign_id, id) WHERE campaign_id IS NOT NULL;
+CREATE INDEX audit_log_created ON audit_log (campaign_id, id) WHERE action = 'campaign.created';
 COMMENT ON TABLE audit_log IS 'Who did what, when and why (INV-10).';
 COMMENT ON COLUMN audit_log.id IS 'Grows with every row; pages go down by it.';
 COMMENT ON COLUMN audit_log.at IS 'When it was done.';
 COMMENT ON COLUMN audit_log.actor IS 'Who: cli:name, operator:name, clock …';
-COMMENT ON COLUMN audit_log.action IS 'What: campaign.opened, card.revoked …';
-COMMENT ON COLUMN audit_log.target IS 'To what: a campaign ID, a masked card …';
+COMMENT ON COLUMN audit_log.action IS 'What: campaign.opened, card.revoke …';
+COMMENT ON COLUMN audit_log.target IS 'To what: a campaign ID, a member …';
 COMMENT ON COLUMN audit_log.campaign_id IS 'The campaign, where it is about one.';
 COMMENT ON COLUMN audit_log.reason IS 'Why, where a reason was given.';
 COMMENT ON COLUMN audit_log.data IS 'Particulars; seq is the event it tells of, each told once.';
+
+CREATE VIEW audit_log_owned AS
+SELECT l.id, l.at, l.actor, l.action, l.target, l.campaign_id, l.reason, l.data,
+    made.data -> 'config' ->> 'owner' AS owner,
+    c.state NOT IN ('draft', 'deleted')
+        AND coalesce(made.data -> 'config' ->> 'rehearsal_of', '') = ''
+        AND NOT EXISTS (
+            SELECT FROM audit_log later
+            WHERE later.campaign_id = l.campaign_id AND later.action = 'campaign.created'
+                AND later.id > l.id) AS published
+FROM audit_log l
+JOIN campaign c ON c.campaign_id = l.campaign_id
+JOIN LATERAL (
+    SELECT data FROM audit_log
+    WHERE campaign_id = l.campaign_id AND action = 'campaign.created' AND id <= l.id
+    ORDER BY id DESC LIMIT 1
+) made ON true;
+COMMENT ON VIEW audit_log_owned IS
+    'Rows of the audit log about campaigns, with whose each is. An ID may be used again once its '
+    'draft is deleted, so a row belongs to the last creation before it.';
+COMMENT ON COLUMN audit_log_owned.owner IS 'Union that owned the campaign then.';
+COMMENT ON COLUMN audit_log_owned.published IS
+    'Whether members are told of this very campaign: no draft, no rehearsal, not of an earlier use '
+    'of the ID. What is published is never deleted.';
 
 -- Rules ------------------------------------------------------------------------------------------
 
@@ -195,11 +272,41 @@ BEGIN
 END $$;
 COMMENT ON FUNCTION refuse_change IS 'Refuses a statement in the words that the trigger gives.';
 
-CREATE TRIGGER event_never_changes BEFORE UPDATE OR DELETE OR TRUNCATE ON event
+CREATE FUNCTION refuse_removal() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM campaign
+               WHERE campaign_id = OLD.campaign_id AND purged_at IS NOT NULL) THEN
+        RETURN OLD;
+    END IF;
+    RAISE EXCEPTION '%: %', TG_TABLE_NAME, TG_ARGV[0] USING ERRCODE = 'integrity_constraint_violation';
+END $$;
+COMMENT ON FUNCTION refuse_removal IS
+    'Refuses to remove a row in the words of the trigger, except a row of a purged rehearsal.';
+
+CREATE TRIGGER campaign_stays_what_it_is BEFORE UPDATE OF config ON campaign FOR EACH ROW
+    WHEN (OLD.config <> '{}'
+          AND (NEW.config = '{}'
+               OR coalesce(OLD.config ->> 'rehearsal_of', '')
+                  <> coalesce(NEW.config ->> 'rehearsal_of', '')))
+    EXECUTE FUNCTION refuse_change('a rehearsal stays one, and nothing else becomes one');
+CREATE TRIGGER campaign_stays_purged BEFORE UPDATE ON campaign FOR EACH ROW
+    WHEN (OLD.purged_at IS NOT NULL)
+    EXECUTE FUNCTION refuse_change('this rehearsal is gone');
+
+CREATE TRIGGER event_never_changes BEFORE UPDATE OR TRUNCATE ON event
     EXECUTE FUNCTION refuse_change('the ledger is only ever added to');
+CREATE TRIGGER event_stays BEFORE DELETE ON event FOR EACH ROW
+    EXECUTE FUNCTION refuse_removal('the ledger is only ever added to');
 CREATE TRIGGER audit_log_never_changes BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log
     EXECUTE FUNCTION refuse_change('the audit log is only ever added to');
-CREATE TRIGGER orders_stay BEFORE DELETE OR TRUNCATE ON orders
+CREATE TRIGGER conflict_stays BEFORE DELETE ON conflict FOR EACH ROW
+    EXECUTE FUNCTION refuse_removal('a conflict is never removed');
+CREATE TRIGGER conflict_is_never_emptied BEFORE TRUNCATE ON conflict
+    EXECUTE FUNCTION refuse_change('a conflict is never removed');
+
+CREATE TRIGGER orders_stay BEFORE DELETE ON orders FOR EACH ROW
+    EXECUTE FUNCTION refuse_removal('an order is never removed');
+CREATE TRIGGER orders_are_never_emptied BEFORE TRUNCATE ON orders
     EXECUTE FUNCTION refuse_change('an order is never removed');
 CREATE TRIGGER orders_keep_content BEFORE UPDATE ON orders FOR EACH ROW
     WHEN ((OLD.campaign_id, OLD.seq, OLD.card_no, OLD.key_hash, OLD.showing_no, OLD.quantity,
@@ -213,6 +320,7 @@ CREATE TRIGGER orders_end_once BEFORE UPDATE ON orders FOR EACH ROW
     WHEN (OLD.state IN ('cancelled', 'expired', 'refunded')
           AND NEW.state IN ('held', 'confirmed', 'collected'))
     EXECUTE FUNCTION refuse_change('an order that has ended stays ended');
+
 -- Depth 0 is a statement of a client's own; the triggers of orders run deeper.
 CREATE TRIGGER showing_live_is_derived BEFORE UPDATE ON showing FOR EACH ROW
     WHEN (NEW.live <> OLD.live AND pg_trigger_depth() = 0)
@@ -222,10 +330,12 @@ CREATE TRIGGER showing_starts_unsold BEFORE INSERT ON showing FOR EACH ROW
     EXECUTE FUNCTION refuse_change('live is kept by the orders');
 CREATE TRIGGER showing_with_sales_stays BEFORE DELETE ON showing FOR EACH ROW
     WHEN (OLD.live <> 0)
-    EXECUTE FUNCTION refuse_change('tickets of it are sold');
-CREATE TRIGGER card_use_is_derived BEFORE INSERT OR UPDATE OR DELETE ON card_use FOR EACH STATEMENT
+    EXECUTE FUNCTION refuse_removal('tickets of it are sold');
+CREATE TRIGGER card_use_is_derived BEFORE INSERT OR UPDATE ON card_use FOR EACH STATEMENT
     WHEN (pg_trigger_depth() = 0)
     EXECUTE FUNCTION refuse_change('live is kept by the orders');
+CREATE TRIGGER card_use_stays BEFORE DELETE ON card_use FOR EACH ROW
+    EXECUTE FUNCTION refuse_removal('live is kept by the orders');
 
 -- INV-5. The compare-and-set has moved campaign.applied before the events come.
 CREATE FUNCTION check_event_numbers() RETURNS trigger LANGUAGE plpgsql

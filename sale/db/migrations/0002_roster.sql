@@ -1,130 +1,173 @@
--- The roster of cards, the feed of cards that may not buy, and operators' accounts.
+-- The roster: members have numbers, and card numbers lead to them. Everything else in the engine
+-- knows members by number alone, so a lost card is replaced by one row, and no card number is in the
+-- ledger, in Redis, in a token or in a log.
+
+create table member (
+    member_no  integer primary key
+               constraint member_no_range check (member_no between 1 and 100000000),
+    name       text not null constraint member_name_length check (length(name) between 1 and 64),
+    union_code text not null constraint member_union_form check (union_code ~ '^[a-z0-9-]{1,48}$'),
+    phone      text not null constraint member_phone_length check (length(phone) <= 20),
+    pin_mac    bytea null constraint member_pin_mac_length check (length(pin_mac) = 32),
+    status     text not null
+               constraint member_status_known check (status in ('active', 'suspended', 'cancelled')),
+    revoked    boolean not null default false,
+    generation integer not null default 0 constraint member_generation_range check (generation >= 0),
+    updated_at timestamptz not null default now(),
+    constraint member_revoked_is_cancelled check (not revoked or status = 'cancelled')
+);
+comment on table member is 'The roster: holders of the mutual-aid service card.';
+comment on column member.member_no is
+    'Given by the first import that names the card: 1, 2, 3 … without gaps, never used again. '
+    'Numbers from 2,000,000,000 on are made up by rehearsals and stand in no roster.';
+comment on column member.name is 'As imported.';
+comment on column member.union_code is 'The member''s union, a code of unions.toml.';
+comment on column member.phone is 'As imported; empty where unknown.';
+comment on column member.pin_mac is
+    'HMAC-SHA256 of the PIN and the card number in the roster file that gave it, under a key that the '
+    'database does not hold; null: no PIN. A PIN outlives its card: it is compared with each card '
+    'number of the member.';
+comment on column member.status is 'Only active members buy (INV-9).';
+comment on column member.revoked is
+    'Cancelled by a person: no roster file makes the member active again, only a person does.';
+comment on column member.generation is
+    'Tokens carry it, and one below it is valid no longer. Replacing and revoking a card raise it.';
+comment on column member.updated_at is 'Last time that an import or an operator changed this row.';
 
 create table card (
-    card_no    text primary key constraint card_no_digits check (card_no ~ '^[0-9]{12,19}$'),
-    name       text not null constraint card_name_length check (length(name) between 1 and 64),
-    union_code text not null constraint card_union_form check (union_code ~ '^[a-z0-9-]{1,48}$'),
-    phone      text not null constraint card_phone_length check (length(phone) <= 20),
-    pin_mac    bytea null constraint card_pin_mac_length check (length(pin_mac) = 32),
-    status     text not null
-               constraint card_status_known check (status in ('active', 'suspended', 'cancelled')),
-    updated_at timestamptz not null default now()
+    card_no     text collate "C" primary key
+                constraint card_no_digits check (card_no ~ '^[0-9]{12,19}$'),
+    member_no   integer not null references member,
+    replaced_at timestamptz null
 );
-comment on table card is 'The roster: holders of the mutual-aid service card.';
-comment on column card.card_no is 'As printed on the card. Never in a log or a URL.';
-comment on column card.union_code is 'The holder''s union, a code of unions.toml.';
-comment on column card.phone is 'As imported; empty where unknown.';
-comment on column card.pin_mac is
-    'HMAC-SHA256 of card number and PIN under a key that the database does not hold; null: no PIN.';
-comment on column card.status is 'Only active cards buy (INV-9).';
-comment on column card.updated_at is 'Last time that an import or an operator changed this row.';
+comment on table card is
+    'Card numbers, and whose they are. No other table holds one, nor a log, nor a URL.';
+comment on column card.card_no is 'As printed on the card.';
+comment on column card.member_no is 'The member who holds it, or held it.';
+comment on column card.replaced_at is
+    'When the member got another card in its place; null: it is in use. A replaced number stays, so '
+    'that a roster file that still holds it makes no second member.';
 
--- `sale tokens` reads the first N cards of a status in order of their numbers.
-create index card_by_status on card (status, card_no);
--- A Redis that knows no revoked cards yet reads those two in a hundred that may not buy.
-create index card_not_active on card (card_no) where status <> 'active';
+create unique index card_in_use on card (member_no) where replaced_at is null;
+comment on index card_in_use is 'A member has one card at a time.';
 
-create table card_change (
-    rev     bigint primary key constraint card_change_rev_positive check (rev > 0),
-    card_no text not null,
-    active  boolean not null,
-    at      timestamptz not null default now()
+create trigger member_stays before delete or truncate on member
+    execute function refuse_change('a member is never removed: its number stands in the ledger');
+create trigger member_no_is_fixed before update of member_no on member
+    for each row when (old.member_no <> new.member_no)
+    execute function refuse_change('a member''s number cannot change');
+create trigger member_generation_only_rises before update of generation on member
+    for each row when (new.generation < old.generation)
+    execute function refuse_change('a generation only rises: tokens that have ended would be valid again');
+create trigger card_stays before delete or truncate on card
+    execute function refuse_change('a card number is never removed: replace the card');
+create trigger card_is_fixed before update on card
+    for each row when (old.card_no <> new.card_no or old.member_no <> new.member_no
+                       or (old.replaced_at is not null and new.replaced_at is null))
+    execute function refuse_change('a card''s number and its member cannot change');
+
+-- The feed of changes ------------------------------------------------------------------------------
+
+create table member_change (
+    rev        bigint primary key constraint member_change_rev_positive check (rev > 0),
+    member_no  integer not null,
+    active     boolean not null,
+    generation integer not null,
+    raised     boolean not null,
+    -- When the change is made, not when its transaction began: an import takes seconds before it
+    -- changes a member, and what was sold meanwhile is no sale to a member who may not buy (INV-9).
+    at         timestamptz not null default clock_timestamp()
 );
-comment on table card_change is
-    'The feed from which running campaigns learn which cards may not buy (INV-9): one row each '
-    'time that a card becomes active or ceases to be. Written by triggers on card alone.';
-comment on column card_change.rev is
-    'Numbered 1, 2, 3 … in the order of commits: who has read up to N never misses a lower one.';
-comment on column card_change.active is 'Whether the card may buy from here on.';
-create index card_change_by_card on card_change (card_no);
+comment on table member_change is
+    'The feed from which running campaigns and API processes learn who may not buy (INV-9) and which '
+    'tokens have ended: one row each time that a member becomes active or ceases to be, or that the '
+    'generation rises. Written by triggers on member alone.';
+comment on column member_change.rev is
+    'Numbered 1, 2, 3 … in the order of commits: a reader that has read up to N misses no lower one.';
+comment on column member_change.member_no is 'The member.';
+comment on column member_change.active is 'Whether the member may buy from here on.';
+comment on column member_change.generation is 'The member''s generation from here on.';
+comment on column member_change.raised is 'Whether this change raised the generation.';
+comment on column member_change.at is 'When it was made; up to some time before its commit.';
+create index member_change_by_member on member_change (member_no, rev desc);
+create index member_change_raised on member_change (rev) where raised;
 
 -- Numbers come from max + 1 under a lock held to the commit. A sequence would be quicker and wrong:
 -- its numbers are given out before the commit, so a reader could pass a lower one that is not yet
 -- visible and never come back for it.
-create function card_change_append(cards text[], actives boolean[]) returns void
-language plpgsql as $$
-begin
-    if coalesce(array_length(cards, 1), 0) = 0 then
-        return;
-    end if;
-    perform pg_advisory_xact_lock(x'53414C450002'::bigint);
-    insert into card_change (rev, card_no, active)
-    select (select coalesce(max(rev), 0) from card_change) + changed.n,
-           changed.card_no, changed.active
-      from unnest(cards, actives) with ordinality as changed (card_no, active, n);
-end
-$$;
-comment on function card_change_append is
-    'Appends to the feed, in commit order. Needs READ COMMITTED: the number is read after the lock.';
-
-create function card_feed() returns trigger
+create function member_feed() returns trigger
 language plpgsql as $$
 declare
-    cards   text[];
-    actives boolean[];
+    members integer[];
 begin
     if tg_op = 'INSERT' then
-        -- A new active card needs no row, unless the feed said once that it may not buy.
-        select array_agg(n.card_no order by n.card_no),
-               array_agg(n.status = 'active' order by n.card_no)
-          into cards, actives
-          from new_card n
-         where n.status <> 'active'
-            or exists (select from card_change c where c.card_no = n.card_no);
-    elsif tg_op = 'UPDATE' then
-        select array_agg(n.card_no order by n.card_no),
-               array_agg(n.status = 'active' order by n.card_no)
-          into cards, actives
-          from new_card n
-          join old_card o using (card_no)
-         where (n.status = 'active') <> (o.status = 'active');
+        members := array(
+            select n.member_no from new_member n
+             where n.status <> 'active' or n.generation > 0 order by n.member_no);
     else
-        select array_agg(o.card_no order by o.card_no),
-               array_agg(false order by o.card_no)
-          into cards, actives
-          from old_card o
-         where o.status = 'active';
+        members := array(
+            select n.member_no from new_member n join old_member o using (member_no)
+             where (n.status = 'active') <> (o.status = 'active') or n.generation > o.generation
+             order by n.member_no);
     end if;
-    perform card_change_append(cards, actives);
+    if cardinality(members) = 0 then
+        return null;
+    end if;
+    perform pg_advisory_xact_lock(x'53414C450002'::bigint);
+    if tg_op = 'INSERT' then
+        insert into member_change (rev, member_no, active, generation, raised)
+        select (select coalesce(max(rev), 0) from member_change) + changed.position,
+               n.member_no, n.status = 'active', n.generation, n.generation > 0
+          from unnest(members) with ordinality as changed (member_no, position)
+          join new_member n using (member_no);
+    else
+        insert into member_change (rev, member_no, active, generation, raised)
+        select (select coalesce(max(rev), 0) from member_change) + changed.position,
+               n.member_no, n.status = 'active', n.generation, n.generation > o.generation
+          from unnest(members) with ordinality as changed (member_no, position)
+          join new_member n using (member_no)
+          join old_member o using (member_no);
+    end if;
     return null;
 end
 $$;
-comment on function card_feed is
-    'Statement trigger: whatever changes card, also a hand at psql, stands in the feed.';
+comment on function member_feed is
+    'Statement trigger: whatever changes member, also a person at psql, is in the feed, in the order '
+    'of commits. Needs READ COMMITTED: the number is read after the lock.';
 
-create trigger card_feed_insert after insert on card
-    referencing new table as new_card
-    for each statement execute function card_feed();
-create trigger card_feed_update after update on card
-    referencing old table as old_card new table as new_card
-    for each statement execute function card_feed();
-create trigger card_feed_delete after delete on card
-    referencing old table as old_card
-    for each statement execute function card_feed();
+create trigger member_feed_insert after insert on member
+    referencing new table as new_member
+    for each statement execute function member_feed();
+create trigger member_feed_update after update on member
+    referencing old table as old_member new table as new_member
+    for each statement execute function member_feed();
 
-create function card_no_is_fixed() returns trigger
+create table member_union_change (
+    member_no    integer not null,
+    union_before text not null,
+    at           timestamptz not null default clock_timestamp()
+);
+comment on table member_union_change is
+    'From which union a member has moved, and when. A token names the union of the moment it was '
+    'issued and lasts for thirty days, so until then the member may buy in the former union''s '
+    'campaigns, and the audit must tell such a sale from one that nothing explains (INV-9).';
+comment on column member_union_change.member_no is 'The member.';
+comment on column member_union_change.union_before is 'The union before the move.';
+comment on column member_union_change.at is 'When the member moved.';
+create index member_union_change_by_member on member_union_change (member_no);
+
+create function member_union_moved() returns trigger
 language plpgsql as $$
 begin
-    raise exception 'a card''s number cannot change' using errcode = 'integrity_constraint_violation';
+    insert into member_union_change (member_no, union_before)
+    select o.member_no, o.union_code from old_member o join new_member n using (member_no)
+     where n.union_code <> o.union_code;
+    return null;
 end
 $$;
-create trigger card_no_is_fixed before update of card_no on card
-    for each row when (old.card_no <> new.card_no) execute function card_no_is_fixed();
+comment on function member_union_moved is
+    'Statement trigger: each move is noted, by an import or by a person at psql.';
 
-create table operator (
-    name       text primary key
-               constraint operator_name_length check (length(name) between 1 and 64),
-    role       text not null
-               constraint operator_role_known
-               check (role in ('admin', 'operator', 'clerk', 'auditor')),
-    union_code text not null default 'district',
-    token_hash bytea null unique constraint operator_token_hash_length check (length(token_hash) = 32),
-    disabled   boolean not null default false,
-    created_at timestamptz not null default now(),
-    constraint operator_disabled_has_no_token check (not disabled or token_hash is null)
-);
-comment on table operator is 'Accounts of those who run campaigns, sell at counters, or audit.';
-comment on column operator.union_code is 'The union for which the account acts; district: all of them.';
-comment on column operator.token_hash is
-    'SHA-256 of the bearer token (256 random bits, so no salt is needed); null: no token.';
-comment on column operator.disabled is 'Accounts are never deleted: the audit log names them.';
+create trigger member_union_update after update on member
+    referencing old table as old_member new table as new_member
+    for each statement execute function member_union_moved();

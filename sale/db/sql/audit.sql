@@ -51,27 +51,27 @@ FROM (
 WHERE coalesce(u.live, 0) <> coalesce(o.live, 0) OR coalesce(o.live, 0) > $2
 LIMIT 10;
 
--- name: sold_to_revoked -- Sales later than a second after the card was taken out.
+-- name: sold_to_revoked -- Sales later than a second after the member ceased to be active.
 -- The feed's moment is before its commit, so a second is allowed for that. The feed is small beside
 -- the ledger and stands first: asking it for each sale took four times as long.
-SELECT e.seq FROM card_change c
-JOIN event e ON e.card_no = c.card_no AND e.campaign_id = $1 AND e.kind = 'sold'
+SELECT e.seq FROM member_change c
+JOIN event e ON e.card_no = c.member_no::text AND e.campaign_id = $1 AND e.kind = 'sold'
   AND e.at > c.at + interval '2 seconds'
 WHERE NOT c.active AND NOT EXISTS (
-    SELECT FROM card_change later
-    WHERE later.card_no = c.card_no AND later.rev > c.rev AND later.at <= e.at)
+    SELECT FROM member_change later
+    WHERE later.member_no = c.member_no AND later.rev > c.rev AND later.at <= e.at)
 ORDER BY e.seq LIMIT 10;
 
 -- name: roster_ahead -- Changes after revision $1 that were made before $2.
-SELECT count(*) FROM card_change WHERE rev > $1 AND at < $2;
+SELECT count(*) FROM member_change WHERE rev > $1 AND at < $2;
 
--- name: sold_to_others -- Sales to cards of the roster whose union may not buy; $2 are the codes.
--- Not those to a card that was in such a union less than $3 before: its token may say so still.
-SELECT e.seq FROM event e JOIN card USING (card_no)
-WHERE e.campaign_id = $1 AND e.kind = 'sold' AND card.updated_at < e.at - interval '2 seconds'
-  AND card.union_code <> ALL ($2::text[])
+-- name: sold_to_others -- Sales to members whose union may not buy; $2 are the codes.
+-- Not those to a member who was in such a union less than $3 before: the token may say so still.
+SELECT e.seq FROM event e JOIN member m ON e.card_no = m.member_no::text
+WHERE e.campaign_id = $1 AND e.kind = 'sold' AND m.updated_at < e.at - interval '2 seconds'
+  AND m.union_code <> ALL ($2::text[])
   AND NOT EXISTS (
-    SELECT FROM card_union_change moved WHERE moved.card_no = e.card_no
+    SELECT FROM member_union_change moved WHERE moved.member_no = m.member_no
     AND moved.union_before = ANY ($2::text[]) AND moved.at > e.at - $3::interval)
 ORDER BY e.seq LIMIT 10;
 

@@ -61,60 +61,107 @@ select i.line, i.card_no, count(*) over () as total
 select i.line, i.card_no, i.status, count(*) over () as total
   from incoming_card i
   join card c using (card_no)
- where c.revoked and i.status <> 'cancelled'
+  join member m using (member_no)
+ where m.revoked and c.replaced_at is null and i.status <> 'cancelled'
  order by i.line
  limit $1;
 
--- name: count_incoming -- How many cards are new, and how many read differently from the roster.
--- The status of a card that a person has revoked is no difference: it is not taken.
+-- name: replaced -- Lines whose card was replaced by another: they are not taken.
+select i.line, i.card_no, count(*) over () as total
+  from incoming_card i
+  join card c using (card_no)
+ where c.replaced_at is not null
+ order by i.line
+ limit $1;
+
+-- name: count_incoming -- How many cards are new, and how many members read differently.
+-- The status of a member whom a person has revoked is no difference: it is not taken.
 select count(*) filter (where c.card_no is null) as added,
-       count(*) filter (where c.card_no is not null
-           and (c.name, c.union_code, c.phone, c.pin_mac, c.status)
+       count(*) filter (where c.replaced_at is null and m.member_no is not null
+           and (m.name, m.union_code, m.phone, m.pin_mac, m.status)
                is distinct from (i.name, i.union_code, i.phone, i.pin_mac,
-                                 case when c.revoked then c.status else i.status end)) as changed
+                                 case when m.revoked then m.status else i.status end)) as changed
   from incoming_card i
-  left join card c using (card_no);
+  left join card c using (card_no)
+  left join member m using (member_no);
 
--- name: upsert_incoming -- Only what differs is written: a repeated import touches no row.
--- In order of the key, so that the indexes grow at one end and two imports lock alike.
-insert into card as c (card_no, name, union_code, phone, pin_mac, status)
-select i.card_no, i.name, i.union_code, i.phone, i.pin_mac, i.status
-  from incoming_card i
-  left join card o using (card_no)
- where o.card_no is null
-    or (o.name, o.union_code, o.phone, o.pin_mac, o.status)
-       is distinct from (i.name, i.union_code, i.phone, i.pin_mac,
-                         case when o.revoked then o.status else i.status end)
- order by i.card_no
-    on conflict (card_no) do update
-   set name = excluded.name, union_code = excluded.union_code, phone = excluded.phone,
-       pin_mac = excluded.pin_mac, updated_at = now(),
+-- name: change_members -- Only what differs is written: a repeated import touches no row.
+update member m
+   set name = i.name, union_code = i.union_code, phone = i.phone, pin_mac = i.pin_mac,
+       updated_at = now(),
        -- The row as it is now, locked: a revocation that came meanwhile stands too.
-       status = case when c.revoked then c.status else excluded.status end;
+       status = case when m.revoked then m.status else i.status end
+  from incoming_card i
+  join card c using (card_no)
+ where m.member_no = c.member_no and c.replaced_at is null
+   and (m.name, m.union_code, m.phone, m.pin_mac, m.status)
+       is distinct from (i.name, i.union_code, i.phone, i.pin_mac,
+                         case when m.revoked then m.status else i.status end);
 
--- name: find_card -- One card by its number.
-select card_no, name, union_code, phone, pin_mac is not null as has_pin, status, revoked, updated_at
-  from card where card_no = $1;
+-- name: add_members -- New cards get new members, numbered in the order of the cards.
+-- In the order of the keys, so that both indexes grow at their ends.
+with fresh as materialized (
+    select i.*, (select coalesce(max(member_no), 0) from member)
+                + row_number() over (order by i.card_no) as member_no
+      from incoming_card i
+      left join card c using (card_no)
+     where c.card_no is null
+), made as (
+    insert into member (member_no, name, union_code, phone, pin_mac, status)
+    select member_no, name, union_code, phone, pin_mac, status from fresh order by member_no
+)
+insert into card (card_no, member_no) select card_no, member_no from fresh order by member_no;
 
--- name: lock_card -- Status of a card, and whether a person revoked it, held until the commit.
-select status, revoked from card where card_no = $1 for update;
+-- name: find_card -- One card by its number, with the member's card in use.
+select m.member_no, m.name, m.union_code, m.phone, m.pin_mac is not null as has_pin, m.status,
+       m.revoked, m.generation, m.updated_at, c.card_no,
+       case when c.replaced_at is not null then used.card_no end as replaced_by
+  from card c
+  join member m using (member_no)
+  join card used on used.member_no = c.member_no and used.replaced_at is null
+ where c.card_no = $1;
 
--- name: set_status -- A card's new status by a person's word; the triggers tell the feed.
-update card set status = $2, revoked = $3, updated_at = now() where card_no = $1;
+-- name: lock_member -- The member of a card, held until the commit.
+select m.member_no, m.status, m.revoked, c.replaced_at is not null as replaced
+  from card c join member m using (member_no)
+ where c.card_no = $1 for update;
+
+-- name: set_status -- A member's new status by a person's word; the triggers tell the feed.
+-- A revocation ends the tokens that were given out.
+update member
+   set status = $2, revoked = $3, updated_at = now(),
+       generation = generation + ($3 and not revoked)::integer
+ where member_no = $1;
+
+-- name: replace_card -- The card is in use no longer.
+update card set replaced_at = now() where card_no = $1;
+
+-- name: add_card -- The member's new card; no row where the number is in the roster already.
+insert into card (card_no, member_no) values ($1, $2)
+    on conflict (card_no) do nothing
+returning card_no;
+
+-- name: end_tokens -- The tokens that a member was given are valid no longer.
+update member set generation = generation + 1, updated_at = now() where member_no = $1;
 
 -- name: changes_since -- The feed after revision $1, oldest first.
-select rev, card_no, active from card_change where rev > $1 order by rev limit $2;
+select rev, member_no, active from member_change where rev > $1 order by rev limit $2;
 
 -- name: current_rev -- The feed's last revision; 0 where it is empty.
-select coalesce(max(rev), 0) from card_change;
+select coalesce(max(rev), 0) from member_change;
 
--- name: inactive_cards -- Cards that may not buy at revision $3 (null: now), after $1, at most $2.
--- From the feed and not from card: it also tells of a card that was removed, and what it says of a
--- revision never changes.
-select card_no from (
-    select distinct on (card_no) card_no, active from card_change
-     where card_no > $1 and ($3::bigint is null or rev <= $3) order by card_no, rev desc
-) last where not active order by card_no limit $2;
+-- name: generations_from -- Rises of generations from revision $1 on, oldest first, at most $2.
+select rev, member_no, generation from member_change
+ where raised and rev >= $1 order by rev limit $2;
 
--- name: cards_of_status -- The roster's first $2 cards of a status.
-select card_no, union_code from card where status = $1 order by card_no limit $2;
+-- name: inactive_members -- Members who may not buy at revision $3 (null: now), after $1, at most $2.
+-- From the feed and not from member: what it says of a revision never changes.
+select member_no from (
+    select distinct on (member_no) member_no, active from member_change
+     where member_no > $1 and ($3::bigint is null or rev <= $3) order by member_no, rev desc
+) last where not active order by member_no limit $2;
+
+-- name: members_of_status -- The roster's first $2 members of a status, with their cards.
+select c.card_no, m.member_no, m.union_code, m.generation
+  from member m join card c on c.member_no = m.member_no and c.replaced_at is null
+ where m.status = $1 order by m.member_no limit $2;

@@ -104,6 +104,12 @@ class EmbeddedServers:
     async def _start(self, *, redis: bool, postgres: bool) -> None:
         directory = self._directory
         made_by = directory.made_by()
+        engine = made_by.get("engine", __version__)
+        if engine.startswith("0.1."):
+            raise EmbeddedError(
+                f"version {engine} wrote the data directory {directory.path}, and this version "
+                "does not read it: choose another directory (--data-dir), or use that version"
+            )
         if redis:
             found = await asyncio.to_thread(binaries.find_redis, made_by.get("redis"))
             self._servers["redis"] = _redis(directory, found)

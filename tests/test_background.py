@@ -84,7 +84,9 @@ async def test_watches_of_an_api_process_restart(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Scheduler, "_audit_for_ever"), (StoreWatch, "run")], ids=["audit", "watch"]
+    ("owner", "name"),
+    [(Scheduler, "_audit_repeatedly"), (StoreWatch, "run")],
+    ids=["audit", "watch"],
 )
 async def test_background_tasks_of_a_scheduler_restart(
     owner: type, name: str, monkeypatch: pytest.MonkeyPatch, redis_url: str, database_url: str

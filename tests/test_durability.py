@@ -1,4 +1,4 @@
-"""Durability levels: what Redis is really configured to do, and answers that wait for replicas."""
+"""Durability levels: faults of Redis' configuration, and answers that wait for replicas."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ SOUND = {
 
 
 class Server:
-    """A Redis of its own process."""
+    """A Redis server in its own process."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
         self.process, self.port = process, port
@@ -67,9 +67,9 @@ class Server:
 async def server(
     directory: Path, *, preloading: Mapping[str, str] | None = None, **settings: str
 ) -> AsyncIterator[Server]:
-    """Run a redis-server in a directory of its own; ``appendfsync`` is given as in its file.
+    """Run a Redis server in ``directory``, which may hold data; ``settings`` are those of its file.
 
-    ``preloading`` is added to its environment. A directory that is there already is used again.
+    ``preloading`` is added to its environment.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -102,7 +102,7 @@ async def answers(redis: Redis) -> bool:
 
 
 async def whole(redis: Redis) -> bool:
-    """Have its file written anew where it needs that; whether that has ended."""
+    """Start a rewrite of the append-only file if it needs one; return whether it is whole."""
     return await make_whole(redis) == ""
 
 
@@ -113,21 +113,21 @@ async def until(check: Callable[[], Any], within_s: float = READY_WITHIN_S) -> N
 
 
 class Pair:
-    """A primary and its replica, in step."""
+    """A primary and its synchronized replica."""
 
     def __init__(self, primary: Server, replica: Server) -> None:
         self.primary, self.replica = primary, replica
 
     async def in_step(self) -> bool:
-        """Whether the replica is attached, counted, and has heard everything."""
-        told = await self.primary.redis.info("replication")
-        if told.get("min_slaves_good_slaves") != 1:
+        """Whether the replica is attached, counted as good, and has received everything."""
+        info = await self.primary.redis.info("replication")
+        if info.get("min_slaves_good_slaves") != 1:
             return False
-        # WAIT on a connection that wrote nothing is content with a replica that has heard nothing;
-        # the first acknowledgement of a write may take a second.
+        # On a connection that wrote nothing, WAIT counts a replica that received nothing. The
+        # first acknowledgement of a write may take a second.
         async with self.primary.redis.pipeline(transaction=False) as pipe:
-            heard = await pipe.set("in-step", 1).delete("in-step").wait(1, 100).execute()
-        return bool(heard[-1] == 1)
+            replies = await pipe.set("in-step", 1).delete("in-step").wait(1, 100).execute()
+        return bool(replies[-1] == 1)
 
 
 @contextlib.asynccontextmanager
@@ -166,7 +166,7 @@ async def kept_alone(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
 
 @pytest.fixture
 async def alone(kept_alone: Redis) -> AsyncIterator[Redis]:
-    """A Redis that is as it should be, and is put back to that."""
+    """A correctly configured Redis; its settings are restored after the test."""
     yield kept_alone
     for name in ("appendonly", "appendfsync"):
         await kept_alone.config_set(name, SOUND[name])
@@ -179,7 +179,7 @@ async def faults(redis: Redis, level: Durability, replicas_min: int = 1) -> list
     return await durability_faults(redis, level, replicas_min)
 
 
-# What Redis is configured to do -------------------------------------------------------------------
+# Configuration of Redis ---------------------------------------------------------------------------
 
 
 async def test_sound_redis_has_no_fault(alone: Redis) -> None:

@@ -1,4 +1,7 @@
-"""Who works, who stands by, and how soon one takes over: real processes, proxies and PgBouncer."""
+"""Leader locks: which process is active and how soon a standby takes over.
+
+The tests use real processes, proxies and PgBouncer.
+"""
 
 import asyncio
 import contextlib
@@ -34,7 +37,7 @@ from sale.operators.diagnosis import diagnose
 
 TAKEN_OVER_S = 3.0
 START_S = 20.0
-OFFICES = {"writer": locks.WRITER, "scheduler": locks.SCHEDULER}
+LOCKS = {"writer": locks.WRITER, "scheduler": locks.SCHEDULER}
 
 
 def socket_of(database_url: str) -> Path:
@@ -44,19 +47,19 @@ def socket_of(database_url: str) -> Path:
 
 
 def through(database_url: str, directory: Path, port: int = 5432) -> str:
-    """The same database by way of a socket in ``directory``."""
+    """The same database through a socket in ``directory``."""
     parts = urlsplit(database_url)
     return f"postgresql://sale@{parts.path}?host={quote(str(directory))}&port={port}"
 
 
-async def seats(conn: Any, part: str) -> dict[str, bool]:
-    """Who is connected for the office, by process number, and whether it is active."""
-    found = await locks.members(conn, OFFICES[part])
-    return {seat.who.rpartition(":")[2]: seat.active for seat in found}
+async def connected_to(conn: Any, part: str) -> dict[str, bool]:
+    """Give the processes that are connected for a lock, by pid, and whether each is active."""
+    found = await locks.members(conn, LOCKS[part])
+    return {member.who.rpartition(":")[2]: member.active for member in found}
 
 
 class Host:
-    """One machine: a writer and a scheduler, and the only way by which they reach PostgreSQL."""
+    """One machine: a writer, a scheduler, and the proxy through which they reach PostgreSQL."""
 
     def __init__(
         self, home: Path, wire: Proxy, parts: dict[str, asyncio.subprocess.Process]
@@ -68,19 +71,22 @@ class Host:
             process.send_signal(number)
 
     async def active(self, conn: Any) -> dict[str, bool | None]:
-        """Whether it holds each office; None where it is not connected for it."""
-        return {part: (await seats(conn, part)).get(str(p.pid)) for part, p in self.parts.items()}
+        """Whether it holds each lock; None if it is not connected for it."""
+        return {
+            part: (await connected_to(conn, part)).get(str(process.pid))
+            for part, process in self.parts.items()
+        }
 
     async def works(self, conn: Any, within_s: float = DEADLINE_S) -> None:
-        """Wait until it holds both offices."""
+        """Wait until it holds both locks."""
         await self._comes_to(conn, True, within_s)
 
     async def stands_by(self, conn: Any, within_s: float = DEADLINE_S) -> None:
-        """Wait until it is connected for both offices and holds neither."""
+        """Wait until it is connected for both locks and holds neither."""
         await self._comes_to(conn, False, within_s)
 
     async def _comes_to(self, conn: Any, active: bool, within_s: float) -> None:
-        wanted = dict.fromkeys(OFFICES, active)
+        wanted = dict.fromkeys(LOCKS, active)
 
         async def there() -> bool:
             return await self.active(conn) == wanted
@@ -88,16 +94,16 @@ class Host:
         try:
             await until(there, within_s)
         except TimeoutError:
-            seen = {part: await seats(conn, part) for part in OFFICES}
+            seen = {part: await connected_to(conn, part) for part in LOCKS}
             ended = {part: (p.pid, p.returncode) for part, p in self.parts.items()}
             said = [
-                f"{log.parent.name} said:\n{log.read_text('utf-8')[-4_000:]}"
+                f"log of {log.parent.name}:\n{log.read_text('utf-8')[-4_000:]}"
                 for log in sorted(self.home.parent.glob("*/log"))
             ]
             pytest.fail(
                 f"after {within_s:g} s {self.home.name} is not active as wanted ({wanted}).\n"
-                f"Who is connected, and whether active: {seen}\n"
-                f"Its processes, and how they have ended: {ended}\n" + "\n".join(said)
+                f"Connected processes, and whether active: {seen}\n"
+                f"Its processes and their exit statuses: {ended}\n" + "\n".join(said)
             )
 
 
@@ -111,7 +117,7 @@ async def host(home: Path, redis_url: str, database_url: str) -> AsyncIterator[H
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         parts: dict[str, asyncio.subprocess.Process] = {}
         with (home / "log").open("ab") as said:
-            for part in OFFICES:
+            for part in LOCKS:
                 command = [sys.executable, "-m", "sale", part, "--metrics-listen"]
                 parts[part] = await asyncio.create_subprocess_exec(
                     *launch_command("KILL", program=[*command, f"unix:{home / part}"]),
@@ -195,7 +201,7 @@ async def test_new_writer_ends_a_stopped_writers_copy(
 
 
 class Holder:
-    """An office held in this process."""
+    """A lock held in this process."""
 
     def __init__(self, database_url: str) -> None:
         self.leadership = Leadership(database_url, locks.WRITER)
@@ -249,8 +255,8 @@ async def test_lost_session_cancels_the_holders_work(database_url: str):
 async def test_holder_stopped_during_a_heartbeat_loses_the_lock(
     database_url: str, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Its session must count as idle at every moment, also where half of a question has come."""
-    monkeypatch.setattr("sale.jobs.leadership.ANSWER_TIMEOUT_S", 60.0)  # a stopped one has none
+    """Its session must count as idle at every moment, also between two messages of a statement."""
+    monkeypatch.setattr("sale.jobs.leadership.ANSWER_TIMEOUT_S", 60.0)  # a stopped process has none
     listen = f"unix:{short_path / '.s.PGSQL.5432'}"
     async with Proxy(listen, f"unix:{socket_of(database_url)}") as wire:
         stop, holder = asyncio.Event(), Holder(through(database_url, short_path))
@@ -268,7 +274,7 @@ async def test_holder_stopped_during_a_heartbeat_loses_the_lock(
 async def test_severed_work_ends_if_a_library_loses_its_cancellation(
     library: str, database_url: str
 ):
-    """It would go on beside the next holder for ever, and its process never stand by again."""
+    """Such work would run beside the next holder for ever, and its process never stand by again."""
     conn = await asyncpg.connect(database_url)
     sent = asyncio.get_running_loop().create_future()
     begun, outlived = asyncio.Event(), asyncio.Event()
@@ -276,10 +282,11 @@ async def test_severed_work_ends_if_a_library_loses_its_cancellation(
     async def work() -> None:
         if library == "redis-py":
             begun.set()
-            # It sends by this, which in Python 3.11 swallows a cancellation that meets the end.
+            # redis-py sends with ``wait_for``. In Python 3.11 it swallows a cancellation that
+            # arrives as the sending ends.
             await asyncio.wait_for(sent, 60)
         else:
-            # Cut off, the transaction's own end fails, and that error takes the other's place.
+            # The rollback of a cut-off transaction fails, and its error replaces the cancellation.
             with contextlib.suppress(asyncpg.InterfaceError):
                 async with conn.transaction():
                     begun.set()
@@ -302,7 +309,7 @@ async def test_severed_work_ends_if_a_library_loses_its_cancellation(
     await other.close()
     with pytest.raises(LockLost):
         await asyncio.wait_for(leading, TAKEN_OVER_S)
-    # Else it shows nothing.
+    # Otherwise the library lost no cancellation, and the test proves nothing.
     assert outlived.is_set() or (library == "redis-py" and sys.version_info >= (3, 12))
 
 
@@ -322,7 +329,7 @@ async def test_stop_frees_the_lock_even_if_work_does_not_end(
 async def test_schedulers_record_an_opening_without_postgres(
     redis: Redis, redis_url: str, database_url: str, short_path: Path
 ):
-    """The clock goes on, whoever holds the lock that nobody can ask for."""
+    """If PostgreSQL cannot say which scheduler is active, each one records openings."""
     listen = f"unix:{short_path / '.s.PGSQL.5432'}"
     async with (
         Proxy(listen, f"unix:{socket_of(database_url)}") as wire,
@@ -370,28 +377,28 @@ def _remaining(registry: Any) -> float | None:
 async def test_doctor_names_the_active_writer_and_scheduler(
     redis: Redis, redis_url: str, database_url: str
 ):
-    async def told(shop: Shop) -> tuple[str, str]:
+    async def roles(shop: Shop) -> tuple[str, str]:
         found = await diagnose(shop.redis, shop.pool)
         return found.writer, found.scheduler
 
     async with open_shop(redis_url, database_url) as shop:
-        assert await told(shop) == ("none is connected", "none is connected")
+        assert await roles(shop) == ("none is connected", "none is connected")
         await shop.start_writer()
         async with shop.scheduling(), shop.scheduling():
 
-            async def all_told() -> bool:
-                writer, scheduler = await told(shop)
+            async def all_named() -> bool:
+                writer, scheduler = await roles(shop)
                 me = rf"[^ ]+:{os.getpid()}"
                 return bool(
                     re.fullmatch(rf"{me} works", writer)
                     and re.fullmatch(rf"{me} works, 1 on standby \({me}\)", scheduler)
                 )
 
-            await until(all_told)
+            await until(all_named)
 
 
 class Pooler:
-    """A real PgBouncer before the tests' PostgreSQL, on a unix socket."""
+    """A real PgBouncer before the PostgreSQL of the tests, on a unix socket."""
 
     def __init__(self, directory: Path, database_url: str) -> None:
         self.directory = directory
@@ -416,7 +423,7 @@ class Pooler:
         database = f"* = host={self.directory} port=5433 user=sale"
         config.write_text("\n".join(["[databases]", database, "[pgbouncer]", *lines]), "utf-8")
         command = [program, str(config)]
-        if os.getuid() == 0:  # it refuses to be root
+        if os.getuid() == 0:  # PgBouncer refuses to run as root
             nobody = pwd.getpwnam("nobody")
             for path in (self.directory, config):
                 os.chown(path, nobody.pw_uid, nobody.pw_gid)
@@ -448,7 +455,7 @@ class Pooler:
 
 @pytest.fixture
 def pooler(database_url: str) -> Iterator[Pooler]:
-    # Not among pytest's directories: these are private, and PgBouncer is another user.
+    # Not a directory of pytest: those are private, and PgBouncer runs as another user.
     with tempfile.TemporaryDirectory(prefix="p") as directory:
         yield Pooler(Path(directory), database_url)
 
@@ -461,7 +468,7 @@ async def test_transaction_pooler_is_refused_with_a_reason(
     async with pooler.pooling(mode):
         with pytest.raises(UnfitProxy, match=r"pools transactions: .* set database_url"):
             await Holder(pooler.url).lead(asyncio.Event(), work_s=0.0)
-        for part in OFFICES:
+        for part in LOCKS:
             ended = await asyncio.to_thread(_run, part, redis_url, pooler.url, short_path)
             assert ended.returncode == 1
             assert ended.stderr.startswith(f"sale: PostgreSQL at {pooler.directory} ")
@@ -512,7 +519,7 @@ async def test_stopped_holder_behind_a_session_pooler_is_replaced(
         waiting.cancel()
         stopped.cancel()
         await asyncio.gather(waiting, stopped, return_exceptions=True)
-        # The next one gets a session that others have had.
+        # The next holder gets a session that other clients have used.
         await Holder(pooler.url).lead(asyncio.Event(), work_s=0.0)
         async with open_shop(redis_url, pooler.url) as shop:
             await shop.start_writer()

@@ -32,7 +32,7 @@ STREAM = campaign_keys(CAMPAIGN).stream
 
 
 class Rig:
-    """Writers over one Redis and one database, and what they asked to be paused."""
+    """Writers over one Redis and one database, and the campaigns that they asked to pause."""
 
     def __init__(self, redis: Redis, database_url: str, conn: Any) -> None:
         self.redis, self.database_url, self.conn = redis, database_url, conn
@@ -73,7 +73,7 @@ def sample(writer: LedgerWriter, name: str, **labels: str) -> float | None:
 
 
 async def until(check: Callable[[], Awaitable[bool] | bool]) -> None:
-    """Wait until ``check`` holds, but not for ever."""
+    """Wait until ``check`` is true, at most DEADLINE_S."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             held = check()
@@ -154,7 +154,7 @@ async def test_writer_without_heartbeat_is_replaced(rig: Rig, monkeypatch: pytes
                 await until(lambda: other.active)
                 await book.append(rig.redis, sold(1))
                 await until(lambda: _is(rig.applied(), 2))
-                # Both believe that they are the writer: the compare-and-set keeps the books.
+                # Both writers act as the active one: only the compare-and-set protects the rows.
                 assert stopped.active
     assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
 
@@ -224,7 +224,7 @@ async def test_pause_reports_whether_the_campaign_could_sell(rig: Rig, redis_url
         await shop.step("open")
         await freeze(shop.redis, CAMPAIGN, "damaged")
         with pytest.raises(Refused):
-            await shop.desk.pause_for(CAMPAIGN, "it will go on")
+            await shop.desk.pause_for(CAMPAIGN, "it will sell again")
 
 
 async def test_pause_succeeds_if_postgres_goes_away(rig: Rig, redis_url: str):
@@ -334,7 +334,6 @@ async def _is(found: Awaitable[Any], wanted: object) -> bool:
 
 
 async def test_writer_applies_entries_before_an_unreadable_one(rig: Rig) -> None:
-    # Given
     book, other = Ledger(), Ledger("green-gift")
     await book.append(rig.redis, created(10))
     for n in range(5):
@@ -342,10 +341,9 @@ async def test_writer_applies_entries_before_an_unreadable_one(rig: Rig) -> None
     unreadable = await book.append(rig.redis, operation("moved"))
     await book.append(rig.redis, sold(6))
     await other.append(rig.redis, created(10, campaign_id="green-gift"))
-    # When
+
     async with rig.writing() as writer:
         await until(lambda: CAMPAIGN in writer.stuck)
-        # Then
         assert f"entry {unreadable.last}: unknown kind 'moved'" in writer.stuck[CAMPAIGN]
         assert await rig.applied() == unreadable.last - 1
         await until(lambda: _is(rig.applied("green-gift"), 1))

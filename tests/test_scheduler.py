@@ -423,7 +423,7 @@ async def test_scheduler_that_lost_its_lock_publishes_no_findings(
     monkeypatch.setattr(scheduler_module, "audit", lose_the_lock)
     scheduler._set_active("it holds the lock")
     # When
-    auditing = asyncio.create_task(scheduler._audit_for_ever(stop))
+    auditing = asyncio.create_task(scheduler._audit_repeatedly(stop))
     await audited.wait()
     await asyncio.sleep(0.05)
     stop.set()

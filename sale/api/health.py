@@ -15,7 +15,7 @@ from sale.db.errors import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
 from sale.stock.connection import REDIS_ERRORS
 from sale.stock.durability import durability_faults
-from sale.stock.troubles import TELLERS, read_troubles
+from sale.stock.troubles import REPORTERS, read_troubles
 from sale.trust.verify import unverified
 
 CHECK_TIMEOUT_S: Final = 1.0
@@ -92,12 +92,12 @@ async def troubled(stores: Stores) -> list[str]:
     """Name the campaigns in trouble. Particulars are for ``sale doctor``: anybody may ask here."""
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
-            told = await read_troubles(stores.redis)
+            found = await read_troubles(stores.redis)
     except REDIS_ERRORS:
-        return []  # told as a reason
+        return []  # ``unready`` names it
     return sorted(
-        f"{campaign_id}: {TELLERS[teller]}; see sale doctor"
-        for teller, campaigns in told.items()
+        f"{campaign_id}: {REPORTERS[reporter]}; see sale doctor"
+        for reporter, campaigns in found.items()
         for campaign_id in campaigns
     )
 

@@ -1,1 +1,1 @@
-"""Long-running processes beside the API: ledger writer and scheduler."""
+"""Long-running processes other than the API: the ledger writer and the scheduler."""

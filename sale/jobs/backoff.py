@@ -1,4 +1,4 @@
-"""Waiting between two tries: bounded, and over at once when the process is told to stop."""
+"""Bounded waits between two attempts, which end at once when the process stops."""
 
 import asyncio
 import contextlib
@@ -9,25 +9,26 @@ BACKOFF_MAX_S: Final = 1.0
 
 
 class Backoff:
-    """A wait that doubles, up to a second."""
+    """A wait that doubles up to BACKOFF_MAX_S."""
 
     def __init__(self) -> None:
         self._wait_s = BACKOFF_FIRST_S
 
     def next(self) -> float:
-        """Seconds to wait before the next try."""
+        """Seconds to wait before the next attempt."""
         wait_s, self._wait_s = self._wait_s, min(self._wait_s * 2, BACKOFF_MAX_S)
         return wait_s
 
     def reset(self) -> None:
-        """It worked: the next wait is short again."""
+        """Begin with the shortest wait again, after a success."""
         self._wait_s = BACKOFF_FIRST_S
 
 
 async def pause(stop: asyncio.Event, wait_s: float) -> None:
     """Wait ``wait_s``, or until ``stop`` is set.
 
-    Not by ``wait_for``: in Python 3.11 it swallows a cancellation that meets the event.
+    This does not use ``wait_for``, which in Python 3.11 swallows a cancellation that arrives
+    together with the event.
     """
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(wait_s):

@@ -1,18 +1,19 @@
-"""Who of several like processes works: an advisory lock of PostgreSQL, with a heartbeat.
+"""Select the active one of several equal processes by a PostgreSQL advisory lock and a heartbeat.
 
-One process holds the lock and works, the others ask for it several times a second. A holder that is
-killed loses it with its connection. One that is stopped, or cut off, must lose it as well, so the
-lock's connection has an idle timeout that is longer than the heartbeat and shorter than any pause
-we mean to survive. Between the messages of a prepared statement a session is not idle, for as long
-as the next one does not come; so what a holder says is one message (``execute`` without arguments),
-or it would keep the lock where it is stopped between two. A holder whose heart gets no answer drops
-its work without waiting for it.
+One process holds the lock and works; the standbys try to take it several times a second. A holder
+that is killed loses the lock with its connection. A holder that is stopped or cut off must lose it
+too, so the lock's connection has an idle timeout that is longer than the heartbeat and shorter than
+any outage we want to survive. A session that waits for the next message of a prepared statement is
+not idle; a holder stopped between two such messages would keep the lock. So the holder sends every
+statement as one message (``execute`` without arguments). A holder whose heartbeat gets no answer
+cancels its work at once.
 
-The lock only saves work. Nobody may rely on it for being alone: between the loss and the moment at
-which the holder notices, there are two. What both do must be a compare-and-set.
+The lock only saves work. No process may rely on being the only one: between the loss of the lock
+and the moment at which the holder notices it, two processes work. Everything both do must be a
+compare-and-set.
 
-Rejected: waiting inside ``pg_advisory_lock``. The waiting statement is not idle, so a stand-by that
-is stopped would be given the lock and keep it.
+Rejected: waiting inside ``pg_advisory_lock``. A waiting statement is not idle, so a stopped standby
+would get the lock and keep it.
 """
 
 import asyncio
@@ -36,15 +37,15 @@ HEARTBEAT_S: Final = 0.4
 ANSWER_TIMEOUT_S: Final = 2.0
 POLL_S: Final = 0.2
 STOP_PATIENCE_S: Final = 10.0
-"""Longest that work may take to end by itself once it was told to stop."""
+"""Longest time for work to end by itself after the stop; then it is cancelled."""
 
 
 class LockLost(ConnectionError):  # noqa: N818 - says what happened
-    """The heart does not beat: another process may hold the lock by now."""
+    """The heartbeat failed, so another process may hold the lock."""
 
 
 class Leadership:
-    """One process' part in an office: it holds the lock, or stands by."""
+    """Takes and holds one leader lock for this process, or stands by."""
 
     def __init__(self, database_url: str, leader_lock: LeaderLock) -> None:
         self._database_url = database_url
@@ -53,9 +54,9 @@ class Leadership:
 
     @property
     def sure(self) -> bool:
-        """Whether this process holds the lock for certain, by its own clock.
+        """Whether this process certainly holds the lock, by its own clock.
 
-        A process that was stopped is not, from the moment at which it wakes up.
+        A process that resumes after a long stop is not sure until its next heartbeat.
         """
         return time.monotonic() - self._beat_at_s < LOCK_TIMEOUT_S
 
@@ -67,25 +68,25 @@ class Leadership:
         stand_by: Callable[[], None],
         sever: Callable[[], None] = lambda: None,
     ) -> None:
-        """Wait for the lock, calling ``stand_by`` while another has it; then do ``work``.
+        """Wait for the lock, calling ``stand_by`` while another process has it; then do ``work``.
 
-        Returns when the work has ended, or ``stop`` is set. ``sever`` is called each time before
-        work is cancelled: it cuts the connections on which the work may be waiting.
+        Returns when the work has ended, or after ``stop`` is set. ``sever`` is called before each
+        cancellation of the work, to close the connections for which the work may be waiting.
 
         Raises:
-            UnfitProxy: something before PostgreSQL hands its sessions round.
-            LockLost, POSTGRES_AWAY, asyncpg.PostgresError: try again.
+            UnfitProxy: a proxy shares PostgreSQL's sessions between clients.
+            LockLost, POSTGRES_AWAY, asyncpg.PostgresError: the caller should try again.
 
         """
         async with connected(
             self._database_url,
             self._leader_lock.mine(),
             command_timeout_s=ANSWER_TIMEOUT_S,
-            # A proxy may have given the backend to others before, with statements of our names.
+            # Behind a proxy the backend may hold statements of other clients under our names.
             statements=0,
         ) as conn:
             backend = await own_backend(conn, self._database_url)
-            # Set here, as proxies take no such settings at the start of a session.
+            # Set here, because proxies refuse such settings at the start of a session.
             timeout_ms = round(LOCK_TIMEOUT_S * 1_000)
             await conn.execute(
                 f"SET idle_session_timeout = {timeout_ms};"
@@ -128,11 +129,11 @@ class Leadership:
                 beating.result()
         finally:
             self._beat_at_s = float("-inf")
-            # Before each try: work that has outlived one may have connected again.
+            # Before each attempt: work that survived one may have connected again.
             await cancel_and_wait(everything, first=lambda: None if working.done() else sever())
 
     async def _beat(self, conn: "asyncpg.Connection[Any]", backend: int) -> None:
-        """Keep the lock's connection from its idle timeout; ends by the error that it is lost."""
+        """Keep the lock's connection from its idle timeout. Raises LockLost, or UnfitProxy."""
         lost = asyncio.Event()
         conn.add_termination_listener(lambda _: lost.set())
         while True:
@@ -148,9 +149,9 @@ class Leadership:
 
 
 async def refuse_unfit_proxy(database_url: str, leader_lock: LeaderLock) -> None:
-    """Look once, before anything else is opened, whether the lock can be held there.
+    """Check once, before anything else is opened, that the lock can be held there.
 
-    A PostgreSQL that is away is none of this function's business. Raises UnfitProxy.
+    A PostgreSQL that does not answer passes this check. Raises UnfitProxy.
     """
     with contextlib.suppress(*POSTGRES_ERRORS):
         async with connected(

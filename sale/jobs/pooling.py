@@ -1,14 +1,14 @@
-"""Is there a proxy before PostgreSQL that hands its sessions round? Then no lock can be held there.
+"""Detect a proxy before PostgreSQL that pools transactions: no lock can be held through it.
 
 An advisory lock, and the idle timeout that takes it from a stopped holder, belong to one session of
-PostgreSQL. A proxy that pools transactions gives each transaction to whichever session is free, so
-that two processes hold one lock, or nobody the one that he was given.
+PostgreSQL. A proxy that pools transactions gives each transaction to any free session, so two
+processes could hold one lock, or a process could lose a lock that it took.
 
-PostgreSQL tells each client at the start which backend serves it. Where the backend itself says the
-same, there is nothing between. Where not, there is a proxy, and whether it pools is tried: other
-connections begin transactions, and none of them may get the backend that this idle one had, nor may
-this one get another meanwhile. A proxy whose sessions are all taken makes them wait: that one
-gives whole sessions.
+At the start of a connection PostgreSQL sends the pid of the backend. If ``pg_backend_pid()`` gives
+the same, there is no proxy. Otherwise there is one, and a test tells whether it pools: other
+connections begin transactions; none of them may get the backend of this idle connection, and this
+connection may not get another backend. If the proxy makes the other connections wait because all
+its sessions are taken, it assigns whole sessions.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ PROBE_TIMEOUT_S: Final = 2.0
 
 
 class UnfitProxy(StartError):  # noqa: N818 - says what is there
-    """The lock's connection leads through a proxy that cannot carry it; one line for people."""
+    """No lock can be held through the proxy before PostgreSQL; one line for people."""
 
 
 @contextlib.asynccontextmanager
 async def connected(
     database_url: str, name: str, *, command_timeout_s: float, statements: int = 100
 ) -> AsyncIterator["asyncpg.Connection[Any]"]:
-    """Open a connection of that name; a block that ends by an error drops it without a word.
+    """Open a connection of that name. If the block fails, terminate it without a handshake.
 
-    Raises UnfitProxy where something before PostgreSQL refuses its settings.
+    Raises UnfitProxy if a proxy refuses the connection's settings.
     """
     try:
         conn = await connect(
@@ -52,13 +52,13 @@ async def connected(
         if "unsupported startup parameter" in str(error):
             raise UnfitProxy(
                 f"PostgreSQL at {place(database_url)} is reached through a proxy that refuses our "
-                f"settings ({error}): the lock {_INSTEAD}"
+                f"settings ({error}): the lock {_REMEDY}"
             ) from None
         raise
     try:
         yield conn
     except BaseException:
-        # Not gently: where the server does not answer, a rollback or a farewell waits for it.
+        # ``close`` would send a rollback and wait for a server that may not answer.
         conn.terminate()
         raise
     with contextlib.suppress(*POSTGRES_AWAY):
@@ -66,33 +66,36 @@ async def connected(
 
 
 async def own_backend(conn: "asyncpg.Connection[Any]", database_url: str) -> int:
-    """Process number of the backend that serves this connection for good.
+    """Give the pid of the backend that serves this connection permanently.
 
-    Raises UnfitProxy where none does, and the errors of a PostgreSQL that is away.
+    Raises UnfitProxy if the backend changes, and the errors of a PostgreSQL that is away.
     """
     try:
         backend = await _backend(conn)
         if backend == conn.get_server_pid():
             return backend
-        handed_round = await _handed_round(conn, backend, database_url)
+        changes = await _backend_changes(conn, backend, database_url)
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         if "pooling mode" not in str(error):
             raise
-        handed_round = True  # PgBouncer, of a transaction where it pools single statements
-    if handed_round:
+        changes = True  # PgBouncer refuses transactions so when it pools statements
+    if changes:
         raise pools_transactions(database_url)
     return backend
 
 
 def pools_transactions(database_url: str) -> UnfitProxy:
-    """Give the error of a connection whose backend changes."""
+    """Give the error for a connection whose backend changes."""
     return UnfitProxy(
         f"PostgreSQL at {place(database_url)} is reached through a proxy that pools transactions: "
-        f"the lock {_INSTEAD}"
+        f"the lock {_REMEDY}"
     )
 
 
-async def _handed_round(conn: "asyncpg.Connection[Any]", backend: int, database_url: str) -> bool:
+async def _backend_changes(
+    conn: "asyncpg.Connection[Any]", backend: int, database_url: str
+) -> bool:
+    """Whether the proxy gives ``backend`` to other connections, or this one another backend."""
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(PROBES):
             try:
@@ -113,7 +116,7 @@ async def _handed_round(conn: "asyncpg.Connection[Any]", backend: int, database_
 
 
 async def _backend(conn: "asyncpg.Connection[Any]") -> int:
-    """Ask within a transaction: outside of one, a proxy may part the question from its answer."""
+    """Ask within a transaction, which a proxy cannot spread over two backends."""
     async with conn.transaction():
         return await _ask(conn)
 
@@ -123,7 +126,7 @@ async def _ask(conn: "asyncpg.Connection[Any]") -> int:
     return backend
 
 
-_INSTEAD: Final = (
+_REMEDY: Final = (
     "needs a direct connection or session pooling; set database_url (SALE_DATABASE_URL) to "
     "PostgreSQL itself, or the proxy to pool whole sessions"
 )

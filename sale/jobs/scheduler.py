@@ -1,14 +1,16 @@
-"""The scheduler: what must happen without anybody's call.
+"""The scheduler does the periodic work that no request triggers.
 
-Four times a second it verifies a Redis that is new (INV-8), records openings and closings that
-nobody's call has crossed (INV-7), and lets the campaigns follow the roster (INV-9); once in a
-while it audits the books. Each step is a compare-and-set in a script, so a second scheduler does
-no harm. A purchase does not wait for it: the scripts cross openings and closings by themselves.
+Four times a second it verifies a new Redis (INV-8), records openings and closings that no script
+has recorded yet (INV-7), and applies changes of the roster to the campaigns (INV-9). At a longer
+interval it audits the campaigns. Each step is a compare-and-set in a script, so a second scheduler
+does no harm. A purchase does not wait for the scheduler: the scripts apply openings and closings
+themselves.
 
-One scheduler works and the others stand by, as ``leadership.py`` says; these look at the stores
-alone. Where PostgreSQL cannot be asked who that is, each of them works: the clock must go on. It
-has a loop of its own, because a PostgreSQL that does not answer holds up the steps that need it,
-and so has the roster, because a recovery takes its time.
+One scheduler is active and the others stand by (see ``leadership.py``); a standby only watches
+whether the stores answer. If PostgreSQL cannot say which one is active, all of them work, because
+openings and closings must be recorded. The clock has a loop of its own, because a PostgreSQL that
+does not answer delays the steps that need it. The roster has its own too, because a recovery takes
+time.
 """
 
 import asyncio
@@ -42,24 +44,24 @@ from sale.trust.store_watch import StoreWatch
 from sale.trust.verify import verify_all
 
 STOP_PATIENCE_S: Final = 5.0
-"""Longest that a step may take to end by itself once the scheduler was told to stop."""
+"""Longest time for a step to end by itself after the stop; then it is cancelled."""
 
 FILE_EVERY_S: Final = 1.0
-"""Between two looks at an append-only file that is whole, or whose rewrite has just failed."""
+"""Time between two checks of an append-only file that is whole, or whose rewrite just failed."""
 
 AUDIT_SHARE: Final = 0.05
-"""An audit reads every order; between two of them passes at least twenty times its duration."""
+"""An audit reads every order, so the next one starts after twenty times its duration at least."""
 
 log = structlog.get_logger()
 
 
 class SchedulerMetrics:
-    """What the scheduler sees on its rounds."""
+    """The scheduler's metrics, registered in ``registry``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.active = Gauge(
             "sale_scheduler_active",
-            "1 where this scheduler is the active one, 0 where it is a standby.",
+            "1 if this scheduler is active, 0 if it is a standby.",
             registry=registry,
         )
         self.remaining = Gauge(
@@ -87,18 +89,18 @@ class SchedulerMetrics:
         )
         self.rewrite_failed = Gauge(
             "sale_redis_rewrite_failed",
-            "1 where the last rewrite of Redis' append-only file failed.",
+            "1 if the last rewrite of Redis' append-only file failed.",
             registry=registry,
         )
         self.troubled = Gauge(
             "sale_campaign_troubled",
-            "1 where a campaign cannot be read, or a step of the scheduler fails for it alone.",
+            "1 if a campaign cannot be read, or a step of the scheduler fails for it alone.",
             ["campaign"],
             registry=registry,
         )
 
     def forget(self) -> None:
-        """Drop what only the active scheduler knows."""
+        """Clear the values that only the active scheduler knows."""
         self.remaining.clear()
         self.findings.clear()
         self.recovering.set(0)
@@ -107,14 +109,14 @@ class SchedulerMetrics:
 
 
 class Scheduler:
-    """Makes its rounds until told to stop."""
+    """Repeats its steps until it is stopped."""
 
     def __init__(self, stores: Stores, database_url: str, registry: CollectorRegistry) -> None:
         self._stores = stores
         self._metrics = SchedulerMetrics(registry)
-        self._ailing: set[str] = set()
-        self._met = ""
-        self._weak: list[str] = []
+        self._failed_steps: set[str] = set()
+        self._met_run_id = ""
+        self._faults: list[str] = []
         self._file_trouble = ""
         self._file_due_s = 0.0
         self._rehearsals: dict[str, Campaign] = {}
@@ -127,21 +129,21 @@ class Scheduler:
         self._leadership = Leadership(database_url, SCHEDULER)
         self._decided = asyncio.Event()
         self.active: bool | None = None
-        """Whether this scheduler works; None before it knows."""
+        """Whether this scheduler is active; None until that is decided."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until ``stop`` is set. Raises UnfitProxy where the lock cannot be held."""
+        """Work until ``stop`` is set. Raises UnfitProxy if the lock cannot be held."""
         working = [
             asyncio.create_task(work)
             for work in (
-                self._stand_by(stop),
+                self._lead_or_stand_by(stop),
                 self._repeat(self._round, stop),
                 self._repeat(self._roster_round, stop),
                 self._repeat(self._clock_round, stop),
             )
         ]
         stores = self._stores
-        auditing = asyncio.create_task(keep_running(lambda: self._audit_for_ever(stop)))
+        auditing = asyncio.create_task(keep_running(lambda: self._audit_repeatedly(stop)))
         asking = asyncio.create_task(
             keep_running(StoreWatch(stores.redis, stores.pool, self._metrics.stores).run)
         )
@@ -157,7 +159,8 @@ class Scheduler:
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
         tick_s = self._stores.settings.tick_interval_ms / 1000
-        # Sales wait for the verification after a start: the first round begins once it may verify.
+        # Sales wait for the verification after a start, so the first round begins as soon as it is
+        # decided who is active.
         await pause(self._decided, tick_s)
         while not stop.is_set():
             await work()
@@ -177,7 +180,7 @@ class Scheduler:
         if self.active:
             await self._try("clock", self._clock)
 
-    async def _stand_by(self, stop: asyncio.Event) -> None:
+    async def _lead_or_stand_by(self, stop: asyncio.Event) -> None:
         backoff = Backoff()
 
         async def lead() -> None:
@@ -196,7 +199,7 @@ class Scheduler:
                 await pause(stop, backoff.next())
 
     def _set_active(self, why: str) -> None:
-        """Work, for that reason, or stand by ('')."""
+        """Become active for the reason ``why``, or a standby if it is ''."""
         if self.active is not bool(why):
             self.active = bool(why)
             self._decided.set()
@@ -208,17 +211,17 @@ class Scheduler:
                 log.info("scheduler.standby")
 
     async def _try(self, step: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Do one step; what fails is told once and tried again next round, for ever."""
+        """Do one step. Log its first failure; the next round tries it again, without limit."""
         try:
             await work()
-        except Exception as error:  # noqa: BLE001 - whatever it was, the other steps go on
-            if step not in self._ailing:
+        except Exception as error:  # noqa: BLE001 - one failing step must not stop the others
+            if step not in self._failed_steps:
                 log.warning("scheduler.step_failed", step=step, error=type(error).__name__)
-            self._ailing.add(step)
+            self._failed_steps.add(step)
         else:
-            if step in self._ailing:
+            if step in self._failed_steps:
                 log.info("scheduler.step_back", step=step)
-            self._ailing.discard(step)
+            self._failed_steps.discard(step)
 
     async def _verify(self) -> None:
         stores = self._stores
@@ -227,20 +230,20 @@ class Scheduler:
             stores.scripts,
             stores.pool,
             self._isolation,
-            meet=self._meet,
+            meet=self._check_durability,
             stalled_ledgers=self._stalls,
         )
-        if self.active:  # the lock may have gone to another meanwhile, and its metrics with it
+        if self.active:  # another scheduler may have taken the lock meanwhile
             self._metrics.recovering.set(len(unfit))
         await self._auto_recovery.recover_unfit(unfit)
 
     async def _file(self) -> None:
-        """Look at Redis' append-only file, some times a second until it is whole."""
+        """Check Redis' append-only file, several times a second until it is whole."""
         if time.monotonic() < self._file_due_s:
             return
         redis = self._stores.redis
         why, trouble = await make_whole(redis), await rewrite_trouble(redis)
-        # A rewrite that fails is not asked for at every round.
+        # After a failed rewrite, the next one is requested only after FILE_EVERY_S.
         self._file_due_s = time.monotonic() + (FILE_EVERY_S if trouble or not why else 0.0)
         if self.active:
             self._metrics.rewrite_failed.set(bool(trouble))
@@ -248,23 +251,23 @@ class Scheduler:
             log.error("redis.rewrite_failed", why=trouble)
         self._file_trouble = trouble
 
-    async def _meet(self, run_id: str) -> list[str]:
-        """Say how a new Redis is weaker than the level that was set; nothing where it may be."""
+    async def _check_durability(self, run_id: str) -> list[str]:
+        """List what makes a new Redis weaker than the durability level, if that is checked."""
         settings = self._stores.settings
-        if run_id != self._met:
-            self._met, self._file_due_s = run_id, 0.0
+        if run_id != self._met_run_id:
+            self._met_run_id, self._file_due_s = run_id, 0.0
             await self._file()
         if settings.durability_check != "refuse":
             return []
-        weak = await durability_faults(
+        faults = await durability_faults(
             self._stores.redis, settings.durability, settings.replicas_min
         )
-        if weak and weak != self._weak:
-            log.warning("redis.refused", faults=weak)
-        elif self._weak and not weak:
+        if faults and faults != self._faults:
+            log.warning("redis.refused", faults=faults)
+        elif self._faults and not faults:
             log.info("redis.accepted")
-        self._weak = weak
-        return weak
+        self._faults = faults
+        return faults
 
     async def _settle(self) -> None:
         await self._auto_recovery.settle()
@@ -287,19 +290,19 @@ class Scheduler:
         self._forget_gone(there)
         self._isolation.forget_others("clock", there | {each.campaign_id for each in unreadable})
         self._isolation.forget_others("window", there)
-        await self._tell_troubles()
+        await self._report_troubles()
 
-    async def _tell_troubles(self) -> None:
+    async def _report_troubles(self) -> None:
         if not self.active:
             return
         ailing = self._isolation.ailing
         self._metrics.troubled.clear()
         for campaign_id in ailing:
             self._metrics.troubled.labels(campaign_id).set(1)
-        await self._troubles.tell(ailing)
+        await self._troubles.report(ailing)
 
     def _forget_gone(self, there: set[str]) -> None:
-        """Tell no stock of a rehearsal that was purged; what else is not there comes back."""
+        """Stop showing the stock of purged rehearsals; any other missing campaign will return."""
         for campaign_id in self._rehearsals.keys() - there:
             for showing in self._rehearsals.pop(campaign_id).showings:
                 with contextlib.suppress(KeyError):
@@ -318,7 +321,7 @@ class Scheduler:
             if reply.reply is CallReply.OK and reply.tickets:
                 log.info("campaign.crossed", campaign=campaign_id, state=reply.state)
 
-    async def _audit_for_ever(self, stop: asyncio.Event) -> None:
+    async def _audit_repeatedly(self, stop: asyncio.Event) -> None:
         wait_s: float = self._stores.settings.audit_interval_s
         while not stop.is_set():
             await pause(stop, wait_s)
@@ -339,7 +342,7 @@ class Scheduler:
             except Exception:
                 log.exception("audit.failed")
             else:
-                if self.active:  # else the lock went to another, who has findings of its own
+                if self.active:  # otherwise another scheduler publishes its own findings
                     self._publish(report)
             took_s = time.monotonic() - started
             wait_s = max(self._stores.settings.audit_interval_s, took_s / AUDIT_SHARE)

@@ -1,20 +1,20 @@
-"""The ledger writer: carries every campaign's stream from Redis to PostgreSQL, in order.
+"""The ledger writer copies every campaign's stream from Redis to PostgreSQL, in order.
 
-One loop looks at the heads of all campaigns in one pipeline, reads what is new of those that have
-something new, and applies it. Under load it waits a moment between rounds, so that a transaction
-carries a thousand events and not fifty; a full batch is followed at once by the next.
+One loop reads the heads of all campaigns in one pipeline, then reads and applies the new events of
+each campaign that has some. Under load it pauses briefly between rounds, so that a transaction
+holds a thousand events and not fifty; after a full batch it continues at once.
 
-Any number of writers may run; ``leadership.py`` says which one works. What keeps two from doing
-harm is not the lock but the compare-and-set in ``db/ledger.py``.
+Any number of writers may run; ``leadership.py`` selects the active one. Two writers do no harm
+because of the compare-and-set in ``db/ledger.py``, not because of the lock.
 
-Whatever fails is tried again for ever, with a bounded wait: PostgreSQL or Redis away stops
-everything, a campaign whose ledger is broken stops alone. Away is also a PostgreSQL that answers
-and does not write: read-only, its disk full, out of connections. The lock is kept meanwhile,
-because nobody else would fare better. Nothing is lost, because an entry is trimmed from the stream
-only after it was applied and its retention has passed.
+The writer retries every failure without limit, with a bounded wait. If PostgreSQL or Redis is away,
+all campaigns wait; if a campaign's ledger is broken, only that campaign waits. PostgreSQL counts as
+away also when it answers and cannot write: read-only, disk full, out of connections. The writer
+keeps the lock meanwhile, because a standby could do no better. No event is lost, because an entry
+is trimmed from the stream only after it was applied and its retention has passed.
 
-Rejected: a consumer group. Its pending list says what was delivered, not what was committed; the
-applied number stands in the same transaction as the rows and cannot disagree with them.
+Rejected: a consumer group. Its pending list says what was delivered, not what was committed. The
+applied number is committed in the same transaction as the rows and cannot disagree with them.
 """
 
 import asyncio
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
     import asyncpg
 
 PauseCampaign: TypeAlias = Callable[[str, str], Awaitable[object]]
-"""``pause_campaign(campaign_id, reason)``; whatever it raises, it is tried again."""
+"""``pause_campaign(campaign_id, reason)``; the writer retries it whatever it raises."""
 
 IDLE_TRANSACTION_TIMEOUT: Final = "2s"
 ROW_LOCK_TIMEOUT: Final = "2s"
-"""Somebody else's lock on one campaign is that campaign's trouble."""
+"""A foreign lock on a campaign's row delays only that campaign."""
 APPLY_TIMEOUT_S: Final = 60.0
 PAUSE_TIMEOUT_S: Final = 5.0
 PAUSE_AGAIN_S: Final = 0.5
@@ -63,13 +63,13 @@ POLL_IDLE_S: Final = 0.05
 IDLE_AFTER_ROUNDS: Final = 20
 
 ENTRY_EVENTS_MAX: Final = 512
-"""No entry holds more: a batch of purchases (256) and what the clock changed before it."""
+"""Most events of an entry: a batch of purchases (256) and the clock's events before it."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class LedgerWriter:
-    """Carries streams to PostgreSQL until told to stop. See the module's text."""
+    """Copies streams to PostgreSQL until it is stopped. See the module's docstring."""
 
     def __init__(
         self,
@@ -99,26 +99,26 @@ class LedgerWriter:
             scripts,
             self.metrics,
             campaigns=lambda: list(self._campaigns.values()),
-            may_tell=lambda: self._leadership.sure,
+            may_write=lambda: self._leadership.sure,
         )
         self._troubles = Troubles(redis, "writer")
         self._away: dict[str, set[str]] = {}
         self._backoff = Backoff()
-        # Of the last round: whether it wrote, and whether it passed over a campaign in trouble.
-        self._wrote = self._skipped = False
+        # Whether the last round applied events, and whether it skipped a failing campaign.
+        self._applied_some = self._skipped = False
         self._standing_by = False
         self.active = False
         """Whether this writer holds the lock."""
 
     @property
     def stuck(self) -> dict[str, str]:
-        """Campaigns whose ledger cannot be applied, and why."""
+        """Campaigns whose ledger cannot be applied, with the reason."""
         return {c.id: c.stuck for c in self._campaigns.values() if c.stuck}
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until ``stop`` is set; a batch that is under way is finished first.
+        """Work until ``stop`` is set; finish the current batch first.
 
-        Raises UnfitProxy where the lock cannot be held.
+        Raises UnfitProxy if the lock cannot be held.
         """
         self._stop = stop
         try:
@@ -133,7 +133,7 @@ class LedgerWriter:
         finally:
             self._set_active(active=False)
 
-    # The office -------------------------------------------------------------------------------
+    # The lock ---------------------------------------------------------------------------------
 
     def _stand_by(self) -> None:
         self._back("postgres")
@@ -144,7 +144,7 @@ class LedgerWriter:
             log.info("ledger.writer_standby")
 
     async def _lead(self) -> None:
-        """Write for as long as the lock is held."""
+        """Write while the lock is held."""
         self._standing_by, began = False, False
         try:
             while not self._stop.is_set():
@@ -198,11 +198,11 @@ class LedgerWriter:
                 continue
             self._back("redis")
             backoff.reset()
-            if self._wrote or not self._skipped:
-                # Not before: a PostgreSQL that is read-only, or full, lets itself be read.
+            if self._applied_some or not self._skipped:
+                # Only a write proves it: a read-only or full PostgreSQL still answers reads.
                 self._back("postgres")
                 self._backoff.reset()
-            idle_rounds = 0 if self._wrote else idle_rounds + 1
+            idle_rounds = 0 if self._applied_some else idle_rounds + 1
             if not more:
                 idle = idle_rounds > IDLE_AFTER_ROUNDS
                 await pause(self._stop, POLL_IDLE_S if idle else POLL_S)
@@ -211,7 +211,8 @@ class LedgerWriter:
         positions = await ledger.positions(conn)
         for campaign_id in {*self._campaigns, *positions}:
             position = positions.get(campaign_id, Position(0, GENESIS))
-            # Kept, so that troubles are told once, and who has failed lets the others go first.
+            # Keep the known objects, so that each problem is logged once and a failing campaign
+            # keeps its back-off.
             campaign = self._campaigns.setdefault(
                 campaign_id, LedgerCampaign(campaign_id, position, _now_ms())
             )
@@ -223,18 +224,18 @@ class LedgerWriter:
         self._set_active(active=True)
 
     async def _count_conflicts(self, conn: "asyncpg.Connection[Any]") -> None:
-        """Keep the gauge right: recoveries, and what API processes hand in, add rows too."""
+        """Refresh the gauge, because recoveries and reports of API processes add rows too."""
         rows = await ledger.conflict_rows(conn)
         for campaign_id in self._campaigns:
             self.metrics.conflict_rows.labels(campaign_id).set(rows.get(campaign_id, 0))
         self._counted_s = time.monotonic()
 
     async def _round(self, conn: "asyncpg.Connection[Any]") -> bool:
-        """Look at every campaign once; whether there is more at once."""
+        """Process every campaign once; return whether more events are ready at once."""
         if time.monotonic() - self._counted_s > COUNT_CONFLICTS_S:
             await self._count_conflicts(conn)
-        now_ms, heads = await self._look()
-        more = self._wrote = self._skipped = False
+        now_ms, heads = await self._read_heads()
+        more = self._applied_some = self._skipped = False
         for campaign, head in heads:
             if campaign.not_before > time.monotonic():
                 self._skipped = True
@@ -243,44 +244,44 @@ class LedgerWriter:
             try:
                 seq = number(head)
                 if seq is not None:
-                    more |= await self._tend(conn, campaign, seq, now_ms)
+                    more |= await self._process(conn, campaign, seq, now_ms)
                 campaign.backoff.reset()
             except ledger.PositionMoved:
                 campaign.position = await ledger.position(conn, campaign.id)
             except CorruptLedger as error:
-                self._stick(campaign, str(error))
-            except _PASS_ON:
-                # Whoever has the others' turn next may find that it was this campaign alone.
+                self._set_stuck(campaign, str(error))
+            except _STORE_ERRORS:
+                # It may be this campaign's fault alone, so the next round begins with the others.
                 campaign.not_before = time.monotonic() + campaign.backoff.next()
                 raise
-            except Exception as error:  # noqa: BLE001 - no campaign's fault stops the others
-                self._stick(campaign, f"{type(error).__name__}: {error.args[:1]}")
-            self._wrote |= campaign.position.applied != before
+            except Exception as error:  # noqa: BLE001 - one campaign must not stop the others
+                self._set_stuck(campaign, f"{type(error).__name__}: {error.args[:1]}")
+            self._applied_some |= campaign.position.applied != before
         if self._leadership.sure:
-            await bounded(self._troubles.tell(self.stuck))
+            await bounded(self._troubles.report(self.stuck))
         return more
 
-    async def _tend(
+    async def _process(
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, head: int, now_ms: int
     ) -> bool:
-        """Do what one campaign needs; whether there is more at once."""
+        """Process one campaign; return whether more of its events are ready at once."""
         applied, more = campaign.position.applied, False
         if head > applied:
-            more = await self._carry(conn, campaign, now_ms)
+            more = await self._copy_batch(conn, campaign, now_ms)
         elif head < applied:
             raise CorruptLedger(f"Redis is at event {head}, PostgreSQL at {applied}")
         else:
-            self._unstick(campaign)
+            self._clear_stuck(campaign)
         due = campaign.pause_not_before <= time.monotonic()
         if campaign.pause_for and due and self._leadership.sure:
             await self._pause_for_conflict(conn, campaign)
         await self._trim(campaign, head, now_ms)
         return more
 
-    async def _look(self) -> tuple[int, list[tuple[LedgerCampaign, Any]]]:
-        """Redis' clock (ms), and each campaign with what Redis says of its head's number."""
+    async def _read_heads(self) -> tuple[int, list[tuple[LedgerCampaign, Any]]]:
+        """Read Redis' clock (ms), and the raw event number of each campaign's head."""
         asked = self._known_ids
-        seen = await self._source.look([campaign_keys(each).head for each in asked], "seq")
+        seen = await self._source.read_heads([campaign_keys(each).head for each in asked], "seq")
         self._known_ids = seen.campaign_ids
         for campaign_id in {*asked, *seen.campaign_ids}:
             if campaign_id not in self._campaigns:
@@ -290,12 +291,12 @@ class LedgerWriter:
         found = zip(asked, seen.heads, strict=True)
         return seen.now_ms, [(self._campaigns[campaign_id], head) for campaign_id, head in found]
 
-    async def _carry(
+    async def _copy_batch(
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, now_ms: int
     ) -> bool:
-        """Apply one batch of a campaign that has something new; whether it was a full one."""
+        """Apply one batch of a campaign's new events; return whether it was a full one."""
         applied = campaign.position.applied
-        # Numbers are the IDs, so the end of the range bounds the events, not only the entries.
+        # Entry IDs are event numbers, so the range's end bounds the events, not only the entries.
         entries = await self._source.read(
             campaign.stream,
             f"({applied}-0",
@@ -304,12 +305,12 @@ class LedgerWriter:
         )
         if not entries:
             following = await self._source.read(campaign.stream, f"({applied}-0", "+", 1)
-            was = following[0].first if following else "nothing"
-            raise CorruptLedger(f"event {applied + 1} is missing from the stream: next is {was}")
-        done, entries = await self._apply_sound(conn, campaign, entries)
+            first = following[0].first if following else "nothing"
+            raise CorruptLedger(f"event {applied + 1} is missing from the stream: next is {first}")
+        done, entries = await self._apply_valid(conn, campaign, entries)
         campaign.applied(done.position, entries[-1].at_ms, now_ms, self._retention_ms)
         self.metrics.written.inc(done.events)
-        self._unstick(campaign)
+        self._clear_stuck(campaign)
         for conflict in done.conflicts:
             self.metrics.conflicts.labels(campaign.id).inc()
             self.metrics.conflict_rows.labels(campaign.id).inc()
@@ -317,12 +318,12 @@ class LedgerWriter:
             campaign.pause_for = f"event {conflict.seq}: {conflict.why}"
         return done.events > self._batch_events - ENTRY_EVENTS_MAX
 
-    async def _apply_sound(
+    async def _apply_valid(
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, entries: list[Entry]
     ) -> tuple[ledger.Applied, list[Entry]]:
-        """Apply entries; where one of them cannot be, as many before it as half after half gives.
+        """Apply entries. If one is corrupt, halve their number until a batch before it applies.
 
-        Raises CorruptLedger where it is the first one.
+        Raises CorruptLedger if the first entry is corrupt.
         """
         while True:
             try:
@@ -337,7 +338,7 @@ class LedgerWriter:
     async def _trim(self, campaign: LedgerCampaign, head: int, now_ms: int) -> None:
         passed = campaign.trim_to(now_ms, self._retention_ms, self._retention_events)
         if passed is not None and passed > 0:
-            # The last entry is the anchor that the scripts check: it stays in any case.
+            # Never trim the last entry: the scripts check it against the head.
             try:
                 await self._source.trim(campaign.stream, f"{min(passed, head)}-0")
             except redis_errors.ResponseError as error:
@@ -351,38 +352,38 @@ class LedgerWriter:
         try:
             async with asyncio.timeout(PAUSE_TIMEOUT_S):
                 await self._pause_campaign(campaign.id, f"ledger conflict, {campaign.pause_for}")
-        except Exception as error:  # noqa: BLE001 - whatever it was, it is tried again
+        except Exception as error:  # noqa: BLE001 - retried after any error
             if campaign.pause_failed != repr(error):
                 campaign.pause_failed = repr(error)
                 log.warning("ledger.pause_failed", campaign=campaign.id, why=repr(error))
-            # The ledger goes on meanwhile: it holds what members were told.
+            # Writing goes on meanwhile, because the ledger holds orders that members were given.
             campaign.pause_not_before = time.monotonic() + PAUSE_AGAIN_S
             return
         campaign.pause_failed = None
         await ledger.mark_paused(conn, campaign.id)
         campaign.pause_for = None
 
-    def _stick(self, campaign: LedgerCampaign, why: str) -> None:
+    def _set_stuck(self, campaign: LedgerCampaign, why: str) -> None:
         campaign.not_before = time.monotonic() + campaign.backoff.next()
         if campaign.stuck != why:
             campaign.stuck = why
             self.metrics.stuck.labels(campaign.id).set(1)
             log.error("ledger.stuck", campaign=campaign.id, why=why)
 
-    def _unstick(self, campaign: LedgerCampaign) -> None:
+    def _clear_stuck(self, campaign: LedgerCampaign) -> None:
         if campaign.stuck:
             campaign.stuck = None
             self.metrics.stuck.labels(campaign.id).set(0)
             log.info("ledger.unstuck", campaign=campaign.id)
 
-    # What is away -----------------------------------------------------------------------------
+    # Stores that are away ---------------------------------------------------------------------
 
     async def _wait_for_postgres(self, error: Exception) -> None:
         self._lost("postgres", in_words(error))
         await pause(self._stop, self._backoff.next())
 
     def _lost(self, what: str, why: str) -> None:
-        """Tell that it is away; each kind of reason once, until it is back."""
+        """Log that a store is away; log each kind of reason once until it is back."""
         kinds, kind = self._away.setdefault(what, set()), why.partition(":")[0]
         if kind not in kinds:
             kinds.add(kind)
@@ -408,5 +409,5 @@ _BACK: Final = {
     "redis": "ledger.redis_back",
     "trim": "ledger.trim_back",
 }
-_PASS_ON: Final = (*POSTGRES_AWAY, redis_errors.ConnectionError, redis_errors.TimeoutError)
-"""What is no campaign's own fault."""
+_STORE_ERRORS: Final = (*POSTGRES_AWAY, redis_errors.ConnectionError, redis_errors.TimeoutError)
+"""Errors that are no single campaign's fault."""

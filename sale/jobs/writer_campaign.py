@@ -1,4 +1,4 @@
-"""What the ledger writer knows of one campaign: how far it is, and what may be trimmed."""
+"""The ledger writer's state of one campaign: its position, and what may be trimmed."""
 
 from collections import deque
 from typing import Final
@@ -11,7 +11,7 @@ MARKS_PER_RETENTION: Final = 100
 
 
 class LedgerCampaign:
-    """One campaign's position in PostgreSQL, and its troubles."""
+    """One campaign's position in PostgreSQL, and its present problems."""
 
     def __init__(self, campaign_id: str, position: Position, now_ms: int) -> None:
         self.id = campaign_id
@@ -24,15 +24,15 @@ class LedgerCampaign:
         self.pause_not_before = 0.0
         self.not_before = 0.0
         self.backoff = Backoff()
-        self.told: tuple[int, int | None] | None = None
-        self.tell_not_before = 0.0
-        self.tell_failed = False
-        # What was applied before this writer began is as old as its begin.
+        self.sent: tuple[int, int | None] | None = None
+        self.send_not_before = 0.0
+        self.send_failed = False
+        # Events applied before this writer started count as new at its start.
         self._marks: deque[tuple[int, int]] = deque([(position.applied, now_ms)])
         self._mark_begun_ms = now_ms
 
     def applied(self, position: Position, at_ms: int, now_ms: int, retention_ms: int) -> None:
-        """Note a new position, and the moment of its last event for the trimming."""
+        """Record a new position, and the moment of its last event for trimming."""
         self.position = position
         if now_ms - self._mark_begun_ms < retention_ms // MARKS_PER_RETENTION and self._marks:
             self._marks[-1] = (position.applied, at_ms)
@@ -41,7 +41,10 @@ class LedgerCampaign:
             self._mark_begun_ms = now_ms
 
     def trim_to(self, now_ms: int, retention_ms: int, retention_events: int) -> int | None:
-        """Number before which everything has passed both bounds of retention, once; or None."""
+        """Give the number up to which events may be trimmed, or None if nothing new may be.
+
+        All earlier events have passed both bounds of retention. Each number is given once.
+        """
         passed = None
         while self._marks:
             seq, at_ms = self._marks[0]

@@ -1,4 +1,4 @@
-"""What the ledger writer tells of itself."""
+"""Metrics of the ledger writer."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -9,7 +9,7 @@ class LedgerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.active = Gauge(
             "sale_writer_active",
-            "1 where this writer is the active one, 0 where it is a standby.",
+            "1 if this writer is active, 0 if it is a standby.",
             registry=registry,
         )
         self.lag_events = Gauge(
@@ -20,7 +20,7 @@ class LedgerMetrics:
         )
         self.lag_seconds = Gauge(
             "sale_ledger_lag_seconds",
-            "Age of the oldest event that PostgreSQL does not have yet; 0 where it has all.",
+            "Age of the oldest event that PostgreSQL does not have yet; 0 if it has all.",
             ["campaign"],
             registry=registry,
         )
@@ -31,7 +31,7 @@ class LedgerMetrics:
         )
         self.conflicts = Counter(
             "sale_ledger_conflicts",
-            "Events that PostgreSQL refused to act on.",
+            "Events that PostgreSQL refused to apply.",
             ["campaign"],
             registry=registry,
         )
@@ -43,13 +43,13 @@ class LedgerMetrics:
         )
         self.stuck = Gauge(
             "sale_ledger_stuck",
-            "1 where a campaign's ledger cannot be applied: a gap, a broken chain.",
+            "1 if a campaign's ledger cannot be applied: a gap, a broken chain.",
             ["campaign"],
             registry=registry,
         )
 
     def forget_lag(self) -> None:
-        """Drop what only the active writer knows."""
+        """Clear the values that only the active writer knows."""
         self.lag_events.clear()
         self.lag_seconds.clear()
         self.stuck.clear()

@@ -1,4 +1,4 @@
-"""Reads heads and streams of campaigns from Redis for the ledger writer; every wait is bounded."""
+"""Read heads and streams of campaigns from Redis for the ledger writer, with bounded waits."""
 
 import asyncio
 from collections.abc import Awaitable, Sequence
@@ -17,8 +17,8 @@ REDIS_TIMEOUT_S: Final = 5.0
 _T = TypeVar("_T")
 
 
-class Glance(NamedTuple):
-    """Redis' clock (ms), the IDs of its campaigns, and what it said of each head asked for."""
+class Heads(NamedTuple):
+    """Redis' clock (ms), the IDs of its campaigns, and its reply for each requested head."""
 
     now_ms: int
     campaign_ids: list[str]
@@ -26,16 +26,16 @@ class Glance(NamedTuple):
 
 
 class LedgerSource:
-    """The ledger in Redis."""
+    """Reads and trims the ledger in Redis."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def look(self, heads: Sequence[str], *fields: str) -> Glance:
+    async def read_heads(self, heads: Sequence[str], *fields: str) -> Heads:
         """Read ``fields`` of the heads of those keys, in one round trip.
 
-        A head's fields are a list, or Redis' ResponseError: a key of the wrong type is its own
-        campaign's trouble. Raises what is no campaign's own fault.
+        A head's reply is a list of fields, or a ResponseError: a key of the wrong type is that
+        campaign's problem alone. Raises all other errors of Redis.
         """
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
@@ -49,22 +49,23 @@ class LedgerSource:
         for reply in found:
             if isinstance(reply, Exception) and not isinstance(reply, redis_errors.ResponseError):
                 raise reply
-        return Glance(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), found)
+        return Heads(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), found)
 
     async def read(self, stream: str, first: str, last: str, count: int) -> list[Entry]:
-        """Entries of a stream between two IDs. Raises CorruptLedger."""
+        """Read the entries of a stream between two IDs. Raises CorruptLedger."""
         rows: Any = await bounded(self._redis.xrange(stream, first, last, count))
         return [parse_entry(entry_id, fields) for entry_id, fields in rows]
 
     async def trim(self, stream: str, bound: str) -> None:
-        """Forget the entries before an ID."""
+        """Delete the entries before an ID."""
         await bounded(self._redis.xtrim(stream, minid=bound, approximate=False))
 
 
 async def bounded(call: Awaitable[_T]) -> _T:
-    """Wait for Redis, but not for ever: a stopped one neither answers nor hangs up.
+    """Wait REDIS_TIMEOUT_S for Redis, because a stopped Redis neither answers nor disconnects.
 
-    Not by ``wait_for``: in Python 3.11 it swallows a cancellation that meets the answer.
+    This does not use ``wait_for``, which in Python 3.11 swallows a cancellation that arrives
+    together with the answer.
     """
     try:
         async with asyncio.timeout(REDIS_TIMEOUT_S):
@@ -74,9 +75,9 @@ async def bounded(call: Awaitable[_T]) -> _T:
 
 
 def number(head: object) -> int | None:
-    """Give a head's number, the first of its fields; None where there is no head.
+    """Give a head's event number, the first of its fields; None if there is no head.
 
-    Raises what Redis said, or CorruptLedger.
+    Raises the ResponseError of the reply, or CorruptLedger.
     """
     if isinstance(head, Exception):
         raise head

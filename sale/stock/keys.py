@@ -39,9 +39,9 @@ WHOLE: Final = "sale:whole"
 """Run ID of the Redis whose append-only file is known to be whole (``stock/durability.py``)."""
 
 
-def troubles_key(teller: str) -> str:
-    """Key of what a process tells of campaigns in trouble, see ``stock/troubles.py``."""
-    return f"sale:troubles:{teller}"
+def troubles_key(reporter: str) -> str:
+    """Key of the campaigns in which a process found problems, see ``stock/troubles.py``."""
+    return f"sale:troubles:{reporter}"
 
 
 class CampaignKeys(NamedTuple):

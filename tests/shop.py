@@ -12,7 +12,7 @@ from stock_maker import CAMPAIGN, Bid, Stock, campaign, card, key
 
 from sale.bootstrap import Stores
 from sale.config import Settings
-from sale.db import deployment, ledger
+from sale.db import deployment
 from sale.db.pool import open_pool
 from sale.domain.campaign import Campaign
 from sale.jobs.scheduler import Scheduler
@@ -21,6 +21,7 @@ from sale.operators.campaigns import Actor, CampaignDesk
 from sale.stock.connection import open_redis
 from sale.stock.scripts import Scripts
 from sale.trust.audit import AuditReport, audit
+from sale.trust.history import applied_number, wait_applied
 from sale.trust.recover import Recovery, recover
 
 DEADLINE_S = 10.0
@@ -94,11 +95,10 @@ class Shop:
         """Wait until PostgreSQL has everything."""
         (seq,) = await self.stock.head("seq")
 
-        async def there() -> bool:
-            async with self.pool.acquire() as connection:
-                return (await ledger.position(connection, self.stock.id)).applied >= int(seq)
+        async def applied_now() -> int:
+            return await applied_number(self.pool, self.stock.id)
 
-        await until(there)
+        assert await wait_applied(applied_now, int(seq), patience_s=DEADLINE_S) >= int(seq)
 
     async def audit(self, **how: Any) -> AuditReport:
         return await audit(self.redis, self.pool, **how)

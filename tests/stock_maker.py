@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from sale.domain.campaign import Campaign, Showing
 from sale.domain.clock import from_ms
-from sale.ledger.chain import GENESIS, Entry, check_chain, parse_entry
+from sale.ledger.chain import START, Entry, check_chain, parse_entry
 from sale.ledger.fold import CampaignState, SaleRecord
 from sale.stock.batch_codec import pack_bids
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
@@ -197,7 +197,7 @@ class Stock:
     async def check_books(self) -> CampaignState:
         """The chain is whole, and its fold is what Redis holds, exactly (INV-5)."""
         entries = await self.entries()
-        seq, chain = check_chain(entries, 0, GENESIS)
+        seq, chain = check_chain(entries, START)
         books = CampaignState()
         for entry in entries:
             for event in entry.events():

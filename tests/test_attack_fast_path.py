@@ -15,7 +15,7 @@ from shop import CAMPAIGN, ME
 from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, card, key
 from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
 
-from sale.db import ledger
+from sale.db import read
 from sale.domain.campaign import State
 from sale.domain.problem import Refused
 from sale.http.overload import LATE, Overload
@@ -94,8 +94,8 @@ def test_given_a_card_that_asks_for_campaigns_that_are_not_then_its_limit_spares
 ) -> None:
     async def judge() -> None:
         member = world.member()
-        asked = mock.AsyncMock(side_effect=ledger.state)
-        with mock.patch.object(ledger, "state", asked):
+        asked = mock.AsyncMock(side_effect=read.state)
+        with mock.patch.object(read, "state", asked):
             async with world.side(fast_path=True, card_per_s=1, card_burst=5) as side:
                 whole = b"".join(member.buy(f"none-{number}") for number in range(20))
                 async with side.wire() as wire:

@@ -10,7 +10,8 @@ from test_witness import Api, finish, going_back, seqs
 from test_witness import apis as the_apis
 from test_witness import shop as the_shop
 
-from sale.db import claims, ledger
+from sale.db import claims, read
+from sale.db.apply import apply_entries
 from sale.ledger.chain import parse_entry
 from sale.stock import process_reports
 from sale.stock.keys import ROLL
@@ -152,17 +153,17 @@ async def test_given_a_writer_that_applies_what_redis_has_lost_then_nothing_more
     # It was stopped with a batch in its hands, and woke up after the recovery.
     a, b = apis
     async with shop.pool.acquire() as connection:
-        position = await ledger.position(connection, CAMPAIGN)
+        position = await read.position(connection, CAMPAIGN)
         async with going_back(shop):
             seqs(await a.buy(1, 2, 3))
             seqs(await b.buy(4))
-            after = f"({position.applied}-0"
+            after = f"({position.seq}-0"
             rows = [row async for some in stream_rows(shop.redis, CAMPAIGN, after) for row in some]
         await a.check_acknowledged()
         await verify_all(shop.redis, shop.scripts, shop.pool)
         await shop.recover()
         entries = [parse_entry(*row) for row in rows]
-        await ledger.apply(connection, CAMPAIGN, entries, after=position)
+        await apply_entries(connection, CAMPAIGN, entries, after=position)
     await a.buy(50, 51)
     await shop.start_writer()
     stalls = StalledLedgers(0.3)

@@ -9,9 +9,9 @@ import asyncpg
 import pytest
 from ledger_maker import CAMPAIGN, NOW_MS, Ledger, card, created, operation, sold
 
-from sale.db import ledger
-from sale.db.ledger import Position, PositionMoved
-from sale.ledger.chain import GENESIS, CorruptLedger, Entry
+from sale.db import apply, read
+from sale.db.apply import Applied, PositionMoved, apply_entries
+from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Position
 
 Refused = asyncpg.IntegrityConstraintViolationError
 
@@ -42,7 +42,7 @@ async def book(conn: Any) -> Ledger:
     """A campaign of 10 and 2 tickets, opened, with one order of card 1; four events."""
     made = Ledger()
     first = made.entry(created(10, 2))
-    await ledger.apply(conn, CAMPAIGN, [first, made.entry(operation("opened"), sold(1))])
+    await apply_entries(conn, CAMPAIGN, [first, made.entry(operation("opened"), sold(1))])
     return made
 
 
@@ -190,7 +190,7 @@ async def test_given_an_order_when_it_ends_then_it_gives_back_exactly_once(conn:
 
 
 async def test_given_nothing_when_position_is_read_then_genesis(conn: Any):
-    assert await ledger.position(conn, CAMPAIGN) == (0, GENESIS)
+    assert await read.position(conn, CAMPAIGN) == (0, GENESIS)
 
 
 async def test_given_entries_when_applied_then_events_orders_and_counters_agree(conn: Any):
@@ -201,13 +201,13 @@ async def test_given_entries_when_applied_then_events_orders_and_counters_agree(
         book.entry(operation("stock_added", showing=0, add=3), sold(3, quantity=3)),
         book.entry(sold(1, key=2, showing=1), operation("paused"), at_ms=NOW_MS + 5),
     ]
-    done = await ledger.apply(conn, CAMPAIGN, entries)
-    assert done == ledger.Applied(Position(8, book.chain), 8, [])
-    assert await ledger.position(conn, CAMPAIGN) == (8, book.chain)
+    done = await apply_entries(conn, CAMPAIGN, entries)
+    assert done == Applied(Position(8, book.chain), 8, [])
+    assert await read.position(conn, CAMPAIGN) == (8, book.chain)
     assert await count(conn, "event") == 8
     assert await count(conn, "orders") == 4
 
-    (campaign,) = await ledger.campaigns(conn)
+    (campaign,) = await read.campaigns(conn)
     assert (campaign.state, campaign.applied, campaign.opens_at_ms) == ("paused", 8, NOW_MS)
     assert [(s.showing_id, s.stock, s.live) for s in campaign.showings] == [
         ("s0", 5, 5),
@@ -215,7 +215,7 @@ async def test_given_entries_when_applied_then_events_orders_and_counters_agree(
     ]
     assert campaign.config["title"] == "五元看大片"
 
-    log = await ledger.audit_log(conn, campaign=CAMPAIGN)
+    log = await read.audit_log(conn, campaign=CAMPAIGN)
     assert [(row.action, row.data["seq"]) for row in log] == [
         ("campaign.paused", 8),
         ("campaign.stock_added", 5),
@@ -223,31 +223,31 @@ async def test_given_entries_when_applied_then_events_orders_and_counters_agree(
         ("campaign.created", 1),
     ]
     assert (log[0].actor, log[0].reason, log[0].at_ms) == ("cli:me", "wanted", NOW_MS + 5)
-    assert await ledger.audit_log(conn, before_id=log[-1].id) == []
+    assert await read.audit_log(conn, before_id=log[-1].id) == []
 
 
 async def test_given_orders_when_read_back_then_newest_first_by_pages(conn: Any, book: Ledger):
     later = book.entry(sold(1, key=2), sold(9), sold(1, key=3, showing=1), at_ms=NOW_MS + 1)
-    await ledger.apply(conn, CAMPAIGN, [later])
-    newest = await ledger.orders_of_card(conn, card(1), limit=2)
+    await apply_entries(conn, CAMPAIGN, [later])
+    newest = await read.orders_of_card(conn, card(1), limit=2)
     assert [row.seq for row in newest] == [6, 4]
-    rest = await ledger.orders_of_card(conn, card(1), before=newest[-1].cursor, limit=2)
+    rest = await read.orders_of_card(conn, card(1), before=newest[-1].cursor, limit=2)
     assert [row.seq for row in rest] == [3]
-    one = await ledger.order(conn, CAMPAIGN, 6)
+    one = await read.order(conn, CAMPAIGN, 6)
     assert one == newest[0]
     assert one is not None
     assert (one.showing_id, one.amount_fen, one.state) == ("s1", 500, "confirmed")
     assert (one.created_at_ms, one.card_remaining) == (NOW_MS + 1, 0)
-    assert await ledger.order(conn, CAMPAIGN, 2) is None
+    assert await read.order(conn, CAMPAIGN, 2) is None
 
 
 async def test_given_a_batch_when_applied_twice_then_position_moved(conn: Any, book: Ledger):
-    before = await ledger.position(conn, CAMPAIGN)
+    before = await read.position(conn, CAMPAIGN)
     entry = book.entry(sold(2))
-    await ledger.apply(conn, CAMPAIGN, [entry], after=before)
+    await apply_entries(conn, CAMPAIGN, [entry], after=before)
     for after in (before, None):
         with pytest.raises(PositionMoved):
-            await ledger.apply(conn, CAMPAIGN, [entry], after=after)
+            await apply_entries(conn, CAMPAIGN, [entry], after=after)
     assert await count(conn, "orders") == 2
 
 
@@ -257,9 +257,9 @@ async def test_given_two_writers_when_they_apply_at_once_then_one_does(
     writers = [await asyncpg.connect(database_url) for _ in range(2)]
     book = Ledger()
     for entry in (book.entry(created(10), operation("opened")), book.entry(sold(2), sold(3))):
-        before = await ledger.position(writers[0], CAMPAIGN)
+        before = await read.position(writers[0], CAMPAIGN)
         outcomes = await asyncio.gather(
-            *(ledger.apply(conn, CAMPAIGN, [entry], after=before) for conn in writers),
+            *(apply_entries(conn, CAMPAIGN, [entry], after=before) for conn in writers),
             return_exceptions=True,
         )
         assert sorted(type(done).__name__ for done in outcomes) == ["Applied", "PositionMoved"]
@@ -269,15 +269,15 @@ async def test_given_two_writers_when_they_apply_at_once_then_one_does(
 
 
 async def test_given_a_fork_when_applied_then_the_chain_refuses(conn: Any, book: Ledger):
-    position = await ledger.position(conn, CAMPAIGN)
+    position = await read.position(conn, CAMPAIGN)
     fork = Ledger()
-    fork.seq, fork.chain = position.applied, "1" * 40
+    fork.seq, fork.chain = position.seq, "1" * 40
     with pytest.raises(CorruptLedger, match="chain breaks"):
-        await ledger.apply(conn, CAMPAIGN, [fork.entry(sold(2))])
-    forked = Position(position.applied, "1" * 40)
+        await apply_entries(conn, CAMPAIGN, [fork.entry(sold(2))])
+    forked = Position(position.seq, "1" * 40)
     fork.seq, fork.chain = forked
     with pytest.raises(PositionMoved):
-        await ledger.apply(conn, CAMPAIGN, [fork.entry(sold(2))], after=forked)
+        await apply_entries(conn, CAMPAIGN, [fork.entry(sold(2))], after=forked)
     assert await count(conn, "event") == 3
 
 
@@ -294,17 +294,17 @@ async def test_given_a_fork_when_applied_then_the_chain_refuses(conn: Any, book:
 async def test_given_an_impossible_event_when_applied_then_nothing_is_done(
     conn: Any, book: Ledger, row: list[Any]
 ):
-    before = await ledger.position(conn, CAMPAIGN)
+    before = await read.position(conn, CAMPAIGN)
     with pytest.raises(CorruptLedger):
-        await ledger.apply(conn, CAMPAIGN, [book.entry(sold(5), row)])
-    assert await ledger.position(conn, CAMPAIGN) == before
+        await apply_entries(conn, CAMPAIGN, [book.entry(sold(5), row)])
+    assert await read.position(conn, CAMPAIGN) == before
     assert await count(conn, "event") == 3
 
 
 async def test_given_a_gap_when_applied_then_nothing_is_done(conn: Any, book: Ledger):
     book.entry(sold(2))
     with pytest.raises(CorruptLedger, match="event 4 is missing"):
-        await ledger.apply(conn, CAMPAIGN, [book.entry(sold(3))])
+        await apply_entries(conn, CAMPAIGN, [book.entry(sold(3))])
 
 
 async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_conflicts(
@@ -314,7 +314,9 @@ async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_con
     rows[3] = sold(1, key=1)
     rows[5] = sold(20, quantity=4)
     rows += [sold(30, showing=9), operation("stock_added", showing=7, add=1), sold(31)]
-    done = await ledger.apply(conn, CAMPAIGN, [book.entry(*rows), book.entry(sold(32, quantity=0))])
+    done = await apply_entries(
+        conn, CAMPAIGN, [book.entry(*rows), book.entry(sold(32, quantity=0))]
+    )
     assert [conflict.seq for conflict in done.conflicts] == [7, 9, 11, 12, 14]
     assert not any(card(1) in conflict.why for conflict in done.conflicts)
     assert done.position == (14, book.chain)
@@ -322,16 +324,16 @@ async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_con
     assert await count(conn, "orders") == 1 + 5 + 1
     assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == 7
     assert await count(conn, "conflict") == 5
-    assert list(await ledger.conflicts_to_pause(conn)) == [CAMPAIGN]
-    await ledger.mark_paused(conn, CAMPAIGN)
-    assert await ledger.conflicts_to_pause(conn) == {}
+    assert list(await apply.conflicts_to_pause(conn)) == [CAMPAIGN]
+    await apply.mark_paused(conn, CAMPAIGN)
+    assert await apply.conflicts_to_pause(conn) == {}
 
 
 async def test_given_a_deleted_draft_when_made_anew_then_config_and_showings_are_new(conn: Any):
     book = Ledger()
     entry = book.entry(created(5, 5), operation("deleted"), created(7, card_limit=1))
-    await ledger.apply(conn, CAMPAIGN, [entry])
-    (campaign,) = await ledger.campaigns(conn)
+    await apply_entries(conn, CAMPAIGN, [entry])
+    (campaign,) = await read.campaigns(conn)
     assert (campaign.state, campaign.card_limit) == ("draft", 1)
     assert [showing.stock for showing in campaign.showings] == [7]
 
@@ -355,7 +357,7 @@ async def test_given_small_plans_when_tables_grow_then_a_batch_costs_the_same(da
 
     async def put(entries: list[Entry]) -> None:
         nonlocal position
-        position = (await ledger.apply(conn, CAMPAIGN, entries, after=position)).position
+        position = (await apply_entries(conn, CAMPAIGN, entries, after=position)).position
 
     await put([book.entry(created(1_000_000))])
     for n in range(8):

@@ -14,7 +14,8 @@ from shop import open_shop
 from stock_maker import campaign
 
 from sale.config import Settings
-from sale.db import ledger
+from sale.db import read
+from sale.db.apply import apply_entries
 from sale.domain.clock import from_ms
 from sale.domain.problem import Problem, Refused
 from sale.jobs.leadership import Leadership
@@ -64,7 +65,7 @@ class Rig:
             await asyncio.wait_for(task, DEADLINE_S)
 
     async def applied(self, campaign_id: str = CAMPAIGN) -> int:
-        return (await ledger.position(self.conn, campaign_id)).applied
+        return (await read.position(self.conn, campaign_id)).seq
 
 
 def sample(writer: LedgerWriter, name: str, **labels: str) -> float | None:
@@ -182,7 +183,7 @@ async def test_conflict_pauses_the_campaign_and_writing_goes_on(rig: Rig):
 async def test_new_writer_pauses_for_an_earlier_conflict(rig: Rig):
     book = Ledger()
     entry = await book.append(rig.redis, created(0), sold(1))
-    await ledger.apply(rig.conn, CAMPAIGN, [entry])
+    await apply_entries(rig.conn, CAMPAIGN, [entry])
     async with rig.writing():
         await until(lambda: rig.paused == [CAMPAIGN])
 
@@ -238,7 +239,7 @@ async def test_pause_succeeds_if_postgres_goes_away(rig: Rig, redis_url: str):
 async def test_gauge_counts_conflicts_from_before_the_start(rig: Rig):
     book, other = Ledger(), Ledger("green-gift")
     entry = await book.append(rig.redis, created(0), sold(1))
-    await ledger.apply(rig.conn, CAMPAIGN, [entry])
+    await apply_entries(rig.conn, CAMPAIGN, [entry])
     async with rig.writing() as writer:
         await until(lambda: sample(writer, "sale_ledger_conflict_rows", campaign=CAMPAIGN) == 1)
         await other.append(rig.redis, created(5, campaign_id="green-gift"))
@@ -271,7 +272,7 @@ async def test_missing_entries_stop_the_campaign(rig: Rig):
 async def test_redis_behind_postgres_stops_until_they_agree(rig: Rig):
     book = Ledger()
     entries = [await book.append(rig.redis, created(10)), await book.append(rig.redis, sold(1))]
-    await ledger.apply(rig.conn, CAMPAIGN, entries)
+    await apply_entries(rig.conn, CAMPAIGN, entries)
     await rig.redis.hset(campaign_keys(CAMPAIGN).head, "seq", 1)
     async with rig.writing() as writer:
         await until(lambda: CAMPAIGN in writer.stuck)

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from stock_maker import Bid, Stock, campaign, card, key, open_stock
 
-from sale.db import ledger
+from sale.db import read
 from sale.db.pool import open_pool
 from sale.domain.order import Order
 from sale.members.orders import OwnOrders, TicketCodes
@@ -122,7 +122,7 @@ async def test_orders_are_told_where_postgres_dies_in_mid_call(
     async def dies(*_: object, **__: object) -> None:
         raise asyncpg.InternalClientError("got result for unknown protocol state 3")
 
-    monkeypatch.setattr(ledger, "orders_of_card", dies)
+    monkeypatch.setattr(read, "orders_of_card", dies)
     # When
     told = await page(own_orders)
     # Then

@@ -220,7 +220,7 @@ async def test_given_a_rehearsal_when_purged_then_rows_and_keys_are_gone_and_the
         "SELECT action, actor, reason FROM audit_log WHERE campaign_id = $1 ORDER BY id", made.id
     )
     assert [row["action"].partition(".")[2] for row in actions] == [
-        "created", "scheduled", "opened", "closed", "purged",
+        "created", "scheduled", "closed", "purged",
     ]  # fmt: skip
     assert (actions[0]["actor"], actions[0]["reason"]) == ("cli:me", "three days before")
     assert await play.desk.left_over() == []

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from shop import CAMPAIGN, ME, Shop, open_shop, until
 from stock_maker import Bid, campaign, card, key
 
-from sale.db import ledger
+from sale.db import read
 from sale.domain.campaign import State
 from sale.domain.problem import Refused
 from sale.host import embedded
@@ -441,6 +441,6 @@ async def test_step_is_done_where_postgres_dies_after_it(
     async def dies(*_: object) -> None:
         raise asyncpg.InternalClientError("got result for unknown protocol state 3")
 
-    monkeypatch.setattr(ledger, "position", dies)
+    monkeypatch.setattr(read, "position", dies)
     done = await shop.desk.step(CAMPAIGN, "open", ME, None, None)
     assert done.state is State.OPEN

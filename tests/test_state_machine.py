@@ -25,9 +25,9 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from stock_maker import BEHIND_MAX, Bid, Stock, campaign, card, key, now_ms, operation, packed
 
-from sale.db import ledger
+from sale.db.apply import apply_entries
 from sale.db.pool import open_pool
-from sale.ledger.chain import GENESIS, Event, check_chain, parse_entry
+from sale.ledger.chain import START, Event, check_chain, parse_entry
 from sale.ledger.kinds import SOLD
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
@@ -130,7 +130,7 @@ class Sale(RuleBasedStateMachine):
         self.stock = Stock(self.rig.redis, self.id)
         self.scripts = UnreliableScripts(self.rig.redis, self.stock.scripts.nonce)
         self.model = Model(self.rig.clock)
-        self.position = (0, GENESIS)
+        self.position = START
         self.applied = 0
         self.events: list[Event] = []
         self.shops: dict[int, Batchers] = {}
@@ -393,9 +393,9 @@ class Sale(RuleBasedStateMachine):
             self.stock.keys.stream, f"({self.applied}-0", "+", count=entries
         )
         async with self.rig.pool.acquire() as conn:
-            done = await ledger.apply(conn, self.id, [parse_entry(*row) for row in rows])
+            done = await apply_entries(conn, self.id, [parse_entry(*row) for row in rows])
             assert done.conflicts == []
-            self.applied = done.position.applied
+            self.applied = done.position.seq
             await self._check_postgres(conn)
 
     async def _check_postgres(self, conn: Any) -> None:
@@ -441,10 +441,10 @@ class Sale(RuleBasedStateMachine):
 
     async def _check_ledger(self) -> None:
         """What is new in the stream follows, and is what the model logged."""
-        rows: Any = await self.rig.redis.xrange(self.stock.keys.stream, f"({self.position[0]}-0")
+        rows: Any = await self.rig.redis.xrange(self.stock.keys.stream, f"({self.position.seq}-0")
         entries = [parse_entry(*row) for row in rows]
         known = len(self.events)
-        self.position = check_chain(entries, *self.position)
+        self.position = check_chain(entries, self.position)
         self.events += [event for entry in entries for event in entry.events()]
         assert [_logged(event) for event in self.events[known:]] == self.model.log[known:]
 

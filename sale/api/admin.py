@@ -32,7 +32,7 @@ from sale.api.schemas import (
     StockRequest,
 )
 from sale.api.views import campaign_view, remaining_views
-from sale.db import ledger
+from sale.db import read
 from sale.domain.campaign import CAMPAIGN_ID, InvalidCampaign, parse_campaign
 from sale.domain.clock import rfc3339
 from sale.domain.problem import Problem, Refused
@@ -115,7 +115,7 @@ async def show_live(request: web.Request) -> web.Response:
     """GET /api/v1/admin/campaigns/{id}/live."""
     now = await _now(request)
     async with request.app[ENGINE].stores.pool.acquire() as connection:
-        applied, _ = await ledger.position(connection, now.campaign.id)
+        applied, _ = await read.position(connection, now.campaign.id)
     return json_response(
         LiveView(
             id=now.campaign.id,
@@ -155,7 +155,7 @@ async def show_audit_log(request: web.Request) -> web.Response:
             Problem.INVALID_REQUEST, "campaign: 1 to 48 of a-z, 0-9 and -", field="campaign"
         )
     async with request.app[ENGINE].stores.pool.acquire() as connection:
-        rows = await ledger.audit_log(
+        rows = await read.audit_log(
             connection,
             limit=limit + 1,
             before_id=decode_cursor(request, int),
@@ -231,7 +231,7 @@ def _key(request: web.Request) -> str | None:
     return None if key is None else checked_key(key)
 
 
-def _audit_view(row: ledger.AuditRow) -> AuditEntryView:
+def _audit_view(row: read.AuditRow) -> AuditEntryView:
     return AuditEntryView(
         id=row.id,
         at=rfc3339(row.at_ms),

@@ -27,7 +27,7 @@ from sale.api.request import (
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
 from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
 from sale.api.views import campaign_view, remaining_views
-from sale.db.ledger import OrderCursor
+from sale.db.read import OrderCursor
 from sale.domain.campaign import CAMPAIGN_ID, State
 from sale.domain.clock import rfc3339
 from sale.domain.member import may_meet

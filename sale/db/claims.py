@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from sale.db import queries
-from sale.db.ledger import Connection
+from sale.db.pool import Connection
 from sale.domain.clock import from_ms, to_ms
 from sale.ledger.chain import Event
 from sale.ledger.kinds import SOLD

@@ -6,11 +6,14 @@ after connecting, because poolers refuse settings in the startup packet.
 """
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 
 from sale.store_urls import PostgresUrl
+
+Connection: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+"""One connection with asyncpg's own codecs: jsonb comes and goes as text."""
 
 CONNECT_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 30.0

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from sale.db import queries
-from sale.db.ledger import Connection
+from sale.db.pool import Connection
 
 CHUNK_ROWS: Final = 20_000
 CHUNKS_MAX: Final = 10_000

@@ -5,7 +5,7 @@ each campaign that has some. Under load it pauses briefly between rounds, so tha
 holds a thousand events and not fifty; after a full batch it continues at once.
 
 Any number of writers may run; ``leadership.py`` selects the active one. Two writers do no harm
-because of the compare-and-set in ``db/ledger.py``, not because of the lock.
+because of the compare-and-set in ``db/apply.py``, not because of the lock.
 
 The writer retries every failure without limit, with a bounded wait. If PostgreSQL or Redis is away,
 all campaigns wait; if a campaign's ledger is broken, only that campaign waits. PostgreSQL counts as
@@ -29,9 +29,9 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from sale.config import Settings
-from sale.db import ledger, locks
+from sale.db import apply, locks, read
+from sale.db.apply import Applied, PositionMoved, apply_entries
 from sale.db.errors import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
-from sale.db.ledger import Position
 from sale.jobs.backoff import Backoff, pause
 from sale.jobs.leadership import Leadership
 from sale.jobs.pooling import connected
@@ -39,7 +39,7 @@ from sale.jobs.writer_campaign import LedgerCampaign
 from sale.jobs.writer_lag import LedgerLag
 from sale.jobs.writer_metrics import LedgerMetrics
 from sale.jobs.writer_source import LedgerSource, bounded, number
-from sale.ledger.chain import GENESIS, CorruptLedger, Entry
+from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Position
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import Scripts
 from sale.stock.troubles import Troubles
@@ -208,7 +208,7 @@ class LedgerWriter:
                 await pause(self._stop, POLL_IDLE_S if idle else POLL_S)
 
     async def _begin(self, conn: "asyncpg.Connection[Any]") -> None:
-        positions = await ledger.positions(conn)
+        positions = await read.positions(conn)
         for campaign_id in {*self._campaigns, *positions}:
             position = positions.get(campaign_id, Position(0, GENESIS))
             # Keep the known objects, so that each problem is logged once and a failing campaign
@@ -218,14 +218,14 @@ class LedgerWriter:
             )
             campaign.position, campaign.pause_for = position, None
         await self._count_conflicts(conn)
-        for campaign_id, why in (await ledger.conflicts_to_pause(conn)).items():
+        for campaign_id, why in (await apply.conflicts_to_pause(conn)).items():
             if campaign_id in self._campaigns:
                 self._campaigns[campaign_id].pause_for = why
         self._set_active(active=True)
 
     async def _count_conflicts(self, conn: "asyncpg.Connection[Any]") -> None:
         """Refresh the gauge, because recoveries and reports of API processes add rows too."""
-        rows = await ledger.conflict_rows(conn)
+        rows = await apply.conflict_rows(conn)
         for campaign_id in self._campaigns:
             self.metrics.conflict_rows.labels(campaign_id).set(rows.get(campaign_id, 0))
         self._counted_s = time.monotonic()
@@ -240,14 +240,14 @@ class LedgerWriter:
             if campaign.not_before > time.monotonic():
                 self._skipped = True
                 continue
-            before = campaign.position.applied
+            before = campaign.position.seq
             try:
                 seq = number(head)
                 if seq is not None:
                     more |= await self._process(conn, campaign, seq, now_ms)
                 campaign.backoff.reset()
-            except ledger.PositionMoved:
-                campaign.position = await ledger.position(conn, campaign.id)
+            except PositionMoved:
+                campaign.position = await read.position(conn, campaign.id)
             except CorruptLedger as error:
                 self._set_stuck(campaign, str(error))
             except _STORE_ERRORS:
@@ -256,7 +256,7 @@ class LedgerWriter:
                 raise
             except Exception as error:  # noqa: BLE001 - one campaign must not stop the others
                 self._set_stuck(campaign, f"{type(error).__name__}: {error.args[:1]}")
-            self._applied_some |= campaign.position.applied != before
+            self._applied_some |= campaign.position.seq != before
         if self._leadership.sure:
             await bounded(self._troubles.report(self.stuck))
         return more
@@ -265,7 +265,7 @@ class LedgerWriter:
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, head: int, now_ms: int
     ) -> bool:
         """Process one campaign; return whether more of its events are ready at once."""
-        applied, more = campaign.position.applied, False
+        applied, more = campaign.position.seq, False
         if head > applied:
             more = await self._copy_batch(conn, campaign, now_ms)
         elif head < applied:
@@ -295,7 +295,7 @@ class LedgerWriter:
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, now_ms: int
     ) -> bool:
         """Apply one batch of a campaign's new events; return whether it was a full one."""
-        applied = campaign.position.applied
+        applied = campaign.position.seq
         # Entry IDs are event numbers, so the range's end bounds the events, not only the entries.
         entries = await self._source.read(
             campaign.stream,
@@ -320,14 +320,14 @@ class LedgerWriter:
 
     async def _apply_valid(
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign, entries: list[Entry]
-    ) -> tuple[ledger.Applied, list[Entry]]:
+    ) -> tuple[Applied, list[Entry]]:
         """Apply entries. If one is corrupt, halve their number until a batch before it applies.
 
         Raises CorruptLedger if the first entry is corrupt.
         """
         while True:
             try:
-                done = await ledger.apply(conn, campaign.id, entries, after=campaign.position)
+                done = await apply_entries(conn, campaign.id, entries, after=campaign.position)
             except CorruptLedger:
                 if len(entries) == 1:
                     raise
@@ -360,7 +360,7 @@ class LedgerWriter:
             campaign.pause_not_before = time.monotonic() + PAUSE_AGAIN_S
             return
         campaign.pause_failed = None
-        await ledger.mark_paused(conn, campaign.id)
+        await apply.mark_paused(conn, campaign.id)
         campaign.pause_for = None
 
     def _set_stuck(self, campaign: LedgerCampaign, why: str) -> None:

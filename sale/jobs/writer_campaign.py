@@ -3,8 +3,8 @@
 from collections import deque
 from typing import Final
 
-from sale.db.ledger import Position
 from sale.jobs.backoff import Backoff
+from sale.ledger.chain import Position
 from sale.stock.keys import campaign_keys
 
 MARKS_PER_RETENTION: Final = 100
@@ -28,16 +28,16 @@ class LedgerCampaign:
         self.send_not_before = 0.0
         self.send_failed = False
         # Events applied before this writer started count as new at its start.
-        self._marks: deque[tuple[int, int]] = deque([(position.applied, now_ms)])
+        self._marks: deque[tuple[int, int]] = deque([(position.seq, now_ms)])
         self._mark_begun_ms = now_ms
 
     def applied(self, position: Position, at_ms: int, now_ms: int, retention_ms: int) -> None:
         """Record a new position, and the moment of its last event for trimming."""
         self.position = position
         if now_ms - self._mark_begun_ms < retention_ms // MARKS_PER_RETENTION and self._marks:
-            self._marks[-1] = (position.applied, at_ms)
+            self._marks[-1] = (position.seq, at_ms)
         else:
-            self._marks.append((position.applied, at_ms))
+            self._marks.append((position.seq, at_ms))
             self._mark_begun_ms = now_ms
 
     def trim_to(self, now_ms: int, retention_ms: int, retention_events: int) -> int | None:
@@ -48,7 +48,7 @@ class LedgerCampaign:
         passed = None
         while self._marks:
             seq, at_ms = self._marks[0]
-            if at_ms + retention_ms > now_ms or seq > self.position.applied - retention_events:
+            if at_ms + retention_ms > now_ms or seq > self.position.seq - retention_events:
                 break
             passed = seq
             self._marks.popleft()

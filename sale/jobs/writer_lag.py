@@ -79,7 +79,7 @@ class LedgerLag:
     async def _measure(
         self, campaign: LedgerCampaign, seq: int, stored: tuple[int, int | None], now_ms: int
     ) -> None:
-        applied = campaign.position.applied
+        applied = campaign.position.seq
         behind, since_ms = max(seq - applied, 0), None
         if behind:
             try:

@@ -15,26 +15,36 @@ h   chain hash, 40 hex digits: ``sha1(previous h | first number | t | e | d)``
 d   the events, a JSON array
 === ==============================================================
 
-A sale is ``["sold", card_no, showing number, quantity, key hash, price_fen]``: it is what a rush
-writes by the hundred thousand, so it carries no field names. Its content is all of what the client
-asked for (showing and quantity), so no separate hash of the content is needed to tell a retry from
-a key used twice. Every other event is ``[kind, {…}]`` with who, why and what. The alternative, one
-stream entry an event, means an XADD and a hash for each sale instead of one a call.
+How an event is written, its entry in ``kinds.py`` says. The alternative, one stream entry an event,
+means an XADD and a hash for each sale instead of one a call.
 """
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from functools import reduce
+from operator import or_
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
 from sale.domain.clock import nearest
 from sale.domain.problem import DAMAGED
-from sale.ledger.kinds import KINDS, SOLD
+from sale.ledger.kinds import KINDS, Kind, Sale
+
+_Payload = TypeVar("_Payload", bound=msgspec.Struct)
 
 GENESIS: Final = "0" * 40
 """The chain hash before a campaign's first event."""
+
+
+class Position(NamedTuple):
+    """A place in a ledger: number of the last event and chain hash after it."""
+
+    seq: int
+    chain: str
+
+
+START: Final = Position(0, GENESIS)
 
 
 class CorruptLedger(Exception):  # noqa: N818 - says what it is
@@ -42,7 +52,7 @@ class CorruptLedger(Exception):  # noqa: N818 - says what it is
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One event. The fields of a sale are None in every other kind; ``data`` is empty in a sale."""
+    """One event. The fields of a sale are None in every other kind, ``data`` is empty in a sale."""
 
     seq: int
     at_ms: int
@@ -65,6 +75,18 @@ class Event(msgspec.Struct, frozen=True):
         """Why, where a reason was given."""
         return self.data.get("reason")
 
+    def read(self, payload: type[_Payload]) -> _Payload:
+        """Read ``data``. Raises ValidationError, a ValueError."""
+        return msgspec.convert(self.data, payload)
+
+    def row(self) -> list[Any]:
+        """Give the event as an entry holds it."""
+        if KINDS[self.kind].positional:
+            return [
+                self.kind, self.card_no, self.showing, self.quantity, self.key_hash, self.price_fen,
+            ]  # fmt: skip
+        return [self.kind, self.data]
+
 
 class Entry(msgspec.Struct, frozen=True):
     """One link of the chain: the events of one call."""
@@ -83,40 +105,21 @@ class Entry(msgspec.Struct, frozen=True):
     def events(self) -> list[Event]:
         """Decode the events. Raises CorruptLedger for all that the writer could not apply."""
         try:
-            events = self._sales(_SALES.decode(self.payload), self.first)
-        except DAMAGED:
-            events = self._mixed()
-        if len(events) != self.last - self.first + 1:
-            raise CorruptLedger(f"entry {self.last}: holds {len(events)} events, not as announced")
-        return events
-
-    def _sales(self, rows: "list[_Sale]", first: int) -> list[Event]:
+            rows = _ROWS.decode(self.payload)
+        except DAMAGED as error:
+            raise CorruptLedger(f"entry {self.last}: {_why(self.payload, error)}") from None
+        if len(rows) != self.last - self.first + 1:
+            raise CorruptLedger(f"entry {self.last}: holds {len(rows)} events, not as announced")
         at_ms, epoch = self.at_ms, self.epoch
         return [
-            Event(seq, at_ms, epoch, SOLD, card, showing, quantity, key_hash, price_fen)
-            for seq, (_, card, showing, quantity, key_hash, price_fen) in enumerate(rows, first)
-        ]
-
-    def _mixed(self) -> list[Event]:
-        """Decode an entry that does not hold sales alone: a run of sales at once."""
-        events: list[Event] = []
-        try:
-            for is_sale, run in groupby(_ROWS.decode(self.payload), lambda row: row[:1] == [SOLD]):
-                first = self.first + len(events)
-                if is_sale:
-                    events += self._sales(msgspec.convert(list(run), list[_Sale]), first)
-                else:
-                    events += [self._step(seq, *row) for seq, row in enumerate(run, first)]
-        except DAMAGED as error:
-            raise CorruptLedger(f"entry {self.last}: {error}") from None
-        return events
-
-    def _step(self, seq: int, kind: str, data: dict[str, Any]) -> Event:
-        if not isinstance(data, dict):
-            raise TypeError(f"event {seq} is no {kind}")
-        if kind not in KINDS:
-            raise CorruptLedger(f"entry {self.last}: unknown kind {kind!r}")
-        return Event(seq, self.at_ms, self.epoch, kind, data=data)
+            Event(
+                seq, at_ms, epoch, _KIND_OF[type(row)], row.card_no, row.showing, row.quantity,
+                row.key_hash, row.price_fen,
+            )
+            if isinstance(row, Sale)
+            else Event(seq, at_ms, epoch, _KIND_OF[type(row)], data=row.data)
+            for seq, row in enumerate(rows, self.first)
+        ]  # fmt: skip
 
 
 def link(chain: str, first: int, at_ms: int, epoch: int, payload: bytes) -> str:
@@ -156,19 +159,36 @@ def parse_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
         raise CorruptLedger(f"entry {entry_id!r}: {error!r}") from None
 
 
-def check_chain(entries: Iterable[Entry], applied: int, chain: str) -> tuple[int, str]:
-    """Follow ``entries`` from ``applied``; give the last number and hash. Raises CorruptLedger."""
+def check_chain(entries: Iterable[Entry], position: Position) -> Position:
+    """Follow ``entries`` from a position to the next. Raises CorruptLedger."""
+    seq, chain = position
     for entry in entries:
-        if entry.first != applied + 1:
-            raise CorruptLedger(f"event {applied + 1} is missing: next is {entry.first}")
+        if entry.first != seq + 1:
+            raise CorruptLedger(f"event {seq + 1} is missing: next is {entry.first}")
         if not entry.follows(chain):
             raise CorruptLedger(f"the chain breaks at event {entry.first}")
-        applied, chain = entry.last, entry.chain
-    return applied, chain
+        seq, chain = entry.last, entry.chain
+    return Position(seq, chain)
 
 
-_Integer: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
-"""As PostgreSQL's columns have it. Whether a number makes sense is for its constraints to say."""
-_Sale: TypeAlias = tuple[Literal["sold"], str, _Integer, _Integer, str, _Integer]
-_SALES: Final = msgspec.json.Decoder(list[_Sale])
-_ROWS: Final = msgspec.json.Decoder(list[list[Any]])
+def _why(payload: bytes, error: Exception) -> str:
+    """Say why a payload cannot be decoded: a kind that is not known, or what msgspec says."""
+    try:
+        kinds = [row[0] for row in msgspec.json.decode(payload, type=list[list[Any]])]
+        return next(f"unknown kind {kind!r}" for kind in kinds if kind not in KINDS)
+    except (StopIteration, *DAMAGED):
+        return str(error)
+
+
+def _row_type(name: str, kind: Kind) -> type[msgspec.Struct]:
+    """Give the type of ``[kind, field, …]`` or ``[kind, {…}]``, which msgspec tells by the kind."""
+    if kind.positional:
+        return kind.payload
+    return msgspec.defstruct(
+        name, [("data", dict[str, Any])],
+        frozen=True, array_like=True, tag=name, forbid_unknown_fields=True,
+    )  # fmt: skip
+
+
+_KIND_OF: Final = {_row_type(name, kind): name for name, kind in KINDS.items()}
+_ROWS: Final = msgspec.json.Decoder[list[Any]](list[reduce(or_, _KIND_OF)])  # type: ignore[misc]

@@ -1,14 +1,12 @@
 """What a campaign's events add up to: the state that Redis must hold, exactly."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from sale.domain.problem import DAMAGED
 from sale.ledger.chain import CorruptLedger, Event
-from sale.ledger.kinds import KINDS, SOLD, STATE_AFTER
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from sale.ledger.kinds import KINDS
 
 
 class SaleRecord(msgspec.Struct, frozen=True, gc=False):
@@ -38,47 +36,29 @@ class CampaignState(msgspec.Struct):
     """Number of the last ``created`` event: an ID may be used again once its draft is deleted."""
 
     def apply(self, event: Event) -> None:
-        """Fold in the next event. Raises CorruptLedger for a gap or an unknown kind."""
+        """Fold in the next event. Raises CorruptLedger for what cannot follow."""
         if event.seq != self.seq + 1:
             raise CorruptLedger(f"event {self.seq + 1} is missing: next is {event.seq}")
-        if event.kind == SOLD:
-            self._sell(event)
-        else:
-            self._operate(event)
+        kind = KINDS.get(event.kind)
+        if kind is None:
+            raise CorruptLedger(f"event {event.seq}: unknown kind {event.kind!r}")
+        try:
+            kind.fold(self, event)
+        except DAMAGED as error:
+            raise CorruptLedger(f"event {event.seq}: no such {event.kind}: {error!r}") from None
+        if op := event.data.get("op"):
+            self.operations[op] = f"{event.seq}:{event.data.get('content', '')}"
         self.seq = event.seq
         self.epoch = event.epoch
 
-    def _sell(self, event: Event) -> None:
-        card, showing, quantity = event.card_no, event.showing, event.quantity
-        if card is None or showing is None or quantity is None or event.key_hash is None:
-            raise CorruptLedger(f"event {event.seq}: a sale lacks a field")
+    def add_order(self, sale: Event) -> None:
+        """Take a sale's tickets, and add it to the orders of its card. Raises ValueError."""
+        card, showing, quantity = sale.card_no, sale.showing, sale.quantity
+        if card is None or showing is None or quantity is None or sale.key_hash is None:
+            raise ValueError("it lacks a field")
         if showing not in self.remaining:
-            raise CorruptLedger(f"event {event.seq}: no showing {showing}")
+            raise ValueError(f"no showing {showing}")
         self.remaining[showing] -= quantity
         self.cards.setdefault(card, []).append(
-            SaleRecord(event.seq, event.at_ms, showing, quantity, event.key_hash)
+            SaleRecord(sale.seq, sale.at_ms, showing, quantity, sale.key_hash)
         )
-
-    def _operate(self, event: Event) -> None:
-        data = event.data
-        if event.kind == "created":
-            self.config = data["config"]
-            showings: Sequence[Mapping[str, Any]] = self.config["showings"]
-            self.tickets = {number: row["tickets"] for number, row in enumerate(showings)}
-            self.remaining = dict(self.tickets)
-            self.cards = {}
-            self.state = "draft"
-            self.made = event.seq
-            self.opens_at_ms = data.get("opens_at")
-            self.closes_at_ms = data.get("closes_at")
-        elif event.kind == "stock_added":
-            self.tickets[data["showing"]] += data["add"]
-            self.remaining[data["showing"]] += data["add"]
-        elif event.kind in STATE_AFTER:
-            self.state = STATE_AFTER[event.kind]
-            self.opens_at_ms = data.get("opens_at", self.opens_at_ms)
-            self.closes_at_ms = data.get("closes_at", self.closes_at_ms)
-        elif event.kind not in KINDS:
-            raise CorruptLedger(f"event {event.seq}: unknown kind {event.kind!r}")
-        if data.get("op"):
-            self.operations[data["op"]] = f"{event.seq}:{data.get('content', '')}"

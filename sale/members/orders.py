@@ -13,9 +13,9 @@ import asyncpg
 import structlog
 from redis.asyncio import Redis
 
-from sale.db import ledger
+from sale.db import read
 from sale.db.errors import POSTGRES_ERRORS
-from sale.db.ledger import OrderCursor, OrderRow
+from sale.db.read import OrderCursor, OrderRow
 from sale.domain.campaign import Campaign
 from sale.domain.clock import rfc3339
 from sale.domain.order import Order, Ticket, order_number, parse_order_number
@@ -86,7 +86,7 @@ class OwnOrders:
                 if record.seq == seq and record.at_ms & LOW_BITS == low_bits:
                     return self._from_redis(campaign, record, records)
         async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
-            row = await ledger.order(connection, campaign_id, seq)
+            row = await read.order(connection, campaign_id, seq)
         if row is None or row.card_no != card_no or row.created_at_ms & LOW_BITS != low_bits:
             raise Refused(Problem.NOT_FOUND, "no such order")
         return self._from_postgres(row)
@@ -101,7 +101,7 @@ class OwnOrders:
         found: dict[OrderCursor, Order] = {}
         try:
             async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
-                rows = await ledger.orders_of_card(
+                rows = await read.orders_of_card(
                     connection, card_no, before=before, limit=limit + 1
                 )
         except POSTGRES_ERRORS as error:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 
-from sale.db import ledger
+from sale.db import read
 from sale.domain.campaign import Campaign, State
 from sale.domain.clock import rfc3339
 from sale.domain.member import may_meet
@@ -169,7 +169,7 @@ class PurchaseDesk:
         if refused is not None and time.monotonic() - asked_at < ABSENT_S:
             return refused
         async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
-            state = await ledger.state(connection, campaign_id)
+            state = await read.state(connection, campaign_id)
         refused = Refused(Problem.UNAVAILABLE)
         if state is None or state in {State.DRAFT, State.DELETED}:
             refused = Refused(Problem.NOT_FOUND, "no such campaign")

@@ -5,7 +5,6 @@ a no. The writer turns the event into the row of the audit log (INV-10), so an a
 cannot be missing there.
 """
 
-import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -16,7 +15,7 @@ import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from sale.db import ledger
+from sale.db import read
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.campaign import STOCK_MAX, Campaign, State
 from sale.domain.clock import parse_moment, to_ms
@@ -27,6 +26,7 @@ from sale.stock.catalogue import CampaignNow, read_campaign
 from sale.stock.keys import CAMPAIGNS
 from sale.stock.rebuild import moment_text, unions_text
 from sale.stock.scripts import CallReply, Operation, OperationReply, Repeat, Scripts
+from sale.trust.history import wait_applied
 from sale.trust.revocation import sync_campaign
 
 APPLIED_WAIT_S: Final = 1.0
@@ -252,7 +252,7 @@ class CampaignDesk:
                 raise _taken(campaign_id, before, actor)
             return
         async with self._pool.acquire() as connection:
-            applied, _ = await ledger.position(connection, campaign_id)
+            applied, _ = await read.position(connection, campaign_id)
         if applied and await read_campaign(self._redis, campaign_id) is None:
             if not actor.sees_all:
                 raise _taken(campaign_id, None, actor)
@@ -285,7 +285,7 @@ class CampaignDesk:
             return await self._confirmed(campaign_id, actor, again.seq)
         await self._applied(campaign_id, again.seq)
         async with self._pool.acquire() as connection:
-            draft = await ledger.gone_draft(connection, campaign_id, again.seq)
+            draft = await read.gone_draft(connection, campaign_id, again.seq)
         if draft is None:
             raise Refused(Problem.UNAVAILABLE, "PostgreSQL has not heard of its end yet; try again")
         return _gone(draft)
@@ -306,16 +306,19 @@ class CampaignDesk:
 
     async def _applied(self, campaign_id: str, seq: int) -> None:
         """Wait a moment for the writer, so that what was done can be read in the audit log."""
-        deadline = asyncio.get_running_loop().time() + APPLIED_WAIT_S
-        while asyncio.get_running_loop().time() < deadline:
-            try:
-                async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
-                    applied, _ = await ledger.position(connection, campaign_id)
-            except POSTGRES_ERRORS:
-                return
-            if applied >= seq:
-                return
-            await asyncio.sleep(APPLIED_PAUSE_S)
+
+        async def applied_now() -> int:
+            async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
+                return (await read.position(connection, campaign_id)).seq
+
+        with contextlib.suppress(*POSTGRES_ERRORS):
+            await wait_applied(
+                applied_now,
+                seq,
+                patience_s=APPLIED_WAIT_S,
+                within_s=APPLIED_WAIT_S,
+                pause_s=APPLIED_PAUSE_S,
+            )
 
 
 def _operation(
@@ -350,7 +353,7 @@ def _taken(campaign_id: str, now: CampaignNow | None, actor: Actor) -> Refused:
     )
 
 
-def _gone(draft: ledger.GoneDraft) -> CampaignNow:
+def _gone(draft: read.GoneDraft) -> CampaignNow:
     """Give a draft as it was when it was deleted."""
     campaign = msgspec.convert(draft.config, Campaign)
     return CampaignNow(

@@ -8,9 +8,10 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.config import Durability
-from sale.db import deployment, ledger, locks
+from sale.db import deployment, locks, read
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.campaign import State
+from sale.ledger.chain import Position
 from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
 from sale.stock.connection import REDIS_ERRORS, product_of
 from sale.stock.durability import durability_faults, rewrite_trouble
@@ -90,7 +91,7 @@ class _FromPostgres(msgspec.Struct, frozen=True):
     writers: list[locks.LockMember] | None = None
     schedulers: list[locks.LockMember] | None = None
     cards: int | None = None
-    positions: dict[str, ledger.Position] = {}
+    positions: dict[str, Position] = {}
 
 
 async def diagnose(
@@ -179,7 +180,7 @@ async def _ask_postgres(pool: asyncpg.Pool) -> _FromPostgres:
             writers=await locks.members(connection, locks.WRITER),
             schedulers=await locks.members(connection, locks.SCHEDULER),
             cards=await connection.fetchval("SELECT count(*) FROM card"),
-            positions=await ledger.positions(connection),
+            positions=await read.positions(connection),
         )
 
 
@@ -187,7 +188,7 @@ def _campaigns(stock: _FromRedis, books: _FromPostgres) -> Iterator[CampaignDiag
     for campaign_id in sorted({*stock.campaigns, *stock.damaged, *books.positions}):
         now = stock.campaigns.get(campaign_id)
         position = books.positions.get(campaign_id)
-        applied = None if not books.version else 0 if position is None else position.applied
+        applied = None if not books.version else 0 if position is None else position.seq
         troubles = [each[campaign_id] for each in stock.troubles.values() if campaign_id in each]
         if not stock.version:
             yield CampaignDiagnosis(campaign_id, _UNKNOWN, None, applied, "")

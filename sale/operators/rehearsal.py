@@ -12,7 +12,6 @@ chain hash of what is gone. Rejected: a second Redis or schema for rehearsals. I
 other servers than those that will carry the release.
 """
 
-import asyncio
 import contextlib
 import re
 import secrets
@@ -25,8 +24,9 @@ import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from sale.db import ledger, rehearsals
+from sale.db import read, rehearsals
 from sale.db.errors import POSTGRES_ERRORS
+from sale.db.pool import Connection
 from sale.db.rehearsals import LeftOver, Removed
 from sale.domain.campaign import Campaign, State
 from sale.domain.clock import LOCAL_ZONE, from_ms, rfc3339
@@ -41,6 +41,7 @@ from sale.stock.keys import campaign_keys
 from sale.stock.process_reports import collect_reports
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import Scripts
+from sale.trust.history import wait_applied
 from sale.trust.recover import LOCK_PATIENCE_S, alone
 
 QUIET_MS: Final = 30 * 60_000
@@ -52,8 +53,6 @@ ID_MAX: Final = 48
 CARDS_MAX: Final = 1_000_000
 APPLIED_WAIT_S: Final = 30.0
 """How long the writer may stand still."""
-APPLIED_WAIT_MAX_S: Final = 600.0
-APPLIED_PAUSE_S: Final = 0.05
 REASON_OVER: Final = "the rehearsal is over"
 _SELLS: Final = {
     State.OPEN: "is open",
@@ -178,9 +177,9 @@ class Rehearsals:
         return removed
 
     async def _strike_off(
-        self, connection: ledger.Connection, campaign_id: str, actor: Actor, reason: str
+        self, connection: Connection, campaign_id: str, actor: Actor, reason: str
     ) -> Removed:
-        applied, _ = await ledger.position(connection, campaign_id)
+        applied, _ = await read.position(connection, campaign_id)
         removed = await rehearsals.strike_off(
             connection, campaign_id, applied, actor=actor.name, reason=reason
         )
@@ -195,25 +194,22 @@ class Rehearsals:
 
         Not of one that does not sell anyway because it is lost or recovering. Raises Refused.
         """
-        clock = asyncio.get_running_loop().time
-        end, patience_until, before = clock() + APPLIED_WAIT_MAX_S, clock(), -1
-        while True:
-            head = campaign_keys(campaign_id).head
-            seq, told, recovering = await self._redis.hmget(head, ["seq", "applied", "recovering"])
-            if seq is None or recovering:
-                return
-            applied = int(told or 0)
-            if applied >= int(seq):
-                break
-            if applied > before:
-                before, patience_until = applied, clock() + APPLIED_WAIT_S
-            if clock() > min(patience_until, end):
-                raise Refused(
-                    Problem.UNAVAILABLE,
-                    f"{campaign_id}: PostgreSQL has {applied} of {int(seq)} events: is the writer "
-                    "running? Its data stays until that is so",
-                )
-            await asyncio.sleep(APPLIED_PAUSE_S)
+        head = campaign_keys(campaign_id).head
+        seq, recovering = await self._redis.hmget(head, ["seq", "recovering"])
+        if seq is None or recovering:
+            return
+
+        async def told() -> int:
+            applied, recovering = await self._redis.hmget(head, ["applied", "recovering"])
+            return int(seq) if applied is None or recovering else int(applied)
+
+        applied = await wait_applied(told, int(seq), patience_s=APPLIED_WAIT_S)
+        if applied < int(seq):
+            raise Refused(
+                Problem.UNAVAILABLE,
+                f"{campaign_id}: PostgreSQL has {applied} of {int(seq)} events: is the writer "
+                "running? Its data stays until that is so",
+            )
         await collect_reports(self._redis)
 
 

@@ -15,7 +15,7 @@ async def stream_rows(
 ) -> AsyncIterator[list[Any]]:
     """Give the entries from ``start`` to ``end`` as redis-py returns them, in order, in chunks.
 
-    For ``events.parse_entry`` and ``events.check_chain``: what a gap or a damaged entry means, each
+    For ``chain.parse_entry`` and ``chain.check_chain``: what a gap or a damaged entry means, each
     reader decides. The stream may grow or be trimmed between two chunks.
     """
     stream = campaign_keys(campaign_id).stream

@@ -2,15 +2,13 @@
 
 1. Redis is read in chunks, each in one atomic step with the event number it was read at.
 2. The writer is given time to apply as far as the highest of those numbers.
-3. PostgreSQL is read in one snapshot: its ledger is folded by ``events.Books``, which shares no
-   code with the scripts; window, limit and stock are checked before each event; the orders and
+3. PostgreSQL is read in one snapshot: its ledger is folded by ``CampaignState``, which shares
+   no code with the scripts; window, limit and stock are checked before each event; the orders and
    counters are compared with what the ledger says.
 4. What Redis held at each number must be what the fold says for that number.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any, Final
 
 import asyncpg
@@ -19,24 +17,21 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from sale.config import Durability
-from sale.db import queries
+from sale.db import queries, read
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.campaign import State
-from sale.domain.clock import from_ms, nearest, rfc3339, to_ms
-from sale.domain.member import is_made_up
+from sale.domain.clock import from_ms, nearest, rfc3339
 from sale.domain.problem import DAMAGED, Problem, Refused
-from sale.identity import TOKEN_TTL_S
-from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, check_chain, parse_entry
+from sale.ledger.chain import CorruptLedger, Event, Position
 from sale.ledger.fold import CampaignState
-from sale.ledger.kinds import SOLD
+from sale.ledger.kinds import KINDS, RECOVERED
 from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
 from sale.stock.durability import durability_faults
 from sale.stock.keys import campaign_keys
-from sale.stock.stream import stream_rows
 from sale.stock.troubles import read_troubles
+from sale.trust.audit_postgres import compare_campaign, compare_orders, compare_showings
 from sale.trust.comparison import (
     INVARIANTS,
-    QUERY_TIMEOUT_S,
     Finding,
     Findings,
     Gone,
@@ -46,9 +41,15 @@ from sale.trust.comparison import (
     compare_revoked,
     compare_rules,
     compare_state,
-    ledger_events,
     read_redis,
     revoked_at,
+)
+from sale.trust.history import (
+    QUERY_TIMEOUT_S,
+    History,
+    applied_number,
+    ledger_events,
+    wait_applied,
 )
 from sale.trust.isolation import TROUBLES, in_words
 
@@ -58,8 +59,6 @@ APPLIED_WAIT_S: Final = 20.0
 """The writer may need longer, as long as it gets ahead."""
 APPLIED_WAIT_STUCK_S: Final = 1.0
 """Where the writer has told that it cannot apply this ledger."""
-APPLIED_WAIT_MAX_S: Final = 600.0
-APPLIED_PAUSE_S: Final = 0.05
 ROSTER_PATIENCE_MS: Final = 2_000
 """A second that INV-9 allows, and one for the commit that follows the moment of a change."""
 
@@ -209,9 +208,9 @@ class _Check:
             position = await connection.fetchrow(_SQL["applied"], self._id)
             if position is None:
                 return True
-            await self._check_chain(position["applied"], position["chain"], view.highest)
+            await self._check_chain(Position(position["applied"], position["chain"]), view.highest)
             books = await self._fold(connection, position, view)
-            await self._check_postgres(connection, view)
+            await compare_orders(connection, view.now.campaign, self._findings)
             await self._check_roster(connection, view)
         await compare_cards(view, books, self._findings)
         compare_operations(view, books, self._findings)
@@ -250,21 +249,12 @@ class _Check:
 
     async def _wait_applied(self, seq: int) -> bool:
         """Wait for the writer; False where the ledger itself is what it cannot apply."""
-        clock = asyncio.get_running_loop().time
-        end, patience_until, before = clock() + APPLIED_WAIT_MAX_S, clock(), -1
-        while True:
-            position = await self._pool.fetchrow(_SQL["applied"], self._id)
-            applied = 0 if position is None else position["applied"]
-            if applied >= seq:
-                return True
-            if applied > before:
-                before, patience_until = applied, clock() + self._applied_wait_s
-            if clock() > min(patience_until, end):
-                break
-            await asyncio.sleep(APPLIED_PAUSE_S)
-        chain = GENESIS if position is None else position["chain"]
+        applied = await wait_applied(self._applied, seq, patience_s=self._applied_wait_s)
+        if applied >= seq:
+            return True
         found = len(self._findings.told())
-        await self._check_chain(applied, chain, seq)
+        async with self._pool.acquire() as connection:
+            await self._check_chain(await read.position(connection, self._id), seq)
         if self._stuck:
             self._findings.add("INV-5", f"the writer cannot apply it: {self._stuck}")
         if len(self._findings.told()) > found:
@@ -273,61 +263,21 @@ class _Check:
             f"{self._id}: PostgreSQL has applied {applied} of {seq} events: is the writer running?"
         )
 
-    async def _check_chain(self, applied: int, chain: str, to: int) -> None:
-        """Check that the stream up to ``to`` is one chain that passes through PostgreSQL's.
+    async def _applied(self) -> int:
+        return await applied_number(self._pool, self._id)
 
-        The writer may trim the stream while it is read: what is gone then was applied.
-        """
-        if await self._head_seq() < applied:
+    async def _check_chain(self, position: Position, to: int) -> None:
+        """Check that the stream up to ``to`` is one chain that passes through PostgreSQL's."""
+        if int(await self._redis.hget(self._keys.head, "seq") or 0) < position.seq:
             self._findings.add(
-                "INV-8", f"Redis is behind PostgreSQL, which has applied event {applied}"
+                "INV-8", f"Redis is behind PostgreSQL, which has applied event {position.seq}"
             )
-        after: tuple[int, str] | None = None
-        met = False
-        async for rows in stream_rows(self._redis, self._id, end=f"{max(applied, to)}-0"):
-            try:
-                for row in rows:
-                    entry = parse_entry(*row)
-                    if entry.last > applied:
-                        entry.events()
-                    if after and entry.first > after[0] + 1 and await self._trimmed(entry.first):
-                        after = None
-                    if after is None:
-                        after = await self._anchor(entry, applied, chain)
-                        met = met or entry.first > applied
-                    after = (
-                        (entry.last, entry.chain)
-                        if after == _UNKNOWN
-                        else check_chain([entry], *after)
-                    )
-                    met = met or after == (applied, chain)
-            except CorruptLedger as error:
-                self._findings.add("INV-5", f"the stream: {error}")
-                return
-        if not met and not await self._trimmed(applied + 1):
+        history = History(self._redis, self._id, position, applied_now=self._applied)
+        await history.read(to=max(position.seq, to))
+        if history.wrong:
+            self._findings.add("INV-5", f"the stream: {history.wrong}")
+        elif not await history.passes():
             self._findings.add("INV-5", "the chain in Redis does not pass through PostgreSQL's")
-
-    async def _anchor(self, entry: Entry, applied: int, chain: str) -> tuple[int, str]:
-        """Give what the stream's first entry must follow. Raises CorruptLedger for a gap."""
-        if entry.first == 1:
-            return 0, GENESIS
-        if entry.first == applied + 1:
-            return applied, chain
-        if entry.first > applied and not await self._trimmed(entry.first):
-            raise CorruptLedger(f"event {applied + 1} is missing: next is {entry.first}")
-        return _UNKNOWN
-
-    async def _trimmed(self, first: int) -> bool:
-        """Whether all before event ``first`` is gone from the stream, and PostgreSQL has it."""
-        rows: Any = await self._redis.xrange(self._keys.stream, count=1)
-        begins = parse_entry(*rows[0]).first if rows else 0
-        applied = await self._pool.fetchval(
-            "SELECT applied FROM campaign WHERE campaign_id = $1", self._id
-        )
-        return first <= begins <= int(applied or 0) + 1
-
-    async def _head_seq(self) -> int:
-        return int(await self._redis.hget(self._keys.head, "seq") or 0)
 
     async def _fold(
         self,
@@ -356,88 +306,9 @@ class _Check:
                 "INV-5",
                 f"PostgreSQL has applied {position['applied']}, its ledger ends at {books.seq}",
             )
-        self._compare_campaign(position, books)
-        await self._compare_showings(connection, books)
+        compare_campaign(position, books, self._findings)
+        await compare_showings(connection, self._id, books, self._findings)
         return books
-
-    def _compare_campaign(self, position: Mapping[str, Any], books: CampaignState) -> None:
-        """Compare PostgreSQL's campaign with its own ledger."""
-        opens_at, closes_at = position["opens_at"], position["closes_at"]
-        for invariant, name, held, told in (
-            ("INV-7", "state", position["state"], books.state),
-            ("INV-7", "opening", opens_at and to_ms(opens_at), _storable(books.opens_at_ms)),
-            ("INV-7", "closing", closes_at and to_ms(closes_at), _storable(books.closes_at_ms)),
-            ("INV-2", "card limit", position["card_limit"], books.config.get("card_limit")),
-            ("INV-5", "price", position["price_fen"], books.config.get("price_fen")),
-            ("INV-5", "epoch", position["epoch"], books.epoch),
-        ):
-            if held != told:
-                self._findings.add(invariant, f"PostgreSQL: {name} {held}, the ledger says {told}")
-
-    async def _compare_showings(
-        self,
-        connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
-        books: CampaignState,
-    ) -> None:
-        for row in await connection.fetch(_SQL["showings"], self._id, timeout=QUERY_TIMEOUT_S):
-            name, number = f"showing {row['showing_id']}", row["showing_no"]
-            stock = books.tickets.get(number, 0)
-            if row["really"] > row["stock"]:
-                self._findings.add("INV-1", f"{name}: {row['really']} sold of {row['stock']}")
-            if row["stock"] != stock:
-                self._findings.add(
-                    "INV-1", f"{name}: PostgreSQL has {row['stock']}, the ledger says {stock}"
-                )
-            if row["live"] != row["really"]:
-                self._findings.add(
-                    "INV-6",
-                    f"{name}: counted {row['live']} live, orders add up to {row['really']}",
-                )
-            sold = stock - books.remaining.get(number, 0)
-            if row["really"] != sold:
-                self._findings.add(
-                    "INV-6", f"{name}: orders add up to {row['really']}, the ledger to {sold}"
-                )
-
-    async def _check_postgres(
-        self,
-        connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
-        view: RedisView,
-    ) -> None:
-        """Compare orders, counters and audit log with the ledger, all in one snapshot."""
-        campaign = view.now.campaign
-
-        async def each(invariant: str, query: str, says: str, *args: object) -> None:
-            rows = await connection.fetch(_SQL[query], self._id, *args, timeout=QUERY_TIMEOUT_S)
-            for row in rows:
-                self._findings.add(invariant, says.format(**row))
-
-        limit = campaign.card_limit
-        miscounted = await connection.fetch(
-            _SQL["cards_miscounted"], self._id, limit, timeout=QUERY_TIMEOUT_S
-        )
-        for row in miscounted:
-            self._findings.add(
-                "INV-2" if row["really"] > limit else "INV-6",
-                f"member {row['card_no']}: orders add up to {row['really']}, "
-                f"counted {row['live']}, limit {limit}",
-            )
-        await each("INV-3", "sales_without_order", "event {seq}: sold, and no order like it")
-        await each("INV-3", "orders_without_sale", "order {seq}: no sale in the ledger")
-        await each("INV-5", "conflicts", "event {seq}: refused by PostgreSQL: {why}")
-        await each("INV-3", "untold", "event {seq}: {why}")
-        await each("INV-9", "sold_to_revoked", "event {seq}: sold to a member who was not active")
-        await each(
-            "INV-10", "steps_unaccounted", "event {seq} ({kind}): not in the audit log, or no why"
-        )
-        if "*" not in campaign.unions:
-            await each(
-                "INV-9",
-                "sold_to_others",
-                "event {seq}: sold to a member of a union that may not buy",
-                list(campaign.unions),
-                timedelta(seconds=TOKEN_TTL_S),
-            )
 
     async def _check_roster(
         self,
@@ -456,7 +327,7 @@ class _Check:
 
 
 class _Rules:
-    """What must hold before each event, written down anew: not a line is shared with the Lua."""
+    """What must hold before each event: of all kinds here, of one kind in ``ledger/kinds.py``."""
 
     def __init__(self, findings: Findings) -> None:
         self._find = findings.add
@@ -467,38 +338,11 @@ class _Rules:
         if event.at_ms < self._clock_ms:
             self._find("INV-7", f"event {event.seq}: the clock went back")
         self._clock_ms = max(self._clock_ms, event.at_ms)
-        if event.epoch < books.epoch or (event.epoch > books.epoch and event.kind != "recovered"):
+        if event.epoch < books.epoch or (event.epoch > books.epoch and event.kind != RECOVERED):
             self._find("INV-8", f"event {event.seq}: epoch {event.epoch} after {books.epoch}")
-        if event.kind == SOLD:
-            self._check_sale(books, event)
-
-    def _check_sale(self, books: CampaignState, event: Event) -> None:
-        quantity = event.quantity or 0
-        if books.state != "open":
-            self._find("INV-7", f"event {event.seq}: sold while {books.state or 'nothing'}")
-        if (books.opens_at_ms is not None and event.at_ms < books.opens_at_ms) or (
-            books.closes_at_ms is not None and event.at_ms >= books.closes_at_ms
-        ):
-            self._find("INV-7", f"event {event.seq}: sold outside the window")
-        if books.remaining.get(event.showing or 0, 0) < quantity or quantity < 1:
-            self._find("INV-1", f"event {event.seq}: {quantity} sold, fewer were left")
-        held = books.cards.get(event.card_no or "", ())
-        if sum(record.quantity for record in held) + quantity > books.config.get("card_limit", 0):
-            self._find("INV-2", f"event {event.seq}: member {event.card_no} passed the limit")
-        if any(record.key_hash == event.key_hash for record in held):
-            self._find("INV-4", f"event {event.seq}: a key of member {event.card_no} sold twice")
-        if is_made_up(int(event.card_no or 0)) is not bool(books.config.get("rehearsal_of")):
-            what = f"event {event.seq}: member {event.card_no} and this campaign may not meet"
-            self._find("INV-9", what)
-        if event.price_fen != books.config.get("price_fen"):
-            self._find("INV-5", f"event {event.seq}: not the campaign's price")
+        if event.kind in KINDS:
+            for invariant, what in KINDS[event.kind].breaches(books, event):
+                self._find(invariant, f"event {event.seq}: {what}")
 
 
-def _storable(moment_ms: int | None) -> int | None:
-    """Give what PostgreSQL holds of a moment that the ledger tells."""
-    return None if moment_ms is None else nearest(moment_ms)
-
-
-_UNKNOWN: Final = (-1, "")
-"""What is before the stream's first entry, where that is long applied and trimmed."""
 _SQL: Final = queries.load("audit")

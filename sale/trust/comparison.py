@@ -5,31 +5,22 @@ go on. A card's records carry event numbers, so one fold to the end tells what t
 number before; only the head and the stock need the fold at exactly the number they were read at.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
 from redis.asyncio import Redis
 
-from sale.db import queries, roster
+from sale.db import roster
 from sale.domain.campaign import Campaign
-from sale.domain.clock import to_ms
-from sale.ledger.chain import Event
 from sale.ledger.fold import CampaignState, SaleRecord
 from sale.stock.catalogue import CampaignNow, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.rebuild import unions_text
 from sale.stock.records import parse_records
+from sale.trust.history import QUERY_TIMEOUT_S, Steps
 
 SCAN_COUNT: Final = 1_000
-EVENTS_CHUNK: Final = 2_000
-A_STEP: Final = 5_000
-"""Cards, or numbers, that are looked at between two rests."""
-REST_S: Final = 0.01
-"""Between two steps, which hold the loop for tens of milliseconds: a round of the scheduler's ticks
-passes through in one rest, where a bare yield would let it go on by one call a step (INV-9)."""
-QUERY_TIMEOUT_S: Final = 300.0
 PER_INVARIANT_MAX: Final = 10
 INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
 RULES: Final = {
@@ -95,20 +86,6 @@ class RedisView(msgspec.Struct):
     highest: int
 
 
-class Steps:
-    """Counts what a long piece of work has done, and rests where others must have their turn."""
-
-    def __init__(self) -> None:
-        self._done = 0
-
-    async def done(self, count: int = 1) -> None:
-        """Note that so much is done."""
-        self._done += count
-        if self._done >= A_STEP:
-            self._done = 0
-            await asyncio.sleep(REST_S)
-
-
 async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
     """Read a campaign; None where there is no head.
 
@@ -152,18 +129,6 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
 
 def _named(rules: list[bytes | None]) -> dict[str, str]:
     return {name: (value or b"").decode() for name, value in zip(RULES, rules, strict=True)}
-
-
-async def ledger_events(connection: Any, campaign_id: str) -> AsyncIterator[list[Event]]:  # noqa: ANN401 - asyncpg's proxy
-    """Give PostgreSQL's ledger of a campaign, in order and in chunks, from its first event."""
-    after = 0
-    while rows := await connection.fetch(
-        _SQL["events"], campaign_id, after, EVENTS_CHUNK, timeout=QUERY_TIMEOUT_S
-    ):
-        yield [_event(row) for row in rows]
-        after = rows[-1]["seq"]
-        if len(rows) == EVENTS_CHUNK:
-            await asyncio.sleep(REST_S)
 
 
 def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) -> None:
@@ -282,22 +247,3 @@ async def revoked_at(connection: Any, rev: int) -> set[str]:  # noqa: ANN401 - a
     """Members who were not active at a revision of the roster."""
     inactive = await roster.inactive_members(connection, 0, None, rev, QUERY_TIMEOUT_S)
     return set(map(str, inactive))
-
-
-def _event(row: Mapping[str, Any]) -> Event:
-    data = row["data"]
-    return Event(
-        seq=row["seq"],
-        at_ms=to_ms(row["at"]),
-        epoch=row["epoch"],
-        kind=row["kind"],
-        card_no=row["card_no"],
-        showing=row["showing_no"],
-        quantity=row["quantity"],
-        key_hash=row["key_hash"],
-        price_fen=row["price_fen"],
-        data=msgspec.json.decode(data) if data else {},
-    )
-
-
-_SQL: Final = queries.load("audit")

@@ -1,6 +1,6 @@
 """What a recovery finds: a campaign as its ledger, its stream and the API processes tell it.
 
-Changes nothing. ``recovery.py`` says what is looked at, and in which order things are done.
+Changes nothing. ``recover.py`` says what is looked at, and in which order things are done.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,20 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sale.db import claims, ledger
+from sale.db import claims, read
+from sale.db.pool import Connection
 from sale.domain.clock import nearest
 from sale.domain.problem import DAMAGED, Problem, Refused
-from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, check_chain, parse_entry
+from sale.ledger.chain import (
+    GENESIS,
+    CorruptLedger,
+    Entry,
+    Event,
+    Position,
+    parse_entry,
+)
 from sale.ledger.fold import CampaignState
-from sale.ledger.kinds import SOLD, VOIDED
+from sale.ledger.kinds import CLOCK, SOLD, VOIDED
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.process_reports import Reports
 from sale.stock.rebuild import Rebuild
@@ -26,16 +34,15 @@ from sale.trust.comparison import (
     Findings,
     Gone,
     RedisView,
-    Steps,
     compare_cards,
     compare_operations,
     compare_revoked,
     compare_rules,
     compare_state,
-    ledger_events,
     read_redis,
     revoked_at,
 )
+from sale.trust.history import History, Steps, ledger_events
 from sale.trust.refill import Refilled, refill
 from sale.trust.verify import what_lacks
 
@@ -88,9 +95,9 @@ class Examination(msgspec.Struct):
         """Number that the head says; 0 where there is none, or none that is a number."""
         return int(self.old[0]) if self.old[0].isdecimal() else 0
 
-    def covers(self, position: ledger.Position) -> bool:
+    def covers(self, position: Position) -> bool:
         """Whether PostgreSQL's ledger ends within what is to be built."""
-        return position.applied == self.applied or any(
+        return position.seq == self.applied or any(
             (entry.last, entry.chain) == position for entry in self.entries
         )
 
@@ -125,7 +132,7 @@ class _Trail(NamedTuple):
 async def examine(
     redis: Redis,
     scripts: Scripts,
-    connection: ledger.Connection,
+    connection: Connection,
     campaign_id: str,
     reports: Reports,
     progress: Progress | None,
@@ -135,7 +142,7 @@ async def examine(
     findings = Findings()
     view = await _view(redis, campaign_id)
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        case.applied, case.chain = await ledger.position(connection, campaign_id)
+        case.applied, case.chain = await read.position(connection, campaign_id)
         revoked = await revoked_at(connection, view.now.roster_rev) if view else set()
         await _read_head(redis, scripts, case)
         given_out = max(
@@ -143,7 +150,7 @@ async def examine(
             await _last_generated(redis, campaign_id),
             await claims.highest(connection, campaign_id),
         )
-        trail = await _trail(redis, campaign_id, case.applied, case.chain)
+        trail = await _trail(redis, campaign_id, Position(case.applied, case.chain))
         # Where sales go on, the stream is longer by now than the head was.
         still = await redis.hget(campaign_keys(campaign_id).head, "seq") == case.old[0].encode()
         if case.old == NO_HEAD and not given_out and not case.applied:
@@ -260,30 +267,13 @@ async def _last_generated(redis: Redis, campaign_id: str) -> int:
     return int(information["last-generated-id"].split(b"-")[0])
 
 
-async def _trail(redis: Redis, campaign_id: str, applied: int, chain: str) -> _Trail:
+async def _trail(redis: Redis, campaign_id: str, position: Position) -> _Trail:
     """Follow the stream: its own chain, then on from PostgreSQL's position."""
     if await _is_no_stream(redis, campaign_id):
         return _Trail([], 0, overlaps=False, wrong="something else stands in its place")
-    after: tuple[int, str] | None = None
-    beyond, tail = (applied, chain), []
-    ends, met, wrong = 0, False, ""
-    async for rows in stream_rows(redis, campaign_id):
-        for row in rows:
-            ends = int(row[0].split(b"-")[0])
-            try:
-                entry = parse_entry(*row)
-                entry.events()
-                if ends > applied:
-                    beyond = check_chain([entry], *beyond)
-                    tail.append(entry)
-                else:
-                    after = check_chain([entry], *after) if after else (entry.last, entry.chain)
-                    met = after == (applied, chain)
-            except CorruptLedger as error:
-                wrong, after = wrong or str(error), None
-                if ends > applied:
-                    return _Trail(tail, ends, not met and not tail, wrong)
-    return _Trail(tail, ends, not met and not tail, wrong)
+    history = History(redis, campaign_id, position)
+    tail = [entry async for entry in history.follow()]
+    return _Trail(tail, history.ends, not history.met and not tail, history.wrong)
 
 
 async def _is_no_stream(redis: Redis, campaign_id: str) -> bool:
@@ -291,7 +281,7 @@ async def _is_no_stream(redis: Redis, campaign_id: str) -> bool:
     return kind not in {b"stream", b"none"}
 
 
-async def _stray(redis: Redis, connection: ledger.Connection, case: Examination) -> list[Event]:
+async def _stray(redis: Redis, connection: Connection, case: Examination) -> list[Event]:
     """Give what a broken stream tells beyond the ledger, and note where it tells another story."""
     held: dict[int, Event] = {}
     beyond: list[Event] = []
@@ -303,7 +293,7 @@ async def _stray(redis: Redis, connection: ledger.Connection, case: Examination)
                 events = parse_entry(*row).events()
             except CorruptLedger:
                 continue  # what cannot be read tells no story
-            told = [event for event in events if event.kind == SOLD or event.actor != "clock"]
+            told = [event for event in events if event.actor != CLOCK]
             held.update((event.seq, event) for event in told if event.seq <= case.applied)
             beyond += [event for event in told if event.seq > case.seq and event.kind != VOIDED]
     if held:
@@ -347,7 +337,7 @@ async def _from_cards(view: RedisView | None, case: Examination) -> list[Event]:
 
 
 async def _fold(
-    connection: ledger.Connection,
+    connection: Connection,
     case: Examination,
     trail: _Trail,
     compared: tuple[RedisView | None, Findings],

@@ -5,7 +5,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
-from sale.db import claims, ledger
+from sale.db import claims, read
 from sale.domain.clock import rfc3339, to_ms
 from sale.domain.problem import Problem, Refused
 
@@ -37,7 +37,7 @@ class Losses(msgspec.Struct, frozen=True):
 async def losses(pool: asyncpg.Pool, campaign_id: str) -> Losses:
     """List them, at most a thousand of each. Raises Refused for an unknown campaign."""
     async with pool.acquire() as connection:
-        if await ledger.state(connection, campaign_id) is None:
+        if await read.state(connection, campaign_id) is None:
             raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
         voided = await claims.voided(connection, campaign_id, LISTED_MAX)
         rows = await claims.conflicts(connection, campaign_id, LISTED_MAX)

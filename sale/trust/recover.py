@@ -24,7 +24,8 @@ import msgspec
 import structlog
 from redis.asyncio import Redis
 
-from sale.db import claims, ledger, rehearsals
+from sale.db import claims, read, rehearsals
+from sale.db.pool import Connection
 from sale.domain.problem import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.process_reports import Reports, collect_report, collect_reports
@@ -147,10 +148,10 @@ def _check_safe(case: Examination, *, lossless_only: bool, without_silent: bool)
 
 
 async def _put_in_place(
-    scripts: Scripts, connection: ledger.Connection, case: Examination, actor: str
+    scripts: Scripts, connection: Connection, case: Examination, actor: str
 ) -> bool:
     """Build it anew; False where somebody has changed something meanwhile."""
-    if not case.covers(await ledger.position(connection, case.campaign_id)):
+    if not case.covers(await read.position(connection, case.campaign_id)):
         return False  # the writer has applied what was not seen
     await claims.record_forked(connection, case.campaign_id, case.strays)
     await scripts.redis.sadd(CAMPAIGNS, case.campaign_id)
@@ -251,7 +252,7 @@ def _losses(case: Examination) -> str:
 @asynccontextmanager
 async def alone(
     pool: asyncpg.Pool, campaign_id: str, patience_s: float
-) -> AsyncIterator[ledger.Connection]:
+) -> AsyncIterator[Connection]:
     """Hold a connection and the right to recover this campaign. Raises Refused."""
     deadline = time.monotonic() + patience_s
     async with pool.acquire() as connection:

@@ -13,15 +13,17 @@ from typing import Any, Final
 
 import msgspec
 
-from sale.domain.campaign import Campaign
+from sale.domain.problem import DAMAGED
 from sale.ledger.chain import Entry, Event, make_entry
 from sale.ledger.fold import CampaignState
-from sale.ledger.kinds import SOLD, VOIDED
-from sale.trust.comparison import Steps
+from sale.ledger.kinds import CLOCK, KINDS, VOIDED
+from sale.trust.history import Steps
 
 ENTRY_ROWS_MAX: Final = 256
 """As many events as the largest batch of purchases."""
 ACTOR: Final = "recovery"
+OUTSIDE_WINDOW: Final = "INV-7"
+"""Broken by what an opening would mend, if a number before it is free for one."""
 OPENING: Final = {
     "draft": "opened",
     "scheduled": "opened",
@@ -51,7 +53,7 @@ class Refilled(msgspec.Struct):
         for (at_ms, epoch), group in groupby(self.events, lambda event: (event.at_ms, event.epoch)):
             events = list(group)
             for at in range(0, len(events), ENTRY_ROWS_MAX):
-                rows = [_row(event) for event in events[at : at + ENTRY_ROWS_MAX]]
+                rows = [event.row() for event in events[at : at + ENTRY_ROWS_MAX]]
                 await steps.done(len(rows))
                 entries.append(make_entry(chain, events[at].seq, at_ms, epoch, rows))
                 chain = entries[-1].chain
@@ -84,7 +86,6 @@ class _Refill:
     def __init__(self, books: CampaignState, clock_ms: int) -> None:
         self._books = books
         self._clock_ms = clock_ms
-        self._campaign = msgspec.convert(books.config, Campaign) if books.config else None
         self._waiting = 0
         self._steps = Steps()
         self.result = Refilled(events=[], voided=[], strays=[])
@@ -116,48 +117,38 @@ class _Refill:
 
     def _misfit(self, claim: Event) -> str:
         """Say why a claim cannot stand at its number; '' where it can."""
-        books, campaign = self._books, self._campaign
-        if claim.kind != SOLD:
+        kind, books = KINDS[claim.kind], self._books
+        if not kind.recoverable:
             return f"what was {claim.kind} is not repeated by a recovery"
-        quantity, card = claim.quantity or 0, claim.card_no or ""
         if books.state == "deleted":
             return "the campaign was deleted"
-        if campaign is None or claim.showing not in books.remaining or quantity < 1:
-            return "no such showing"
-        held = books.cards.get(card, ())
-        if any(record.key_hash == claim.key_hash for record in held):
-            return "another event has the same card and key"
-        if sum(record.quantity for record in held) + quantity > campaign.card_limit:
-            return "it would exceed the card's limit"
-        if books.remaining[claim.showing] < quantity:
-            return "fewer tickets are left than it sold"
-        if claim.price_fen != campaign.price_fen or claim.at_ms < self._clock_ms:
-            return "its price or time is not the ledger's"
-        if not self._open_at(claim.at_ms) and not self._waiting:
-            return f"the campaign was {books.state}"
+        if claim.at_ms < self._clock_ms:
+            return "its time is before that of the event before it"
+        try:
+            broken = list(kind.breaches(books, claim))
+        except DAMAGED as error:
+            return f"it is no {claim.kind}: {error!r}"
+        for invariant, what in broken:
+            if invariant != OUTSIDE_WINDOW:
+                return what
+            if not self._waiting:
+                return f"the campaign was {books.state}"
         return ""
-
-    def _open_at(self, at_ms: int) -> bool:
-        books = self._books
-        return (
-            books.state == "open"
-            and (books.opens_at_ms is None or books.opens_at_ms <= at_ms)
-            and (books.closes_at_ms is None or at_ms < books.closes_at_ms)
-        )
 
     async def _open_before(self, claim: Event) -> None:
         """Put what must have opened the campaign in the place of a lost number before a sale.
 
         That the sale was acknowledged proves that it happened; by whom is lost, but for the clock.
         """
-        if self._open_at(claim.at_ms):
-            return
         books = self._books
+        broken = KINDS[claim.kind].breaches(books, claim)
+        if all(invariant != OUTSIDE_WINDOW for invariant, _ in broken):
+            return
         self._waiting -= 1
         await self.flush()
         data: dict[str, Any] = {"actor": ACTOR, "reason": "sales after it were acknowledged"}
         if books.state == "scheduled" and (books.opens_at_ms or claim.at_ms + 1) <= claim.at_ms:
-            data = {"actor": "clock"}
+            data = {"actor": CLOCK}
         else:
             data["opens_at"] = min(books.opens_at_ms or claim.at_ms, claim.at_ms)
         if books.closes_at_ms is not None and books.closes_at_ms <= claim.at_ms:
@@ -178,11 +169,3 @@ class _Refill:
 
 def _content(event: Event) -> tuple[object, ...]:
     return (event.kind, event.card_no, event.showing, event.quantity, event.key_hash, event.data)
-
-
-def _row(event: Event) -> list[Any]:
-    if event.kind == SOLD:
-        return [
-            SOLD, event.card_no, event.showing, event.quantity, event.key_hash, event.price_fen,
-        ]  # fmt: skip
-    return [event.kind, event.data]

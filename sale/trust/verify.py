@@ -21,9 +21,9 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from sale.db import claims, ledger
+from sale.db import claims, read
 from sale.db.errors import POSTGRES_ERRORS
-from sale.ledger.chain import GENESIS, CorruptLedger, check_chain, parse_entry
+from sale.ledger.chain import START, Position
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import VERIFIED, campaign_keys
 from sale.stock.process_reports import (
@@ -35,8 +35,8 @@ from sale.stock.process_reports import (
     who_is_it,
 )
 from sale.stock.scripts import CallReply, Scripts
-from sale.stock.stream import stream_rows
 from sale.stock.survey import read_heads
+from sale.trust.history import History, stream_ends
 from sale.trust.isolation import Isolation
 from sale.trust.stalled_ledgers import StalledLedgers
 
@@ -147,7 +147,7 @@ def _knows_another(head: Any, identity: tuple[str, str, str]) -> bool:  # noqa: 
 async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:
     try:
         async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
-            return [each for each in await ledger.living(connection) if each not in held]
+            return [each for each in await read.living(connection) if each not in held]
     except POSTGRES_ERRORS:
         return []
 
@@ -173,7 +173,7 @@ async def verify(
         why = what_lacks(reports, campaign_id, epoch, seq)
         try:
             async with asyncio.timeout(POSTGRES_PATIENCE_S), pool.acquire() as connection:
-                position = await ledger.position(connection, campaign_id)
+                position = await read.position(connection, campaign_id)
                 handed_in = await claims.highest(connection, campaign_id)
         except POSTGRES_ERRORS:
             if not why and not _witnessed(reports, campaign_id, epoch):
@@ -219,35 +219,24 @@ def _witnessed(reports: Reports, campaign_id: str, epoch: int) -> bool:
 
 
 async def _misfit(
-    redis: Redis, campaign_id: str, seq: int, chain: str, applied: ledger.Position | None
+    redis: Redis, campaign_id: str, seq: int, chain: str, position: Position | None
 ) -> str:
     """Say in words why the head does not fit PostgreSQL's position; '' where it does.
 
-    ``applied`` is None where PostgreSQL is away: then the stream is compared with itself.
+    ``position`` is None where PostgreSQL is away: then the stream is compared with itself.
     """
-    if applied is not None and seq < applied.applied:
-        return f"Redis knows {seq} events, PostgreSQL has applied {applied.applied}"
-    keys = campaign_keys(campaign_id)
-    last: Any = await redis.xrevrange(keys.stream, count=1)
-    ends = int(last[0][0].split(b"-")[0]) if last else 0
+    if position is not None and seq < position.seq:
+        return f"Redis knows {seq} events, PostgreSQL has applied {position.seq}"
+    ends = await stream_ends(redis, campaign_id)
     if ends != seq:
         return f"the stream in Redis ends at event {ends}, the head says {seq}"
-    start, position = "-", None
-    if applied is not None:
-        position = (applied.applied, applied.chain or GENESIS)
-        start = f"({applied.applied}-0" if applied.applied else "-"
-    try:
-        async for rows in stream_rows(redis, campaign_id, start, f"{seq}-0"):
-            entries = [parse_entry(*row) for row in rows]
-            if position is None:
-                position = (entries[0].last, entries[0].chain)
-                entries = entries[1:]
-            position = check_chain(entries, *position)
-    except CorruptLedger as error:
-        return f"the ledger in Redis does not follow PostgreSQL's: {error}"
-    if position != (seq, chain):
-        ends = position[0] if position else 0
-        return f"the ledger in Redis ends at event {ends}, the head says {seq}"
+    history = History(redis, campaign_id, position, decode=False)
+    await history.read(after=0 if position is None else position.seq, to=seq)
+    if history.wrong:
+        return f"the ledger in Redis does not follow PostgreSQL's: {history.wrong}"
+    at = history.at or position or START
+    if at != (seq, chain):
+        return f"the ledger in Redis ends at event {at.seq}, the head says {seq}"
     return ""
 
 

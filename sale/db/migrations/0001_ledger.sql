@@ -84,7 +84,11 @@ CREATE TABLE event (
     quantity integer,
     price_fen integer,
     campaign_id text COLLATE "C" NOT NULL,
-    kind text NOT NULL,
+    -- A test compares this list with the table of kinds (sale/ledger/kinds.py).
+    kind text NOT NULL CONSTRAINT event_kind_known CHECK (kind IN (
+        'closed', 'created', 'deleted', 'opened', 'paused', 'recovered', 'reopened', 'resumed',
+        'scheduled', 'sold', 'stock_added', 'voided'
+    )),
     card_no text COLLATE "C",
     key_hash text COLLATE "C",
     actor text,
@@ -263,6 +267,24 @@ COMMENT ON COLUMN audit_log_owned.owner IS 'Union that owned the campaign then.'
 COMMENT ON COLUMN audit_log_owned.published IS
     'Whether members are told of this very campaign: no draft, no rehearsal, not of an earlier use '
     'of the ID. What is published is never deleted.';
+
+-- For the statements that apply a run of events (sql/apply.sql) ----------------------------------
+
+CREATE FUNCTION refuse(why text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE EXCEPTION '%', why USING ERRCODE = 'integrity_constraint_violation';
+END $$;
+COMMENT ON FUNCTION refuse IS 'Refuses the statement that calls it.';
+
+-- The bounds are those of clock.nearest. Hours and the rest apart: the product of an interval is
+-- computed as a float, which holds neither factor's milliseconds for the year 9999.
+CREATE FUNCTION moment(ms jsonb) RETURNS timestamptz LANGUAGE sql IMMUTABLE AS $$
+    SELECT 'epoch'::timestamptz + n / 3600000 * interval '1 hour' + n % 3600000 * interval '1 ms'
+    FROM (SELECT trunc(least(greatest((ms #>> '{}')::numeric, -62135424000000), 253402041600000))
+        ::bigint AS n WHERE ms #>> '{}' IS NOT NULL) clamped
+$$;
+COMMENT ON FUNCTION moment IS
+    'Nearest moment that a column holds of milliseconds UTC, however many; null for null.';
 
 -- Rules ------------------------------------------------------------------------------------------
 

@@ -8,10 +8,6 @@ SELECT purged_at IS NOT NULL FROM campaign WHERE campaign_id = $1;
 SELECT applied, chain, state, opens_at, closes_at, price_fen, card_limit, epoch
 FROM campaign WHERE campaign_id = $1;
 
--- name: events -- The ledger after number $2, at most $3 events.
-SELECT seq, at, epoch, kind, card_no, showing_no, quantity, key_hash, price_fen, data
-FROM event WHERE campaign_id = $1 AND seq > $2 ORDER BY seq LIMIT $3;
-
 -- name: conflicts -- Sales that the constraints refused.
 SELECT seq, why FROM conflict WHERE campaign_id = $1 AND source = 'refused' ORDER BY seq LIMIT 10;
 
@@ -75,11 +71,12 @@ WHERE e.campaign_id = $1 AND e.kind = 'sold' AND m.updated_at < e.at - interval 
     AND moved.union_before = ANY ($2::text[]) AND moved.at > e.at - $3::interval)
 ORDER BY e.seq LIMIT 10;
 
--- name: steps_unaccounted -- Operators' steps that the audit log does not tell, or without a why.
+-- name: steps_unaccounted -- Steps of people that the audit log does not tell, or without a why.
+-- Of the kinds $2, not by $3; those of the kinds $4 need a reason.
 SELECT e.seq, e.kind FROM event e
 LEFT JOIN audit_log l ON l.campaign_id = e.campaign_id AND l.data ->> 'seq' = e.seq::text
-WHERE e.campaign_id = $1 AND e.kind NOT IN ('sold', 'voided')
+WHERE e.campaign_id = $1 AND e.kind = ANY ($2) AND e.actor IS DISTINCT FROM $3
   AND (l.id IS NULL OR l.actor IS DISTINCT FROM coalesce(e.actor, 'engine')
        OR l.reason IS DISTINCT FROM e.reason
-       OR (e.kind IN ('paused', 'reopened', 'stock_added') AND e.reason IS NULL))
+       OR (e.kind = ANY ($4) AND e.reason IS NULL))
 ORDER BY e.seq LIMIT 10;

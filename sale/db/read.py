@@ -1,0 +1,256 @@
+"""What PostgreSQL has of campaigns: positions, events, orders, the audit log."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+
+from sale.db import queries
+from sale.db.pool import Connection
+from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.clock import from_ms, to_ms
+from sale.ledger.chain import START, Event, Position
+from sale.ledger.fold import CampaignState
+
+CURSOR_MOMENT_MAX_MS: Final = 2**43
+CURSOR_SEQ_MAX: Final = 2**53
+"""Beyond any real one, and within what PostgreSQL can be asked for: cursors come from outside."""
+
+
+class OrderCursor(NamedTuple):
+    """Where a page of orders ended: sold at (UTC ms), campaign, event number."""
+
+    created_at_ms: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_MOMENT_MAX_MS)]
+    campaign_id: Annotated[str, msgspec.Meta(pattern=f"^{CAMPAIGN_ID.pattern}$")]
+    seq: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_SEQ_MAX)]
+
+
+class OrderRow(msgspec.Struct, frozen=True):
+    """An order as PostgreSQL has it. ``card_remaining`` is what the card may still buy."""
+
+    campaign_id: str
+    seq: int
+    card_no: str
+    showing_no: int
+    showing_id: str
+    quantity: int
+    price_fen: int
+    amount_fen: int
+    state: str
+    key_hash: str
+    created_at_ms: int
+    card_remaining: int
+
+    @property
+    def cursor(self) -> OrderCursor:
+        """Cursor of the page that goes on after this order."""
+        return OrderCursor(self.created_at_ms, self.campaign_id, self.seq)
+
+
+class AuditRow(msgspec.Struct, frozen=True):
+    """One line of the audit log."""
+
+    id: int
+    at_ms: int
+    actor: str
+    action: str
+    target: str
+    campaign_id: str | None
+    reason: str | None
+    data: dict[str, Any]
+
+
+class GoneDraft(NamedTuple):
+    """A draft that was deleted, as it was then; ``tickets`` by showing number."""
+
+    config: dict[str, Any]
+    tickets: list[int]
+    seq: int
+    epoch: int
+    at_ms: int
+
+
+class ShowingRow(msgspec.Struct, frozen=True):
+    """A showing with its stock and the tickets in live orders."""
+
+    showing_no: int
+    showing_id: str
+    title: str
+    starts_at_ms: int | None
+    stock: int
+    live: int
+
+
+class CampaignRow(msgspec.Struct, frozen=True):
+    """A campaign as far as it is applied; ``config`` is that of its ``created`` event."""
+
+    campaign_id: str
+    config: dict[str, Any]
+    state: str
+    opens_at_ms: int | None
+    closes_at_ms: int | None
+    price_fen: int
+    card_limit: int
+    epoch: int
+    applied: int
+    chain: str
+    showings: list[ShowingRow]
+
+
+async def position(conn: Connection, campaign_id: str) -> Position:
+    """How far a campaign is applied; START where nothing is."""
+    row = await conn.fetchrow(_SQL["position"], campaign_id)
+    return START if row is None else Position(row["applied"], row["chain"])
+
+
+async def positions(conn: Connection) -> dict[str, Position]:
+    """How far every campaign is applied, by campaign ID."""
+    rows = await conn.fetch(_SQL["positions"])
+    return {row["campaign_id"]: Position(row["applied"], row["chain"]) for row in rows}
+
+
+async def state(conn: Connection, campaign_id: str) -> str | None:
+    """A campaign's state as far as it is applied, or None where there is none."""
+    if not CAMPAIGN_ID.fullmatch(campaign_id):
+        return None  # not asked: anybody's text may hold what PostgreSQL takes for a fault (NUL)
+    found: str | None = await conn.fetchval(_SQL["state"], campaign_id)
+    return found
+
+
+async def living(conn: Connection) -> list[str]:
+    """IDs of the campaigns that have events and are not deleted drafts, sorted."""
+    return [row["campaign_id"] for row in await conn.fetch(_SQL["living"])]
+
+
+async def orders_of_card(
+    conn: Connection, card_no: str, *, before: OrderCursor | None = None, limit: int = 50
+) -> list[OrderRow]:
+    """A card's orders, newest first, at most ``limit``; ``before`` is the last one's cursor."""
+    at = None if before is None else from_ms(before.created_at_ms)
+    campaign_id, seq = (None, None) if before is None else (before.campaign_id, before.seq)
+    rows = await conn.fetch(_SQL["orders_of_card"], card_no, at, campaign_id, seq, limit)
+    return [_order(row) for row in rows]
+
+
+async def order(conn: Connection, campaign_id: str, seq: int) -> OrderRow | None:
+    """The order that event ``seq`` made, or None. Whose it is, the caller checks."""
+    row = await conn.fetchrow(_SQL["one_order"], campaign_id, seq)
+    return None if row is None else _order(row)
+
+
+async def audit_log(
+    conn: Connection,
+    *,
+    limit: int = 50,
+    before_id: int | None = None,
+    campaign: str | None = None,
+    union: str | None = None,
+) -> list[AuditRow]:
+    """A page of the audit log, newest first; ``before_id`` is the last row's ID.
+
+    With a ``union``, only what its accounts may see.
+    """
+    if union is None:
+        query = "audit_log" if campaign is None else "audit_log_of_campaign"
+    else:
+        query = "audit_log_of_union" if campaign is None else "audit_log_of_union_and_campaign"
+    narrowed = [each for each in (union, campaign) if each is not None]
+    rows = await conn.fetch(_SQL[query], before_id, limit, *narrowed)
+    return [
+        AuditRow(
+            id=row["id"],
+            at_ms=to_ms(row["at"]),
+            actor=row["actor"],
+            action=row["action"],
+            target=row["target"],
+            campaign_id=row["campaign_id"],
+            reason=row["reason"],
+            data=msgspec.json.decode(row["data"]),
+        )
+        for row in rows
+    ]
+
+
+async def events(
+    conn: Connection, campaign_id: str, after: int, limit: int, *, timeout_s: float | None = None
+) -> list[Event]:
+    """The ledger of a campaign after an event number, in order, at most ``limit`` events."""
+    rows = await conn.fetch(_SQL["events"], campaign_id, after, limit, timeout=timeout_s)
+    return [_event(row) for row in rows]
+
+
+async def gone_draft(conn: Connection, campaign_id: str, seq: int) -> GoneDraft | None:
+    """The draft that event ``seq`` was of, as it was deleted; None where its end is not there."""
+    draft = CampaignState()
+    for row in await conn.fetch(_SQL["draft_events"], campaign_id, seq):
+        event = _event(row)
+        draft.seq = event.seq - 1
+        draft.apply(event)
+    if draft.state != "deleted":
+        return None
+    return GoneDraft(
+        draft.config, list(draft.tickets.values()), event.seq, event.epoch, event.at_ms
+    )
+
+
+async def campaigns(conn: Connection) -> list[CampaignRow]:
+    """Every campaign that has events, deleted drafts too, by ID."""
+    rows = await conn.fetch(_SQL["campaigns"])
+    return [
+        CampaignRow(
+            campaign_id=row["campaign_id"],
+            config=msgspec.json.decode(row["config"]),
+            state=row["state"],
+            opens_at_ms=_ms(row["opens_at"]),
+            closes_at_ms=_ms(row["closes_at"]),
+            price_fen=row["price_fen"],
+            card_limit=row["card_limit"],
+            epoch=row["epoch"],
+            applied=row["applied"],
+            chain=row["chain"],
+            showings=_SHOWINGS.decode(row["showings"]),
+        )
+        for row in rows
+    ]
+
+
+_SHOWINGS: Final = msgspec.json.Decoder(list[ShowingRow])
+_SQL: Final = queries.load("read")
+
+
+def _ms(moment: datetime | None) -> int | None:
+    return None if moment is None else to_ms(moment)
+
+
+def _order(row: Mapping[str, Any]) -> OrderRow:
+    return OrderRow(
+        campaign_id=row["campaign_id"],
+        seq=row["seq"],
+        card_no=row["card_no"],
+        showing_no=row["showing_no"],
+        showing_id=row["showing_id"],
+        quantity=row["quantity"],
+        price_fen=row["price_fen"],
+        amount_fen=row["amount_fen"],
+        state=row["state"],
+        key_hash=row["key_hash"],
+        created_at_ms=to_ms(row["created_at"]),
+        card_remaining=row["card_remaining"],
+    )
+
+
+def _event(row: Mapping[str, Any]) -> Event:
+    data = row["data"]
+    return Event(
+        seq=row["seq"],
+        at_ms=to_ms(row["at"]),
+        epoch=row["epoch"],
+        kind=row["kind"],
+        card_no=row["card_no"],
+        showing=row["showing_no"],
+        quantity=row["quantity"],
+        key_hash=row["key_hash"],
+        price_fen=row["price_fen"],
+        data=msgspec.json.decode(data) if data else {},
+    )

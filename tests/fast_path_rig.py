@@ -17,13 +17,14 @@ from aiohttp.log import server_logger
 from fast_path_client import Told, Wire
 from service import Client, Service, free_port, in_s, showings
 
-from sale.api import fast_path as lane_module
 from sale.api import request
 from sale.api.aiohttp_handler import LoneHandler
 from sale.api.app import Api, listening
-from sale.api.fast_path import Connection, FastPath
 from sale.bootstrap import Engine, open_engine
 from sale.config import Settings
+from sale.http import client, connection, delegation, fast_path
+from sale.http.connection import Connection
+from sale.http.fast_path import FastPath
 
 UNBOUNDED = (
     *("turn_max_ms", "waiting_max", "wait_max_ms"),
@@ -290,11 +291,17 @@ async def make_campaigns(service: Service) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def shorter(**seconds: float) -> Iterator[None]:
-    """Shorten the bounds of a connection; a sweep has to begin within the block."""
-    bounds = {"SWEEP_S": 0.02, "HEAD_WITHIN_S": 1.0, "BODY_WITHIN_S": 1.0, **seconds}
-    with (
-        mock.patch.multiple(lane_module, **bounds),
-        mock.patch.object(request, "BODY_WITHIN_S", bounds["BODY_WITHIN_S"]),
-    ):
+def bounds(**values: Any) -> Iterator[None]:
+    """Change bounds in each module of the connections that has them."""
+    with contextlib.ExitStack() as stack:
+        for module in (client, connection, delegation, fast_path, request):
+            names = {name: value for name, value in values.items() if hasattr(module, name)}
+            if names:
+                stack.enter_context(mock.patch.multiple(module, **names))
         yield
+
+
+def shorter(**seconds: float) -> contextlib.AbstractContextManager[None]:
+    """Shorten the bounds of a connection; a sweep has to begin within the block."""
+    short = {"SWEEP_S": 0.02, "HEAD_WITHIN_S": 1.0, "BODY_WITHIN_S": 1.0}
+    return bounds(**{**short, **seconds})

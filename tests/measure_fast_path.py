@@ -23,12 +23,14 @@ from rich.console import Console
 from loadtest.bench.rig import SIGNING_KEY
 from loadtest.members import Mint
 from loadtest.tables import grid, wide_console
-from sale.api.fast_path import Connection, FastPath
-from sale.api.fast_path_head import HeadReader
+from sale.api.fast_routes import fast_routes, make_fast_path
 from sale.api.member import ORDER_REQUEST, order_answer
 from sale.api.request import bearer_token, checked_key, decode_body
 from sale.domain.campaign import Campaign, Showing
+from sale.http.connection import Connection
+from sale.http.fast_routes import FastRoutes
 from sale.http.overload import Overload
+from sale.http.request_head import HeadReader
 from sale.http.waiting_line import WaitingLine
 from sale.http.wire import rendered
 from sale.identity import MemberTokens, SigningKey
@@ -118,9 +120,9 @@ class Parts:
             catalogue, cast("Any", taker), MemberTokens(self.key), _codes(),
             PurchaseMetrics(), cast("Any", None), limits, door,
         )  # fmt: skip
-        engine = SimpleNamespace(desk=desk, overload=door, limits=limits)
-        lane = FastPath(cast("Any", engine), cast("Any", None), WaitingLine(door))
-        connections = [Connection(lane) for _ in range(BATCH)]
+        engine = cast("Any", SimpleNamespace(desk=desk, overload=door, limits=limits))
+        fast_path = make_fast_path(engine, cast("Any", None), WaitingLine(door))
+        connections = [Connection(fast_path) for _ in range(BATCH)]
         for connection in connections:
             connection.connection_made(_Nowhere())
         batcher = _batcher()
@@ -141,8 +143,8 @@ class Parts:
                 told = time.perf_counter()
                 self._note("read, check, queue (token never seen)", queued - began, BATCH)
                 self._note(f"pack, word, answer: {kind}", told - queued, BATCH)
-        lane.waiting_line.close()
-        await lane.close()
+        fast_path.waiting_line.close()
+        await fast_path.close()
 
     async def _sell(self, batcher: Batcher, batch: list[Purchase], start: int) -> None:
         bids = pack_bids(
@@ -159,7 +161,7 @@ class Parts:
 
     def _single_parts(self) -> None:
         """Steps on the way, each alone."""
-        raws, reader = self.requests, HeadReader(learned_after=1)
+        raws, reader = self.requests, HeadReader(_routes(), learned_after=1)
         ends = [raw.find(b"\r\n\r\n") + 4 for raw in raws]
         heads = [reader.read(raw, end) for raw, end in zip(raws, ends, strict=True)]
         plain = [head for head in heads if head is not None]
@@ -211,6 +213,10 @@ def _batcher() -> Batcher:
     )  # fmt: skip
     batcher.mark = Mark("run:repl:1", 1)
     return batcher
+
+
+def _routes() -> FastRoutes:
+    return fast_routes(cast("Any", SimpleNamespace(desk=None)))
 
 
 def _limits() -> RateLimits:

@@ -11,10 +11,10 @@ from structlog.testing import capture_logs
 
 from sale import background
 from sale.api.app import listening
-from sale.api.fast_path import FastPath
 from sale.background import keep_running
 from sale.bootstrap import open_engine
 from sale.config import Settings
+from sale.http.fast_path import FastPath
 from sale.jobs.scheduler import Scheduler
 from sale.jobs.writer_lag import LedgerLag
 from sale.metrics import StoreMetrics

@@ -118,16 +118,16 @@ def test_given_purchases_and_others_on_one_connection_then_each_goes_its_way(wor
 
             member = world.member()
             assert (await ask(member.buy())).status == "HTTP/1.1 201 Created"
-            assert side.connection._inner is None
+            assert side.connection._delegation is None
             for _ in range(20):
                 assert (await ask(TIME)).status == "HTTP/1.1 200 OK"
-                inner = side.connection._inner
+                inner = side.connection._delegation.handler
                 served = inner._request_count
                 assert (await ask(world.member().buy())).status == "HTTP/1.1 201 Created"
                 assert inner._request_count == served
                 assert not side.connection.busy
                 assert (await ask(member.buy("sold-out"))).status == "HTTP/1.1 409 Conflict"
-                assert side.connection._inner is inner
+                assert side.connection._delegation.handler is inner
             packed = member.buy(
                 "sold-out", b"0\r\n\r\n", Transfer_Encoding=b"chunked", drop=["Content-Length"]
             )

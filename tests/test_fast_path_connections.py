@@ -12,15 +12,17 @@ from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
 from fast_path_client import Told, Wire, until
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
-from fast_path_rig import TIME, WISH, Member, Side, World, shorter
+from fast_path_rig import TIME, WISH, Member, Side, World, bounds, shorter
 from fuzz_fast_path.properties import Counter
 from fuzz_fast_path.properties import Wire as FuzzWire
 from fuzz_fast_path.sent import ORDERS
 
-from sale.api import aiohttp_handler, fast_path_head
-from sale.api import fast_path as lane_module
+from sale.api import aiohttp_handler
 from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
-from sale.api.fast_path import HELD_FREELY, HELD_MAX, Connection, FastPath
+from sale.api.fast_routes import make_fast_path
+from sale.http import request_head
+from sale.http.bounds import HELD_FREELY, HELD_MAX
+from sale.http.connection import Connection
 from sale.http.overload import QUEUE
 from sale.http.waiting_line import WAIT_S, WaitingLine
 
@@ -89,7 +91,7 @@ def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: 
         async with world.side(fast_path=True) as side, side.wire() as wire:
             with world.service.stopped("redis"):
                 asked = world.member().buy() + rest
-                await _stalled(side, wire, asked, lambda each: each.purchase is not None)
+                await _stalled(side, wire, asked, lambda each: each.pending is not None)
             told = await wire.answers(1_201)
             assert told.statuses == [201] + [400] * 1_200
 
@@ -166,7 +168,7 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
             assert (side.fast_path.held, side.fast_path.unread) == (0, {})
             assert all(each._transport.is_reading() for each in side.fast_path.connections)
 
-    with mock.patch.object(lane_module, "HELD_BY_ALL_MAX", bound):
+    with bounds(HELD_BY_ALL_MAX=bound):
         world.run(judge())
 
 
@@ -177,7 +179,7 @@ async def test_given_room_again_when_who_may_read_on_brings_nothing_then_the_oth
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(HELD_BY_ALL_MAX=30_000):
-        fast_path = FastPath(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
+        fast_path = make_fast_path(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
         try:
             wires = []
             for size in (15_000, 9_000, 9_000, 9_000):
@@ -212,7 +214,7 @@ async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_en
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(UNREAD_WITHIN_S=0.05):
-        fast_path = FastPath(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
+        fast_path = make_fast_path(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
         try:
             connection = Connection(fast_path)
             connection.connection_made(_NeverRead(connection, full=False))
@@ -502,7 +504,7 @@ def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_ow
 ) -> None:
     async def judge() -> None:
         async with world.side(fast_path=True) as side, side.wire() as one, side.wire() as other:
-            with mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0):
+            with mock.patch.object(request_head, "LEARN_EVERY_S", 0.0):
                 side.fast_path.heads._learn_at = 0.0
                 member, told = world.member(), {one: 0, other: 0}
                 for wire, extra in ((one, b"A: b"), (other, b"C: d")) * 10:
@@ -516,6 +518,6 @@ def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_ow
                 each for each in side.fast_path.connections if each._shape.read(raw) is not None
             ]
             assert len(mine) == 1
-            assert mine[0]._inner is not None
+            assert mine[0]._delegation is not None
 
     world.run(judge())

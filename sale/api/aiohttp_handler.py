@@ -1,9 +1,9 @@
 """aiohttp's side of a connection: its own refusals are problem documents, and it can be drained.
 
-It stands alone where the fast path is off (``LoneHandler``), and inside a ``lane.Connection`` where
-it is on (``InnerHandler``). This is the one module that leans on aiohttp's private state (what
-``busy``, ``idle`` and ``_end`` look at); ``tests/test_fast_path_connections.py`` fails where a new
-version has changed it, and the version is pinned.
+It stands alone where the fast path is off (``LoneHandler``), and inside a connection of the fast
+path where it is on (``InnerHandler``). This is the one module that depends on aiohttp's private
+state (what ``busy``, ``idle`` and ``_end`` look at); ``tests/test_fast_path_connections.py`` fails
+where a new version has changed it, and the version is pinned.
 
 aiohttp by itself closes a connection at the client's end of file, and whoever shuts down only the
 sending side gets no answer. Ours answers what came whole, and closes then.
@@ -29,15 +29,9 @@ from sale.api.head_rules import refusal_of_head, refusal_of_unreadable
 from sale.api.problems import problem_answer, problem_response
 from sale.bootstrap import Engine
 from sale.domain.problem import Problem, Refused
+from sale.http.bounds import ENDED_WITHIN_S, KEEPALIVE_S, UNREAD_WITHIN_S
 from sale.http.request_ids import HEADER, REQUEST_ID, name_request, named
 from sale.http.wire import SERVER, rendered
-
-KEEPALIVE_S: Final = 75.0
-UNREAD_WITHIN_S: Final = 30.0
-"""How long a client may leave unread what has been written to it."""
-
-ENDED_WITHIN_S: Final = 75.0
-"""How long a client that sends no more may wait for its answers, and take to read them."""
 
 HEAD_END: Final = b"\r\n\r\n"
 LINE_MAX: Final = 8_192
@@ -284,7 +278,7 @@ _PROBLEMS: Final = {404: Problem.NOT_FOUND, 500: Problem.UNAVAILABLE}
 
 
 class InnerHandler(Handler):
-    """aiohttp's side of a connection that the lane has.
+    """aiohttp's side of a connection of the fast path.
 
     ``answered`` is called behind every answer, when it has been written and before the handler is
     idle again; ``reading`` with whether it wants to read on, which the connection around decides:

@@ -21,14 +21,16 @@ from aiohttp import web
 from sale.api.admin import add_admin_routes
 from sale.api.admit import Admission
 from sale.api.aiohttp_handler import Handler, LoneHandler
-from sale.api.fast_path import Connection, FastPath
+from sale.api.fast_routes import make_fast_path
 from sale.api.health import add_health_routes
 from sale.api.member import add_member_routes
 from sale.api.pages import add_page_routes
-from sale.api.request import BODY_MAX, ENGINE
+from sale.api.request import ENGINE
 from sale.api.routing import add_fallback
 from sale.bootstrap import Engine
 from sale.config import StartError
+from sale.http.bounds import BODY_MAX
+from sale.http.connection import Connection
 from sale.http.waiting_line import WaitingLine
 from sale.shared_port import claim, first_address
 
@@ -89,7 +91,9 @@ class Api:
         self._name: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._fast_path = (
-            FastPath(engine, server, waiting_line) if engine.stores.settings.fast_path else None
+            make_fast_path(engine, server, waiting_line)
+            if engine.stores.settings.fast_path
+            else None
         )
         self.draining = False
 
@@ -126,7 +130,7 @@ class Api:
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
-        """Call nobody from the crowd any more, and close the connections of the lane.
+        """Call nobody from the waiting line any more, and close the fast path's connections.
 
         aiohttp's runner closes those that are its own.
         """

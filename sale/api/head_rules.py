@@ -2,7 +2,7 @@
 
 aiohttp takes some heads that two readers may understand differently, or that mean nothing here: a
 proxy in front may use the first of two tokens, the engine the second. Each is one refusal, and its
-connection is closed behind it. The fast path takes none of these heads (``fast_path_head.py``).
+connection is closed behind it. The fast path takes none of these heads (``http/request_head.py``).
 """
 
 import re

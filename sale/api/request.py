@@ -18,10 +18,9 @@ from multidict import istr
 from sale.bootstrap import Engine
 from sale.domain.order import IDEMPOTENCY_KEY
 from sale.domain.problem import Problem, Refused
+from sale.http.bounds import BODY_MAX, BODY_WITHIN_S
 
 ENGINE: Final = web.AppKey("engine", Engine)
-BODY_MAX: Final = 16 * 1024
-BODY_WITHIN_S: Final = 10.0
 LIMIT_DEFAULT, LIMIT_MAX = 50, 200
 CURSOR_MAX: Final = 2**53
 NO_STORE: Final[dict[str, str]] = {hdrs.CACHE_CONTROL: "no-store"}

@@ -13,17 +13,21 @@ import structlog
 from aiohttp import web
 from aiohttp.log import server_logger
 from aiohttp.streams import EMPTY_PAYLOAD
+from fast_path_rig import bounds
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from sale.api import fast_path as lane_module
-from sale.api import fast_path_head
-from sale.api.fast_path import Connection, FastPath
-from sale.api.fast_path_head import UNKNOWN, HeadReader, Shape
+from sale.api import fast_purchase
+from sale.api.fast_routes import fast_routes, make_fast_path
 from sale.domain.campaign import Campaign, Showing
-from sale.http import waiting_line as crowd_module
+from sale.http import bounds as http_bounds
+from sale.http import request_head
+from sale.http import waiting_line as waiting_line_module
+from sale.http.connection import Connection
+from sale.http.fast_path import FastPath
 from sale.http.overload import LATE, QUEUE, TURN, Overload
+from sale.http.request_head import UNKNOWN, HeadReader, Shape
 from sale.http.waiting_line import WaitingLine
 from sale.identity import Member
 from sale.members.purchase import PurchaseDesk
@@ -54,13 +58,16 @@ FILMS = Campaign(
 )
 
 
+ROUTES = fast_routes(SimpleNamespace(desk=None))  # type: ignore[arg-type]
+
+
 def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes) -> None:
     """Where a head is called plain, aiohttp sees this one request that ends there, and no other."""
     end = data.find(b"\r\n\r\n") + 4
     if end < 4:
         return
     head = reader.read(data, end)
-    assert head == HeadReader().read(data, end), "what came before changes nothing"
+    assert head == HeadReader(ROUTES).read(data, end), "what came before changes nothing"
     if head is None:
         return
     assert head.whole >= head.end == end
@@ -69,8 +76,8 @@ def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes)
     whole = data[: head.whole].ljust(head.whole, b"b")
     for pieces in ([whole + NEXT], [whole[at : at + 1] for at in range(len(whole))] + [NEXT]):
         found, refused = parsed(loop, pieces)
-        if refused and not head.campaign_id:
-            continue  # lent to aiohttp, which refuses it and closes
+        if refused and head.handler is None:
+            continue  # delegated to aiohttp, which refuses it and closes
         assert not refused, "the lane takes what aiohttp refuses"
         assert len(found) == 2, found
         (message, payload), (following, _) = found
@@ -82,16 +89,17 @@ def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes)
         assert message.compression is None
         body = b"" if payload is EMPTY_PAYLOAD else payload.read_nowait()
         assert body == whole[end:]
-        sale = message.method == "POST" and message.path.startswith("/api/v1/campaigns/")
-        if head.campaign_id:
-            assert sale
-            assert message.path == f"/api/v1/campaigns/{head.campaign_id}/orders"
+        if head.handler is not None:
+            start = f"{message.method} {message.path}"
+            assert ROUTES.resolve(start) == (head.handler, head.name)
+            assert head.handler.takes_body or not body
             for ours, name in (
                 (head.authorization, "Authorization"),
                 (head.key, "Idempotency-Key"),
                 (head.content_type, "Content-Type"),
                 (head.forwarded_for, "X-Forwarded-For"),
                 (head.request_id, "X-Request-Id"),
+                (head.if_none_match, "If-None-Match"),
             ):
                 assert ours == message.headers.get(name), name
 
@@ -102,11 +110,11 @@ def check_shape(reader: HeadReader, shapes: list[Shape], data: bytes) -> None:
     ``reader`` learns at the first sight of a purchase; ``shapes`` gathers what it learned.
     """
     end = data.find(b"\r\n\r\n") + 4
-    head = HeadReader().read(data, end) if end >= 4 else None
+    head = HeadReader(ROUTES).read(data, end) if end >= 4 else None
     for shape in shapes:
         assert shape.read(data) in (None, head), "a shape sees what llhttp does not"
-    if head is not None and head.campaign_id:
-        with mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0):
+    if head is not None and head.handler is not None:
+        with mock.patch.object(request_head, "LEARN_EVERY_S", 0.0):
             reader.read(data, end)
         if reader.shape not in shapes:
             shapes.append(reader.shape)
@@ -258,8 +266,8 @@ async def check_connection(
     full: bool,
     ends: bool,
     rush: int | None = None,
-    held_max: int = lane_module.HELD_MAX,
-    held_by_all_max: int = lane_module.HELD_BY_ALL_MAX,
+    held_max: int = http_bounds.HELD_MAX,
+    held_by_all_max: int = http_bounds.HELD_BY_ALL_MAX,
 ) -> None:
     """A connection serves exactly the requests that aiohttp's parser sees, each once, in order.
 
@@ -273,23 +281,20 @@ async def check_connection(
     wanted, refused = oracle(loop, data)
     counter, ended = Counter(rush), False
     server = web.Server(counter.serve)  # type: ignore[arg-type]
-    waiting_line = mock.patch.multiple(crowd_module, CALL_S=0.0002, WAIT_S=0.001)
+    waiting_line = mock.patch.multiple(waiting_line_module, CALL_S=0.0002, WAIT_S=0.001)
     with (
         waiting_line,
         mock.patch.multiple(
-            lane_module,
+            fast_purchase,
             decode_body=counter.body,
             checked_key=counter.key,
             check_media_type=lambda _: None,
-            INNER_PAUSE_S=0,
-            HELD_MAX=held_max,
-            HELD_BY_ALL_MAX=held_by_all_max,
-            HELD_FREELY=0,
         ),
-        mock.patch.object(fast_path_head, "LEARN_EVERY_S", 0.0),
+        bounds(PAUSE_S=0, HELD_MAX=held_max, HELD_BY_ALL_MAX=held_by_all_max, HELD_FREELY=0),
+        mock.patch.object(request_head, "LEARN_EVERY_S", 0.0),
     ):
-        fast_path = FastPath(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
-        fast_path.heads = HeadReader(learned_after=1)
+        fast_path = make_fast_path(counter, server, WaitingLine(counter.overload))  # type: ignore[arg-type]
+        fast_path.heads = HeadReader(fast_path.routes, learned_after=1)
         connection = Connection(fast_path)
         wire = Wire(connection, full=full)
         connection.connection_made(wire)
@@ -376,7 +381,7 @@ def properties(runner: asyncio.Runner, examples: int, seed: int) -> list[Callabl
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    reader = HeadReader()
+    reader = HeadReader(ROUTES)
 
     @seeded(seed)
     @how
@@ -384,7 +389,7 @@ def properties(runner: asyncio.Runner, examples: int, seed: int) -> list[Callabl
     def heads(data: bytes) -> None:
         check_head(runner.get_loop(), reader, data)
 
-    learning, shapes = HeadReader(learned_after=1), [UNKNOWN]
+    learning, shapes = HeadReader(ROUTES, learned_after=1), [UNKNOWN]
 
     @seeded(seed)
     @how

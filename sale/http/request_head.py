@@ -1,16 +1,15 @@
-"""Reads the head of a request, and says whether it is of the plain shape that the lane serves.
+"""Reads the head of a request, and says whether it is plain, so that the fast path may serve it.
 
-llhttp parses it (by httptools), as it does for aiohttp; what it refuses is not judged here. A head
-is plain if where its request ends is beyond doubt: HTTP/1.1, a host, a length or no body, no header
-twice, and none that changes how the rest is read. Whoever sends something else is served too, by
-aiohttp.
+llhttp parses it (by httptools), as it does for aiohttp; what llhttp refuses is not judged here. A
+head is plain if the end of its request is beyond doubt: HTTP/1.1, a host, a length or no body, no
+header twice, and none that changes how the rest is read. aiohttp serves all other requests.
 
-Clients are of few kinds, and each sends the same headers in the same order. So what llhttp has
-taken for a plain purchase ``LEARNED_AFTER`` times becomes a ``Shape``: a regular expression of
-exactly these lines, which admits less than llhttp does (visible ASCII, one blank behind a colon)
-and finds all that is wanted in one step. A head that is not of the connection's shape is read by
-llhttp as before: 4.6 µs (a ``dict.__setitem__`` a header, called from C; a method of ours for each
-had been slower still) against 2.1 by the shape (``tests/measure_fast_path.py``).
+Clients are of few kinds, and each sends the same headers in the same order. So the headers that
+llhttp has found ``LEARNED_AFTER`` times in plain heads of fast routes become a ``Shape``: a regular
+expression of exactly these lines, which admits less than llhttp does (visible ASCII, one blank
+behind a colon) and finds all that is wanted in one step. A head that is not of the connection's
+shape is read by llhttp as before: 4.6 µs (a ``dict.__setitem__`` a header, called from C; a method
+of ours for each had been slower still) against 2.1 by the shape (``tests/measure_fast_path.py``).
 """
 
 import re
@@ -18,13 +17,9 @@ import time
 from typing import Final
 
 import httptools
-import msgspec
 
-from sale.domain.campaign import CAMPAIGN_ID
+from sale.http.fast_routes import FastRoutes, Head
 
-PATH_PREFIX: Final = b"/api/v1/campaigns/"
-PATH_SUFFIX: Final = b"/orders"
-_PATHS_MAX: Final = 1_024
 _KINDS_MAX: Final = 256
 _NAMES_MAX_BYTES: Final = 512
 """What is remembered of clients is short, and all of it is forgotten when it becomes too much: any
@@ -33,8 +28,8 @@ stranger can choose it."""
 LEARNED_AFTER: Final = 8
 LEARN_EVERY_S: Final = 0.25
 SHAPE_NAMES_MAX: Final = 32
-"""Making a shape takes about a millisecond and some kilobytes: who invents header after header must
-not get many, nor large ones; a connection keeps the one it had last."""
+"""Making a shape takes about a millisecond and some kilobytes: a client that invents header after
+header must not get many, nor large ones. A connection keeps the one it had last."""
 
 HEAD_MAX: Final = 8_190
 HEADERS_MAX: Final = 128
@@ -42,7 +37,7 @@ HEADERS_MAX: Final = 128
 
 _WANTED: Final = (
     b"content-length", b"connection", b"authorization", b"idempotency-key", b"content-type",
-    b"x-forwarded-for", b"x-request-id",
+    b"x-forwarded-for", b"x-request-id", b"if-none-match",
 )  # fmt: skip
 _NEVER_PLAIN: Final = frozenset(
     {
@@ -53,32 +48,17 @@ _NEVER_PLAIN: Final = frozenset(
 )  # fmt: skip
 
 
-class Head(msgspec.Struct, frozen=True, gc=False):
-    """What the lane needs of a plain head. A struct: a named tuple takes 0.5 µs more to make.
-
-    ``end`` is where the body begins and ``whole`` the request's length in bytes, body included;
-    ``campaign_id`` is '' where it is no purchase. Headers that were not sent are None.
-    """
-
-    end: int
-    whole: int
-    campaign_id: str
-    authorization: str | None
-    key: str | None
-    content_type: str | None
-    forwarded_for: str | None
-    request_id: str | None
-
-
 class Shape:
-    """The heads of purchases that have just these headers, in this order and spelling.
+    """The heads of fast routes' requests that have just these headers, in this order and spelling.
 
     ``wanted``: for each of ``_WANTED``, its name as it comes, or b''. No ``names``: no head at all.
     """
 
-    __slots__ = ("_groups", "_match")
+    __slots__ = ("_groups", "_match", "_resolve")
 
-    def __init__(self, names: tuple[bytes, ...], wanted: tuple[bytes, ...]) -> None:
+    def __init__(
+        self, routes: FastRoutes, names: tuple[bytes, ...], wanted: tuple[bytes, ...]
+    ) -> None:
         length, connection, *others = wanted
         lines, groups, number = [], {}, 1
         for name in names:
@@ -94,21 +74,32 @@ class Shape:
         never = number + 1
         self._groups = (1, *(groups.get(name, never) for name in (length, *others)))
         self._match = re.compile(f"{_LINE}{''.join(lines)}\r\n(.){{0}}" if names else "(?!)").match
+        self._resolve = routes.resolve
 
     def read(self, held: bytes) -> Head | None:
-        """Read the head at the beginning of ``held``; None where it is not of this shape, or not
-        whole, or longer than ``HEAD_MAX``.
+        """Read the head at the beginning of ``held``.
+
+        None where it is not of this shape, or not whole, or longer than ``HEAD_MAX``, or of no fast
+        route.
         """
         match = self._match(held[:HEAD_MAX].decode("latin-1"))
         if match is None:
             return None
-        campaign_id, length, authorization, key, content_type, forwarded_for, request_id = (
+        start, length, authorization, key, content_type, forwarded_for, request_id, known = (
             match.group(*self._groups)
         )
-        end = match.end()
+        found = self._resolve(start)
+        if found is None:
+            return None
+        handler, name = found
+        whole = end = match.end()
+        if length is not None:
+            if not handler.takes_body:
+                return None
+            whole += int(length)
         return Head(
-            end, end + int(length or 0), campaign_id, authorization, key, content_type,
-            forwarded_for, request_id,
+            end, whole, handler, name, authorization, key, content_type, forwarded_for,
+            request_id, known,
         )  # fmt: skip
 
 
@@ -117,11 +108,9 @@ _ANY_VALUE: Final = "[ -~]*+"
 _VALUE: Final = "([!-~][ -~]*+)(?<! )"
 _LENGTH: Final = "([0-9]{1,9}+)"
 _KEEP_ALIVE: Final = "[Kk][Ee][Ee][Pp]-[Aa][Ll][Ii][Vv][Ee]"
-_LINE: Final = (
-    f"POST {PATH_PREFIX.decode()}({CAMPAIGN_ID.pattern}+){PATH_SUFFIX.decode()} HTTP/1\\.1\r\n"
-)
-UNKNOWN: Final = Shape((), (b"",) * len(_WANTED))
-"""The shape of a client that is not known yet: nothing is of it."""
+_LINE: Final = "((?:POST|GET) /[0-9A-Za-z/_-]{1,200}+) HTTP/1\\.1\r\n"
+UNKNOWN: Final = Shape(FastRoutes(()), (), (b"",) * len(_WANTED))
+"""The shape of a client that is not known yet: no head is of it."""
 
 
 class _Kind:
@@ -138,16 +127,16 @@ class _Kind:
 class HeadReader:
     """Reads one head after another; one for a whole process, because no head is read in parts."""
 
-    def __init__(self, *, learned_after: int = LEARNED_AFTER) -> None:
+    def __init__(self, routes: FastRoutes, *, learned_after: int = LEARNED_AFTER) -> None:
+        self._routes = routes
         self._found: dict[bytes, bytes] = {}
         self.on_header = self._found.__setitem__  # httptools calls it with name and value
         self._parser = httptools.HttpRequestParser(self)
         self._kinds: dict[tuple[bytes, ...], _Kind] = {}
-        self._paths: dict[bytes, str] = {}
         self._learned_after = learned_after
         self._learn_at = 0.0
         self.shape = UNKNOWN
-        """That of the purchase that was read last: what a new connection is likely to send."""
+        """That of the fast route's request that was read last: a new connection likely has it."""
 
     def read(self, data: bytes, end: int) -> Head | None:
         """Read the head in ``data[:end]``; None where it is not plain, or not HTTP at all."""
@@ -180,10 +169,13 @@ class HeadReader:
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError):
             self._begin_anew()
             return None
-        campaign_id = self._campaign_id(data[5 : line_end - 9]) if data[:5] == b"POST " else ""
-        if campaign_id:
-            self.shape = kind.shape if kind.shape is not UNKNOWN else self._learn(names, kind)
-        return Head(end, whole, campaign_id, *others)
+        found_route = None
+        if data.startswith(self._routes.prefixes):
+            found_route = self._routes.resolve(data[: line_end - 9].decode("latin-1"))
+        if found_route is None or not (length is None or found_route[0].takes_body):
+            return Head(end, whole, None, "", *others)
+        self.shape = kind.shape if kind.shape is not UNKNOWN else self._learn(names, kind)
+        return Head(end, whole, *found_route, *others)
 
     def _kind(self, names: tuple[bytes, ...]) -> _Kind | None:
         """Choose what is read where these headers come; None if such a request is not plain."""
@@ -202,28 +194,20 @@ class HeadReader:
         return kind
 
     def _learn(self, names: tuple[bytes, ...], kind: _Kind) -> Shape:
-        """Make the shape of purchases that come again and again."""
+        """Make the shape of headers that come again and again."""
         kind.seen += 1
         if len(names) > SHAPE_NAMES_MAX:
             return UNKNOWN
         if kind.seen >= self._learned_after and (now := time.monotonic()) >= self._learn_at:
             self._learn_at = now + LEARN_EVERY_S
-            kind.shape = Shape(names, kind.wanted)
+            kind.shape = Shape(self._routes, names, kind.wanted)
         return kind.shape
 
     def _begin_anew(self) -> None:
         """Begin the next head with nothing of this one."""
         self._parser = httptools.HttpRequestParser(self)
 
-    def _campaign_id(self, target: bytes) -> str:
-        """Give the campaign whose orders a target names, or ''."""
-        campaign_id = self._paths.get(target)
-        if campaign_id is None:
-            campaign_id = ""
-            if target.startswith(PATH_PREFIX) and target.endswith(PATH_SUFFIX):
-                middle = target[len(PATH_PREFIX) : -len(PATH_SUFFIX)]
-                if CAMPAIGN_ID.fullmatch(text := middle.decode("latin-1")):
-                    campaign_id = text
-            if campaign_id and len(self._paths) < _PATHS_MAX:
-                self._paths[target] = campaign_id
-        return campaign_id
+
+def may_become_a_head(held: bytes) -> bool:
+    """Whether what has come so far is worth waiting for; aiohttp refuses the rest at once."""
+    return len(held) <= HEAD_MAX and held[:1].isupper() and b"\n\n" not in held

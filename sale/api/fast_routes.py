@@ -1,0 +1,42 @@
+"""The routes of the fast path: those that a crowd asks again and again at an opening."""
+
+from functools import partial
+
+from aiohttp import web
+
+from sale.api.aiohttp_handler import InnerHandler
+from sale.api.fast_purchase import FastPurchases
+from sale.api.problems import problem_answer
+from sale.bootstrap import Engine
+from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.problem import Problem, Refused
+from sale.http.fast_path import FastPath
+from sale.http.fast_routes import FastRoute, FastRoutes
+from sale.http.waiting_line import WaitingLine
+from sale.http.wire import rendered
+
+CAMPAIGN = "/api/v1/campaigns/{id}"
+
+
+def fast_routes(engine: Engine) -> FastRoutes:
+    """Give the table of a process."""
+    return FastRoutes(
+        (FastRoute("POST", f"{CAMPAIGN}/orders", CAMPAIGN_ID, FastPurchases(engine)),)
+    )
+
+
+def make_fast_path(engine: Engine, server: web.Server, waiting_line: WaitingLine) -> FastPath:
+    """Put the fast path of a process together; ``server`` has the application."""
+    return FastPath(
+        fast_routes(engine),
+        engine.overload,
+        waiting_line,
+        make_delegate=partial(InnerHandler, server, engine=engine),
+        overloaded=overloaded_answer,
+    )
+
+
+def overloaded_answer(wait_s: int, last: bool) -> bytes:  # noqa: FBT001 - FastPath calls it
+    """Word the refusal of an overloaded process."""
+    refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
+    return rendered(*problem_answer(refused), last=last)

@@ -204,6 +204,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             )
         finally:
             await batchers.close()
+            await catalogue.close()
             await _ended(watching)
             await witness.sign_off()
 

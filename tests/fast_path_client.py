@@ -148,8 +148,9 @@ def _answer(status: str, headers: list[Any], body: bytes, raw: bytes) -> Answer:
             content["order_no"] = content["created_at"] = "…"
             for ticket in content["tickets"]:
                 ticket["code"] = "…"
-        if "now" in content:
-            content["now"] = "…"
+        for name in ("now", "as_of"):
+            if name in content:
+                content[name] = "…"
     # Headers of different names have no order.
     shown = tuple(sorted((name, _shown(name, value, body)) for name, value in headers))
     named = [value for name, value in shown if name in {"X-Request-Id", "Server"}]

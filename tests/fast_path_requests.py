@@ -219,9 +219,6 @@ def others(m: Member) -> Iterator[Case]:
         b"/x",
     ):
         yield one(f"get {path!r}", TIME.replace(b"/api/v1/time", path))
-    # Not the list of all: other tests' campaigns stand there, and open and close meanwhile.
-    closed = f"/api/v1/campaigns/{m.world.campaigns['closed']}".encode()
-    yield one("get a campaign", TIME.replace(b"/api/v1/time", closed))
     yield one(
         "get with a body",
         b"GET /api/v1/time HTTP/1.1\r\nHost: sale\r\nContent-Length: 3\r\n\r\nabc",
@@ -233,6 +230,50 @@ def others(m: Member) -> Iterator[Case]:
             b"Host: sale", b"Host: sale\r\nAuthorization: Bearer " + m.world.member().token.encode()
         ),
     )
+
+
+def reads(m: Member) -> Iterator[Case]:
+    """What a crowd reloads: a campaign, and what is left of it.
+
+    Not the list of all: other tests' campaigns stand there, and open and close meanwhile.
+    """
+
+    def get(campaign: str, tail: str = "", *lines: bytes, method: bytes = b"GET") -> bytes:
+        target = f"/api/v1/campaigns/{m.world.campaigns.get(campaign, campaign)}{tail}".encode()
+        return b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: sale", *lines, b"\r\n"])
+
+    for tail in ("", "/availability"):
+        for campaign in (
+            *("sold-out", "not-open", "paused", "closed", "draft", "theirs", "unknown"),
+            *("", ".", "UPPER", "%63losed", "a" * 48, "a" * 49, "x/y"),
+        ):
+            yield one(f"read: {campaign}{tail}", get(campaign, tail))
+        for name, lines in {
+            "any tag": (b"If-None-Match: *",),
+            "another tag": (b'If-None-Match: "a", W/"b"',),
+            "another tag and any": (b'if-none-match: "a",\t*',),
+            "no tag": (b"If-None-Match:",),
+            "a tag not ASCII": (b"If-None-Match: \xff",),
+            "two lists of tags": (b'If-None-Match: "a"', b"If-None-Match: *"),
+            "a date": (b"If-Modified-Since: Thu, 01 Jan 2099 00:00:00 GMT",),
+            "a range": (b"Range: bytes=0-1",),
+            "packed": (b"Accept-Encoding: gzip", b"Accept: text/html"),
+            "a token": (b"Authorization: Bearer " + m.token.encode(),),
+            "a wrong token": (b"Authorization: Bearer x",),
+            "an id": (b"X-Request-Id: 5f0c",),
+            "kept alive": (b"Connection: keep-alive",),
+            "no length": (b"Content-Length: 0",),
+        }.items():
+            yield one(f"read{tail}: {name}", get("closed", tail, *lines))
+        yield one(f"read{tail}: a body", get("closed", tail, b"Content-Length: 3") + b"abc")
+        yield one(f"read{tail}: a query", get("closed", f"{tail}?a=b"))
+        yield one(f"read{tail}: a slash", get("closed", f"{tail}/"))
+        yield one(f"read{tail}: POST", get("closed", tail, b"Content-Length: 0", method=b"POST"))
+        head = get("closed", tail, method=b"HEAD")
+        yield Case(f"read{tail}: HEAD", (head,), 1, (True,))
+        yield one(f"read{tail}: again and again", *[get("closed", tail)] * 4)
+    yield one("read: two showings", get("halls"))
+    yield one("read: what is bought", get("sold-out"), m.buy("sold-out"), get("closed"))
 
 
 def behind(m: Member) -> Iterator[Case]:
@@ -265,6 +306,7 @@ def all_cases(m: Member, *, revoked: str, expired: str, operator: str) -> list[C
         *heads(m),
         *starts(m),
         *others(m),
+        *reads(m),
         *behind(m),
     ]
     names = [case.name for case in cases]

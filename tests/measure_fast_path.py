@@ -120,7 +120,9 @@ class Parts:
             catalogue, cast("Any", taker), MemberTokens(self.key), _codes(),
             PurchaseMetrics(), cast("Any", None), limits, door,
         )  # fmt: skip
-        engine = cast("Any", SimpleNamespace(desk=desk, overload=door, limits=limits))
+        engine = cast(
+            "Any", SimpleNamespace(desk=desk, overload=door, limits=limits, catalogue=None)
+        )
         fast_path = make_fast_path(engine, cast("Any", None), WaitingLine(door))
         connections = [Connection(fast_path) for _ in range(BATCH)]
         for connection in connections:
@@ -216,7 +218,7 @@ def _batcher() -> Batcher:
 
 
 def _routes() -> FastRoutes:
-    return fast_routes(cast("Any", SimpleNamespace(desk=None)))
+    return fast_routes(cast("Any", SimpleNamespace(desk=None, catalogue=None)))
 
 
 def _limits() -> RateLimits:

@@ -6,7 +6,10 @@ from aiohttp import web
 
 from sale.api.aiohttp_handler import InnerHandler
 from sale.api.fast_purchase import FastPurchases
+from sale.api.fast_reads import FastReads
+from sale.api.member import CAMPAIGN_MAX_AGE_S
 from sale.api.problems import problem_answer
+from sale.api.views import availability_view, campaign_view
 from sale.bootstrap import Engine
 from sale.domain.campaign import CAMPAIGN_ID
 from sale.domain.problem import Problem, Refused
@@ -20,8 +23,14 @@ CAMPAIGN = "/api/v1/campaigns/{id}"
 
 def fast_routes(engine: Engine) -> FastRoutes:
     """Give the table of a process."""
+    campaign = FastReads(engine.catalogue, campaign_view, max_age_s=CAMPAIGN_MAX_AGE_S)
+    availability = FastReads(engine.catalogue, availability_view)
     return FastRoutes(
-        (FastRoute("POST", f"{CAMPAIGN}/orders", CAMPAIGN_ID, FastPurchases(engine)),)
+        (
+            FastRoute("POST", f"{CAMPAIGN}/orders", CAMPAIGN_ID, FastPurchases(engine)),
+            FastRoute("GET", CAMPAIGN, CAMPAIGN_ID, campaign),
+            FastRoute("GET", f"{CAMPAIGN}/availability", CAMPAIGN_ID, availability),
+        )
     )
 
 

@@ -25,8 +25,8 @@ from sale.api.request import (
     tagged_response,
 )
 from sale.api.routing import Handler, PurchaseResource, failed, guarded
-from sale.api.schemas import AllowanceView, AvailabilityView, ListView, OrderRequest, TimeView
-from sale.api.views import campaign_view, remaining_views
+from sale.api.schemas import AllowanceView, ListView, OrderRequest, TimeView
+from sale.api.views import availability_view, campaign_view
 from sale.db.read import OrderCursor
 from sale.domain.campaign import CAMPAIGN_ID, State
 from sale.domain.clock import rfc3339
@@ -41,6 +41,7 @@ from sale.members.rate import TooFast
 from sale.stock.catalogue import CampaignNow
 from sale.stock.records import read_card
 
+CAMPAIGN_MAX_AGE_S: Final = 1
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
 
 
@@ -120,21 +121,23 @@ async def list_campaigns(request: web.Request) -> web.Response:
     page = campaigns[start : start + limit]
     following = encode_cursor(start + limit) if len(campaigns) > start + limit else None
     return tagged_response(
-        request, ListView([campaign_view(now) for now in page], following), max_age_s=1
+        request,
+        ListView([campaign_view(now) for now in page], following),
+        max_age_s=CAMPAIGN_MAX_AGE_S,
     )
 
 
 async def show_campaign(request: web.Request) -> web.Response:
     """GET /api/v1/campaigns/{id}."""
-    return tagged_response(request, campaign_view(await visible_campaign(request)), max_age_s=1)
+    return tagged_response(
+        request, campaign_view(await visible_campaign(request)), max_age_s=CAMPAIGN_MAX_AGE_S
+    )
 
 
 async def show_availability(request: web.Request) -> web.Response:
     """GET /api/v1/campaigns/{id}/availability."""
     now = await visible_campaign(request)
-    return json_response(
-        AvailabilityView(remaining_views(now), rfc3339(now.as_of_ms)), headers=NO_STORE
-    )
+    return json_response(availability_view(now), headers=NO_STORE)
 
 
 async def show_allowance(request: web.Request) -> web.Response:

@@ -160,16 +160,31 @@ def json_response(body: object, *, headers: dict[str, str] | None = None) -> web
 def tagged_response(request: web.Request, body: object, *, max_age_s: int) -> web.Response:
     """Answer with an ETag, or 304 where the client has it already."""
     encoded = ENCODER.encode(body)
-    tag = f'"{hashlib.blake2b(encoded, digest_size=12).hexdigest()}"'
-    headers = {"ETag": tag, "Cache-Control": f"public, max-age={max_age_s}"}
+    tag = entity_tag(encoded)
+    headers = tagged_headers(tag, max_age_s)
     if has_already(request, tag):
         return web.Response(status=304, headers=headers)
     return web.Response(body=encoded, content_type="application/json", headers=headers)
 
 
+def entity_tag(body: bytes) -> str:
+    """Give the strong tag of a body."""
+    return f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
+
+
+def tagged_headers(tag: str, max_age_s: int) -> dict[str, str]:
+    """Give the headers of an answer with an ETag, and of its 304."""
+    return {"ETag": tag, "Cache-Control": f"public, max-age={max_age_s}"}
+
+
 def has_already(request: web.Request, tag: str) -> bool:
     """Whether the client has what a strong tag stands for, by all its If-None-Match (RFC 9110)."""
-    known = ",".join(request.headers.getall(hdrs.IF_NONE_MATCH, ())).split(",")
+    return names_tag(",".join(request.headers.getall(hdrs.IF_NONE_MATCH, ())), tag)
+
+
+def names_tag(if_none_match: str, tag: str) -> bool:
+    """Whether an If-None-Match has a strong tag."""
+    known = if_none_match.split(",")
     return any(each.strip(" \t").removeprefix("W/") in {tag, "*"} for each in known)
 
 

@@ -1,6 +1,6 @@
 """Campaigns in the words of the contract, for members and operators alike."""
 
-from sale.api.schemas import CampaignView, RemainingView, ShowingView
+from sale.api.schemas import AvailabilityView, CampaignView, RemainingView, ShowingView
 from sale.domain.clock import rfc3339
 from sale.stock.catalogue import CampaignNow
 
@@ -41,3 +41,8 @@ def remaining_views(now: CampaignNow) -> list[RemainingView]:
             now.campaign.showings, now.tickets, now.remaining, strict=True
         )
     ]
+
+
+def availability_view(now: CampaignNow) -> AvailabilityView:
+    """Word what is left of a campaign, and when that was so."""
+    return AvailabilityView(remaining_views(now), rfc3339(now.as_of_ms))

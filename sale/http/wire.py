@@ -27,20 +27,28 @@ _clock: Final = _Clock()
 def rendered(status: int, body: bytes, headers: dict[str, str], *, last: bool = False) -> bytes:
     """Give the bytes of an answer. ``last``: the connection closes behind it.
 
-    Nothing that a client sent may stand in ``headers``: they are written as they are.
+    Nothing that a client sent may stand in ``headers``: they are written as they are. A 304 has no
+    body, and does not say how long the one would be that it stands for.
     """
     # Joined, not formatted: aiohttp's header names are a kind of str that formatting is slow for.
     head = [_LINES[status]]
     for name, value in headers.items():
         head += (name, ": ", value, "\r\n")
     end = "Connection: close\r\n\r\n" if last else "\r\n"
-    head += ("Content-Length: ", str(len(body)), "\r\n", _date_and_server(), end)
+    if status != HTTPStatus.NOT_MODIFIED:
+        head += ("Content-Length: ", str(len(body)), "\r\n")
+    head += (_date_and_server(), end)
     return "".join(head).encode("latin-1") + body
 
 
+def second() -> int:
+    """Give the second that answers are dated by: what was rendered before it is dated otherwise."""
+    return int(time.time())
+
+
 def _date_and_server() -> str:
-    second = int(time.time())
-    if second != _clock.second:
-        _clock.second = second
-        _clock.tail = f"Date: {formatdate(second, usegmt=True)}\r\nServer: {SERVER}\r\n"
+    now = second()
+    if now != _clock.second:
+        _clock.second = now
+        _clock.tail = f"Date: {formatdate(now, usegmt=True)}\r\nServer: {SERVER}\r\n"
     return _clock.tail

@@ -24,6 +24,8 @@ from sale.stock.keys import CAMPAIGNS, campaign_keys
 
 FRESH_S: Final = 0.8
 """Below the second that the contract allows, so that the answer is still fresh on arrival."""
+REFRESH_S: Final = FRESH_S / 2
+"""Past this age, what is asked for from memory is read again meanwhile."""
 ABSENT_S: Final = 0.1
 """For what members may not know of yet: it may be opened by hand any moment."""
 UNKNOWN_MAX: Final = 1_000
@@ -109,12 +111,45 @@ class Catalogue:
             sure = kept[1] is not None and kept[1].visible
             if time.monotonic() - kept[0] < (FRESH_S if sure else ABSENT_S):
                 return kept[1]
+        return await asyncio.shield(self._read_soon(campaign_id))
+
+    def fresh(self, campaign_id: str) -> CampaignNow | None:
+        """Give a campaign that members may know of as it was at most ``FRESH_S`` ago; no I/O.
+
+        None where memory has no such one. A campaign that is asked for all the time is read again
+        before it is too old, so that a crowd never waits for Redis.
+        """
+        kept = self._now.get(campaign_id)
+        if kept is None:
+            return None
+        read_at, now = kept
+        age_s = time.monotonic() - read_at
+        if now is None or age_s >= FRESH_S or not now.visible:
+            return None
+        if age_s >= REFRESH_S:
+            self._read_soon(campaign_id)
+        return now
+
+    def _read_soon(self, campaign_id: str) -> "asyncio.Task[CampaignNow | None]":
+        """Begin to read a campaign, unless that is under way."""
         task = self._reading.get(campaign_id)
         if task is None:
             task = asyncio.create_task(self.read(campaign_id))
             self._reading[campaign_id] = task
-            task.add_done_callback(lambda _: self._reading.pop(campaign_id, None))
-        return await asyncio.shield(task)
+            task.add_done_callback(lambda done: self._has_read(campaign_id, done))
+        return task
+
+    def _has_read(self, campaign_id: str, task: "asyncio.Task[CampaignNow | None]") -> None:
+        self._reading.pop(campaign_id, None)
+        if not task.cancelled():
+            task.exception()  # it concerns those who await the task; there may be none
+
+    async def close(self) -> None:
+        """End what is being read."""
+        tasks = list(self._reading.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def all(self) -> list[CampaignNow]:
         """Give every campaign, as at most ``FRESH_S`` ago, latest opening first."""

@@ -19,8 +19,9 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from sale.api import fast_purchase
+from sale.api.fast_reads import FastReads
 from sale.api.fast_routes import fast_routes, make_fast_path
-from sale.domain.campaign import Campaign, Showing
+from sale.domain.campaign import Campaign, Showing, State
 from sale.http import bounds as http_bounds
 from sale.http import request_head
 from sale.http import waiting_line as waiting_line_module
@@ -33,10 +34,11 @@ from sale.identity import Member
 from sale.members.purchase import PurchaseDesk
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer
+from sale.stock.catalogue import CampaignNow
 from sale.stock.scripts import Decision
 
 from .oracle import Request, oracle, parsed
-from .sent import ANY, CAMPAIGN, CUTS, ORDERS, SOUND, STREAMS, WITH_DAMAGE, pieces_of
+from .sent import ANY, CAMPAIGN, CUTS, ORDERS, READS, SOUND, STREAMS, WITH_DAMAGE, pieces_of
 
 NEXT = b"GET /next HTTP/1.1\r\nHost: sale\r\n\r\n"
 SMALL_HELD_MAX = 512
@@ -58,7 +60,12 @@ FILMS = Campaign(
 )
 
 
-ROUTES = fast_routes(SimpleNamespace(desk=None))  # type: ignore[arg-type]
+FILMS_NOW = CampaignNow(
+    campaign=FILMS, state=State.OPEN, recorded=State.OPEN, opens_at_ms=1, closes_at_ms=None,
+    recovering="", seq=1, chain="", epoch=1, roster_rev=0, tickets=(1,), remaining=(1,), as_of_ms=1,
+)  # fmt: skip
+_SERVE = FastReads.serve
+ROUTES = fast_routes(SimpleNamespace(desk=None, catalogue=None))  # type: ignore[arg-type]
 
 
 def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes) -> None:
@@ -183,6 +190,9 @@ class Rush(Overload):
     def overloaded(self, now: float, *, called: bool = False) -> str:
         return self._dice.choice(["", "", TURN, QUEUE, LATE])
 
+    def turn_is_over(self, now: float) -> str:
+        return self._dice.choice(["", "", TURN])
+
     def has_room(self, now: float) -> bool:
         return self._dice.random() < 0.5
 
@@ -209,6 +219,7 @@ class Counter:
             whoever, whoever, whoever, whoever, PurchaseMetrics(), whoever, whoever, self.admission
         )
         self.overload, self.limits, self.addresses = self.admission, self, self
+        self.catalogue = self
 
     # What the lane's own checks are replaced by: any body and key will do.
 
@@ -225,8 +236,17 @@ class Counter:
     def known(self, campaign_id: str) -> Any:
         return FILMS if campaign_id == CAMPAIGN else None
 
+    def fresh(self, campaign_id: str) -> Any:
+        return FILMS_NOW if campaign_id == CAMPAIGN else None
+
+    def read(self, handler: FastReads, *asked: Any) -> bytes:
+        """Takes the place of ``FastReads.serve``."""
+        path = READS[0] if handler._max_age_s else READS[1]
+        self.seen.append(Request("GET", path, b"", asked[2].key))
+        return _SERVE(handler, *asked)
+
     def verify(self, *_: Any) -> Member:
-        return Member("110101012345", "district")
+        return Member(7, "district")
 
     def spend(self, *_: Any) -> None:
         """No limits."""
@@ -290,6 +310,7 @@ async def check_connection(
             checked_key=counter.key,
             check_media_type=lambda _: None,
         ),
+        mock.patch.object(FastReads, "serve", lambda *asked: counter.read(*asked)),  # noqa: PLW0108 - binds
         bounds(PAUSE_S=0, HELD_MAX=held_max, HELD_BY_ALL_MAX=held_by_all_max, HELD_FREELY=0),
         mock.patch.object(request_head, "LEARN_EVERY_S", 0.0),
     ):

@@ -4,13 +4,15 @@ from hypothesis import strategies as st
 
 CAMPAIGN = "films"
 ORDERS = f"/api/v1/campaigns/{CAMPAIGN}/orders"
+READS = (f"/api/v1/campaigns/{CAMPAIGN}", f"/api/v1/campaigns/{CAMPAIGN}/availability")
 
 
 _METHODS = st.sampled_from(
-    [b"POST"] * 12 + [b"GET", b"GET", b"HEAD", b"PUT", b"OPTIONS", b"post", b"CONNECT", b"PRI", b""]
+    [b"POST"] * 12 + [b"GET"] * 4 + [b"HEAD", b"PUT", b"OPTIONS", b"post", b"CONNECT", b"PRI", b""]
 )
 _TARGETS = st.sampled_from(
     [ORDERS.encode()] * 12
+    + [read.encode() for read in READS] * 3
     + [
         *(b"/other", b"/", b"*", b"http://sale/other", b"http:///x", b"//sale/x", b"/a b", b""),
         *(ORDERS.encode() + tail for tail in (b"/", b"?a=b", b"#c", b"%20")),
@@ -123,6 +125,30 @@ def plain_purchases(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
+def plain_reads(draw: st.DrawFn) -> bytes:
+    """A read that the fast path must serve."""
+    fields = [
+        (b"Host", b"sale"),
+        *draw(st.lists(st.sampled_from(_READ_FIELDS), unique_by=lambda field: field[0].lower())),
+    ]
+    case = draw(st.sampled_from([bytes, bytes.lower, bytes.upper]))
+    lines = [case(name) + b": " + value for name, value in draw(st.permutations(fields))]
+    start = b"GET " + draw(st.sampled_from(READS)).encode() + b" HTTP/1.1"
+    return b"\r\n".join([start, *lines, b"", b""])
+
+
+_READ_FIELDS = [
+    (b"Accept", b"*/*"),
+    (b"Connection", b"keep-alive"),
+    (b"If-None-Match", b"*"),
+    (b"If-None-Match", b'"a", W/"b"'),
+    (b"Idempotency-Key", b"k"),
+    (b"Authorization", b"Bearer token"),
+    (b"User-Agent", b"a phone"),
+]
+
+
+@st.composite
 def other_requests(draw: st.DrawFn) -> bytes:
     """A sound request that is aiohttp's."""
     kind = draw(st.sampled_from(["get", "put", "chunked", "old", "closing", "unknown"]))
@@ -188,18 +214,19 @@ def revalued(draw: st.DrawFn, request: bytes) -> bytes:
     head, _, body = request.partition(b"\r\n\r\n")
     lines = head.split(b"\r\n")
     framing = [n for n, line in enumerate(lines) if line[:2].lower() == b"co" and n]
-    at = draw(st.sampled_from(framing) | st.integers(1, len(lines) - 1))
+    any_line = st.integers(1, len(lines) - 1)
+    at = draw(st.sampled_from(framing) | any_line if framing else any_line)
     value = draw(_ENDINGS if at in framing else _VALUES)
     lines[at] = lines[at].partition(b":")[0] + draw(_SEPARATORS) + value
     return b"\r\n".join([*lines, b"", body])
 
 
-SOUND = plain_purchases() | other_requests()
+SOUND = plain_purchases() | plain_reads() | other_requests()
 ANY = SOUND | odd_requests() | damaged(SOUND)
-WITH_DAMAGE = plain_purchases().flatmap(
+WITH_DAMAGE = (plain_purchases() | plain_reads()).flatmap(
     lambda request: st.tuples(st.just(request), damaged(st.just(request)) | revalued(request))
 )
-"""A purchase, and the same one damaged."""
+"""A purchase or a read, and the same one damaged."""
 
 CUTS = st.lists(st.floats(0, 1), max_size=8) | st.integers(1, 5)
 """Where to cut: at these shares of the whole, or every so many bytes."""

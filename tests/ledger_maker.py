@@ -33,12 +33,12 @@ def config(*tickets: int, card_limit: int = 3, campaign_id: str = CAMPAIGN) -> d
     }
 
 
-def card(n: int) -> str:
-    return str(11_010_000 + n)
+def member(n: int) -> int:
+    return 11_010_000 + n
 
 
 def sold(n: int, *, key: int = 1, quantity: int = 1, showing: int = 0) -> list[Any]:
-    return ["sold", card(n), showing, quantity, f"{key:016x}", 500]
+    return ["sold", member(n), showing, quantity, f"{key:016x}", 500]
 
 
 def created(*tickets: int, card_limit: int = 3, campaign_id: str = CAMPAIGN) -> list[Any]:

@@ -151,7 +151,7 @@ class Parts:
     async def _sell(self, batcher: Batcher, batch: list[Purchase], start: int) -> None:
         bids = pack_bids(
             (
-                [p.card_no for p in batch],
+                [str(p.member_no) for p in batch],
                 [p.union for p in batch],
                 [p.showing for p in batch],
                 [p.quantity for p in batch],

@@ -42,18 +42,18 @@ Row = tuple[str, str, int, int, str]
 Columns = tuple[list[str], list[str], list[int], list[int], list[str]]
 
 _READS: Final = (
-    "local cards, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))\n"
+    "local members, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))\n"
 )
 _ANSWERS: Final = "reply[3] = head.seq\nreturn reply\n"
-_FROM_ROWS: Final = """local cards, unions, showings, quantities, keys = {}, {}, {}, {}, {}
+_FROM_ROWS: Final = """local members, unions, showings, quantities, keys = {}, {}, {}, {}, {}
 for i, row in ipairs(cmsgpack.unpack(ARGV[8])) do
-  cards[i], unions[i], showings[i], quantities[i], keys[i] = unpack(row)
+  members[i], unions[i], showings[i], quantities[i], keys[i] = unpack(row)
 end
 """
-_FROM_FLAT: Final = """local cards, unions, showings, quantities, keys = {}, {}, {}, {}, {}
+_FROM_FLAT: Final = """local members, unions, showings, quantities, keys = {}, {}, {}, {}, {}
 for i = 1, (#ARGV - 7) / 5 do
   local at = 5 * i + 3
-  cards[i], unions[i], keys[i] = ARGV[at], ARGV[at + 1], ARGV[at + 4]
+  members[i], unions[i], keys[i] = ARGV[at], ARGV[at + 1], ARGV[at + 4]
   showings[i], quantities[i] = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
 end
 """

@@ -25,7 +25,7 @@ SHUT = {
 
 
 class Asked(NamedTuple):
-    card: str
+    member: int
     union: str
     showing: int
     quantity: int
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
 
 class Model:
-    """One campaign. Answers are (what, value, tickets the card may still buy)."""
+    """One campaign. Answers are (what, value, tickets the member may still buy)."""
 
     def __init__(self, clock: int) -> None:
         self.clock = clock
@@ -94,8 +94,8 @@ class Model:
 
     # Members
 
-    def held(self, card: str) -> int:
-        return sum(order["quantity"] for (who, _), order in self.orders.items() if who == card)
+    def held(self, member: int) -> int:
+        return sum(order["quantity"] for (who, _), order in self.orders.items() if who == member)
 
     def left(self, showing: int) -> int:
         sold = (o["quantity"] for o in self.orders.values() if o["showing"] == showing)
@@ -103,10 +103,10 @@ class Model:
 
     def decide(self, asked: Asked) -> tuple[str, int, int]:
         """What would be said now; ``("sold", number, …)`` where it would be sold."""
-        order = self.orders.get((asked.card, asked.key))
-        may = self.limit - self.held(asked.card)
+        order = self.orders.get((asked.member, asked.key))
+        may = self.limit - self.held(asked.member)
         state = self.state_now()
-        if asked.card in self.revoked:
+        if asked.member in self.revoked:
             return "card_revoked", 0, 0
         if "*" not in self.unions and asked.union not in self.unions:
             return "not_eligible", 0, 0
@@ -126,8 +126,8 @@ class Model:
         answer = self.decide(asked)
         if answer[0] == "sold":
             self.record_crossings()
-            self.log.append(("sold", asked.card, asked.showing, asked.quantity, asked.key))
-            self.orders[asked.card, asked.key] = {
+            self.log.append(("sold", asked.member, asked.showing, asked.quantity, asked.key))
+            self.orders[asked.member, asked.key] = {
                 "seq": self.seq,
                 "showing": asked.showing,
                 "quantity": asked.quantity,

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
-from stock_maker import CAMPAIGN, Bid, Stock, campaign, card, key
+from stock_maker import CAMPAIGN, Bid, Stock, campaign, key, member
 
 from sale.bootstrap import Stores
 from sale.config import Settings
@@ -88,7 +88,7 @@ class Shop:
 
     async def buy(self, *numbers: int, key_no: int = 1, quantity: int = 1) -> list[int]:
         """Each card buys; the event numbers."""
-        bids = [Bid(card(n), key(key_no), quantity) for n in numbers]
+        bids = [Bid(member(n), key(key_no), quantity) for n in numbers]
         return [told.a for told in await self.stock.buy(*bids)]
 
     async def applied(self) -> None:
@@ -126,7 +126,7 @@ class Shop:
         await self.pool.executemany(
             "INSERT INTO member (member_no, name, union_code, phone, status)"
             " VALUES ($1, '王小明', 'donghuamen', '', $2)",
-            [(int(card(n)), status) for n in numbers],
+            [(member(n), status) for n in numbers],
         )
 
 

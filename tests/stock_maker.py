@@ -24,9 +24,8 @@ BEHIND_MAX = (1_000_000, 10**12)
 """How far PostgreSQL may be behind: events, and ms."""
 
 
-def card(n: int) -> str:
-    """A member's number, as Redis and the ledger hold it."""
-    return str(11_010_000 + n)
+def member(n: int) -> int:
+    return 11_010_000 + n
 
 
 def key(n: int) -> str:
@@ -70,7 +69,7 @@ def campaign(
 class Bid(NamedTuple):
     """What one purchase asks of the script."""
 
-    card_no: str
+    member_no: int
     key_hash: str
     quantity: int = 1
     showing: int = 0
@@ -118,9 +117,9 @@ class Stock:
             ],
         )
 
-    async def load_roster(self, *revoked: str, rev: int = 0) -> None:
+    async def load_roster(self, *revoked: int, rev: int = 0) -> None:
         reply = await self.scripts.sync_revoked(
-            self.id, -1, rev, [(card, False) for card in revoked]
+            self.id, -1, rev, [(member, False) for member in revoked]
         )
         assert reply.reply is CallReply.OK
 
@@ -180,10 +179,10 @@ class Stock:
         rows: Any = await self.redis.xrange(self.keys.stream)
         return [parse_entry(*row) for row in rows]
 
-    async def records(self) -> dict[str, list[SaleRecord]]:
-        """What each card holds."""
-        held: dict[Any, Any] = await self.redis.hgetall(self.keys.cards)
-        return {name.decode(): parse_records(value) for name, value in held.items()}
+    async def records(self) -> dict[int, list[SaleRecord]]:
+        """What each member holds."""
+        held: dict[Any, Any] = await self.redis.hgetall(self.keys.members)
+        return {int(name): parse_records(value) for name, value in held.items()}
 
     async def everything(self) -> dict[str, Any]:
         """All keys as they are, but for what the writer tells in its own time."""
@@ -212,7 +211,7 @@ class Stock:
             name: int(count) for name, count in (await self.redis.hgetall(self.keys.stock)).items()
         }
         assert held == stock
-        assert await self.records() == books.cards
+        assert await self.records() == books.members
         done: dict[Any, Any] = await self.redis.hgetall(self.keys.operations)
         assert {op.decode(): what.decode() for op, what in done.items()} == books.operations
         return books
@@ -221,7 +220,7 @@ class Stock:
 def packed(bids: Sequence[Bid]) -> bytes:
     return pack_bids(
         (
-            [bid.card_no for bid in bids],
+            [str(bid.member_no) for bid in bids],
             [bid.union for bid in bids],
             [bid.showing for bid in bids],
             [bid.quantity for bid in bids],

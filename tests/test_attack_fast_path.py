@@ -12,7 +12,7 @@ from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # 
 from fast_path_rig import Side, World
 from redis.asyncio import Redis
 from shop import CAMPAIGN, ME
-from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, card, key
+from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member
 from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
 
 from sale.db import read
@@ -137,7 +137,7 @@ async def _batcher(redis: Redis) -> tuple[Stock, Batchers, Batcher]:
 
 def _asked(number: int, ago_s: float) -> AwaitedPurchase:
     loop = asyncio.get_running_loop()
-    purchase = AwaitedPurchase(card(number), "district", 0, 1, key(1), loop)
+    purchase = AwaitedPurchase(member(number), "district", 0, 1, key(1), loop)
     purchase.asked_at -= ago_s
     return purchase
 
@@ -195,7 +195,7 @@ async def test_given_a_batcher_that_fails_then_nobody_is_told_twice(redis: Redis
             raise OSError("lost") if self.calls == 1 else KeyError("a fault of ours")
 
     _, batchers, batcher = await _batcher(redis)
-    older, newer = (_Counted(card(no), "district", 0, 1, key(1)) for no in (1, 2))
+    older, newer = (_Counted(member(no), "district", 0, 1, key(1)) for no in (1, 2))
     older.asked_at -= DEADLINE_S - 0.06
     for each in (older, newer):
         assert batcher.submit(each)

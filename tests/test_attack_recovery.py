@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from shop import CAMPAIGN, Shop, until
-from stock_maker import card, key
+from stock_maker import key, member
 from test_witness import Api, finish, going_back, seqs
 from test_witness import apis as the_apis
 from test_witness import shop as the_shop
@@ -139,7 +139,7 @@ async def test_given_claims_of_a_lost_epoch_when_recovered_then_the_next_epoch_i
     shop: Shop,
 ):
     (seq,) = await shop.stock.head("seq")
-    told = claims.Claim(int(seq) + 1, 4, 4_000_000_000_000, card(1), key(1), 0, 1, 500)
+    told = claims.Claim(int(seq) + 1, 4, 4_000_000_000_000, member(1), key(1), 0, 1, 500)
     async with shop.pool.acquire() as connection:
         await claims.hand_in(connection, CAMPAIGN, "gone", [told])
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)

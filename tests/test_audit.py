@@ -9,7 +9,7 @@ import pytest
 from redis.asyncio import Redis
 from service import command
 from shop import CAMPAIGN, ME, Shop, open_shop
-from stock_maker import NONCE, Bid, campaign, card, key
+from stock_maker import NONCE, Bid, campaign, key, member
 
 from sale.domain.problem import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys
@@ -19,7 +19,7 @@ from sale.trust.audit import CouldNotCheck
 from sale.trust.revocation import sync_all
 
 KEYS = campaign_keys(CAMPAIGN)
-FULL_CARDS = f"WHERE card_no = '{card(1)}'"
+FULL_CARDS = f"WHERE member_no = {member(1)}"
 Damage = Callable[[Shop], Awaitable[object]]
 
 
@@ -43,7 +43,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
 
 
 async def _buy(shop: Shop, n: int, key_no: int = 1, quantity: int = 1) -> None:
-    (told,) = await shop.stock.buy(Bid(card(n), key(key_no), quantity, 0, "donghuamen"))
+    (told,) = await shop.stock.buy(Bid(member(n), key(key_no), quantity, 0, "donghuamen"))
     assert told.decision is Decision.SOLD
 
 
@@ -58,18 +58,18 @@ def in_postgres(*statements: str) -> Damage:
 
 
 async def _card_gets_a_ticket_more(shop: Shop) -> None:
-    value = await shop.redis.hget(KEYS.cards, card(1))
-    await shop.redis.hset(KEYS.cards, card(1), value[:-31] + value[-31:-1] + b"\x02")
+    value = await shop.redis.hget(KEYS.members, member(1))
+    await shop.redis.hset(KEYS.members, member(1), value[:-31] + value[-31:-1] + b"\x02")
 
 
 async def _card_gets_another_key(shop: Shop) -> None:
-    value = await shop.redis.hget(KEYS.cards, card(2))
-    await shop.redis.hset(KEYS.cards, card(2), b"f" * 16 + value[16:])
+    value = await shop.redis.hget(KEYS.members, member(2))
+    await shop.redis.hset(KEYS.members, member(2), b"f" * 16 + value[16:])
 
 
 async def _card_gets_an_order_of_nowhere(shop: Shop) -> None:
-    value = await shop.redis.hget(KEYS.cards, card(2))
-    await shop.redis.hset(KEYS.cards, card(7), value)
+    value = await shop.redis.hget(KEYS.members, member(2))
+    await shop.redis.hset(KEYS.members, member(7), value)
 
 
 async def _stream_loses_an_entry(shop: Shop) -> None:
@@ -97,7 +97,7 @@ async def _redis_goes_back(shop: Shop) -> None:
 
 async def _was_revoked_before(shop: Shop) -> None:
     await shop.pool.execute(
-        "UPDATE member SET status = 'cancelled' WHERE member_no = $1", int(card(2))
+        "UPDATE member SET status = 'cancelled' WHERE member_no = $1", member(2)
     )
     await sync_all(shop.redis, shop.scripts, shop.pool)
     await shop.damage("UPDATE member_change SET at = at - interval '1 hour'")
@@ -105,7 +105,7 @@ async def _was_revoked_before(shop: Shop) -> None:
 
 async def _roster_is_not_followed(shop: Shop) -> None:
     await shop.pool.execute(
-        "UPDATE member SET status = 'cancelled' WHERE member_no = $1", int(card(2))
+        "UPDATE member SET status = 'cancelled' WHERE member_no = $1", member(2)
     )
     await shop.damage("UPDATE member_change SET at = at - interval '3 seconds'")
 
@@ -121,12 +121,12 @@ BREACHES = [
     ("INV-1", "stock-total", in_redis("HINCRBY", KEYS.stock, "t1", 1)),
     ("INV-1", "oversold", in_postgres("UPDATE showing SET stock = 1, live = 1")),
     ("INV-1", "ledger-oversold", in_postgres("UPDATE event SET quantity = 11 WHERE quantity = 2")),
-    ("INV-2", "card-forgotten", in_redis("HDEL", KEYS.cards, card(1))),
+    ("INV-2", "card-forgotten", in_redis("HDEL", KEYS.members, member(1))),
     ("INV-2", "card-altered", _card_gets_a_ticket_more),
     ("INV-2", "limit-altered", in_redis("HSET", KEYS.head, "card_limit", 4)),
     ("INV-2", "order-over", in_postgres(f"UPDATE orders SET quantity = 5 {FULL_CARDS}")),
-    ("INV-3", "order-gone-from-redis", in_redis("DEL", KEYS.cards)),
-    ("INV-3", "card-torn", in_redis("HSET", KEYS.cards, card(1), "torn")),
+    ("INV-3", "order-gone-from-redis", in_redis("DEL", KEYS.members)),
+    ("INV-3", "card-torn", in_redis("HSET", KEYS.members, member(1), "torn")),
     ("INV-3", "order-gone", in_postgres(f"DELETE FROM orders {FULL_CARDS}")),
     ("INV-3", "order-altered", in_postgres(f"UPDATE orders SET price_fen = 1 {FULL_CARDS}")),
     (
@@ -134,7 +134,7 @@ BREACHES = [
         "order-of-nowhere",
         in_postgres(
             "INSERT INTO orders (seq, created_at, showing_no, quantity, price_fen, campaign_id,"
-            f" card_no, key_hash) VALUES (1, now(), 0, 1, 500, '{CAMPAIGN}', '{card(8)}',"
+            f" member_no, key_hash) VALUES (1, now(), 0, 1, 500, '{CAMPAIGN}', {member(8)},"
             f" '{key(1)}')"
         ),
     ),
@@ -161,7 +161,7 @@ BREACHES = [
             f" VALUES ('{CAMPAIGN}', 5, now(), 'refused', '{{}}')"
         ),
     ),
-    ("INV-6", "counter-of-card", in_postgres("UPDATE card_use SET live = 0")),
+    ("INV-6", "counter-of-card", in_postgres("UPDATE member_use SET live = 0")),
     ("INV-6", "counter-of-showing", in_postgres("UPDATE showing SET live = 0")),
     ("INV-6", "returned-twice", in_postgres(f"UPDATE orders SET state = 'refunded' {FULL_CARDS}")),
     ("INV-7", "window-altered", in_redis("HSET", KEYS.head, "opens_at", 1)),
@@ -184,7 +184,7 @@ BREACHES = [
     ("INV-8", "unreadable", in_redis("HSET", KEYS.head, "config", "{")),
     ("INV-8", "epoch", in_postgres("UPDATE event SET epoch = 2 WHERE seq = 4")),
     ("INV-9", "revoked-forgotten", in_redis("DEL", KEYS.revoked)),
-    ("INV-9", "revoked-too-many", in_redis("SADD", KEYS.revoked, card(1))),
+    ("INV-9", "revoked-too-many", in_redis("SADD", KEYS.revoked, member(1))),
     ("INV-9", "unions-altered", in_redis("HSET", KEYS.head, "unions", "*")),
     ("INV-9", "sold-to-revoked", _was_revoked_before),
     ("INV-9", "not-followed", _roster_is_not_followed),
@@ -235,10 +235,10 @@ async def test_given_weak_settings_of_redis_when_audited_then_durability_is_foun
 
 async def test_given_hundreds_of_breaches_when_audited_then_each_invariant_tells_ten(shop: Shop):
     await shop.desk.add_stock(CAMPAIGN, "s0", 500, ME, "more", None)
-    bids = [Bid(card(n), key(1), 1, 0, "donghuamen") for n in range(100, 300)]
+    bids = [Bid(member(n), key(1), 1, 0, "donghuamen") for n in range(100, 300)]
     await shop.stock.buy(*bids)
     await shop.applied()
-    await shop.redis.delete(KEYS.cards)
+    await shop.redis.delete(KEYS.members)
     await shop.damage("DELETE FROM audit_log")
     report = await shop.audit()
     found = [finding.invariant for finding in report.campaigns[0].findings]
@@ -257,7 +257,7 @@ async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop:
         for call in itertools.count(1):
             first = call * 100 + (50_000 if process == "b" else 0)
             bids = [
-                Bid(card(first + n % 40), key(n), 1 + n % 2, 0, "donghuamen") for n in range(80)
+                Bid(member(first + n % 40), key(n), 1 + n % 2, 0, "donghuamen") for n in range(80)
             ]
             await shop.stock.call(*bids, process=process, call=call)
             await asyncio.sleep(0.01)
@@ -280,7 +280,7 @@ async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop:
         for n in itertools.count():
             status = ("cancelled", "active")[n % 2]
             await shop.pool.execute(
-                "UPDATE member SET status = $2 WHERE member_no = $1", int(card(3)), status
+                "UPDATE member SET status = $2 WHERE member_no = $1", member(3), status
             )
             await sync_all(shop.redis, shop.scripts, shop.pool)
             await asyncio.sleep(0.02)

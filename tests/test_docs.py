@@ -251,7 +251,7 @@ def test_given_the_invariants_when_they_name_a_rule_of_the_database_then_it_exis
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", INVARIANTS)) - {
         "check_trusted", "synchronous_commit", "opens_at", "closes_at", "card_limit",
     }  # fmt: skip
-    assert {"showing_never_oversold", "card_use_within_limit", "orders_one_per_key"} <= named
+    assert {"showing_never_oversold", "member_use_within_limit", "orders_one_per_key"} <= named
     for name in named:
         rule = rf"(?i)\b(?:constraint|trigger|index)\s+{name}\b"
         assert re.search(rule, MIGRATIONS), name

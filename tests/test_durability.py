@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from service import Client, Service, new_key
 from shop import open_shop
-from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, card, key, open_stock, operation
+from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member, open_stock, operation
 
 from sale.api.health import reasons
 from sale.bootstrap import open_stores
@@ -474,7 +474,7 @@ class Buyer:
 
     def submit(self, n: int, key_no: int = 1) -> AwaitedPurchase:
         loop = asyncio.get_running_loop()
-        purchase = AwaitedPurchase(card(n), "district", 0, 1, key(key_no), loop)
+        purchase = AwaitedPurchase(member(n), "district", 0, 1, key(key_no), loop)
         assert self.batcher.submit(purchase)
         return purchase
 
@@ -505,7 +505,7 @@ async def buying(pair: Pair, *, deadline_s: float = 3.0) -> AsyncIterator[Buyer]
 
 async def sold_on(server_: Server, stock: Stock) -> int:
     """Orders that a Redis holds."""
-    return await server_.redis.hlen(stock.keys.cards)
+    return await server_.redis.hlen(stock.keys.members)
 
 
 async def test_replica_has_each_answered_order(pair: Pair) -> None:
@@ -554,7 +554,7 @@ async def test_order_without_replica_is_unknown_and_repeatable(pair: Pair) -> No
         answer = await buyer.buy(1)
         assert answer.decision is Decision.REPLAYED
         assert await buyer.stock.left() == [99]
-        assert len((await buyer.stock.records())[card(1)]) == 1
+        assert len((await buyer.stock.records())[member(1)]) == 1
         await buyer.stock.check_books()
 
 
@@ -592,4 +592,4 @@ async def test_promoted_replica_has_each_answered_order(tmp_path: Path) -> None:
         held = await Stock(pair.replica.redis).records()
         assert {answer.decision for answer in answers} == {Decision.SOLD}
         for n, answer in enumerate(answers):
-            assert [record.seq for record in held[card(n)]] == [answer.value]
+            assert [record.seq for record in held[member(n)]] == [answer.value]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from redis.asyncio import Redis
-from stock_maker import BEHIND_MAX, NONCE, campaign, card, key, open_stock
+from stock_maker import BEHIND_MAX, NONCE, campaign, key, member, open_stock
 from test_durability import Server, server
 
 from sale.metrics import PurchaseMetrics
@@ -53,14 +53,14 @@ class Slow(NamedTuple):
         syncs = [Sync(*map(int, line.split())) for line in self.notes.read_text().splitlines()]
         assert syncs
         early = []
-        for card_no, at_ns in told.items():
+        for number, at_ns in told.items():
             ends = {
-                inode: data.index(b"EXEC\r\n", data.index(card_no.encode()))
+                inode: data.index(b"EXEC\r\n", data.index(str(number).encode()))
                 for inode, data in files.items()
-                if card_no.encode() in data  # else it is not even written
+                if str(number).encode() in data  # else it is not even written
             }
             if not any(s.size > ends.get(s.inode, s.size) and s.at_ns <= at_ns for s in syncs):
-                early.append(card_no)
+                early.append(number)
         return early
 
 
@@ -103,10 +103,10 @@ async def rush(url: str) -> dict[str, int]:
         loop = asyncio.get_running_loop()
         try:
             for n in range(number, PROCESSES * ORDERS_EACH, PROCESSES):
-                purchase = AwaitedPurchase(card(n), "district", 0, 1, key(1), loop)
+                purchase = AwaitedPurchase(member(n), "district", 0, 1, key(1), loop)
                 assert batcher.submit(purchase)
                 answer = await purchase.answer
-                told[card(n)] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+                told[member(n)] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
                 assert answer.decision is Decision.SOLD
                 await asyncio.sleep(APART_S * (number % 5))
         finally:

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 from service import ORDERS, Client, Service, new_key
 from shop import Shop, open_shop
-from stock_maker import card
+from stock_maker import member
 
 from sale.stock.keys import GENERATIONS
 from sale.trust.generations import Generations, copy_generations
@@ -26,7 +26,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
 
 async def raise_generation(shop: Shop, n: int) -> None:
     await shop.pool.execute(
-        "UPDATE member SET generation = generation + 1 WHERE member_no = $1", int(card(n))
+        "UPDATE member SET generation = generation + 1 WHERE member_no = $1", member(n)
     )
 
 
@@ -38,17 +38,17 @@ async def test_process_starts_with_all_rises_and_follows_new_ones(shop: Shop) ->
     await raise_generation(shop, 1)
     generations = Generations(shop.redis, shop.pool)
     await generations.load()  # Redis has no set yet
-    assert generations.raised == {int(card(1)): 1}
+    assert generations.raised == {member(1): 1}
     await shop.redis.zadd(GENERATIONS, {"0:0": 0})  # or one that is behind
     await generations.look()
-    assert generations.raised == {int(card(1)): 1}
+    assert generations.raised == {member(1): 1}
 
     await raise_generation(shop, 2)
     await raise_generation(shop, 1)
     await copied(shop)
     await generations.look()
 
-    assert generations.raised == {int(card(1)): 2, int(card(2)): 1}
+    assert generations.raised == {member(1): 2, member(2): 1}
 
 
 async def test_set_that_redis_has_lost_is_built_again_and_nothing_forgotten(shop: Shop) -> None:
@@ -58,13 +58,13 @@ async def test_set_that_redis_has_lost_is_built_again_and_nothing_forgotten(shop
     await generations.look()
     await shop.redis.delete(GENERATIONS)
     await generations.look()
-    assert generations.raised == {int(card(1)): 1}
+    assert generations.raised == {member(1): 1}
 
     await raise_generation(shop, 2)
     await copied(shop)
     await generations.look()
 
-    assert generations.raised == {int(card(1)): 1, int(card(2)): 1}
+    assert generations.raised == {member(1): 1, member(2): 1}
     assert await shop.redis.keys(f"{GENERATIONS}*") == [GENERATIONS.encode()]
     assert await shop.redis.ttl(GENERATIONS) == -1
 
@@ -83,7 +83,7 @@ async def test_roster_restored_from_an_older_copy_is_followed(shop: Shop) -> Non
     await copied(shop)
     await generations.look()
 
-    assert generations.raised == {int(card(3)): 1}
+    assert generations.raised == {member(3): 1}
 
 
 async def test_many_copiers_and_one_reader_miss_no_rise(shop: Shop) -> None:
@@ -103,7 +103,7 @@ async def test_many_copiers_and_one_reader_miss_no_rise(shop: Shop) -> None:
     await asyncio.gather(rise(), copy(), copy())
     await copied(shop)
     await generations.look()
-    assert generations.raised == {int(card(n)): 10 for n in (1, 2, 3)}
+    assert generations.raised == {member(n): 10 for n in (1, 2, 3)}
     # A rise that was read late must not undo a later one.
     anew = Generations(shop.redis, shop.pool)
     await anew.load()

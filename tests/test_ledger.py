@@ -7,7 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from ledger_maker import CAMPAIGN, NOW_MS, Ledger, card, created, operation, sold
+from ledger_maker import CAMPAIGN, NOW_MS, Ledger, created, member, operation, sold
 
 from sale.db import apply, read
 from sale.db.apply import Applied, PositionMoved, apply_entries
@@ -53,7 +53,7 @@ async def count(conn: Any, table: str) -> int:
 async def raw_event(conn: Any, seq: int, *, applied: int | None = None, **columns: Any) -> None:
     """Add a sale by hand, moving the position first as the writer would."""
     row = {
-        "campaign_id": CAMPAIGN, "seq": seq, "epoch": 1, "kind": "sold", "card_no": card(1),
+        "campaign_id": CAMPAIGN, "seq": seq, "epoch": 1, "kind": "sold", "member_no": member(1),
         "showing_no": 0, "quantity": 1, "price_fen": 500, "key_hash": "f" * 16, **columns,
     }  # fmt: skip
     await conn.execute("UPDATE campaign SET applied = $1", seq if applied is None else applied)
@@ -66,7 +66,7 @@ async def raw_event(conn: Any, seq: int, *, applied: int | None = None, **column
 async def raw_order(conn: Any, seq: int, **columns: Any) -> None:
     """Add the order of a sale by hand, other than the sale says where ``columns`` differ."""
     row = {
-        "campaign_id": CAMPAIGN, "seq": seq, "card_no": card(1), "showing_no": 0, "quantity": 1,
+        "campaign_id": CAMPAIGN, "seq": seq, "member_no": member(1), "showing_no": 0, "quantity": 1,
         "price_fen": 500, "key_hash": "f" * 16, **columns,
     }  # fmt: skip
     marks = ", ".join(f"${n}" for n in range(1, len(row) + 1))
@@ -84,25 +84,25 @@ async def test_given_raw_sql_when_sale_and_order_agree_then_they_count(conn: Any
     await raw_event(conn, 4)
     await raw_order(conn, 4)
     assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == 2
-    assert await conn.fetchval("SELECT live FROM card_use") == 2
+    assert await conn.fetchval("SELECT live FROM member_use") == 2
 
 
 async def test_given_two_tickets_when_three_are_sold_then_inv_1_refuses(conn: Any, book: Ledger):
-    await raw_event(conn, 4, showing_no=1, quantity=3, card_no=card(2))
+    await raw_event(conn, 4, showing_no=1, quantity=3, member_no=member(2))
     with pytest.raises(Refused, match="showing_never_oversold"):
-        await raw_order(conn, 4, showing_no=1, quantity=3, card_no=card(2))
+        await raw_order(conn, 4, showing_no=1, quantity=3, member_no=member(2))
 
 
 async def test_given_a_card_with_one_when_three_more_then_inv_2_refuses(conn: Any, book: Ledger):
     await raw_event(conn, 4, quantity=3)
-    with pytest.raises(Refused, match="card_use_within_limit"):
+    with pytest.raises(Refused, match="member_use_within_limit"):
         await raw_order(conn, 4, quantity=3)
 
 
 async def test_given_a_new_card_when_over_its_limit_then_inv_2_refuses(conn: Any, book: Ledger):
-    await raw_event(conn, 4, quantity=4, card_no=card(2))
-    with pytest.raises(Refused, match="card_use_within_limit"):
-        await raw_order(conn, 4, quantity=4, card_no=card(2))
+    await raw_event(conn, 4, quantity=4, member_no=member(2))
+    with pytest.raises(Refused, match="member_use_within_limit"):
+        await raw_order(conn, 4, quantity=4, member_no=member(2))
 
 
 async def test_given_an_order_when_its_key_comes_again_then_inv_4_refuses(conn: Any, book: Ledger):
@@ -135,15 +135,15 @@ async def test_given_three_events_when_the_next_does_not_follow_then_inv_5_refus
         "DELETE FROM orders",
         "TRUNCATE orders",
         "UPDATE orders SET quantity = 2",
-        "UPDATE orders SET card_no = '999999999999'",
+        "UPDATE orders SET member_no = 999",
         "UPDATE orders SET price_fen = 1",
         "UPDATE orders SET state = 'lost'",
         "UPDATE showing SET live = live + 1",
         "UPDATE showing SET stock = 0 WHERE showing_no = 0",
         "DELETE FROM showing WHERE showing_no = 0",
-        "UPDATE card_use SET live = 0",
-        "DELETE FROM card_use",
-        "INSERT INTO card_use VALUES ('five-yuan-films', '999999999999', 1, 3)",
+        "UPDATE member_use SET live = 0",
+        "DELETE FROM member_use",
+        "INSERT INTO member_use VALUES ('five-yuan-films', 999, 1, 3)",
         "INSERT INTO showing VALUES ('five-yuan-films', 7, 's7', 't', null, 5, 1)",
         "INSERT INTO deployment (ticket_secret) SELECT ticket_secret FROM deployment",
         "UPDATE campaign SET applied = -1",
@@ -160,7 +160,7 @@ async def test_given_the_books_when_they_are_falsified_then_it_is_refused(
     "lie",
     [
         {"quantity": 2},
-        {"card_no": card(2)},
+        {"member_no": member(2)},
         {"showing_no": 1},
         {"price_fen": 1},
         {"key_hash": "e" * 16},
@@ -181,7 +181,7 @@ async def test_given_an_order_when_it_ends_then_it_gives_back_exactly_once(conn:
     for state, live in (("collected", 1), ("cancelled", 0), ("refunded", 0)):
         await conn.execute("UPDATE orders SET state = $1", state)
         assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == live
-        assert await conn.fetchval("SELECT live FROM card_use") == live
+        assert await conn.fetchval("SELECT live FROM member_use") == live
     with pytest.raises(Refused, match="stays ended"):
         await conn.execute("UPDATE orders SET state = 'confirmed'")
 
@@ -229,9 +229,9 @@ async def test_given_entries_when_applied_then_events_orders_and_counters_agree(
 async def test_given_orders_when_read_back_then_newest_first_by_pages(conn: Any, book: Ledger):
     later = book.entry(sold(1, key=2), sold(9), sold(1, key=3, showing=1), at_ms=NOW_MS + 1)
     await apply_entries(conn, CAMPAIGN, [later])
-    newest = await read.orders_of_card(conn, card(1), limit=2)
+    newest = await read.orders_of_member(conn, member(1), limit=2)
     assert [row.seq for row in newest] == [6, 4]
-    rest = await read.orders_of_card(conn, card(1), before=newest[-1].cursor, limit=2)
+    rest = await read.orders_of_member(conn, member(1), before=newest[-1].cursor, limit=2)
     assert [row.seq for row in rest] == [3]
     one = await read.order(conn, CAMPAIGN, 6)
     assert one == newest[0]
@@ -285,8 +285,8 @@ async def test_given_a_fork_when_applied_then_the_chain_refuses(conn: Any, book:
     "row",
     [
         ["sold", 110101000000, 0, 1, "0" * 16, 500],
-        ["sold", card(2), "0", 1, "0" * 16, 500],
-        ["sold", card(2)],
+        ["sold", member(2), "0", 1, "0" * 16, 500],
+        ["sold", member(2)],
         ["edited", {}],
     ],
     ids=str,
@@ -318,7 +318,7 @@ async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_con
         conn, CAMPAIGN, [book.entry(*rows), book.entry(sold(32, quantity=0))]
     )
     assert [conflict.seq for conflict in done.conflicts] == [7, 9, 11, 12, 14]
-    assert not any(card(1) in conflict.why for conflict in done.conflicts)
+    assert not any(str(member(1)) in conflict.why for conflict in done.conflicts)
     assert done.position == (14, book.chain)
     assert await count(conn, "event") == 14
     assert await count(conn, "orders") == 1 + 5 + 1
@@ -344,7 +344,7 @@ async def test_given_every_table_and_column_then_each_has_a_comment(conn: Any):
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE c.relkind = 'r' AND c.relname = ANY($1)
             AND (col_description(c.oid, a.attnum) IS NULL OR obj_description(c.oid) IS NULL)""",
-        ["deployment", "campaign", "showing", "event", "orders", "card_use", "conflict",
+        ["deployment", "campaign", "showing", "event", "orders", "member_use", "conflict",
          "audit_log"],
     )  # fmt: skip
     assert bare == []

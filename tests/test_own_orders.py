@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from stock_maker import Bid, Stock, campaign, card, key, open_stock
+from stock_maker import Bid, Stock, campaign, key, member, open_stock
 
 from sale.db import read
 from sale.db.pool import open_pool
@@ -30,7 +30,7 @@ async def own_orders(redis: Redis, database_url: str) -> AsyncIterator[OwnOrders
 
 
 async def page(own_orders: OwnOrders, number: int = 1) -> list[Order]:
-    return (await own_orders.page(card(number), None, 50))[0]
+    return (await own_orders.page(member(number), None, 50))[0]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def test_orders_cost_the_same_beside_hidden_campaigns(
     redis: Redis, own_orders: OwnOrders, asked: list[int]
 ) -> None:
     shop = await open_stock(redis, 5)
-    await shop.buy(Bid(card(1), key(1)))
+    await shop.buy(Bid(member(1), key(1)))
     asked[0] = 0
     assert len(await page(own_orders)) == 1
     before = asked[0]
@@ -89,7 +89,7 @@ async def test_doctor_costs_the_same_beside_many_campaigns(
 async def test_order_of_new_campaign_is_listed_at_once(redis: Redis, own_orders: OwnOrders) -> None:
     for number in range(5):
         stock = await open_stock(redis, 5, campaign_id=f"c{number}")
-        await stock.buy(Bid(card(1), key(1)))
+        await stock.buy(Bid(member(1), key(1)))
         listed = {order.campaign for order in await page(own_orders)}
         assert listed == {f"c{each}" for each in range(number + 1)}
     assert await page(own_orders, 2) == []
@@ -101,12 +101,12 @@ async def test_damaged_campaign_hides_no_other_orders(
 ) -> None:
     for campaign_id in ("sound", "damaged"):
         stock = await open_stock(redis, 5, campaign_id=campaign_id)
-        await stock.buy(Bid(card(1), key(1)))
+        await stock.buy(Bid(member(1), key(1)))
     keys = campaign_keys("damaged")
     if damage == "type":
-        await redis.set(keys.cards, "no hash")
+        await redis.set(keys.members, "no hash")
     elif damage == "half":
-        await redis.hset(keys.cards, card(1), "half a record")
+        await redis.hset(keys.members, member(1), "half a record")
     else:
         await redis.hset(keys.head, "config", "{")
     assert [order.campaign for order in await page(own_orders)] == ["sound"]
@@ -117,12 +117,12 @@ async def test_orders_are_told_where_postgres_dies_in_mid_call(
 ) -> None:
     # Given
     shop = await open_stock(redis, 5)
-    await shop.buy(Bid(card(1), key(1)))
+    await shop.buy(Bid(member(1), key(1)))
 
     async def dies(*_: object, **__: object) -> None:
         raise asyncpg.InternalClientError("got result for unknown protocol state 3")
 
-    monkeypatch.setattr(read, "orders_of_card", dies)
+    monkeypatch.setattr(read, "orders_of_member", dies)
     # When
     told = await page(own_orders)
     # Then

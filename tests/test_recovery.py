@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from redis.asyncio import Redis
 from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, Bid, campaign, card, key, packed
+from stock_maker import BEHIND_MAX, Bid, campaign, key, member, packed
 
 from sale.db import claims
 from sale.domain.problem import Problem, Refused
@@ -16,7 +16,7 @@ from sale.ledger.chain import GENESIS, Event
 from sale.ledger.fold import CampaignState
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
 from sale.stock.rebuild import freeze
-from sale.stock.records import read_card
+from sale.stock.records import read_member
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.trust.recover import Unsafe
 from sale.trust.refill import refill
@@ -59,11 +59,11 @@ async def lose_stock(shop: Shop) -> None:
 
 
 async def lose_a_card(shop: Shop) -> None:
-    await shop.redis.hdel(shop.stock.keys.cards, card(1))
+    await shop.redis.hdel(shop.stock.keys.members, member(1))
 
 
 async def lose_the_cards(shop: Shop) -> None:
-    await shop.redis.delete(shop.stock.keys.cards)
+    await shop.redis.delete(shop.stock.keys.members)
 
 
 async def lose_the_stream(shop: Shop) -> None:
@@ -122,7 +122,7 @@ async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
     shop: Shop, damage: Callable[[Shop], Awaitable[None]]
 ):
     before = await shop.stock.head("seq", "state", "opens_at", "closes_at", "unions")
-    orders = {n: await read_card(shop.redis, CAMPAIGN, card(n)) for n in range(1, 10)}
+    orders = {n: await read_member(shop.redis, CAMPAIGN, member(n)) for n in range(1, 10)}
     left, operations = await shop.stock.left(), await shop.redis.hgetall(shop.stock.keys.operations)
     await damage(shop)
 
@@ -137,16 +137,17 @@ async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
     assert done.differences
     assert await shop.stock.head("state", "opens_at", "closes_at", "unions") == before[1:]
     assert await shop.stock.head("seq", "epoch") == [str(int(before[0]) + 1), "2"]
-    assert {n: await read_card(shop.redis, CAMPAIGN, card(n)) for n in range(1, 10)} == orders
+    assert {n: await read_member(shop.redis, CAMPAIGN, member(n)) for n in range(1, 10)} == orders
     assert await shop.stock.left() == left
     assert await shop.redis.hgetall(shop.stock.keys.operations) == operations
     assert await shop.redis.sismember(CAMPAIGNS, CAMPAIGN)
     assert await shop.redis.exists(*rebuilt_keys(CAMPAIGN)) == 0
 
-    assert await shop.stock.call(Bid(card(5), key(1)), epoch=1) == [CallReply.UNATTENDED]
+    assert await shop.stock.call(Bid(member(5), key(1)), epoch=1) == [CallReply.UNATTENDED]
     # It sells on, within the limits, and remembers its keys; who has not looked at it is refused.
     replayed, over, sold, revoked = await shop.stock.buy(
-        Bid(card(1), key(2)), Bid(card(1), key(3)), Bid(card(5), key(1)), Bid(card(9), key(1)),
+        Bid(member(1), key(2)), Bid(member(1), key(3)),
+        Bid(member(5), key(1)), Bid(member(9), key(1)),
     )  # fmt: skip
     assert replayed.decision is Decision.REPLAYED
     assert over.decision is Decision.LIMIT_EXCEEDED
@@ -194,7 +195,7 @@ async def test_given_sales_going_on_when_recovered_then_they_are_not_disturbed(s
 
 async def test_given_an_unverified_redis_when_recovered_then_it_is_verified(shop: Shop):
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
-    assert (await shop.stock.call(Bid(card(5), key(1))))[0] == CallReply.UNVERIFIED
+    assert (await shop.stock.call(Bid(member(5), key(1))))[0] == CallReply.UNVERIFIED
     assert (await shop.recover(dry_run=True)).differences == []
     done = await shop.recover()
     assert done.changed
@@ -211,12 +212,12 @@ async def test_given_a_mark_for_damaged_stock_when_redis_is_verified_then_it_sti
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
     for _ in range(2):
         assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
-        assert (await shop.stock.buy_one(card(5), key(1))).decision is Decision.RECOVERING
+        assert (await shop.stock.buy_one(member(5), key(1))).decision is Decision.RECOVERING
     assert (await shop.recover()).changed
-    assert (await shop.stock.buy_one(card(5), key(1))).decision is Decision.SOLD
+    assert (await shop.stock.buy_one(member(5), key(1))).decision is Decision.SOLD
     await freeze(shop.redis, CAMPAIGN, "by mistake")
     assert "verified" in (await shop.recover()).says
-    assert (await shop.stock.buy_one(card(6), key(1))).decision is Decision.SOLD
+    assert (await shop.stock.buy_one(member(6), key(1))).decision is Decision.SOLD
 
 
 async def test_given_the_id_is_not_registered_when_recovered_then_it_is_again(shop: Shop):
@@ -233,10 +234,10 @@ async def test_given_an_old_copy_of_redis_when_recovered_then_what_is_newer_come
     await _restore(shop, copy)
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
-    assert (await shop.stock.call(Bid(card(6), key(2))))[0] == CallReply.UNVERIFIED
+    assert (await shop.stock.call(Bid(member(6), key(2))))[0] == CallReply.UNVERIFIED
     done = await shop.recover()
     assert done.redis_seq < done.applied
-    assert (await shop.stock.buy_one(card(6), key(2))).decision is Decision.LIMIT_EXCEEDED
+    assert (await shop.stock.buy_one(member(6), key(2))).decision is Decision.LIMIT_EXCEEDED
     await shop.applied()
     assert (await shop.audit()).clean
 
@@ -248,8 +249,8 @@ async def test_given_a_writer_behind_when_recovered_then_the_stream_adds_what_it
     for damage in (lose_head, lose_the_cards):
         await damage(shop)
         assert (await shop.recover()).changed
-        assert (await shop.stock.buy_one(card(6), key(2))).decision is Decision.LIMIT_EXCEEDED
-        assert (await shop.stock.buy_one(card(7), key(1))).decision is Decision.REPLAYED
+        assert (await shop.stock.buy_one(member(6), key(2))).decision is Decision.LIMIT_EXCEEDED
+        assert (await shop.stock.buy_one(member(7), key(1))).decision is Decision.REPLAYED
     await shop.start_writer()
     await shop.applied()
     assert (await shop.audit()).clean
@@ -273,11 +274,13 @@ async def test_given_two_stories_when_recovered_then_the_ledger_stands_and_none_
         await shop.recover(lossless_only=True)
     done = await shop.recover()
     assert (done.conflicts, done.filled, done.voided) == (1, 1, [])
-    conflicts = await shop.pool.fetch("SELECT seq, source, event->>'card_no' AS card FROM conflict")
-    assert [tuple(row) for row in conflicts] == [(forked_at, "forked", card(7))]
+    conflicts = await shop.pool.fetch(
+        "SELECT seq, source, (event->>'member_no')::int AS member FROM conflict"
+    )
+    assert [tuple(row) for row in conflicts] == [(forked_at, "forked", member(7))]
     # Who stands in the ledger keeps the order, who has none may buy, and no number is used twice.
     again, kept, new = await shop.stock.buy(
-        Bid(card(6), key(1)), Bid(card(8), key(1)), Bid(card(7), key(1))
+        Bid(member(6), key(1)), Bid(member(8), key(1)), Bid(member(7), key(1))
     )
     assert (again.decision, again.a) == (Decision.REPLAYED, forked_at)
     assert (kept.decision, kept.a) == (Decision.REPLAYED, beyond)
@@ -307,12 +310,12 @@ async def test_given_events_that_are_nowhere_when_recovered_then_they_are_voided
     first, second = await shop.buy(6, 7)
     (third,) = await shop.buy(8)
     await shop.redis.xdel(shop.stock.keys.stream, f"{second}-0")
-    await shop.redis.hdel(shop.stock.keys.cards, card(6), card(7))
+    await shop.redis.hdel(shop.stock.keys.members, member(6), member(7))
     with pytest.raises(Unsafe, match="2 numbers voided"):
         await shop.recover(lossless_only=True)
     done = await shop.recover()
     assert (done.filled, done.voided, done.conflicts) == (1, [(first, second)], 0)
-    assert (await shop.stock.buy_one(card(6), key(1))).a == third + 2
+    assert (await shop.stock.buy_one(member(6), key(1))).a == third + 2
     await shop.start_writer()
     await shop.applied()
     async with shop.pool.acquire() as connection:
@@ -344,7 +347,7 @@ async def test_given_a_paused_or_deleted_one_when_lost_then_it_comes_back_so(sho
     await lose_everything(shop)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     await shop.recover()
-    assert (await shop.stock.buy_one(card(5), key(1))).decision is Decision.PAUSED
+    assert (await shop.stock.buy_one(member(5), key(1))).decision is Decision.PAUSED
     with pytest.raises(Refused, match="recover it first"):
         await shop.create(draft)
     shop.stock.id = "green-gift"
@@ -359,7 +362,7 @@ async def test_given_another_deployments_redis_when_verified_then_the_nonce_is_n
 ):
     other = Scripts(shop.redis, "another")
     reply = await other.purchase(
-        shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, packed([Bid(card(5), key(1))])
+        shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, packed([Bid(member(5), key(1))])
     )
     assert reply[0] == CallReply.UNVERIFIED
 

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ROOT, Client, Service
 from shop import CAMPAIGN, ME, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, Bid, campaign, card, key
+from stock_maker import BEHIND_MAX, Bid, campaign, key, member
 
 from loadtest import record as records
 from loadtest.rehearsal import Release
@@ -48,8 +48,8 @@ from sale.trust.verify import verify_all
 from sale.trust.witness import Witness
 
 KEY = SigningKey(b"k" * 32)
-TABLES = ("event", "orders", "card_use", "showing", "conflict", "handed_in")
-CARDS = [str(member.no) for member in made_up_members(8)]
+TABLES = ("event", "orders", "member_use", "showing", "conflict", "handed_in")
+CARDS = [member.no for member in made_up_members(8)]
 
 
 class Play:
@@ -147,13 +147,13 @@ async def test_given_cards_when_they_buy_on_the_wrong_side_then_they_are_refused
 ) -> None:
     made, real = await play.begin(), campaign(10, 5)
     # By the script: the token's union is not the rehearsal's.
-    (told,) = await play.buy(made, [card(1)], "district")
+    (told,) = await play.buy(made, [member(1)], "district")
     assert told.decision is Decision.NOT_ELIGIBLE
     # By the desk: the real campaign is for everybody.
-    assert not may_meet(real, int(CARDS[0]))
-    assert not may_meet(made, int(card(1)))
-    assert may_meet(real, int(card(1)))
-    assert may_meet(made, int(CARDS[0]))
+    assert not may_meet(real, CARDS[0])
+    assert not may_meet(made, member(1))
+    assert may_meet(real, member(1))
+    assert may_meet(made, CARDS[0])
     (told,) = await play.buy(made, CARDS[:1])
     assert told.decision is Decision.SOLD
 
@@ -362,7 +362,7 @@ async def test_given_a_real_campaign_when_made_a_rehearsal_behind_our_back_then_
         "TRUNCATE orders",
         "TRUNCATE event",
         "TRUNCATE conflict",
-        f"INSERT INTO card VALUES ('{CARDS[0]}', 'x', 'dongsi', '', NULL, 'active')",
+        f"INSERT INTO member VALUES ({CARDS[0]}, 'x', 'dongsi', '', NULL, 'active')",
     ):
         with pytest.raises(asyncpg.PostgresError):
             await play.shop.pool.execute(statement)

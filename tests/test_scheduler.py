@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from shop import CAMPAIGN, ME, Shop, open_shop, until
-from stock_maker import Bid, campaign, card, key
+from stock_maker import Bid, campaign, key, member
 
 from sale.db import read
 from sale.domain.campaign import State
@@ -170,7 +170,7 @@ async def test_given_a_damaged_campaign_when_the_moment_of_another_comes_then_it
         await shop.pool.execute("UPDATE member SET status = 'cancelled'")
 
         async def followed() -> bool:
-            return bool(await shop.redis.sismember(KEYS.revoked, card(1)))
+            return bool(await shop.redis.sismember(KEYS.revoked, member(1)))
 
         await until(followed)
 
@@ -184,13 +184,13 @@ async def test_given_a_card_that_only_postgres_has_revoked_then_it_buys_nothing_
     async with shop.scheduling(tick_interval_ms=250):
         await shop.buy(1)
         await shop.pool.execute(
-            "UPDATE member SET status = 'suspended' WHERE member_no = $1", int(card(1))
+            "UPDATE member SET status = 'suspended' WHERE member_no = $1", member(1)
         )
         await asyncio.sleep(FOLLOWS_S)
-        told = await shop.stock.buy(Bid(card(1), key(2)), Bid(card(2), key(1)))
+        told = await shop.stock.buy(Bid(member(1), key(2)), Bid(member(2), key(1)))
         assert [each.decision for each in told] == [Decision.CARD_REVOKED, Decision.SOLD]
         await shop.pool.execute(
-            "UPDATE member SET status = 'active' WHERE member_no = $1", int(card(1))
+            "UPDATE member SET status = 'active' WHERE member_no = $1", member(1)
         )
         await asyncio.sleep(FOLLOWS_S)
         await shop.buy(1, key_no=2)
@@ -207,7 +207,7 @@ async def test_given_a_draft_made_anew_when_cards_were_revoked_meanwhile_then_it
     assert (await shop.stock.step("open")).reply is CallReply.OK
     assert await _call(shop, 1) == CallReply.UNVERIFIED
     await sync_all(shop.redis, shop.scripts, shop.pool)
-    assert (await shop.stock.buy_one(card(1), key(1))).decision is Decision.CARD_REVOKED
+    assert (await shop.stock.buy_one(member(1), key(1))).decision is Decision.CARD_REVOKED
 
 
 async def test_given_a_deleted_draft_that_is_recovering_then_it_is_not_made_anew(shop: Shop):
@@ -223,12 +223,10 @@ async def test_given_a_first_load_that_died_when_its_card_is_restored_then_the_c
 ):
     await shop.add_cards(1, 2, status="suspended")
     await shop.stock.create(campaign(10))
-    await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(card(1), False)])
-    await shop.pool.execute(
-        "UPDATE member SET status = 'active' WHERE member_no = $1", int(card(1))
-    )
+    await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(member(1), False)])
+    await shop.pool.execute("UPDATE member SET status = 'active' WHERE member_no = $1", member(1))
     await asyncio.gather(*(sync_all(shop.redis, shop.scripts, shop.pool) for _ in range(4)))
-    assert await shop.redis.smembers(KEYS.revoked) == {card(2).encode()}
+    assert await shop.redis.smembers(KEYS.revoked) == {str(member(2)).encode()}
     assert await shop.stock.head("roster_rev") == ["3"]
 
 
@@ -237,7 +235,7 @@ async def test_given_a_first_load_that_was_overtaken_then_its_next_step_is_refus
     for load in ("first", "second"):
         begun = await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [], load=load, begins=True)
         assert begun.reply is CallReply.OK
-    late = await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(card(1), False)], load="first")
+    late = await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(member(1), False)], load="first")
     assert (late.reply, late.seq) == (CallReply.STALE, -1)
     assert not await shop.redis.exists(KEYS.revoked)
 
@@ -251,13 +249,13 @@ async def test_given_a_roster_from_an_older_copy_when_a_card_is_revoked_then_it_
     await shop.create(campaign(10))
     await shop.step("open")
     await shop.redis.hset(KEYS.head, "roster_rev", 9)
-    await shop.redis.sadd(KEYS.revoked, card(1))
+    await shop.redis.sadd(KEYS.revoked, member(1))
     await sync_all(shop.redis, shop.scripts, shop.pool)
     await shop.pool.execute(
-        "UPDATE member SET status = 'suspended' WHERE member_no = $1", int(card(2))
+        "UPDATE member SET status = 'suspended' WHERE member_no = $1", member(2)
     )
     await sync_all(shop.redis, shop.scripts, shop.pool)
-    told = await shop.stock.buy(Bid(card(1), key(1)), Bid(card(2), key(1)))
+    told = await shop.stock.buy(Bid(member(1), key(1)), Bid(member(2), key(1)))
     assert [each.decision for each in told] == [Decision.SOLD, Decision.CARD_REVOKED]
     await shop.applied()
     assert (await shop.audit()).clean
@@ -328,7 +326,7 @@ async def test_given_redis_restarts_on_its_files_then_it_sells_again_within_two_
 
         await until(sells, SELLS_AGAIN_S)
         print(f"sells again {time.monotonic() - back:.3f} s after Redis answers")
-        replay, new = await own_shop.stock.buy(Bid(card(1), key(1)), Bid(card(3), key(1)))
+        replay, new = await own_shop.stock.buy(Bid(member(1), key(1)), Bid(member(3), key(1)))
         assert (replay.decision, new.decision) == (Decision.REPLAYED, Decision.SOLD)
         await until(lambda: _metric(registry, "sale_redis_up", 1))
         assert sample(registry, "sale_campaigns_recovering") == 0
@@ -353,7 +351,7 @@ async def test_given_redis_comes_back_with_older_files_then_it_sells_nothing_unt
         assert "INV-8" in str(await own_shop.audit())
         await own_shop.recover()
         await until(lambda: _metric(registry, "sale_campaigns_recovering", 0))
-        told = await own_shop.stock.buy(Bid(card(2), key(9)), Bid(card(3), key(1)))
+        told = await own_shop.stock.buy(Bid(member(2), key(9)), Bid(member(3), key(1)))
         assert [each.decision for each in told] == [Decision.LIMIT_EXCEEDED, Decision.SOLD]
     await own_shop.applied()
     assert (await own_shop.audit()).clean
@@ -370,7 +368,7 @@ async def test_given_redis_comes_back_empty_then_it_sells_nothing_until_recovere
             await own_shop.desk.create(campaign(100), ME, None, None)
         await own_shop.recover()
         await until(lambda: _metric(registry, "sale_campaigns_recovering", 0))
-        replayed = await own_shop.stock.buy_one(card(1), key(1))
+        replayed = await own_shop.stock.buy_one(member(1), key(1))
         assert replayed.decision is Decision.REPLAYED
     await own_shop.applied()
     assert (await own_shop.audit()).clean
@@ -397,7 +395,7 @@ async def test_given_redis_restarts_before_the_writer_was_done_then_nothing_is_l
 async def _call(shop: Shop, n: int) -> int | None:
     """What Redis says to a purchase; None where it does not answer yet."""
     try:
-        return (await shop.stock.call(Bid(card(n), key(1))))[0]
+        return (await shop.stock.call(Bid(member(n), key(1))))[0]
     except (RedisError, OSError):
         return None
 

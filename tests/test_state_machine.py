@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from model import STEPS, Asked, Model
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from stock_maker import BEHIND_MAX, Bid, Stock, campaign, card, key, now_ms, operation, packed
+from stock_maker import BEHIND_MAX, Bid, Stock, campaign, key, member, now_ms, operation, packed
 
 from sale.db.apply import apply_entries
 from sale.db.pool import open_pool
@@ -86,7 +86,7 @@ class Rig:
         self.run(self.pool.executemany(
             "INSERT INTO member (member_no, name, union_code, phone, status) "
             "VALUES ($1, '某某', $2, '', 'active')",
-            [(int(card(n)), UNIONS[n % 2]) for n in range(CARDS)],
+            [(member(n), UNIONS[n % 2]) for n in range(CARDS)],
         ))  # fmt: skip
 
     def run(self, work: Awaitable[T]) -> T:
@@ -96,14 +96,14 @@ class Rig:
 
         return self.loop.run_until_complete(within())
 
-    async def set_status(self, status: str, *cards: str) -> None:
-        """Change cards on the roster, at the campaign's clock."""
+    async def set_status(self, status: str, *members: int) -> None:
+        """Change members on the roster, at the campaign's clock."""
         async with self.pool.acquire() as conn, conn.transaction():
             before = await conn.fetchval("SELECT coalesce(max(rev), 0) FROM member_change")
             await conn.execute(
                 "UPDATE member SET status = $1 WHERE member_no = ANY($2::int[])",
                 status,
-                list(map(int, cards)),
+                list(members),
             )
             await conn.execute(
                 "UPDATE member_change SET at = to_timestamp($2::bigint / 1000.0) WHERE rev > $1",
@@ -135,7 +135,7 @@ class Sale(RuleBasedStateMachine):
         self.events: list[Event] = []
         self.shops: dict[int, Batchers] = {}
         self.processes = 0
-        self.run(self.rig.set_status("active", *(card(n) for n in range(CARDS))))
+        self.run(self.rig.set_status("active", *(member(n) for n in range(CARDS))))
         for place in PROCESSES:
             self._start(place)
 
@@ -220,7 +220,7 @@ class Sale(RuleBasedStateMachine):
         quantity = order["quantity"]
         if other:
             quantity = quantity % self.made.order_max + 1
-        union = UNIONS[int(who[-1]) % 2]
+        union = UNIONS[who % 2]
         self._buy(place, [Asked(who, union, order["showing"], quantity, key_hash)])
 
     @rule(times=st.integers(1, 2))
@@ -234,7 +234,7 @@ class Sale(RuleBasedStateMachine):
 
     def _asked(self, who: int, showing: int, quantity: int, key_no: int) -> Asked:
         return Asked(
-            card(who), UNIONS[who % 2], showing % len(self.made.showings),
+            member(who), UNIONS[who % 2], showing % len(self.made.showings),
             min(quantity, self.made.order_max), key(key_no),
         )  # fmt: skip
 
@@ -260,7 +260,7 @@ class Sale(RuleBasedStateMachine):
     async def _answers(self, place: int, wanted: list[Asked]) -> list[Answer]:
         batcher = self.shops[place].of(self.made)
         purchases = [
-            AwaitedPurchase(a.card, a.union, a.showing, a.quantity, a.key, self.rig.loop)
+            AwaitedPurchase(a.member, a.union, a.showing, a.quantity, a.key, self.rig.loop)
             for a in wanted
         ]
         assert all(batcher.submit(purchase) for purchase in purchases)
@@ -312,8 +312,8 @@ class Sale(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, CARDS - 1), revoke=st.booleans())
     def revoke_or_restore(self, who: int, revoke: bool) -> None:
-        self.run(self.rig.set_status("suspended" if revoke else "active", card(who)))
-        (self.model.revoked.add if revoke else self.model.revoked.discard)(card(who))
+        self.run(self.rig.set_status("suspended" if revoke else "active", member(who)))
+        (self.model.revoked.add if revoke else self.model.revoked.discard)(member(who))
         self._follow_roster()
 
     def _follow_roster(self) -> None:
@@ -359,7 +359,7 @@ class Sale(RuleBasedStateMachine):
     @rule()
     def redis_gets_another_identity(self) -> None:
         self.run(self.rig.redis.hset(self.stock.keys.head, "run_id", "f" * 40))
-        bid = packed([Bid(card(0), key(9), union=UNIONS[0])])
+        bid = packed([Bid(member(0), key(9), union=UNIONS[0])])
         call = (self.stock.keys, "stranger", self.model.seq, ("", 0), BEHIND_MAX, bid)
         assert self.run(Scripts.purchase(self.scripts, *call)) == [CallReply.UNVERIFIED]
         by = operation()
@@ -400,7 +400,7 @@ class Sale(RuleBasedStateMachine):
 
     async def _check_postgres(self, conn: Any) -> None:
         orders = await conn.fetch("SELECT * FROM orders WHERE campaign_id = $1", self.id)
-        assert {(row["card_no"], row["key_hash"]): _order(row) for row in orders} == {
+        assert {(row["member_no"], row["key_hash"]): _order(row) for row in orders} == {
             who: order for who, order in self.model.orders.items() if order["seq"] <= self.applied
         }
         showings = await conn.fetch(
@@ -436,7 +436,7 @@ class Sale(RuleBasedStateMachine):
         assert held == model.orders
         if model.state != "deleted":
             revoked: Any = await redis.smembers(keys.revoked)
-            assert {each.decode() for each in revoked} == model.revoked
+            assert {int(each) for each in revoked} == model.revoked
         await self._check_ledger()
 
     async def _check_ledger(self) -> None:
@@ -466,7 +466,7 @@ def _said(answer: Answer) -> tuple[str, int, int]:
 
 def _logged(event: Event) -> tuple[Any, ...]:
     if event.kind == SOLD:
-        return (SOLD, event.card_no, event.showing, event.quantity, event.key_hash)
+        return (SOLD, event.member_no, event.showing, event.quantity, event.key_hash)
     if event.kind == "created":
         return ("created", tuple(row["tickets"] for row in event.data["config"]["showings"]))
     if event.kind == "stock_added":

@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 from service import new_key
 from shop import Shop, open_shop, until
-from stock_maker import Bid, campaign, card, key
+from stock_maker import Bid, campaign, key, member
 from test_durability import Server, faults, server, whole
 
 from sale.host.embedded.binaries import find_redis
@@ -52,7 +52,7 @@ async def needs_rewrite(redis: Redis) -> bool:
 
 async def sells(shop: Shop, *numbers: int) -> bool:
     """Buy as a process of its own: each start of the test's has call numbers of its own."""
-    bids = [Bid(card(n), key(1)) for n in numbers]
+    bids = [Bid(member(n), key(1)) for n in numbers]
     told = await shop.stock.buy(*bids, process=new_key())
     return all(each.decision is Decision.SOLD for each in told)
 
@@ -78,7 +78,7 @@ async def torn(tmp_path: Path, database_url: str) -> tuple[Path, list[str]]:
         assert await sells(shop, 4)
         await die(found)
     tear(home)
-    return home, [card(n) for n in (1, 2, 3)]
+    return home, [member(n) for n in (1, 2, 3)]
 
 
 async def test_second_crash_before_the_rewrite_ended_loses_nothing(
@@ -96,7 +96,7 @@ async def test_second_crash_before_the_rewrite_ended_loses_nothing(
                 await until(lambda: trusted(shop))
                 assert not await rewriting(found.redis), "a rewrite that nothing needs"
                 assert await sells(shop, 5, 6)
-                stand += [card(5), card(6)]
+                stand += [member(5), member(6)]
         await die(found)
     if shut:
         assert not await starts(home)
@@ -110,7 +110,7 @@ async def test_second_crash_before_the_rewrite_ended_loses_nothing(
     async with server(home) as found, open_shop(found.url, database_url) as shop:
         async with shop.scheduling():
             await until(lambda: trusted(shop))
-        assert sorted(await shop.stock.records()) == [*stand, card(7)]
+        assert sorted(await shop.stock.records()) == [*stand, member(7)]
         await shop.start_writer()
         await shop.applied()
         assert [each.findings for each in (await shop.audit()).campaigns] == [[]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, campaign, card, key
+from stock_maker import BEHIND_MAX, campaign, key, member
 
 from sale.db import claims
 from sale.lifetime import cancel_and_wait
@@ -41,7 +41,7 @@ class Api:
 
     async def buy(self, *numbers: int, key_no: int = 1) -> list[Answer]:
         loop = asyncio.get_running_loop()
-        bids = [AwaitedPurchase(card(n), "dongsi", 0, 1, key(key_no), loop) for n in numbers]
+        bids = [AwaitedPurchase(member(n), "dongsi", 0, 1, key(key_no), loop) for n in numbers]
         for bid in bids:
             assert self.batcher.submit(bid)
         async with asyncio.timeout(10):

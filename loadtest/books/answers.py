@@ -138,7 +138,7 @@ def read_answer(
 
 
 def write_answers(answers: Iterable[Answer], path: Path) -> None:
-    """Write answers as JSON lines, readable by the owner alone (they hold card numbers)."""
+    """Write answers as JSON lines, readable by the owner alone (they name members)."""
     path.touch(mode=0o600)
     with path.open("wb") as stream:
         stream.writelines(msgspec.json.encode(answer) + b"\n" for answer in answers)

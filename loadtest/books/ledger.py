@@ -83,7 +83,7 @@ async def load_books(database_url: str, campaign: str) -> Books:
     orders = tuple(
         OrderRow(
             order_no=order_number(campaign, row["seq"], row["created_at_ms"]),
-            card=row["card_no"],
+            card=str(row["member_no"]),
             showing=row["showing_id"] or "",
             quantity=row["quantity"],
             price_fen=row["price_fen"],

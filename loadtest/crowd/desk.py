@@ -150,7 +150,7 @@ class Desk:
         return self.received.total()
 
     def open(self, cards: Iterable[Member], file: Path) -> None:
-        """Begin a run. The file is readable by the owner alone: it holds card numbers."""
+        """Begin a run. The file is readable by the owner alone: it names members."""
         self._forget()
         self.cards.extend(cards)
         file.unlink(missing_ok=True)

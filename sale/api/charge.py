@@ -42,7 +42,7 @@ def admit(engine: Engine) -> None:
 def charge(
     engine: Engine, problem: Problem, token: str | None, peer: str, forwarded_for: str | None
 ) -> Limited | None:
-    """Charge what went wrong to the card whose valid ``token`` came with it, else to the address.
+    """Charge what went wrong to the member whose valid ``token`` came with it, else to the address.
 
     None where the refusal stands as it is, else what is told instead. Never raises.
     """
@@ -85,7 +85,7 @@ def refuse_guessers(request: web.Request, token: str) -> None:
 
 
 def refuse_exhausted(request: web.Request) -> None:
-    """Spare the stores what a card or an address asks that has nothing left. Raises TooFast.
+    """Spare the stores what a member or an address asks that has nothing left. Raises TooFast.
 
     For what is read before it is known whether it goes wrong, and is charged only then.
     """

@@ -129,7 +129,7 @@ class FastPurchase(Purchase):
         checked: Checked,
         asked_at: float,
     ) -> None:
-        self.card_no, self.union, self.showing, self.quantity, self._key = checked
+        self.member_no, self.union, self.showing, self.quantity, self._key = checked
         self.asked_at = asked_at
         self.exchange = exchange
         self._handler = handler

@@ -39,7 +39,7 @@ from sale.members.orders import live_tickets
 from sale.members.purchase import Placed, PurchaseDesk
 from sale.members.rate import TooFast
 from sale.stock.catalogue import CampaignNow
-from sale.stock.records import read_card
+from sale.stock.records import read_member
 
 CAMPAIGN_MAX_AGE_S: Final = 1
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
@@ -146,7 +146,7 @@ async def show_allowance(request: web.Request) -> web.Response:
     now = await visible_campaign(request)
     campaign = now.campaign
     redis = request.app[ENGINE].stores.redis
-    records, revoked = await read_card(redis, campaign.id, str(member.no))
+    records, revoked = await read_member(redis, campaign.id, member.no)
     card_remaining = campaign.card_limit - live_tickets(records)
     reason = _why_not(now, member, revoked=revoked, card_remaining=card_remaining)
     return json_response(
@@ -165,7 +165,7 @@ async def list_orders(request: web.Request) -> web.Response:
     limit = page_limit(request)
     before = decode_cursor(request, OrderCursor)
     member = member_of(request)
-    orders, following = await request.app[ENGINE].orders.page(str(member.no), before, limit)
+    orders, following = await request.app[ENGINE].orders.page(member.no, before, limit)
     cursor = None if following is None else encode_cursor(following)
     return json_response(ListView[Order](orders, cursor), headers=NO_STORE)
 
@@ -173,7 +173,7 @@ async def list_orders(request: web.Request) -> web.Response:
 async def show_order(request: web.Request) -> web.Response:
     """GET /api/v1/orders/{order_no}."""
     member = member_of(request)
-    order = await request.app[ENGINE].orders.one(str(member.no), request.match_info["order_no"])
+    order = await request.app[ENGINE].orders.one(member.no, request.match_info["order_no"])
     return json_response(order, headers=NO_STORE)
 
 
@@ -191,7 +191,10 @@ async def visible_campaign(request: web.Request) -> CampaignNow:
 
 
 def member_of(request: web.Request) -> Member:
-    """Give whose token this is, and charge the card. Raises Refused (unauthenticated), TooFast."""
+    """Give the member whose token this is, and charge the member.
+
+    Raises Refused (unauthenticated), TooFast.
+    """
     engine = request.app[ENGINE]
     member = engine.tokens.verify(bearer(request) or "", time.time())
     limited = engine.limits.spend_card(member.no, time.monotonic())
@@ -203,7 +206,7 @@ def member_of(request: web.Request) -> Member:
 def _why_not(
     now: CampaignNow, member: Member, *, revoked: bool, card_remaining: int
 ) -> Problem | None:
-    """Give the first reason why this card may not buy now, in the contract's order."""
+    """Give the first reason why this member may not buy now, in the contract's order."""
     by_state = {
         State.SCHEDULED: Problem.NOT_OPEN,
         State.PAUSED: Problem.PAUSED,

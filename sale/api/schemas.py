@@ -189,7 +189,7 @@ class LiveView(msgspec.Struct, frozen=True, kw_only=True):
 class AuditEntryView(msgspec.Struct, frozen=True, kw_only=True):
     """One operator action: who, when, what, to what, why, and particulars (INV-10).
 
-    ``target`` names a card by its mask and tag only.
+    ``target`` names a member by number, and a card by its last four digits.
     """
 
     id: int

@@ -34,7 +34,7 @@ class PositionMoved(Exception):  # noqa: N818 - says what happened
 
 
 class Conflict(msgspec.Struct, frozen=True):
-    """An event that PostgreSQL refused to act on; ``why`` names no card."""
+    """An event that PostgreSQL refused to act on; ``why`` names no member."""
 
     seq: int
     why: str
@@ -97,7 +97,7 @@ async def mark_paused(conn: Connection, campaign_id: str) -> None:
 _SQL: Final = queries.load("apply")
 _COLUMNS: Final = (
     "seq", "at", "epoch", "showing_no", "quantity", "price_fen",
-    "campaign_id", "kind", "card_no", "key_hash", "actor", "reason", "data",
+    "campaign_id", "kind", "member_no", "key_hash", "actor", "reason", "data",
 )  # fmt: skip
 _APPLY: Final = {name: [_SQL[each] for each in kind.apply] for name, kind in KINDS.items()}
 """Statements of each kind; one with none does nothing, and may stand between any two others."""
@@ -137,7 +137,7 @@ def _copy_rows(campaign_id: str, at: datetime, batch: list[Event]) -> list[tuple
     return [
         (
             event.seq, at, event.epoch, event.showing, event.quantity, event.price_fen,
-            campaign_id, event.kind, event.card_no, event.key_hash,
+            campaign_id, event.kind, event.member_no, event.key_hash,
             *((event.actor, event.reason, _json(event.data)) if event.data else _NO_DATA),
         )
         for event in batch
@@ -235,7 +235,7 @@ async def _conflict(conn: Connection, campaign_id: str, event: Event, error: Exc
 
 
 def _said(error: Exception) -> object:
-    """Give an error's message without PostgreSQL's detail, which holds the card's number."""
+    """Give an error's message without PostgreSQL's detail, which holds the member's number."""
     return error.args[0] if error.args else ""
 
 

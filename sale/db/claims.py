@@ -26,7 +26,7 @@ class Claim(NamedTuple):
     seq: int
     epoch: int
     at_ms: int
-    card_no: str
+    member_no: int
     key_hash: str
     showing: int
     quantity: int
@@ -35,7 +35,7 @@ class Claim(NamedTuple):
     def event(self) -> Event:
         """Give the event that it was."""
         return Event(
-            self.seq, self.at_ms, self.epoch, SOLD, self.card_no, self.showing, self.quantity,
+            self.seq, self.at_ms, self.epoch, SOLD, self.member_no, self.showing, self.quantity,
             self.key_hash, self.price_fen,
         )  # fmt: skip
 
@@ -114,7 +114,7 @@ async def conflicts(conn: Connection, campaign_id: str, limit: int = 100) -> lis
 
 def _claim(row: Mapping[str, Any]) -> Claim:
     return Claim(
-        row["seq"], row["epoch"], to_ms(row["at"]), row["card_no"], row["key_hash"],
+        row["seq"], row["epoch"], to_ms(row["at"]), row["member_no"], row["key_hash"],
         row["showing_no"], row["quantity"], row["price_fen"],
     )  # fmt: skip
 

@@ -31,7 +31,7 @@ class OrderRow(msgspec.Struct, frozen=True):
 
     campaign_id: str
     seq: int
-    card_no: str
+    member_no: int
     showing_no: int
     showing_id: str
     quantity: int
@@ -123,13 +123,13 @@ async def living(conn: Connection) -> list[str]:
     return [row["campaign_id"] for row in await conn.fetch(_SQL["living"])]
 
 
-async def orders_of_card(
-    conn: Connection, card_no: str, *, before: OrderCursor | None = None, limit: int = 50
+async def orders_of_member(
+    conn: Connection, member_no: int, *, before: OrderCursor | None = None, limit: int = 50
 ) -> list[OrderRow]:
-    """A card's orders, newest first, at most ``limit``; ``before`` is the last one's cursor."""
+    """A member's orders, newest first, at most ``limit``; ``before`` is the last one's cursor."""
     at = None if before is None else from_ms(before.created_at_ms)
     campaign_id, seq = (None, None) if before is None else (before.campaign_id, before.seq)
-    rows = await conn.fetch(_SQL["orders_of_card"], card_no, at, campaign_id, seq, limit)
+    rows = await conn.fetch(_SQL["orders_of_member"], member_no, at, campaign_id, seq, limit)
     return [_order(row) for row in rows]
 
 
@@ -227,7 +227,7 @@ def _order(row: Mapping[str, Any]) -> OrderRow:
     return OrderRow(
         campaign_id=row["campaign_id"],
         seq=row["seq"],
-        card_no=row["card_no"],
+        member_no=row["member_no"],
         showing_no=row["showing_no"],
         showing_id=row["showing_id"],
         quantity=row["quantity"],
@@ -247,7 +247,7 @@ def _event(row: Mapping[str, Any]) -> Event:
         at_ms=to_ms(row["at"]),
         epoch=row["epoch"],
         kind=row["kind"],
-        card_no=row["card_no"],
+        member_no=row["member_no"],
         showing=row["showing_no"],
         quantity=row["quantity"],
         key_hash=row["key_hash"],

@@ -58,7 +58,7 @@ class Event(msgspec.Struct, frozen=True):
     at_ms: int
     epoch: int
     kind: str
-    card_no: str | None = None
+    member_no: int | None = None
     showing: int | None = None
     quantity: int | None = None
     key_hash: str | None = None
@@ -83,7 +83,8 @@ class Event(msgspec.Struct, frozen=True):
         """Give the event as an entry holds it."""
         if KINDS[self.kind].positional:
             return [
-                self.kind, self.card_no, self.showing, self.quantity, self.key_hash, self.price_fen,
+                self.kind, self.member_no, self.showing, self.quantity, self.key_hash,
+                self.price_fen,
             ]  # fmt: skip
         return [self.kind, self.data]
 
@@ -113,7 +114,7 @@ class Entry(msgspec.Struct, frozen=True):
         at_ms, epoch = self.at_ms, self.epoch
         return [
             Event(
-                seq, at_ms, epoch, _KIND_OF[type(row)], row.card_no, row.showing, row.quantity,
+                seq, at_ms, epoch, _KIND_OF[type(row)], row.member_no, row.showing, row.quantity,
                 row.key_hash, row.price_fen,
             )
             if isinstance(row, Sale)

@@ -10,7 +10,7 @@ from sale.ledger.kinds import KINDS
 
 
 class SaleRecord(msgspec.Struct, frozen=True, gc=False):
-    """One order of a card, as the card's record in Redis holds it."""
+    """One order of a member, as the member's record in Redis holds it."""
 
     seq: int
     at_ms: int
@@ -30,7 +30,7 @@ class CampaignState(msgspec.Struct):
     config: dict[str, Any] = {}
     tickets: dict[int, int] = {}
     remaining: dict[int, int] = {}
-    cards: dict[str, list[SaleRecord]] = {}
+    members: dict[int, list[SaleRecord]] = {}
     operations: dict[str, str] = {}
     made: int = 0
     """Number of the last ``created`` event: an ID may be used again once its draft is deleted."""
@@ -52,13 +52,13 @@ class CampaignState(msgspec.Struct):
         self.epoch = event.epoch
 
     def add_order(self, sale: Event) -> None:
-        """Take a sale's tickets, and add it to the orders of its card. Raises ValueError."""
-        card, showing, quantity = sale.card_no, sale.showing, sale.quantity
-        if card is None or showing is None or quantity is None or sale.key_hash is None:
+        """Take a sale's tickets, and add it to the orders of its member. Raises ValueError."""
+        member_no, showing, quantity = sale.member_no, sale.showing, sale.quantity
+        if member_no is None or showing is None or quantity is None or sale.key_hash is None:
             raise ValueError("it lacks a field")
         if showing not in self.remaining:
             raise ValueError(f"no showing {showing}")
         self.remaining[showing] -= quantity
-        self.cards.setdefault(card, []).append(
+        self.members.setdefault(member_no, []).append(
             SaleRecord(sale.seq, sale.at_ms, showing, quantity, sale.key_hash)
         )

@@ -40,7 +40,7 @@ class Sale(
 ):
     """All of what the client asked for, so a retry is told from a key that is used twice."""
 
-    card_no: str
+    member_no: Integer
     showing: Integer
     quantity: Integer
     key_hash: str
@@ -121,7 +121,7 @@ def _sell(state: "CampaignState", event: "Event") -> None:
 
 def _sale_breaches(state: "CampaignState", event: "Event") -> Breaches:
     """Say which invariants a sale breaks. Shares not a line with ``purchase.lua``."""
-    quantity, card = event.quantity or 0, event.card_no or ""
+    quantity, member_no = event.quantity or 0, event.member_no or 0
     if state.state != "open":
         yield "INV-7", f"sold while {state.state or 'nothing'}"
     if (state.opens_at_ms is not None and event.at_ms < state.opens_at_ms) or (
@@ -130,13 +130,13 @@ def _sale_breaches(state: "CampaignState", event: "Event") -> Breaches:
         yield "INV-7", "sold outside the window"
     if state.remaining.get(event.showing or 0, 0) < quantity or quantity < 1:
         yield "INV-1", f"{quantity} sold, fewer were left"
-    held = state.cards.get(card, ())
+    held = state.members.get(member_no, ())
     if sum(record.quantity for record in held) + quantity > state.config.get("card_limit", 0):
-        yield "INV-2", f"member {card} passed the limit"
+        yield "INV-2", f"member {member_no} passed the limit"
     if any(record.key_hash == event.key_hash for record in held):
-        yield "INV-4", f"a key of member {card} sold twice"
-    if is_made_up(int(card or 0)) is not bool(state.config.get("rehearsal_of")):
-        yield "INV-9", f"member {card} and this campaign may not meet"
+        yield "INV-4", f"a key of member {member_no} sold twice"
+    if is_made_up(member_no) is not bool(state.config.get("rehearsal_of")):
+        yield "INV-9", f"member {member_no} and this campaign may not meet"
     if event.price_fen != state.config.get("price_fen"):
         yield "INV-5", "not the campaign's price"
 
@@ -146,7 +146,7 @@ def _create(state: "CampaignState", event: "Event") -> None:
     state.config = made.config
     state.tickets = {no: row["tickets"] for no, row in enumerate(made.config["showings"])}
     state.remaining = dict(state.tickets)
-    state.cards = {}
+    state.members = {}
     state.state = "draft"
     state.made = event.seq
     state.opens_at_ms, state.closes_at_ms = made.opens_at, made.closes_at

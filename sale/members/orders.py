@@ -1,7 +1,7 @@
-"""Orders: how one is worded, and how a card reads its own.
+"""Orders: how one is worded, and how a member reads the own ones.
 
 An order is readable from the moment of its 201: what the writer has not applied yet is read from
-the card's record in Redis, everything else from PostgreSQL.
+the member's record in Redis, everything else from PostgreSQL.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from sale.domain.order import Order, Ticket, order_number, parse_order_number
 from sale.domain.problem import Problem, Refused
 from sale.ledger.fold import SaleRecord
 from sale.stock.catalogue import Catalogue
-from sale.stock.records import read_card, read_card_everywhere
+from sale.stock.records import read_member, read_member_everywhere
 
 CODE_BYTES: Final = 16
 CONFIRMED: Final = "confirmed"
@@ -53,17 +53,17 @@ class TicketCodes:
 
 
 def key_hash(idempotency_key: str) -> str:
-    """Hash under which a key is kept: 16 hex digits, and 64 bits are ample for one card's keys."""
+    """Hash under which a key is kept, 16 hex digits: 64 bits are ample for one member's keys."""
     return hashlib.blake2b(idempotency_key.encode(), digest_size=8).hexdigest()
 
 
 def live_tickets(records: Sequence[SaleRecord]) -> int:
-    """Tickets that count towards the card's limit."""
+    """Tickets that count towards the member's limit."""
     return sum(record.quantity for record in records)
 
 
 class OwnOrders:
-    """A card's own orders; other people's do not exist for it."""
+    """A member's own orders; other people's do not exist for the member."""
 
     def __init__(
         self, catalogue: Catalogue, redis: Redis, pool: asyncpg.Pool, codes: TicketCodes
@@ -73,7 +73,7 @@ class OwnOrders:
         self._pool = pool
         self._codes = codes
 
-    async def one(self, card_no: str, order_no: str) -> Order:
+    async def one(self, member_no: int, order_no: str) -> Order:
         """Give one order. Raises Refused (not-found) for anybody else's, like for none."""
         place = parse_order_number(order_no)
         if place is None:
@@ -81,18 +81,18 @@ class OwnOrders:
         campaign_id, seq, low_bits = place
         campaign = await self._campaign(campaign_id)
         if campaign is not None:
-            records, _ = await read_card(self._redis, campaign_id, card_no)
+            records, _ = await read_member(self._redis, campaign_id, member_no)
             for record in records:
                 if record.seq == seq and record.at_ms & LOW_BITS == low_bits:
                     return self._from_redis(campaign, record, records)
         async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
             row = await read.order(connection, campaign_id, seq)
-        if row is None or row.card_no != card_no or row.created_at_ms & LOW_BITS != low_bits:
+        if row is None or row.member_no != member_no or row.created_at_ms & LOW_BITS != low_bits:
             raise Refused(Problem.NOT_FOUND, "no such order")
         return self._from_postgres(row)
 
     async def page(
-        self, card_no: str, before: OrderCursor | None, limit: int
+        self, member_no: int, before: OrderCursor | None, limit: int
     ) -> tuple[list[Order], OrderCursor | None]:
         """Give up to ``limit`` orders, newest first, and where to go on.
 
@@ -101,14 +101,14 @@ class OwnOrders:
         found: dict[OrderCursor, Order] = {}
         try:
             async with asyncio.timeout(POSTGRES_PATIENCE_S), self._pool.acquire() as connection:
-                rows = await read.orders_of_card(
-                    connection, card_no, before=before, limit=limit + 1
+                rows = await read.orders_of_member(
+                    connection, member_no, before=before, limit=limit + 1
                 )
         except POSTGRES_ERRORS as error:
             log.warning("orders.without_postgres", error=type(error).__name__)
             rows = []
         found.update({row.cursor: self._from_postgres(row) for row in rows})
-        held = await read_card_everywhere(self._redis, card_no)
+        held = await read_member_everywhere(self._redis, member_no)
         campaigns = await self._catalogue.those_for_sale(list(held))
         for campaign_id, campaign in campaigns.items():
             for record in (records := held[campaign_id]):

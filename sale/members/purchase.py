@@ -34,8 +34,8 @@ from sale.stock.scripts import Decision
 POSTGRES_PATIENCE_S: Final = 1.0
 ABSENT_S: Final = 0.1
 ABSENT_MAX: Final = 1_000
-Checked = tuple[str, str, int, int, str]
-"""A request that may be asked: card, union, showing number, quantity, its key."""
+Checked = tuple[int, str, int, int, str]
+"""A request that may be asked: member number, union, showing number, quantity, its key."""
 
 _PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
 
@@ -103,8 +103,8 @@ class PurchaseDesk:
             self.count_refused(campaign_id, refused.problem)
             return refused
         checked = self.check(campaign, quantity, showing_id, key, token, time.monotonic())
-        card_no, union, showing, quantity, key = checked
-        purchase = AwaitedPurchase(card_no, union, showing, quantity, key_hash(key), self._loop)
+        member_no, union, showing, quantity, key = checked
+        purchase = AwaitedPurchase(member_no, union, showing, quantity, key_hash(key), self._loop)
         purchase.asked_at -= waited_s
         self.submit(campaign, purchase)
         return self.word(campaign, purchase, await purchase.answer)
@@ -143,7 +143,7 @@ class PurchaseDesk:
             raise TooFast(limited)
         if not may_meet(campaign, member.no):
             raise Refused(Problem.NOT_ELIGIBLE)
-        return str(member.no), member.union, showing, quantity, key
+        return member.no, member.union, showing, quantity, key
 
     def submit(self, campaign: Campaign, purchase: Purchase) -> None:
         """Queue a checked purchase; it will be settled once. Raises Refused."""

@@ -1,7 +1,7 @@
 """What a batch asks of ``purchase.lua``: one packed argument, column by column.
 
-MessagePack of five lists (cards, unions, showing numbers, quantities, key hashes), which the script
-reads by ``cmsgpack``. The header of ``purchase.lua`` says what was tried instead.
+MessagePack of five lists (members, unions, showing numbers, quantities, key hashes), which the
+script reads by ``cmsgpack``. The header of ``purchase.lua`` says what was tried instead.
 """
 
 from typing import Final, TypeAlias
@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 Columns: TypeAlias = tuple[list[str], list[str], list[int], list[int], list[str]]
-"""Cards, unions, showing numbers, quantities, key hashes; all of the same length."""
+"""Members (numbers as text), unions, showing numbers, quantities, key hashes; equally long."""
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Columns)

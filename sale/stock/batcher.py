@@ -37,7 +37,7 @@ from sale.domain.problem import Problem
 from sale.ledger.chain import CorruptLedger
 from sale.metrics import PurchaseMetrics
 from sale.stock.batch_codec import pack_bids
-from sale.stock.buyer_filter import PLACES, BuyerFilter
+from sale.stock.buyer_filter import BuyerFilter
 from sale.stock.keys import campaign_keys
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
@@ -59,7 +59,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     """What became of a purchase.
 
     ``decision`` is None where the outcome is unknown or the state cannot be trusted. ``value`` is
-    the event number of an order, the tickets left, the tickets the card may still buy, or the
+    the event number of an order, the tickets left, the tickets the member may still buy, or the
     opening moment (ms): see the header of ``purchase.lua``.
     """
 
@@ -128,12 +128,12 @@ class Purchase(ABC):
     purchase are a good part of what aiohttp's way costs.
     """
 
-    __slots__ = ("asked_at", "card_no", "key_hash", "quantity", "showing", "union")
+    __slots__ = ("asked_at", "key_hash", "member_no", "quantity", "showing", "union")
 
     def __init__(
-        self, card_no: str, union: str, showing: int, quantity: int, key_hash: str
+        self, member_no: int, union: str, showing: int, quantity: int, key_hash: str
     ) -> None:
-        self.card_no = card_no
+        self.member_no = member_no
         self.union = union
         self.showing = showing
         self.quantity = quantity
@@ -152,14 +152,14 @@ class AwaitedPurchase(Purchase):
 
     def __init__(
         self,
-        card_no: str,
+        member_no: int,
         union: str,
         showing: int,
         quantity: int,
         key_hash: str,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        super().__init__(card_no, union, showing, quantity, key_hash)
+        super().__init__(member_no, union, showing, quantity, key_hash)
         self.answer: asyncio.Future[Answer] = loop.create_future()
 
     def settle(self, answer: Answer) -> None:
@@ -320,7 +320,7 @@ class Batcher:
         while batch:
             bids = pack_bids(
                 (
-                    [p.card_no for p in batch],
+                    [str(p.member_no) for p in batch],
                     [p.union for p in batch],
                     [p.showing for p in batch],
                     [p.quantity for p in batch],
@@ -458,7 +458,7 @@ class Batcher:
             if result >= 0:
                 number += 1
                 answer = Answer(Decision.SOLD, number, result, now_ms, now_ms, price_fen)
-                told.append((number, now_ms, p.card_no, p.showing, p.quantity, p.key_hash))
+                told.append((number, now_ms, p.member_no, p.showing, p.quantity, p.key_hash))
             elif result in said:
                 answer = said[result]
             else:
@@ -471,7 +471,7 @@ class Batcher:
                     and value > applied
                     and self.kept.first_replay(value, p.key_hash)
                 ):
-                    told.append((value, sold_at_ms, p.card_no, p.showing, p.quantity, p.key_hash))
+                    told.append((value, sold_at_ms, p.member_no, p.showing, p.quantity, p.key_hash))
             answers.append(answer)
         self.kept.add(epoch, price_fen, told)
         return answers
@@ -514,14 +514,15 @@ class Batcher:
                 )
                 buyer_filter = self._buyer_filter
                 if buyer_filter is None:
-                    buyer_filter = self._buyer_filter = BuyerFilter(
-                        self._scripts.redis, self._campaign.id
+                    buyer_filter = BuyerFilter(
+                        self._scripts.redis, self._campaign.id, made_up=self.rehearsal
                     )
+                    self._buyer_filter = buyer_filter
                 return (peek, buyer_filter) if await buyer_filter.come_up_to(peek) else None
         except (Untrusted, RedisError, OSError, TimeoutError):
             return None
         except CorruptLedger as error:
-            self._warn("suspects.not_loaded", str(error))
+            self._warn("buyer_filter.not_loaded", str(error))
             self._buyer_filter = None
             return None
 
@@ -543,15 +544,16 @@ class Batcher:
         if refusal is not None:
             by_showing, left = [refusal] * len(left), (0,) * len(left)
         unions = None if "*" in self._campaign.unions else self._campaign.unions
-        bits = buyer_filter.bits
+        bits, first = buyer_filter.bits, buyer_filter.first
+        bound = len(bits) << 3
         undecided: list[Purchase] = []
         refused: list[Purchase] = []
         answers: list[Answer] = []
         self._asking = taken = self._take(asked)  # found there, should anything go wrong here
         for number, purchase in enumerate(taken, start=1):
-            place = hash(purchase.card_no) & PLACES
+            place = purchase.member_no - first
             if (
-                bits[place >> 3] >> (place & 7) & 1
+                (-1 < place < bound and bits[place >> 3] >> (place & 7) & 1)
                 or purchase.quantity <= left[purchase.showing]
                 or (unions is not None and purchase.union not in unions)
             ):

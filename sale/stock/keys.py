@@ -9,8 +9,8 @@ key        type     holds
 ========== ======== =================================================================
 head       hash     number, chain hash, epoch, state, window, limits, clock, identity
 stock      hash     ``t<n>`` tickets and ``r<n>`` remaining of showing number n
-cards      hash     card number → its orders here, 31 bytes each
-revoked    set      cards that may not buy (derived from the roster, not from the ledger)
+members    hash     member number → the member's orders here, 31 bytes each
+revoked    set      members who may not buy (derived from the roster, not from the ledger)
 calls      hash     process → number of its last call, so that a delayed call cannot sell
 operations hash     operator's idempotency key → event number and content
 stream     stream   the ledger, one entry a call, ID ``<number of the last event>-0``
@@ -50,7 +50,7 @@ class CampaignKeys(NamedTuple):
     head: str
     stream: str
     stock: str
-    cards: str
+    members: str
     revoked: str
     calls: str
     operations: str

@@ -74,7 +74,7 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
     counts = await _write_beside(redis, plan)
     campaign = msgspec.convert(plan.books.config, Campaign)
     reply: Any = await redis.execute_command(  # type: ignore[no-untyped-call]
-        "EVAL", RECOVER.source, 11, *old, new.stream, new.stock, new.cards, new.operations,
+        "EVAL", RECOVER.source, 11, *old, new.stream, new.stock, new.members, new.operations,
         *plan.old, plan.seq, plan.chain, plan.epoch, plan.clock_ms, int(plan.keep_stream),
         plan.books.state, moment_text(plan.books.opens_at_ms), moment_text(plan.books.closes_at_ms),
         campaign.card_limit, campaign.order_max, campaign.price_fen, unions_text(campaign),
@@ -88,7 +88,7 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
 
 
 async def _write_beside(redis: Redis, plan: Rebuild) -> tuple[int, int, int, int]:
-    """Write the new keys; how many cards, stock fields, operations and entries they hold."""
+    """Write the new keys; how many members, stock fields, operations and entries they hold."""
     new, books = rebuilt_keys(plan.campaign_id), plan.books
     stock = {f"t{number}": count for number, count in books.tickets.items()}
     stock |= {f"r{number}": count for number, count in books.remaining.items()}
@@ -96,13 +96,15 @@ async def _write_beside(redis: Redis, plan: Rebuild) -> tuple[int, int, int, int
         await redis.hset(new.stock, mapping=chunk)
     for chunk in _chunks(books.operations):
         await redis.hset(new.operations, mapping=chunk)
-    for chunk in _chunks(books.cards):
-        values: dict[Any, Any] = {card: pack_records(held) for card, held in chunk.items()}
-        await redis.hset(new.cards, mapping=values)
+    for chunk in _chunks(books.members):
+        values: dict[Any, Any] = {
+            member_no: pack_records(held) for member_no, held in chunk.items()
+        }
+        await redis.hset(new.members, mapping=values)
     entries = () if plan.keep_stream else plan.entries
     for at in range(0, len(entries), ENTRIES_CHUNK):
         await _copy(redis, new.stream, entries[at : at + ENTRIES_CHUNK])
-    return len(books.cards), len(stock), len(books.operations), len(entries)
+    return len(books.members), len(stock), len(books.operations), len(entries)
 
 
 async def _copy(redis: Redis, stream: str, entries: Sequence[Entry]) -> None:
@@ -119,7 +121,7 @@ async def _copy(redis: Redis, stream: str, entries: Sequence[Entry]) -> None:
         await pipe.execute()
 
 
-def _chunks(mapping: Mapping[str, Any]) -> Iterator[dict[Any, Any]]:
+def _chunks(mapping: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
     items = iter(mapping.items())
     while chunk := dict(islice(items, CHUNK)):
         yield chunk

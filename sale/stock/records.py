@@ -1,4 +1,4 @@
-"""A card's orders in Redis: a value of the hash ``cards``, one record of 31 bytes an order.
+"""A member's orders in Redis: a value of the hash ``members``, one record of 31 bytes an order.
 
 The layout stands in the header of ``purchase.lua``, which writes it.
 """
@@ -21,9 +21,9 @@ log = structlog.get_logger()
 
 
 def parse_records(value: bytes) -> list[SaleRecord]:
-    """Read a card's orders, oldest first. Raises ValueError where the value is not whole."""
+    """Read a member's orders, oldest first. Raises ValueError where the value is not whole."""
     if len(value) % RECORD_BYTES:
-        raise ValueError(f"a card's value of {len(value)} bytes is not whole records")
+        raise ValueError(f"a member's value of {len(value)} bytes is not whole records")
     return [
         SaleRecord(
             seq=int.from_bytes(value[at + 16 : at + 21], "big"),
@@ -37,7 +37,7 @@ def parse_records(value: bytes) -> list[SaleRecord]:
 
 
 def pack_records(records: Iterable[SaleRecord]) -> bytes:
-    """Write a card's orders as ``purchase.lua`` does. The reverse of ``parse_records``."""
+    """Write a member's orders as ``purchase.lua`` does. The reverse of ``parse_records``."""
     return b"".join(
         record.key_hash.encode("ascii")
         + record.seq.to_bytes(5, "big")
@@ -48,27 +48,29 @@ def pack_records(records: Iterable[SaleRecord]) -> bytes:
     )
 
 
-async def read_card(redis: Redis, campaign_id: str, card_no: str) -> tuple[list[SaleRecord], bool]:
-    """Read a card's orders in a campaign, oldest first, and whether it may not buy."""
+async def read_member(
+    redis: Redis, campaign_id: str, member_no: int
+) -> tuple[list[SaleRecord], bool]:
+    """Read a member's orders in a campaign, oldest first, and whether the member is revoked."""
     keys = campaign_keys(campaign_id)
 
     def ask(pipe: Any) -> None:  # noqa: ANN401 - redis-py's pipeline
-        pipe.hget(keys.cards, card_no)
-        pipe.sismember(keys.revoked, card_no)
+        pipe.hget(keys.members, str(member_no))
+        pipe.sismember(keys.revoked, str(member_no))
 
     value, revoked = await read_at_once(redis, keys.head, ask)
     return parse_records(value or b""), bool(revoked)
 
 
-async def read_card_everywhere(redis: Redis, card_no: str) -> dict[str, list[SaleRecord]]:
-    """Read a card's orders in all campaigns, by campaign; those where it has none are left out.
+async def read_member_everywhere(redis: Redis, member_no: int) -> dict[str, list[SaleRecord]]:
+    """Read a member's orders in all campaigns, by campaign; those without any are left out.
 
     Two round trips, however many campaigns there are or were. One whose value is damaged is left
     out, so that the others are seen: the audit tells of it.
     """
     ids = await campaign_ids(redis)
     async with redis.pipeline(transaction=False) as pipe:
-        survey.ask(pipe, [campaign_keys(each).cards for each in ids], [card_no])
+        survey.ask(pipe, [campaign_keys(each).members for each in ids], [str(member_no)])
         values = survey.told(await pipe.execute(), len(ids))
     held: dict[str, list[SaleRecord]] = {}
     for campaign_id, value in zip(ids, values, strict=True):

@@ -249,7 +249,7 @@ class Scripts:
     ) -> OperationReply:
         """Run ``verify.lua``: mark as verified, or as recovering and why.
 
-        ``whole``: stock and cards were compared too, so that another's mark is lifted as well.
+        ``whole``: stock and members were compared too, so that another's mark is lifted as well.
         """
         return await self._operate(
             VERIFY, campaign_id, seq, chain, self.nonce, recovering, int(whole)

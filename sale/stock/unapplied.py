@@ -25,8 +25,8 @@ CHECK_CHUNK: Final = 1_000
 CHECK_TIMEOUT_S: Final = 2.0
 """For one chunk: how long all of them take depends on how much is kept."""
 
-Told: TypeAlias = tuple[int, int, str, int, int, str]
-"""Event number, sold at (ms), card, showing number, quantity, key hash."""
+Told: TypeAlias = tuple[int, int, int, int, int, str]
+"""Event number, sold at (ms), member, showing number, quantity, key hash."""
 
 
 class AcknowledgedSale(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class AcknowledgedSale(msgspec.Struct, frozen=True):
     price_fen: int
     seq: int
     at_ms: int
-    card_no: str
+    member_no: int
     showing: int
     quantity: int
     key_hash: str
@@ -107,7 +107,8 @@ class Unapplied:
         sales = self.sales()
         while chunk := list(islice(sales, CHECK_CHUNK)):
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                values: list[Any] = await redis.hmget(keys.cards, [sale.card_no for sale in chunk])
+                members = [str(sale.member_no) for sale in chunk]
+                values: list[Any] = await redis.hmget(keys.members, members)
             for sale, value in zip(chunk, values, strict=True):
                 record = SaleRecord(
                     sale.seq, sale.at_ms, sale.showing, sale.quantity, sale.key_hash
@@ -132,10 +133,10 @@ class _Batch(NamedTuple):
     def told(self) -> list[Told]:
         if not self.at_ms:
             return _DECODER.decode(self.packed)
-        cards, _, showings, quantities, keys = unpack_bids(self.packed)
+        members, _, showings, quantities, keys = unpack_bids(self.packed)
         numbers = range(self.highest - self.sales + 1, self.highest + 1)
         times = [self.at_ms] * self.sales
-        return list(zip(numbers, times, cards, showings, quantities, keys, strict=True))
+        return list(zip(numbers, times, map(int, members), showings, quantities, keys, strict=True))
 
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

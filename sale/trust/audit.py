@@ -36,7 +36,7 @@ from sale.trust.comparison import (
     Findings,
     Gone,
     RedisView,
-    compare_cards,
+    compare_members,
     compare_operations,
     compare_revoked,
     compare_rules,
@@ -212,7 +212,7 @@ class _Check:
             books = await self._fold(connection, position, view)
             await compare_orders(connection, view.now.campaign, self._findings)
             await self._check_roster(connection, view)
-        await compare_cards(view, books, self._findings)
+        await compare_members(view, books, self._findings)
         compare_operations(view, books, self._findings)
         return True
 

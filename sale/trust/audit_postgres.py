@@ -65,12 +65,12 @@ async def compare_orders(connection: Connection, campaign: Campaign, findings: F
 
     limit = campaign.card_limit
     miscounted = await connection.fetch(
-        _SQL["cards_miscounted"], campaign_id, limit, timeout=QUERY_TIMEOUT_S
+        _SQL["members_miscounted"], campaign_id, limit, timeout=QUERY_TIMEOUT_S
     )
     for row in miscounted:
         findings.add(
             "INV-2" if row["really"] > limit else "INV-6",
-            f"member {row['card_no']}: orders add up to {row['really']}, "
+            f"member {row['member_no']}: orders add up to {row['really']}, "
             f"counted {row['live']}, limit {limit}",
         )
     await each("INV-3", "sales_without_order", "event {seq}: sold, and no order like it")

@@ -1,8 +1,9 @@
 """What Redis holds of a campaign against what its ledger adds up to; audit and recovery share it.
 
 Redis is read in chunks, each in one atomic step with the event number it was read at, while sales
-go on. A card's records carry event numbers, so one fold to the end tells what the card held at any
-number before; only the head and the stock need the fold at exactly the number they were read at.
+go on. A member's records carry event numbers, so one fold to the end tells what the member held at
+any number before; only the head and the stock need the fold at exactly the number of their
+reading.
 """
 
 from collections.abc import Iterable, Mapping
@@ -53,7 +54,7 @@ class Findings:
 
     @property
     def full(self) -> bool:
-        """Whether a comparison of cards may stop: it has found as much as it can tell."""
+        """Whether a comparison of members may stop: it has found as much as it can tell."""
         return len(self._found.get("INV-3", ())) + len(self._found.get("INV-5", ())) >= (
             2 * PER_INVARIANT_MAX
         )
@@ -72,7 +73,7 @@ class Gone(Exception):  # noqa: N818 - says what happened
 
 
 class RedisView(msgspec.Struct):
-    """What Redis held: ``cards`` with the number each was read at, in the bytes of the store.
+    """What Redis held: ``members`` with the number each was read at, in the bytes of the store.
 
     ``rules`` and ``revoked`` are None where they changed during the reading: the next audit
     compares them.
@@ -80,9 +81,9 @@ class RedisView(msgspec.Struct):
 
     now: CampaignNow
     rules: dict[str, str] | None
-    cards: dict[str, tuple[int, bytes]]
+    members: dict[int, tuple[int, bytes]]
     operations: dict[str, str]
-    revoked: set[str] | None
+    revoked: set[int] | None
     highest: int
 
 
@@ -98,29 +99,29 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
         return None
     rules: list[Any] = await redis.hmget(keys.head, list(RULES))
     operations: dict[Any, Any] = await redis.hgetall(keys.operations)
-    cards: dict[str, tuple[int, bytes]] = {}
+    members: dict[int, tuple[int, bytes]] = {}
     cursor, highest = 0, now.seq
     while True:
         async with redis.pipeline(transaction=True) as pipe:
             pipe.hget(keys.head, "seq")
-            pipe.hscan(keys.cards, cursor, count=SCAN_COUNT)
+            pipe.hscan(keys.members, cursor, count=SCAN_COUNT)
             number, (cursor, chunk) = await pipe.execute()
         if number is None:
             raise Gone(campaign_id)
         seq = int(number)
         highest = max(highest, seq)
-        cards.update((card.decode(), (seq, value)) for card, value in chunk.items())
+        members.update((int(field), (seq, value)) for field, value in chunk.items())
         if int(cursor) == 0:
             break
-    revoked: set[str] = set()
-    async for card in redis.sscan_iter(keys.revoked, count=SCAN_COUNT):
-        revoked.add(card.decode())
+    revoked: set[int] = set()
+    async for member_no in redis.sscan_iter(keys.revoked, count=SCAN_COUNT):
+        revoked.add(int(member_no))
     after = await redis.hget(keys.head, "roster_rev")
     unmoved = after is not None and int(after) == now.roster_rev
     return RedisView(
         now=now,
         rules=_named(rules) if rules == before else None,
-        cards=cards,
+        members=members,
         operations={op.decode(): what.decode() for op, what in operations.items()},
         revoked=revoked if unmoved else None,
         highest=highest,
@@ -171,36 +172,36 @@ def compare_rules(
             findings.add(invariant, f"Redis has another {name} than the ledger says")
 
 
-async def compare_cards(view: RedisView, books: CampaignState, findings: Findings) -> None:
-    """Compare each card's orders with the fold, up to the number the card was read at."""
+async def compare_members(view: RedisView, books: CampaignState, findings: Findings) -> None:
+    """Compare each member's orders with the fold, up to the number they were read at."""
     steps = Steps()
-    for card, (at, value) in view.cards.items():
+    for member_no, (at, value) in view.members.items():
         await steps.done()
         try:
             held = parse_records(value)
         except ValueError as error:
-            findings.add("INV-3", f"member {card}: the orders in Redis: {error}")
+            findings.add("INV-3", f"member {member_no}: the orders in Redis: {error}")
             continue
-        told = [record for record in books.cards.get(card, ()) if record.seq <= at]
+        told = [record for record in books.members.get(member_no, ()) if record.seq <= at]
         if held != told:
-            _tell_difference(card, held, told, findings)
+            _tell_difference(member_no, held, told, findings)
         if findings.full:
             return
-    for card, records in books.cards.items():
+    for member_no, records in books.members.items():
         await steps.done()
-        # A card that the scan did not meet had no order when it began.
-        if card not in view.cards and (
+        # A member whom the scan did not meet had no order when it began.
+        if member_no not in view.members and (
             told := [record for record in records if record.seq <= view.now.seq]
         ):
-            _tell_difference(card, [], told, findings)
+            _tell_difference(member_no, [], told, findings)
         if findings.full:
             return
 
 
 def _tell_difference(
-    card: str, held: list[SaleRecord], told: list[SaleRecord], findings: Findings
+    member_no: int, held: list[SaleRecord], told: list[SaleRecord], findings: Findings
 ) -> None:
-    name = f"member {card}"
+    name = f"member {member_no}"
     counts = [sum(record.quantity for record in records) for records in (held, told)]
     if counts[0] != counts[1]:
         findings.add("INV-2", f"{name}: Redis counts {counts[0]} tickets, the ledger {counts[1]}")
@@ -230,20 +231,20 @@ def _number(what: str) -> int:
     return int(what.partition(":")[0])
 
 
-def compare_revoked(view: RedisView, revoked: set[str], findings: Findings) -> None:
-    """Compare the set of cards that may not buy with the roster at the same revision.
+def compare_revoked(view: RedisView, revoked: set[int], findings: Findings) -> None:
+    """Compare the set of members who may not buy with the roster at the same revision.
 
     A campaign whose set is not loaded sells nothing, so there is nothing to compare.
     """
     if view.revoked is None:
         return
-    for card in sorted(revoked - view.revoked):
-        findings.add("INV-9", f"member {card} is not active and may buy")
-    for card in sorted(view.revoked - revoked):
-        findings.add("INV-9", f"member {card} is active and may not buy")
+    for member_no in sorted(revoked - view.revoked):
+        findings.add("INV-9", f"member {member_no} is not active and may buy")
+    for member_no in sorted(view.revoked - revoked):
+        findings.add("INV-9", f"member {member_no} is active and may not buy")
 
 
-async def revoked_at(connection: Any, rev: int) -> set[str]:  # noqa: ANN401 - asyncpg's proxy
+async def revoked_at(connection: Any, rev: int) -> set[int]:  # noqa: ANN401 - asyncpg's proxy
     """Members who were not active at a revision of the roster."""
     inactive = await roster.inactive_members(connection, 0, None, rev, QUERY_TIMEOUT_S)
-    return set(map(str, inactive))
+    return set(inactive)

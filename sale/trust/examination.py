@@ -34,7 +34,7 @@ from sale.trust.comparison import (
     Findings,
     Gone,
     RedisView,
-    compare_cards,
+    compare_members,
     compare_operations,
     compare_revoked,
     compare_rules,
@@ -158,7 +158,7 @@ async def examine(
         await _fold(connection, case, trail, (view, findings), progress)
         handed = await _handed(await claims.unsettled(connection, campaign_id, case.seq))
         told = await _stray(redis, connection, case) if trail.wrong or trail.overlaps else []
-    told += await _from_cards(view, case)
+    told += await _from_members(view, case)
     epochs = [told.epoch for told in reports.reports(campaign_id).values()]
     case.roll_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
     given_out = max(given_out, reports.highest(campaign_id, case.books.epoch))
@@ -166,7 +166,7 @@ async def examine(
     case.differences += _misfit(case, trail, reports, given_out, still=still)
     case.unsteady = trail.wrong != "" or given_out > case.seq or not still
     if view is not None and case.redis_seq >= case.applied:
-        await compare_cards(view, case.books, findings)
+        await compare_members(view, case.books, findings)
         compare_operations(view, case.books, findings)
         if view.now.roster_rev >= 0:
             compare_revoked(view, revoked, findings)
@@ -315,11 +315,11 @@ async def _handed(handed_in: list[claims.Claim]) -> list[Event]:
     return found
 
 
-async def _from_cards(view: RedisView | None, case: Examination) -> list[Event]:
-    """Give what the cards in Redis tell of sales beyond the ledger: the stream may lack them."""
+async def _from_members(view: RedisView | None, case: Examination) -> list[Event]:
+    """Give the sales beyond the ledger that members' records hold: the stream may lack them."""
     found: list[Event] = []
     price_fen, steps = case.books.config.get("price_fen"), Steps()
-    for card, (_, value) in ({} if view is None else view.cards).items():
+    for member_no, (_, value) in ({} if view is None else view.members).items():
         await steps.done()
         try:
             records = parse_records(value)
@@ -327,7 +327,7 @@ async def _from_cards(view: RedisView | None, case: Examination) -> list[Event]:
             continue
         found += [
             Event(
-                record.seq, record.at_ms, case.books.epoch, SOLD, card, record.showing,
+                record.seq, record.at_ms, case.books.epoch, SOLD, member_no, record.showing,
                 record.quantity, record.key_hash, price_fen,
             )
             for record in records

@@ -20,7 +20,7 @@ class Conflict(msgspec.Struct, frozen=True):
     source: str
     why: str
     kind: str
-    member: str
+    member: int | None
     showing: int | None
     quantity: int | None
     found_at: str
@@ -52,7 +52,7 @@ def _conflict(row: dict[str, Any]) -> Conflict:
         source=row["source"],
         why=row["why"],
         kind=event.get("kind", ""),
-        member=event.get("card_no") or "",
+        member=event.get("member_no"),
         showing=event.get("showing"),
         quantity=event.get("quantity"),
         found_at=rfc3339(to_ms(row["found_at"])),

@@ -168,4 +168,4 @@ class _Refill:
 
 
 def _content(event: Event) -> tuple[object, ...]:
-    return (event.kind, event.card_no, event.showing, event.quantity, event.key_hash, event.data)
+    return (event.kind, event.member_no, event.showing, event.quantity, event.key_hash, event.data)

@@ -164,8 +164,8 @@ async def verify(
     """Compare one campaign's chain with PostgreSQL and with the roll, and mark it.
 
     True where it fits and may sell. Lifts a recovering mark that this function has set, and where
-    stock and cards were compared too (``whole``) any other. Raises what PostgreSQL does where that
-    is away and the roll does not suffice.
+    stock and members were compared too (``whole``) any other. Raises what PostgreSQL does where
+    that is away and the roll does not suffice.
     """
     for _ in range(TRIES):
         seq, chain, epoch, before, others = await _head(redis, campaign_id)

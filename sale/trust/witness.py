@@ -245,7 +245,7 @@ def _error(look: asyncio.Task[Report]) -> BaseException | None:
 
 def _claim(sale: AcknowledgedSale) -> Claim:
     return Claim(
-        sale.seq, sale.epoch, sale.at_ms, sale.card_no, sale.key_hash,
+        sale.seq, sale.epoch, sale.at_ms, sale.member_no, sale.key_hash,
         sale.showing, sale.quantity, sale.price_fen,
     )  # fmt: skip
 

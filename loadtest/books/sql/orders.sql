@@ -1,6 +1,6 @@
 SELECT
     o.seq,
-    o.card_no,
+    o.member_no,
     s.showing_id,
     o.quantity,
     o.price_fen,

@@ -89,7 +89,7 @@ CREATE TABLE event (
         'closed', 'created', 'deleted', 'opened', 'paused', 'recovered', 'reopened', 'resumed',
         'scheduled', 'sold', 'stock_added', 'voided'
     )),
-    card_no text COLLATE "C",
+    member_no integer,
     key_hash text COLLATE "C",
     actor text,
     reason text,
@@ -105,7 +105,7 @@ COMMENT ON COLUMN event.quantity IS 'Tickets sold; null in what is not a sale.';
 COMMENT ON COLUMN event.price_fen IS 'Price of one ticket; null in what is not a sale.';
 COMMENT ON COLUMN event.campaign_id IS 'The campaign.';
 COMMENT ON COLUMN event.kind IS 'sold, created, opened …';
-COMMENT ON COLUMN event.card_no IS 'Buyer, by member number; null in what is not a sale.';
+COMMENT ON COLUMN event.member_no IS 'Buyer, by member number; null in what is not a sale.';
 COMMENT ON COLUMN event.key_hash IS 'Hash of the idempotency key, 16 hex digits.';
 COMMENT ON COLUMN event.actor IS 'Who did it; null in a sale.';
 COMMENT ON COLUMN event.reason IS 'Why, where a reason was given.';
@@ -120,13 +120,13 @@ CREATE TABLE orders (
     quantity integer NOT NULL CHECK (quantity > 0),
     price_fen integer NOT NULL CHECK (price_fen >= 0),
     campaign_id text COLLATE "C" NOT NULL,
-    card_no text COLLATE "C" NOT NULL CHECK (card_no ~ '^[1-9][0-9]{0,9}$'),
+    member_no integer NOT NULL CHECK (member_no > 0),
     key_hash text COLLATE "C" NOT NULL CHECK (length(key_hash) = 16),
     state text NOT NULL DEFAULT 'confirmed' CHECK (
         state IN ('held', 'confirmed', 'cancelled', 'expired', 'refunded', 'collected')
     ),
     PRIMARY KEY (campaign_id, seq),
-    CONSTRAINT orders_one_per_key UNIQUE (card_no, campaign_id, key_hash)
+    CONSTRAINT orders_one_per_key UNIQUE (member_no, campaign_id, key_hash)
 ) WITH (fillfactor = 90);
 COMMENT ON TABLE orders IS 'Orders; each is bound to the event that made it.';
 COMMENT ON COLUMN orders.seq IS 'Number of the event that made it.';
@@ -136,33 +136,33 @@ COMMENT ON COLUMN orders.showing_no IS 'Showing it is for.';
 COMMENT ON COLUMN orders.quantity IS 'Tickets.';
 COMMENT ON COLUMN orders.price_fen IS 'Price of one ticket at the sale.';
 COMMENT ON COLUMN orders.campaign_id IS 'The campaign.';
-COMMENT ON COLUMN orders.card_no IS 'Buyer, by member number.';
+COMMENT ON COLUMN orders.member_no IS 'Buyer, by member number.';
 COMMENT ON COLUMN orders.key_hash IS 'Hash of the idempotency key, 16 hex digits.';
 COMMENT ON COLUMN orders.state IS 'held, confirmed and collected are live: they hold their tickets.';
 COMMENT ON CONSTRAINT orders_one_per_key ON orders IS
     'INV-4: one key of a member in a campaign, one order. The member stands first, so that this index '
     'also finds the orders of a member; they are few, so sorting them beats a third index.';
 
-CREATE TABLE card_use (
+CREATE TABLE member_use (
     campaign_id text COLLATE "C" NOT NULL,
-    card_no text COLLATE "C" NOT NULL,
+    member_no integer NOT NULL,
     live integer NOT NULL,
     card_limit integer NOT NULL,
-    PRIMARY KEY (campaign_id, card_no),
-    CONSTRAINT card_use_within_limit CHECK (live BETWEEN 0 AND card_limit)
+    PRIMARY KEY (campaign_id, member_no),
+    CONSTRAINT member_use_within_limit CHECK (live BETWEEN 0 AND card_limit)
 ) WITH (fillfactor = 80);
-COMMENT ON TABLE card_use IS 'What each member holds in each campaign (INV-2).';
-COMMENT ON COLUMN card_use.campaign_id IS 'The campaign.';
-COMMENT ON COLUMN card_use.card_no IS 'The member, by number.';
-COMMENT ON COLUMN card_use.live IS 'Tickets in live orders; kept by the triggers of orders alone.';
-COMMENT ON COLUMN card_use.card_limit IS 'Limit of the campaign when the member first bought.';
+COMMENT ON TABLE member_use IS 'What each member holds in each campaign (INV-2).';
+COMMENT ON COLUMN member_use.campaign_id IS 'The campaign.';
+COMMENT ON COLUMN member_use.member_no IS 'The member, by number.';
+COMMENT ON COLUMN member_use.live IS 'Tickets in live orders; kept by the triggers of orders alone.';
+COMMENT ON COLUMN member_use.card_limit IS 'Limit of the campaign when the member first bought.';
 
 CREATE TABLE handed_in (
     campaign_id text COLLATE "C" NOT NULL,
     seq bigint NOT NULL CHECK (seq > 0),
     epoch integer NOT NULL,
     at timestamptz NOT NULL,
-    card_no text COLLATE "C" NOT NULL,
+    member_no integer NOT NULL,
     key_hash text COLLATE "C" NOT NULL,
     showing_no integer NOT NULL,
     quantity integer NOT NULL CHECK (quantity > 0),
@@ -170,7 +170,7 @@ CREATE TABLE handed_in (
     process text NOT NULL,
     handed_at timestamptz NOT NULL DEFAULT now(),
     settled text CHECK (settled IN ('stands', 'conflict')),
-    PRIMARY KEY (campaign_id, seq, card_no, key_hash)
+    PRIMARY KEY (campaign_id, seq, member_no, key_hash)
 );
 CREATE INDEX handed_in_unsettled ON handed_in (campaign_id, seq) WHERE settled IS NULL;
 COMMENT ON TABLE handed_in IS
@@ -180,7 +180,7 @@ COMMENT ON COLUMN handed_in.campaign_id IS 'The campaign.';
 COMMENT ON COLUMN handed_in.seq IS 'Event number that the member was told.';
 COMMENT ON COLUMN handed_in.epoch IS 'Epoch it was told in.';
 COMMENT ON COLUMN handed_in.at IS 'Campaign clock of the sale.';
-COMMENT ON COLUMN handed_in.card_no IS 'Buyer, by member number.';
+COMMENT ON COLUMN handed_in.member_no IS 'Buyer, by member number.';
 COMMENT ON COLUMN handed_in.key_hash IS 'Hash of the idempotency key, 16 hex digits.';
 COMMENT ON COLUMN handed_in.showing_no IS 'Showing it is for.';
 COMMENT ON COLUMN handed_in.quantity IS 'Tickets.';
@@ -331,10 +331,10 @@ CREATE TRIGGER orders_stay BEFORE DELETE ON orders FOR EACH ROW
 CREATE TRIGGER orders_are_never_emptied BEFORE TRUNCATE ON orders
     EXECUTE FUNCTION refuse_change('an order is never removed');
 CREATE TRIGGER orders_keep_content BEFORE UPDATE ON orders FOR EACH ROW
-    WHEN ((OLD.campaign_id, OLD.seq, OLD.card_no, OLD.key_hash, OLD.showing_no, OLD.quantity,
+    WHEN ((OLD.campaign_id, OLD.seq, OLD.member_no, OLD.key_hash, OLD.showing_no, OLD.quantity,
            OLD.price_fen, OLD.created_at)
           IS DISTINCT FROM
-          (NEW.campaign_id, NEW.seq, NEW.card_no, NEW.key_hash, NEW.showing_no, NEW.quantity,
+          (NEW.campaign_id, NEW.seq, NEW.member_no, NEW.key_hash, NEW.showing_no, NEW.quantity,
            NEW.price_fen, NEW.created_at))
     EXECUTE FUNCTION refuse_change('only the state of an order changes');
 -- INV-6: what was given back once is not live again.
@@ -353,10 +353,10 @@ CREATE TRIGGER showing_starts_unsold BEFORE INSERT ON showing FOR EACH ROW
 CREATE TRIGGER showing_with_sales_stays BEFORE DELETE ON showing FOR EACH ROW
     WHEN (OLD.live <> 0)
     EXECUTE FUNCTION refuse_removal('tickets of it are sold');
-CREATE TRIGGER card_use_is_derived BEFORE INSERT OR UPDATE ON card_use FOR EACH STATEMENT
+CREATE TRIGGER member_use_is_derived BEFORE INSERT OR UPDATE ON member_use FOR EACH STATEMENT
     WHEN (pg_trigger_depth() = 0)
     EXECUTE FUNCTION refuse_change('live is kept by the orders');
-CREATE TRIGGER card_use_stays BEFORE DELETE ON card_use FOR EACH ROW
+CREATE TRIGGER member_use_stays BEFORE DELETE ON member_use FOR EACH ROW
     EXECUTE FUNCTION refuse_removal('live is kept by the orders');
 
 -- INV-5. The compare-and-set has moved campaign.applied before the events come.
@@ -401,7 +401,7 @@ BEGIN
     FROM fresh o
     LEFT JOIN event e ON e.campaign_id = o.campaign_id AND e.seq = o.seq
     WHERE e.kind IS DISTINCT FROM 'sold'
-        OR e.card_no IS DISTINCT FROM o.card_no
+        OR e.member_no IS DISTINCT FROM o.member_no
         OR e.key_hash IS DISTINCT FROM o.key_hash
         OR e.showing_no IS DISTINCT FROM o.showing_no
         OR e.quantity IS DISTINCT FROM o.quantity
@@ -441,30 +441,30 @@ BEGIN
         RAISE EXCEPTION 'orders: no such showing' USING ERRCODE = 'integrity_constraint_violation';
     END IF;
 
-    INSERT INTO card_use AS u (campaign_id, card_no, live, card_limit)
-    SELECT d.campaign_id, d.card_no, d.quantity, c.card_limit
+    INSERT INTO member_use AS u (campaign_id, member_no, live, card_limit)
+    SELECT d.campaign_id, d.member_no, d.quantity, c.card_limit
     FROM (
-        SELECT campaign_id, card_no, sum(quantity) AS quantity
+        SELECT campaign_id, member_no, sum(quantity) AS quantity
         FROM fresh WHERE state IN ('held', 'confirmed', 'collected')
-        GROUP BY campaign_id, card_no
+        GROUP BY campaign_id, member_no
     ) d
     LEFT JOIN campaign c USING (campaign_id)
-    ON CONFLICT (campaign_id, card_no) DO UPDATE SET live = u.live + excluded.live;
+    ON CONFLICT (campaign_id, member_no) DO UPDATE SET live = u.live + excluded.live;
     RETURN NULL;
 END $$;
 COMMENT ON FUNCTION count_new_orders IS 'INV-1, INV-2: adds new live orders to both counters.';
 CREATE TRIGGER orders_2_count_new AFTER INSERT ON orders
     REFERENCING NEW TABLE AS fresh EXECUTE FUNCTION count_new_orders();
 
--- EXECUTE plans anew each time, so the plan fits the size that card_use has by now.
+-- EXECUTE plans anew each time, so the plan fits the size that member_use has by now.
 CREATE FUNCTION count_changed_orders() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     EXECUTE $sql$
         WITH change AS (
-            SELECT campaign_id, showing_no, card_no, quantity FROM fresh
+            SELECT campaign_id, showing_no, member_no, quantity FROM fresh
             WHERE state IN ('held', 'confirmed', 'collected')
             UNION ALL
-            SELECT campaign_id, showing_no, card_no, -quantity FROM former
+            SELECT campaign_id, showing_no, member_no, -quantity FROM former
             WHERE state IN ('held', 'confirmed', 'collected')
         ), of_showing AS (
             UPDATE showing s SET live = s.live + d.quantity
@@ -474,12 +474,12 @@ BEGIN
             ) d
             WHERE s.campaign_id = d.campaign_id AND s.showing_no = d.showing_no
         )
-        UPDATE card_use u SET live = u.live + d.quantity
+        UPDATE member_use u SET live = u.live + d.quantity
         FROM (
-            SELECT campaign_id, card_no, sum(quantity) AS quantity FROM change
-            GROUP BY campaign_id, card_no HAVING sum(quantity) <> 0
+            SELECT campaign_id, member_no, sum(quantity) AS quantity FROM change
+            GROUP BY campaign_id, member_no HAVING sum(quantity) <> 0
         ) d
-        WHERE u.campaign_id = d.campaign_id AND u.card_no = d.card_no
+        WHERE u.campaign_id = d.campaign_id AND u.member_no = d.member_no
     $sql$;
     RETURN NULL;
 END $$;

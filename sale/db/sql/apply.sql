@@ -16,9 +16,9 @@ RETURNING set_config('synchronous_commit', 'on', true), set_config('enable_seqsc
 -- Tried on two cores: copying the orders beside the events costs the client more than this join
 -- costs the server.
 INSERT INTO orders (
-    campaign_id, seq, created_at, card_no, key_hash, showing_no, quantity, price_fen
+    campaign_id, seq, created_at, member_no, key_hash, showing_no, quantity, price_fen
 )
-SELECT campaign_id, seq, at, card_no, key_hash, showing_no, quantity, price_fen
+SELECT campaign_id, seq, at, member_no, key_hash, showing_no, quantity, price_fen
 FROM event
 WHERE campaign_id = $1 AND seq BETWEEN $2 AND $3 AND kind = $4;
 

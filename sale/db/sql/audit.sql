@@ -18,8 +18,8 @@ SELECT seq, why FROM conflict WHERE campaign_id = $1 AND source <> 'refused' ORD
 SELECT e.seq FROM event e
 LEFT JOIN orders o ON o.campaign_id = e.campaign_id AND o.seq = e.seq
 WHERE e.campaign_id = $1 AND e.kind = 'sold'
-  AND (o.seq IS NULL OR (o.card_no, o.showing_no, o.quantity, o.key_hash, o.price_fen, o.created_at)
-       IS DISTINCT FROM (e.card_no, e.showing_no, e.quantity, e.key_hash, e.price_fen, e.at))
+  AND (o.seq IS NULL OR (o.member_no, o.showing_no, o.quantity, o.key_hash, o.price_fen, o.created_at)
+       IS DISTINCT FROM (e.member_no, e.showing_no, e.quantity, e.key_hash, e.price_fen, e.at))
   AND NOT EXISTS (SELECT FROM conflict c WHERE c.campaign_id = e.campaign_id AND c.seq = e.seq
                   AND c.source = 'refused')
 ORDER BY e.seq LIMIT 10;
@@ -37,13 +37,13 @@ FROM showing s LEFT JOIN (
 ) o USING (showing_no)
 WHERE s.campaign_id = $1 ORDER BY s.showing_no;
 
--- name: cards_miscounted -- Cards whose counter is not what their live orders add up to, or over.
-SELECT coalesce(o.card_no, u.card_no) AS card_no, coalesce(u.live, 0) AS live,
+-- name: members_miscounted -- Members whose counter is not what their live orders add up to, or over.
+SELECT coalesce(o.member_no, u.member_no) AS member_no, coalesce(u.live, 0) AS live,
     coalesce(o.live, 0)::bigint AS really
 FROM (
-    SELECT card_no, sum(quantity) AS live FROM orders
-    WHERE campaign_id = $1 AND state IN ('held', 'confirmed', 'collected') GROUP BY card_no
-) o FULL JOIN (SELECT card_no, live FROM card_use WHERE campaign_id = $1) u USING (card_no)
+    SELECT member_no, sum(quantity) AS live FROM orders
+    WHERE campaign_id = $1 AND state IN ('held', 'confirmed', 'collected') GROUP BY member_no
+) o FULL JOIN (SELECT member_no, live FROM member_use WHERE campaign_id = $1) u USING (member_no)
 WHERE coalesce(u.live, 0) <> coalesce(o.live, 0) OR coalesce(o.live, 0) > $2
 LIMIT 10;
 
@@ -51,7 +51,7 @@ LIMIT 10;
 -- The feed's moment is before its commit, so a second is allowed for that. The feed is small beside
 -- the ledger and stands first: asking it for each sale took four times as long.
 SELECT e.seq FROM member_change c
-JOIN event e ON e.card_no = c.member_no::text AND e.campaign_id = $1 AND e.kind = 'sold'
+JOIN event e ON e.member_no = c.member_no AND e.campaign_id = $1 AND e.kind = 'sold'
   AND e.at > c.at + interval '2 seconds'
 WHERE NOT c.active AND NOT EXISTS (
     SELECT FROM member_change later
@@ -63,7 +63,7 @@ SELECT count(*) FROM member_change WHERE rev > $1 AND at < $2;
 
 -- name: sold_to_others -- Sales to members whose union may not buy; $2 are the codes.
 -- Not those to a member who was in such a union less than $3 before: the token may say so still.
-SELECT e.seq FROM event e JOIN member m ON e.card_no = m.member_no::text
+SELECT e.seq FROM event e JOIN member m USING (member_no)
 WHERE e.campaign_id = $1 AND e.kind = 'sold' AND m.updated_at < e.at - interval '2 seconds'
   AND m.union_code <> ALL ($2::text[])
   AND NOT EXISTS (

@@ -1,18 +1,18 @@
 -- name: hand_in -- Acknowledged sales; one that two processes know is the same row.
 -- What was told in a rehearsal that is gone is owed to nobody.
 INSERT INTO handed_in (
-    campaign_id, seq, epoch, at, card_no, key_hash, showing_no, quantity, price_fen, process
+    campaign_id, seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen, process
 )
-SELECT $1, seq, epoch, at, card_no, key_hash, showing_no, quantity, price_fen, $2
+SELECT $1, seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen, $2
 FROM unnest(
-    $3::bigint[], $4::int[], $5::timestamptz[], $6::text[], $7::text[], $8::int[], $9::int[],
+    $3::bigint[], $4::int[], $5::timestamptz[], $6::int[], $7::text[], $8::int[], $9::int[],
     $10::int[]
-) AS told (seq, epoch, at, card_no, key_hash, showing_no, quantity, price_fen)
+) AS told (seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen)
 WHERE NOT EXISTS (SELECT FROM campaign WHERE campaign_id = $1 AND purged_at IS NOT NULL)
-ON CONFLICT (campaign_id, seq, card_no, key_hash) DO NOTHING;
+ON CONFLICT (campaign_id, seq, member_no, key_hash) DO NOTHING;
 
 -- name: unsettled -- What was handed in beyond number $2, at most $4 rows beyond number $3.
-SELECT seq, epoch, at, card_no, key_hash, showing_no, quantity, price_fen
+SELECT seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen
 FROM handed_in
 WHERE campaign_id = $1 AND settled IS NULL AND seq > $2 AND seq > $3
 ORDER BY seq, handed_at LIMIT $4;
@@ -24,9 +24,9 @@ SELECT coalesce(max(seq), 0) FROM handed_in WHERE campaign_id = $1 AND settled I
 -- What does not stand is a conflict: a member was told "yours" and has no such order.
 WITH judged AS (
     SELECT h.*, e.kind,
-        e.kind = 'sold' AND e.card_no = h.card_no AND e.key_hash = h.key_hash
+        e.kind = 'sold' AND e.member_no = h.member_no AND e.key_hash = h.key_hash
             AND e.showing_no = h.showing_no AND e.quantity = h.quantity AS stands,
-        (SELECT o.seq FROM orders o WHERE o.card_no = h.card_no
+        (SELECT o.seq FROM orders o WHERE o.member_no = h.member_no
             AND o.campaign_id = h.campaign_id AND o.key_hash = h.key_hash) AS elsewhere
     FROM handed_in h
     JOIN campaign c ON c.campaign_id = h.campaign_id AND h.seq <= c.applied
@@ -37,8 +37,8 @@ WITH judged AS (
     INSERT INTO conflict (campaign_id, seq, at, why, event, source, paused_at)
     SELECT campaign_id, seq, at,
         'it was acknowledged, and the ledger has ' || kind || ' under this number' || coalesce(
-            '; the same key of the card stands as event ' || elsewhere, ''),
-        jsonb_build_object('kind', 'sold', 'seq', seq, 'epoch', epoch, 'card_no', card_no,
+            '; the same key of the member stands as event ' || elsewhere, ''),
+        jsonb_build_object('kind', 'sold', 'seq', seq, 'epoch', epoch, 'member_no', member_no,
             'key_hash', key_hash, 'showing', showing_no, 'quantity', quantity,
             'price_fen', price_fen, 'process', process),
         'handed_in', now()
@@ -47,8 +47,8 @@ WITH judged AS (
 )
 UPDATE handed_in h SET settled = CASE WHEN judged.stands THEN 'stands' ELSE 'conflict' END
 FROM judged
-WHERE (h.campaign_id, h.seq, h.card_no, h.key_hash)
-    = (judged.campaign_id, judged.seq, judged.card_no, judged.key_hash)
+WHERE (h.campaign_id, h.seq, h.member_no, h.key_hash)
+    = (judged.campaign_id, judged.seq, judged.member_no, judged.key_hash)
 RETURNING h.campaign_id, h.seq, h.settled;
 
 -- name: forked -- Events that a Redis told and the ledger does not have: numbers, moments, whys, events.

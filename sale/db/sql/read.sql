@@ -11,15 +11,15 @@ SELECT state FROM campaign WHERE campaign_id = $1;
 SELECT campaign_id FROM campaign WHERE applied > 0 AND state <> 'deleted' ORDER BY campaign_id;
 
 -- name: events -- The ledger after number $2, at most $3 events.
-SELECT seq, at, epoch, kind, card_no, showing_no, quantity, key_hash, price_fen, data
+SELECT seq, at, epoch, kind, member_no, showing_no, quantity, key_hash, price_fen, data
 FROM event WHERE campaign_id = $1 AND seq > $2 ORDER BY seq LIMIT $3;
 
--- name: orders_of_card -- A page of a card's orders, newest first.
+-- name: orders_of_member -- A page of a member's orders, newest first.
 SELECT o.*, s.showing_id, coalesce(u.card_limit - u.live, 0) AS card_remaining
 FROM orders o
 JOIN showing s USING (campaign_id, showing_no)
-LEFT JOIN card_use u ON u.campaign_id = o.campaign_id AND u.card_no = o.card_no
-WHERE o.card_no = $1
+LEFT JOIN member_use u ON u.campaign_id = o.campaign_id AND u.member_no = o.member_no
+WHERE o.member_no = $1
     AND ($2::timestamptz IS NULL
         OR (o.created_at, o.campaign_id, o.seq) < ($2, $3::text COLLATE "C", $4::bigint))
 ORDER BY o.created_at DESC, o.campaign_id DESC, o.seq DESC
@@ -29,7 +29,7 @@ LIMIT $5;
 SELECT o.*, s.showing_id, coalesce(u.card_limit - u.live, 0) AS card_remaining
 FROM orders o
 JOIN showing s USING (campaign_id, showing_no)
-LEFT JOIN card_use u ON u.campaign_id = o.campaign_id AND u.card_no = o.card_no
+LEFT JOIN member_use u ON u.campaign_id = o.campaign_id AND u.member_no = o.member_no
 WHERE o.campaign_id = $1 AND o.seq = $2;
 
 -- name: audit_log -- A page of the audit log, newest first.
@@ -47,7 +47,7 @@ ORDER BY id DESC
 LIMIT $2;
 
 -- name: audit_log_of_union -- The same, as accounts of a union may see it.
--- The rule of Actor.may_see. Rows about no campaign (cards, accounts) are the district's.
+-- The rule of Actor.may_see. Rows about no campaign (members, accounts) are the district's.
 SELECT id, at, actor, action, target, campaign_id, reason, data
 FROM audit_log_owned
 WHERE (owner = $3 OR published) AND ($1::bigint IS NULL OR id < $1)
@@ -66,7 +66,7 @@ WITH life AS (
     SELECT max(seq) AS made FROM event
     WHERE campaign_id = $1 AND kind = 'created' AND seq <= $2
 )
-SELECT seq, at, epoch, kind, card_no, showing_no, quantity, key_hash, price_fen, data
+SELECT seq, at, epoch, kind, member_no, showing_no, quantity, key_hash, price_fen, data
 FROM event, life
 WHERE campaign_id = $1 AND seq BETWEEN life.made AND (
     SELECT min(seq) FROM event WHERE campaign_id = $1 AND kind = 'deleted' AND seq > life.made)

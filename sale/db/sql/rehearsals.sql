@@ -5,7 +5,7 @@ WHERE rehearsal_of <> '' AND (
     purged_at IS NULL
     OR EXISTS (SELECT FROM event e WHERE e.campaign_id = c.campaign_id)
     OR EXISTS (SELECT FROM orders o WHERE o.campaign_id = c.campaign_id)
-    OR EXISTS (SELECT FROM card_use u WHERE u.campaign_id = c.campaign_id)
+    OR EXISTS (SELECT FROM member_use u WHERE u.campaign_id = c.campaign_id)
     OR EXISTS (SELECT FROM showing s WHERE s.campaign_id = c.campaign_id))
 ORDER BY campaign_id;
 
@@ -41,9 +41,9 @@ DELETE FROM showing WHERE campaign_id = $1;
 DELETE FROM orders WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM orders WHERE campaign_id = $1 LIMIT $2));
 
--- name: remove_card_use -- At most $2 counters of a rehearsal's cards.
-DELETE FROM card_use WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM card_use WHERE campaign_id = $1 LIMIT $2));
+-- name: remove_member_use -- At most $2 counters of a rehearsal's members.
+DELETE FROM member_use WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM member_use WHERE campaign_id = $1 LIMIT $2));
 
 -- name: remove_event -- At most $2 events of a rehearsal.
 DELETE FROM event WHERE ctid = ANY (ARRAY(

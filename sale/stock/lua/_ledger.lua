@@ -6,7 +6,7 @@
 -- block, stream first: XADD refuses a number that is not new, before anything else has changed. The
 -- head comes last: where it does not agree with the stream, the block was not whole.
 --
--- KEYS of every script: head stream stock cards revoked calls operations (one hash slot).
+-- KEYS of every script: head stream stock members revoked calls operations (one hash slot).
 --
 -- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · card_limit order_max
 --       price_fen unions config · nonce run_id replid (the Redis that was last verified) ·
@@ -15,7 +15,7 @@
 --       that it may lack; '' where it lacks none) · made (number of its `created` event: an ID may
 --       be used again once its draft is deleted). Absent moments are ''.
 
-local HEAD, STREAM, STOCK, CARDS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local HEAD, STREAM, STOCK, MEMBERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]
 
 -- Replies for a whole call; positive codes of single answers stand in the scripts. The same

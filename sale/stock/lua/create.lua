@@ -55,7 +55,7 @@ append(head, events)
 redis.call('HSET', HEAD, 'config', ARGV[6], 'made', made, 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
   'price_fen', ARGV[11], 'unions', ARGV[12], 'applied', head.applied or 0, 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
 redis.call('HDEL', HEAD, 'roster_rev', 'roster_load')
-redis.call('UNLINK', STOCK, CARDS, REVOKED)
+redis.call('UNLINK', STOCK, MEMBERS, REVOKED)
 for i = 14, #ARGV do
   redis.call('HSET', STOCK, 't' .. (i - 14), ARGV[i], 'r' .. (i - 14), ARGV[i])
 end

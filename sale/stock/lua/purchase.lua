@@ -1,20 +1,22 @@
 -- purchase.lua: decides up to 256 purchases of one campaign, appends the sold ones, answers each.
 --
--- Guarantee: INV-1 (a showing's tickets), INV-2 (a card's limit), INV-4 (one key, one order),
--- INV-7 (the window, to the millisecond), INV-9 (revoked cards and unions), each decided here and
--- nowhere else. Order of refusals: card, union, same key, state, limit, stock.
+-- Guarantee: INV-1 (a showing's tickets), INV-2 (a member's limit), INV-4 (one key, one order),
+-- INV-7 (the window, to the millisecond), INV-9 (revoked members and unions), each decided here and
+-- nowhere else. Order of refusals: revoked, union, same key, state, limit, stock.
 --
 -- ARGV   process · call number · incarnation that this process has attended and event number that
 --        it has seen since · nonce · how many events and how many ms PostgreSQL may be behind ·
---        the purchases (MessagePack): {cards, unions, showing numbers, quantities, key hashes (16 hex)}
+--        the purchases (MessagePack): {members (their numbers as
+--        text: a number costs whenever it becomes text), unions, showing numbers, quantities,
+--        key hashes (16 hex)}
 -- Reply  {0, now ms, seq, epoch, price_fen, event number before the first sale,
 --         then one integer a purchase: not negative: sold, under the next number; it is how many
---         tickets the card may still buy; negative: minus the place (from 0) in this reply of
+--         tickets the member may still buy; negative: minus the place (from 0) in this reply of
 --         code, a, b, c}
---          2 replayed      a = event number  b = tickets the card may still buy  c = sold at, ms
---         -1 card revoked  -2 union not eligible  -3 same key, other content
+--          2 replayed      a = event number  b = tickets the member may still buy  c = sold at, ms
+--         -1 member revoked  -2 union not eligible  -3 same key, other content
 --         -4 not open (a = opens at, ms or 0)  -5 paused  -6 closed  -7 recovering  -8 draft
---         -9 over the limit (a = tickets the card may still buy)
+--         -9 over the limit (a = tickets the member may still buy)
 --        -10 not enough left (a = tickets left)  -11 no such quantity
 --        -12 PostgreSQL is too far behind
 --        or {code} for the whole call: MISSING UNVERIFIED UNATTENDED STALE BROKEN LATE
@@ -31,7 +33,7 @@
 --          an array an answer                             64.3 + 6.2   7.2 + 0.5   5.1 + 0.3
 --          all answers as MessagePack                     71.6 + 5.8   5.2 + 0.4   4.9 + 0.2
 --        Arguments one by one cost the client most, answers as arrays Redis; JSON is as good as this.
--- A card's value is one record of 31 bytes an order: key hash (16), event number (5), sold at, ms
+-- A member's value is one record of 31 bytes an order: key hash (16), event number (5), sold at, ms
 -- (6), showing number (2), quantity (2).
 
 local head = read_head()
@@ -56,11 +58,11 @@ local PROCESSES_MAX = 1000
 local SOLD, REPLAYED_ORDER = 1, 2
 local pack, sub = struct.pack, string.sub
 
-local cards, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))
-local purchases = #cards
-local records = redis.call('HMGET', CARDS, unpack(cards))
-local revoked = redis.call('SMISMEMBER', REVOKED, unpack(cards))
-local first_of = {} -- where a card comes first: its record stands there, also for what follows
+local members, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))
+local purchases = #members
+local records = redis.call('HMGET', MEMBERS, unpack(members))
+local revoked = redis.call('SMISMEMBER', REVOKED, unpack(members))
+local first_of = {} -- where a member comes first: its record stands there, also for what follows
 
 local remaining = {}
 local function left(showing)
@@ -86,7 +88,7 @@ elseif head.seq - head.applied >= tonumber(ARGV[6])
 end
 
 local everyone, limit, order_max = head.unions == '*', head.card_limit, head.order_max
-local before, after = '["sold","', '",' .. head.price_fen .. ']'
+local before, after = '["sold",', '",' .. head.price_fen .. ']'
 -- What a showing and quantity add to each event and to each record.
 local in_event, in_record = {}, {}
 local sales, fields, changed_stock = {}, {}, {}
@@ -96,11 +98,11 @@ local said = #reply + purchases
 local told_code, told_a, told_at
 
 for i = 1, purchases do
-  local card, showing, quantity, key = cards[i], showings[i], quantities[i], keys[i]
+  local member, showing, quantity, key = members[i], showings[i], quantities[i], keys[i]
   local code, a, b, c = 0, 0, 0, 0
-  local first = first_of[card]
+  local first = first_of[member]
   if not first then
-    first_of[card], first = i, i
+    first_of[member], first = i, i
   end
   if revoked[i] == 1 then
     code = -1
@@ -138,14 +140,14 @@ for i = 1, purchases do
       else
         local terms = showing * 4294967296 + quantity
         if not in_event[terms] then
-          in_event[terms] = '",' .. showing .. ',' .. quantity .. ',"'
+          in_event[terms] = ',' .. showing .. ',' .. quantity .. ',"'
           in_record[terms] = pack('>I6I2I2', head.now, showing, quantity)
         end
         number, sold = number + 1, sold + 1
-        sales[sold] = card .. in_event[terms] .. key
+        sales[sold] = member .. in_event[terms] .. key
         local record = orders .. key .. pack('>I5', number) .. in_record[terms]
         records[first] = record
-        fields[2 * sold - 1], fields[2 * sold] = card, record -- twice in a call: the last one stands
+        fields[2 * sold - 1], fields[2 * sold] = member, record -- twice in a call: the last one stands
         remaining[showing] = stock - quantity
         changed_stock[showing] = true
         code, b = SOLD, limit - live - quantity
@@ -173,7 +175,7 @@ if count > 0 then
   end
   append_text(head, count, '[' .. table.concat(crossed, ',') .. ']')
   if sold > 0 then
-    redis.call('HSET', CARDS, unpack(fields))
+    redis.call('HSET', MEMBERS, unpack(fields))
     for showing in pairs(changed_stock) do
       redis.call('HSET', STOCK, 'r' .. showing, remaining[showing])
     end

@@ -6,11 +6,11 @@
 -- process's mark of the old epoch is believed to be newer (INV-8). It sells nothing before
 -- `revoked` is loaded again (roster_rev, see sync_revoked.lua). Calls' numbers stay (INV-4).
 --
--- KEYS   the seven, then the new stream stock cards operations
+-- KEYS   the seven, then the new stream stock members operations
 -- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash that
 --        the new state stands at · epoch · clock ms · '1' to keep the stream that is there ·
 --        state · opens_at · closes_at (ms or '') · card_limit · order_max · price_fen · unions ·
---        config · nonce · cards, stock fields, operations and stream entries written beside ·
+--        config · nonce · members, stock fields, operations and stream entries written beside ·
 --        actor · reason (JSON strings) · how far PostgreSQL has applied · ranges of numbers that
 --        are voided (JSON array) · number of the `created` event
 -- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
@@ -18,7 +18,7 @@
 -- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
 --        the old ones freed in the background.
 
-local NEW_STREAM, NEW_STOCK, NEW_CARDS, NEW_OPERATIONS = KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local NEW_STREAM, NEW_STOCK, NEW_MEMBERS, NEW_OPERATIONS = KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 
 -- Not read_head: a damaged head must be replaceable too.
 local old = redis.call('HMGET', HEAD, 'seq', 'chain', 'recovering')
@@ -28,7 +28,7 @@ end
 local base, keep = ARGV[3], ARGV[7] == '1'
 local last = redis.call('XREVRANGE', keep and STREAM or NEW_STREAM, '+', '-', 'COUNT', 1)[1]
 if (keep and not last) or (last and last[1] ~= base .. '-0')
-  or redis.call('HLEN', NEW_CARDS) ~= tonumber(ARGV[17])
+  or redis.call('HLEN', NEW_MEMBERS) ~= tonumber(ARGV[17])
   or redis.call('HLEN', NEW_STOCK) ~= tonumber(ARGV[18])
   or redis.call('HLEN', NEW_OPERATIONS) ~= tonumber(ARGV[19])
   or redis.call('XLEN', NEW_STREAM) ~= tonumber(ARGV[20]) then
@@ -51,7 +51,7 @@ if not keep then
   replace(STREAM, NEW_STREAM)
 end
 replace(STOCK, NEW_STOCK)
-replace(CARDS, NEW_CARDS)
+replace(MEMBERS, NEW_MEMBERS)
 replace(OPERATIONS, NEW_OPERATIONS)
 redis.call('UNLINK', REVOKED, HEAD)
 append(head, { '["recovered",{"actor":' .. ARGV[21] .. ',"reason":' .. ARGV[22]

@@ -1,15 +1,15 @@
--- sync_revoked.lua: lets a campaign's set of revoked cards follow the roster.
+-- sync_revoked.lua: lets a campaign's set of revoked members follow the roster.
 --
--- Guarantee: INV-9. The set holds exactly the cards that were not active at roster_rev: a step is
+-- Guarantee: INV-9. The set holds exactly the members who were not active at roster_rev: a step is
 -- taken only from the revision it was computed from, and a campaign whose first load is not
 -- complete has no roster_rev and sells nothing. A first load begins with an empty set and has a
 -- name (head.roster_load): what is left of a load that died, or was overtaken, is refused.
 --
 -- ARGV   from revision (-1: first load, no head.roster_rev) · to revision (-1: more of it follows) ·
 --        name of the load ('' for none) · '1' where it begins ·
---        then for each card: '+' revoked or '-' active · card
+--        then for each member: '+' revoked or '-' active · number
 -- Reply  {0, to revision} · {STALE, revision it is at, -1 for none} · {MISSING}
--- Idempotency  by the revision. Cost: linear in the cards.
+-- Idempotency  by the revision. Cost: linear in the members.
 
 local at = redis.call('HMGET', HEAD, 'seq', 'roster_rev', 'roster_load')
 if not at[1] then

@@ -2,11 +2,11 @@
 --
 -- Guarantee: the mark is set only on the very head that was compared (number and chain hash) with
 -- PostgreSQL (INV-8); the marks of live processes are asked by purchase.lua and peek.lua. Where only
--- the chain was compared, a recovering mark that somebody else has set, for damaged stock or cards,
+-- the chain was compared, a recovering mark that somebody else has set, for damaged stock or members,
 -- stays: recovery lifts it.
 --
 -- ARGV   number and chain hash that were compared · nonce · '' or why it is recovering ·
---        '1' where stock and cards were compared too, so that every mark may go
+--        '1' where stock and members were compared too, so that every mark may go
 -- Reply  {0, event number, '' or 'recovering' (it still is)} · {MISSING} ·
 --        {STALE} (the head has moved meanwhile: compare again)
 -- Idempotency  by what it writes. Cost: constant.

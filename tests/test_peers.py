@@ -32,6 +32,7 @@ from loadtest.bench.offer import OfferError, read_feed, write_feed
 from loadtest.bench.peers import (
     AFTERNOON,
     BARE,
+    GO,
     NAIVE,
     NODE,
     Peer,
@@ -50,6 +51,7 @@ TICKETS, CROWD = 100, 300
 NO_REGISTRY = "ENOTFOUND|EAI_AGAIN|ECONN|ETIMEDOUT|E5..|not done in"
 CORES = os.sched_getaffinity(0)
 PEER_RATE = 2_500.0
+GO_HERE = shutil.which("go") is not None
 NODE_HERE = shutil.which("node") is not None and shutil.which("npm") is not None
 
 
@@ -119,6 +121,19 @@ async def test_given_the_node_peer_then_it_sells_what_it_has_or_says_why_not(
         why_not = str(error)
     wanted = f"^$|{NO_REGISTRY}" if NODE_HERE else "node and npm are not installed"
     assert re.search(wanted, why_not), why_not
+
+
+@pytest.mark.load
+async def test_go_peer_sells_what_it_has_or_says_why_not(
+    tmp_path: Path, mint: Mint, cache: Path
+) -> None:
+    why_not = ""
+    try:
+        async with peer_up(GO, tmp_path, CORES, cache=cache) as running:
+            await sell(running, mint)
+    except PeerMissingError as error:
+        why_not = str(error)
+    assert why_not == ("" if GO_HERE else "go is not installed")
 
 
 async def test_given_the_afternoon_s_peer_when_a_token_is_forged_then_401(

@@ -27,7 +27,7 @@ import structlog
 import uvloop
 from rich.console import Console
 
-from loadtest.bench.cases import FULL, MILLION, TINY, Bench, Plan
+from loadtest.bench.cases import CONNECTIONS, FULL, MILLION, TINY, Bench, Plan
 from loadtest.bench.compare import Comparing, Comparison
 from loadtest.bench.durable import SECONDS_MIN, Durable, Lasting
 from loadtest.bench.figures import Result
@@ -116,6 +116,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan,
     add("--tiny", action="store_true", help="a few seconds, to see that it works")
     add("--seconds", type=int, help="of each measurement")
     add("--rounds", type=int, help="of which the median is reported")
+    add("--connections", type=int, default=CONNECTIONS, help="open at a time (%(default)s)")
     add("--million", action="store_true", help="growth up to 1,000,000 sold")
     add("--client", choices=("wrk", "ours"), help="default: wrk if installed")
     add("--json", action="store_true", help="one JSON value on stdout")
@@ -141,6 +142,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan,
         backlog=base.backlog,
         cards=base.cards,
         growth=(*base.growth, MILLION) if options.million else base.growth,
+        connections=options.connections,
     )
     return options, plan, program
 

@@ -23,6 +23,7 @@ from loadtest.engine import EngineError, sale
 from loadtest.generator import closed
 from loadtest.record import SOLD
 from loadtest.tables import CLEAN
+from loadtest.wire import get_request
 
 CONNECTIONS: Final = 256
 SOLD_OUT_TICKETS: Final = 100
@@ -50,6 +51,7 @@ class Plan:
     backlog: int
     cards: int
     growth: tuple[int, ...]
+    connections: int = CONNECTIONS
 
 
 FULL: Final = Plan(
@@ -101,7 +103,7 @@ class Bench:
         audit = await self.audit()
         return Result(
             client=self.client,
-            connections=CONNECTIONS,
+            connections=self.plan.connections,
             cases=cases,
             growth=growth,
             redis_bytes_an_order=bytes_an_order,
@@ -141,6 +143,13 @@ class Bench:
         await rig.campaign("bench-sold-out", SOLD_OUT_TICKETS)
         await rig.campaign("bench-not-open", STOCK, datetime.now(UTC) + timedelta(days=365))
         await self._sell("bench-sold-out", SOLD_OUT_TICKETS)
+        self.reads = {
+            kind.path: write_feed(
+                rig.folder / f"{name}.requests", [get_request(rig.address, kind.path)], cycle=True
+            )
+            for name, kind in KINDS.items()
+            if kind.path
+        }
         self.refused = {
             name: self.feed(name, range(REFUSED_FROM, REFUSED_FROM + self.plan.cards), cycle=True)
             for name in filter(None, (kind.of for kind in KINDS.values()))
@@ -186,7 +195,7 @@ class Bench:
 
     async def warm_up(self) -> None:
         """Offer purchases for a second, which also tells how many a measurement needs."""
-        feed = self.purchases("serve", seconds=1)
+        feed = self.purchases("purchases", seconds=1)
         await self.measure("purchases", feed, self.ours, seconds=1)
         feed.file.unlink()
 
@@ -207,7 +216,9 @@ class Bench:
             return await self.measure(name, self.replays, self.constant)
         kind, before = KINDS[name], await self.rig.metrics()
         if kind.fresh:
-            feed = self.purchases("serve", campaign=kind.of or "bench")
+            feed = self.purchases(name, campaign=kind.of or "bench")
+        elif kind.path:
+            feed = self.reads[kind.path]
         else:
             feed = self.refused[kind.of] if kind.of else self.replays
         got = await self.measure(name, feed, self.ours, refuses=bool(kind.of))
@@ -230,9 +241,9 @@ class Bench:
         if sum(count for label, count in told.items() if wanted in label) < requests:
             raise OfferError(f"{name}: {requests} answered, but the engine counted {told}")
 
-    def purchases(self, target: str, seconds: int | None = None, campaign: str = "bench") -> Feed:
-        """Purchases of new cards, more than the target can answer in the time."""
-        rate = self.rates.get(target, FIRST_GUESS_RATE)
+    def purchases(self, name: str, seconds: int | None = None, campaign: str = "bench") -> Feed:
+        """Purchases of new cards, more than can be answered in the time by what ``name`` says."""
+        rate = self.rates.get(name, FIRST_GUESS_RATE)
         count = int(rate * (seconds or self.plan.seconds) * FEED_MARGIN) + 2 * CONNECTIONS
         return self.feed(campaign, self.cards(max(count, FIRST_GUESS_RATE)))
 
@@ -244,12 +255,16 @@ class Bench:
         *,
         refuses: bool = False,
         seconds: int | None = None,
-        connections: int = CONNECTIONS,
+        connections: int | None = None,
     ) -> Case:
         """Offer a feed. Raises OfferError where not all (or with ``refuses`` none) is accepted."""
         before = self._cpu(target)
         got = await offer(
-            feed, target.address, seconds or self.plan.seconds, connections, program=self.program
+            feed,
+            target.address,
+            seconds or self.plan.seconds,
+            connections or self.plan.connections,
+            program=self.program,
         )
         api_s, redis_s, books_s = self._used(target, before)
         expected = got.requests if refuses else 0
@@ -257,7 +272,9 @@ class Bench:
             raise OfferError(
                 f"{target.name}, {name}: {got.refused} refused of {got.requests}, not {expected}"
             )
-        if name == "purchases":
+        if target.name == self.ours.name:
+            self.rates[name] = got.rate
+        elif name == "purchases":
             self.rates[target.name] = got.rate
         return Case(
             name=name,

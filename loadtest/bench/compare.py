@@ -21,7 +21,7 @@ from rich.table import Table
 from loadtest.bench.cases import CONNECTIONS, SOLD_OUT_TICKETS, STOCK, Bench, Target, median, middle
 from loadtest.bench.figures import BUSY, CASE_HEADINGS, KINDS, OURS, Case
 from loadtest.bench.offer import OfferError
-from loadtest.bench.peers import NAIVE, NODE, PEERS, Peer, RunningPeer, peers_up
+from loadtest.bench.peers import GO, NAIVE, NODE, PEERS, Peer, RunningPeer, peers_up
 from loadtest.engine import EngineError
 from loadtest.generator import closed
 from loadtest.record import SOLD
@@ -42,7 +42,8 @@ FAILURES: Final = (OfferError, EngineError, ProtocolError, OSError)
 class PeerResult(msgspec.Struct, frozen=True):
     """A peer's figures. ``why_not``: why there are none; ``check``: ``clean``, or what it did.
 
-    ``ours`` is the engine's rate of purchases as a multiple of its.
+    ``ours`` is the engine's rate of purchases as a multiple of its, ``ours_refused`` that of
+    sold-out refusals of cards in turn.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PeerResult(msgspec.Struct, frozen=True):
     purchases: Case | None = None
     sold_out: Case | None = None
     ours: float | None = None
+    ours_refused: float | None = None
 
     @property
     def sound(self) -> bool:
@@ -245,7 +247,7 @@ class Comparing:
         if not running.peer.sells:
             return
         answered = self.answered[running.peer.name]
-        most = sum(answered) + CONNECTIONS * len(answered)
+        most = sum(answered) + self.bench.plan.connections * len(answered)
         self._note_wrong(
             running,
             await running.misdeed("bench", STOCK, least=sum(answered), most=most),
@@ -258,7 +260,7 @@ class Comparing:
 
     async def _full(self) -> FullBatches:
         bench = self.bench
-        feed = bench.purchases("serve")
+        feed = bench.purchases("purchases")
         before = await bench.rig.metrics()
         case = await bench.measure("full", feed, bench.ours, connections=FULL_CONNECTIONS)
         now = await bench.rig.metrics()
@@ -275,7 +277,7 @@ class Comparing:
         middle_full = by_redis[(len(by_redis) - 1) // 2]
         return Comparison(
             client=self.bench.client,
-            connections=CONNECTIONS,
+            connections=self.bench.plan.connections,
             rounds=self.bench.plan.rounds,
             seconds=self.bench.plan.seconds,
             constant=middle(constants),
@@ -290,10 +292,6 @@ class Comparing:
         purchases = self.rounds[peer.name, "purchases"]
         sold_out = self.rounds[peer.name, "sold_out"]
         wrong = self.wrong.get(peer.name, "")
-        ours = [
-            mine.rate / theirs.rate
-            for mine, theirs in zip(self.rounds["ours", "purchases"], purchases, strict=False)
-        ]
         return PeerResult(
             name=peer.name,
             title=peer.title,
@@ -302,24 +300,39 @@ class Comparing:
             check="" if why_not else wrong or (CLEAN if peer.sells else SELLS_NOTHING),
             purchases=_median_of(purchases, constants),
             sold_out=_median_of(sold_out, constants),
-            ours=statistics.median_low(ours) if ours else None,
+            ours=_multiple(self.rounds["ours", "purchases"], purchases),
+            ours_refused=_multiple(self.rounds["ours", "sold_out"], sold_out),
         )
 
 
 def goals(ours: list[Case], peers: list[PeerResult], full: FullBatches) -> list[Goal]:
     """The project's targets, and what this run reached of them."""
     share = {case.name: case.ratio for case in ours}
-    ahead = {peer.name: peer.ours for peer in peers if peer.check == CLEAN}
-    titles = {"sold_out": "sold-out refusals", "not_open": "not-open refusals"}
+    ahead = {peer.name: peer for peer in peers if peer.check == CLEAN}
+    node, naive, go = (ahead.get(peer.name) for peer in (NODE, NAIVE, GO))
+    titles = {
+        "sold_out": "sold-out refusals",
+        "not_open": "not-open refusals",
+        "sold_out_fresh": "sold-out refusals of new cards",
+        "not_open_fresh": "not-open refusals of new cards",
+    }
     return [
         *(
             Goal(f"{titles.get(name, name)} × (a)", kind.goal, share[name])
             for name, kind in KINDS.items()
         ),
-        Goal("purchases × Node's", 1.3, ahead.get(NODE.name)),
-        Goal("purchases × the naive service's", 4.0, ahead.get(NAIVE.name)),
+        Goal("purchases × Node's", 1.3, node.ours if node else None),
+        Goal("purchases × the naive service's", 4.0, naive.ours if naive else None),
+        Goal("purchases × Go's", 1.5, go.ours if go else None),
+        Goal("sold-out refusals × Go's", 3.0, go.ours_refused if go else None),
         Goal("Redis µs a purchase, full batches", 10.0, full.case.redis_us, at_most=True),
     ]
+
+
+def _multiple(ours: list[Case], theirs: list[Case]) -> float | None:
+    """The engine's rate as a multiple of a peer's: the median of the rounds."""
+    each = [mine.rate / other.rate for mine, other in zip(ours, theirs, strict=False)]
+    return statistics.median_low(each) if each else None
 
 
 def _median_of(cases: list[Case], constants: list[Case]) -> Case | None:

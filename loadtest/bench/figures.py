@@ -22,20 +22,26 @@ class Kind(msgspec.Struct, frozen=True):
 
     ``outcome``: how the engine must count all of them, '' for what is no purchase. ``of``: the
     campaign that refuses them, '' for the one that sells. ``fresh``: each has a card that was not
-    seen before; otherwise the same cards ask in turn.
+    seen before; otherwise the same cards ask in turn. ``path``: what is read, where it is no
+    purchase.
     """
 
     outcome: str
     goal: float
     of: str = ""
     fresh: bool = False
+    path: str = ""
 
 
 KINDS: Final = {
-    "purchases": Kind("sold", 1.2, fresh=True),
+    "purchases": Kind("sold", 1.3, fresh=True),
     "replays": Kind("replayed", 1.2),
     "sold_out": Kind("sold-out", 3.0, "bench-sold-out"),
     "not_open": Kind("not-open", 3.0, "bench-not-open"),
+    "sold_out_fresh": Kind("sold-out", 3.0, "bench-sold-out", fresh=True),
+    "not_open_fresh": Kind("not-open", 3.0, "bench-not-open", fresh=True),
+    "campaign": Kind("", 3.0, path="/api/v1/campaigns/bench"),
+    "availability": Kind("", 3.0, path="/api/v1/campaigns/bench/availability"),
 }
 OURS: Final = tuple(KINDS)
 
@@ -119,7 +125,7 @@ class Result(msgspec.Struct, frozen=True):
             f"writer on {other_core()}."
         )
         rows = []
-        for letter, case in zip("abcdefgh", self.cases, strict=False):
+        for letter, case in zip("abcdefghijkl", self.cases, strict=False):
             kind, row = KINDS.get(case.name), case.row
             good = kind is not None and case.ratio >= kind.goal
             goal = "" if kind is None else coloured(f"≥ {kind.goal}", good=good)

@@ -8,6 +8,7 @@ measured while another's file is written anew.
 import contextlib
 import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -28,8 +29,11 @@ NPM_S: Final = 180.0
 FIRST_PORT: Final = 18_280
 CARD_LIMIT: Final = 3
 NODE_FILES: Final = ("server.js", "package.json", "package-lock.json")
+GO_FILES: Final = ("main.go", "go.mod")
+BUILD_S: Final = 180.0
+ONE_CORE: Final = {"GOMAXPROCS": "1"}
 CACHE: Final = Path.home() / ".cache" / "sale-peers"
-"""Where the Node peer's packages are kept between runs."""
+"""Where the Node peer's packages and the Go peer's program are kept between runs."""
 
 _NOT_DONE: Final = (
     "hash chain, replay of a repeated key, opening times, revoked cards and unions, "
@@ -40,8 +44,8 @@ _NOT_DONE: Final = (
 class Peer(msgspec.Struct, frozen=True):
     """A server that the engine is measured against. ``leaves_out``: what ours does and it does not.
 
-    ``program`` is a Python module, or ``node``; ``needs`` are packages beyond the engine's own. A
-    new peer stands in `PEERS`; one in another language has its start in `_command`.
+    ``program`` is a Python module, ``node`` or ``go``; ``needs`` are packages beyond the engine's
+    own. A new peer stands in `PEERS`; one in another language has its start in `_command`.
     """
 
     name: str
@@ -82,7 +86,13 @@ NODE: Final = Peer(
     f"token's signature, {_NOT_DONE}",
     "node",
 )
-PEERS: Final = (BARE, NAIVE, AFTERNOON, NODE)
+GO: Final = Peer(
+    "go",
+    "Go, net/http, pipelined",
+    f"token's signature, {_NOT_DONE}",
+    "go",
+)
+PEERS: Final = (BARE, NAIVE, AFTERNOON, NODE, GO)
 
 
 class PeerMissingError(Exception):
@@ -151,13 +161,14 @@ async def peer_up(
             options = ["--redis-socket", path]
         if peer.checks_tokens:
             options += ["--signing-key", SIGNING_KEY]
-        if peer is NODE:
+        if peer in (NODE, GO):
             script = files("loadtest.peers").joinpath("lua/buy.lua")
             options += ["--script", str(stack.enter_context(as_file(script)))]
         address = free_address(FIRST_PORT)
         port = address.rpartition(":")[2]
         log_file = home / f"{peer.name}.log"
-        process = await spawn([*command, "--port", port, *options], log_file, cores)
+        settings = ONE_CORE if peer is GO else {}
+        process = await spawn([*command, "--port", port, *options], log_file, cores, **settings)
         stack.push_async_callback(stop, process)
         await ready(process, log_file, address, "/", peer.idle_status)
         yield RunningPeer(peer, address, process.pid, redis_pid, stock)
@@ -169,6 +180,10 @@ async def _command(peer: Peer, cache: Path) -> list[str]:
         if node is None or (npm := shutil.which("npm")) is None:
             raise PeerMissingError("node and npm are not installed")
         return [node, str(await _install(npm, cache))]
+    if peer is GO:
+        if (go := shutil.which("go")) is None:
+            raise PeerMissingError("go is not installed")
+        return [str(await _build(go, cache))]
     for package in peer.needs:
         if importlib.util.find_spec(package) is None:
             raise PeerMissingError(f"{package} is not installed: pip install -e '.[peers]'")
@@ -180,16 +195,10 @@ async def _install(npm: str, cache: Path) -> Path:
 
     Kept in a folder that is named by its content. Raises PeerMissingError.
     """
-    sources = {
-        name: files("loadtest.peers").joinpath("node", name).read_bytes() for name in NODE_FILES
-    }
-    home = cache / hashlib.sha256(b"\0".join(sources.values())).hexdigest()[:16]
+    home = _sources("node", NODE_FILES, cache)
     server, done = home / "server.js", home / "node_modules" / ".sale-done"
     if done.exists():
         return server
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, content in sources.items():
-        (home / name).write_bytes(content)
     how = ("ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund")
     try:
         status, out, said = await run_program(npm, *how, within_s=NPM_S, cwd=home)
@@ -201,6 +210,40 @@ async def _install(npm: str, cache: Path) -> Path:
         raise PeerMissingError(f"npm ci failed: {'; '.join(errors[:2])[:200] or '(nothing said)'}")
     done.touch()
     return server
+
+
+async def _build(go: str, cache: Path) -> Path:
+    """Build the Go peer, which needs Go's own library only; return the place of the program.
+
+    Raises PeerMissingError.
+    """
+    home = _sources("go", GO_FILES, cache)
+    program, draft = home / "peer", home / f"peer.{os.getpid()}"
+    if program.exists():
+        return program
+    try:
+        status, _, said = await run_program(
+            go, "build", "-o", str(draft), ".", within_s=BUILD_S, cwd=home
+        )
+    except EngineError as error:
+        raise PeerMissingError(f"go build: {error}") from None
+    if status:
+        raise PeerMissingError(f"go build failed: {said.strip()[-200:]}")
+    draft.rename(program)
+    return program
+
+
+def _sources(language: str, names: tuple[str, ...], cache: Path) -> Path:
+    """Write a peer's sources into a folder of the cache that their content names; return it."""
+    sources = {
+        name: files("loadtest.peers").joinpath(language, name).read_bytes() for name in names
+    }
+    home = cache / hashlib.sha256(b"\0".join(sources.values())).hexdigest()[:16]
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name, content in sources.items():
+        if not (home / name).exists():
+            (home / name).write_bytes(content)
+    return home
 
 
 async def peers_up(

@@ -24,6 +24,7 @@ from sale.host import embedded
 from sale.http.client_address import ClientAddresses
 from sale.http.overload import Overload, files_allow
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
+from sale.members.campaigns import PublicCampaigns
 from sale.members.orders import OwnOrders, TicketCodes
 from sale.members.purchase import PurchaseDesk
 from sale.members.rate import Rate, RateLimits
@@ -36,6 +37,7 @@ from sale.stock.scripts import Scripts
 from sale.trust.disk_watch import DiskWatch
 from sale.trust.durability_watch import DurabilityWatch
 from sale.trust.generations import Generations
+from sale.trust.readiness import Readiness
 from sale.trust.store_watch import StoreWatch
 from sale.trust.witness import Witness
 
@@ -72,12 +74,14 @@ class Engine(msgspec.Struct, frozen=True):
     batchers: Batchers
     desk: PurchaseDesk
     orders: OwnOrders
+    public_campaigns: PublicCampaigns
     campaigns: CampaignDesk
     metrics: PurchaseMetrics
     registry: CollectorRegistry
     overload: Overload
     limits: RateLimits
     addresses: ClientAddresses
+    readiness: Readiness
 
 
 def store_urls(settings: Settings) -> tuple[str, str]:
@@ -194,6 +198,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 desk=PurchaseDesk(
                     catalogue, batchers, tokens, codes, metrics, stores.pool, limits, overload
                 ),
+                public_campaigns=PublicCampaigns(catalogue, stores.redis),
                 orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
                 campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool, saw=batchers.saw),
                 metrics=metrics,
@@ -201,6 +206,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 overload=overload,
                 limits=limits,
                 addresses=ClientAddresses(settings.trusted_proxies),
+                readiness=Readiness(stores),
             )
         finally:
             await batchers.close()

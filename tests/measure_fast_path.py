@@ -25,11 +25,12 @@ from loadtest.members import Mint
 from loadtest.tables import grid, wide_console
 from sale.api.fast_routes import fast_routes, make_fast_path
 from sale.api.member import ORDER_REQUEST, order_answer
-from sale.api.request import bearer_token, checked_key, decode_body
+from sale.api.request import checked_key, decode_body
 from sale.domain.campaign import Campaign, Showing
 from sale.http.connection import Connection
 from sale.http.fast_routes import FastRoutes
 from sale.http.overload import Overload
+from sale.http.request import bearer_token
 from sale.http.request_head import HeadReader
 from sale.http.waiting_line import WaitingLine
 from sale.http.wire import rendered
@@ -121,7 +122,7 @@ class Parts:
             PurchaseMetrics(), cast("Any", None), limits, door,
         )  # fmt: skip
         engine = cast(
-            "Any", SimpleNamespace(desk=desk, overload=door, limits=limits, catalogue=None)
+            "Any", SimpleNamespace(desk=desk, overload=door, limits=limits, public_campaigns=None)
         )
         fast_path = make_fast_path(engine, cast("Any", None), WaitingLine(door))
         connections = [Connection(fast_path) for _ in range(BATCH)]
@@ -218,7 +219,7 @@ def _batcher() -> Batcher:
 
 
 def _routes() -> FastRoutes:
-    return fast_routes(cast("Any", SimpleNamespace(desk=None, catalogue=None)))
+    return fast_routes(cast("Any", SimpleNamespace(desk=None, public_campaigns=None)))
 
 
 def _limits() -> RateLimits:

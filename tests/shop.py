@@ -18,6 +18,8 @@ from sale.domain.campaign import Campaign
 from sale.jobs.scheduler import Scheduler
 from sale.jobs.writer import LedgerWriter
 from sale.operators.campaigns import Actor, CampaignDesk
+from sale.operators.steps import STEPS
+from sale.stock.catalogue import CampaignNow
 from sale.stock.connection import open_redis
 from sale.stock.scripts import Scripts
 from sale.trust.audit import AuditReport, audit
@@ -83,8 +85,15 @@ class Shop:
     async def create(self, made: Campaign | None = None) -> None:
         await self.desk.create(made or campaign(10, 5), ME, None, None)
 
-    async def step(self, action: str, reason: str | None = "wanted") -> None:
-        await self.desk.step(self.stock.id, action, ME, reason, None)
+    async def step(self, name: str, reason: str | None = "wanted", **fields: Any) -> None:
+        await self.take(name, self.stock.id, reason=reason, **fields)
+
+    async def take(
+        self, name: str, campaign_id: str, key: str | None = None, **fields: Any
+    ) -> CampaignNow | None:
+        """Take an operator's step; ``fields`` are those of its request."""
+        step = STEPS[name]
+        return await self.desk.take(step, campaign_id, step.request(**fields), ME, key)
 
     async def buy(self, *numbers: int, key_no: int = 1, quantity: int = 1) -> list[int]:
         """Each card buys; the event numbers."""

@@ -11,7 +11,7 @@ from fast_path_client import until
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import Side, World
 from redis.asyncio import Redis
-from shop import CAMPAIGN, ME
+from shop import CAMPAIGN
 from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member
 from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
 
@@ -22,7 +22,6 @@ from sale.http.overload import LATE, Overload
 from sale.metrics import PurchaseMetrics
 from sale.operators import campaigns as campaigns_module
 from sale.operators import rehearsal
-from sale.operators.campaigns import CampaignDesk
 from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Purchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
@@ -217,8 +216,7 @@ async def test_given_a_struck_off_rehearsal_when_an_operator_reopens_it_then_it_
         dying.setattr(rehearsal, "remove_rehearsal", mock.AsyncMock(side_effect=ConnectionError))
         with pytest.raises(ConnectionError):
             await play.purge(made.id)
-    desk = CampaignDesk(shop.redis, shop.scripts, shop.pool)
-    await desk.step(made.id, "reopen", ME, "by mistake", None)
+    await shop.take("reopen", made.id, reason="by mistake")
     await play.purge(made.id)
     assert await play.rows(made.id) == {}
     assert await read_campaign(shop.redis, made.id) is None

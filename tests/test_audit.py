@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from service import command
-from shop import CAMPAIGN, ME, Shop, open_shop
+from shop import CAMPAIGN, Shop, open_shop
 from stock_maker import NONCE, Bid, campaign, key, member
 
 from sale.domain.problem import Problem, Refused
@@ -234,7 +234,7 @@ async def test_given_weak_settings_of_redis_when_audited_then_durability_is_foun
 
 
 async def test_given_hundreds_of_breaches_when_audited_then_each_invariant_tells_ten(shop: Shop):
-    await shop.desk.add_stock(CAMPAIGN, "s0", 500, ME, "more", None)
+    await shop.step("stock", showing="s0", add=500)
     bids = [Bid(member(n), key(1), 1, 0, "donghuamen") for n in range(100, 300)]
     await shop.stock.buy(*bids)
     await shop.applied()
@@ -250,7 +250,7 @@ async def test_given_hundreds_of_breaches_when_audited_then_each_invariant_tells
 async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop: Shop):
     await shop.stop_writer()
     await shop.start_writer(ledger_retention_events=0, ledger_retention_s=0)
-    await shop.desk.add_stock(CAMPAIGN, "s0", 100_000, ME, "rush", None)
+    await shop.step("stock", showing="s0", add=100_000)
     going = True
 
     async def sell(process: str) -> int:
@@ -268,13 +268,13 @@ async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop:
     async def operate() -> None:
         while going:
             await shop.step("pause")
-            await shop.desk.add_stock(CAMPAIGN, "s1", 1, ME, "more", None)
+            await shop.step("stock", showing="s1", add=1)
             await shop.step("resume")
             draft = campaign(3, 3, 3, campaign_id="draft")
             await shop.create(draft)
-            await shop.desk.delete("draft", ME, "no", None)
+            await shop.take("delete", "draft", reason="no")
             await shop.create(campaign(7, campaign_id="draft"))
-            await shop.desk.delete("draft", ME, "no", None)
+            await shop.take("delete", "draft", reason="no")
 
     async def revoke() -> None:
         for n in itertools.count():

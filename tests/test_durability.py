@@ -18,7 +18,6 @@ from service import Client, Service, new_key
 from shop import open_shop
 from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member, open_stock, operation
 
-from sale.api.health import reasons
 from sale.bootstrap import open_stores
 from sale.config import Durability, Settings, SettingsError, load
 from sale.db.pool import close_pool, open_pool
@@ -31,6 +30,7 @@ from sale.stock.durability import durability_faults, make_whole
 from sale.stock.scripts import CallReply, Decision, NotReplicated, Scripts
 from sale.trust import durability_watch
 from sale.trust.durability_watch import DurabilityWatch
+from sale.trust.readiness import reasons
 
 READY_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 5.0

@@ -20,7 +20,7 @@ from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # 
 from fast_path_requests import Case, all_cases
 from fast_path_rig import TIME, WISH, Side, World, shorter
 
-from sale.api import admin
+from sale.api import authenticate
 from sale.members.purchase import PurchaseDesk
 from sale.members.rate import Rate, _Buckets
 from sale.stock import catalogue
@@ -259,7 +259,7 @@ def test_exhausted_card_or_address_costs_the_stores_nothing(world: World) -> Non
                     assert told.statuses.count(429) >= 15
                     assert read.await_count <= 5
                 asked = mock.AsyncMock()
-                with mock.patch.object(admin, "authenticate_operator", asked):
+                with mock.patch.object(authenticate, "authenticate_operator", asked):
                     path = b"GET /api/v1/admin/campaigns HTTP/1.1\r\nHost: sale\r\n"
                     told = await side.ask(path + members + b"\r\n\r\n")
                     assert told.statuses[0] in {403, 429}

@@ -9,10 +9,10 @@ from datetime import datetime
 from typing import Any
 
 import aiohttp
-import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from page_app import with_pages
 from service import (
     ADMIN,
     CAMPAIGNS,
@@ -30,9 +30,11 @@ from service import (
 
 from sale.api import pages
 from sale.api import request as reading
+from sale.api.calls import Call
+from sale.api.dispatch import add_routes
 from sale.api.problems import WORDINGS
-from sale.api.routing import guarded
 from sale.domain.problem import Problem
+from sale.http.routes import Route
 
 BODY_MAX = 16 * 1024
 JSON = {"Content-Type": "application/json"}
@@ -644,7 +646,7 @@ async def open_campaign(service: Service) -> AsyncIterator[str]:
         (b"[]", "body"),
         (b'"quantity"', "body"),
         (b"1", "body"),
-        (b"{}", "body"),
+        (b"{}", "quantity"),
         (b'{"quantity":1}x', "body"),
         (b'{"quantity":1', "body"),
         (b"{'quantity':1}", "body"),
@@ -1015,12 +1017,13 @@ async def test_given_a_body_that_does_not_arrive_then_it_is_400_and_the_connecti
 ) -> None:
     monkeypatch.setattr(reading, "BODY_WITHIN_S", 0.1)
 
-    async def read(request: web.Request) -> web.Response:
-        return reading.json_response(await reading.read_body(request, decoder))
+    async def read(call: Call[dict[str, int]]) -> dict[str, int]:
+        return call.body
 
-    decoder = msgspec.json.Decoder(dict[str, int])
     app = web.Application()
-    app.router.add_post("/", guarded(read))
+    add_routes(
+        app, [Route(method="POST", path="/", handler=read, body=dict, decoded=dict[str, int])]
+    )
     async with TestServer(app) as server:
         reader, writer = await asyncio.open_connection(server.host, server.port)
         try:
@@ -1044,8 +1047,7 @@ async def test_given_a_page_that_fails_then_it_is_a_problem_document(
         raise OSError("inside")
 
     monkeypatch.setattr(pages._Static, "answer", broken)
-    app = web.Application()
-    pages.add_page_routes(app)
+    app = with_pages(web.Application())
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         for path in ("/", "/assets/page.js", "/favicon.ico", "/problems/closed", "/openapi.json"):
             async with session.get(server.make_url(path)) as answer:

@@ -17,10 +17,10 @@ from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
 
 from sale import __version__
-from sale.api import health
-from sale.api.health import reasons
 from sale.config import Settings
 from sale.db.pool import close_pool, open_pool
+from sale.trust import readiness
+from sale.trust.readiness import reasons
 
 NAMES = {
     "sale_purchases_total": "counter",
@@ -233,16 +233,16 @@ async def test_concurrent_probes_share_one_check_of_the_stores(
     pool = await open_pool(database_url)
     stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings(), nonce="")
     looked = mock.AsyncMock(side_effect=reasons)
-    monkeypatch.setattr(health, "reasons", looked)
-    looks = health.SharedLooks()
+    monkeypatch.setattr(readiness, "reasons", looked)
+    looks = readiness.Readiness(stores)
     try:
         for _ in range(2):  # together, and again while the answer is fresh
-            told = await asyncio.gather(*(looks.reasons(stores) for _ in range(500)))
+            told = await asyncio.gather(*(looks.reasons() for _ in range(500)))
             assert told == [[]] * 500
             assert looked.await_count == 1
-        monkeypatch.setattr(health, "FRESH_S", 0.0)
+        monkeypatch.setattr(readiness, "FRESH_S", 0.0)
         looks._fresh_until = 0.0
-        late = [asyncio.create_task(looks.reasons(stores)) for _ in range(3)]
+        late = [asyncio.create_task(looks.reasons()) for _ in range(3)]
         await asyncio.sleep(0)
         late[0].cancel()  # its client has left, the others wait on
         assert await asyncio.gather(*late[1:]) == [[], []]
@@ -252,12 +252,14 @@ async def test_concurrent_probes_share_one_check_of_the_stores(
 
 
 async def test_failed_check_is_unready_and_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "reasons", mock.AsyncMock(side_effect=KeyError("a fault of ours")))
-    monkeypatch.setattr(health, "log", mock.Mock())
-    looks, stores = health.SharedLooks(), mock.Mock()
-    told = await asyncio.gather(*(looks.reasons(stores) for _ in range(50)))
+    monkeypatch.setattr(
+        readiness, "reasons", mock.AsyncMock(side_effect=KeyError("a fault of ours"))
+    )
+    monkeypatch.setattr(readiness, "log", mock.Mock())
+    looks = readiness.Readiness(mock.Mock())
+    told = await asyncio.gather(*(looks.reasons() for _ in range(50)))
     assert told == [["the stores could not be looked at (KeyError)"]] * 50
-    assert health.log.exception.call_count == 1
+    assert readiness.log.exception.call_count == 1
 
 
 def log_lines(service: Service) -> list[dict[str, Any]]:

@@ -8,10 +8,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from openapi_spec_validator import OpenAPIV31SpecValidator
+from page_app import with_pages
 
 from sale.api import schemas
 from sale.api.openapi import build_document
-from sale.api.pages import add_page_routes
+from sale.api.routes import ROUTES
 from sale.domain.order import Order, Ticket
 
 ADMIN = "/api/v1/admin/campaigns"
@@ -41,7 +42,7 @@ CONTRACT = {
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    decoded: dict[str, Any] = msgspec.json.decode(build_document())
+    decoded: dict[str, Any] = msgspec.json.decode(build_document(ROUTES))
     return decoded
 
 
@@ -134,8 +135,7 @@ def test_given_a_wrong_order_when_decoded_then_it_is_refused(body: bytes) -> Non
 
 
 async def test_given_the_service_when_asked_then_it_describes_itself() -> None:
-    app = web.Application()
-    add_page_routes(app)
+    app = with_pages(web.Application())
     async with TestClient(TestServer(app)) as client:
         response = await client.get("/openapi.json")
 

@@ -130,7 +130,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
 async def test_recovered_redis_still_knows_repeats(shop: Shop, lost: str) -> None:
     first, second = campaign(10, 5), campaign(3)
     await shop.desk.create(first, ME, None, "made")
-    await shop.desk.delete(first.id, ME, None, "gone")
+    await shop.take("delete", first.id, "gone")
     await shop.desk.create(second, ME, None, "other")
     await shop.applied()
     if lost == "all":
@@ -141,7 +141,7 @@ async def test_recovered_redis_still_knows_repeats(shop: Shop, lost: str) -> Non
     await shop.recover()
     again = await shop.desk.create(first, ME, None, "made")
     assert (again.state, again.campaign) == (State.DELETED, first)
-    await shop.desk.delete(first.id, ME, None, "gone")
+    await shop.take("delete", first.id, "gone")
     there = await shop.desk.create(second, ME, None, "other")
     assert (there.state, there.campaign) == (State.DRAFT, second)
     await shop.applied()
@@ -163,7 +163,7 @@ async def test_repeat_is_unknown_until_postgresql_has_it(
     await shop.desk.create(made, ME, None, "made")
     await shop.applied()
     await shop.stop_writer()
-    await shop.desk.delete(made.id, ME, None, None)
+    await shop.take("delete", made.id)
     with pytest.raises(Refused) as caught:
         await shop.desk.create(made, ME, None, "made")
     assert caught.value.problem is Problem.UNAVAILABLE

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from page_app import with_pages
 
-from sale.api.pages import add_page_routes
 from sale.domain.clock import LOCAL_ZONE
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -64,7 +64,7 @@ class StubApi:
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._maybe_away])
-        add_page_routes(app)
+        with_pages(app)
         app.router.add_get("/api/v1/time", self._time)
         app.router.add_get("/api/v1/campaigns", self._campaigns)
         app.router.add_get("/api/v1/campaigns/{id}/availability", self._availability)

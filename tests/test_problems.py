@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from page_app import with_pages
 
-from sale.api.pages import add_page_routes
 from sale.api.problems import WORDINGS, problem_body, problem_headers, problem_response
 from sale.domain.clock import LOCAL_ZONE
 from sale.domain.problem import Problem, Refused
@@ -42,8 +42,7 @@ STATUS = {
 
 @pytest.fixture(scope="module")
 async def client() -> AsyncIterator[TestClient[Any, Any]]:
-    app = web.Application()
-    add_page_routes(app)
+    app = with_pages(web.Application())
     async with TestClient(TestServer(app)) as running:
         yield running
 

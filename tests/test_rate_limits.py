@@ -16,12 +16,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from service import ORDERS, Card, Client, Service, metric, new_key
 
-from sale.api.member import member_of
+from sale.api.calls import Call, MemberCall
+from sale.api.dispatch import MEMBER, add_routes, refused_by
 from sale.api.request import ENGINE
-from sale.api.routing import add_fallback, guarded, refused_by
 from sale.config import SettingsError, load
 from sale.domain.problem import Problem, Refused
 from sale.http.client_address import ClientAddresses, first_of
+from sale.http.routes import Access, Route
 from sale.identity import Member, MemberTokens, SigningKey, issue_member_token, operator_token_hash
 from sale.members import rate
 from sale.members.rate import Rate, RateLimits, TooFast
@@ -192,18 +193,23 @@ async def office() -> AsyncIterator[tuple[TestClient[Any, Any], RateLimits]]:
     )
     app[ENGINE] = engine
 
-    async def mine(request: web.Request) -> web.Response:
-        return web.Response(text=str(member_of(request).no))
+    async def mine(call: MemberCall[None]) -> web.Response:
+        return web.Response(text=str(call.member.no))
 
-    async def page(_: web.Request) -> web.Response:
+    async def page(_: Call[None]) -> web.Response:
         return web.Response(text="page")
 
-    async def wrong(_: web.Request) -> web.Response:
+    async def wrong(_: Call[None]) -> web.Response:
         raise Refused(Problem.INVALID_REQUEST, "wrong")
 
-    for path, handler in (("/mine", mine), ("/page", page), ("/wrong", wrong)):
-        app.router.add_get(path, guarded(handler))
-    add_fallback(app)
+    add_routes(
+        app,
+        [
+            Route(method="GET", path="/mine", handler=mine, access=Access(MEMBER)),
+            Route(method="GET", path="/page", handler=page),
+            Route(method="GET", path="/wrong", handler=wrong),
+        ],
+    )
     async with TestClient(TestServer(app)) as client:
         yield client, kept
 

@@ -19,7 +19,6 @@ from service import ADMIN, Card, Client, Service, campaign_table, free_port, met
 from shop import CAMPAIGN, Shop, open_shop, until
 from test_durability import Server, server, whole
 
-from sale.api.health import reasons
 from sale.bootstrap import Stores
 from sale.cli.processes import RELEASED_WITHIN_S
 from sale.config import Settings
@@ -27,6 +26,7 @@ from sale.stock import process_reports
 from sale.stock.keys import CAMPAIGNS, ROLL, VERIFIED, campaign_keys
 from sale.stock.process_reports import CampaignReport, collect_reports, is_gone, report, who_is_it
 from sale.stock.rebuild import freeze
+from sale.trust.readiness import reasons
 from sale.trust.verify import unverified, verify_all
 
 NOT_VERIFIED = "campaigns are not verified yet"

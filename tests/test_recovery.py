@@ -34,7 +34,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         await shop.step("open")
         await shop.buy(1, 2, quantity=2)
         await shop.buy(1, key_no=2)
-        await shop.desk.add_stock(CAMPAIGN, "s1", 4, *_who(), None)
+        await shop.step("stock", showing="s1", add=4)
         await shop.buy(3, 4)
         await shop.applied()
         yield shop
@@ -174,7 +174,7 @@ async def test_given_a_sound_campaign_when_recovered_then_nothing_is_done(shop: 
 
 
 async def test_given_sales_going_on_when_recovered_then_they_are_not_disturbed(shop: Shop):
-    await shop.desk.add_stock(CAMPAIGN, "s0", 5_000, *_who(), None)
+    await shop.step("stock", showing="s0", add=5_000)
     selling = True
 
     async def sell() -> int:
@@ -341,7 +341,7 @@ async def test_given_a_paused_or_deleted_one_when_lost_then_it_comes_back_so(sho
     await shop.step("pause")
     draft = campaign(3, campaign_id="green-gift")
     await shop.create(draft)
-    await shop.desk.delete("green-gift", *_who(), None)
+    await shop.take("delete", "green-gift")
     await shop.applied()
     await until(lambda: _deleted(shop))
     await lose_everything(shop)

@@ -107,7 +107,7 @@ async def play(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         await shop.add_cards(1, 2)
         await shop.create(campaign(10, 5))
         await shop.step("open")
-        await shop.desk.add_stock(CAMPAIGN, "s1", 4, ME, "more", None)
+        await shop.step("stock", showing="s1", add=4)
         await shop.buy(1, 2)
         await shop.applied()
         play = Play(shop)

@@ -201,7 +201,7 @@ async def test_given_a_draft_made_anew_when_cards_were_revoked_meanwhile_then_it
 ):
     await shop.add_cards(1)
     await shop.create(campaign(10))
-    await shop.desk.delete(CAMPAIGN, ME, "wrong", None)
+    await shop.step("delete")
     await shop.pool.execute("UPDATE member SET status = 'cancelled'")
     await shop.stock.create(campaign(10))
     assert (await shop.stock.step("open")).reply is CallReply.OK
@@ -212,7 +212,7 @@ async def test_given_a_draft_made_anew_when_cards_were_revoked_meanwhile_then_it
 
 async def test_given_a_deleted_draft_that_is_recovering_then_it_is_not_made_anew(shop: Shop):
     await shop.create(campaign(10))
-    await shop.desk.delete(CAMPAIGN, ME, "wrong", None)
+    await shop.step("delete")
     await freeze(shop.redis, CAMPAIGN, "damaged")
     with pytest.raises(Refused, match="recovering"):
         await shop.create(campaign(10))
@@ -440,5 +440,6 @@ async def test_step_is_done_where_postgres_dies_after_it(
         raise asyncpg.InternalClientError("got result for unknown protocol state 3")
 
     monkeypatch.setattr(read, "position", dies)
-    done = await shop.desk.step(CAMPAIGN, "open", ME, None, None)
+    done = await shop.take("open", CAMPAIGN)
+    assert done is not None
     assert done.state is State.OPEN

@@ -91,7 +91,8 @@ async def test_account_sees_and_runs_by_one_rule(
         else:
             taken = await alike(client, "POST", f"{ADMIN}/{{}}/stock", campaign, **step)
             deleted = await alike(client, "DELETE", f"{ADMIN}/{{}}", campaign, token=token)
-            assert (taken.status, deleted.status) == (404, 404)
+            hidden = 404 if role in RUNNERS else 403  # the role is checked first
+            assert (taken.status, deleted.status) == (hidden, hidden)
         if role == "clerk":
             assert (await client.get(f"{AUDIT_LOG}?campaign={campaign}", token)).status == 403
         else:

@@ -18,11 +18,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
 from sale.api import admit as door_module
-from sale.api.admit import Admission
-from sale.api.health import add_health_routes
-from sale.api.member import order_handler
+from sale.api import member, public
+from sale.api.admit import WAITING, Admission
+from sale.api.calls import Call
+from sale.api.dispatch import add_routes
 from sale.api.request import ENGINE
-from sale.api.routing import PurchaseResource, guarded
 from sale.domain.problem import Problem, Refused
 from sale.host.metrics_server import _Snapshot
 from sale.http import waiting_line as line_module
@@ -41,6 +41,7 @@ from sale.http.overload import (
     Overload,
     files_allow,
 )
+from sale.http.routes import Route
 from sale.http.waiting_line import WaitingLine
 from sale.members.purchase import PurchaseDesk
 from sale.metrics import LoadMetrics
@@ -392,11 +393,10 @@ async def beyond() -> AsyncIterator[_Beyond]:
     admission._refusals_due = time.monotonic() + 60
     waiting_line, app = WaitingLine(admission), web.Application()
     desk: Any = _Desk(admission)
-    engine: Any = SimpleNamespace(overload=admission)
+    engine: Any = SimpleNamespace(overload=admission, desk=desk)
     app[ENGINE] = engine
-    app.router.register_resource(
-        PurchaseResource(order_handler(desk, Admission(desk, waiting_line)))
-    )
+    app[WAITING] = Admission(desk, waiting_line)
+    add_routes(app, member.ROUTES)
     async with TestClient(_Server(app)) as client:
         made = _Beyond(client, admission, desk, waiting_line, (10, time.monotonic(), 0))
         yield made
@@ -511,11 +511,10 @@ async def test_overload_answers_503_and_health_still_answers(
 ) -> None:
     app, admission = overrun
 
-    async def handler(_: web.Request) -> web.Response:
+    async def handler(_: Call[None]) -> web.Response:
         return web.Response(text="served")
 
-    app.router.add_get("/page", guarded(handler))
-    add_health_routes(app)
+    add_routes(app, [*public.ROUTES, Route(method="GET", path="/page", handler=handler)])
     async with TestClient(TestServer(app)) as client:
         waits = set()
         for _ in range(40):

@@ -16,10 +16,9 @@ import sys
 from pathlib import Path
 
 import sale
-from aiohttp import web
 from importlib.resources import files
 
-from sale.api.pages import add_page_routes
+from sale.api.pages import Pages
 from sale.db import migrate, queries
 from sale.domain.unions import default_unions_path, load_unions
 from sale.host.embedded import launch
@@ -28,7 +27,7 @@ from sale.stock import scripts
 home = Path(sys.argv[1])
 assert Path(sale.__file__).is_relative_to(home), sale.__file__
 assert "redis.call" in scripts.PURCHASE.source
-add_page_routes(web.Application())
+Pages(b"{}")
 migrations = [each.name for each in files("sale.db").joinpath("migrations").iterdir()]
 assert any(name.startswith("0001_") for name in migrations), migrations
 assert any(files("sale.db").joinpath("sql").iterdir())

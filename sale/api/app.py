@@ -18,15 +18,14 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from sale.api.admin import add_admin_routes
-from sale.api.admit import Admission
+from sale.api.admit import WAITING, Admission
 from sale.api.aiohttp_handler import Handler, LoneHandler
+from sale.api.dispatch import add_routes
 from sale.api.fast_routes import make_fast_path
-from sale.api.health import add_health_routes
-from sale.api.member import add_member_routes
-from sale.api.pages import add_page_routes
+from sale.api.openapi import build_document
+from sale.api.pages import PAGES, Pages
 from sale.api.request import ENGINE
-from sale.api.routing import add_fallback
+from sale.api.routes import ROUTES
 from sale.bootstrap import Engine
 from sale.config import StartError
 from sale.http.bounds import BODY_MAX
@@ -46,14 +45,12 @@ log = structlog.get_logger()
 
 
 def make_app(engine: Engine, waiting_line: WaitingLine) -> web.Application:
-    """Put the application together. There is no middleware: see ``routing.py``."""
+    """Put the application together. There is no middleware: see ``dispatch.py``."""
     app = web.Application(client_max_size=BODY_MAX)
     app[ENGINE] = engine
-    add_member_routes(app, engine.desk, Admission(engine.desk, waiting_line))
-    add_admin_routes(app)
-    add_page_routes(app)
-    add_health_routes(app)
-    add_fallback(app)
+    app[WAITING] = Admission(engine.desk, waiting_line)
+    app[PAGES] = Pages(build_document(ROUTES))
+    add_routes(app, ROUTES)
     return app
 
 

@@ -1,7 +1,7 @@
 """Turning requests away before work is done for them, and charging those that went wrong.
 
-The guard of every route (``routing.py``) does both; the fast path charges by the same rule, and has
-its own way of turning away.
+The dispatcher (``dispatch.py``) does both for every route; the fast path charges by the same rule,
+and has its own way of turning away.
 """
 
 import time

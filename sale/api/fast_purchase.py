@@ -8,19 +8,19 @@ from typing import Final
 import structlog
 
 from sale.api.charge import CHARGED, charge
+from sale.api.dispatch import refused_by
 from sale.api.member import ORDER_REQUEST, order_answer
 from sale.api.problems import problem_answer
-from sale.api.request import BodyLate, bearer_token, check_media_type, checked_key, decode_body
-from sale.api.routing import refused_by
+from sale.api.request import BodyLate, check_media_type, checked_key, decode_body
 from sale.bootstrap import Engine
 from sale.domain.campaign import Campaign
 from sale.domain.problem import Problem, Refused
 from sale.http.fast_routes import Exchange, FastHandler, Head
+from sale.http.request import bearer_token
 from sale.http.wire import rendered
 from sale.members.orders import key_hash
-from sale.members.purchase import Checked
+from sale.members.purchase import Answer, Checked, Purchase
 from sale.members.rate import TooFast
-from sale.stock.batcher import Answer, Purchase
 
 log = structlog.get_logger()
 

@@ -2,7 +2,7 @@
 
 A crowd reloads these at an opening. What the catalogue has in memory is worded once for all clients
 that ask before it is read anew; an answer is then bytes that exist, with the request's name put in.
-A campaign that memory does not have, or has too old, is aiohttp's (``member.py``).
+A campaign that memory does not have, or has too old, is aiohttp's (``public.py``).
 """
 
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from typing import Final
 import msgspec
 import structlog
 
-from sale.api.request import ENCODER, NO_STORE, entity_tag, names_tag, tagged_headers
+from sale.api.request import ENCODER
 from sale.http.fast_routes import Exchange, FastHandler, Head
+from sale.http.request import NO_STORE, entity_tag, names_tag, tagged_headers
 from sale.http.wire import rendered, second
-from sale.stock.catalogue import CampaignNow, Catalogue
+from sale.members.campaigns import CampaignNow, PublicCampaigns
 
 WORDED_MAX: Final = 1_024
 JSON: Final = {"Content-Type": "application/json"}
@@ -37,19 +38,19 @@ class FastReads(FastHandler):
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        campaigns: PublicCampaigns,
         view: Callable[[CampaignNow], object],
         *,
         max_age_s: int | None = None,
     ) -> None:
-        self._catalogue = catalogue
+        self._campaigns = campaigns
         self._view = view
         self._max_age_s = max_age_s
         self._worded: dict[str, _Worded] = {}
 
     def find(self, name: str) -> _Worded | None:
         """Find the answers about a campaign that memory has and that is fresh enough."""
-        now = self._catalogue.fresh(name)
+        now = self._campaigns.fresh(name)
         if now is None:
             return None
         worded = self._worded.get(name)

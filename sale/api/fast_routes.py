@@ -7,8 +7,8 @@ from aiohttp import web
 from sale.api.aiohttp_handler import InnerHandler
 from sale.api.fast_purchase import FastPurchases
 from sale.api.fast_reads import FastReads
-from sale.api.member import CAMPAIGN_MAX_AGE_S
 from sale.api.problems import problem_answer
+from sale.api.public import CAMPAIGN, CAMPAIGN_MAX_AGE_S
 from sale.api.views import availability_view, campaign_view
 from sale.bootstrap import Engine
 from sale.domain.campaign import CAMPAIGN_ID
@@ -18,13 +18,11 @@ from sale.http.fast_routes import FastRoute, FastRoutes
 from sale.http.waiting_line import WaitingLine
 from sale.http.wire import rendered
 
-CAMPAIGN = "/api/v1/campaigns/{id}"
-
 
 def fast_routes(engine: Engine) -> FastRoutes:
     """Give the table of a process."""
-    campaign = FastReads(engine.catalogue, campaign_view, max_age_s=CAMPAIGN_MAX_AGE_S)
-    availability = FastReads(engine.catalogue, availability_view)
+    campaign = FastReads(engine.public_campaigns, campaign_view, max_age_s=CAMPAIGN_MAX_AGE_S)
+    availability = FastReads(engine.public_campaigns, availability_view)
     return FastRoutes(
         (
             FastRoute("POST", f"{CAMPAIGN}/orders", CAMPAIGN_ID, FastPurchases(engine)),

@@ -1,8 +1,8 @@
 """What a browser gets: the first page, its files, the problem pages, and the API's description.
 
-Everything is read, filled in, compressed and hashed once, when the routes are added, because at an
+Everything is read, filled in, compressed and hashed once, when the process starts, because at an
 opening every phone of the district loads this page in the same minute. The page names its files
-with their hash, so they may be kept for a year; the page itself is asked for again each time and
+with their hash, so they may be kept for a year; the page itself is requested again each time and
 mostly answered 304. No script, style or font comes from elsewhere, and the policy header says so.
 """
 
@@ -16,11 +16,11 @@ from typing import Final, NamedTuple
 
 from aiohttp import hdrs, web
 
-from sale.api.openapi import build_document
-from sale.api.problems import WORDINGS, problem_response
-from sale.api.request import accepts_gzip, has_already
-from sale.api.routing import guarded
+from sale.api.calls import Call
+from sale.api.problems import WORDINGS
 from sale.domain.problem import Problem, Refused
+from sale.http.request import accepts_gzip, is_current
+from sale.http.routes import Route
 
 HTML: Final = "text/html"
 SECURITY_HEADERS: Final = {
@@ -54,7 +54,7 @@ class _Static(NamedTuple):
             hdrs.ETAG: f'W/"{self.etag}"',
             hdrs.VARY: hdrs.ACCEPT_ENCODING,
         }
-        if has_already(request, f'"{self.etag}"'):
+        if is_current(request, f'"{self.etag}"'):
             return web.Response(status=304, headers=headers)
         body = self.body
         if accepts_gzip(",".join(request.headers.getall(hdrs.ACCEPT_ENCODING, ()))):
@@ -66,45 +66,59 @@ class _Static(NamedTuple):
         )
 
 
-def add_page_routes(app: web.Application) -> None:
-    """Add ``/``, its files, ``/favicon.ico``, ``/problems/``, one of each, ``/openapi.json``."""
-    assets = {name: _static(_read(name), kind) for name, kind in _ASSETS.items()}
-    places = {name.replace(".", "_"): _versioned(name, assets[name]) for name in assets}
-    index = _static(_fill("index.html", places), HTML)
-    problems = {problem.value: _problem_page(problem, places) for problem in Problem}
-    all_problems = _problems_page(places)
-    openapi = _static(build_document(), "application/json")
+class Pages:
+    """All that never changes while the process lives: made once, as the module says."""
 
-    async def get_index(request: web.Request) -> web.Response:
-        return index.answer(request)
+    def __init__(self, api_document: bytes) -> None:
+        self.assets = {name: _static(_read(name), kind) for name, kind in _ASSETS.items()}
+        places = {
+            name.replace(".", "_"): f"/assets/{name}?v={asset.etag}"
+            for name, asset in self.assets.items()
+        }
+        self.index = _static(_fill("index.html", places), HTML)
+        self.problems = {problem.value: _problem_page(problem, places) for problem in Problem}
+        self.all_problems = _problems_page(places)
+        self.api = _static(api_document, "application/json")
 
-    async def get_asset(request: web.Request) -> web.Response:
-        asset = assets.get(request.match_info["name"])
-        if asset is None:
-            return problem_response(Refused(Problem.NOT_FOUND))
-        current = request.query.get("v") == asset.etag
-        return asset.answer(request, _KEEP if current else _ASK_AGAIN)
 
-    async def get_favicon(request: web.Request) -> web.Response:
-        return assets["favicon.svg"].answer(request)
+PAGES: Final = web.AppKey("pages", Pages)
 
-    async def get_problem(request: web.Request) -> web.Response:
-        page = problems.get(request.match_info["code"])
-        return page.answer(request) if page else problem_response(Refused(Problem.NOT_FOUND))
 
-    async def get_problems(request: web.Request) -> web.Response:
-        return all_problems.answer(request)
+async def get_index(call: Call[None]) -> web.Response:
+    """GET /."""
+    return call.request.app[PAGES].index.answer(call.request)
 
-    async def get_openapi(request: web.Request) -> web.Response:
-        return openapi.answer(request)
 
-    app.router.add_get("/", guarded(get_index))
-    app.router.add_get("/assets/{name}", guarded(get_asset))
-    app.router.add_get("/favicon.ico", guarded(get_favicon))
-    app.router.add_get("/problems", guarded(get_problems))
-    app.router.add_get("/problems/", guarded(get_problems))
-    app.router.add_get("/problems/{code}", guarded(get_problem))
-    app.router.add_get("/openapi.json", guarded(get_openapi))
+async def get_asset(call: Call[None]) -> web.Response:
+    """GET /assets/{name}: kept for a year where the address has its hash."""
+    asset = call.request.app[PAGES].assets.get(call.path["name"])
+    if asset is None:
+        raise Refused(Problem.NOT_FOUND)
+    current = call.request.query.get("v") == asset.etag
+    return asset.answer(call.request, _KEEP if current else _ASK_AGAIN)
+
+
+async def get_favicon(call: Call[None]) -> web.Response:
+    """GET /favicon.ico."""
+    return call.request.app[PAGES].assets["favicon.svg"].answer(call.request)
+
+
+async def get_problem(call: Call[None]) -> web.Response:
+    """GET /problems/{code}."""
+    page = call.request.app[PAGES].problems.get(call.path["code"])
+    if page is None:
+        raise Refused(Problem.NOT_FOUND)
+    return page.answer(call.request)
+
+
+async def get_problems(call: Call[None]) -> web.Response:
+    """GET /problems/."""
+    return call.request.app[PAGES].all_problems.answer(call.request)
+
+
+async def get_api(call: Call[None]) -> web.Response:
+    """GET /openapi.json."""
+    return call.request.app[PAGES].api.answer(call.request)
 
 
 def _problem_page(problem: Problem, places: Mapping[str, str]) -> _Static:
@@ -136,10 +150,6 @@ def _fill(name: str, values: Mapping[str, str], **markup: str) -> bytes:
     return Template(_read(name).decode()).substitute(escaped, **markup).encode()
 
 
-def _versioned(name: str, asset: _Static) -> str:
-    return f"/assets/{name}?v={asset.etag}"
-
-
 def _static(body: bytes, content_type: str) -> _Static:
     etag = hashlib.sha256(body).hexdigest()[:16]
     return _Static(body, gzip.compress(body, mtime=0), etag, content_type)
@@ -147,3 +157,17 @@ def _static(body: bytes, content_type: str) -> _Static:
 
 def _read(name: str) -> bytes:
     return files("sale.api").joinpath("web", name).read_bytes()
+
+
+ROUTES: Final = tuple(
+    Route(method="GET", path=path, handler=handler)
+    for path, handler in (
+        ("/", get_index),
+        ("/assets/{name}", get_asset),
+        ("/favicon.ico", get_favicon),
+        ("/problems", get_problems),
+        ("/problems/", get_problems),
+        ("/problems/{code}", get_problem),
+        ("/openapi.json", get_api),
+    )
+)

@@ -21,6 +21,7 @@ from aiohttp import hdrs, web
 
 from sale.domain.clock import LOCAL_ZONE
 from sale.domain.problem import Problem, Refused
+from sale.domain.text import Text
 from sale.members.rate import TooFast
 
 CONTENT_TYPE: Final = "application/problem+json"
@@ -28,13 +29,6 @@ RETRY_AFTER_MAX_S: Final = 86_400
 """Someone who comes days too early is told to come back tomorrow, when plans may have changed."""
 
 _MEMO_BODIES: Final = 2_048
-
-
-class Text(NamedTuple):
-    """The same words in both languages."""
-
-    zh: str
-    en: str
 
 
 class Wording(NamedTuple):

@@ -6,14 +6,15 @@ stands. The same types describe the API in ``/openapi.json``. Times are RFC 3339
 money is fen.
 """
 
-from typing import Annotated, Any, Final, Generic, TypeVar
+from typing import Annotated, Final, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from sale.domain.campaign import CARD_LIMIT_MAX, CATEGORIES, PRICE_MAX_FEN, SHOWINGS_MAX, STOCK_MAX
 from sale.domain.order import Count, Fen, Time
-from sale.domain.text import REASON_MAX, TITLE_MAX
+from sale.domain.text import TITLE_MAX
+from sale.operators.steps import Identifier
 
 Item = TypeVar("Item")
 
@@ -32,15 +33,6 @@ _SHOWN: Final = (
     "Something that is seen, and no character that is invisible or turns the direction of writing; "
     "spaces around it are taken off."
 )
-Reason = Annotated[
-    str,
-    Meta(
-        min_length=1,
-        max_length=REASON_MAX,
-        extra_json_schema={"pattern": r"\S", "description": _SHOWN},
-    ),
-]
-Identifier = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,48}$")]
 Title = Annotated[
     str,
     Meta(
@@ -57,36 +49,6 @@ class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # What no campaign allows is refused before the token is looked at; its own bound comes later.
     quantity: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
     showing: str | None = None
-
-
-class ReasonRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An operator's action that needs no reason, and so no body."""
-
-    reason: Reason | None = None
-
-
-class ReasonedRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An operator's action that needs a reason: pausing and reopening.
-
-    It describes the body; ``ReasonRequest`` reads it, because the use case knows who needs one.
-    """
-
-    reason: Reason
-
-
-class ScheduleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When to open; without ``at``, at the campaign's ``opens_at``."""
-
-    reason: Reason | None = None
-    at: Time | None = None
-
-
-class StockRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Tickets to add to a showing while it sells or before."""
-
-    showing: Identifier
-    add: Annotated[int, Meta(ge=1, le=STOCK_MAX)]
-    reason: Reason
 
 
 class ShowingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,15 +124,6 @@ class AvailabilityView(msgspec.Struct, frozen=True):
     as_of: Time
 
 
-class AllowanceView(msgspec.Struct, frozen=True):
-    """What the card may still buy; ``reason`` is a problem code where it may not buy at all."""
-
-    eligible: bool
-    reason: str | None
-    card_limit: Count
-    card_remaining: Count
-
-
 class LiveView(msgspec.Struct, frozen=True, kw_only=True):
     """A campaign as its operators watch it, straight from the engine.
 
@@ -184,22 +137,6 @@ class LiveView(msgspec.Struct, frozen=True, kw_only=True):
     ledger_seq: Count
     ledger_applied: Count
     as_of: Time
-
-
-class AuditEntryView(msgspec.Struct, frozen=True, kw_only=True):
-    """One operator action: who, when, what, to what, why, and particulars (INV-10).
-
-    ``target`` names a member by number, and a card by its last four digits.
-    """
-
-    id: int
-    at: Time
-    actor: str
-    action: str
-    target: str
-    campaign: str | None = None
-    reason: str | None = None
-    data: dict[str, Any]
 
 
 class TimeView(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from sale.api.schemas import AvailabilityView, CampaignView, RemainingView, ShowingView
 from sale.domain.clock import rfc3339
-from sale.stock.catalogue import CampaignNow
+from sale.members.campaigns import CampaignNow
 
 
 def campaign_view(now: CampaignNow) -> CampaignView:

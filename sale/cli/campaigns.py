@@ -1,7 +1,5 @@
 """`sale campaign …`: what operators do, from the command line."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,6 @@ import click
 
 from sale.cli.runtime import (
     CommandContext,
-    WholeNumber,
     command_context,
     echo,
     echo_fields,
@@ -17,15 +14,13 @@ from sale.cli.runtime import (
     note,
     run,
 )
+from sale.cli.steps import step_command
 from sale.domain.campaign import InvalidCampaign, State, parse_campaign_toml
 from sale.domain.clock import rfc3339
-from sale.domain.problem import Refused
 from sale.files import read_text, shown
-from sale.operators.campaigns import Actor, CampaignDesk, moment_ms
+from sale.operators.campaigns import Actor
+from sale.operators.steps import SCHEDULE, STEPS, Step
 from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
-
-REASON = click.option("--reason", help="Why, for the audit log.")
-REASON_REQUIRED = click.option("--reason", required=True, help="Why, for the audit log.")
 
 
 @click.group()
@@ -41,12 +36,12 @@ def create(context: CommandContext, file: Path) -> None:
     text = read_text(file)
 
     async def work() -> CampaignNow:
-        async with _desk(context) as (desk, unions, _):
+        async with context.campaign_desk() as (desk, stores):
             try:
-                parsed = parse_campaign_toml(text, frozenset(unions))
+                parsed = parse_campaign_toml(text, frozenset(stores.unions))
             except InvalidCampaign as wrong:
                 raise click.ClickException(f"{shown(file)}: {wrong}") from None
-            return await desk.create(parsed, _actor(context), None, None)
+            return await desk.create(parsed, Actor(context.actor), None, None)
 
     made = run(work())
     _say_past(made)
@@ -62,8 +57,8 @@ def list_(context: CommandContext, *, rehearsals: bool) -> None:
     unreadable: list[Unreadable] = []
 
     async def work() -> list[CampaignNow]:
-        async with _desk(context) as (_, _, redis):
-            return await read_campaigns(redis, unreadable=unreadable)
+        async with context.campaign_desk() as (_, stores):
+            return await read_campaigns(stores.redis, unreadable=unreadable)
 
     found = [now for now in run(work()) if now.state is not State.DELETED]
     for each in unreadable:
@@ -100,135 +95,26 @@ def show(context: CommandContext, campaign_id: str) -> None:
     """Show a campaign and what is left of it."""
 
     async def work() -> CampaignNow:
-        async with _desk(context) as (desk, _, _):
-            return await desk.show(campaign_id, _actor(context))
+        async with context.campaign_desk() as (desk, _):
+            return await desk.show(campaign_id, Actor(context.actor))
 
     _show(context, run(work()))
 
 
-@campaign.command()
-@click.argument("campaign_id", metavar="ID")
-@click.option("--at", metavar="TIME", help="Opening moment, RFC 3339 with offset.")
-@REASON
-@command_context
-def schedule(context: CommandContext, campaign_id: str, at: str | None, reason: str | None) -> None:
-    """Set a draft, or a new TIME, for opening by itself.
-
-    Without --at it opens at the opens_at of its file.
-    """
-    scheduled = _step(context, campaign_id, "schedule", reason, at)
-    _say_past(scheduled)
-
-
-@campaign.command("open")
-@click.argument("campaign_id", metavar="ID")
-@REASON
-@command_context
-def open_(context: CommandContext, campaign_id: str, reason: str | None) -> None:
-    """Open it now, also before its opening moment."""
-    _step(context, campaign_id, "open", reason)
-
-
-@campaign.command()
-@click.argument("campaign_id", metavar="ID")
-@REASON_REQUIRED
-@command_context
-def pause(context: CommandContext, campaign_id: str, reason: str) -> None:
-    """Stop selling for a while."""
-    _step(context, campaign_id, "pause", reason)
-
-
-@campaign.command()
-@click.argument("campaign_id", metavar="ID")
-@REASON
-@command_context
-def resume(context: CommandContext, campaign_id: str, reason: str | None) -> None:
-    """Go on selling after a pause."""
-    _step(context, campaign_id, "resume", reason)
-
-
-@campaign.command()
-@click.argument("campaign_id", metavar="ID")
-@REASON
-@command_context
-def close(context: CommandContext, campaign_id: str, reason: str | None) -> None:
-    """End the sale."""
-    _step(context, campaign_id, "close", reason)
-
-
-@campaign.command()
-@click.argument("campaign_id", metavar="ID")
-@REASON_REQUIRED
-@command_context
-def reopen(context: CommandContext, campaign_id: str, reason: str) -> None:
-    """Open a closed campaign again."""
-    _step(context, campaign_id, "reopen", reason)
-
-
-@campaign.command("add-stock")
-@click.argument("campaign_id", metavar="ID")
-@click.argument("showing")
-@click.argument("count", metavar="N", type=WholeNumber(1))
-@REASON_REQUIRED
-@command_context
-def add_stock(
-    context: CommandContext, campaign_id: str, showing: str, count: int, reason: str
+def _show_step(
+    context: CommandContext, step: Step, campaign_id: str, now: CampaignNow | None
 ) -> None:
-    """Add N tickets to a showing, while it sells too."""
-
-    async def work() -> CampaignNow:
-        async with _desk(context) as (desk, _, _):
-            return await desk.add_stock(campaign_id, showing, count, _actor(context), reason, None)
-
-    _show(context, run(work()))
-
-
-@campaign.command()
-@click.argument("campaign_id", metavar="ID")
-@REASON
-@command_context
-def delete(context: CommandContext, campaign_id: str, reason: str | None) -> None:
-    """Delete a draft."""
-
-    async def work() -> None:
-        async with _desk(context) as (desk, _, _):
-            await desk.delete(campaign_id, _actor(context), reason, None)
-
-    run(work())
-    echo(context, {"deleted": campaign_id}, lambda: note(f"draft {campaign_id} deleted"))
+    """Show the campaign after a step."""
+    if now is None:
+        echo(context, {"deleted": campaign_id}, lambda: note(f"draft {campaign_id} deleted"))
+        return
+    _show(context, now)
+    if step is SCHEDULE:
+        _say_past(now)
 
 
-@asynccontextmanager
-async def _desk(
-    context: CommandContext,
-) -> AsyncIterator[tuple[CampaignDesk, dict[str, str], Any]]:
-    from sale.bootstrap import open_stores
-
-    async with open_stores(context.settings, pool_size=2) as stores:
-        desk = CampaignDesk(stores.redis, stores.scripts, stores.pool)
-        yield desk, stores.unions, stores.redis
-
-
-def _actor(context: CommandContext) -> Actor:
-    return Actor(context.actor)
-
-
-def _step(
-    context: CommandContext,
-    campaign_id: str,
-    action: str,
-    reason: str | None,
-    at: str | None = None,
-) -> CampaignNow:
-    opens_at_ms = None if at is None else _parsed(at)
-
-    async def work() -> CampaignNow:
-        async with _desk(context) as (desk, _, _):
-            return await desk.step(campaign_id, action, _actor(context), reason, None, opens_at_ms)
-
-    done = run(work())
-    _show(context, done)
-    return done
+for _each in STEPS.values():
+    campaign.add_command(step_command(_each, _show_step))
 
 
 def _say_past(now: CampaignNow) -> None:
@@ -237,13 +123,6 @@ def _say_past(now: CampaignNow) -> None:
         note("its opening is past: it sells already")
     elif now.state is State.CLOSED:
         note("its closing is past: it is closed already")
-
-
-def _parsed(at: str) -> int:
-    try:
-        return moment_ms(at)
-    except Refused as refused:
-        raise click.ClickException(refused.detail) from None
 
 
 def _show(context: CommandContext, now: CampaignNow) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import click
 import msgspec
@@ -28,6 +28,10 @@ from sale.domain.problem import Refused
 from sale.domain.text import ACCOUNT_NAME_MAX, shown_text
 from sale.files import shown
 from sale.identity import SigningKey, load_or_create_signing_key
+
+if TYPE_CHECKING:
+    from sale.bootstrap import Stores
+    from sale.operators.campaigns import CampaignDesk
 
 __all__ = [
     "CommandContext",
@@ -107,6 +111,15 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
             yield pool
         finally:
             await close_pool(pool)
+
+    @asynccontextmanager
+    async def campaign_desk(self) -> AsyncIterator[tuple["CampaignDesk", "Stores"]]:
+        """The operators' steps on the stores of the settings, and these stores."""
+        from sale.bootstrap import open_stores
+        from sale.operators.campaigns import CampaignDesk
+
+        async with open_stores(self.settings, pool_size=2) as stores:
+            yield CampaignDesk(stores.redis, stores.scripts, stores.pool), stores
 
 
 def card_number(_context: click.Context, _param: click.Parameter, value: str) -> str:

@@ -8,6 +8,8 @@ import msgspec
 from msgspec import Meta
 
 IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ORDER_NO: Final = re.compile(r"[A-Za-z0-9.-]{1,64}")
+"""What clients may rely on; ``parse_order_number`` reads the numbers that the engine gives."""
 
 
 # What goes out is described, not checked, so its choices and formats stand in extra_json_schema.

@@ -2,11 +2,18 @@
 
 import re
 import unicodedata
-from typing import Final
+from typing import Final, NamedTuple
 
 TITLE_MAX: Final = 200
 ACCOUNT_NAME_MAX: Final = 64
 REASON_MAX: Final = 500
+
+
+class Text(NamedTuple):
+    """The same words in both languages."""
+
+    zh: str
+    en: str
 
 
 def shown_text(text: str, length_max: int) -> str:

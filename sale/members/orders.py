@@ -24,6 +24,15 @@ from sale.ledger.fold import SaleRecord
 from sale.stock.catalogue import Catalogue
 from sale.stock.records import read_member, read_member_everywhere
 
+__all__ = [
+    "OrderCursor",
+    "OwnOrders",
+    "TicketCodes",
+    "key_hash",
+    "live_tickets",
+    "placed_order",
+]
+
 CODE_BYTES: Final = 16
 CONFIRMED: Final = "confirmed"
 LOW_BITS: Final = 0xFFFFFF

@@ -31,6 +31,8 @@ from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
 
+__all__ = ["Answer", "Checked", "Placed", "Purchase", "PurchaseDesk"]
+
 POSTGRES_PATIENCE_S: Final = 1.0
 ABSENT_S: Final = 0.1
 ABSENT_MAX: Final = 1_000

@@ -1,14 +1,15 @@
 """What operators do with campaigns. Each step is one script, one event, one audit-log row.
 
-The script decides whether the step is allowed; here stands who may ask for it, and the wording of
-a no. The writer turns the event into the row of the audit log (INV-10), so an action that happened
-cannot be missing there.
+The steps are entries of ``steps.py``. The script decides whether a step is allowed in the
+campaign's state; here it is checked who asks, and a refusal gets its words. The writer turns the
+event into the row of the audit log (INV-10), so an action that happened cannot be missing there.
 """
 
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 import asyncpg
@@ -17,12 +18,12 @@ from redis.asyncio import Redis
 
 from sale.db import read
 from sale.db.errors import POSTGRES_ERRORS
-from sale.domain.campaign import STOCK_MAX, Campaign, State
-from sale.domain.clock import parse_moment, to_ms
+from sale.domain.campaign import Campaign, State
 from sale.domain.problem import Problem, Refused
 from sale.domain.text import REASON_MAX, shown_text
 from sale.domain.unions import DISTRICT
-from sale.stock.catalogue import CampaignNow, read_campaign
+from sale.operators.steps import PAUSE, RUNNERS, Step, StepCall, StepRequest
+from sale.stock.catalogue import CampaignNow, latest_first, read_campaign, read_campaigns
 from sale.stock.keys import CAMPAIGNS
 from sale.stock.rebuild import moment_text, unions_text
 from sale.stock.scripts import CallReply, Operation, OperationReply, Repeat, Scripts
@@ -31,26 +32,7 @@ from sale.trust.revocation import sync_campaign
 
 APPLIED_WAIT_S: Final = 1.0
 APPLIED_PAUSE_S: Final = 0.02
-REASON_REQUIRED: Final = frozenset({"pause", "reopen"})
 _SELLS_NOTHING: Final = frozenset({"paused", "closed", "scheduled", "draft", "deleted"})
-RUNNERS: Final = frozenset({"admin", "operator"})
-"""Roles that change campaigns; the others look."""
-ACTIONS: Final = ("schedule", "open", "pause", "resume", "close", "reopen")
-_INSTEAD: Final = {
-    ("open", "paused"): "resume it instead",
-    ("open", "open"): "it is open already",
-    ("open", "closed"): "reopen it instead",
-    ("resume", "open"): "it is open already",
-    ("resume", "closed"): "reopen it instead",
-    ("resume", "scheduled"): "open it instead",
-    ("pause", "scheduled"): "it does not sell yet: close it, or schedule it for later",
-    ("pause", "paused"): "it is paused already",
-    ("close", "closed"): "it is closed already",
-    ("close", "draft"): "delete the draft instead",
-    ("reopen", "paused"): "resume it instead",
-    ("reopen", "open"): "it is open already",
-    ("schedule", "open"): "it is open already",
-}
 
 
 class Actor(msgspec.Struct, frozen=True):
@@ -73,10 +55,6 @@ class Actor(msgspec.Struct, frozen=True):
     def acts_for(self, owner: str) -> bool:
         """Whether campaigns of that union are this actor's own."""
         return self.sees_all or self.union == owner
-
-    def may_run(self, owner: str) -> bool:
-        """Whether this actor may change campaigns of that union."""
-        return self.role in RUNNERS and self.acts_for(owner)
 
     def may_see(self, now: CampaignNow) -> bool:
         """Whether this campaign exists for this actor: its own, and what members are told of."""
@@ -105,8 +83,8 @@ class CampaignDesk:
         self, campaign: Campaign, actor: Actor, reason: str | None, key: str | None
     ) -> CampaignNow:
         """Make a campaign: scheduled where it has an opening moment, else a draft."""
-        _check_may(actor, campaign.owner)
-        reason = _checked_reason("create", reason)
+        _check_may(actor, RUNNERS, campaign.owner)
+        reason = _checked_reason(reason)
         config = msgspec.json.encode(campaign)
         operation = _operation(actor, reason, key, "create", config.decode())
         before = await read_campaign(self._redis, campaign.id)
@@ -144,87 +122,47 @@ class CampaignDesk:
         """Give a campaign as it is now, drafts too. Raises Refused."""
         return _seen(campaign_id, await read_campaign(self._redis, campaign_id), actor)
 
-    async def step(
-        self,
-        campaign_id: str,
-        action: str,
-        actor: Actor,
-        reason: str | None,
-        key: str | None,
-        opens_at_ms: int | None = None,
-    ) -> CampaignNow:
-        """Take one step: one of ``ACTIONS``. Raises Refused."""
-        reason = _checked_reason(action, reason)
-        operation = _operation(actor, reason, key, action, f"{campaign_id}|{opens_at_ms}")
+    async def all(self, actor: Actor, *, rehearsals: bool) -> list[CampaignNow]:
+        """Give every campaign that exists for this actor, latest opening first."""
+        return [
+            now
+            for now in latest_first(await read_campaigns(self._redis))
+            if actor.may_see(now) and (rehearsals or not now.campaign.rehearsal_of)
+        ]
+
+    async def live(self, campaign_id: str, actor: Actor) -> tuple[CampaignNow, int]:
+        """Give a campaign as it is now, and how many of its events PostgreSQL has.
+
+        Raises Refused.
+        """
+        now = await self.show(campaign_id, actor)
+        async with self._pool.acquire() as connection:
+            applied, _ = await read.position(connection, campaign_id)
+        return now, applied
+
+    async def take(
+        self, step: Step, campaign_id: str, request: StepRequest, actor: Actor, key: str | None
+    ) -> CampaignNow | None:
+        """Take a step; give the campaign as it is then, None where the step removes it.
+
+        Raises Refused.
+        """
+        reason = _checked_reason(request.reason)
+        operation = _operation(actor, reason, key, step.name, f"{campaign_id}|{request.content()}")
         before = await read_campaign(self._redis, campaign_id)
         again = await self._repeat(campaign_id, operation, key)
         if again is not None:
-            return await self._told_again(campaign_id, actor, again)
-        _check_may(actor, _seen(campaign_id, before, actor).campaign.owner)
-        reply = await self._scripts.transition(campaign_id, action, operation, opens_at_ms)
-        if reply.reply is CallReply.INVALID:
-            raise Refused(
-                Problem.INVALID_REQUEST,
-                "at: give an opening moment that is before closes_at",
-                field="at",
-            )
-        _check_reply(reply, action)
-        self._taken(campaign_id, reply)
-        return await self._confirmed(campaign_id, actor, reply.seq)
-
-    async def delete(
-        self, campaign_id: str, actor: Actor, reason: str | None, key: str | None
-    ) -> None:
-        """Delete a draft. Raises Refused."""
-        reason = _checked_reason("delete", reason)
-        operation = _operation(actor, reason, key, "delete", campaign_id)
-        before = await read_campaign(self._redis, campaign_id)
-        if await self._repeat(campaign_id, operation, key) is not None:
-            return
-        _check_may(actor, _seen(campaign_id, before, actor).campaign.owner)
-        reply = await self._scripts.transition(campaign_id, "delete", operation)
-        _check_reply(reply, "delete")
-        await self._applied(campaign_id, reply.seq)
-
-    async def add_stock(
-        self,
-        campaign_id: str,
-        showing_id: str,
-        add: int,
-        actor: Actor,
-        reason: str | None,
-        key: str | None,
-    ) -> CampaignNow:
-        """Add tickets to a showing, once a key. Raises Refused."""
-        reason = _checked_reason("stock", reason)
-        operation = _operation(actor, reason, key, "stock", f"{campaign_id}|{showing_id}|{add}")
-        before = await read_campaign(self._redis, campaign_id)
-        again = await self._repeat(campaign_id, operation, key)
-        if again is not None:
-            return await self._told_again(campaign_id, actor, again)
+            return None if step.removes else await self._told_again(campaign_id, actor, again)
         now = _seen(campaign_id, before, actor)
-        _check_may(actor, now.campaign.owner)
-        showing = now.campaign.showing_numbers.get(showing_id)
-        if showing is None:
-            raise Refused(
-                Problem.INVALID_REQUEST,
-                f"showing: there is no {showing_id!r}; there is {now.campaign.showings_in_words}",
-                field="showing",
-            )
-        if not 1 <= add <= STOCK_MAX:
-            raise Refused(
-                Problem.INVALID_REQUEST,
-                f"add: must be a whole number from 1 to {STOCK_MAX}",
-                field="add",
-            )
-        reply = await self._scripts.add_stock(campaign_id, operation, showing, add)
+        _check_may(actor, step.roles, now.campaign.owner)
+        reply = await step.script(StepCall(step, self._scripts, now, operation, request))
         if reply.reply is CallReply.INVALID:
-            raise Refused(
-                Problem.INVALID_REQUEST,
-                f"add: the showing would pass {STOCK_MAX} tickets",
-                field="add",
-            )
-        _check_reply(reply, "stock")
+            field, why = step.invalid
+            raise Refused(Problem.INVALID_REQUEST, f"{field}: {why}", field=field)
+        _check_reply(reply, step.name, step.instead)
+        if step.removes:
+            await self._applied(campaign_id, reply.seq)
+            return None
         self._taken(campaign_id, reply)
         return await self._confirmed(campaign_id, actor, reply.seq)
 
@@ -242,7 +180,7 @@ class CampaignDesk:
         reply = await self._scripts.transition(campaign_id, "pause", operation)
         if reply.reply is CallReply.WRONG_STATE and reply.state in _SELLS_NOTHING:
             return
-        _check_reply(reply, "pause")
+        _check_reply(reply, PAUSE.name, PAUSE.instead)
 
     async def _check_free(self, campaign_id: str, before: CampaignNow | None, actor: Actor) -> None:
         """Refuse an ID that is in use, or that PostgreSQL knows and this Redis has lost (INV-8)."""
@@ -373,8 +311,8 @@ def _gone(draft: read.GoneDraft) -> CampaignNow:
     )
 
 
-def _check_may(actor: Actor, owner: str) -> None:
-    if actor.role not in RUNNERS:
+def _check_may(actor: Actor, roles: frozenset[str], owner: str) -> None:
+    if actor.role not in roles:
         raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not change campaigns")
     if not actor.acts_for(owner):
         raise Refused(
@@ -383,14 +321,13 @@ def _check_may(actor: Actor, owner: str) -> None:
         )
 
 
-def _checked_reason(action: str, reason: str | None) -> str | None:
+def _checked_reason(reason: str | None) -> str | None:
     """Give the reason as it is kept. Raises Refused.
 
-    Checked here for every way in: what PostgreSQL cannot hold would stop the ledger's writer.
+    Checked here for HTTP and command line alike: a text that PostgreSQL cannot hold would stop the
+    ledger's writer.
     """
     if reason is None:
-        if action in REASON_REQUIRED or action == "stock":
-            raise Refused(Problem.INVALID_REQUEST, "reason: say why", field="reason")
         return None
     try:
         return shown_text(reason, REASON_MAX)
@@ -398,7 +335,9 @@ def _checked_reason(action: str, reason: str | None) -> str | None:
         raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
 
 
-def _check_reply(reply: OperationReply, action: str) -> None:
+def _check_reply(
+    reply: OperationReply, action: str, instead: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Raise Refused for everything but done and done before."""
     match reply.reply:
         case CallReply.OK | CallReply.REPLAYED:
@@ -408,11 +347,10 @@ def _check_reply(reply: OperationReply, action: str) -> None:
                 Problem.IDEMPOTENCY_MISMATCH, "this key was used for something else before"
             )
         case CallReply.WRONG_STATE:
-            instead = _INSTEAD.get((action, reply.state))
+            hint = instead.get(reply.state)
             raise Refused(
                 Problem.WRONG_STATE,
-                f"cannot {action} a campaign that is {reply.state}"
-                + (f": {instead}" if instead else ""),
+                f"cannot {action} a campaign that is {reply.state}" + (f": {hint}" if hint else ""),
                 state=reply.state,
             )
         case CallReply.MISSING:
@@ -422,11 +360,3 @@ def _check_reply(reply: OperationReply, action: str) -> None:
                 Problem.UNAVAILABLE,
                 f"the state in Redis is not trusted ({reply.reply.name.lower()}); try again",
             )
-
-
-def moment_ms(moment: str) -> int:
-    """UTC milliseconds of the moment ``at``, an RFC 3339 text. Raises Refused."""
-    try:
-        return to_ms(parse_moment(moment))
-    except ValueError as error:
-        raise Refused(Problem.INVALID_REQUEST, f"at: {error}", field="at") from None

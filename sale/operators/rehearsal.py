@@ -36,6 +36,7 @@ from sale.domain.text import TITLE_MAX
 from sale.domain.unions import REHEARSAL_UNION
 from sale.identity import Member, SigningKey, issue_member_token
 from sale.operators.campaigns import Actor, CampaignDesk
+from sale.operators.steps import CLOSE, StepRequest
 from sale.stock.catalogue import CampaignNow, read_campaign, read_campaigns, redis_now_ms
 from sale.stock.keys import campaign_keys
 from sale.stock.process_reports import collect_reports
@@ -127,7 +128,7 @@ class Rehearsals:
         if now is not None and now.state in {
             State.SCHEDULED, State.OPEN, State.PAUSED,
         }:  # fmt: skip
-            await self._desk.step(campaign_id, "close", actor, REASON_OVER, None)
+            await self._desk.take(CLOSE, campaign_id, StepRequest(reason=REASON_OVER), actor, None)
 
     async def real(self, campaign_id: str) -> Real:
         """Give what tells whether a campaign was touched. Raises Refused."""

@@ -186,7 +186,7 @@ class Catalogue:
         there = {now.campaign.id for now in found}
         for campaign_id in [each for each in self._known if each not in there]:
             self._forget_rehearsal(campaign_id)
-        found.sort(key=lambda now: (-(now.opens_at_ms or 0), now.campaign.id))
+        found = latest_first(found)
         self._all = (asked_at, found)
         return found
 
@@ -220,6 +220,11 @@ class Catalogue:
         known = self._known.get(campaign_id)
         if known is not None and known.rehearsal_of:
             del self._known[campaign_id]
+
+
+def latest_first(campaigns: Iterable[CampaignNow]) -> list[CampaignNow]:
+    """Sort campaigns for a list: latest opening first."""
+    return sorted(campaigns, key=lambda now: (-(now.opens_at_ms or 0), now.campaign.id))
 
 
 async def campaign_ids(redis: Redis) -> list[str]:

@@ -65,7 +65,7 @@ FILMS_NOW = CampaignNow(
     recovering="", seq=1, chain="", epoch=1, roster_rev=0, tickets=(1,), remaining=(1,), as_of_ms=1,
 )  # fmt: skip
 _SERVE = FastReads.serve
-ROUTES = fast_routes(SimpleNamespace(desk=None, catalogue=None))  # type: ignore[arg-type]
+ROUTES = fast_routes(SimpleNamespace(desk=None, public_campaigns=None))  # type: ignore[arg-type]
 
 
 def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes) -> None:

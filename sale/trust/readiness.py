@@ -1,16 +1,14 @@
-"""``/healthz``: the process lives. ``/readyz``: it can sell, or the reasons why it cannot."""
+"""Whether this host can sell, or the reasons why it cannot."""
 
 import asyncio
 import time
-from typing import Final
+from typing import Final, Protocol
 
+import asyncpg
 import structlog
-from aiohttp import web
+from redis.asyncio import Redis
 
-from sale.api.request import ENGINE, NO_STORE, json_response
-from sale.api.routing import guarded
-from sale.api.schemas import HealthView
-from sale.bootstrap import Stores
+from sale.config import Settings
 from sale.db.errors import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
 from sale.stock.connection import REDIS_ERRORS
@@ -20,54 +18,50 @@ from sale.trust.verify import unverified
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
-"""How long what a look found is told to others, from its end: a look may itself take longer."""
+"""How long the result of a look is given to others, from its end: a look may itself take longer."""
 UNREADY_FRESH_S: Final = 0.1
-"""The same for a host that is not ready: whoever waits for it is told soon."""
+"""The same for a host that is not ready, so that a probe which waits for it learns soon."""
 
 log = structlog.get_logger()
 
 
-def add_health_routes(app: web.Application) -> None:
-    """Register ``/healthz`` and ``/readyz``."""
-    looks = SharedLooks()
+class Stores(Protocol):
+    """What is looked at."""
 
-    async def healthz(_: web.Request) -> web.Response:
-        return json_response(HealthView("ok"), headers=NO_STORE)
+    @property
+    def redis(self) -> Redis: ...  # noqa: D102
 
-    async def readyz(request: web.Request) -> web.Response:
-        engine = request.app[ENGINE]
-        why = await looks.reasons(engine.stores)
-        if engine.batchers.halted:
-            why = list(dict.fromkeys([engine.batchers.halted, *why]))
-        view = HealthView("unavailable" if why else "ok", why, looks.campaigns)
-        response = json_response(view, headers=NO_STORE)
-        if why:
-            response.set_status(503)
-            response.headers["Retry-After"] = "1"
-        return response
+    @property
+    def pool(self) -> asyncpg.Pool: ...  # noqa: D102
 
-    app.router.add_get("/healthz", guarded(healthz, exempt=True))
-    app.router.add_get("/readyz", guarded(readyz, exempt=True))
+    @property
+    def settings(self) -> Settings: ...  # noqa: D102
+
+    @property
+    def nonce(self) -> str: ...  # noqa: D102
 
 
-class SharedLooks:
-    """Looks at the stores, one at a time, however many ask: each asker gets the latest, or waits
-    for the one that is under way. Without that, a thousand probes were a thousand looks at once.
+class Readiness:
+    """Looks at the stores, one look at a time, however many ask.
+
+    Each request gets the latest result, or waits for the look that is under way. Without that, a
+    thousand probes are a thousand looks at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stores: Stores) -> None:
         self.campaigns: list[str] = []
         """Campaigns in trouble at the last look, each with what it is, in short."""
+        self._stores = stores
         self._found: list[str] = []
         self._fresh_until = 0.0
         self._look: asyncio.Task[list[str]] | None = None
 
-    async def reasons(self, stores: Stores) -> list[str]:
+    async def reasons(self) -> list[str]:
         """Give the reasons of the module's ``reasons``, at most ``FRESH_S`` old."""
         if time.monotonic() < self._fresh_until:
             return self._found
         if self._look is None:
-            self._look = asyncio.create_task(self._look_at(stores))
+            self._look = asyncio.create_task(self._look_at(self._stores))
         return await asyncio.shield(self._look)
 
     async def _look_at(self, stores: Stores) -> list[str]:

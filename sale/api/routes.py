@@ -1,0 +1,13 @@
+"""The table of routes: all that the API answers."""
+
+from typing import Final
+
+from sale.api import member, operator, pages, public
+from sale.http.routes import Route
+
+ROUTES: Final[tuple[Route, ...]] = (
+    *public.ROUTES,
+    *member.ROUTES,
+    *operator.ROUTES,
+    *pages.ROUTES,
+)

@@ -1,0 +1,93 @@
+"""Requests to the routes of the table, made from what their entries and the description say."""
+
+import copy
+from typing import Any
+
+import msgspec
+from service import ADMIN, PAST, Client, campaign_table, in_s
+
+from sale.api.openapi import build_document
+from sale.api.routes import ROUTES
+from sale.http.routes import Route
+from sale.operators.steps import STEPS
+
+DOCUMENT: dict[str, Any] = msgspec.json.decode(build_document(ROUTES))
+SAMPLE: dict[str, Any] = {
+    "quantity": 1,
+    "showing": "general",
+    "reason": "because",
+    "add": 1,
+    **campaign_table("placeholder", opens_at=None),
+    "order_max": 1,
+    "opens_at": in_s(3_600),
+    "closes_at": in_s(7_200),
+    "starts_at": in_s(9_000),
+    "at": in_s(1_800),
+    "draft": False,
+    "unions": ["dongsi"],
+}
+"""A good value of each field that a body has."""
+
+STATE_BEFORE = {
+    "schedule": "draft",
+    "open": "draft",
+    "delete": "draft",
+    "resume": "pause",
+    "reopen": "close",
+}
+"""What a campaign must be, or go through, before a step; it sells before all others."""
+
+
+def resolved(schema: dict[str, Any]) -> dict[str, Any]:
+    name = schema.get("$ref", "").rpartition("/")[2]
+    return DOCUMENT["components"]["schemas"][name] if name else schema
+
+
+def sample_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """Give a good body of a schema."""
+    return {name: copy.deepcopy(SAMPLE[name]) for name in resolved(schema)["properties"]}
+
+
+def body_of(route: Route) -> dict[str, Any] | None:
+    """Give a good body for a route; None where it takes none."""
+    told = DOCUMENT["paths"].get(route.path, {}).get(route.method.lower(), {})
+    if "requestBody" not in told:
+        return None
+    return sample_of(told["requestBody"]["content"]["application/json"]["schema"])
+
+
+def step_of(route: Route) -> str:
+    """Give the name of the step that a route takes; '' where it takes none."""
+    if route.method == "DELETE":
+        return "delete"
+    name = route.path.rpartition("/")[2]
+    return name if route.method == "POST" and name in STEPS else ""
+
+
+def name_of(route: Route) -> str:
+    """Give a name for a test of a route."""
+    return f"{route.method} {route.path}"
+
+
+async def prepared(client: Client, step: str, **changes: Any) -> str:
+    """A campaign on which a step may be taken, or which sells where there is none."""
+    before = STATE_BEFORE.get(step, "")
+    if before == "draft":
+        window = {"opens_at": in_s(3_600), "closes_at": in_s(7_200)}
+        return await client.campaign(draft=True, **window, **changes)
+    campaign = await client.campaign(opens_at=PAST, tickets=2_000, **changes)
+    if before:
+        assert (await client.step(campaign, before)).status == 200
+    return campaign
+
+
+async def all_of(client: Client, route: Route, **changes: Any) -> tuple[str, dict[str, Any] | None]:
+    """Give address and body of a good request; ``changes`` are those of the campaign."""
+    url, body = route.path, body_of(route)
+    if "{id}" in url:
+        url = url.replace("{id}", await prepared(client, step_of(route), **changes))
+    if url == ADMIN and body is not None:
+        body |= {"id": client.service.new_id(), **changes}
+    for name, value in (("name", "page.css"), ("code", "sold-out"), ("order_no", "x.1.000000")):
+        url = url.replace(f"{{{name}}}", value)
+    return url, body

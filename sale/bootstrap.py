@@ -165,7 +165,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             free_min_mb=settings.disk_free_min_mb,
         )
         durability = DurabilityWatch(stores.redis, batchers, settings)
-        batchers.meet = durability.look
+        batchers.check_redis = durability.look
         await _patiently(durability.look, START_PATIENCE_S)
         overload = Overload(
             connections_max=files_allow(settings.connections_max),
@@ -200,7 +200,9 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                 ),
                 public_campaigns=PublicCampaigns(catalogue, stores.redis),
                 orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
-                campaigns=CampaignDesk(stores.redis, stores.scripts, stores.pool, saw=batchers.saw),
+                campaigns=CampaignDesk(
+                    stores.redis, stores.scripts, stores.pool, on_step=batchers.on_step
+                ),
                 metrics=metrics,
                 registry=registry,
                 overload=overload,

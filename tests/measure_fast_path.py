@@ -39,7 +39,7 @@ from sale.members.orders import TicketCodes, key_hash
 from sale.members.purchase import Placed, PurchaseDesk
 from sale.members.rate import Rate, RateLimits
 from sale.metrics import PurchaseMetrics
-from sale.stock.batch_codec import pack_bids
+from sale.stock.batch_codec import pack_batch
 from sale.stock.batcher import Answer, Batcher, Mark, Purchase
 from sale.stock.scripts import Decision
 
@@ -150,7 +150,7 @@ class Parts:
         await fast_path.close()
 
     async def _sell(self, batcher: Batcher, batch: list[Purchase], start: int) -> None:
-        bids = pack_bids(
+        bids = pack_batch(
             (
                 [str(p.member_no) for p in batch],
                 [p.union for p in batch],

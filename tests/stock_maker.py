@@ -11,9 +11,9 @@ from sale.domain.campaign import Campaign, Showing
 from sale.domain.clock import from_ms
 from sale.ledger.chain import START, Entry, check_chain, parse_entry
 from sale.ledger.fold import CampaignState, SaleRecord
-from sale.stock.batch_codec import pack_bids
+from sale.stock.batch_codec import pack_batch
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
-from sale.stock.process_reports import who_is_it
+from sale.stock.process_reports import read_identity
 from sale.stock.records import parse_records
 from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Peek, Scripts
 
@@ -148,7 +148,7 @@ class Stock:
         """What a process signs for that has looked at this Redis; '' where there is no head."""
         if not await self.redis.exists(self.keys.head):
             return ""
-        identity = await who_is_it(self.redis)
+        identity = await read_identity(self.redis)
         return f"{identity}:{epoch or (await self.head('epoch'))[0]}"
 
     async def peek(self, showings: int = 1, epoch: int | None = None, seen: int = 0) -> Peek:
@@ -218,7 +218,7 @@ class Stock:
 
 
 def packed(bids: Sequence[Bid]) -> bytes:
-    return pack_bids(
+    return pack_batch(
         (
             [str(bid.member_no) for bid in bids],
             [bid.union for bid in bids],

@@ -14,7 +14,7 @@ from sale.db import claims, read
 from sale.db.apply import apply_entries
 from sale.ledger.chain import parse_entry
 from sale.stock import process_reports
-from sale.stock.keys import ROLL
+from sale.stock.keys import REPORTS
 from sale.stock.scripts import Decision
 from sale.stock.stream import stream_rows
 from sale.stock.unapplied import Unapplied
@@ -27,27 +27,25 @@ shop, apis = the_shop, the_apis
 
 @pytest.fixture
 def slow_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as it takes to look for some hundred thousand kept sales."""
-    look = Unapplied.lacking
+    """Make the check of unapplied sales as slow as for some hundred thousand of them."""
+    count = Unapplied.count_missing
 
-    async def lacking(self: Unapplied, *where: Any) -> int:
+    async def slow(self: Unapplied, *where: Any) -> int:
         if len(self):
             await asyncio.sleep(2.5)
-        return await look(self, *where)
+        return await count(self, *where)
 
-    monkeypatch.setattr(Unapplied, "lacking", lacking)
+    monkeypatch.setattr(Unapplied, "count_missing", slow)
 
 
 @pytest.mark.usefixtures("slow_look")
-async def test_given_much_is_kept_when_redis_went_back_then_it_stays_shut_until_that_is_compared(
-    shop: Shop, apis: list[Api]
-):
+async def test_old_copy_stays_shut_until_many_orders_are_compared(shop: Shop, apis: list[Api]):
     a, b = apis
     async with going_back(shop):
         told = seqs(await a.buy(*range(1, 21)))
     await a.check_acknowledged()
     await b.check_acknowledged()
-    # Longer than the roll is waited for: nobody may take the old copy for a sound one.
+    # The check takes longer than COLLECT_MAX_S: the old copy must not pass as a sound one.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
 
@@ -63,9 +61,7 @@ async def test_given_much_is_kept_when_redis_went_back_then_it_stays_shut_until_
 
 
 @pytest.mark.usefixtures("slow_look")
-async def test_given_a_look_that_takes_longer_than_a_call_may_then_the_process_sells_again(
-    shop: Shop, apis: list[Api]
-):
+async def test_process_sells_again_after_a_slow_check(shop: Shop, apis: list[Api]):
     a = apis[0]
     a.batcher._call_timeout_s = 0.5
     seqs(await a.buy(1, 2))
@@ -78,21 +74,17 @@ async def test_given_a_look_that_takes_longer_than_a_call_may_then_the_process_s
     await until(sells)
 
 
-async def test_given_one_order_is_asked_for_again_and_again_then_it_is_kept_once_more(
-    apis: list[Api],
-):
+async def test_order_replayed_many_times_is_kept_once(apis: list[Api]):
     a = apis[0]
     seqs(await a.buy(1))
     for _ in range(20):
         assert (await a.buy(1))[0].decision is Decision.REPLAYED
-    assert len(a.batcher.kept) == 2
-    a.batcher.kept.drop_applied(100)
-    assert len(a.batcher.kept) == 0
+    assert len(a.batcher.unapplied) == 2
+    a.batcher.unapplied.drop_applied(100)
+    assert len(a.batcher.unapplied) == 0
 
 
-async def test_given_a_head_that_is_damaged_then_the_process_goes_on_reporting(
-    shop: Shop, apis: list[Api]
-):
+async def test_process_reports_in_spite_of_a_damaged_head(shop: Shop, apis: list[Api]):
     a = apis[0]
     seqs(await a.buy(1))
     head = shop.stock.keys.head
@@ -110,24 +102,20 @@ async def test_given_a_head_that_is_damaged_then_the_process_goes_on_reporting(
     await until(reports)
 
 
-async def test_given_who_missed_orders_is_long_dead_then_its_report_shuts_nothing(
-    shop: Shop, apis: list[Api]
-):
-    identity = await process_reports.who_is_it(shop.redis)
-    missing = {CAMPAIGN: process_reports.Report(1, 2, 3, handed=False)}
-    attended = process_reports.CampaignReport(identity.now_ms - 10_000, str(identity), missing)
+async def test_report_of_a_long_dead_process_stops_no_sale(shop: Shop, apis: list[Api]):
+    identity = await process_reports.read_identity(shop.redis)
+    missing = {CAMPAIGN: process_reports.CampaignReport(1, 2, 3, handed=False)}
+    attended = process_reports.ProcessReport(identity.now_ms - 10_000, str(identity), missing)
     await process_reports.report(shop.redis, "dead", attended)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     seqs(await apis[0].buy(1))
 
 
-async def test_given_nobody_was_heard_yet_when_recovered_by_hand_then_they_are_heard_first(
-    shop: Shop, apis: list[Api]
-):
+async def test_manual_recovery_first_collects_reports(shop: Shop, apis: list[Api]):
     a = apis[0]
     async with going_back(shop):
         told = seqs(await a.buy(1, 2, 3))
-    await shop.redis.delete(ROLL)
+    await shop.redis.delete(REPORTS)
     await a.check_acknowledged()
     done = await shop.recover()
     assert (done.filled, done.voided) == (3, [])
@@ -135,9 +123,7 @@ async def test_given_nobody_was_heard_yet_when_recovered_by_hand_then_they_are_h
     assert (await finish(shop)).clean
 
 
-async def test_given_claims_of_a_lost_epoch_when_recovered_then_the_next_epoch_is_above_it(
-    shop: Shop,
-):
+async def test_recovery_epoch_is_above_that_of_lost_claims(shop: Shop):
     (seq,) = await shop.stock.head("seq")
     told = claims.Claim(int(seq) + 1, 4, 4_000_000_000_000, member(1), key(1), 0, 1, 500)
     async with shop.pool.acquire() as connection:
@@ -147,9 +133,7 @@ async def test_given_claims_of_a_lost_epoch_when_recovered_then_the_next_epoch_i
     assert await shop.stock.head("epoch") == ["5"]
 
 
-async def test_given_a_writer_that_applies_what_redis_has_lost_then_nothing_more_is_sold(
-    shop: Shop, apis: list[Api]
-):
+async def test_late_writer_with_lost_events_stops_sales(shop: Shop, apis: list[Api]):
     # It was stopped with a batch in its hands, and woke up after the recovery.
     a, b = apis
     async with shop.pool.acquire() as connection:
@@ -181,9 +165,7 @@ async def test_given_a_writer_that_applies_what_redis_has_lost_then_nothing_more
     await shop.applied()
 
 
-async def test_given_a_ledger_that_stands_still_and_is_sound_then_it_goes_on_selling(
-    shop: Shop, apis: list[Api]
-):
+async def test_sound_ledger_without_progress_keeps_selling(shop: Shop, apis: list[Api]):
     seqs(await apis[0].buy(1))
     stalls = StalledLedgers(0.0)
     for _ in range(3):

@@ -199,9 +199,7 @@ BREACHES = [
     ("invariant", "damage"), [(each[0], each[2]) for each in BREACHES],
     ids=[f"{each[0]}-{each[1]}" for each in BREACHES],
 )  # fmt: skip
-async def test_given_a_breach_when_audited_then_it_is_found(
-    shop: Shop, invariant: str, damage: Damage
-):
+async def test_audit_finds_each_breach(shop: Shop, invariant: str, damage: Damage):
     assert (await shop.audit()).clean
     await damage(shop)
     report = await shop.audit(applied_wait_s=0.2)
@@ -212,9 +210,7 @@ async def test_given_a_breach_when_audited_then_it_is_found(
 
 
 @pytest.mark.parametrize(("days", "clean"), [(0, True), (29, True), (31, False)])
-async def test_given_a_card_that_moved_when_its_token_may_be_older_then_its_sale_is_no_breach(
-    shop: Shop, days: int, clean: bool
-):
+async def test_sale_with_an_older_union_token_is_no_breach(shop: Shop, days: int, clean: bool):
     await shop.pool.execute("UPDATE member SET union_code = 'hepingli'")
     await shop.damage(
         "UPDATE member SET updated_at = now() - interval '1 hour'",
@@ -224,7 +220,7 @@ async def test_given_a_card_that_moved_when_its_token_may_be_older_then_its_sale
     assert report.clean == clean, report
 
 
-async def test_given_weak_settings_of_redis_when_audited_then_durability_is_found(shop: Shop):
+async def test_audit_finds_weak_redis_settings(shop: Shop):
     await shop.redis.config_set("appendfsync", "everysec")
     try:
         report = await shop.audit()
@@ -233,7 +229,7 @@ async def test_given_weak_settings_of_redis_when_audited_then_durability_is_foun
     assert {finding.invariant for finding in report.campaigns[0].findings} == {"INV-3"}
 
 
-async def test_given_hundreds_of_breaches_when_audited_then_each_invariant_tells_ten(shop: Shop):
+async def test_audit_lists_ten_breaches_of_each_invariant(shop: Shop):
     await shop.step("stock", showing="s0", add=500)
     bids = [Bid(member(n), key(1), 1, 0, "donghuamen") for n in range(100, 300)]
     await shop.stock.buy(*bids)
@@ -247,7 +243,7 @@ async def test_given_hundreds_of_breaches_when_audited_then_each_invariant_tells
     }  # fmt: skip
 
 
-async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop: Shop):
+async def test_audit_during_a_rush_is_clean(shop: Shop):
     await shop.stop_writer()
     await shop.start_writer(ledger_retention_events=0, ledger_retention_s=0)
     await shop.step("stock", showing="s0", add=100_000)
@@ -301,7 +297,7 @@ async def test_given_a_rush_when_audited_again_and_again_then_always_clean(shop:
     assert sold > 1_000
 
 
-async def test_given_openings_and_closings_by_the_clock_when_audited_then_clean(shop: Shop):
+async def test_audit_of_openings_by_the_clock_is_clean(shop: Shop):
     now = int((await shop.redis.time())[0]) * 1_000
     short = campaign(5, campaign_id="short", opens_at_ms=now - 2_000, closes_at_ms=now - 1_000)
     await shop.create(short)
@@ -310,14 +306,14 @@ async def test_given_openings_and_closings_by_the_clock_when_audited_then_clean(
     assert (await shop.audit(campaign_id="short")).clean
 
 
-async def test_given_the_writer_stopped_when_audited_then_it_could_not_check(shop: Shop):
+async def test_audit_cannot_check_without_a_writer(shop: Shop):
     await shop.stop_writer()
     await _buy(shop, 3, key_no=9)
     with pytest.raises(CouldNotCheck, match="is the writer running"):
         await shop.audit(applied_wait_s=0.1)
 
 
-async def test_given_one_that_lags_and_one_that_is_broken_then_both_are_told(shop: Shop):
+async def test_audit_reports_a_lagging_and_a_broken_campaign(shop: Shop):
     await shop.create(campaign(5, campaign_id="green-gift"))
     await shop.applied()
     await shop.audit()
@@ -331,7 +327,7 @@ async def test_given_one_that_lags_and_one_that_is_broken_then_both_are_told(sho
     assert report.campaigns[1].findings[0].invariant == "INV-1"
 
 
-async def test_given_a_broken_stream_that_the_writer_cannot_apply_then_it_is_a_finding(shop: Shop):
+async def test_stream_that_cannot_be_applied_is_a_finding(shop: Shop):
     await shop.stop_writer()
     await _buy(shop, 3, key_no=9)
     (lost,) = await shop.redis.xrevrange(KEYS.stream, count=1)
@@ -341,19 +337,19 @@ async def test_given_a_broken_stream_that_the_writer_cannot_apply_then_it_is_a_f
     assert {finding.invariant for finding in report.campaigns[0].findings} == {"INV-5"}
 
 
-async def test_given_an_unknown_id_when_audited_then_it_is_refused(shop: Shop):
+async def test_audit_of_an_unknown_id_is_refused(shop: Shop):
     with pytest.raises(Refused) as refused:
         await shop.audit(campaign_id="no-such")
     assert refused.value.problem is Problem.NOT_FOUND
 
 
-async def test_given_a_foreign_nonce_when_audited_then_the_books_are_still_read(shop: Shop):
+async def test_audit_reads_a_redis_with_a_foreign_nonce(shop: Shop):
     foreign = Scripts(shop.redis, NONCE)
     assert (await foreign.tick(CAMPAIGN)).reply is CallReply.UNVERIFIED
     assert (await shop.audit()).clean
 
 
-async def test_given_each_outcome_when_run_by_hand_then_the_exit_status_tells(
+async def test_exit_status_of_the_audit_command(
     shop: Shop, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("SALE_REDIS_URL", redis_url)

@@ -921,7 +921,7 @@ async def test_store_that_ailed_is_well_again_by_a_peek_that_it_answers(
     await open_stock(redis, 1)
     shop = open_shop(redis, campaign(1))
     await shop.until_it_peeks()
-    shop.batcher._ails(what, "for a while")
+    shop.batcher._warn_store(what, "for a while")
     shop.batcher._store_rejects = not well
     waiting = [shop.submit(Bid(member(n), key(1))) for n in range(2)]
     assert shop.batcher.waiting_since == 0.0

@@ -1,4 +1,4 @@
-"""Hundreds of connections that only stand there: little memory, and nobody else feels them."""
+"""Hundreds of idle connections take little memory and do not slow others down."""
 
 import asyncio
 import contextlib
@@ -16,18 +16,18 @@ from loadtest.bench.idle import BOUGHT, LOOKED, OPENED, Idle, shares
 from loadtest.generator import closed
 from loadtest.tables import CLEAN
 
-STANDING = 500
+IDLE = 500
 CROWD = 150
 WINDOWS = 5
 LITTLE, MORE = 6 * 1024, 16 * 1024
-"""Bytes a connection of the fast path's, and behind a request of aiohttp's: some times what they
-take (OPERATIONS.md), because a few hundred are a few pages."""
+"""Bytes per connection of the fast path, and after a request of aiohttp. Both are several times the
+figures of OPERATIONS.md, because a few hundred connections take only a few pages."""
 
 
-class _Standing(asyncio.Protocol):
+class _Idle(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport
-        self.told = b""
+        self.received = b""
         self.came = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -35,47 +35,47 @@ class _Standing(asyncio.Protocol):
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self.told += data
+        self.received += data
         self.came.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.came.set()
 
 
-async def _stand(api: OwnApi, raws: list[bytes], *, answered: bool) -> list[_Standing]:
-    """Open a connection for each request, and wait for its answer where one is due."""
+async def _open(api: OwnApi, raws: list[bytes], *, answered: bool) -> list[_Idle]:
+    """Open a connection for each request; wait for the answers if ``answered``."""
     loop, (host, _, port) = asyncio.get_running_loop(), api.address.rpartition(":")
-    standing = []
+    opened = []
     for raw in raws:
-        _, each = await loop.create_connection(_Standing, host, int(port))
+        _, each = await loop.create_connection(_Idle, host, int(port))
         each.transport.write(raw)
-        standing.append(each)
+        opened.append(each)
     if answered:
         async with asyncio.timeout(20):
-            for each in standing:
+            for each in opened:
                 await each.came.wait()
-    return standing
+    return opened
 
 
 async def _crowd_s(api: OwnApi, campaign: str) -> float:
-    """How long a crowd of purchases takes."""
+    """Seconds that CROWD purchases take."""
     done = await closed(api.address, api.purchases(campaign, CROWD), CROWD, 50)
     assert done.outcomes() == {"sold": CROWD}
     return done.duration_s
 
 
 @contextlib.asynccontextmanager
-async def _standing(
+async def _idle(
     api: OwnApi, raws: list[bytes], *, bytes_most: int, answered: bool = True
-) -> AsyncIterator[list[_Standing]]:
+) -> AsyncIterator[list[_Idle]]:
     """Keep a connection for each request open while the block runs; they take little memory."""
     before = api.rss
-    standing = await _stand(api, raws, answered=answered)
+    opened = await _open(api, raws, answered=answered)
     try:
         assert (api.rss - before) / len(raws) < bytes_most
-        yield standing
+        yield opened
     finally:
-        for each in standing:
+        for each in opened:
             each.transport.abort()
 
 
@@ -92,24 +92,24 @@ async def test_idle_and_half_sent_requests_do_not_stop_sales(
             apis.append(await stack.enter_async_context(own_api(service, tmp_path / name)))
             await _crowd_s(apis[-1], campaign)
         api = apis[-1]
-        raws = api.purchases(campaign, 2 * STANDING)
-        stand = stack.enter_async_context
-        idle = await stand(_standing(api, raws[:STANDING], bytes_most=LITTLE))
-        looked = await stand(_standing(api, [look] * STANDING, bytes_most=MORE))
-        cut = [raw[:-9] for raw in raws[STANDING:]]
-        halves = await stand(_standing(api, cut, bytes_most=LITTLE, answered=False))
+        raws = api.purchases(campaign, 2 * IDLE)
+        open_all = stack.enter_async_context
+        idle = await open_all(_idle(api, raws[:IDLE], bytes_most=LITTLE))
+        looked = await open_all(_idle(api, [look] * IDLE, bytes_most=MORE))
+        cut = [raw[:-9] for raw in raws[IDLE:]]
+        halves = await open_all(_idle(api, cut, bytes_most=LITTLE, answered=False))
         took_s = [[await _crowd_s(each, campaign) for each in apis] for _ in range(WINDOWS)]
         alone_s, beside_s = map(statistics.median, zip(*took_s, strict=True))
-        assert all(each.told.startswith(b"HTTP/1.1 201 ") for each in idle)
-        assert all(each.told.startswith(b"HTTP/1.1 200 ") for each in looked)
-        assert not any(each.told for each in halves)
+        assert all(each.received.startswith(b"HTTP/1.1 201 ") for each in idle)
+        assert all(each.received.startswith(b"HTTP/1.1 200 ") for each in looked)
+        assert not any(each.received for each in halves)
         assert not any(each.transport.is_closing() for each in (*idle, *looked, *halves))
         assert beside_s < 2 * alone_s
-        for each in idle[:5]:  # still good
+        for each in idle[:5]:  # they still work
             each.came.clear()
             each.transport.write(api.purchases(campaign, 1)[0])
             await asyncio.wait_for(each.came.wait(), 10)
-            assert each.told.count(b"HTTP/1.1 201 ") == 2
+            assert each.received.count(b"HTTP/1.1 201 ") == 2
 
 
 @pytest.mark.load

@@ -1,4 +1,4 @@
-"""Shutdown and rolling restart: what was told stands, what was not is settled by the same key."""
+"""Shutdown and rolling restart: answered orders remain, a retry settles unknown outcomes."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ from loadtest.wire import UNKNOWN, get_request, purchase_request
 
 CONNECTIONS = 16
 REQUESTS_MAX = 60_000
-EXIT_SPARE_S = 4.0  # start of the end to the end, on two busy cores
+EXIT_SPARE_S = 4.0  # from the signal to the exit, on two busy cores
 
 
 class Api(NamedTuple):
-    """An API process beside the system's own, on an address of its own."""
+    """An additional API process on an address of its own."""
 
     process: asyncio.subprocess.Process
     address: str
@@ -79,7 +79,7 @@ def bid(service: Service, address: str, campaign: str, key: str | None = None) -
 
 
 async def told(sock: socket.socket) -> tuple[int, bytes]:
-    """Status and bytes of the answer that comes; 0 where the connection ends without one."""
+    """Status and bytes of the next response; 0 if the connection ends without one."""
     loop, got = asyncio.get_running_loop(), b""
     with contextlib.suppress(ConnectionError):
         async with asyncio.timeout(10):
@@ -121,7 +121,7 @@ async def test_stop_and_renewal_under_load_lose_no_order(service: Service, clien
     answers = list(spool)
     assert {answer.status for answer in answers} <= {201, UNKNOWN, 429, 503}
     assert len({answer.key for answer in answers if answer.sold}) == len(attempts)
-    # Kept connections are told to go elsewhere; only a handful may be cut off.
+    # Kept connections get "Connection: close"; only a few may be cut off.
     lost = sum(answer.status == 0 for answer in answers)
     assert lost <= CONNECTIONS * 3, f"{lost} of {tally.retries} without an answer"
     await wait_applied(service.database_url, campaign, highest(answers))
@@ -165,7 +165,7 @@ async def _end_one_then_renew_all(service: Service) -> None:
     await until(renewed, 20)
     assert '"supervisor.child_ended"' in log()
     died = [line for line in log().splitlines() if "child_died" in line and '"serve-' in line]
-    assert not died, "an end that was asked for is no failure"
+    assert not died, "a requested stop is no failure"
 
 
 async def test_stop_closes_kept_connections(
@@ -195,8 +195,8 @@ async def test_stop_closes_kept_connections(
             with pytest.raises(ConnectionRefusedError):
                 connect(api.address)
             assert await asyncio.wait_for(api.process.wait(), EXIT_SPARE_S) == 0
-            assert await told(idle) == (0, b""), "closed without a word, as nothing was asked"
-    assert await client.remaining(campaign) == [100], "nothing was sold"
+            assert await told(idle) == (0, b""), "closed without a response to no request"
+    assert await client.remaining(campaign) == [100], "no ticket was sold"
 
 
 @pytest.mark.fault
@@ -251,7 +251,7 @@ async def test_stop_answers_a_purchase_under_way(
             took_s = time.monotonic() - started
     assert status == (201 if redis_back else 503)
     assert took_s < deadline_s + EXIT_SPARE_S
-    # Whatever became of it, the same key settles it.
+    # The same key gives the outcome in either case.
     again = wish.replace(api.address.encode(), service.url.removeprefix("http://").encode())
     async with LoadClient(service.url.removeprefix("http://")) as other:
         assert (await other.request(again)).status == 201

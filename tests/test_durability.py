@@ -292,10 +292,10 @@ async def test_redis_that_is_a_replica_is_a_fault_at_each_level(pair: Pair) -> N
 
 async def test_too_few_replicas_or_min_replicas_is_a_fault(pair: Pair, alone: Redis) -> None:
     told = "; ".join(await faults(pair.primary.redis, "replicated", 2))
-    assert "1 replica(s) in step, 2 wanted" in told
+    assert "1 replica(s) online, 2 needed" in told
     assert "min-replicas-to-write is 1, not 2" in told
     told = "; ".join(await faults(alone, "replicated"))
-    assert "0 replica(s) in step, 1 wanted" in told
+    assert "0 replica(s) online, 1 needed" in told
     assert "min-replicas-to-write is 0, not 1" in told
 
 
@@ -384,7 +384,7 @@ async def test_campaign_made_on_a_weak_redis_sells_nothing(
                 batch_max=1, queue_max=1, deadline_s=1, behind_max=BEHIND_MAX,
             )  # fmt: skip
             watch = DurabilityWatch(found.redis, batchers, Settings())
-            batchers.meet = watch.look
+            batchers.check_redis = watch.look
             batcher = batchers.of(campaign(10, 5))
             assert not await batcher.check_acknowledged()
             assert batchers.halted.startswith("redis: appendfsync is everysec")
@@ -446,7 +446,7 @@ async def test_recovery_does_not_verify_a_weak_redis(database_url: str, tmp_path
             return await shop.stock.head("run_id") == [run_id]
 
         async with shop.scheduling():
-            await asyncio.sleep(1.5)  # some rounds, and as many tries to recover it
+            await asyncio.sleep(1.5)  # several rounds, each with an attempt to recover it
             assert not await verified()
             await found.redis.config_set("appendfsync", "always")
             await until(verified)
@@ -466,7 +466,7 @@ def test_only_level_replicated_waits_for_replicas(tmp_path: Path) -> None:
 
 
 class Buyer:
-    """One API process' batcher, whose answers wait for one replica."""
+    """The batcher of one API process, whose answers wait for one replica."""
 
     def __init__(self, stock: Stock, batchers: Batchers) -> None:
         self.stock, self.batchers = stock, batchers
@@ -485,7 +485,7 @@ class Buyer:
 
 @contextlib.asynccontextmanager
 async def buying(pair: Pair, *, deadline_s: float = 3.0) -> AsyncIterator[Buyer]:
-    # A single connection: replies that got out of step would be told to the next call.
+    # A single connection: a reply out of order would go to the next call.
     client = open_redis(pair.primary.url, max_connections=1)
     batchers = Batchers(
         Scripts(client, NONCE, replicas=(1, REPLICA_TIMEOUT_MS)),
@@ -504,7 +504,7 @@ async def buying(pair: Pair, *, deadline_s: float = 3.0) -> AsyncIterator[Buyer]
 
 
 async def sold_on(server_: Server, stock: Stock) -> int:
-    """Orders that a Redis holds."""
+    """Number of members with an order in a Redis."""
     return await server_.redis.hlen(stock.keys.members)
 
 
@@ -535,7 +535,7 @@ async def test_answer_waits_for_a_stopped_replica(pair: Pair) -> None:
             assert await sold_on(pair.primary, buyer.stock) == 2
         async with asyncio.timeout(ANSWER_WITHIN_S):
             answer = await purchase.answer
-        # The first asking sold it; those after it found it by its key.
+        # The first call sold it; the repeats found it by its key.
         assert answer.decision is Decision.REPLAYED
         assert await sold_on(pair.replica, buyer.stock) == 2
         await buyer.stock.check_books()
@@ -548,7 +548,7 @@ async def test_order_without_replica_is_unknown_and_repeatable(pair: Pair) -> No
             started = time.monotonic()
             assert (await buyer.buy(1)).decision is None
             assert time.monotonic() - started < 2.0
-            # A repeat is not believed either as long as the replica lacks it.
+            # A repeat is unknown too while the replica lacks the order.
             assert (await buyer.buy(1)).decision is None
         await until(pair.in_step)
         answer = await buyer.buy(1)
@@ -562,7 +562,7 @@ async def test_order_without_replica_is_unknown_and_repeatable(pair: Pair) -> No
 async def test_step_without_replica_is_unknown_and_repeatable(pair: Pair) -> None:
     stock = await open_stock(pair.primary.redis, 10)
     pauses = operation("pause-1")
-    # Two clients: the one who repeats has written nothing on a connection of its own.
+    # Two clients, so that the repeat runs on a connection that has written nothing.
     async with Redis(port=pair.primary.port) as one, Redis(port=pair.primary.port) as other:
         first, second = (
             Scripts(client, NONCE, replicas=(1, REPLICA_TIMEOUT_MS)) for client in (one, other)

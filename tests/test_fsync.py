@@ -1,8 +1,8 @@
-"""An answer comes after an fsync that covers it: seen with an fsync that is slow and leaves a note.
+"""Redis answers after the fsync that covers the answer, shown with a slow and logged fsync.
 
-Killing a server cannot show this: what it wrote is in the kernel, whether or not it was synced. A
-library that is preloaded into the server makes each fsync slow, and notes how much of the file it
-covered and when it returned (``slow_fsync.c``).
+Killing a server cannot show this, because the kernel keeps its writes, synced or not. A library
+that is preloaded into the server makes each fsync slow, and logs how much of the file it covered
+and when it returned (``slow_fsync.c``).
 """
 
 import asyncio
@@ -29,11 +29,11 @@ DELAY_MS = 40
 PROCESSES = 12
 ORDERS_EACH = 6
 APART_S = 0.013
-"""Calls of a process begin at moments of their own, also while others wait for their fsync."""
+"""Processes call at different moments, also while others wait for their fsync."""
 
 
 class Sync(NamedTuple):
-    """One fsync: which file (inode), how much of it was there when it began, when it returned."""
+    """One fsync: the file's inode, its size when the fsync began, and when it returned."""
 
     inode: int
     size: int
@@ -41,14 +41,14 @@ class Sync(NamedTuple):
 
 
 class Slow(NamedTuple):
-    """A server whose fsync is slow, and the notes of it."""
+    """A server with a slow fsync, and the log of its fsyncs."""
 
     server: Server
     directory: Path
     notes: Path
 
     def early(self, told: dict[str, int]) -> list[str]:
-        """Those cards that were told of their order (ns) before it was synced."""
+        """Cards that got their answer (ns) before its fsync returned."""
         files = {file.stat().st_ino: file.read_bytes() for file in self.directory.rglob("*.aof")}
         syncs = [Sync(*map(int, line.split())) for line in self.notes.read_text().splitlines()]
         assert syncs
@@ -57,7 +57,7 @@ class Slow(NamedTuple):
             ends = {
                 inode: data.index(b"EXEC\r\n", data.index(str(number).encode()))
                 for inode, data in files.items()
-                if str(number).encode() in data  # else it is not even written
+                if str(number).encode() in data  # otherwise it is not written yet
             }
             if not any(s.size > ends.get(s.inode, s.size) and s.at_ns <= at_ns for s in syncs):
                 early.append(number)
@@ -66,7 +66,7 @@ class Slow(NamedTuple):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that slows a server's fsync; tests need a C compiler (``scripts/test``)."""
+    """The library that slows a server's fsync; building it needs a C compiler."""
     built = tmp_path_factory.mktemp("library") / "slow_fsync.so"
     source = Path(__file__).with_name("slow_fsync.c")
     subprocess.run(
@@ -90,7 +90,7 @@ async def slow(directory: Path, library: Path, **settings: str) -> AsyncIterator
 
 
 async def rush(url: str) -> dict[str, int]:
-    """Buy from many processes at once; give the moment (ns) at which each card was told."""
+    """Buy from many processes at once; give the moment (ns) at which each card got its answer."""
     told: dict[str, int] = {}
 
     async def process(number: int) -> None:
@@ -164,7 +164,7 @@ async def test_io_threads_added_at_run_time_keep_the_fsync_order(
 
 
 async def _takes_threads(redis: Redis) -> bool:
-    """Whether this product changes ``io-threads`` while it runs (Valkey from 9.0 on)."""
+    """Whether this product can change ``io-threads`` at run time (Valkey from 9.0 on)."""
     with contextlib.suppress(Exception):
         return bool(await redis.config_set("io-threads", "4"))
     return False

@@ -144,7 +144,7 @@ def mutations(token: str, rng: random.Random) -> list[str]:
     ]
 
 
-def test_given_thousands_of_tokens_then_the_verdict_is_that_of_pyjwt(rng: random.Random) -> None:
+def test_thousands_of_tokens_are_judged_as_by_pyjwt(rng: random.Random) -> None:
     accepted = 0
     for _ in range(400):
         member = Member(rng.randint(1, 10**8), "dongsi", rng.randint(0, 9))
@@ -198,7 +198,7 @@ def test_given_thousands_of_tokens_then_the_verdict_is_that_of_pyjwt(rng: random
         ("surrogate", "\udce9.a.b"),
     ],
 )
-def test_given_a_forged_or_confused_token_then_both_refuse_it(name: str, token: str) -> None:
+def test_forged_token_is_refused_as_by_pyjwt(name: str, token: str) -> None:
     assert oracle(token, NOW) is None, name
     assert verdict(token) is None, name
 
@@ -223,7 +223,7 @@ def test_given_a_forged_or_confused_token_then_both_refuse_it(name: str, token: 
         issue_member_token(KEY, Member(1, "x" * 2_000), now_s=NOW),
     ],
 )
-def test_given_claims_of_a_wrong_form_then_ours_is_stricter(token: str) -> None:
+def test_malformed_claims_are_refused(token: str) -> None:
     assert verdict(token) is None
 
 
@@ -237,7 +237,7 @@ def test_given_claims_of_a_wrong_form_then_ours_is_stricter(token: str) -> None:
         signed(header(), claims(nbf=NOW)),
     ],
 )
-def test_given_another_spelling_of_our_header_then_both_accept_it(token: str) -> None:
+def test_other_spelling_of_the_header_is_accepted(token: str) -> None:
     assert verdict(token) == oracle(token, NOW) == MEMBER
 
 
@@ -258,7 +258,7 @@ def test_operator_tokens_are_random_and_stored_as_hashes() -> None:
     assert len(first.token_hash) == 32
 
 
-def test_given_no_key_file_then_it_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+def test_missing_key_file_is_created_once_and_private(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path / "data")
     with pytest.raises(SettingsError, match=r"no signing key at .*signing\.key"):
         load_or_create_signing_key(settings)
@@ -273,9 +273,7 @@ def test_given_no_key_file_then_it_is_made_once_for_its_owner_alone(tmp_path: Pa
     assert [path.name for path in file.parent.iterdir()] == ["signing.key"]
 
 
-def test_given_a_key_that_others_may_read_or_that_is_short_then_it_is_refused(
-    tmp_path: Path,
-) -> None:
+def test_readable_or_short_key_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "key"
     settings = Settings(signing_key_file=file)
     with pytest.raises(SettingsError, match="no signing key at"):
@@ -291,6 +289,6 @@ def test_given_a_key_that_others_may_read_or_that_is_short_then_it_is_refused(
         load_or_create_signing_key(settings)
 
 
-def test_given_a_key_in_the_settings_then_it_is_used() -> None:
+def test_key_in_the_settings_is_used() -> None:
     settings = Settings(signing_key="s" * 32)
     assert load_or_create_signing_key(settings).secret == b"s" * 32

@@ -1,4 +1,4 @@
-"""What the system tells those who run it: metrics over all workers, readiness, logs."""
+"""Metrics over all workers, readiness, and logs."""
 
 import asyncio
 import json
@@ -57,7 +57,7 @@ async def test_each_metric_of_the_contract_is_exposed(service: Service, client: 
     await until(seen)
     text = await metrics(service)
     for name, kind in NAMES.items():
-        if name == "sale_audit_findings":  # there from the first audit on
+        if name == "sale_audit_findings":  # exposed after the first audit
             continue
         assert f"# TYPE {name} {kind}" in text, name
     labels = {
@@ -236,7 +236,7 @@ async def test_concurrent_probes_share_one_check_of_the_stores(
     monkeypatch.setattr(readiness, "reasons", looked)
     looks = readiness.Readiness(stores)
     try:
-        for _ in range(2):  # together, and again while the answer is fresh
+        for _ in range(2):  # at the same time, and again while the result is fresh
             told = await asyncio.gather(*(looks.reasons() for _ in range(500)))
             assert told == [[]] * 500
             assert looked.await_count == 1
@@ -244,7 +244,7 @@ async def test_concurrent_probes_share_one_check_of_the_stores(
         looks._fresh_until = 0.0
         late = [asyncio.create_task(looks.reasons()) for _ in range(3)]
         await asyncio.sleep(0)
-        late[0].cancel()  # its client has left, the others wait on
+        late[0].cancel()  # its client has left, the others still wait
         assert await asyncio.gather(*late[1:]) == [[], []]
         assert looked.await_count == 2
     finally:

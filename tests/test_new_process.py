@@ -16,7 +16,7 @@ def settings(service: Service) -> Settings:
     )
 
 
-async def test_given_a_campaign_when_a_process_starts_then_it_is_known_before_anybody_asks(
+async def test_new_process_knows_campaigns_before_a_request(
     service: Service, client: Client
 ) -> None:
     campaign, draft = await client.campaign(), await client.campaign(draft=True)
@@ -25,7 +25,7 @@ async def test_given_a_campaign_when_a_process_starts_then_it_is_known_before_an
         assert engine.desk.known(draft) is None
 
 
-async def test_given_a_campaign_that_cannot_be_read_when_a_process_starts_then_others_are_sold(
+async def test_unreadable_campaign_does_not_stop_a_new_process(
     service: Service, client: Client
 ) -> None:
     campaign, broken = await client.campaign(), await client.campaign()

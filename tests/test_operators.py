@@ -33,7 +33,7 @@ async def add(pool: Any, name: str, **changes: Any) -> None:
     )
 
 
-async def test_given_an_account_when_given_a_token_then_the_token_is_its(pool: Any) -> None:
+async def test_token_belongs_to_its_account(pool: Any) -> None:
     await add(pool, "ann", role="clerk", union="longtan")
     token = await give_token(pool, "ann", actor="cli:test")
     operator = await authenticate_operator(pool, token)
@@ -44,7 +44,7 @@ async def test_given_an_account_when_given_a_token_then_the_token_is_its(pool: A
     )
 
 
-async def test_given_a_new_token_then_the_one_before_ends(pool: Any) -> None:
+async def test_new_token_ends_the_old_one(pool: Any) -> None:
     await add(pool, "ann")
     old = await give_token(pool, "ann", actor="cli:test")
     new = await give_token(pool, "ann", actor="cli:test")
@@ -53,7 +53,7 @@ async def test_given_a_new_token_then_the_one_before_ends(pool: Any) -> None:
     assert (await authenticate_operator(pool, new)).name == "ann"
 
 
-async def test_given_a_disabled_account_then_its_token_ends_and_it_gets_no_other(pool: Any) -> None:
+async def test_disabled_account_has_no_token(pool: Any) -> None:
     await add(pool, "ann")
     token = await give_token(pool, "ann", actor="cli:test")
     await disable_operator(pool, "ann", actor="boss")
@@ -88,7 +88,7 @@ async def test_every_action_stands_in_the_audit_log(pool: Any) -> None:
         ("ann", {"union": "atlantis"}, "union"),
     ],
 )
-async def test_given_wrong_input_then_the_field_is_named(
+async def test_invalid_input_names_the_field(
     pool: Any, name: str, changes: dict[str, Any], field: str
 ) -> None:
     with pytest.raises(Refused) as caught:
@@ -98,7 +98,7 @@ async def test_given_wrong_input_then_the_field_is_named(
     assert await pool.fetchval("select count(*) from audit_log") == 0
 
 
-async def test_given_a_taken_or_unknown_name_then_it_is_refused(pool: Any) -> None:
+async def test_taken_or_unknown_name_is_refused(pool: Any) -> None:
     await add(pool, "ann")
     with pytest.raises(Refused, match="already"):
         await add(pool, "ann")

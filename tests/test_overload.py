@@ -64,7 +64,7 @@ def _rate(tally: Tally) -> float:
 
 @pytest.mark.load
 @pytest.mark.parametrize("times", [2, 5])
-async def test_given_more_than_the_capacity_then_as_much_is_sold_and_all_others_are_told_to_wait(
+async def test_overload_sells_at_capacity_and_delays_the_rest(
     service: Service, client: Client, api: OwnApi, times: int
 ) -> None:
     campaign = await client.campaign(tickets=20_000)
@@ -92,7 +92,7 @@ async def test_given_more_than_the_capacity_then_as_much_is_sold_and_all_others_
 
 
 @pytest.mark.load
-async def test_given_no_time_for_more_when_aiohttp_serves_all_then_refusals_leave_some_to_sell(
+async def test_aiohttp_refusals_leave_time_for_sales(
     service: Service, client: Client, tmp_path: Path
 ) -> None:
     """Here reading alone takes half of the CPU; with all refused at once a fifth was sold."""

@@ -141,7 +141,7 @@ async def comes_back(shop: Shop, said: list[Any]) -> None:
 @pytest.mark.parametrize(
     "trouble", [read_only, disk_full, file_trouble, deadlocks, statement_timeout]
 )
-async def test_given_a_postgres_that_does_not_write_when_it_does_again_then_it_has_everything(
+async def test_postgres_that_could_not_write_gets_all_events(
     shop: Shop, trouble: Callable[[Shop], AbstractAsyncContextManager[str]]
 ):
     with capture_logs() as said:
@@ -156,9 +156,7 @@ async def test_given_a_postgres_that_does_not_write_when_it_does_again_then_it_h
         await comes_back(shop, said)
 
 
-async def test_given_no_connection_to_be_had_when_there_is_one_again_then_it_has_everything(
-    shop: Shop,
-):
+async def test_postgres_without_connections_gets_all_events(shop: Shop):
     await shop.stop_writer()
     role = f"limited_{os.getpid()}"
     name = await shop.pool.fetchval("SELECT current_database()")
@@ -186,9 +184,7 @@ async def test_given_no_connection_to_be_had_when_there_is_one_again_then_it_has
             await conn.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-async def test_given_a_first_connection_that_is_not_to_be_had_then_that_is_told_in_words(
-    shop: Shop,
-):
+async def test_refused_first_connection_is_reported_in_words(shop: Shop):
     await shop.stop_writer()
     shop.database_url = shop.database_url.replace("sale@", f"nobody_{os.getpid()}@", 1)
     with capture_logs() as said:
@@ -203,9 +199,7 @@ async def test_given_a_first_connection_that_is_not_to_be_had_then_that_is_told_
 
 
 @pytest.mark.fault
-async def test_given_postgres_restarts_when_it_is_back_then_it_has_everything(
-    shop: Shop, servers: embedded.EmbeddedServers
-):
+async def test_restarted_postgres_gets_all_events(shop: Shop, servers: embedded.EmbeddedServers):
     with capture_logs() as said:
         restarting = asyncio.create_task(servers.restart("postgresql"))
         for n in range(2, 22):
@@ -216,9 +210,7 @@ async def test_given_postgres_restarts_when_it_is_back_then_it_has_everything(
         assert told(said, "ledger.postgres_lost")
 
 
-async def test_given_commits_that_take_a_second_then_one_writer_goes_on_and_nothing_is_refused(
-    shop: Shop,
-):
+async def test_slow_commits_keep_one_writer_and_refuse_no_sale(shop: Shop):
     await shop.pool.execute(
         "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN PERFORM pg_sleep(1.5); RETURN NULL; END $$;"
@@ -236,7 +228,7 @@ async def test_given_commits_that_take_a_second_then_one_writer_goes_on_and_noth
     assert commits <= 3
 
 
-async def test_given_a_campaign_that_somebody_has_locked_then_the_others_go_on(
+async def test_locked_campaign_does_not_delay_the_others(
     redis: Redis, redis_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(writer, "ROW_LOCK_TIMEOUT", "100ms")
@@ -272,13 +264,11 @@ async def test_given_a_campaign_that_somebody_has_locked_then_the_others_go_on(
         (asyncpg.InvalidCatalogNameError("no such"), "InvalidCatalogNameError: no such"),
     ],
 )
-def test_given_an_error_when_told_then_it_is_in_words(error: Exception, words: str):
+def test_postgres_error_is_put_in_words(error: Exception, words: str):
     assert in_words(error) == words
 
 
-async def test_given_a_long_name_of_a_host_then_the_process_number_is_not_cut_off(
-    monkeypatch: pytest.MonkeyPatch,
-):
+async def test_long_host_name_does_not_cut_off_the_pid(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("socket.gethostname", lambda: "h" * 80)
     mine = locks.SCHEDULER.mine()
     assert len(mine) == locks.NAME_MAX_BYTES

@@ -1,4 +1,4 @@
-"""Who asks too much is told so, and nobody else pays for it."""
+"""Rate limits: a client over its rate gets 429, and other clients are not affected."""
 
 import asyncio
 import gc
@@ -57,7 +57,7 @@ def test_card_limit_holds_across_campaigns() -> None:
     assert [passed(kept, 100, 1_000.0, campaign=each) for each in "abc"] == [20, 20, 0]
     assert kept.limited["card"] == 100
     assert passed(kept, 1, 1_000.0, card=OTHER) == 1
-    # What the card's own bucket refused was not charged to the campaign.
+    # Requests refused by the card's own bucket were not charged to the campaign's.
     assert passed(kept, 100, 1_002.0, campaign="c") == 20
 
 
@@ -84,7 +84,7 @@ def test_limits_of_zero_limit_and_store_nothing() -> None:
 
 
 def test_client_at_the_permitted_rate_is_never_refused(rng: Any) -> None:
-    """Against the definition: of any span, not more than its burst and its pace may pass."""
+    """In any time span, at most the burst plus rate times span pass (the definition)."""
     kept = limits(card_campaign=Rate(5, 3), card=OFF)
     now, times = 1_000.0, []
     for _ in range(3_000):
@@ -182,7 +182,7 @@ def token(member_no: int = CARD) -> dict[str, str]:
 
 @pytest.fixture
 async def office() -> AsyncIterator[tuple[TestClient[Any, Any], RateLimits]]:
-    """Routes behind the guard; everybody comes from one address."""
+    """Routes behind the guard; all requests come from one address."""
     app = web.Application()
     kept = limits(card=Rate(1, 5), address=Rate(1, 10))
     engine: Any = SimpleNamespace(
@@ -278,8 +278,8 @@ def test_known_token_expires_and_ends_when_disabled() -> None:
     kept, good = limits(), operator_token_hash("sale_op_good")
     kept.remember(good, 1_000.0)
     assert kept.vouches(good, 1_059.0)
-    assert not kept.vouches(good, 1_061.0), "nobody has looked it up since"
-    assert kept.remembers(good), "it is still looked up, whatever its address has left"
+    assert not kept.vouches(good, 1_061.0), "it was not looked up since"
+    assert kept.remembers(good), "it is looked up even if its address is over its rate"
     kept.remember(good, 1_100.0)
     kept.forget(good)
     assert not kept.vouches(good, 1_100.0)
@@ -298,7 +298,7 @@ async def test_token_of_a_disabled_operator_is_charged(
 
 
 async def _slow_tenth(client: Client, campaign: str) -> float:
-    """Cards buy and read their orders, eight at a time; what nine of ten stay below, in seconds."""
+    """Buy and read orders, eight cards at a time; give the 90th percentile in seconds."""
     numbers = itertools.islice(_numbers, WINDOW)
     cards = [Card(str(each), "district", client.service.token(each)) for each in numbers]
     took: list[float] = []
@@ -319,10 +319,10 @@ async def _slow_tenth(client: Client, campaign: str) -> float:
 async def test_card_over_its_rate_costs_others_nothing(
     service: Service, client: Client, crowd: Client
 ) -> None:
-    """Row 22 of HOLES.md: one limit for everybody was 8 to 30 s for all, and would be 429 here.
+    """One limit shared by all members (row 22 of HOLES.md) would refuse other members here.
 
-    The one who hammers pauses a little, and still asks oftener than it may: client and service
-    share two cores, so without a pause it would be the client's time that others lack.
+    The card over its rate pauses a little and still exceeds it: client and service share two
+    cores, so without a pause the other clients would lack CPU time.
     """
     campaign = await client.campaign(tickets=2_000)
     hammer, told = service.card(), []
@@ -373,7 +373,7 @@ def _raised_and_told() -> None:
 
 
 def test_refusals_create_no_garbage_for_the_collector() -> None:
-    """With tracebacks each was a cycle: a card that hammered stopped everybody for 50 ms."""
+    """With tracebacks each refusal was a cycle; collecting them paused the process for 50 ms."""
     _raised_and_told()
     gc.collect()
     for _ in range(100):

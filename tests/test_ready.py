@@ -1,4 +1,4 @@
-"""Ready means ready: after ``kill -9`` of everything, a purchase sent then is answered at once."""
+"""Readiness: once a host is ready, also after ``kill -9`` of everything, purchases succeed."""
 
 import asyncio
 import contextlib
@@ -23,8 +23,14 @@ from sale.bootstrap import Stores
 from sale.cli.processes import RELEASED_WITHIN_S
 from sale.config import Settings
 from sale.stock import process_reports
-from sale.stock.keys import CAMPAIGNS, ROLL, VERIFIED, campaign_keys
-from sale.stock.process_reports import CampaignReport, collect_reports, is_gone, report, who_is_it
+from sale.stock.keys import CAMPAIGNS, REPORTS, VERIFIED, campaign_keys
+from sale.stock.process_reports import (
+    ProcessReport,
+    collect_reports,
+    has_ended,
+    read_identity,
+    report,
+)
 from sale.stock.rebuild import freeze
 from sale.trust.readiness import reasons
 from sale.trust.verify import unverified, verify_all
@@ -44,12 +50,12 @@ def test_system_sells_once_ready_after_kill_of_everything(short_path: Path) -> N
         kill_everything(service)
     log_file = data_dir.with_name("up.log")
     with running_service(data_dir) as service:
-        # The very first request is a purchase, so that nothing else may have waited for it.
+        # The first request is a purchase, so that no earlier request can have waited instead.
         asyncio.run(sell(service, campaign, before))
         lines = [json.loads(line) for line in log_file.read_text("utf-8").splitlines()]
     actions = [line["action"] for line in lines]
     assert actions.index("campaign.verified") < actions.index("supervisor.ready")
-    assert not [line for line in lines if line.get("why") == "unverified"], "a purchase has waited"
+    assert not [line for line in lines if line.get("why") == "unverified"], "a purchase waited"
 
 
 async def open_and_sell(service: Service, campaign: str, cards: list[Card]) -> None:
@@ -88,7 +94,7 @@ async def test_process_serves_metrics_once_nothing_halts_it(
         await until(lambda: whole(weak.redis))
         async with serving(short_path, weak, database_url) as (_, url):
             await until(lambda: says(url, "appendfsync"))
-            await asyncio.sleep(0.5)  # it has listened for so long, and answered
+            await asyncio.sleep(0.5)  # it has listened and answered all this time
             assert not (short_path / "m").exists()
             await weak.redis.config_set("appendfsync", "always")
             await until(lambda: exists(short_path / "m"))
@@ -112,7 +118,7 @@ async def test_halted_process_ends_at_once_on_sigterm(short_path: Path, database
 async def serving(
     folder: Path, redis: Server, database_url: str
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """Run ``sale serve``; give it, and its URL."""
+    """Run ``sale serve``; yield the process and its URL."""
     address = f"127.0.0.1:{free_port()}"
     settings = {
         "SALE_REDIS_URL": redis.url,
@@ -170,7 +176,7 @@ def stores(shop: Shop) -> Stores:
 
 
 async def come_back(shop: Shop) -> None:
-    """Make all heads those of the Redis before."""
+    """Make all heads look like those of an earlier Redis."""
     for campaign_id in await shop.redis.smembers(CAMPAIGNS):
         await shop.redis.hset(campaign_keys(campaign_id.decode()).head, "run_id", "0" * 40)
     await shop.redis.delete(VERIFIED)
@@ -208,7 +214,7 @@ async def test_scheduler_verifies_before_its_next_tick(shop: Shop) -> None:
     async def ready() -> bool:
         return await unverified(shop.redis, shop.nonce) == 0
 
-    # With such a tick it would be a minute, were the first round not made once it may work.
+    # The tick is a minute, so only an immediate first round can verify in time.
     async with shop.scheduling(tick_interval_ms=60_000):
         await until(ready)
 
@@ -218,19 +224,19 @@ async def test_process_that_ended_here_is_not_waited_for(redis: Redis) -> None:
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE
     ) as other:
         place = f"{process_reports._host()} {other.pid} {process_reports._started(other.pid)}"
-        assert not is_gone(place)
+        assert not has_ended(place)
         other.kill()
         other.wait()
-    assert is_gone(place)
-    assert not is_gone(process_reports.own_place())
+    assert has_ended(place)
+    assert not has_ended(process_reports.this_process())
     elsewhere = f"another-host/pid:[1] {other.pid} 1"
-    assert not is_gone(elsewhere)
-    assert not is_gone("")
+    assert not has_ended(elsewhere)
+    assert not has_ended("")
 
-    now_ms = (await who_is_it(redis)).now_ms
+    now_ms = (await read_identity(redis)).now_ms
     for name, where in (("here", place), ("elsewhere", elsewhere), ("older", "")):
-        await report(redis, name, CampaignReport(now_ms, "the-redis-before", {}, where))
+        await report(redis, name, ProcessReport(now_ms, "the-redis-before", {}, where))
     assert (await collect_reports(redis)).silent == ["elsewhere", "older"]
-    await redis.delete(ROLL)
-    await report(redis, "here", CampaignReport(now_ms, "the-redis-before", {}, place))
+    await redis.delete(REPORTS)
+    await report(redis, "here", ProcessReport(now_ms, "the-redis-before", {}, place))
     assert (await collect_reports(redis)).silent == []

@@ -118,7 +118,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
+async def test_recovery_repairs_each_kind_of_damage(
     shop: Shop, damage: Callable[[Shop], Awaitable[None]]
 ):
     before = await shop.stock.head("seq", "state", "opens_at", "closes_at", "unions")
@@ -164,7 +164,7 @@ async def test_given_damage_when_recovered_then_all_is_as_before_and_clean(
     assert (await shop.recover()).says.endswith("nothing is wrong")
 
 
-async def test_given_a_sound_campaign_when_recovered_then_nothing_is_done(shop: Shop):
+async def test_recovery_of_a_sound_campaign_changes_nothing(shop: Shop):
     before = await shop.stock.everything()
     for dry_run in (True, False):
         done = await shop.recover(dry_run=dry_run)
@@ -173,7 +173,7 @@ async def test_given_a_sound_campaign_when_recovered_then_nothing_is_done(shop: 
     assert await shop.stock.everything() == before
 
 
-async def test_given_sales_going_on_when_recovered_then_they_are_not_disturbed(shop: Shop):
+async def test_recovery_does_not_disturb_sales(shop: Shop):
     await shop.step("stock", showing="s0", add=5_000)
     selling = True
 
@@ -193,7 +193,7 @@ async def test_given_sales_going_on_when_recovered_then_they_are_not_disturbed(s
     assert await task > 0
 
 
-async def test_given_an_unverified_redis_when_recovered_then_it_is_verified(shop: Shop):
+async def test_recovery_verifies_an_unverified_redis(shop: Shop):
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
     assert (await shop.stock.call(Bid(member(5), key(1))))[0] == CallReply.UNVERIFIED
     assert (await shop.recover(dry_run=True)).differences == []
@@ -204,9 +204,7 @@ async def test_given_an_unverified_redis_when_recovered_then_it_is_verified(shop
     await shop.buy(5)
 
 
-async def test_given_a_mark_for_damaged_stock_when_redis_is_verified_then_it_still_sells_nothing(
-    shop: Shop,
-):
+async def test_verification_keeps_the_mark_of_damaged_stock(shop: Shop):
     await lose_stock(shop)
     await freeze(shop.redis, CAMPAIGN, "Redis has another stock than the ledger says")
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
@@ -220,14 +218,14 @@ async def test_given_a_mark_for_damaged_stock_when_redis_is_verified_then_it_sti
     assert (await shop.stock.buy_one(member(6), key(1))).decision is Decision.SOLD
 
 
-async def test_given_the_id_is_not_registered_when_recovered_then_it_is_again(shop: Shop):
+async def test_recovery_registers_a_missing_id(shop: Shop):
     await shop.redis.srem(CAMPAIGNS, CAMPAIGN)
     assert "not registered" in str(await shop.audit())
     assert (await shop.recover()).changed
     assert (await shop.audit()).clean
 
 
-async def test_given_an_old_copy_of_redis_when_recovered_then_what_is_newer_comes_back(shop: Shop):
+async def test_recovery_of_an_old_copy_restores_newer_orders(shop: Shop):
     copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
     await shop.buy(6, quantity=3)
     await shop.applied()
@@ -242,7 +240,7 @@ async def test_given_an_old_copy_of_redis_when_recovered_then_what_is_newer_come
     assert (await shop.audit()).clean
 
 
-async def test_given_a_writer_behind_when_recovered_then_the_stream_adds_what_it_has(shop: Shop):
+async def test_recovery_takes_unapplied_events_from_the_stream(shop: Shop):
     await shop.stop_writer()
     await shop.buy(6, quantity=3)
     await shop.buy(7)
@@ -257,9 +255,7 @@ async def test_given_a_writer_behind_when_recovered_then_the_stream_adds_what_it
     assert await shop.stock.head("epoch") == ["3"]
 
 
-async def test_given_two_stories_when_recovered_then_the_ledger_stands_and_none_is_dropped(
-    shop: Shop,
-):
+async def test_recovery_of_diverged_copies_keeps_the_ledger(shop: Shop):
     copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
     (forked_at,) = await shop.buy(6)
     await shop.applied()
@@ -291,9 +287,7 @@ async def test_given_two_stories_when_recovered_then_the_ledger_stands_and_none_
     assert [finding.invariant for finding in report.campaigns[0].findings] == ["INV-3"]
 
 
-async def test_given_a_stream_with_a_hole_when_recovered_then_the_cards_tell_what_it_was(
-    shop: Shop,
-):
+async def test_gap_in_the_stream_is_filled_from_card_records(shop: Shop):
     await shop.stop_writer()
     _, second = await shop.buy(6, 7)
     await shop.buy(8)
@@ -305,7 +299,7 @@ async def test_given_a_stream_with_a_hole_when_recovered_then_the_cards_tell_wha
     assert (await shop.audit()).clean
 
 
-async def test_given_events_that_are_nowhere_when_recovered_then_they_are_voided(shop: Shop):
+async def test_events_that_no_store_has_are_voided(shop: Shop):
     await shop.stop_writer()
     first, second = await shop.buy(6, 7)
     (third,) = await shop.buy(8)
@@ -323,21 +317,21 @@ async def test_given_events_that_are_nowhere_when_recovered_then_they_are_voided
     assert (await shop.audit()).clean
 
 
-async def test_given_an_unknown_id_when_recovered_then_it_is_refused(shop: Shop):
+async def test_recovery_of_an_unknown_id_is_refused(shop: Shop):
     shop.stock.id = "no-such"
     with pytest.raises(Refused) as refused:
         await shop.recover()
     assert refused.value.problem is Problem.NOT_FOUND
 
 
-async def test_given_two_recoveries_at_once_then_one_does_it(shop: Shop):
+async def test_only_one_of_two_recoveries_runs(shop: Shop):
     await lose_everything(shop)
     done = await asyncio.gather(shop.recover(), shop.recover(), return_exceptions=True)
     assert sum(isinstance(each, Refused) or not each.changed for each in done) == 1
     assert await shop.stock.head("epoch") == ["2"]
 
 
-async def test_given_a_paused_or_deleted_one_when_lost_then_it_comes_back_so(shop: Shop):
+async def test_recovery_keeps_a_paused_or_deleted_state(shop: Shop):
     await shop.step("pause")
     draft = campaign(3, campaign_id="green-gift")
     await shop.create(draft)
@@ -357,9 +351,7 @@ async def test_given_a_paused_or_deleted_one_when_lost_then_it_comes_back_so(sho
     await shop.applied()
 
 
-async def test_given_another_deployments_redis_when_verified_then_the_nonce_is_not_believed(
-    shop: Shop,
-):
+async def test_redis_of_another_deployment_is_not_trusted(shop: Shop):
     other = Scripts(shop.redis, "another")
     reply = await other.purchase(
         shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, packed([Bid(member(5), key(1))])

@@ -52,9 +52,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         yield shop
 
 
-async def test_given_redis_out_of_memory_then_nothing_is_sold_and_all_else_goes_on(
-    service: Service, client: Client
-) -> None:
+async def test_redis_out_of_memory_stops_only_sales(service: Service, client: Client) -> None:
     campaign, sold_out = await client.campaign(), await client.campaign(tickets=1)
     buyer, other = service.card(), service.card()
     assert (await client.buy(campaign, buyer.token)).status == 201
@@ -89,7 +87,7 @@ async def test_given_redis_out_of_memory_then_nothing_is_sold_and_all_else_goes_
     assert await client.remaining(campaign) == [97]
 
 
-async def test_given_redis_out_of_memory_then_the_writer_drains_and_trims(shop: Shop) -> None:
+async def test_writer_applies_and_trims_without_redis_memory(shop: Shop) -> None:
     assert all(await shop.buy(1, 2, 3))
     stream = shop.stock.keys.stream
     entries = await shop.redis.xlen(stream)
@@ -108,7 +106,7 @@ async def test_given_redis_out_of_memory_then_the_writer_drains_and_trims(shop: 
 
 
 @pytest.mark.fault
-async def test_given_redis_that_stands_still_then_every_answer_comes_in_time_and_it_heals(
+async def test_stopped_redis_is_answered_in_time_and_sales_resume(
     service: Service, client: Client, short_path: Path
 ) -> None:
     known, unknown = await client.campaign(), await client.campaign()
@@ -151,9 +149,7 @@ async def _timed(client: Client, campaign: str, token: str, key: str) -> tuple[S
     return seen, time.monotonic() - started
 
 
-async def test_given_redis_paused_for_a_moment_then_members_only_wait(
-    service: Service, client: Client
-) -> None:
+async def test_short_redis_pause_only_delays_members(service: Service, client: Client) -> None:
     campaign = await client.campaign()
     cards = service.cards(20)
     async with service.redis() as redis:
@@ -188,9 +184,7 @@ def halting(redis: Redis) -> tuple[Batchers, PurchaseMetrics]:
     return batchers, metrics
 
 
-async def test_given_little_space_then_sales_halt_and_go_on_once_there_is_more(
-    redis: Redis, redis_url: str
-) -> None:
+async def test_sales_halt_on_a_nearly_full_disk_and_resume(redis: Redis, redis_url: str) -> None:
     directory = await redis_directory(redis, redis_url)
     assert directory is not None
     batchers, metrics = halting(redis)
@@ -207,7 +201,7 @@ async def test_given_little_space_then_sales_halt_and_go_on_once_there_is_more(
     assert (batchers.halted, metrics.halted) == ("", False)
 
 
-async def test_given_space_that_hovers_at_the_bound_then_sales_do_not_stop_and_go(
+async def test_disk_space_near_the_bound_does_not_toggle_sales(
     redis: Redis, redis_url: str
 ) -> None:
     directory = await redis_directory(redis, redis_url)
@@ -221,7 +215,7 @@ async def test_given_space_that_hovers_at_the_bound_then_sales_do_not_stop_and_g
     assert batchers.halted, "above the bound by less than the spare"
 
 
-async def test_given_a_process_that_is_stopping_then_the_disk_does_not_let_it_sell_again(
+async def test_disk_space_does_not_restart_sales_while_stopping(
     redis: Redis, redis_url: str
 ) -> None:
     directory = await redis_directory(redis, redis_url)
@@ -237,13 +231,11 @@ async def test_given_a_process_that_is_stopping_then_the_disk_does_not_let_it_se
 
 
 @pytest.mark.parametrize("url", ["redis://elsewhere:6379/0", "rediss://10.0.0.9/1"])
-async def test_given_redis_on_another_host_then_its_disk_is_not_guessed_at(
-    redis: Redis, url: str
-) -> None:
+async def test_disk_of_a_remote_redis_is_not_checked(redis: Redis, url: str) -> None:
     assert await redis_directory(redis, url) is None
 
 
-async def test_given_a_bound_above_what_is_free_then_everybody_is_told(
+async def test_disk_below_its_bound_is_reported_everywhere(
     service: Service, client: Client, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     campaign = await client.campaign()
@@ -276,7 +268,7 @@ async def test_given_a_bound_above_what_is_free_then_everybody_is_told(
 
 @pytest.mark.fault
 @pytest.mark.parametrize("full", [True, False])
-async def test_given_a_server_that_keeps_dying_then_it_is_given_up_unless_its_disk_is_full(
+async def test_dying_server_is_given_up_unless_its_disk_is_full(
     short_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
     monkeypatch.setattr(servers, "RESTARTS_MAX", 1)
@@ -306,9 +298,7 @@ async def test_given_a_server_that_keeps_dying_then_it_is_given_up_unless_its_di
             await asyncio.gather(watching, return_exceptions=True)
 
 
-def test_given_a_disk_that_takes_nothing_then_the_register_waits_and_the_system_lives(
-    tmp_path: Path,
-) -> None:
+def test_full_disk_delays_the_register_and_stops_nothing(tmp_path: Path) -> None:
     register = _Register(tmp_path, SimpleNamespace(pids={}), "a:1", "b:2")  # type: ignore[arg-type]
     register.put("serve-1", 1)  # its directory is not there
     (tmp_path / "run").mkdir()
@@ -316,7 +306,7 @@ def test_given_a_disk_that_takes_nothing_then_the_register_waits_and_the_system_
     assert (tmp_path / "run" / "processes.json").read_text().count("serve-") == 2
 
 
-def test_given_a_log_on_a_full_disk_then_whoever_logs_goes_on() -> None:
+def test_log_on_a_full_disk_stops_no_process() -> None:
     program = (
         "from sale.logs import log, set_up_logging; from sale.config import Settings\n"
         "set_up_logging(Settings())\n"

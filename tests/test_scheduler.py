@@ -104,7 +104,7 @@ async def now_ms(shop: Shop) -> int:
     return int(seconds) * 1_000 + int(micros) // 1_000
 
 
-async def test_given_nobody_calls_when_the_moments_come_then_they_are_recorded(shop: Shop):
+async def test_opening_and_closing_are_recorded_without_requests(shop: Shop):
     now = await now_ms(shop)
     opens, closes = now + 300, now + 700
     await shop.create(campaign(10, opens_at_ms=opens, closes_at_ms=closes))
@@ -129,9 +129,7 @@ async def test_given_nobody_calls_when_the_moments_come_then_they_are_recorded(s
     assert (await shop.audit()).clean
 
 
-async def test_given_the_scheduler_was_away_when_it_comes_back_then_it_records_what_passed(
-    shop: Shop,
-):
+async def test_returning_scheduler_records_missed_moments(shop: Shop):
     async with shop.scheduling():
         pass
     now = await now_ms(shop)
@@ -147,9 +145,7 @@ async def test_given_the_scheduler_was_away_when_it_comes_back_then_it_records_w
 
 
 @pytest.mark.parametrize("damage", ["values", "revision", "type"])
-async def test_given_a_damaged_campaign_when_the_moment_of_another_comes_then_it_is_recorded(
-    shop: Shop, damage: str
-):
+async def test_damaged_campaign_does_not_delay_another_opening(shop: Shop, damage: str):
     await shop.create(campaign(10, campaign_id="a-damaged-one"))
     await shop.add_cards(1)
     await shop.create(campaign(10, opens_at_ms=await now_ms(shop) + 100))
@@ -175,9 +171,7 @@ async def test_given_a_damaged_campaign_when_the_moment_of_another_comes_then_it
         await until(followed)
 
 
-async def test_given_a_card_that_only_postgres_has_revoked_then_it_buys_nothing_a_second_later(
-    shop: Shop,
-):
+async def test_card_revoked_in_postgres_buys_nothing_a_second_later(shop: Shop):
     await shop.add_cards(1, 2)
     await shop.create(campaign(10))
     await shop.step("open")
@@ -196,9 +190,7 @@ async def test_given_a_card_that_only_postgres_has_revoked_then_it_buys_nothing_
         await shop.buy(1, key_no=2)
 
 
-async def test_given_a_draft_made_anew_when_cards_were_revoked_meanwhile_then_it_waits_for_them(
-    shop: Shop,
-):
+async def test_recreated_draft_waits_for_revoked_cards(shop: Shop):
     await shop.add_cards(1)
     await shop.create(campaign(10))
     await shop.step("delete")
@@ -210,7 +202,7 @@ async def test_given_a_draft_made_anew_when_cards_were_revoked_meanwhile_then_it
     assert (await shop.stock.buy_one(member(1), key(1))).decision is Decision.CARD_REVOKED
 
 
-async def test_given_a_deleted_draft_that_is_recovering_then_it_is_not_made_anew(shop: Shop):
+async def test_deleted_recovering_draft_is_not_recreated(shop: Shop):
     await shop.create(campaign(10))
     await shop.step("delete")
     await freeze(shop.redis, CAMPAIGN, "damaged")
@@ -218,9 +210,7 @@ async def test_given_a_deleted_draft_that_is_recovering_then_it_is_not_made_anew
         await shop.create(campaign(10))
 
 
-async def test_given_a_first_load_that_died_when_its_card_is_restored_then_the_card_may_buy(
-    shop: Shop,
-):
+async def test_card_restored_after_an_interrupted_load_may_buy(shop: Shop):
     await shop.add_cards(1, 2, status="suspended")
     await shop.stock.create(campaign(10))
     await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [(member(1), False)])
@@ -230,7 +220,7 @@ async def test_given_a_first_load_that_died_when_its_card_is_restored_then_the_c
     assert await shop.stock.head("roster_rev") == ["3"]
 
 
-async def test_given_a_first_load_that_was_overtaken_then_its_next_step_is_refused(shop: Shop):
+async def test_overtaken_first_load_is_refused(shop: Shop):
     await shop.stock.create(campaign(10))
     for load in ("first", "second"):
         begun = await shop.scripts.sync_revoked(CAMPAIGN, -1, -1, [], load=load, begins=True)
@@ -240,9 +230,7 @@ async def test_given_a_first_load_that_was_overtaken_then_its_next_step_is_refus
     assert not await shop.redis.exists(KEYS.revoked)
 
 
-async def test_given_a_roster_from_an_older_copy_when_a_card_is_revoked_then_it_buys_nothing(
-    shop: Shop,
-):
+async def test_card_revoked_after_a_roster_restore_buys_nothing(shop: Shop):
     # Found by the soak (seed 7016, lossy): PostgreSQL had been restored, so that its next revisions
     # had numbers which the campaign believed it had followed.
     await shop.add_cards(1, 2)
@@ -261,9 +249,7 @@ async def test_given_a_roster_from_an_older_copy_when_a_card_is_revoked_then_it_
     assert (await shop.audit()).clean
 
 
-async def test_given_slow_stores_when_they_are_asked_then_the_gauges_stay_at_one(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-):
+async def test_slow_stores_keep_the_gauges_at_one(shop: Shop, monkeypatch: pytest.MonkeyPatch):
     asked = asyncio.Event()
 
     async def slowly(*_: object) -> bool:
@@ -282,9 +268,7 @@ async def test_given_slow_stores_when_they_are_asked_then_the_gauges_stay_at_one
                 await asyncio.sleep(0.005)
 
 
-async def test_given_both_stores_away_then_each_gauge_tells(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-):
+async def test_gauges_show_both_stores_away(shop: Shop, monkeypatch: pytest.MonkeyPatch):
     async def gone(*_: object) -> bool:
         raise ConnectionRefusedError
 
@@ -297,7 +281,7 @@ async def test_given_both_stores_away_then_each_gauge_tells(
         await until(lambda: _metric(registry, "sale_postgres_up", 0))
 
 
-async def test_given_a_breach_when_the_audit_is_due_then_the_metric_tells(shop: Shop):
+async def test_metric_shows_an_audit_finding(shop: Shop):
     await shop.create(campaign(10))
     async with shop.scheduling(audit_interval_s=1) as registry:
 
@@ -312,9 +296,7 @@ async def test_given_a_breach_when_the_audit_is_due_then_the_metric_tells(shop: 
         await until(lambda: told(0))
 
 
-async def test_given_redis_restarts_on_its_files_then_it_sells_again_within_two_seconds(
-    own_shop: Shop, own_redis: OwnRedis
-):
+async def test_sales_resume_two_seconds_after_a_redis_restart(own_shop: Shop, own_redis: OwnRedis):
     async with own_shop.scheduling(tick_interval_ms=250) as registry:
         await own_redis.come_back()
         back = time.monotonic()
@@ -334,9 +316,7 @@ async def test_given_redis_restarts_on_its_files_then_it_sells_again_within_two_
     assert (await own_shop.audit()).clean
 
 
-async def test_given_redis_comes_back_with_older_files_then_it_sells_nothing_until_recovered(
-    own_shop: Shop, own_redis: OwnRedis
-):
+async def test_older_redis_files_sell_nothing_until_recovered(own_shop: Shop, own_redis: OwnRedis):
     files = own_redis.copy_files()
     await own_shop.buy(2, quantity=3)
     await own_shop.applied()
@@ -357,7 +337,7 @@ async def test_given_redis_comes_back_with_older_files_then_it_sells_nothing_unt
     assert (await own_shop.audit()).clean
 
 
-async def test_given_redis_comes_back_empty_then_it_sells_nothing_until_recovered(
+async def test_empty_redis_sells_nothing_until_recovered(
     own_shop: Shop, own_redis: OwnRedis, tmp_path: Path
 ):
     async with own_shop.scheduling() as registry:
@@ -374,9 +354,7 @@ async def test_given_redis_comes_back_empty_then_it_sells_nothing_until_recovere
     assert (await own_shop.audit()).clean
 
 
-async def test_given_redis_restarts_before_the_writer_was_done_then_nothing_is_lost(
-    own_shop: Shop, own_redis: OwnRedis
-):
+async def test_redis_restart_before_the_writer_loses_no_order(own_shop: Shop, own_redis: OwnRedis):
     await own_shop.stop_writer()
     await own_shop.buy(2, 3, 4)
     async with own_shop.scheduling():

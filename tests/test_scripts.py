@@ -53,9 +53,7 @@ async def test_stock_of_n_sells_exactly_n(redis: Redis, stock_size: int, in_one_
     await stock.check_books()
 
 
-async def test_mixed_quantities_take_the_last_ticket_and_tell_how_many_are_left(
-    redis: Redis,
-) -> None:
+async def test_mixed_quantities_sell_the_last_ticket(redis: Redis) -> None:
     stock = await open_stock(redis, 10)
     answers = await stock.buy(
         *(Bid(member(n), key(1), quantity) for n, quantity in enumerate([3, 3, 3, 2, 3, 1, 1]))
@@ -186,9 +184,7 @@ async def test_refusal_is_not_remembered_under_its_key(redis: Redis) -> None:
 
 
 @pytest.mark.parametrize("since", ["sold out", "paused", "closed"])
-async def test_replay_and_mismatch_are_told_whatever_has_happened_since(
-    redis: Redis, since: str
-) -> None:
+async def test_replay_and_mismatch_do_not_depend_on_later_state(redis: Redis, since: str) -> None:
     """HOLES.md row 23: nothing gave the member the order again."""
     stock = await open_stock(redis, 2, card_limit=2)
     sold = await stock.buy_one(member(1), key(1))
@@ -238,9 +234,7 @@ async def test_window_is_kept_to_the_millisecond(
     await stock.check_books()
 
 
-async def test_opening_in_the_past_sells_at_once_and_is_recorded_by_the_purchase(
-    redis: Redis,
-) -> None:
+async def test_purchase_records_an_opening_in_the_past(redis: Redis) -> None:
     stock = await scheduled_stock(redis, await now_ms(redis) - 1)
     sold = await stock.buy_one(member(1), key(1))
     assert sold.decision is Decision.SOLD
@@ -250,7 +244,7 @@ async def test_opening_in_the_past_sells_at_once_and_is_recorded_by_the_purchase
     assert sold.a == 4
 
 
-async def test_window_that_passed_unseen_is_recorded_whole_and_sells_nothing(redis: Redis) -> None:
+async def test_missed_window_is_recorded_and_sells_nothing(redis: Redis) -> None:
     now = await now_ms(redis)
     stock = await scheduled_stock(redis, now - 2_000, now - 1_000)
     assert (await stock.buy_one(member(1), key(1))).decision is Decision.CLOSED
@@ -471,7 +465,7 @@ async def test_campaign_is_not_made_over_a_ledger_without_its_head(redis: Redis)
 # Delayed calls: INV-4 ---------------------------------------------------------------------------
 
 
-async def test_delayed_duplicate_cannot_sell_after_its_retry_was_answered(redis: Redis) -> None:
+async def test_delayed_duplicate_after_its_retry_sells_nothing(redis: Redis) -> None:
     stock = await open_stock(redis, 0)
     assert (await stock.buy_one(member(1), key(1))).decision is Decision.SOLD_OUT  # call 1
     await stock.buy_one(member(1), key(1))  # call 2: its retry, refused too
@@ -680,7 +674,7 @@ async def test_reopening_keeps_a_closing_moment_still_to_come(redis: Redis) -> N
     assert (books.opens_at_ms, books.closes_at_ms) == (now - 1_000, now + HOUR_MS)
 
 
-async def test_reopening_what_was_closed_before_its_opening_opens_it_now(redis: Redis) -> None:
+async def test_reopening_before_the_opening_opens_at_once(redis: Redis) -> None:
     now = await now_ms(redis)
     stock = await scheduled_stock(redis, now + HOUR_MS)
     await stock.step("close")
@@ -912,9 +906,7 @@ async def test_answers_name_events_of_the_ledger(redis: Redis) -> None:
 # How far PostgreSQL is behind -------------------------------------------------------------------
 
 
-async def test_given_postgres_too_many_events_behind_then_nothing_is_sold_and_keys_are_honoured(
-    redis: Redis,
-) -> None:
+async def test_no_sale_if_postgres_lacks_too_many_events(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     (seq,) = await stock.head("seq")
     await stock.scripts.tell_applied(stock.id, int(seq), None)
@@ -932,9 +924,7 @@ async def test_given_postgres_too_many_events_behind_then_nothing_is_sold_and_ke
     await stock.check_books()
 
 
-async def test_given_postgres_too_long_behind_then_nothing_is_sold_until_it_has_caught_up(
-    redis: Redis,
-) -> None:
+async def test_no_sale_if_postgres_is_behind_too_long(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     (seq,) = await stock.head("seq")
     await stock.scripts.tell_applied(stock.id, int(seq), None)
@@ -954,9 +944,7 @@ async def test_given_postgres_too_long_behind_then_nothing_is_sold_until_it_has_
     assert await stock.head("behind_since") == [""]
 
 
-async def test_given_postgres_ahead_of_this_redis_then_what_the_writer_tells_is_not_taken(
-    redis: Redis,
-) -> None:
+async def test_applied_number_above_the_head_is_ignored(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     (seq,) = await stock.head("seq")
     told = await stock.scripts.tell_applied(stock.id, int(seq) + 1, None)
@@ -965,9 +953,7 @@ async def test_given_postgres_ahead_of_this_redis_then_what_the_writer_tells_is_
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
-async def test_given_a_part_of_a_script_in_a_file_then_nothing_is_sold(
-    redis: Redis, kept: int
-) -> None:
+async def test_call_whose_writes_are_partly_lost_sells_nothing(redis: Redis, kept: int) -> None:
     stock = await open_stock(redis, 9)
     torn = await stock.everything()
     await stock.buy_one(member(1), key(1))

@@ -29,7 +29,7 @@ async def heads(redis: Redis) -> Redis:
     return redis
 
 
-async def test_given_many_heads_when_read_then_each_tells_its_own_in_order(heads: Redis) -> None:
+async def test_many_heads_are_read_in_order(heads: Redis) -> None:
     told = await read_heads(heads, IDS, "seq", "lacking", "state")
     for number, each in enumerate(told):
         if number == 70:
@@ -43,7 +43,7 @@ async def test_given_many_heads_when_read_then_each_tells_its_own_in_order(heads
     assert await read_heads(heads, [], "seq") == []
 
 
-async def test_given_no_fields_when_asked_then_whole_hashes_are_told(heads: Redis) -> None:
+async def test_survey_without_fields_gives_whole_hashes(heads: Redis) -> None:
     pipe = heads.pipeline(transaction=False)
     keys = [campaign_keys(each).head for each in IDS]
     survey.ask(pipe, keys)
@@ -54,15 +54,13 @@ async def test_given_no_fields_when_asked_then_whole_hashes_are_told(heads: Redi
     assert isinstance(told[70], ResponseError)
 
 
-def test_given_a_call_that_failed_when_told_then_each_of_its_keys_has_the_error() -> None:
+def test_failed_survey_call_gives_each_key_its_error() -> None:
     lost = RedisConnectionError("lost")
     first = [[b"1"]] * KEYS_A_CALL
     assert survey.told([first, lost], KEYS_A_CALL + 3) == [*first, lost, lost, lost]
 
 
-async def test_given_a_stock_of_another_type_when_campaigns_are_read_then_the_others_are_seen(
-    redis: Redis,
-) -> None:
+async def test_stock_of_wrong_type_does_not_hide_other_campaigns(redis: Redis) -> None:
     for campaign_id in ("sound", "damaged"):
         await open_stock(redis, 5, campaign_id=campaign_id)
     await redis.set(campaign_keys("damaged").stock, "no hash")

@@ -1,8 +1,8 @@
-"""Redis dies with a torn file, and again before that was written anew.
+"""Redis dies with a torn append-only file, and again before the file was rewritten.
 
-A file is torn within the last order's transaction, as a power cut does it. Of the servers, some cut
-it in the midst of that transaction; what is written behind is lost at the next start, or they do
-not start once a rewrite was begun. So no sale may be answered there before the rewrite has ended.
+The file is torn within the last order's transaction, as after a power cut. Some servers cut it in
+the middle of that transaction. What they append is then lost at the next start, or they do not
+start after an interrupted rewrite. So no sale may be answered there before the rewrite has ended.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from sale.stock.scripts import Decision
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 
 TORN_BYTES = 9
-"""So much is missing at the end: the transaction's last command."""
+"""Bytes missing at the end: the transaction's last command."""
 SLOW_REWRITE = {"rdb-key-save-delay": "300000"}
-"""Microseconds a key: the rewrite of a campaign's eight keys takes two seconds or more."""
+"""Microseconds per key: the rewrite of a campaign's eight keys takes two seconds or more."""
 NOT_WHOLE = "not known to be whole"
 
 
@@ -51,7 +51,7 @@ async def needs_rewrite(redis: Redis) -> bool:
 
 
 async def sells(shop: Shop, *numbers: int) -> bool:
-    """Buy as a process of its own: each start of the test's has call numbers of its own."""
+    """Buy as a new process, so that call numbers begin anew after each start of Redis."""
     bids = [Bid(member(n), key(1)) for n in numbers]
     told = await shop.stock.buy(*bids, process=new_key())
     return all(each.decision is Decision.SOLD for each in told)
@@ -65,7 +65,7 @@ async def trusted(shop: Shop) -> bool:
 
 @pytest.fixture
 async def torn(tmp_path: Path, database_url: str) -> tuple[Path, list[str]]:
-    """Files whose last order was torn off, and the cards whose orders stand before it."""
+    """Files whose last order was torn off, and the cards of the earlier orders."""
     home = tmp_path / "r"
     async with server(home) as found, open_shop(found.url, database_url) as shop:
         await until(lambda: whole(found.redis))
@@ -94,7 +94,7 @@ async def test_second_crash_before_the_rewrite_ended_loses_nothing(
                 assert await needs_rewrite(found.redis)
             else:
                 await until(lambda: trusted(shop))
-                assert not await rewriting(found.redis), "a rewrite that nothing needs"
+                assert not await rewriting(found.redis), "a needless rewrite"
                 assert await sells(shop, 5, 6)
                 stand += [member(5), member(6)]
         await die(found)
@@ -127,7 +127,7 @@ async def test_failed_rewrite_keeps_sales_shut_and_is_reported(
             await redis.bgrewriteaof()
             kill_rewriter(found)
             await until(lambda: trouble(redis))
-            assert await faults(redis, "fsync") == [], "what is answered is safe all the same"
+            assert await faults(redis, "fsync") == [], "answered orders are safe in spite of it"
             return
         await make_whole(redis)
         kill_rewriter(found)
@@ -170,7 +170,7 @@ async def test_later_failed_rewrite_does_not_stop_sales(tmp_path: Path) -> None:
         assert await faults(redis, "fsync") == []
         kill_rewriter(found)
         await until(lambda: trouble(redis))
-        if await redis.get(WHOLE) is not None:  # where a store needs none, nothing is noted
+        if await redis.get(WHOLE) is not None:  # the key is set only if the store needs a rewrite
             assert await whole(redis)
         assert await faults(redis, "fsync") == []
 
@@ -188,7 +188,7 @@ async def told_failed(registry: object) -> bool:
 
 
 def kill_rewriter(found: Server) -> None:
-    """Kill the child that writes the file anew, as a kernel without memory does."""
+    """Kill the child that rewrites the file, as the kernel does when memory runs out."""
     children = Path(f"/proc/{found.process.pid}/task/{found.process.pid}/children")
     (child,) = children.read_text("utf-8").split()
     os.kill(int(child), signal.SIGKILL)
@@ -203,8 +203,8 @@ async def starts(home: Path) -> bool:
 
 
 def repair(home: Path) -> None:
-    """The way out of docs/FAULTS.md: cut what is torn, in every file but the newest too."""
+    """Repair as docs/FAULTS.md says: cut the torn transaction in every file."""
     tool = home.with_name("redis-check-aof")
-    tool.symlink_to(find_redis(None).path)  # a server is its own tool, by name
+    tool.symlink_to(find_redis(None).path)  # the server binary acts as the tool under this name
     for file in home.rglob("*.incr.aof"):
         subprocess.run([tool, "--fix", file], input=b"y\n", check=True, stdout=subprocess.DEVNULL)

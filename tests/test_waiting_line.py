@@ -1,4 +1,4 @@
-"""Who is let in under load, and what those are told who are not."""
+"""Overload control and the waiting line: which requests are admitted, wait, or are refused."""
 
 import asyncio
 import random
@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, generate_latest
 
-from sale.api import admit as door_module
+from sale.api import admit as admit_module
 from sale.api import member, public
 from sale.api.admit import WAITING, Admission
 from sale.api.calls import Call
@@ -27,17 +27,17 @@ from sale.domain.problem import Problem, Refused
 from sale.host.metrics_server import _Snapshot
 from sale.http import waiting_line as line_module
 from sale.http.overload import (
+    ALWAYS_WAIT,
     CALM_S,
     FILES_RESERVE,
     LATE,
-    LOOK_AGAIN_S,
+    MEASURE_EVERY_S,
     MUST_WAIT,
     QUEUE,
     REFUSALS_AHEAD_S,
     REFUSALS_PER_S,
     RETRY_MAX_S,
     TURN,
-    WELCOME,
     Overload,
     files_allow,
 )
@@ -90,25 +90,25 @@ class _Reader(asyncio.Protocol):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("waiting_line", [40, 1_500])
-def test_all_requests_of_one_poll_are_one_turn(loop: str, waiting_line: int) -> None:
-    """What the measure rests on: ``call_soon`` comes after all reads of a poll."""
+@pytest.mark.parametrize("requests", [40, 1_500])
+def test_all_requests_of_one_poll_are_one_turn(loop: str, requests: int) -> None:
+    """The measure needs ``call_soon`` callbacks to run after all reads of a poll."""
 
     async def judge() -> list[str]:
         admission = overload(waiting_max=0)
         told: list[str] = []
         all_read = asyncio.Event()
-        work_s = 2 * TURN_S / waiting_line
+        work_s = 2 * TURN_S / requests
 
         def read() -> None:
             began = time.monotonic()
             told.append(admission.overloaded(began))
             while time.monotonic() < began + work_s:
                 pass
-            if len(told) == waiting_line:
+            if len(told) == requests:
                 all_read.set()
 
-        pairs = [socket.socketpair() for _ in range(waiting_line)]
+        pairs = [socket.socketpair() for _ in range(requests)]
         running, transports = asyncio.get_running_loop(), []
         for ours, _ in pairs:
             ours.setblocking(False)
@@ -129,7 +129,7 @@ def test_all_requests_of_one_poll_are_one_turn(loop: str, waiting_line: int) -> 
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         told = runner.run(judge())
     admitted = told.index(TURN)
-    assert 0 < admitted < waiting_line
+    assert 0 < admitted < requests
     assert set(told[:admitted]) == {""}
     assert set(told[admitted:]) == {TURN}
 
@@ -141,18 +141,18 @@ async def test_purchases_above_the_queue_bound_are_refused() -> None:
     assert told == [""] * 5 + [QUEUE] * 3
     assert not admission.has_room(100.0)
     waiting = (0, 0.0, 0)
-    assert admission.has_room(100.0 + LOOK_AGAIN_S)
-    assert admission.overloaded(100.0 + LOOK_AGAIN_S) == ""
+    assert admission.has_room(100.0 + MEASURE_EVERY_S)
+    assert admission.overloaded(100.0 + MEASURE_EVERY_S) == ""
 
 
 class _Queue:
-    """Purchases that are served at a pace, as the batchers would tell of them."""
+    """Purchases that are served at a fixed pace, in place of the batchers' queues."""
 
     def __init__(self, per_s: float) -> None:
         self.per_s = per_s
         self.waits, self.taken, self.now = 0.0, 0.0, 100.0
 
-    def told(self) -> tuple[int, float, int]:
+    def state(self) -> tuple[int, float, int]:
         return int(self.waits), self.now if self.waits >= 1 else 0.0, int(self.taken)
 
     def step(self, seconds: float) -> None:
@@ -164,9 +164,9 @@ class _Queue:
 @pytest.mark.parametrize("per_s", [700, 5_000])
 @pytest.mark.parametrize("times", [2, 10])
 async def test_wait_stays_near_its_bound_under_overload(per_s: int, times: int) -> None:
-    """And the queue never runs dry: who is refused had not been served sooner by being let in."""
+    """The queue also never runs empty: no refused purchase could have been served in time."""
     queue = _Queue(per_s)
-    admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    admission = overload(waiting=queue.state, waiting_max=1_000_000, turn_max_s=0)
     waits, shortest, told = [], float("inf"), Counter[str]()
     for step in range(5_000):
         for _ in range(per_s * times // 1_000):
@@ -184,7 +184,7 @@ async def test_wait_stays_near_its_bound_under_overload(per_s: int, times: int) 
 
 async def test_wait_is_bounded_by_a_falling_pace() -> None:
     queue = _Queue(5_000)
-    admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    admission = overload(waiting=queue.state, waiting_max=1_000_000, turn_max_s=0)
     for step in range(8_000):
         queue.per_s = 5_000 if step < 2_000 else 1_000
         for _ in range(10):
@@ -195,14 +195,14 @@ async def test_wait_is_bounded_by_a_falling_pace() -> None:
 
 async def test_some_purchases_may_wait_for_a_stalled_store() -> None:
     queue = _Queue(0)
-    admission = overload(waiting=queue.told, waiting_max=1_000_000, turn_max_s=0)
+    admission = overload(waiting=queue.state, waiting_max=1_000_000, turn_max_s=0)
     told = Counter[str]()
     for _ in range(1_000):
         reason = admission.overloaded(queue.now)
         told[reason] += 1
         queue.waits += not reason
         queue.step(0.001)
-    assert told == {"": WELCOME, LATE: 1_000 - WELCOME}
+    assert told == {"": ALWAYS_WAIT, LATE: 1_000 - ALWAYS_WAIT}
     assert admission.turn_is_over(queue.now) == ""
 
 
@@ -249,14 +249,14 @@ async def test_purchase_waits_if_refusals_would_cost_sales() -> None:
     cheap = _refused_in(admission, 100.0, 2.0)
     assert abs(cheap - (2.0 + REFUSALS_AHEAD_S) * least) <= 0.02 * least
     for _ in range(100):
-        admission.breathes(easily=True)
+        admission.adapt_refusals(time_left=True)
     assert abs(_refused_in(admission, 200.0, 1.0) - (1.0 + REFUSALS_AHEAD_S) * most) <= 0.02 * most
     for _ in range(100):
-        admission.breathes(easily=False)
+        admission.adapt_refusals(time_left=False)
     assert admission.refusals_per_s == least
 
 
-class _Standing:
+class _Waiter:
     lost = False
 
     def __init__(self, call: Callable[[], None]) -> None:
@@ -280,7 +280,7 @@ async def test_waiters_are_called_in_order_while_there_is_room() -> None:
 
     waiting = (10, time.monotonic(), 0)
     for number in range(3_000):
-        waiting_line.join(_Standing(lambda number=number: look(number)), time.monotonic())
+        waiting_line.join(_Waiter(lambda number=number: look(number)), time.monotonic())
     assert not seen
     await asyncio.sleep(0.05)
     told, asked = len(seen), len(waiting_line)
@@ -288,7 +288,7 @@ async def test_waiters_are_called_in_order_while_there_is_room() -> None:
     assert told + asked == 3_000
     assert {reason for _, reason in seen} == {QUEUE}
     waiting = (0, 0.0, 0)
-    admission._look_at = 0.0
+    admission._measure_at = 0.0
     await asyncio.sleep(0.05)
     assert "" in {reason for _, reason in seen[told:]}
     assert [number for number, _ in seen] == list(range(len(seen)))
@@ -302,7 +302,7 @@ async def test_waiter_over_its_time_is_called_in_any_case(monkeypatch: pytest.Mo
     admission._refusals_due = time.monotonic() + 60
     waiting_line, called = WaitingLine(admission), asyncio.Event()
     began = time.monotonic()
-    waiting_line.join(_Standing(called.set), began)
+    waiting_line.join(_Waiter(called.set), began)
     await asyncio.wait_for(called.wait(), 5)
     assert time.monotonic() - began >= 0.05
     assert not len(waiting_line)
@@ -313,11 +313,11 @@ async def test_failing_waiter_does_not_stop_the_others() -> None:
     waiting_line, called, told = WaitingLine(overload()), asyncio.Event(), []
 
     def broken() -> None:
-        raise RuntimeError("a fault of ours")
+        raise RuntimeError("a bug")
 
     asyncio.get_running_loop().set_exception_handler(lambda _, what: told.append(what))
     for then in (broken, called.set):
-        waiting_line.join(_Standing(then), time.monotonic())
+        waiting_line.join(_Waiter(then), time.monotonic())
     await asyncio.wait_for(called.wait(), 5)
     assert len(told) == 1
     assert waiting_line._calling is None
@@ -325,7 +325,7 @@ async def test_failing_waiter_does_not_stop_the_others() -> None:
 
 
 class _Desk:
-    """One at which everybody who is let in hears that there is nothing left."""
+    """A purchase desk that answers "sold out" to every admitted purchase."""
 
     def __init__(self, admission: Overload) -> None:
         self._overload = admission
@@ -348,7 +348,7 @@ class _Desk:
 
 @dataclass
 class _Beyond:
-    """Purchases that aiohttp serves, while there is neither room nor time to refuse."""
+    """Purchases served by aiohttp while there is neither room nor time for refusals."""
 
     client: TestClient[Any, Any]
     admission: Overload
@@ -358,10 +358,10 @@ class _Beyond:
 
     def make_room(self, *, room: bool = True) -> None:
         waits = 0 if room else 10
-        self.waiting, self.admission._look_at = (waits, time.monotonic() * waits, 0), 0.0
+        self.waiting, self.admission._measure_at = (waits, time.monotonic() * waits, 0), 0.0
 
     async def buy(self, key: str) -> tuple[int, str, str]:
-        """Status, Retry-After, and what is said of the connection."""
+        """Give the status and the headers Retry-After and Connection."""
         path = "/api/v1/campaigns/films/orders"
         headers = {"Idempotency-Key": key}
         async with self.client.post(path, json={"quantity": 1}, headers=headers) as told:
@@ -369,8 +369,8 @@ class _Beyond:
             said = told.headers.get("Connection", "")
             return told.status, told.headers.get("Retry-After", ""), said
 
-    async def standing(self, *keys: str) -> list["asyncio.Task[tuple[int, str, str]]"]:
-        """Purchases that stand, in this order."""
+    async def waiters(self, *keys: str) -> list["asyncio.Task[tuple[int, str, str]]"]:
+        """Send purchases that join the waiting line, in this order."""
         tasks = []
         for number, key in enumerate(keys, start=len(self.waiting_line) + 1):
             tasks.append(asyncio.create_task(self.buy(key)))
@@ -381,7 +381,7 @@ class _Beyond:
 
 
 class _Server(TestServer):
-    """One that lets handlers go on whose client has gone, as ours does."""
+    """A server that does not cancel a handler when its client disconnects, as ours does not."""
 
     async def _make_runner(self, **options: Any) -> web.AppRunner:
         return web.AppRunner(self.app, **options | {"handler_cancellation": False})
@@ -404,7 +404,7 @@ async def beyond() -> AsyncIterator[_Beyond]:
 
 
 async def test_aiohttp_purchase_waits_without_room_or_refusals(beyond: _Beyond) -> None:
-    tasks = await beyond.standing("a", "b", "c")
+    tasks = await beyond.waiters("a", "b", "c")
     await asyncio.sleep(0.05)
     assert beyond.admission.waiters == 3
     assert not any(task.done() for task in tasks)
@@ -420,9 +420,9 @@ async def test_aiohttp_purchase_waits_without_room_or_refusals(beyond: _Beyond) 
 async def test_aiohttp_purchase_does_not_overtake_the_line(beyond: _Beyond) -> None:
     seen: list[list[str]] = []
     beyond.waiting_line.join(
-        _Standing(lambda: seen.append(list(beyond.desk.asked))), time.monotonic()
+        _Waiter(lambda: seen.append(list(beyond.desk.asked))), time.monotonic()
     )
-    (task,) = await beyond.standing("a")
+    (task,) = await beyond.waiters("a")
     beyond.make_room()
     admission = Admission(beyond.desk, beyond.waiting_line)
     assert admission.admit(time.monotonic()) == MUST_WAIT
@@ -436,7 +436,7 @@ async def test_aiohttp_purchase_is_refused_after_its_wait(
 ) -> None:
     monkeypatch.setattr(line_module, "WAIT_S", 0.05)
     began = time.monotonic()
-    for task in await beyond.standing("a", "b"):
+    for task in await beyond.waiters("a", "b"):
         status, wait_s, said = await task
         assert (status, said) == (503, "")
         assert 1 <= int(wait_s) <= RETRY_MAX_S
@@ -446,7 +446,7 @@ async def test_aiohttp_purchase_is_refused_after_its_wait(
 
 
 async def test_stop_empties_the_line_of_aiohttp_purchases(beyond: _Beyond) -> None:
-    tasks = await beyond.standing("a", "b")
+    tasks = await beyond.waiters("a", "b")
     beyond.waiting_line.emptying = True
     async with asyncio.timeout(2):
         assert [told[0] for told in await asyncio.gather(*tasks)] == [503] * 2
@@ -455,8 +455,8 @@ async def test_stop_empties_the_line_of_aiohttp_purchases(beyond: _Beyond) -> No
 async def test_aiohttp_waiters_above_the_bound_are_closed(
     beyond: _Beyond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door_module, "WAITERS_MAX", 2)
-    tasks = await beyond.standing("a", "b")
+    monkeypatch.setattr(admit_module, "WAITERS_MAX", 2)
+    tasks = await beyond.waiters("a", "b")
     status, wait_s, said = await beyond.buy("c")
     assert (status, said) == (503, "close")
     assert int(wait_s) >= 1
@@ -464,13 +464,13 @@ async def test_aiohttp_waiters_above_the_bound_are_closed(
     beyond.make_room()
     assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 2
     beyond.make_room(room=False)
-    tasks = await beyond.standing("d", "e")
+    tasks = await beyond.waiters("d", "e")
     beyond.make_room()
     assert [told[0] for told in await asyncio.gather(*tasks)] == [409] * 2
 
 
 async def test_client_that_leaves_the_line_buys_nothing(beyond: _Beyond) -> None:
-    gone, stays = await beyond.standing("a", "b")
+    gone, stays = await beyond.waiters("a", "b")
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
     await asyncio.sleep(0.05)
@@ -494,7 +494,7 @@ def test_connections_stay_below_the_limit_of_open_files() -> None:
 
 @pytest.fixture
 async def overrun() -> tuple[web.Application, Overload]:
-    """An application whose turn is over at each look."""
+    """An application whose turn is always over."""
     admission = overload()
     admission._in_turn, admission._turn_ends = True, 0.0
     app = web.Application()

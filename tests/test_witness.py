@@ -17,7 +17,7 @@ from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis
-from sale.stock.keys import ROLL
+from sale.stock.keys import REPORTS
 from sale.stock.scripts import Decision
 from sale.trust import witness
 from sale.trust.heal import AutoRecovery
@@ -81,9 +81,9 @@ async def apis(shop: Shop) -> AsyncIterator[list[Api]]:
 async def going_back(shop: Shop) -> AsyncIterator[None]:
     """What happens within is lost by Redis, which then is another process with older files."""
     copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
-    roll = await shop.redis.dump(ROLL)
+    roll = await shop.redis.dump(REPORTS)
     yield
-    for key_name, value in {**copy, ROLL: roll}.items():
+    for key_name, value in {**copy, REPORTS: roll}.items():
         await shop.redis.delete(key_name)
         if value is not None:
             await shop.redis.restore(key_name, 0, value)
@@ -101,9 +101,7 @@ async def finish(shop: Shop) -> Any:
     return await shop.audit()
 
 
-async def test_given_an_old_copy_that_fits_postgres_when_verified_then_it_sells_nothing(
-    shop: Shop, apis: list[Api]
-):
+async def test_old_copy_that_matches_postgres_sells_nothing(shop: Shop, apis: list[Api]):
     async with going_back(shop):
         await apis[0].buy(1, 2, 3)
     await apis[0].check_acknowledged()
@@ -114,9 +112,7 @@ async def test_given_an_old_copy_that_fits_postgres_when_verified_then_it_sells_
     assert refused[0].decision in {None, Decision.RECOVERING}
 
 
-async def test_given_all_who_told_are_alive_when_redis_lost_it_then_it_heals_by_itself(
-    shop: Shop, apis: list[Api]
-):
+async def test_lost_orders_are_recovered_from_live_processes(shop: Shop, apis: list[Api]):
     a, b = apis
     async with going_back(shop):
         told = seqs(await a.buy(*range(1, 21)))
@@ -141,9 +137,7 @@ async def test_given_all_who_told_are_alive_when_redis_lost_it_then_it_heals_by_
         assert await claims.voided(connection, CAMPAIGN) == []
 
 
-async def test_given_who_told_handed_in_and_died_before_the_verification_then_it_heals(
-    shop: Shop, apis: list[Api]
-):
+async def test_orders_handed_in_by_a_dead_process_are_recovered(shop: Shop, apis: list[Api]):
     # Found by the soak (seed 203, lossy): all were killed between the two, and Redis, which fitted
     # PostgreSQL's ledger, sold the same numbers again.
     async with going_back(shop):
@@ -152,7 +146,7 @@ async def test_given_who_told_handed_in_and_died_before_the_verification_then_it
     async with shop.pool.acquire() as connection:
         await until(lambda: _handed_in(connection, told[-1]))
     await apis[0].close()
-    await shop.redis.delete(ROLL)
+    await shop.redis.delete(REPORTS)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     await AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True).recover_unfit([CAMPAIGN])
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
@@ -165,9 +159,7 @@ async def _handed_in(connection: Any, seq: int) -> bool:
     return await claims.highest(connection, CAMPAIGN) == seq
 
 
-async def test_given_who_told_is_dead_when_recovered_then_its_numbers_are_voided_and_never_reused(
-    shop: Shop, apis: list[Api]
-):
+async def test_numbers_of_a_dead_process_are_voided_for_ever(shop: Shop, apis: list[Api]):
     a, b = apis
     async with going_back(shop):
         lost = seqs(await b.buy(*range(1, 11)))
@@ -186,9 +178,7 @@ async def test_given_who_told_is_dead_when_recovered_then_its_numbers_are_voided
     assert (await finish(shop)).clean
 
 
-async def test_given_who_told_was_stopped_when_it_wakes_then_its_orders_are_conflicts_and_it_sells(
-    shop: Shop, apis: list[Api]
-):
+async def test_orders_of_a_resumed_process_become_conflicts(shop: Shop, apis: list[Api]):
     a, b = apis
     async with going_back(shop):
         lost = seqs(await a.buy(1, 2))
@@ -197,7 +187,7 @@ async def test_given_who_told_was_stopped_when_it_wakes_then_its_orders_are_conf
     await verify_all(shop.redis, shop.scripts, shop.pool)
     assert (await shop.recover()).voided == [(lost[0], lost[-1])]
     seqs(await b.buy(1))
-    assert len(a.batcher.kept) == 2
+    assert len(a.batcher.unapplied) == 2
     # It does not sell for the ledger that lacks what it told, until it has handed that in.
     assert (await a.buy(60))[0].decision is None
     await a.check_acknowledged()
@@ -218,17 +208,15 @@ async def test_given_who_told_was_stopped_when_it_wakes_then_its_orders_are_conf
     assert len(findings) == 2
 
 
-async def test_given_the_writer_works_then_nothing_is_kept_for_long(shop: Shop, apis: list[Api]):
+async def test_applied_orders_are_dropped_soon(shop: Shop, apis: list[Api]):
     await apis[0].check_acknowledged()
     await apis[0].buy(*range(1, 50))
-    assert len(apis[0].batcher.kept) == 49
+    assert len(apis[0].batcher.unapplied) == 49
     await shop.start_writer()
     await until(lambda: _empty(apis[0]))
 
 
-async def test_given_postgres_away_when_the_same_files_come_back_then_the_witnesses_suffice(
-    shop: Shop, apis: list[Api]
-):
+async def test_same_files_are_verified_without_postgres(shop: Shop, apis: list[Api]):
     await apis[0].check_acknowledged()
     await apis[1].check_acknowledged()
     await apis[0].buy(1, 2)
@@ -237,9 +225,7 @@ async def test_given_postgres_away_when_the_same_files_come_back_then_the_witnes
     seqs(await apis[1].buy(3))
 
 
-async def test_given_postgres_away_when_nobody_knows_the_redis_then_it_stays_shut(
-    shop: Shop, apis: list[Api]
-):
+async def test_unknown_redis_stays_shut_without_postgres(shop: Shop, apis: list[Api]):
     async with going_back(shop):
         await apis[0].buy(1, 2)
     with pytest.raises(ConnectionRefusedError):
@@ -257,26 +243,22 @@ class _Away:
 
 
 async def _empty(api: Api) -> bool:
-    return not len(api.batcher.kept)
+    return not len(api.batcher.unapplied)
 
 
-async def test_given_orders_handed_in_by_the_dead_when_verified_then_redis_is_not_believed(
-    shop: Shop, apis: list[Api]
-):
+async def test_redis_lacking_handed_in_orders_is_not_trusted(shop: Shop, apis: list[Api]):
     # Given: the process that told the orders handed them in, and then died, as did the roll.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
     await apis[0].witness.beat()
-    await shop.redis.delete(ROLL)
+    await shop.redis.delete(REPORTS)
     # When and then: the files fit PostgreSQL, and still they are not believed.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).filled == 2
     assert [answer.value for answer in await apis[1].buy(1, 2)] == told
 
 
-async def test_given_numbers_that_the_dead_had_seen_when_verified_then_redis_is_not_believed(
-    shop: Shop, apis: list[Api]
-):
+async def test_redis_behind_the_report_of_the_dead_is_not_trusted(shop: Shop, apis: list[Api]):
     # Given: a process saw what Redis lost, said so, could not hand it in, and is gone.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
@@ -288,9 +270,7 @@ async def test_given_numbers_that_the_dead_had_seen_when_verified_then_redis_is_
     assert (await shop.recover()).voided == [(told[0], told[-1])]
 
 
-async def test_given_who_told_has_ended_in_order_when_redis_lost_it_then_it_is_filled_in_again(
-    shop: Shop, apis: list[Api]
-):
+async def test_orders_of_a_stopped_process_are_filled_in(shop: Shop, apis: list[Api]):
     # Given: Redis had everything when the process ended, and PostgreSQL had not seen it.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
@@ -302,9 +282,7 @@ async def test_given_who_told_has_ended_in_order_when_redis_lost_it_then_it_is_f
     assert [answer.value for answer in await apis[1].buy(1, 2)] == told
 
 
-async def test_given_who_told_has_ended_in_order_when_nothing_is_lost_then_what_it_handed_in_stands(
-    shop: Shop, apis: list[Api]
-):
+async def test_handed_in_orders_stay_valid_without_a_loss(shop: Shop, apis: list[Api]):
     await apis[0].buy(1, 2)
     await apis[0].witness.sign_off()
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
@@ -313,9 +291,7 @@ async def test_given_who_told_has_ended_in_order_when_nothing_is_lost_then_what_
         assert [each.settled for each in await claims.settle(connection)] == ["stands"] * 2
 
 
-async def test_given_redis_away_when_a_process_ends_in_order_then_it_hands_in_all_the_same(
-    shop: Shop, apis: list[Api]
-):
+async def test_stopping_process_hands_in_without_redis(shop: Shop, apis: list[Api]):
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2, 3))
         away = open_redis("unix:///nowhere/redis.sock")
@@ -328,7 +304,7 @@ async def test_given_redis_away_when_a_process_ends_in_order_then_it_hands_in_al
     assert [answer.value for answer in await apis[1].buy(1, 2, 3)] == told
 
 
-async def test_given_postgres_away_when_a_process_ends_in_order_then_its_last_word_stays(
+async def test_last_report_stays_if_postgres_is_away(
     shop: Shop, apis: list[Api], capsys: pytest.CaptureFixture[str]
 ):
     # Given: it could not hand in what it keeps; what it has seen is on the roll.
@@ -343,9 +319,7 @@ async def test_given_postgres_away_when_a_process_ends_in_order_then_its_last_wo
     assert (await shop.recover()).voided == [(told[0], told[-1])]
 
 
-async def test_given_postgres_that_is_silent_when_a_process_ends_then_it_ends_all_the_same(
-    shop: Shop, apis: list[Api]
-):
+async def test_process_ends_although_postgres_is_silent(shop: Shop, apis: list[Api]):
     async def silence(*_: object) -> None:
         await asyncio.sleep(60)
 

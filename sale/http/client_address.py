@@ -1,12 +1,12 @@
-"""Whose request it is, by address: the peer's own, or what a trusted proxy says of it.
+"""The client's address of a request: the peer's own, or the one that a trusted proxy reports.
 
-Anybody can write ``X-Forwarded-For``. So it is read only where the peer itself is trusted, from the
-right, as far as the hops are trusted too: the first that is not is the client. Empty elements of
-the list count for nothing (RFC 9110, 5.6.1); what is not an address ends the walk at the hop that
-passed it on. The header ``Forwarded`` is not read: a proxy
-writes one of the two, and a client could forge the other.
+Any client can send ``X-Forwarded-For``. So the header is read only if the peer is a trusted proxy,
+from the right, and only past hops that are trusted too: the first untrusted hop is the client.
+Empty list elements are ignored (RFC 9110, 5.6.1). An element that is no address ends the walk; then
+the hop that passed it on is the client. The header ``Forwarded`` is not read: a proxy writes one of
+the two headers, and a client could forge the other.
 
-An IPv6 client has 2^64 addresses for itself, so what is told is the /64.
+An IPv6 client owns 2^64 addresses, so its key is the /64.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _IPV6_BITS: Final = 64
 
 
 class ClientAddresses:
-    """Tells clients' addresses. ``trusted_proxies`` as the setting; None or '' trusts nobody."""
+    """Finds clients' addresses. ``trusted_proxies`` is the setting; None or '' trusts no proxy."""
 
     def __init__(self, trusted_proxies: str | None) -> None:
         text = trusted_proxies or ""
@@ -34,7 +34,7 @@ class ClientAddresses:
     def of(self, peer: str, forwarded_for: str | None = None) -> str:
         """Give the client's address. ``peer`` is the connection's, '' on a unix socket.
 
-        ``forwarded_for`` is the header X-Forwarded-For, several of them joined by commas.
+        ``forwarded_for`` is the header X-Forwarded-For; several headers are joined by commas.
         """
         if not self.trusts_any or not forwarded_for or not self._is_trusted(peer):
             return grouped(peer)
@@ -59,7 +59,7 @@ class ClientAddresses:
 
 @lru_cache(_ADDRESSES)
 def grouped(text: str) -> str:
-    """Give the key of an address: IPv4 as it is, IPv6 as its /64, ``unix`` for ''."""
+    """Give the key of an address: an IPv4 address itself, the /64 of IPv6, ``unix`` for ''."""
     if not text:
         return UNIX_PROXY
     address = _parsed(text)
@@ -86,7 +86,7 @@ def _parsed(text: str) -> IPv4Address | IPv6Address | None:
 
 
 def _without_port(hop: str) -> str:
-    """``1.2.3.4:80`` and ``[::1]:80`` as some proxies write them, else the text as it is."""
+    """Remove the port that some proxies append (``1.2.3.4:80``, ``[::1]:80``)."""
     if hop.startswith("["):
         return hop[1:].partition("]")[0]
     host, colon, port = hop.partition(":")

@@ -1,8 +1,8 @@
-"""The name of a request: ``X-Request-Id``, in its answer and in each line of the log about it.
+"""The request ID ``X-Request-Id``, in each response and in each log line about the request.
 
-A client or balancer may give one. One that is not of the plain form is replaced, not refused: it
-stands in headers and logs. One made here is this process' prefix and a count, because purchases are
-named too: a random one for each would cost some µs.
+A client or load balancer may send one. An ID that does not match PATTERN is replaced, not refused,
+because it goes into headers and logs. An ID made here is a prefix of this process and a count: a
+random one would cost some µs for each purchase.
 """
 
 import itertools
@@ -24,24 +24,24 @@ _MADE: Final = f"\r\n{HEADER}: {_PREFIX}-%d\r\n".encode()
 
 
 def request_id(given: str | None) -> str:
-    """Give the name that a client has given, or a new one."""
+    """Give the client's ID if it is valid, else a new one."""
     if given is not None and PATTERN.fullmatch(given):
         return given
     return f"{_PREFIX}-{next(_count)}"
 
 
 def name_request(request: web.BaseRequest) -> str:
-    """Give a request of aiohttp's its name; two of them are none."""
+    """Set the ID of an aiohttp request; a request with two headers gets a new ID."""
     given = request.headers.getall(HEADER, ())
     name = request[REQUEST_ID] = request_id(given[0] if len(given) == 1 else None)
     return name
 
 
 def named(wire: bytes, given: str | None) -> bytes:
-    """Put the name of its request into the bytes of an answer, behind the status line.
+    """Insert the request ID into the bytes of a response, after the status line.
 
-    Many requests share an answer's bytes, so no name is in them from the beginning. 0.3 µs; slices
-    that are joined again took twice that.
+    Many requests share the bytes of one response, so the ID is added last. This takes 0.3 µs;
+    joining slices took twice as long.
     """
     line = _MADE % next(_count) if given is None else _GIVEN % request_id(given).encode()
     return wire.replace(b"\r\n", line, 1)

@@ -1,13 +1,13 @@
-"""The crowd before the door: purchases that were read and wait until there is time to look at them.
+"""The waiting line: purchases that were read and wait until the process has time to examine them.
 
-A refusal costs a good part of what a purchase costs, most of it in the kernel. So a process that
-refuses everybody at once, as fast as they come, sells nothing any more: all its time goes into
-refusals, fewer purchases leave the queue, and because they leave it slowly still more are refused.
-That state feeds itself. So beyond capacity requests are only read, and stand here. They are called
-in order, for ``CALL_S`` at a time so that batches are answered between, as long as there is room
-for them, or as ``Overload.may_refuse`` allows to refuse; nobody stands longer than about
-``WAIT_S``, and that counts towards the purchase's deadline. Who stands asks nothing more: a
-connection stands for one request at a time.
+A refusal costs a large part of what a purchase costs, mostly in the kernel. A process that refuses
+all requests as fast as they come spends all its time on refusals; fewer purchases leave the queue,
+and because they leave it slowly, still more are refused. Such a process sells nothing any more. So
+requests beyond capacity are only read, and wait here. They are called in order, for ``CALL_S`` at a
+time so that batches are answered in between, while there is room for them or while
+``Overload.may_refuse`` allows a refusal. No request waits longer than about ``WAIT_S``, and this
+time counts towards the purchase's deadline. A waiting connection sends no further request: it has
+one place in the line.
 """
 
 import asyncio
@@ -19,23 +19,23 @@ from sale.http.overload import Overload
 
 CALL_S: Final = 0.005
 LATE_S: Final = 0.002
-"""A pause that took so much longer than asked for: the process has no time to spare."""
+"""If a pause takes this much longer than requested, the process has no time left."""
 
 WAIT_S: Final = 4.0
 
 
 class Waiter(Protocol):
-    """A request that waits; ``lost`` once there is nobody to answer. It may stand several times."""
+    """A waiting request; ``lost`` once its client has gone. It may join the line several times."""
 
     @property
     def lost(self) -> bool: ...  # noqa: D102
 
     def called(self, since: float) -> None:
-        """Look at the request now, and answer it or queue it. Must not raise."""
+        """Examine the request now, and answer it or queue it. Must not raise."""
 
 
 class WaitingLine:
-    """Who stands before the door of one process, in the order in which they came."""
+    """The waiting requests of one process, in the order of their arrival."""
 
     def __init__(self, overload: Overload) -> None:
         self._overload = overload
@@ -44,20 +44,20 @@ class WaitingLine:
         self._calling: asyncio.Handle | None = None
         self._paused_at = 0.0
         self.emptying = False
-        """Whether everybody is called at once: the process is to stop."""
+        """Whether all waiters are called at once, because the process stops."""
 
     def __len__(self) -> int:
         return len(self._waiters)
 
     def join(self, request: Waiter, now: float) -> None:
-        """Stand behind all others; ``called`` comes once."""
+        """Join the end of the line; ``called`` is called once."""
         self._waiters.append((now, request))
         self._overload.waiters = len(self._waiters)
         if self._calling is None:
             self._calling = self._loop.call_soon(self._call)
 
     def close(self) -> None:
-        """Call nobody any more."""
+        """Call no more waiters."""
         if self._calling is not None:
             self._calling.cancel()
 
@@ -65,7 +65,7 @@ class WaitingLine:
         paused = False
         try:
             paused = self._call_some()
-        finally:  # a fault of one must not leave all others standing for ever
+        finally:  # an exception of one waiter must not leave all others waiting for ever
             self._calling = None
             if self._waiters:
                 soon = self._loop.call_soon
@@ -74,11 +74,11 @@ class WaitingLine:
                 )
 
     def _call_some(self) -> bool:
-        """Call whom there is time for; whether it is better to pause then."""
+        """Call waiters for CALL_S; return True to pause first because none can be called now."""
         waiters, overload = self._waiters, self._overload
         began = now = time.monotonic()
         if self._paused_at:
-            overload.breathes(easily=now - self._paused_at < CALL_S + LATE_S)
+            overload.adapt_refusals(time_left=now - self._paused_at < CALL_S + LATE_S)
             self._paused_at = 0.0
         while waiters and now - began < CALL_S:
             since, request = waiters[0]

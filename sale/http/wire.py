@@ -1,4 +1,4 @@
-"""Puts an answer on the wire as aiohttp would: status line, headers in its order, body."""
+"""Renders a response as aiohttp would: status line, headers in aiohttp's order, body."""
 
 import time
 from email.utils import formatdate
@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Final
 
 SERVER: Final = "sale"
-"""Value of the header Server: it names neither the library nor the language."""
+"""Value of the header Server, which names neither the library nor the language."""
 
 _LINES: Final = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus
@@ -14,7 +14,7 @@ _LINES: Final = {
 
 
 class _Clock:
-    """The end of every head, which changes once a second."""
+    """The last headers of every response, which change once a second."""
 
     def __init__(self) -> None:
         self.second = 0
@@ -25,12 +25,12 @@ _clock: Final = _Clock()
 
 
 def rendered(status: int, body: bytes, headers: dict[str, str], *, last: bool = False) -> bytes:
-    """Give the bytes of an answer. ``last``: the connection closes behind it.
+    """Give the bytes of a response. ``last``: the connection closes after it.
 
-    Nothing that a client sent may stand in ``headers``: they are written as they are. A 304 has no
-    body, and does not say how long the one would be that it stands for.
+    ``headers`` must hold nothing that a client sent, because they are not escaped. A 304 has no body
+    and no Content-Length.
     """
-    # Joined, not formatted: aiohttp's header names are a kind of str that formatting is slow for.
+    # Joined, not formatted: formatting is slow for aiohttp's header names, a subclass of str.
     head = [_LINES[status]]
     for name, value in headers.items():
         head += (name, ": ", value, "\r\n")

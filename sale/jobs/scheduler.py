@@ -295,11 +295,11 @@ class Scheduler:
     async def _report_troubles(self) -> None:
         if not self.active:
             return
-        ailing = self._isolation.ailing
+        failing = self._isolation.failing
         self._metrics.troubled.clear()
-        for campaign_id in ailing:
+        for campaign_id in failing:
             self._metrics.troubled.labels(campaign_id).set(1)
-        await self._troubles.report(ailing)
+        await self._troubles.report(failing)
 
     def _forget_gone(self, there: set[str]) -> None:
         """Stop showing the stock of purged rehearsals; any other missing campaign will return."""

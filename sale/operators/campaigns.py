@@ -71,10 +71,10 @@ class CampaignDesk:
         redis: Redis,
         scripts: Scripts,
         pool: asyncpg.Pool,
-        saw: Callable[[str, int], None] | None = None,
+        on_step: Callable[[str, int], None] | None = None,
     ) -> None:
-        """``saw(campaign_id, seq)`` is told each step that was taken."""
-        self._saw = saw
+        """``on_step(campaign_id, seq)`` is called after each step."""
+        self._on_step = on_step
         self._redis = redis
         self._scripts = scripts
         self._pool = pool
@@ -167,8 +167,8 @@ class CampaignDesk:
         return await self._confirmed(campaign_id, actor, reply.seq)
 
     def _taken(self, campaign_id: str, reply: OperationReply) -> None:
-        if self._saw is not None:
-            self._saw(campaign_id, reply.seq)
+        if self._on_step is not None:
+            self._on_step(campaign_id, reply.seq)
 
     async def pause_for(self, campaign_id: str, reason: str) -> None:
         """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8).

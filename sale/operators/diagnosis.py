@@ -15,7 +15,7 @@ from sale.ledger.chain import Position
 from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
 from sale.stock.connection import REDIS_ERRORS, product_of
 from sale.stock.durability import durability_faults, rewrite_trouble
-from sale.stock.process_reports import LIVE_MS, read_reports, who_is_it
+from sale.stock.process_reports import RECENT_MS, read_identity, read_reports
 from sale.stock.troubles import read_troubles
 from sale.trust.disk_watch import free_mb, redis_directory
 
@@ -154,7 +154,7 @@ async def _ask_redis(
     if trouble := await rewrite_trouble(redis):
         faults.append(trouble)
     directory = await redis_directory(redis, redis_url)
-    since_ms = (await who_is_it(redis)).now_ms - LIVE_MS
+    since_ms = (await read_identity(redis)).now_ms - RECENT_MS
     reports = (await read_reports(redis)).values()
     unreadable: list[Unreadable] = []
     ids = sorted({*await campaign_ids(redis), *known})

@@ -14,8 +14,8 @@ Columns: TypeAlias = tuple[list[str], list[str], list[int], list[int], list[str]
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Columns)
 
-pack_bids = _ENCODER.encode
+pack_batch = _ENCODER.encode
 """Pack ``Columns``."""
 
-unpack_bids = _DECODER.decode
-"""The reverse of ``pack_bids``."""
+unpack_batch = _DECODER.decode
+"""The reverse of ``pack_batch``."""

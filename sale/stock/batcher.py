@@ -1,22 +1,22 @@
-"""Group commit for purchases: what arrived while the last call was under way goes into one call.
+"""Group commit: purchases that arrive during a script call go together into the next call.
 
-One batcher a campaign and process. A purchase waits in a bounded queue; a single task takes up to
-``batch_max`` of them, runs ``purchase.lua`` once, and answers each. One call is under way at a
-time, which keeps what is unknown after a lost connection to one batch; a second one was tried, and
-sold no more (0.9 to 1.5 of the benchmark's constant with two, 0.96 to 1.5 with one) nor sooner at
-half of the capacity (p99 8.6 to 16.8 ms against 7.2 to 13.7). The answers of a batch are worded
-while the next is under way.
+Each process has one batcher per campaign. A purchase waits in a bounded queue. A single task takes
+up to ``batch_max`` purchases, runs ``purchase.lua`` once, and answers each. Only one call is under
+way at a time, so that after a lost connection at most one batch has an unknown outcome. Two calls
+at a time were tried: they sold no more (0.9 to 1.5 of the benchmark's constant, against 0.96 to 1.5
+with one) and were no faster at half of the capacity (p99 8.6 to 16.8 ms against 7.2 to 13.7). The
+process writes the answers of a batch while the next call is under way.
 
-A call whose connection is lost has an unknown outcome. It is asked again, with the same keys and
-a higher call number, until the deadline: INV-4 makes the repeat harmless, and the script refuses
-the delayed first attempt. A purchase that cannot be resolved is answered "unavailable", which says
-so, and never "sold out" (INV-8).
+If the connection is lost during a call, its outcome is unknown. The batcher repeats the call with
+the same keys and a higher call number until the deadline. INV-4 makes the repeat harmless, and the
+script refuses the first attempt if it arrives late. A purchase whose outcome stays unknown is
+answered "unavailable", never "sold out" (INV-8).
 
-When the last answers were all refusals for state or stock, the next call is one ``peek`` that
-refuses everybody whom it can refuse; who may have an order already, or might get a ticket, goes in
-as a purchase.
+If the last answers were mostly refusals for state or stock, the next call is one ``peek``, by which
+the batcher refuses every purchase that it can. A purchase goes to the script if its member may
+already have an order, or if there may be a ticket for it.
 
-Rejected: one EVALSHA a request (6,200 a second against 23,000 in the design's prototype);
+Rejected: one EVALSHA per request (6,200 a second against 23,000 in the design's prototype);
 pipelining single EVALSHAs (one fsync each under ``appendfsync always``).
 """
 
@@ -36,18 +36,18 @@ from sale.domain.campaign import Campaign
 from sale.domain.problem import Problem
 from sale.ledger.chain import CorruptLedger
 from sale.metrics import PurchaseMetrics
-from sale.stock.batch_codec import pack_bids
+from sale.stock.batch_codec import pack_batch
 from sale.stock.buyer_filter import BuyerFilter
 from sale.stock.keys import campaign_keys
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
-from sale.stock.unapplied import Told, Unapplied
+from sale.stock.unapplied import Sale, Unapplied
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
 GATHER_AT_LEAST: Final = 16
 GATHER_S: Final = 0.005
-"""A turn may be long for reasons that are none of the crowd's."""
+"""Longest time to gather, because a turn of the loop may be long for other reasons."""
 
 PEEKED_MAX: Final = 4_096
 CALLS_PER_DEADLINE: Final = 3
@@ -56,9 +56,9 @@ log = structlog.get_logger()
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """What became of a purchase.
+    """The outcome of a purchase.
 
-    ``decision`` is None where the outcome is unknown or the state cannot be trusted. ``value`` is
+    ``decision`` is None if the outcome is unknown or Redis cannot be trusted. ``value`` is
     the event number of an order, the tickets left, the tickets the member may still buy, or the
     opening moment (ms): see the header of ``purchase.lua``.
     """
@@ -77,8 +77,8 @@ UNKNOWN: Final = Answer(None)
 class Mark(NamedTuple):
     """How far this process has seen a campaign.
 
-    ``incarnation`` is ``run_id:replid:epoch`` of the Redis in which it looked whether all that it
-    acknowledged is there; ``seq`` is the highest event number that it has seen.
+    ``incarnation`` is ``run_id:replid:epoch`` of the Redis in which this process found every order
+    that it acknowledged; ``seq`` is the highest event number that it has seen.
     """
 
     incarnation: str
@@ -86,11 +86,11 @@ class Mark(NamedTuple):
 
     @property
     def epoch(self) -> int:
-        """Epoch of the incarnation; 0 where none was attended."""
+        """Epoch of the incarnation; 0 if none was checked."""
         return int(self.incarnation.rpartition(":")[2] or 0)
 
 
-NOT_ATTENDED: Final = Mark("", 0)
+NOT_CHECKED: Final = Mark("", 0)
 OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.SOLD: "sold",
     Decision.REPLAYED: "replayed",
@@ -114,18 +114,18 @@ _BY_PEEK: Final = frozenset(
 _PASSING: Final = frozenset(
     {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED}
 )
-"""What may be well again in a moment, within the patience of those who wait."""
+"""Replies that may change within UNTRUSTED_PATIENCE_S, so that the call is repeated."""
 _RESULTS_AT: Final = 6
-"""Where in a reply of ``purchase.lua`` the results begin."""
+"""Index of the first result in a reply of ``purchase.lua``."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
 
 class Purchase(ABC):
     """One purchase on its way to the script; ``asked_at`` in seconds of the monotonic clock.
 
-    Who asks says by ``settle`` what an answer is for: a future for a handler that awaits it
-    (``AwaitedPurchase``), the bytes on the wire for the fast path. A future and a wake-up for each
-    purchase are a good part of what aiohttp's way costs.
+    A subclass implements ``settle`` to deliver the answer: to a future that a handler awaits
+    (``AwaitedPurchase``), or as bytes on the wire for the fast path. A future and a wake-up per
+    purchase make up a large part of the cost of aiohttp's handlers.
     """
 
     __slots__ = ("asked_at", "key_hash", "member_no", "quantity", "showing", "union")
@@ -142,11 +142,11 @@ class Purchase(ABC):
 
     @abstractmethod
     def settle(self, answer: Answer) -> None:
-        """Take the answer, once. It must not raise, nor wait: a whole batch is behind it."""
+        """Deliver the answer, once. It must neither raise nor wait: the rest of the batch waits."""
 
 
 class AwaitedPurchase(Purchase):
-    """A purchase whose ``answer`` somebody awaits."""
+    """A purchase whose ``answer`` a handler awaits."""
 
     __slots__ = ("answer",)
 
@@ -163,13 +163,13 @@ class AwaitedPurchase(Purchase):
         self.answer: asyncio.Future[Answer] = loop.create_future()
 
     def settle(self, answer: Answer) -> None:
-        """Wake who waits, unless it has gone: its order stands all the same (HOLES.md row 23)."""
+        """Wake the handler unless it was cancelled; the order is valid in either case."""
         if not self.answer.done():
             self.answer.set_result(answer)
 
 
 class Batcher:
-    """Gathers the purchases of one campaign in this process. See the module's docstring."""
+    """Collects the purchases of one campaign in this process. See the module's docstring."""
 
     def __init__(
         self,
@@ -183,11 +183,11 @@ class Batcher:
         deadline_s: float,
         behind_max: tuple[int, int],
         next_call: Callable[[], int],
-        line: ScriptConnection | None = None,
-        meet: Callable[[], Awaitable[str]] | None = None,
+        connection: ScriptConnection | None = None,
+        check_redis: Callable[[], Awaitable[str]] | None = None,
     ) -> None:
         self._campaign = campaign
-        self._meet = meet
+        self._check_redis = check_redis
         self._keys = campaign_keys(campaign.id)
         self._scripts = scripts
         self._process = process
@@ -195,11 +195,11 @@ class Batcher:
         self._batch_max = batch_max
         self._queue_max = queue_max
         self._deadline_s = deadline_s
-        # A Redis that stalls is asked again while there is still time to hear the answer.
+        # Shorter than the deadline, so that a call to a stalled Redis can be repeated in time.
         self._call_timeout_s = deadline_s / CALLS_PER_DEADLINE
         self._behind_max = behind_max
         self._next_call = next_call
-        self._line = line
+        self._connection = connection
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Purchase] = deque()
         self._task: asyncio.Task[None] | None = None
@@ -207,15 +207,15 @@ class Batcher:
         self._witness: asyncio.Task[bool] | None = None
         self._all_refused = False
         self._warned = ""
-        self._store_ails = self._store_rejects = False
+        self._store_failing = self._store_rejects = False
         self._peeked = False
-        """Whether a peek has refused whom it could before this batch."""
+        """Whether a peek came before this batch and refused the purchases that it could."""
         self._asking: list[Purchase] = []
         self._settled = 0
-        self.mark = NOT_ATTENDED
-        """A head behind it has lost something that somebody was told (INV-8)."""
-        self.kept = Unapplied()
-        """What this process acknowledged and PostgreSQL may not have yet (INV-3)."""
+        self.mark = NOT_CHECKED
+        """A head with a lower number has lost events that members were told (INV-8)."""
+        self.unapplied = Unapplied()
+        """Orders that this process acknowledged and PostgreSQL may not have yet (INV-3)."""
 
     @property
     def campaign_id(self) -> str:
@@ -224,11 +224,11 @@ class Batcher:
 
     @property
     def rehearsal(self) -> bool:
-        """Whether its campaign is a rehearsal, which goes away one day."""
+        """Whether its campaign is a rehearsal, which may be purged."""
         return bool(self._campaign.rehearsal_of)
 
     def submit(self, purchase: Purchase) -> bool:
-        """Queue a purchase; it will be settled, once. False where the queue is full."""
+        """Queue a purchase, which will be settled once. False if the queue is full."""
         if len(self._queue) >= self._queue_max:
             return False
         self._queue.append(purchase)
@@ -243,19 +243,19 @@ class Batcher:
 
     @property
     def taken(self) -> int:
-        """Purchases that have left the queue so far, whatever became of them."""
+        """Purchases that have left the queue so far, with any outcome."""
         return self._settled + len(self._asking)
 
     @property
     def waiting_since(self) -> float:
-        """Since when the first of them waits; 0.0 for none, or where Redis is what ails.
+        """Since when the first of them waits; 0.0 if none waits, or if Redis fails.
 
-        Then there is no crowd to be refused, and what is told is "unavailable".
+        If Redis fails, waiting purchases are no sign of overload; they are answered "unavailable".
         """
-        return 0.0 if self._store_ails or not self._queue else self._queue[0].asked_at
+        return 0.0 if self._store_failing or not self._queue else self._queue[0].asked_at
 
     async def close(self) -> None:
-        """Answer what is queued, bounded by the deadline, then stop."""
+        """Answer the queued purchases, at most until the deadline, then stop."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=self._deadline_s)
         for task in (self._task, self._witness):
@@ -267,24 +267,24 @@ class Batcher:
         self._give_up(self._asking + self._take(len(self._queue)))
 
     async def _drain(self) -> None:
-        telling = False  # then answers are worded meanwhile: whoever they bring is not waited for
+        answering = False  # after a batch, do not gather: its answers are written during the next
         try:
             while self._queue:
-                if not telling:
+                if not answering:
                     await self._gather()
-                telling = False
+                answering = False
                 if self._all_refused:
                     batch = await self._refuse_by_peek()
                 else:
                     batch, self._peeked = self._take(self._batch_max), False
-                # Who waited too long has gone: what was never asked is not bought behind them.
+                # A client past its deadline has gone, so its purchase must not reach the script.
                 self._asking = self._drop_overdue(batch)
                 if self._asking:
                     await self._decide(self._asking)
                     self._asking = []
-                    telling = True
+                    answering = True
         except Exception:
-            # A fault of ours must not leave anybody waiting: unknown is an honest answer.
+            # A bug of ours must leave no purchase waiting; "unknown" is a correct answer.
             log.exception("batcher.failed", campaign=self._campaign.id)
             asking, self._asking = self._asking, []
             self._give_up(asking + self._take(len(self._queue)))
@@ -292,12 +292,12 @@ class Batcher:
             self._task = None
 
     async def _gather(self) -> None:
-        """Wait as long as each turn of the loop brings a crowd, until there is a full batch.
+        """Wait for a full batch while each turn of the loop brings GATHER_AT_LEAST purchases.
 
-        A call costs the same whatever it carries (its fsync above all), and in a rush what has
-        arrived by now is not all that waits in the kernel. Nobody waits for somebody who may not
-        come: a turn that brings few ends it (with one that brings any, half of the capacity had
-        its median at five times what it is without).
+        A call costs the same for any batch size (mainly its fsync), and in a rush more requests
+        wait in the kernel than have been read. A turn that brings fewer purchases ends the wait,
+        because more may not come. When any number of purchases prolonged it, the median latency at
+        half of the capacity was five times as high.
         """
         queue, before = self._queue, 0
         until = time.monotonic() + GATHER_S
@@ -314,11 +314,11 @@ class Batcher:
         return [queue.popleft() for _ in range(most)]
 
     async def _decide(self, batch: list[Purchase]) -> None:
-        """Run the script for a batch until each is answered or past its deadline."""
+        """Run the script for a batch until each purchase is answered or past its deadline."""
         attempt = 0
         first_asked_at = time.monotonic()
         while batch:
-            bids = pack_bids(
+            packed = pack_batch(
                 (
                     [str(p.member_no) for p in batch],
                     [p.union for p in batch],
@@ -332,22 +332,22 @@ class Batcher:
                 async with asyncio.timeout(self._call_timeout_s):
                     reply = await self._scripts.purchase(
                         self._keys, self._process, self._next_call(), mark, self._behind_max,
-                        bids, self._line,
+                        packed, self._connection,
                     )  # fmt: skip
             except ResponseError as error:
-                # Rejected before its first write: out of memory, or a replica that is read-only.
-                self._ails("purchase.rejected", str(error)[:200])
+                # Refused before its first write: out of memory, or a read-only replica.
+                self._warn_store("purchase.rejected", str(error)[:200])
                 self._store_rejects = True
-                self._all_refused = True  # a peek only reads: who can be refused by one still is
+                self._all_refused = True  # a peek only reads, so it can still refuse purchases
                 break
             except (RedisError, OSError, TimeoutError) as error:
-                self._ails("purchase.unknown", type(error).__name__)
+                self._warn_store("purchase.unknown", type(error).__name__)
             else:
-                # An answer of an incarnation that is over says nothing of this one: asked again.
+                # A reply of an earlier incarnation is not valid in this one: ask again.
                 if reply[0] == CallReply.OK and mark.incarnation == self.mark.incarnation:
                     self._warned = ""
-                    self._store_ails = self._store_rejects = False
-                    self._answer(batch, bids, reply)
+                    self._store_failing = self._store_rejects = False
+                    self._answer(batch, packed, reply)
                     return
                 if (
                     reply[0] == CallReply.UNATTENDED
@@ -357,7 +357,7 @@ class Batcher:
                     attempt = 1
                     batch = self._asking = self._drop_overdue(batch)
                     continue
-                self._ails("purchase.untrusted", CallReply(reply[0]).name.lower())
+                self._warn_store("purchase.untrusted", CallReply(reply[0]).name.lower())
                 if reply[0] not in _PASSING:
                     break
                 if time.monotonic() - first_asked_at > UNTRUSTED_PATIENCE_S:
@@ -368,25 +368,24 @@ class Batcher:
         self._give_up(batch)
 
     async def check_acknowledged(self) -> bool:
-        """Look whether all that this process acknowledged stands in this Redis, and sign for it.
+        """Check that this Redis has every order that this process acknowledged, and mark it so.
 
-        False where something lacks, or nothing could be read yet: nothing is bought here until the
-        campaign was recovered and this process has handed in what it knows
-        (``trust/witness.py``).
+        False if an order is missing or Redis cannot be read. Then this process sells nothing until
+        the campaign is recovered and its unapplied orders are handed in (``trust/witness.py``).
         """
-        # One look for all who ask: with much kept it takes longer than any of them may wait.
+        # All callers share one check: with many orders it takes longer than a caller may wait.
         if self._witness is None or self._witness.done():
             self._witness = self._loop.create_task(self._check_acknowledged())
         await asyncio.wait([self._witness], timeout=self._call_timeout_s)
-        looked = self._witness
-        return looked.done() and not looked.cancelled() and looked.result()
+        check = self._witness
+        return check.done() and not check.cancelled() and check.result()
 
     async def _check_acknowledged(self) -> bool:
         redis, keys = self._scripts.redis, self._keys
         try:
             async with asyncio.timeout(self._call_timeout_s):
-                if self._meet is not None and (why := await self._meet()):
-                    self._ails("purchase.not_durable", why)
+                if self._check_redis is not None and (why := await self._check_redis()):
+                    self._warn_store("purchase.not_durable", why)
                     return False
                 values: list[Any] = await redis.hmget(
                     keys.head, ["run_id", "replid", "epoch", "seq"]
@@ -394,27 +393,29 @@ class Batcher:
             if None in values:
                 return False
             run_id, replid, epoch, seq = (value.decode() for value in values)
-            told = self.kept.total
+            total = self.unapplied.total
             behind = int(epoch) <= self.mark.epoch and int(seq) < self.mark.seq
-            if int(epoch) < self.mark.epoch or behind or await self.kept.lacking(redis, keys):
-                self._ails("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
+            if (
+                int(epoch) < self.mark.epoch
+                or behind
+                or await self.unapplied.count_missing(redis, keys)
+            ):
+                self._warn_store("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
                 return False
         except (RedisError, OSError, TimeoutError, ValueError) as error:
-            self._ails("purchase.unknown", type(error).__name__)
+            self._warn_store("purchase.unknown", type(error).__name__)
             return False
-        if self.kept.total != told:
-            return (
-                False  # an answer of the incarnation before came meanwhile: it was not looked for
-            )
+        if self.unapplied.total != total:
+            return False  # a reply of the earlier incarnation came meanwhile and was not checked
         self.mark = Mark(f"{run_id}:{replid}:{epoch}", int(seq))
         return True
 
-    def _ails(self, action: str, why: str) -> None:
-        self._store_ails = True
+    def _warn_store(self, action: str, why: str) -> None:
+        self._store_failing = True
         self._warn(action, why)
 
     def _warn(self, action: str, why: str) -> None:
-        """Tell of a trouble once, not once a batch."""
+        """Log a problem once, not once per batch."""
         if self._warned != action + why:
             log.warning(action, campaign=self._campaign.id, why=why)
         self._warned = action + why
@@ -422,74 +423,74 @@ class Batcher:
     def _give_up(self, purchases: list[Purchase]) -> None:
         self._settle(purchases, [UNKNOWN] * len(purchases))
 
-    def _answer(self, batch: list[Purchase], bids: bytes, reply: list[int]) -> None:
-        """Keep what was sold, then tell everybody. The reply: see ``purchase.lua``."""
+    def _answer(self, batch: list[Purchase], packed: bytes, reply: list[int]) -> None:
+        """Keep the sold orders, then settle all purchases. For the reply see ``purchase.lua``."""
         now_ms, seq, epoch, price_fen, number = reply[1:_RESULTS_AT]
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, seq))
         self._metrics.batch_size.observe(len(batch))
         if len(reply) == _RESULTS_AT + len(batch):
-            # Everything was sold: what a rush is made of, without a look at each.
+            # The usual case of a rush: each purchase was sold, so the results need no inspection.
             self._all_refused &= self._peeked
-            self.kept.add_batch(epoch, price_fen, number + 1, now_ms, len(batch), bids)
+            self.unapplied.add_batch(epoch, price_fen, number + 1, now_ms, len(batch), packed)
             answers = [
                 Answer(Decision.SOLD, event, left, now_ms, now_ms, price_fen)
                 for event, left in enumerate(islice(reply, _RESULTS_AT, None), number + 1)
             ]
         else:
             answers = self._answers_of(batch, reply)
-            if not self._peeked:  # else the peek has seen how many it could not refuse
+            if not self._peeked:  # otherwise ``_refuse_by_peek`` decides
                 by_peek = sum([answer.decision in _BY_PEEK for answer in answers])
                 self._all_refused = 2 * by_peek > len(answers)
         if len(answers) != len(batch):
             raise ValueError(f"{len(answers)} answers to {len(batch)} purchases")
-        # Told in the loop's next turn: by then the next call is on its way, and Redis decides (and
-        # waits for its disk) while this process words answers.
+        # Settle in the loop's next turn: by then the next call is sent, and Redis works (and waits
+        # for its disk) while this process writes answers.
         self._settled += len(batch)
-        self._loop.call_soon(self._tell, batch, answers)
+        self._loop.call_soon(self._settle_each, batch, answers)
 
     def _answers_of(self, batch: list[Purchase], reply: list[int]) -> list[Answer]:
-        """Read a reply in which not everybody was sold something, and keep what was."""
+        """Read a reply with refusals or replays, and keep the sold orders."""
         now_ms, _, epoch, price_fen, number = reply[1:_RESULTS_AT]
-        applied = self.kept.applied
-        said: dict[int, Answer] = {}
+        applied = self.unapplied.applied
+        shared: dict[int, Answer] = {}
         answers: list[Answer] = []
-        told: list[Told] = []
+        sales: list[Sale] = []
         for p, result in zip(batch, islice(reply, _RESULTS_AT, None), strict=False):
             if result >= 0:
                 number += 1
                 answer = Answer(Decision.SOLD, number, result, now_ms, now_ms, price_fen)
-                told.append((number, now_ms, p.member_no, p.showing, p.quantity, p.key_hash))
-            elif result in said:
-                answer = said[result]
+                sales.append((number, now_ms, p.member_no, p.showing, p.quantity, p.key_hash))
+            elif result in shared:
+                answer = shared[result]
             else:
                 code, value, left, sold_at_ms = reply[-result : 4 - result]
-                answer = said[result] = Answer(
+                answer = shared[result] = Answer(
                     _DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen
                 )
                 if (
                     code == Decision.REPLAYED
                     and value > applied
-                    and self.kept.first_replay(value, p.key_hash)
+                    and self.unapplied.first_replay(value, p.key_hash)
                 ):
-                    told.append((value, sold_at_ms, p.member_no, p.showing, p.quantity, p.key_hash))
+                    sales.append((value, sold_at_ms, p.member_no, p.showing, p.quantity, p.key_hash))
             answers.append(answer)
-        self.kept.add(epoch, price_fen, told)
+        self.unapplied.add(epoch, price_fen, sales)
         return answers
 
     def _settle(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         self._settled += len(purchases)
-        self._tell(purchases, answers)
+        self._settle_each(purchases, answers)
 
-    def _tell(self, purchases: list[Purchase], answers: list[Answer]) -> None:
+    def _settle_each(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         try:
-            self._tell_each(purchases, answers)
+            self._settle_and_count(purchases, answers)
         except Exception:
-            # A fault of ours must not leave anybody waiting; who has an answer takes no second one.
+            # A bug of ours must leave no purchase waiting. A settled one ignores a second answer.
             log.exception("batcher.failed", campaign=self._campaign.id)
             for purchase in purchases:
                 purchase.settle(UNKNOWN)
 
-    def _tell_each(self, purchases: list[Purchase], answers: list[Answer]) -> None:
+    def _settle_and_count(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         now = time.monotonic()
         for decision, count in Counter([answer.decision for answer in answers]).items():
             self._metrics.outcomes[self._campaign.id, OUTCOMES[decision]] += count
@@ -499,18 +500,18 @@ class Batcher:
 
     def _drop_overdue(self, batch: list[Purchase]) -> list[Purchase]:
         overdue_before = time.monotonic() - self._deadline_s
-        # Not the first alone: who has stood in the crowd was there before many who wait.
+        # Check all, not only the first: a purchase from the waiting line is older than others.
         if batch and min([p.asked_at for p in batch]) >= overdue_before:
             return batch
         self._give_up([p for p in batch if p.asked_at < overdue_before])
         return [p for p in batch if p.asked_at >= overdue_before]
 
     async def _peek(self) -> tuple[Peek, BuyerFilter] | None:
-        """Look at the campaign; None where nobody can be refused by that."""
+        """Read the campaign's state and stock; None if no purchase can be refused by them."""
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 peek = await self._scripts.peek(
-                    self._keys, self.mark, len(self._campaign.showings), self._line
+                    self._keys, self.mark, len(self._campaign.showings), self._connection
                 )
                 buyer_filter = self._buyer_filter
                 if buyer_filter is None:
@@ -527,8 +528,8 @@ class Batcher:
             return None
 
     async def _refuse_by_peek(self) -> list[Purchase]:
-        """Refuse whom one peek can refuse; return who must be decided by the script."""
-        # A peek says nothing to those who came after it was sent: tickets may have come back.
+        """Refuse purchases by one peek; return those that the script must decide."""
+        # A peek is not valid for purchases that came after it was sent: tickets may have come back.
         asked = min(len(self._queue), PEEKED_MAX)
         self._peeked = False
         seen = await self._peek()
@@ -537,8 +538,8 @@ class Batcher:
         peek, buyer_filter = seen
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
         self._peeked = True
-        if not self._store_rejects:  # else it may be read, and not be written
-            self._warned, self._store_ails = "", False
+        if not self._store_rejects:  # otherwise Redis answers reads and still refuses writes
+            self._warned, self._store_failing = "", False
         refusal, left = _closed_by(peek), peek.remaining
         by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]
         if refusal is not None:
@@ -549,7 +550,7 @@ class Batcher:
         undecided: list[Purchase] = []
         refused: list[Purchase] = []
         answers: list[Answer] = []
-        self._asking = taken = self._take(asked)  # found there, should anything go wrong here
+        self._asking = taken = self._take(asked)  # so that they are answered after an exception
         for number, purchase in enumerate(taken, start=1):
             place = purchase.member_no - first
             if (
@@ -572,7 +573,7 @@ class Batcher:
 
 
 def _closed_by(peek: Peek) -> Answer | None:
-    """Give the refusal that a campaign's state gives everybody, or None where it sells."""
+    """Give the refusal for all purchases by the campaign's state, or None if it sells."""
     if peek.state == "scheduled":
         return Answer(Decision.NOT_OPEN, peek.opens_at_ms, now_ms=peek.now_ms)
     decision = {

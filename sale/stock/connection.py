@@ -1,4 +1,4 @@
-"""How this process reaches Redis."""
+"""Opens the connection pool to Redis, and reads the server's product and version."""
 
 from typing import Any, Final, NamedTuple
 
@@ -17,23 +17,23 @@ from sale.config import OLDEST_VERSIONS
 from sale.store_urls import RedisUrl
 
 REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
-"""What a call to Redis raises where Redis is away, slow, or refuses it."""
+"""What a call raises if Redis is away, slow, or refuses it."""
 
 SOCKET_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 
 
 def open_redis(url: str, *, max_connections: int = 16) -> Redis:
-    """Open a client whose connections are bounded and waited for (``HOLES.md`` row 2).
+    """Open a client with a bounded pool; a caller waits for a free connection.
 
-    No retry inside the client: a call whose outcome is unknown is asked again by whoever knows its
-    idempotency key, and by nobody else. Raises BadUrl.
+    The client itself never retries: only code that knows the idempotency key may repeat a call
+    whose outcome is unknown. Raises BadUrl.
     """
-    told = RedisUrl.read(url)
+    address = RedisUrl.read(url)
     kinds = (Connection, SSLConnection)
     pool = BlockingConnectionPool(
-        connection_class=UnixDomainSocketConnection if told.path else kinds[told.tls],
-        **told.connection(),
+        connection_class=UnixDomainSocketConnection if address.path else kinds[address.tls],
+        **address.connection(),
         max_connections=max_connections,
         timeout=CONNECT_TIMEOUT_S,
         socket_timeout=SOCKET_TIMEOUT_S,
@@ -41,7 +41,7 @@ def open_redis(url: str, *, max_connections: int = 16) -> Redis:
         protocol=2,
         retry=Retry(NoBackoff(), 0),
     )
-    # The pool is this client's own: closing the client closes its connections.
+    # ``from_pool`` makes the client own the pool: closing it closes the connections.
     return Redis.from_pool(pool)
 
 
@@ -59,18 +59,18 @@ class Product(NamedTuple):
 def product_of(info: dict[str, Any]) -> Product:
     """Read the product from INFO.
 
-    Valkey says in ``redis_version`` which Redis it is compatible with.
+    Valkey's ``redis_version`` is the Redis version with which it is compatible.
     """
     name = str(info.get("server_name") or ("valkey" if "valkey_version" in info else "redis"))
-    told = str(info.get(f"{name}_version") or info.get("redis_version") or "0")
-    numbers = tuple(int(part) for part in told.split(".") if part.isdecimal())
+    version = str(info.get(f"{name}_version") or info.get("redis_version") or "0")
+    numbers = tuple(int(part) for part in version.split(".") if part.isdecimal())
     return Product(name.capitalize(), numbers)
 
 
 def too_old(product: Product) -> str:
-    """Say in words that this version is not supported, or '' where it is."""
+    """Say in words that this version is not supported, or '' if it is."""
     oldest = OLDEST_VERSIONS.get(product.name, ())
     if product.version >= oldest:
         return ""
-    wanted = ".".join(map(str, oldest))
-    return f"{product} is too old: {wanted} is the oldest {product.name} that is supported"
+    least = ".".join(map(str, oldest))
+    return f"{product} is too old: {least} is the oldest {product.name} that is supported"

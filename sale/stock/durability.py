@@ -1,9 +1,9 @@
-"""Whether a Redis keeps what it acknowledges: its settings, its product, and its files (INV-3).
+"""Checks that a Redis keeps what it acknowledges: its settings, its product, its files (INV-3).
 
-Products differ in two ways that no setting tells. Some answer before the fsync once several threads
-write to clients. Some that load an append-only file with a torn end cut it within a transaction:
-until that file was written anew, what they write behind it is lost at the next start, or they do
-not start. ``tests/test_fsync.py`` and ``tests/test_torn_file.py`` show both on each product.
+Products differ in two ways that no setting shows. With several I/O threads, some answer before the
+fsync. When they load an append-only file with a torn end, some cut it within a transaction; until
+that file is rewritten, what they append to it is lost at the next start, or they do not start.
+``tests/test_fsync.py`` and ``tests/test_torn_file.py`` show both on each product.
 """
 
 import contextlib
@@ -19,50 +19,51 @@ from sale.stock.keys import WHOLE
 
 
 async def durability_faults(redis: Redis, level: Durability, replicas_min: int) -> list[str]:
-    """Say in words what of this Redis is weaker than ``level`` promises.
+    """List in words what makes this Redis weaker than ``level``.
 
-    ``replicas_min`` counts at level ``replicated`` only. One round trip, read anew at each call.
-    Settings that Redis does not let us read are a fault. Raises redis-py's errors.
+    ``replicas_min`` matters at level ``replicated`` only. Each call makes one round trip. Settings
+    that Redis does not let us read are a fault. Raises redis-py's errors.
     """
-    told = await _read(redis)
-    old = too_old(product_of(told.info))
+    server = await _read(redis)
+    old = too_old(product_of(server.info))
     return [
         *([old] if old else []),
-        *_disk_faults(told, level),
-        *_memory_faults(told.info),
-        *_replica_faults(told.info, told.config, level, replicas_min),
+        *_disk_faults(server, level),
+        *_memory_faults(server.info),
+        *_replica_faults(server.info, server.config, level, replicas_min),
     ]
 
 
 async def make_whole(redis: Redis) -> str:
-    """Have the append-only file written anew where this Redis needs it; why it is not whole, or ''.
+    """Rewrite the append-only file if this Redis needs it; return why it is not whole, or ''.
 
-    Begins a rewrite where none is under way and does not wait for its end: the next call sees it.
+    Starts a rewrite if none is under way, and does not wait for its end: a later call sees it.
     Raises redis-py's errors.
     """
-    told = await _read(redis)
-    if not told.info.get("aof_enabled"):
-        # A Redis that is told to keep one again has to write its first file to the end.
-        await redis.set(WHOLE, f"{_OFF}{told.run_id}")
+    server = await _read(redis)
+    if not server.info.get("aof_enabled"):
+        # If the file is turned on again, its first rewrite must end before it is whole.
+        await redis.set(WHOLE, f"{_OFF}{server.run_id}")
         return ""
-    if told.whole:
-        if told.needs_rewrite and told.noted != told.run_id:
-            # Without memory it cannot be noted; INFO says the same until a rewrite fails.
+    if server.whole:
+        if server.needs_rewrite and server.noted != server.run_id:
+            # Redis out of memory refuses this; then INFO gives the same result until a rewrite
+            # fails.
             with contextlib.suppress(ResponseError):
-                await redis.set(WHOLE, told.run_id)
+                await redis.set(WHOLE, server.run_id)
         return ""
-    if not told.rewriting:
+    if not server.rewriting:
         try:
             await redis.bgrewriteaof()
         except ResponseError as error:
             return f"{_NOT_WHOLE}: {str(error)[:100]}"
-    return _not_whole(told)
+    return _not_whole(server)
 
 
 async def rewrite_trouble(redis: Redis) -> str:
-    """Say that the last rewrite of the append-only file failed; '' where it did not.
+    """Say that the last rewrite of the append-only file failed, or ''.
 
-    Nothing that was answered is lost by that, but the file grows until the disk is full.
+    A failed rewrite loses no answered order, but the file grows until the disk is full.
     Raises redis-py's errors.
     """
     info = await redis.info("persistence")
@@ -71,8 +72,8 @@ async def rewrite_trouble(redis: Redis) -> str:
     return "the last rewrite of the append-only file failed: Redis' log says why"
 
 
-class _Told(NamedTuple):
-    """All of INFO, the settings that CONFIG tells, and what was noted of the file (``WHOLE``)."""
+class _Server(NamedTuple):
+    """INFO, the settings from CONFIG, and the value of the key ``WHOLE``."""
 
     info: dict[str, Any]
     config: dict[str, str]
@@ -89,17 +90,17 @@ class _Told(NamedTuple):
 
     @property
     def was_off(self) -> bool:
-        """Whether this very process has once kept no append-only file at all."""
+        """Whether this server process has run without an append-only file."""
         return self.noted == f"{_OFF}{self.run_id}"
 
     @property
     def needs_rewrite(self) -> bool:
-        """Whether what this Redis writes behind a file with a torn end may be lost."""
+        """Whether this Redis may lose what it appends to a file with a torn end."""
         return self.was_off or not _cuts_whole_transactions(product_of(self.info))
 
     @property
     def whole(self) -> bool:
-        """Whether its file can be read again, to the end and beyond, however it was loaded."""
+        """Whether a restart can read its whole file, however this process loaded it."""
         if self.noted == self.run_id or not self.needs_rewrite:
             return True
         info = self.info
@@ -107,11 +108,11 @@ class _Told(NamedTuple):
             return False
         if self.was_off:
             return not self.rewriting
-        # -1: since its start none has ended. The status tells of the last one that has.
+        # -1: no rewrite has ended since its start. The status is that of the last one that ended.
         return int(info.get("aof_last_rewrite_time_sec", -1)) >= 0
 
 
-async def _read(redis: Redis) -> _Told:
+async def _read(redis: Redis) -> _Server:
     async with redis.pipeline(transaction=False) as pipe:
         pipe.info()
         pipe.get(WHOLE)
@@ -122,11 +123,11 @@ async def _read(redis: Redis) -> _Told:
     for each in (info, noted, config):
         if isinstance(each, Exception):
             raise each
-    return _Told(info, config, (noted or b"").decode(errors="replace"))
+    return _Server(info, config, (noted or b"").decode(errors="replace"))
 
 
-def _disk_faults(told: _Told, level: Durability) -> Iterator[str]:
-    info, config = told.info, told.config
+def _disk_faults(server: _Server, level: Durability) -> Iterator[str]:
+    info, config = server.info, server.config
     if not info.get("aof_enabled"):
         yield "appendonly is off: a restart forgets everything"
         return
@@ -145,8 +146,8 @@ def _disk_faults(told: _Told, level: Durability) -> Iterator[str]:
         yield from _threads_faults(product_of(info), config)
     if info.get("aof_last_write_status", "ok") != "ok":
         yield "its append-only file could not be written: Redis' log says why"
-    if not told.whole:
-        yield _not_whole(told)
+    if not server.whole:
+        yield _not_whole(server)
 
 
 def _threads_faults(product: Product, config: dict[str, str]) -> Iterator[str]:
@@ -159,16 +160,16 @@ def _threads_faults(product: Product, config: dict[str, str]) -> Iterator[str]:
 
 
 def _cuts_whole_transactions(product: Product) -> bool:
-    """Whether a torn file is cut before the transaction that has lost its end."""
+    """Whether this product cuts a torn file before the incomplete transaction."""
     fixed_in = _FIXED_IN.get(product.version[:2])
     if product.name != "Valkey":
         return False
     return product.version > _FIXED_SINCE if fixed_in is None else product.version >= fixed_in
 
 
-def _not_whole(told: _Told) -> str:
-    if told.rewriting or told.info.get("aof_last_bgrewrite_status") == "ok":
-        return f"{_NOT_WHOLE} yet: the scheduler has it written anew"
+def _not_whole(server: _Server) -> str:
+    if server.rewriting or server.info.get("aof_last_bgrewrite_status") == "ok":
+        return f"{_NOT_WHOLE} yet: the scheduler has Redis rewrite it"
     return f"{_NOT_WHOLE}: its rewrite failed, Redis' log says why; it is tried again"
 
 
@@ -194,20 +195,20 @@ def _replica_faults(
         )
     if level != "replicated":
         return
-    online = sum(_in_step(info.get(f"slave{n}")) for n in range(attached))
+    online = sum(_is_online(info.get(f"slave{n}")) for n in range(attached))
     if online < replicas_min:
-        yield f"{online} replica(s) in step, {replicas_min} wanted: no order can be answered"
-    wanted = config.get("min-replicas-to-write")
-    if wanted is None:
+        yield f"{online} replica(s) online, {replicas_min} needed: no order can be answered"
+    to_write = config.get("min-replicas-to-write")
+    if to_write is None:
         yield "cannot be read: min-replicas-to-write (CONFIG is not allowed here)"
-    elif int(wanted) < replicas_min or config.get("min-replicas-max-lag") == "0":
+    elif int(to_write) < replicas_min or config.get("min-replicas-max-lag") == "0":
         yield (
-            f"min-replicas-to-write is {wanted}, not {replicas_min}, or its max-lag is 0: "
+            f"min-replicas-to-write is {to_write}, not {replicas_min}, or its max-lag is 0: "
             "a primary that was cut off goes on taking orders that its successor lacks"
         )
 
 
-def _in_step(replica: object) -> bool:
+def _is_online(replica: object) -> bool:
     return isinstance(replica, dict) and replica.get("state") == "online"
 
 
@@ -219,7 +220,7 @@ _SETTINGS: Final = (
     "min-replicas-max-lag",
 )
 _THREADS_WAIT: Final = {"Redis": ((7,),), "Valkey": ((7,), (8,), (9,))}
-"""Majors that answer after the fsync whatever their ``io-threads``. Redis 6 and 8 do not."""
+"""Major versions that answer after the fsync at any ``io-threads``. Redis 6 and 8 do not."""
 _FIXED_IN: Final[dict[tuple[int, ...], tuple[int, ...]]] = {
     (7, 2): (7, 2, 15),
     (8, 0): (8, 0, 11),
@@ -227,7 +228,7 @@ _FIXED_IN: Final[dict[tuple[int, ...], tuple[int, ...]]] = {
     (9, 0): (9, 0, 6),
     (9, 1): (9, 1, 2),
 }
-"""Valkey's versions from which a torn file is cut before ``MULTI`` (its pull request 4342)."""
+"""Valkey's first versions that cut a torn file before ``MULTI`` (its pull request 4342)."""
 _FIXED_SINCE: Final = max(_FIXED_IN.values())
 _OFF: Final = "off "
 _NOT_WHOLE: Final = "its append-only file is not known to be whole"

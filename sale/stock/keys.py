@@ -26,7 +26,7 @@ CAMPAIGNS: Final = "sale:campaigns"
 GENERATIONS: Final = "sale:generations"
 """Sorted set of the members' generations above 0, see ``trust/generations.py``."""
 
-ROLL: Final = "sale:roll"
+REPORTS: Final = "sale:reports"
 """Hash of API process → its last report, see ``stock/process_reports.py``."""
 
 VERIFIED: Final = "sale:verified"

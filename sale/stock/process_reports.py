@@ -1,9 +1,9 @@
-"""The roll: what each API process has seen of each campaign, as it reports it to Redis.
+"""Reports of the API processes in Redis: what each has seen of each campaign.
 
-A Redis that went back in time cannot know it; who answered members can. Each process reports some
-times a second, and says in each report which Redis it was talking to. Whoever verifies a Redis, or
-builds a campaign anew, hears all of them first, with a bound: a process that is stopped or cut off
-must not keep a sale shut, and is heard when it comes back.
+A Redis restored from older files cannot know what it lost; the processes that answered members can.
+Each process reports several times a second, and names in each report the Redis that it uses. The
+verification and the recovery first collect the reports of all processes, for a bounded time: a
+process that is stopped or cut off must not keep a sale shut, and reports when it resumes.
 """
 
 import asyncio
@@ -17,25 +17,25 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
-from sale.stock.keys import ROLL, CampaignKeys
+from sale.stock.keys import REPORTS, CampaignKeys
 
-BEAT_S: Final = 0.25
-ROLL_MIN_S: Final = 0.6
-"""Two beats and a little: who is alive and well has reported by then, listed or not."""
-ROLL_MAX_S: Final = 1.5
+REPORT_EVERY_S: Final = 0.25
+COLLECT_MIN_S: Final = 0.6
+"""Two intervals and a little: every healthy process has reported by then, also a new one."""
+COLLECT_MAX_S: Final = 1.5
 POLL_S: Final = 0.05
-LIVE_MS: Final = 5_000
-"""Who has reported within this before the last report of all is waited for."""
-GONE_MS: Final = 600_000
-LOOKING: Final = -1
-"""How many a process misses that does not know yet."""
+RECENT_MS: Final = 5_000
+"""A process whose last report is older than the newest one by more than this is not awaited."""
+FORGET_AFTER_MS: Final = 600_000
+NOT_COUNTED: Final = -1
+"""In place of a number of missing orders: the process has not counted them yet."""
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
-    """What a process says of one campaign: epoch and number seen, and how many it misses here.
+class CampaignReport(msgspec.Struct, frozen=True, array_like=True):
+    """A process's report on one campaign: the epoch and event number that it has seen.
 
-    ``lacks`` is LOOKING where it does not know yet. ``handed``: what it misses stands in
-    PostgreSQL's ``handed_in`` by now.
+    ``lacks`` is how many of its acknowledged orders this Redis lacks, or NOT_COUNTED. ``handed``:
+    the lacking orders are in PostgreSQL's table ``handed_in``.
     """
 
     epoch: int
@@ -44,43 +44,40 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
     handed: bool
 
 
-class CampaignReport(msgspec.Struct, frozen=True, array_like=True):
-    """One process's whole report; ``at_ms`` of Redis' clock, before it looked.
+class ProcessReport(msgspec.Struct, frozen=True, array_like=True):
+    """One process's whole report; ``at_ms`` is Redis' clock before the process read the heads.
 
-    ``place`` says where it runs (``own_place``), so that nobody on its host waits for it in vain.
+    ``place`` identifies the process (``this_process``): others on its host can see that it ended.
     """
 
     at_ms: int
     identity: str
-    campaigns: dict[str, Report]
+    campaigns: dict[str, CampaignReport]
     place: str = ""
 
 
 class Identity(NamedTuple):
-    """Which Redis this is, and its clock (ms)."""
+    """The identity of a Redis, and its clock (ms)."""
 
     run_id: str
     replid: str
     now_ms: int
 
     def __str__(self) -> str:
-        """``run_id:replid``, the beginning of an incarnation's name."""
+        """``run_id:replid``, the first part of an incarnation's name."""
         return f"{self.run_id}:{self.replid}"
 
 
 @cache
-def own_place() -> str:
-    """Say where this process runs: boot, namespace of process numbers, number, and its start.
-
-    '' where that is not to be seen.
-    """
+def this_process() -> str:
+    """Identify this process by boot, pid namespace, pid and start time; '' without /proc."""
     started = _started(os.getpid())
     return f"{_host()} {os.getpid()} {started}" if _host() and started else ""
 
 
-def is_gone(place: str) -> bool:
-    """Whether a process has certainly ended: it ran here, and no process of its number and start
-    does. Numbers are used again, and other hosts are not seen from here.
+def has_ended(place: str) -> bool:
+    """Whether a process has certainly ended: it ran on this host, and no process has its pid and
+    start time now. The kernel reuses pids. Processes of other hosts are never known to have ended.
     """
     host, _, process = place.partition(" ")
     number, _, started = process.partition(" ")
@@ -97,17 +94,17 @@ def _host() -> str:
 
 
 def _started(process: int) -> str:
-    """When a process that lives has started, in ticks since the boot; '' where it does not."""
+    """Start time of a running process in ticks since the boot; '' if it does not run."""
     try:
-        told = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
+        stat = Path(f"/proc/{process}/stat").read_text("utf-8", "replace")
     except OSError:
         return ""
-    state, *fields = told.rpartition(")")[2].split()
+    state, *fields = stat.rpartition(")")[2].split()
     return "" if state in {"Z", "X"} else fields[18]
 
 
-async def who_is_it(redis: Redis) -> Identity:
-    """Ask a Redis for its identity. Raises redis-py's errors."""
+async def read_identity(redis: Redis) -> Identity:
+    """Read a Redis' identity and clock. Raises redis-py's errors."""
     identity, _ = await identity_and_heads(redis, ())
     return identity
 
@@ -115,7 +112,7 @@ async def who_is_it(redis: Redis) -> Identity:
 async def identity_and_heads(
     redis: Redis, campaigns: Sequence[CampaignKeys]
 ) -> tuple[Identity, list[dict[str, str] | None]]:
-    """Read clock and identity, then what an API process needs of these heads; None where none."""
+    """Read identity and clock, then HEAD_FIELDS of these heads (None for a missing head)."""
     pipe = redis.pipeline(transaction=False)
     pipe.time()
     pipe.info("server")
@@ -143,20 +140,20 @@ def _head(fields: Any) -> dict[str, str] | None:  # noqa: ANN401 - Redis' reply
     }
 
 
-async def report(redis: Redis, process: str, attendance: CampaignReport) -> None:
+async def report(redis: Redis, process: str, sent: ProcessReport) -> None:
     """Write a process's report."""
-    await redis.hset(ROLL, process, _ENCODER.encode(attendance))
+    await redis.hset(REPORTS, process, _ENCODER.encode(sent))
 
 
 async def sign_off(redis: Redis, process: str) -> None:
-    """Take a process that ends off the roll."""
-    await redis.hdel(ROLL, process)
+    """Remove the report of a process that ends."""
+    await redis.hdel(REPORTS, process)
 
 
-async def read_reports(redis: Redis) -> dict[str, CampaignReport]:
-    """Give the last report of each process; what cannot be read is not there."""
-    found: dict[str, CampaignReport] = {}
-    listed: dict[Any, Any] = await redis.hgetall(ROLL)
+async def read_reports(redis: Redis) -> dict[str, ProcessReport]:
+    """Give the last report of each process, without unreadable ones."""
+    found: dict[str, ProcessReport] = {}
+    listed: dict[Any, Any] = await redis.hgetall(REPORTS)
     for process, value in listed.items():
         try:
             found[process.decode()] = _DECODER.decode(value)
@@ -166,79 +163,80 @@ async def read_reports(redis: Redis) -> dict[str, CampaignReport]:
 
 
 class Reports(msgspec.Struct, frozen=True):
-    """Who was heard: their reports on this very Redis; and who was waited for in vain.
+    """Collected reports.
 
-    ``listed`` are the last reports of all, also of those that have ended since, and of before.
+    ``current`` are recent reports on this very Redis. ``silent`` names the processes that were
+    awaited and sent none. ``listed`` are the last reports of all processes, also of ended ones and
+    on earlier incarnations.
     """
 
     identity: Identity
-    heard: dict[str, CampaignReport]
+    current: dict[str, ProcessReport]
     silent: list[str]
-    listed: dict[str, CampaignReport] = {}
+    listed: dict[str, ProcessReport] = {}
 
-    def reports(self, campaign_id: str) -> dict[str, Report]:
-        """What the processes say of one campaign."""
+    def reports(self, campaign_id: str) -> dict[str, CampaignReport]:
+        """The current reports on one campaign, by process."""
         return {
-            process: attendance.campaigns[campaign_id]
-            for process, attendance in self.heard.items()
-            if campaign_id in attendance.campaigns
+            process: each.campaigns[campaign_id]
+            for process, each in self.current.items()
+            if campaign_id in each.campaigns
         }
 
     def highest(self, campaign_id: str, epoch: int) -> int:
-        """Highest number that anyone has ever reported of a campaign, in ``epoch`` or later."""
+        """Highest number that a process has reported of a campaign, in ``epoch`` or later."""
         reports = [each.campaigns.get(campaign_id) for each in self.listed.values()]
-        return max((told.seq for told in reports if told and told.epoch >= epoch), default=0)
+        return max((each.seq for each in reports if each and each.epoch >= epoch), default=0)
 
 
 async def collect_report(redis: Redis) -> Reports:
-    """Look at the roll as it is: who has reported lately. Raises redis-py's errors.
+    """Read the reports without waiting; those of the last RECENT_MS are current.
 
-    What a process that has died since had to say is not repeated for ever.
+    A report counts no longer than that, because its process may have died. Raises redis-py's
+    errors.
     """
-    identity = await who_is_it(redis)
-    return _collected(identity, await read_reports(redis), identity.now_ms - LIVE_MS)
+    identity = await read_identity(redis)
+    return _collected(identity, await read_reports(redis), identity.now_ms - RECENT_MS)
 
 
 async def collect_reports(redis: Redis) -> Reports:
-    """Wait until every process that lives has looked at this Redis from now on, bounded.
+    """Wait until every live process has sent a new report on this Redis, at most COLLECT_MAX_S.
 
     Raises redis-py's errors.
     """
-    begun = await who_is_it(redis)
+    begun = await read_identity(redis)
     started = time.monotonic()
     while True:
         await asyncio.sleep(POLL_S)
         reports = _collected(begun, await read_reports(redis), begun.now_ms)
         waited_s = time.monotonic() - started
-        if waited_s > ROLL_MAX_S or (not reports.silent and waited_s > ROLL_MIN_S):
+        if waited_s > COLLECT_MAX_S or (not reports.silent and waited_s > COLLECT_MIN_S):
             return reports
 
 
-def _collected(identity: Identity, listed: dict[str, CampaignReport], since_ms: int) -> Reports:
-    heard = {
-        process: attendance
-        for process, attendance in listed.items()
-        if attendance.identity == str(identity) and attendance.at_ms >= since_ms
+def _collected(identity: Identity, listed: dict[str, ProcessReport], since_ms: int) -> Reports:
+    current = {
+        process: each
+        for process, each in listed.items()
+        if each.identity == str(identity) and each.at_ms >= since_ms
     }
-    newest = max((attendance.at_ms for attendance in listed.values()), default=0)
+    newest = max((each.at_ms for each in listed.values()), default=0)
     silent = [
         process
-        for process, attendance in listed.items()
-        if process not in heard
-        and attendance.at_ms > newest - LIVE_MS
-        and not is_gone(attendance.place)
+        for process, each in listed.items()
+        if process not in current and each.at_ms > newest - RECENT_MS and not has_ended(each.place)
     ]
-    return Reports(identity, heard, sorted(silent), listed)
+    return Reports(identity, current, sorted(silent), listed)
 
 
-async def forget_the_gone(redis: Redis) -> None:
-    """Take off the roll who has not reported for ten minutes: it died without signing off."""
-    listed, now_ms = await read_reports(redis), (await who_is_it(redis)).now_ms
-    gone = [p for p, attendance in listed.items() if attendance.at_ms < now_ms - GONE_MS]
-    if gone:
-        await redis.hdel(ROLL, *gone)
+async def forget_dead_processes(redis: Redis) -> None:
+    """Remove reports older than FORGET_AFTER_MS: their processes died without signing off."""
+    listed, now_ms = await read_reports(redis), (await read_identity(redis)).now_ms
+    dead = [process for process, each in listed.items() if each.at_ms < now_ms - FORGET_AFTER_MS]
+    if dead:
+        await redis.hdel(REPORTS, *dead)
 
 
 HEAD_FIELDS: Final = ("seq", "epoch", "run_id", "replid", "recovering", "applied")
 _ENCODER: Final = msgspec.json.Encoder()
-_DECODER: Final = msgspec.json.Decoder(CampaignReport)
+_DECODER: Final = msgspec.json.Decoder(ProcessReport)

@@ -1,14 +1,14 @@
-"""A connection of our own, for the two scripts that carry a rush.
+"""A Redis connection of our own, for the two scripts that a rush calls.
 
 redis-py stays for everything else. A small call costs the client 92 µs of CPU by redis-py and 20 by
 this (``python tests/measure_scripts.py``): taking a connection from the pool, looking whether it
 still lives, a timer and a lock each. A batch shares that, but a rush's batches are as small as the
 process is fast.
 
-One connection, calls answered in the order in which they were sent. A call whose answer does not
-come in time, or that is cancelled, takes the connection with it: a late answer must never be taken
-for the next call's. Whoever was waiting is told that the connection is lost, so that the outcome is
-unknown. Connected when first used, and anew after a loss; nothing is asked twice here.
+Redis answers the calls of a connection in the order in which they were sent. If a call times out or
+is cancelled, the connection is closed, because a late answer must never be taken for that of the
+next call. All calls that wait on it fail with "connection lost", so their outcome is unknown. The
+connection opens at the first use, and again after a loss; no call is repeated here.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ CONNECT_TIMEOUT_S: Final = 2.0
 TIMEOUT_S: Final = 5.0
 _PLAIN: Final = frozenset({Connection, UnixDomainSocketConnection})
 _BEYOND: Final = frozenset({"credential_provider", "redis_connect_func"})
-"""Settings of redis-py that this connection does not know how to honour."""
+"""Settings of redis-py that this connection does not support."""
 _ERRORS: Final = {
     "AUTH": AuthenticationError,
     "LOADING": BusyLoadingError,
@@ -48,17 +48,17 @@ _ERRORS: Final = {
 
 
 def pack(*command: str | int | bytes) -> bytes:
-    """Write a command as Redis reads it."""
+    """Encode a command in Redis' protocol."""
     packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]
     return packed
 
 
 class ScriptConnection:
-    """The connection; may be shared by any number of callers."""
+    """The connection; any number of callers may share it."""
 
     @staticmethod
     def to(redis: Redis) -> "ScriptConnection | None":
-        """Give a line to where ``redis`` leads; None where only redis-py can go there (TLS …)."""
+        """Connect to the server of ``redis``; None if only redis-py can (TLS, …)."""
         pool = redis.connection_pool
         settings = pool.connection_kwargs
         if pool.connection_class not in _PLAIN or any(settings.get(name) for name in _BEYOND):
@@ -74,7 +74,7 @@ class ScriptConnection:
     async def call(self, command: bytes) -> Any:  # noqa: ANN401 - Redis' reply
         """Send a packed command and give its reply.
 
-        Raises redis-py's errors, also one that Redis sent, and OSError where it is not reached.
+        Raises redis-py's errors, also for an error reply, and OSError if Redis is not reached.
         """
         wire = self._wire
         if wire is None or wire.lost is not None:
@@ -82,7 +82,7 @@ class ScriptConnection:
         return await wire.call(command, self._timeout_s)
 
     async def close(self) -> None:
-        """Close the connection: who waits is told that it is lost. A later call opens another."""
+        """Close the connection; waiting calls fail. A later call opens another."""
         if self._wire is not None:
             self._wire.drop(RedisConnectionError("closed"))
             await self._wire.ended
@@ -146,7 +146,7 @@ class _Protocol(asyncio.Protocol):
         return reply
 
     def drop(self, why: RedisError) -> None:
-        """End the connection now: nothing that still comes on it is read."""
+        """Close the connection now, without reading what still arrives on it."""
         if self.lost is None:
             self.lost = why
             self._transport.abort()
@@ -168,7 +168,7 @@ class _Protocol(asyncio.Protocol):
                 if not answer.done():
                     answer.set_result(reply)
         except (hiredis.ProtocolError, IndexError):
-            self.drop(RedisConnectionError("this is not what Redis says"))
+            self.drop(RedisConnectionError("the server does not speak Redis' protocol"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.drop(RedisConnectionError(f"connection lost: {exc}" if exc else "connection closed"))

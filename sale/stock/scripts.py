@@ -150,7 +150,7 @@ class Scripts:
         bids: bytes,
         line: ScriptConnection | None = None,
     ) -> list[int]:
-        """Run ``purchase.lua`` for what ``pack_bids`` packed; the reply is raw.
+        """Run ``purchase.lua`` for what ``pack_batch`` packed; the reply is raw.
 
         ``mark`` is the incarnation that this process has attended, and the number it has seen;
         ``behind_max`` is how far PostgreSQL may be behind, in events and in ms. It goes on

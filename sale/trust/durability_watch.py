@@ -2,7 +2,7 @@
 
 The scheduler looks at each new Redis before it verifies the campaigns there. Settings change while
 it runs, and a campaign may be made in a Redis that nobody has looked at yet. So each API process
-looks by itself: each second, and before it signs for a Redis (``Batcher.attend``).
+checks by itself: each second, and before ``Batcher.check_acknowledged``.
 """
 
 import asyncio

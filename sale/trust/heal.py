@@ -16,7 +16,7 @@ from sale.db import claims
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.problem import Refused
 from sale.stock.connection import REDIS_ERRORS
-from sale.stock.process_reports import forget_the_gone
+from sale.stock.process_reports import forget_dead_processes
 from sale.stock.scripts import Scripts
 from sale.trust.isolation import TROUBLES, in_words
 from sale.trust.recover import recover
@@ -82,7 +82,7 @@ class AutoRecovery:
     async def settle(self) -> None:
         """Compare what was handed in with the ledger. Raises the stores' errors."""
         if time.monotonic() - self._forgot_s > FORGET_S:
-            await forget_the_gone(self._redis)
+            await forget_dead_processes(self._redis)
             self._forgot_s = time.monotonic()
         async with self._pool.acquire() as connection:
             settled = await claims.settle(connection)

@@ -32,7 +32,7 @@ class Isolation:
     """Remembers which campaigns are in trouble, each with what was being done."""
 
     def __init__(self) -> None:
-        self._ailing: dict[tuple[str, str], str] = {}
+        self._failing: dict[tuple[str, str], str] = {}
 
     @contextmanager
     def of(self, campaign_id: str, step: str) -> Iterator[None]:
@@ -45,28 +45,28 @@ class Isolation:
             self.note(campaign_id, step, "")
 
     @property
-    def ailing(self) -> dict[str, str]:
+    def failing(self) -> dict[str, str]:
         """Campaigns in trouble, each with what was met first."""
         found: dict[str, str] = {}
-        for (campaign_id, _), why in self._ailing.items():
+        for (campaign_id, _), why in self._failing.items():
             found.setdefault(campaign_id, why)
         return found
 
     def note(self, campaign_id: str, step: str, why: str) -> None:
         """Note what is wrong with a campaign in a step; '' where nothing is."""
-        known = self._ailing.get((campaign_id, step), "")
+        known = self._failing.get((campaign_id, step), "")
         if why and why != known:
             log.warning("campaign.step_failed", campaign=campaign_id, step=step, why=why)
         if why:
-            self._ailing[campaign_id, step] = why
+            self._failing[campaign_id, step] = why
         elif known:
-            del self._ailing[campaign_id, step]
+            del self._failing[campaign_id, step]
             log.info("campaign.step_back", campaign=campaign_id, step=step)
 
     def forget_others(self, step: str, there: Collection[str]) -> None:
         """Forget where a step failed for campaigns that are gone; ``there`` are the others."""
-        for place in [each for each in self._ailing if each[1] == step and each[0] not in there]:
-            del self._ailing[place]
+        for place in [each for each in self._failing if each[1] == step and each[0] not in there]:
+            del self._failing[place]
 
 
 def in_words(error: Exception) -> str:

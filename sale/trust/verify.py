@@ -27,12 +27,12 @@ from sale.ledger.chain import START, Position
 from sale.stock.catalogue import campaign_ids
 from sale.stock.keys import VERIFIED, campaign_keys
 from sale.stock.process_reports import (
-    LOOKING,
+    NOT_COUNTED,
     Identity,
     Reports,
     collect_report,
     collect_reports,
-    who_is_it,
+    read_identity,
 )
 from sale.stock.scripts import CallReply, Scripts
 from sale.stock.survey import read_heads
@@ -124,7 +124,7 @@ async def unverified(redis: Redis, nonce: str) -> int:
 
     One that does not fit, or cannot be compared, is no longer waited for. Raises redis-py's errors.
     """
-    identity = _marks(await who_is_it(redis), nonce)
+    identity = _marks(await read_identity(redis), nonce)
     if await redis.get(VERIFIED) == ":".join(identity).encode():
         return 0
     ids = await campaign_ids(redis)
@@ -203,7 +203,7 @@ def what_lacks(reports: Reports, campaign_id: str, epoch: int, seq: int) -> str:
             return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
         if told.epoch == epoch and told.seq > seq:
             return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
-        if told.epoch == epoch and told.lacks == LOOKING:
+        if told.epoch == epoch and told.lacks == NOT_COUNTED:
             return f"API process {process} is still checking whether Redis has what it acknowledged"
         if told.epoch == epoch and told.lacks:
             return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"

@@ -21,15 +21,15 @@ from sale.stock.batcher import Batcher, Mark
 from sale.stock.batchers import Batchers
 from sale.stock.keys import campaign_keys
 from sale.stock.process_reports import (
-    BEAT_S,
-    LOOKING,
+    NOT_COUNTED,
+    REPORT_EVERY_S,
     CampaignReport,
     Identity,
-    Report,
+    ProcessReport,
     identity_and_heads,
-    own_place,
     report,
     sign_off,
+    this_process,
 )
 from sale.stock.unapplied import AcknowledgedSale
 
@@ -55,7 +55,7 @@ class Witness:
         self._batchers = batchers
         self._handed: dict[str, tuple[str, int, int]] = {}
         self._lacks: dict[str, tuple[tuple[str, int, int], int]] = {}
-        self._looking: dict[str, asyncio.Task[Report]] = {}
+        self._looking: dict[str, asyncio.Task[CampaignReport]] = {}
         self._ailing = ""
         self._leaving = False
 
@@ -72,7 +72,9 @@ class Witness:
                     self._ailing = type(error).__name__
                 else:
                     self._ailing = ""
-                await asyncio.sleep(max(BEAT_S - (time.monotonic() - started), BEAT_S / 10))
+                await asyncio.sleep(
+                    max(REPORT_EVERY_S - (time.monotonic() - started), REPORT_EVERY_S / 10)
+                )
         finally:
             await self._stop_looking()
 
@@ -102,7 +104,7 @@ class Witness:
         handing = {
             asyncio.create_task(self._hand_in(batcher, ("", 0), due=True)): batcher
             for batcher in self._batchers.all()
-            if len(batcher.kept)
+            if len(batcher.unapplied)
         }
         if not handing:
             return 0
@@ -114,7 +116,7 @@ class Witness:
             # asyncpg waits for a silent PostgreSQL even when it is cancelled.
             self._pool.terminate()
         return sum(
-            len(batcher.kept)
+            len(batcher.unapplied)
             for task, batcher in handing.items()
             if task not in done or task.cancelled() or task.exception() or not task.result()
         )
@@ -134,7 +136,7 @@ class Witness:
             identity, heads = await identity_and_heads(
                 self._redis, [campaign_keys(batcher.campaign_id) for batcher in batchers]
             )
-        begun: dict[str, asyncio.Task[Report]] = {}
+        begun: dict[str, asyncio.Task[CampaignReport]] = {}
         failed: BaseException | None = None
         for batcher, head in zip(batchers, heads, strict=True):
             earlier = self._looking.get(batcher.campaign_id)
@@ -146,7 +148,7 @@ class Witness:
             await asyncio.wait(begun.values(), timeout=LOOK_PATIENCE_S)
         # Only of looks that began with this beat: what an earlier one has found is remembered.
         reports = {batcher.campaign_id: _told(batcher, begun) for batcher in batchers}
-        attendance = CampaignReport(identity.now_ms, str(identity), reports, own_place())
+        attendance = ProcessReport(identity.now_ms, str(identity), reports, this_process())
         async with asyncio.timeout(BEAT_TIMEOUT_S):
             await report(self._redis, self._batchers.process, attendance)
         for look in begun.values():
@@ -156,13 +158,13 @@ class Witness:
 
     async def _look(
         self, batcher: Batcher, identity: Identity, head: dict[str, str] | None
-    ) -> Report:
-        mark, kept = batcher.mark, batcher.kept
+    ) -> CampaignReport:
+        mark, kept = batcher.mark, batcher.unapplied
         if head is None and batcher.rehearsal and await self._purged(batcher.campaign_id):
             self._batchers.forget(batcher.campaign_id)
             self._lacks.pop(batcher.campaign_id, None)
             self._handed.pop(batcher.campaign_id, None)
-            return Report(mark.epoch, mark.seq, 0, handed=True)
+            return CampaignReport(mark.epoch, mark.seq, 0, handed=True)
         epoch = _number(head, "epoch")
         if head is not None and mark.incarnation == f"{identity}:{epoch}" == _incarnation(head):
             kept.drop_applied(_number(head, "applied"))
@@ -187,7 +189,7 @@ class Witness:
             # The recovery is over, and what it could not use is kept by PostgreSQL.
             kept.clear()
             self._lacks.pop(batcher.campaign_id, None)
-        return Report(mark.epoch, mark.seq, lacks, handed)
+        return CampaignReport(mark.epoch, mark.seq, lacks, handed)
 
     async def _purged(self, campaign_id: str) -> bool:
         """Whether a rehearsal has gone for good, and was not lost."""
@@ -202,13 +204,15 @@ class Witness:
         """Count what is kept and not there, once an incarnation."""
         known = self._lacks.get(batcher.campaign_id)
         if known is None or known[0] != here:
-            lacks = await batcher.kept.lacking(self._redis, campaign_keys(batcher.campaign_id))
+            lacks = await batcher.unapplied.count_missing(
+                self._redis, campaign_keys(batcher.campaign_id)
+            )
             known = self._lacks[batcher.campaign_id] = (here, lacks)
         return known[1]
 
     async def _hand_in(self, batcher: Batcher, to: tuple[str, int], *, due: bool) -> bool:
         """Hand in what is kept, once an incarnation; whether nothing is kept back."""
-        campaign_id, kept = batcher.campaign_id, batcher.kept
+        campaign_id, kept = batcher.campaign_id, batcher.unapplied
         if not due:
             self._handed.pop(campaign_id, None)
             return not len(kept)
@@ -232,14 +236,14 @@ class Witness:
         return kept.total == told[2]  # else it was told more meanwhile
 
 
-def _told(batcher: Batcher, begun: dict[str, asyncio.Task[Report]]) -> Report:
+def _told(batcher: Batcher, begun: dict[str, asyncio.Task[CampaignReport]]) -> CampaignReport:
     look = begun.get(batcher.campaign_id)
     if look is not None and look.done() and _error(look) is None and not look.cancelled():
         return look.result()
-    return Report(batcher.mark.epoch, batcher.mark.seq, LOOKING, handed=False)
+    return CampaignReport(batcher.mark.epoch, batcher.mark.seq, NOT_COUNTED, handed=False)
 
 
-def _error(look: asyncio.Task[Report]) -> BaseException | None:
+def _error(look: asyncio.Task[CampaignReport]) -> BaseException | None:
     return None if look.cancelled() else look.exception()
 
 

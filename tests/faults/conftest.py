@@ -1,4 +1,4 @@
-"""One rig for the tests of a module, as its ``RIG`` says; each test makes campaigns of its own."""
+"""One rig per test module, built from its ``RIG``; each test makes its own campaigns."""
 
 from collections.abc import AsyncIterator
 
@@ -10,7 +10,7 @@ from rig import Rig, rig_up
 async def rig(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Rig]:
-    """The engine, whole, in real processes; ``RIG`` of the module gives ``rig_up``'s arguments."""
+    """The engine in real processes; the module's ``RIG`` gives the arguments of ``rig_up``."""
     options = getattr(request.module, "RIG", {})
     async with rig_up(tmp_path_factory.mktemp("f"), **options) as rig:
         yield rig
@@ -18,7 +18,7 @@ async def rig(
 
 @pytest.fixture(autouse=True)
 async def mended(rig: Rig) -> AsyncIterator[None]:
-    """The next test finds everything running, whatever this one broke."""
+    """Restart everything after each test."""
     yield
     loads, rig._loads[:] = list(rig._loads), []
     rig.campaigns.clear()

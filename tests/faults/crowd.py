@@ -1,6 +1,6 @@
-"""Who buys while things break: a crowd in the background, and single phones.
+"""Buyers during a fault: a load in the background, and single phones.
 
-Every answer goes into the campaign's book. Status 0 is an answer that never came.
+Every answer goes into the campaign's book. Status 0 means that no answer came.
 """
 
 import asyncio
@@ -20,21 +20,21 @@ from loadtest.wire import UNKNOWN, Response, ResponseParser
 AGAIN: Final = frozenset({UNKNOWN, 429, 503})
 CONNECTIONS: Final = 32
 UNDER_WAY_MAX: Final = 128
-"""Members who wait for their answer at once; while so many do, no further ones come."""
+"""Most members that wait for an answer at a time; no further member comes then."""
 
 TICK_S: Final = 0.02
 ANSWER_S: Final = 3.0
 ASK_AGAIN_S: Final = 20.0
-"""How long after the crowd's end its unknown outcomes are asked for again."""
+"""How long after the load's end unknown outcomes are still retried."""
 
 CONNECT_TRIES: Final = 40
 
 
 class Load:
-    """A crowd that comes at ``rate`` members a second for ``seconds``.
+    """``rate`` members a second for ``seconds``.
 
-    Most buy once; who gets no answer, or 503, asks again with the same key. Some press twice at
-    once, some repeat what they have, some use a key again for something else.
+    Most buy once. A member without an answer, or with 503, retries with the same key. Some send
+    twice at once, some repeat a successful purchase, some use a key again for another purchase.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Load:
         self.book = book
         self.offered = 0
         self.held_back = 0
-        """Members who did not come because too many were waiting already."""
+        """Members that did not come because too many were waiting."""
         self._members = members
         self._seconds = seconds
         self._rate = rate
@@ -79,16 +79,16 @@ class Load:
         return list(self.book)
 
     def sold(self) -> int:
-        """Give how many answers so far told of an order."""
+        """Count the answers so far that reported an order."""
         return sum(row[1] == 201 for row in self.book._rows)
 
     async def over(self) -> None:
-        """Wait until its seconds have passed and each knows the outcome, bounded."""
+        """Wait until ``seconds`` have passed and each outcome is known, with a limit."""
         await self._task
         await self.stop()
 
     async def finish(self) -> None:
-        """Let nobody come any more; wait until each knows the outcome, bounded."""
+        """Stop the arrivals; wait until each outcome is known, with a limit."""
         loop = asyncio.get_running_loop()
         self._until = min(self._until, loop.time() + ASK_AGAIN_S)
         self._ending.set()
@@ -96,7 +96,7 @@ class Load:
         await self.stop()
 
     async def stop(self) -> None:
-        """End at once; who has no answer has none."""
+        """End at once; outcomes without an answer stay unknown."""
         self._ending.set()
         for task in (self._task, *self._under_way):
             task.cancel()
@@ -143,13 +143,13 @@ class Load:
         elif await self._ask(attempt):
             await asyncio.sleep(pause_s)
             other = attempt
-            if dice < 0.1:  # the same key for something else
+            if dice < 0.1:  # the same key for another purchase
                 quantity = attempt.quantity % self._order_max + 1
                 other = Attempt(attempt.member, attempt.key, attempt.showing, quantity)
             await self._ask(other)
 
     async def _ask(self, attempt: Attempt) -> bool:
-        """Ask until the outcome is known, or time is up; tell whether it is known."""
+        """Retry until the outcome is known or time is up; return whether it is known."""
         loop = asyncio.get_running_loop()
         raw = attempt.raw(self.address, self.campaign)
         while True:
@@ -169,7 +169,7 @@ class Load:
             return Response(UNKNOWN, b"", b"", repr(error))
 
     async def _connected(self) -> Client:
-        """Give the client, which opens connections anew as they are lost. Raises OSError."""
+        """Give the client, which reopens lost connections. Raises OSError."""
         async with self._connecting:
             if self._client is None:
                 client = Client(self.address, CONNECTIONS, timeout_s=ANSWER_S)
@@ -179,7 +179,7 @@ class Load:
 
 
 class Phone:
-    """One member who buys over a connection of his own, to a process of one's choice if need be."""
+    """One member with a connection of its own, if needed to a given API process."""
 
     def __init__(
         self,
@@ -201,18 +201,18 @@ class Phone:
     def attempt(
         self, quantity: int = 1, *, key: str | None = None, showing: str = "general"
     ) -> Attempt:
-        """Give a purchase, under a new key where none is given."""
+        """Make a purchase, with a new key if none is given."""
         key = key or f"{random.getrandbits(80):020x}"
         return Attempt(self.member, key, showing, quantity)
 
     async def buy(
         self, quantity: int = 1, *, key: str | None = None, of: str | None = None
     ) -> Response:
-        """Buy; of the API process ``of`` where one is named."""
+        """Buy, from the API process ``of`` if one is named."""
         return await self.ask(self.attempt(quantity, key=key), of=of)
 
     async def ask(self, attempt: Attempt, *, of: str | None = None) -> Response:
-        """Send a purchase and wait for the answer; it stands in the book afterwards."""
+        """Send a purchase, wait for the answer, and record it in the book."""
         answer = Response(UNKNOWN, b"", b"", "no answer in time")
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -224,7 +224,7 @@ class Phone:
         return answer
 
     def read(self, attempt: Attempt, answer: Response) -> Answer:
-        """Give the answer in words."""
+        """Describe the answer."""
         replayed = answer.header("idempotency-replayed") == "true"
         return read_answer(attempt, answer.status, answer.body, replayed=replayed)
 
@@ -243,7 +243,7 @@ class Phone:
                 await writer.wait_closed()
 
     async def _connect(self, of: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect; where a process is named, until it is the one that took the connection."""
+        """Connect; if a process is named, repeat until that process accepted the connection."""
         host, _, port = self.address.rpartition(":")
         for _ in range(CONNECT_TRIES):
             reader, writer = await asyncio.open_connection(host, int(port))
@@ -255,7 +255,7 @@ class Phone:
 
 
 async def _taken_by(pid: int, port: int, from_port: int) -> bool:
-    """Whether a process has taken a loopback connection; the kernel tells who holds its socket."""
+    """Whether a process has accepted a loopback connection, according to the kernel."""
     for _ in range(20):
         inode = _inode(port, from_port)
         if inode not in {None, "0"}:

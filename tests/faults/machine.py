@@ -1,4 +1,4 @@
-"""The processes of a rig and the files of its servers: started, killed, frozen, copied, torn."""
+"""Start, kill and stop the processes of a rig; copy and tear the files of its servers."""
 
 import asyncio
 import contextlib
@@ -42,24 +42,24 @@ class Machine:
         self.redis_url: str = endpoints.redis_url
         self.database_url: str = endpoints.database_url
         self.address = f"127.0.0.1:{free_port()}"
-        """Where all API processes listen."""
+        """The address of all API processes."""
         self.parts = parts
         self.names = [*SERVERS, *parts]
         self.settings = dict(settings)
-        """``SALE_…`` variables that parts get from their next start on."""
+        """``SALE_…`` variables for the parts from their next start on."""
         self._servers = servers
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._killed: set[int] = set()
         self._links: dict[tuple[str, str], Proxy] = {}
 
     def pid(self, name: str) -> int:
-        """Process number of one that was started; it may have ended since."""
+        """The pid of a started process, which may have ended since."""
         process = self._process(name)
         assert process is not None, f"{name} was never started"
         return process.pid
 
     def alive(self, name: str) -> bool:
-        """Whether it runs, or is frozen."""
+        """Whether it runs or is stopped."""
         process = self._process(name)
         return (
             process is not None
@@ -69,20 +69,20 @@ class Machine:
         )
 
     def kill(self, name: str) -> None:
-        """Kill -9, with all its children: what a power cut does to it."""
+        """Kill it and all its children with SIGKILL, as a power cut would."""
         self._signal(name, signal.SIGKILL)
         self._killed.add(self.pid(name))
 
     def stop(self, name: str) -> None:
-        """Freeze it, with all its children."""
+        """Send SIGSTOP to it and all its children."""
         self._signal(name, signal.SIGSTOP)
 
     def cont(self, name: str) -> None:
-        """Let it go on."""
+        """Send SIGCONT to it and all its children."""
         self._signal(name, signal.SIGCONT)
 
     async def term(self, name: str) -> float:
-        """End it as an operator does; give the seconds that it took. It must end by itself."""
+        """Send SIGTERM and wait; give the seconds until it ended by itself."""
         started = time.monotonic()
         self._signal(name, signal.SIGCONT)
         if name in SERVERS:
@@ -101,7 +101,7 @@ class Machine:
                 await process.wait()
 
     async def start(self, name: str, *, ready: bool = True) -> None:
-        """Start one that is not running; with ``ready`` (always for servers) until it serves."""
+        """Start it; wait until it serves if ``ready`` (always for servers)."""
         await self.ended(name)
         async with asyncio.timeout(START_LIMIT_S):
             if name in SERVERS:
@@ -115,7 +115,7 @@ class Machine:
                 self.log_file(name),
                 env=self._environment(name),
             )
-            # An API process too: it shows its metrics once it takes purchases.
+            # This holds for an API process too: it serves metrics once it accepts purchases.
             while ready and not metrics.exists():
                 assert self.alive(name), f"{name} does not start: {self.log(name)[-2_000:]}"
                 await asyncio.sleep(POLL_S)
@@ -127,41 +127,41 @@ class Machine:
         await self.start(name)
 
     async def start_all(self) -> None:
-        """Start what is down, servers first."""
+        """Start everything that does not run, servers first."""
         for group in (SERVERS, self.parts):
             await asyncio.gather(*(self.start(name) for name in group if not self.alive(name)))
 
     def log_file(self, name: str) -> Path:
-        """Where it logs."""
+        """The path of its log."""
         return self.data_dir / "logs" / f"{SERVERS.get(name, name)}.log"
 
     def log(self, name: str) -> str:
-        """Give what it logged."""
+        """The text of its log."""
         return self.log_file(name).read_text("utf-8", "replace")
 
     def link(self, a: str, b: str) -> Proxy:
-        """Give the proxy between a part and a server, named in ``proxied``."""
+        """The proxy between a part and a server, as named in ``proxied``."""
         return self._links[a, b]
 
     def links(self, server: str) -> list[Proxy]:
-        """Give all proxies to a server."""
+        """All proxies to a server."""
         return [proxy for (_, b), proxy in self._links.items() if b == server]
 
     # Files
 
     async def copy_redis(self, to: Path) -> None:
-        """Copy its files: of a dead one all, of a live one all that was fsynced by now."""
+        """Copy its files: of a dead server all, of a live one all that was fsynced."""
         await _copy(self.data_dir / "redis", to)
 
     async def restore_redis(self, frm: Path | None) -> None:
-        """Kill it and put a copy, or nothing, in place of its files. Start it by ``start``."""
+        """Kill it and replace its files by a copy, or by nothing. The caller starts it."""
         if self.alive("redis"):
             self.kill("redis")
         await self.ended("redis")
         await _copy(frm, self.data_dir / "redis")
 
     async def tear_redis(self, n_bytes: int) -> None:
-        """Kill it and cut the end of its append-only file off. Start it by ``start``."""
+        """Kill it and truncate its append-only file. The caller starts it."""
         if self.alive("redis"):
             self.kill("redis")
         await self.ended("redis")
@@ -177,7 +177,7 @@ class Machine:
         await self.start("postgres")
 
     async def restore_postgres(self, frm: Path) -> None:
-        """Stop the server, put a copy in place of its data directory, start it."""
+        """Stop the server, replace its data directory by a copy, start it."""
         await self.term("postgres")
         await _copy(frm, self.data_dir / "postgresql")
         await self.start("postgres")
@@ -191,7 +191,7 @@ class Machine:
         process = self._process(name)
         if process is None or process.returncode is not None:
             return
-        # PostgreSQL is many processes; the parent goes first, so that it makes no further ones.
+        # PostgreSQL has many processes; the parent is first, so that it starts no further ones.
         for pid in (process.pid, *_descendants(process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -248,7 +248,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 async def _copy(frm: Path | None, to: Path) -> None:
-    """Make ``to`` a copy of ``frm``, owners and modes included; an empty directory of None."""
+    """Copy ``frm`` to ``to`` with owners and modes; None makes an empty directory."""
 
     def work() -> None:
         if to.exists():

@@ -1,9 +1,9 @@
-"""A proxy between two processes that does to their connections what networks do.
+"""A proxy between two processes that makes their connections fail as networks do.
 
-It runs in the loop of whoever makes it and never blocks it. Each connection has two pumps a
-direction: one reads and counts, one forwards; what lies between them is bounded, and beyond that
-the kernel pushes back on the sender. Modes may be set at any moment and hold for what comes then,
-on the connections that are there and on new ones.
+It runs in the caller's event loop and never blocks it. Each connection has two pumps per
+direction: one reads and counts, one forwards. The buffer between them is bounded; when it is full,
+the kernel slows the sender. A mode may be set at any moment and applies to the bytes that come
+then, on existing and on new connections.
 
 Addresses: ``host:port`` or ``unix:/PATH``. Directions: ``up`` is client to server, ``down`` server
 to client.
@@ -19,7 +19,7 @@ Direction = Literal["up", "down"]
 DIRECTIONS: Final[tuple[Direction, ...]] = ("up", "down")
 CHUNK_BYTES: Final = 65_536
 CHUNKS_KEPT_MAX: Final = 64
-"""So many chunks of a direction and connection are kept back; then reading stops."""
+"""Most chunks that are held for a direction of a connection; then reading stops."""
 
 CONNECT_TIMEOUT_S: Final = 5.0
 BACKLOG: Final = 1_024
@@ -32,7 +32,7 @@ class Proxy:
         self.listen = listen
         self.target = target
         self.bytes: dict[Direction, int] = {"up": 0, "down": 0}
-        """Bytes read, whether they were forwarded or not."""
+        """Bytes read, forwarded or not."""
         self.forwarded: dict[Direction, int] = {"up": 0, "down": 0}
         self.accepted = 0
         self._loop = asyncio.get_running_loop()
@@ -65,7 +65,7 @@ class Proxy:
 
     @property
     def connections(self) -> int:
-        """Connections that are there now."""
+        """Number of open connections."""
         return len(self._pairs)
 
     # Modes
@@ -77,21 +77,21 @@ class Proxy:
             pair.abort()
 
     def drop(self) -> None:
-        """Close all connections; new ones are welcome."""
+        """Close all connections and accept new ones."""
         for pair in list(self._pairs):
             pair.abort()
 
     def delay(self, seconds: float, direction: Direction | None = None) -> None:
-        """Let everything that comes from now on arrive so much later; both ways if none is told."""
+        """Delay all bytes that come from now on, in both directions if none is given."""
         for each in DIRECTIONS if direction is None else (direction,):
             self._delay_s[each] = seconds
 
     def halve(self, after_bytes: int, direction: Direction) -> None:
-        """Forward so many bytes more, then close that connection; once."""
+        """Forward this many more bytes, then close that connection; once."""
         self._halve_after[direction] = after_bytes
 
     def hold(self, direction: Direction) -> None:
-        """Keep back what comes, in order, until ``release`` or ``heal``; nothing is lost."""
+        """Hold the bytes that come, in order, until ``release`` or ``heal``; none is lost."""
         self._gates[direction].clear()
 
     def trap(self, word: bytes, holding: Direction) -> None:
@@ -102,16 +102,16 @@ class Proxy:
         self._trap = (word, holding)
 
     def release(self) -> None:
-        """Let go what was kept back."""
+        """Forward the held bytes."""
         for gate in self._gates.values():
             gate.set()
 
     def swallow(self, direction: Direction) -> None:
-        """Drop what comes; the connection stays. ``heal`` closes those that lost something."""
+        """Drop the bytes that come. ``heal`` closes the connections that lost some."""
         self._swallowing.add(direction)
 
     def heal(self) -> None:
-        """Be an ordinary proxy again."""
+        """End all modes."""
         for pair in list(self._pairs):
             if pair.robbed:
                 pair.abort()
@@ -126,14 +126,14 @@ class Proxy:
             await self._moved.wait_for(lambda: self.bytes[direction] >= goal)
 
     async def close(self) -> None:
-        """End; all connections with it."""
+        """Stop, and close all connections."""
         self._closed = True
         self.cut()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # What the modes work on
+    # State of the modes
 
     def _open(self) -> None:
         if self.listen.startswith("unix:"):
@@ -168,7 +168,7 @@ class Proxy:
             task = self._loop.create_task(self._serve(client))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            # Not in the task: one that is cancelled before its first step runs nothing.
+            # Outside the task: a task cancelled before its first step runs no code.
             task.add_done_callback(lambda _: client.close())
 
     async def _serve(self, client: socket.socket) -> None:
@@ -180,7 +180,7 @@ class Proxy:
             pair = _Pair(self, client, server)
             self._pairs.add(pair)
             try:
-                # Who cuts while the connection is being made cuts this one too.
+                # A ``cut`` while the connection is being made closes it too.
                 if self._listener is not None:
                     await pair.run()
             finally:
@@ -217,11 +217,11 @@ class _Pair:
             "down": (server, client),
         }
         self.robbed = False
-        """Whether bytes of it were dropped: what follows would be misread."""
+        """Whether bytes of it were dropped, so that the rest cannot be understood."""
         self._pumps: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
-        """Forward until either side closes, or somebody aborts."""
+        """Forward until either side closes or ``abort`` is called."""
         loop = asyncio.get_running_loop()
         for direction in DIRECTIONS:
             kept: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(CHUNKS_KEPT_MAX)
@@ -234,7 +234,7 @@ class _Pair:
             await asyncio.gather(*self._pumps, return_exceptions=True)
 
     def abort(self) -> None:
-        """Close both sides; whatever is kept back is lost."""
+        """Close both sides; held bytes are lost."""
         for pump in self._pumps:
             pump.cancel()
 
@@ -252,7 +252,7 @@ class _Pair:
                 else:
                     await kept.put((loop.time() + proxy._delay_s[direction], data))
         await kept.put((0.0, b""))
-        await asyncio.sleep(3_600)  # the other pump ends the pair once all was forwarded
+        await asyncio.sleep(3_600)  # the other pump ends the pair after forwarding all
 
     async def _forward(
         self, direction: Direction, kept: "asyncio.Queue[tuple[float, bytes]]"

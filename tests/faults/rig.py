@@ -1,8 +1,8 @@
-"""The whole engine as real processes, each of which can be killed, frozen, cut off or set back.
+"""The whole engine as real processes, which a test can kill, stop, cut off or restore.
 
-The servers are the embedded ones and the parts are started by their real command lines, as a
-supervisor would; but nobody restarts what dies, so that a test decides when it comes back. All
-children end with this process, however it ends.
+The servers are the embedded ones, and the parts run by their real command lines as under the
+supervisor. But nothing restarts a dead process, so that the test decides when it returns. All
+children end with this process, for whatever reason it ends.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ CARDS: Final = 2_000
 PROBES_MAX: Final = 8
 PROBE_EVERY_S: Final = 0.05
 PROBE_MEMBERS: Final = 200
-"""The last members of the roster only probe; a crowd leaves them alone."""
+"""The last members of the roster only probe; loads do not use them."""
 
 
 @contextlib.asynccontextmanager
@@ -50,10 +50,10 @@ async def rig_up(
     settings: Mapping[str, str] = {},
     cards: int = CARDS,
 ) -> AsyncIterator["Rig"]:
-    """Run the system on a data directory below ``path``; nothing of it is left afterwards.
+    """Run the system on a data directory below ``path``, which is removed afterwards.
 
     ``proxied`` names links as (part, server): ``("serve-1", "redis")``; ``("*", "redis")`` means
-    those of all parts. ``settings`` are ``SALE_…`` variables of every part.
+    the links of all parts. ``settings`` are ``SALE_…`` variables of every part.
     """
     parts = [
         *(f"serve-{number + 1}" for number in range(workers)),
@@ -80,7 +80,7 @@ async def rig_up(
 
 
 class Rig(Machine):
-    """The running system, its people, and the check of its books."""
+    """The running system, its members and operators, and the check of all answers."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Rig(Machine):
         self.admin_token = ""
         self.members: list[tuple[str, str]] = []
         self.card_numbers: dict[str, str] = {}
-        """Card number and token of each active member of the roster."""
+        """Card number and token of each active member."""
         self.campaigns: list[str] = []
         """Campaigns that ``settle`` waits for."""
         self._crowd: list[Member] = []
@@ -105,15 +105,15 @@ class Rig(Machine):
         self._loads: list[Load] = []
         self._words = asyncio.Lock()
 
-    # What people do
+    # Members and operators
 
     async def sale(self, *words: object) -> Ran:
-        """Run a command beside the system; one at a time."""
+        """Run a ``sale`` command, one at a time."""
         async with self._words:
             return await asyncio.to_thread(command, *words, data_dir=self.data_dir)
 
     async def campaign(self, tickets: int = 1_000, card_limit: int = 3, **fields: Any) -> str:
-        """Make a campaign that sells from now on; give its ID."""
+        """Create and open a campaign; give its ID."""
         self._made += 1
         table = campaign_table(f"rig-{self._made}", tickets, card_limit=card_limit, **fields)
         status, told = await self.admin("POST", "", table)
@@ -122,7 +122,7 @@ class Rig(Machine):
         return str(table["id"])
 
     async def admin(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
-        """Call the operators' API below its campaigns; give status and JSON. Raises OSError."""
+        """Call the operators' API of campaigns; give status and JSON. Raises OSError."""
         headers = {"Authorization": f"Bearer {self.admin_token}"}
         timeout = aiohttp.ClientTimeout(total=10)
         async with (
@@ -132,7 +132,7 @@ class Rig(Machine):
             return answer.status, await answer.json(content_type=None)
 
     def book(self, campaign: str) -> AnswerBook:
-        """Give the book of every answer that anybody got in a campaign."""
+        """The book of every answer in a campaign."""
         return self._books.setdefault(campaign, AnswerBook())
 
     async def rush(
@@ -144,7 +144,7 @@ class Rig(Machine):
         seed: int = 2015,
         **options: Any,
     ) -> Load:
-        """Let a crowd come, in the background: see ``Load``. End it by ``await load.finish()``."""
+        """Start a ``Load`` in the background; end it by ``await load.finish()``."""
         load = Load(
             self.address,
             campaign,
@@ -159,13 +159,13 @@ class Rig(Machine):
         return load
 
     def phone(self, campaign: str, **options: Any) -> Phone:
-        """Give one member's phone, for purchases one by one; members come in turn."""
+        """Give the phone of the next member, for single purchases."""
         self._probe = (self._probe + 1) % PROBE_MEMBERS
         member = self._crowd[-1 - self._probe]
         return Phone(self.address, campaign, member, self.book(campaign), self.pid, **options)
 
     async def selling(self, campaign: str, within_s: float) -> float:
-        """Ask until a purchase succeeds; give the seconds. Raises AssertionError after the limit.
+        """Try until a purchase succeeds; give the seconds. Raises AssertionError after the limit.
 
         A campaign that is sold out counts as a failure at once.
         """
@@ -188,13 +188,13 @@ class Rig(Machine):
                     asked.add(asyncio.create_task(self.phone(campaign, timeout_s=1.0).buy()))
                 await asyncio.sleep(PROBE_EVERY_S)
         finally:
-            # Each of them ends within its own time limit; its answer belongs into the book.
+            # Each ends within its own time limit, and its answer must be in the book.
             await asyncio.gather(*asked, return_exceptions=True)
 
-    # The end of a fault
+    # Recovery and checks
 
     async def settle(self, within_s: float = 30.0) -> None:
-        """Heal, wake and start everything; wait until every campaign is trusted and written."""
+        """Heal, continue and start all; wait until every campaign is verified and applied."""
         for proxy in self._links.values():
             proxy.heal()
         for name in self.names:
@@ -208,7 +208,7 @@ class Rig(Machine):
                 await self.start_all()
 
     async def _unsettled(self) -> str:
-        """Say what is not as it should be yet, or nothing."""
+        """Say what is not settled yet, or ''."""
         for name in self.names:
             if not self.alive(name):
                 return f"{name} is down: {self.log(name)[-500:]}"
@@ -241,8 +241,8 @@ class Rig(Machine):
     ) -> list[str]:
         """Check all answers against PostgreSQL, and both stores against each other.
 
-        Gives what is wrong, one line each. ``voided`` are event numbers whose orders may be lost:
-        the recovery has listed them. Without names: every campaign that anybody asked of.
+        Gives one line per fault. ``voided`` are event numbers whose orders may be lost, because
+        the recovery listed them. Without ``campaigns``, checks every campaign with an answer.
         """
         ids = {each.campaign if isinstance(each, Load) else each for each in campaigns}
         wrong = []
@@ -262,11 +262,11 @@ class Rig(Machine):
                 wrong.append(f"{campaign}: audit: {(ran.out + ran.err).strip()[:2_000]}")
         return wrong
 
-    # The stores, directly
+    # Direct access to the stores
 
     @contextlib.asynccontextmanager
     async def redis(self) -> AsyncIterator[Any]:
-        """Give a client of Redis itself."""
+        """A client connected to Redis without a proxy."""
         async with redis.asyncio.from_url(
             self.redis_url, socket_timeout=5, socket_connect_timeout=2
         ) as client:
@@ -274,7 +274,7 @@ class Rig(Machine):
 
     @contextlib.asynccontextmanager
     async def database(self) -> AsyncIterator[Any]:
-        """Give a connection to PostgreSQL itself."""
+        """A connection to PostgreSQL without a proxy."""
         connection = await asyncpg.connect(self.database_url, timeout=5, command_timeout=10)
         try:
             yield connection
@@ -297,7 +297,7 @@ class Rig(Machine):
             )
 
     async def voided(self, campaign: str) -> set[int]:
-        """Give the numbers that a recovery has voided."""
+        """Give the event numbers that a recovery has voided."""
         async with self.database() as connection:
             ranges = await claims.voided(connection, campaign)
         return {number for first, last in ranges for number in range(first, last + 1)}
@@ -307,7 +307,7 @@ class Rig(Machine):
         async with self.redis() as client:
             return sorted(each.decode() for each in await client.smembers(CAMPAIGNS))
 
-    # Inside
+    # Internal
 
     async def _migrate_and_enroll(self) -> None:
         load_or_create_signing_key(Settings(data_dir=self.data_dir), create=True)
@@ -339,6 +339,6 @@ class Rig(Machine):
 
 
 def told_number(answer: Answer) -> int:
-    """Event number of the order that a client was told of; 0 for none."""
+    """Event number of the order in an answer; 0 for none."""
     number = parse_order_number(answer.order_no) if answer.sold else None
     return number[1] if number else 0

@@ -1,4 +1,4 @@
-"""The proxy of the fault rig does what its modes say, and nothing else."""
+"""The modes of the fault rig's proxy."""
 
 import asyncio
 import time
@@ -12,12 +12,12 @@ from proxy import Proxy
 
 @pytest.fixture(autouse=True)
 def mended() -> None:
-    """No rig is needed here."""
+    """Replace the rig's fixture, which these tests do not need."""
 
 
 @pytest.fixture(params=["tcp", "unix"])
 async def proxy(request: pytest.FixtureRequest, short_path: Path) -> AsyncIterator[Proxy]:
-    """A proxy to an echo."""
+    """A proxy to an echo server."""
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
@@ -56,7 +56,7 @@ class Line:
         self.writer.write(data)
 
     async def hear(self, within_s: float = 2.0) -> bytes:
-        """What comes next: b"" where the line was closed, "nothing" where nothing came."""
+        """The next bytes; b"" if the connection was closed, "nothing" if none came."""
         try:
             async with asyncio.timeout(within_s):
                 return await self.reader.read(65_536)
@@ -109,7 +109,7 @@ async def test_delay_keeps_the_order(proxy: Proxy) -> None:
         while len(heard) < 2:
             heard += await line.hear()
         assert heard == b"ab"
-        assert time.monotonic() - started < 2.8  # at once: one after the other they took 3 s
+        assert time.monotonic() - started < 2.8  # in parallel: one after the other they took 3 s
 
 
 async def test_halve_forwards_some_bytes_then_closes_once(proxy: Proxy) -> None:

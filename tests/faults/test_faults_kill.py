@@ -1,4 +1,4 @@
-"""Processes are killed, frozen and restarted in mid-rush; nothing is lost, and it sells again."""
+"""Processes are killed, stopped and restarted during a rush: no order is lost, sales resume."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 RIG = {"workers": 2, "writers": 2, "schedulers": 2}
 TAKEOVER_S = 3.0
 SELLING_AGAIN_S = 5.0
-"""Loose: this runs beside other tests. What it took is printed."""
+"""A loose bound, because other tests run in parallel. The test prints the real time."""
 
 
 async def test_kill_of_everything_in_a_rush_loses_nothing(rig: Rig) -> None:
@@ -72,7 +72,7 @@ async def test_standby_writer_takes_over_after_a_kill(rig: Rig, how: str) -> Non
     campaign = await rig.campaign(tickets=100_000, card_limit=30)
     load = await rig.rush(campaign, rate=100)
     await asyncio.sleep(0.5)
-    for name in ("writer-1", "writer-2"):  # one of them is the one that works
+    for name in ("writer-1", "writer-2"):  # one of them is active
         getattr(rig, how)(name)
         took_s = await written_up(rig, campaign, within_s=TAKEOVER_S + 1)
         print(f"written up {took_s:.2f} s after {name} met {how}")
@@ -92,7 +92,7 @@ async def test_suspended_process_loses_nothing_when_it_resumes(rig: Rig, name: s
     load = await rig.rush(campaign)
     await asyncio.sleep(0.5)
     rig.stop(name)
-    if name != "redis":  # the others sell on meanwhile
+    if name != "redis":  # the other parts sell meanwhile
         assert await rig.selling(campaign, within_s=3.0) < 3.0
     await asyncio.sleep(1.5)
     rig.cont(name)
@@ -127,7 +127,7 @@ async def test_rolling_restart_in_a_rush_answers_every_retry(rig: Rig) -> None:
         await rig.start(name)
     await load.finish()
 
-    # What got no answer was asked again with the same key, and then got one.
+    # Purchases without an answer were retried with the same key, and then got one.
     open_keys = {answer.key for answer in load.answers if answer.status in {0, 503}}
     known = {answer.key for answer in load.answers if answer.status not in {0, 503}}
     assert open_keys <= known
@@ -142,7 +142,7 @@ async def test_rolling_restart_in_a_rush_answers_every_retry(rig: Rig) -> None:
 
 
 async def written_up(rig: Rig, campaign: str, within_s: float) -> float:
-    """Wait until PostgreSQL has what was sold since now; give the seconds."""
+    """Wait until PostgreSQL has the orders sold until now; give the seconds."""
     started = time.monotonic()
     await asyncio.sleep(0.3)
     goal = await rig.sold(campaign)

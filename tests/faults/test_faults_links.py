@@ -1,4 +1,4 @@
-"""What travels between two processes is lost, late, cut in half or kept back."""
+"""Bytes between two processes are lost, late, cut in half or held."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ async def test_retry_finds_the_order_after_a_lost_answer(rig: Rig, gone: str) ->
     campaign = await rig.campaign(tickets=5)
     phone, link = rig.phone(campaign), rig.link("serve-1", "redis")
     attempt = phone.attempt(2)
-    # A first purchase of another member, so that nothing but the script stands in the way.
+    # Another member buys first, so that the next call on this link is the script.
     assert (await rig.phone(campaign).buy(of="serve-1")).status == 201
     sold_before = await rig.sold(campaign)
 
@@ -161,7 +161,7 @@ async def test_killed_writer_leaves_each_event_written_once(
 
 @contextlib.contextmanager
 def trimming_at_once(rig: Rig) -> Iterator[None]:
-    """Let parts that start in the block trim the stream as soon as it is applied."""
+    """Make parts that start in the block trim the stream as soon as it is applied."""
     kept = dict(rig.settings)
     rig.settings |= {"SALE_LEDGER_RETENTION_EVENTS": "0", "SALE_LEDGER_RETENTION_S": "0"}
     try:
@@ -183,7 +183,7 @@ FAULTS: list[tuple[Callable[[Proxy], None], float]] = [
 
 
 async def certain(ask: Callable[[], Awaitable[Response]], within_s: float = 10.0) -> Response:
-    """Ask until the outcome is known."""
+    """Retry until the outcome is known."""
     deadline = time.monotonic() + within_s
     while (answer := await ask()).status in {0, 503}:
         assert time.monotonic() < deadline, "its outcome stays unknown"

@@ -1,4 +1,4 @@
-"""PostgreSQL comes back older than it was, or not for a while."""
+"""PostgreSQL returns with an older copy, or is away for a while."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ async def test_older_copy_of_postgres_is_filled_from_the_stream(rig: Rig, tmp_pa
 
 
 async def test_sales_stop_at_the_lag_bound_and_resume(rig: Rig) -> None:
-    """The ledger in Redis is bounded: beyond it nothing is sold until the writer follows again."""
+    """Beyond the bound of unapplied events no ticket is sold until the writer catches up."""
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     await rig.settle()
     kept = dict(rig.settings)
@@ -46,7 +46,7 @@ async def test_sales_stop_at_the_lag_bound_and_resume(rig: Rig) -> None:
         load = await rig.rush(campaign, rate=300)
         await until(lambda: has_stopped(load))
         behind = await rig.sold(campaign) - await rig.written(campaign)
-        assert 100 <= behind < 200 + 256  # Redis is told of what was written a little later
+        assert 100 <= behind < 200 + 256  # the head learns a little later what was applied
         for link in rig.links("postgres"):
             link.heal()
         took_s = await rig.selling(campaign, within_s=5)

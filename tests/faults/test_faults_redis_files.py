@@ -1,4 +1,4 @@
-"""Redis comes back with its files, with torn ones, with old ones, and with none."""
+"""Redis returns with its files, with torn files, with old files, or with none."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ from proxy import Direction
 from rig import Rig, told_number
 from service import until
 
-from sale.stock.process_reports import BEAT_S
+from sale.stock.process_reports import REPORT_EVERY_S
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 
@@ -62,7 +62,7 @@ async def test_old_copy_lacking_400_orders_is_filled_in(rig: Rig, tmp_path: Path
 
     print(f"selling {took_s:.2f} s after an old Redis was back")
     load = await rig.rush(campaign, seconds=2.0, rate=400, quantity=1, odd=False, seed=3)
-    await load.over()  # what is left, and no more
+    await load.over()  # the load only finishes
     assert any(answer.code == "sold-out" for answer in load.answers)
     await rig.settle()
     assert await rig.voided(campaign) == set()
@@ -75,7 +75,7 @@ async def test_old_copy_voids_orders_that_only_a_dead_process_knew(
     campaign = await rig.campaign(tickets=1_000, card_limit=30)
     await go_back_in_time(rig, campaign, tmp_path / "old", losing="serve-2")
 
-    # Nobody decides by himself that what somebody was told is lost: it stays shut.
+    # No process decides alone that an answered order is lost: the campaign stays shut.
     started = time.monotonic()
     while time.monotonic() - started < 3:
         answer = await rig.phone(campaign).buy()
@@ -155,7 +155,7 @@ async def test_killed_recovery_is_completed_by_the_next(
 
 
 async def test_check_finds_orders_lost_with_a_torn_tail(rig: Rig) -> None:
-    """The rig's own test: files that were changed by hand, and no witness; it must be found."""
+    """A test of the rig: its check must find orders that were removed from the files by hand."""
     campaign = await rig.campaign(tickets=10_000, card_limit=30)
     await rig.settle()
     rig.kill("writer-1")
@@ -172,7 +172,7 @@ async def test_check_finds_orders_lost_with_a_torn_tail(rig: Rig) -> None:
 
 
 async def go_back_in_time(rig: Rig, campaign: str, copy: Path, losing: str | None = None) -> None:
-    """Sell 400 orders that neither PostgreSQL nor the copy has, and come back with the copy."""
+    """Sell 400 orders that neither PostgreSQL nor the copy has; restart Redis with the copy."""
     load = await rig.rush(campaign, seconds=0.4, quantity=1)
     await load.over()
     await rig.settle()
@@ -184,15 +184,15 @@ async def go_back_in_time(rig: Rig, campaign: str, copy: Path, losing: str | Non
     await load.finish()
     assert await rig.written(campaign) == before
     if losing is not None:
-        # Numbers that the dead one gave out since the last beat of the others, nobody can know.
-        await asyncio.sleep(3 * BEAT_S)
+        # No process knows the numbers that the dead one assigned after the others' last report.
+        await asyncio.sleep(3 * REPORT_EVERY_S)
         rig.kill(losing)
     await rig.restore_redis(copy)
     await rig.start("redis")
 
 
 async def recover(rig: Rig, campaign: str, *options: str) -> dict[str, Any]:
-    """Recover as an operator; where the scheduler is trying just then, again."""
+    """Recover as an operator; retry if the scheduler is recovering at the same time."""
     for _ in range(10):
         ran = await rig.sale("recover", campaign, "--json", *options)
         if ran.status == 0:

@@ -1,4 +1,4 @@
-"""Faults of other flash-sale systems, by the numbers of their rows, that need broken parts.
+"""Faults of other flash-sale systems, by row number, whose tests need broken parts.
 
 The others are in ``tests/test_holes.py``.
 """
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 RIG = {"workers": 2, "proxied": [("*", "redis"), ("*", "postgres")]}
 AWAY_S = 15.0
 NOTICED_S = 2.0
-"""An answer that takes longer than this is one that a member notices."""
+"""A member notices an answer that takes longer."""
 
 
 async def test_row_03_members_do_not_notice_15_s_without_postgresql(rig: Rig) -> None:
@@ -34,7 +34,7 @@ async def test_row_03_members_do_not_notice_15_s_without_postgresql(rig: Rig) ->
     for link in rig.links("postgres"):
         link.heal()
     started = time.monotonic()
-    # What was sold meanwhile: behind the rush that goes on it is always some events.
+    # The orders sold meanwhile. During a rush PostgreSQL is always some events behind.
     while await rig.written(campaign) < sold:
         assert time.monotonic() - started < AWAY_S / 2, "it does not catch up"
         await asyncio.sleep(0.05)
@@ -50,7 +50,7 @@ async def test_row_03_members_do_not_notice_15_s_without_postgresql(rig: Rig) ->
 
 
 async def test_row_07_order_with_a_lost_answer_keeps_its_tickets(rig: Rig) -> None:
-    """A confirmation timed out and the stock was given back although the message had landed."""
+    """A confirmation timed out, and the system returned the stock although it had arrived."""
     campaign = await rig.campaign(tickets=4)
     phone, link = rig.phone(campaign, timeout_s=2.0), rig.link("serve-1", "redis")
     attempt = phone.attempt(3)
@@ -58,7 +58,7 @@ async def test_row_07_order_with_a_lost_answer_keeps_its_tickets(rig: Rig) -> No
     link.trap(PURCHASE.sha.encode(), holding="down")
     first = await phone.ask(attempt, of="serve-1")
     assert first.status in {0, 503}
-    link.drop()  # the confirmation is lost for good
+    link.drop()  # the confirmation is lost
     link.heal()
 
     other = await rig.phone(campaign).buy(1)
@@ -71,7 +71,7 @@ async def test_row_07_order_with_a_lost_answer_keeps_its_tickets(rig: Rig) -> No
 
 
 async def test_row_08_crash_after_commit_leaves_nothing_to_repair(rig: Rig) -> None:
-    """Crash between the database's commit and what should follow it: never repaired."""
+    """A crash between the database's commit and the next step was never repaired."""
     campaign = await rig.campaign(tickets=1_000, card_limit=30)
     await rig.settle()
     link = rig.link("writer-1", "postgres")
@@ -96,7 +96,7 @@ async def test_row_08_crash_after_commit_leaves_nothing_to_repair(rig: Rig) -> N
 
 
 async def test_row_11_unwritten_orders_count_after_a_loss_of_redis(rig: Rig) -> None:
-    """After a loss of Redis, stock is reloaded from the database without what is in the queue."""
+    """After a loss of Redis, stock was reloaded from the database without the queued orders."""
     campaign = await rig.campaign(tickets=400, card_limit=30)
     await rig.settle()
     rig.kill("writer-1")
@@ -117,7 +117,7 @@ async def test_row_11_unwritten_orders_count_after_a_loss_of_redis(rig: Rig) -> 
 
 
 async def test_row_12_no_reconciliation_returns_tickets_in_flight(rig: Rig) -> None:
-    """A "reconciliation" writes Redis := database while sales go on."""
+    """A "reconciliation" overwrote Redis by the database during sales."""
     campaign = await rig.campaign(tickets=100_000, card_limit=60)
     await rig.settle()
     async with rig.redis() as redis:
@@ -141,7 +141,7 @@ async def test_row_12_no_reconciliation_returns_tickets_in_flight(rig: Rig) -> N
 
 
 async def test_row_17_damage_of_one_campaign_stays_there(rig: Rig) -> None:
-    """A negative stock reloads all campaigns in mid-sale; one failure marks everyone failed."""
+    """A negative stock reloaded all campaigns during the sale; one failure failed all of them."""
     sound = await rig.campaign(tickets=100_000, card_limit=60)
     damaged = await rig.campaign(tickets=100, card_limit=60)
     load = await rig.rush(sound, rate=100)

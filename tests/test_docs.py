@@ -247,7 +247,8 @@ def test_each_invariant_has_keeper_audit_and_tests() -> None:
 
 def test_database_rules_named_in_the_invariants_exist() -> None:
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", INVARIANTS)) - {
-        "check_acknowledged", "check_trusted", "synchronous_commit", "opens_at", "closes_at", "card_limit",
+        "check_acknowledged", "check_trusted", "synchronous_commit",
+        "opens_at", "closes_at", "card_limit",
     }  # fmt: skip
     assert {"showing_never_oversold", "member_use_within_limit", "orders_one_per_key"} <= named
     for name in named:

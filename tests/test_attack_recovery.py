@@ -1,4 +1,4 @@
-"""Attacks on the recovery: slow witnesses, dead ones, garbage, and who asks too early."""
+"""Attacks on the recovery: slow and dead witnesses, damaged data, and early recoveries."""
 
 import asyncio
 from typing import Any
@@ -134,7 +134,7 @@ async def test_recovery_epoch_is_above_that_of_lost_claims(shop: Shop):
 
 
 async def test_late_writer_with_lost_events_stops_sales(shop: Shop, apis: list[Api]):
-    # It was stopped with a batch in its hands, and woke up after the recovery.
+    # The writer was stopped while it applied a batch, and resumed after the recovery.
     a, b = apis
     async with shop.pool.acquire() as connection:
         position = await read.position(connection, CAMPAIGN)

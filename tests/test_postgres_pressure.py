@@ -1,4 +1,4 @@
-"""A PostgreSQL that answers and does not write: told once, in words, and over without a hand."""
+"""A PostgreSQL that answers and cannot write: logged once in words; recovery is automatic."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,12 @@ from sale.jobs import writer
 from sale.stock.keys import campaign_keys
 
 TRIES_S = 0.5
-"""Long enough for several tries, at the waits that a writer begins with."""
+"""Long enough for several attempts at a writer's first waits."""
 
 
 @pytest.fixture
 async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    """An open campaign whose first sale PostgreSQL has."""
+    """An open campaign; PostgreSQL has its first sale."""
     async with open_shop(redis_url, database_url) as shop:
         await shop.start_writer()
         await shop.create(campaign(100))
@@ -51,7 +51,7 @@ async def read_only(shop: Shop) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def refusing(shop: Shop, error: str) -> AsyncIterator[None]:
-    """PostgreSQL refuses each new event, by that error."""
+    """Make PostgreSQL refuse each new event with this error."""
     await shop.pool.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN RAISE 'no room' USING ERRCODE = '{error}'; END $$;"
@@ -107,14 +107,14 @@ def told(said: list[Any], action: str) -> list[str]:
 
 
 def told_once(reasons: list[str]) -> list[str]:
-    """The reasons, of which none was told twice."""
+    """The logged reasons; none was logged twice."""
     kinds = [reason.partition(":")[0] for reason in reasons]
     assert len(set(kinds)) == len(kinds)
     return reasons
 
 
 async def keeps_trying(shop: Shop, said: list[Any]) -> list[str]:
-    """The writer tells that PostgreSQL is away, tries on, and blames no campaign; the reasons."""
+    """Wait until the writer logged that PostgreSQL is away, and no campaign; give the reasons."""
 
     async def lost() -> bool:
         return bool(told(said, "ledger.postgres_lost"))
@@ -127,7 +127,7 @@ async def keeps_trying(shop: Shop, said: list[Any]) -> list[str]:
 
 
 async def comes_back(shop: Shop, said: list[Any]) -> None:
-    """All is applied without anybody's hand, and that is told."""
+    """Wait until all is applied without a restart, and the writer logged it."""
     await shop.applied()
 
     async def back() -> bool:
@@ -146,7 +146,7 @@ async def test_postgres_that_could_not_write_gets_all_events(
 ):
     with capture_logs() as said:
         async with trouble(shop) as reason:
-            assert await shop.buy(2, 3) == [4, 5]  # members notice nothing
+            assert await shop.buy(2, 3) == [4, 5]  # members do not notice
             reasons = told_once(await keeps_trying(shop, said))
             assert any(why.startswith(reason) for why in reasons)
             assert await shop.buy(4) == [6]
@@ -161,7 +161,7 @@ async def test_postgres_without_connections_gets_all_events(shop: Shop):
     role = f"limited_{os.getpid()}"
     name = await shop.pool.fetchval("SELECT current_database()")
     async with shop.pool.acquire() as conn:
-        # Not as the tests' own user: limits do not hold for superusers.
+        # As another user, because limits do not apply to superusers.
         await conn.execute(
             f"CREATE ROLE {role} LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO {role};"
             f"GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO {role}"

@@ -1,4 +1,4 @@
-"""Redis without memory, without time, without disk: sales stop in words, and go on by themselves.
+"""Redis without memory, time or disk space: sales stop with a reason and resume by themselves.
 
 Space is taken from the real disk by a file; where it is to be *full* the threshold is raised
 instead, so that nothing has to be mounted.
@@ -159,12 +159,12 @@ async def test_short_redis_pause_only_delays_members(service: Service, client: C
     assert await client.remaining(campaign) == [80]
 
 
-# Its disk ----------------------------------------------------------------------------------------
+# Disk of Redis -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def taken(directory: Path, mb: int) -> Iterator[None]:
-    """Take space from the disk of a directory."""
+    """Use space on the disk of a directory."""
     file = directory / "taken"
     with file.open("wb") as stream:
         try:
@@ -175,7 +175,7 @@ def taken(directory: Path, mb: int) -> Iterator[None]:
 
 
 def halting(redis: Redis) -> tuple[Batchers, PurchaseMetrics]:
-    """Batchers of a process that asks nothing of them but to halt."""
+    """Batchers of which these tests use only ``halt``."""
     metrics = PurchaseMetrics()
     batchers = Batchers(
         Scripts(redis, "nonce"), "p", metrics,
@@ -300,7 +300,7 @@ async def test_dying_server_is_given_up_unless_its_disk_is_full(
 
 def test_full_disk_delays_the_register_and_stops_nothing(tmp_path: Path) -> None:
     register = _Register(tmp_path, SimpleNamespace(pids={}), "a:1", "b:2")  # type: ignore[arg-type]
-    register.put("serve-1", 1)  # its directory is not there
+    register.put("serve-1", 1)  # its directory does not exist
     (tmp_path / "run").mkdir()
     register.put("serve-2", 2)
     assert (tmp_path / "run" / "processes.json").read_text().count("serve-") == 2

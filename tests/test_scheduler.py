@@ -1,4 +1,4 @@
-"""The scheduler: what happens without anybody's call, and a Redis that comes back."""
+"""The scheduler: steps that no request triggers, and a Redis that returns."""
 
 import asyncio
 import os
@@ -43,7 +43,7 @@ async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
 
 
 class OwnRedis:
-    """A Redis of this module's own, on a data directory that can be put back."""
+    """A Redis for this module, on a data directory that can be restored."""
 
     def __init__(self, servers: embedded.EmbeddedServers, home: Path) -> None:
         self.servers, self.home = servers, home
@@ -55,7 +55,7 @@ class OwnRedis:
         return copy
 
     async def come_back(self, files: Path | None = None) -> None:
-        """Die without a word, then start on what is there, on older files, or on none."""
+        """Kill it, then start it on its present files, on older ones, or on none."""
         os.kill(self.servers.pids["redis"], signal.SIGKILL)
         await until(self._gone)
         if files is not None:
@@ -76,7 +76,7 @@ async def own_redis(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[O
 
 @pytest.fixture
 async def own_shop(own_redis: OwnRedis, database_url: str) -> AsyncIterator[Shop]:
-    """An open campaign on that Redis; card 1 has bought."""
+    """An open campaign on that Redis, in which card 1 has bought."""
     assert own_redis.servers.endpoints.redis_url is not None
     async with open_shop(own_redis.servers.endpoints.redis_url, database_url) as shop:
         await shop.redis.flushall()
@@ -231,8 +231,8 @@ async def test_overtaken_first_load_is_refused(shop: Shop):
 
 
 async def test_card_revoked_after_a_roster_restore_buys_nothing(shop: Shop):
-    # Found by the soak (seed 7016, lossy): PostgreSQL had been restored, so that its next revisions
-    # had numbers which the campaign believed it had followed.
+    # Found by the soak (seed 7016, lossy): PostgreSQL was restored, so its next revisions had
+    # numbers that the campaign had applied already.
     await shop.add_cards(1, 2)
     await shop.create(campaign(10))
     await shop.step("open")
@@ -301,7 +301,7 @@ async def test_sales_resume_two_seconds_after_a_redis_restart(own_shop: Shop, ow
         await own_redis.come_back()
         back = time.monotonic()
         first = await _call(own_shop, 2)
-        assert first == CallReply.UNVERIFIED  # nothing is sold before the comparison (INV-8)
+        assert first == CallReply.UNVERIFIED  # no sale before the comparison (INV-8)
 
         async def sells() -> bool:
             return await _call(own_shop, 2) == CallReply.OK
@@ -371,7 +371,7 @@ async def test_redis_restart_before_the_writer_loses_no_order(own_shop: Shop, ow
 
 
 async def _call(shop: Shop, n: int) -> int | None:
-    """What Redis says to a purchase; None where it does not answer yet."""
+    """The script's reply to a purchase; None if Redis does not answer yet."""
     try:
         return (await shop.stock.call(Bid(member(n), key(1))))[0]
     except (RedisError, OSError):
@@ -385,7 +385,6 @@ async def _metric(registry: CollectorRegistry, name: str, value: Any) -> bool:
 async def test_scheduler_that_lost_its_lock_publishes_no_findings(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ):
-    # Given
     registry, stop, audited = CollectorRegistry(), asyncio.Event(), asyncio.Event()
     scheduler = Scheduler(shop.stores(audit_interval_s=0), shop.database_url, registry)
     finding = CampaignAudit(CAMPAIGN, clean=False, findings=[Finding("INV-1", "oversold")])
@@ -398,13 +397,13 @@ async def test_scheduler_that_lost_its_lock_publishes_no_findings(
 
     monkeypatch.setattr(scheduler_module, "audit", lose_the_lock)
     scheduler._set_active("it holds the lock")
-    # When
+
     auditing = asyncio.create_task(scheduler._audit_repeatedly(stop))
     await audited.wait()
     await asyncio.sleep(0.05)
     stop.set()
     await auditing
-    # Then
+
     labels = {"campaign": CAMPAIGN, "invariant": "INV-1"}
     assert sample(registry, "sale_audit_findings", **labels) is None
 

@@ -1,4 +1,4 @@
-"""Many campaigns are read in few calls, and what is wrong with one is its own trouble."""
+"""Many campaigns are read in few calls, and a damaged one does not affect the others."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ IDS = [f"c{number}" for number in range(COUNT)]
 
 @pytest.fixture
 async def heads(redis: Redis) -> Redis:
-    """Heads with their number as seq; the 5th is missing, the 70th is no hash."""
+    """Make heads whose seq is their number; the 5th is missing, the 70th is no hash."""
     for number, campaign_id in enumerate(IDS):
         key = campaign_keys(campaign_id).head
         if number == 70:

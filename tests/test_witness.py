@@ -1,4 +1,4 @@
-"""What API processes know when Redis comes back with less than members were told."""
+"""Reports of API processes when Redis returns without orders that members were given."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ MADE = campaign(200, card_limit=3)
 
 
 class Api:
-    """An API process without HTTP: its batchers and what it reports."""
+    """An API process without HTTP: its batchers and its witness."""
 
     def __init__(self, shop: Shop, name: str) -> None:
         self.batchers = Batchers(
@@ -58,7 +58,7 @@ class Api:
 
 @pytest.fixture
 async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    """An open campaign whose writer has stopped: PostgreSQL has its making and opening."""
+    """An open campaign with a stopped writer: PostgreSQL has only `created` and `opened`."""
     async with open_shop(redis_url, database_url) as shop:
         await shop.start_writer()
         await shop.create(MADE)
@@ -79,7 +79,7 @@ async def apis(shop: Shop) -> AsyncIterator[list[Api]]:
 
 @contextlib.asynccontextmanager
 async def going_back(shop: Shop) -> AsyncIterator[None]:
-    """What happens within is lost by Redis, which then is another process with older files."""
+    """Lose in Redis what happens in the block: it becomes another process with older files."""
     copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
     roll = await shop.redis.dump(REPORTS)
     yield
@@ -124,7 +124,7 @@ async def test_lost_orders_are_recovered_from_live_processes(shop: Shop, apis: l
     auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
     await auto_recovery.recover_unfit(unfit)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
-    # Each key gives the order it gave before, from either process, and nothing is sold twice.
+    # Each key gives the same order as before, from either process, and no ticket is sold twice.
     again = await b.buy(*range(1, 32))
     assert {answer.decision for answer in again} == {Decision.REPLAYED}
     assert [answer.value for answer in again] == told
@@ -138,8 +138,8 @@ async def test_lost_orders_are_recovered_from_live_processes(shop: Shop, apis: l
 
 
 async def test_orders_handed_in_by_a_dead_process_are_recovered(shop: Shop, apis: list[Api]):
-    # Found by the soak (seed 203, lossy): all were killed between the two, and Redis, which fitted
-    # PostgreSQL's ledger, sold the same numbers again.
+    # Found by the soak (seed 203, lossy): all processes were killed in between, and Redis, which
+    # matched PostgreSQL's ledger, sold the same numbers again.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2, 3))
     await apis[0].check_acknowledged()
@@ -188,7 +188,7 @@ async def test_orders_of_a_resumed_process_become_conflicts(shop: Shop, apis: li
     assert (await shop.recover()).voided == [(lost[0], lost[-1])]
     seqs(await b.buy(1))
     assert len(a.batcher.unapplied) == 2
-    # It does not sell for the ledger that lacks what it told, until it has handed that in.
+    # It sells only after it has handed in its orders that the ledger lacks.
     assert (await a.buy(60))[0].decision is None
     await a.check_acknowledged()
     await until(lambda: _empty(a))
@@ -247,25 +247,25 @@ async def _empty(api: Api) -> bool:
 
 
 async def test_redis_lacking_handed_in_orders_is_not_trusted(shop: Shop, apis: list[Api]):
-    # Given: the process that told the orders handed them in, and then died, as did the roll.
+    # Given: a process handed in its orders and died, and all reports are lost.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
     await apis[0].witness.beat()
     await shop.redis.delete(REPORTS)
-    # When and then: the files fit PostgreSQL, and still they are not believed.
+    # When and then: the files match PostgreSQL, and Redis is not trusted.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).filled == 2
     assert [answer.value for answer in await apis[1].buy(1, 2)] == told
 
 
 async def test_redis_behind_the_report_of_the_dead_is_not_trusted(shop: Shop, apis: list[Api]):
-    # Given: a process saw what Redis lost, said so, could not hand it in, and is gone.
+    # Given: a process reported a number that Redis lost, could not hand in its orders, and died.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apis[0].witness, "_pool", _Away())
         await apis[0].witness.beat()
-    # When and then: its last report counts, also where nobody hears from it any more.
+    # When and then: its last report counts, although the process is dead.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).voided == [(told[0], told[-1])]
 
@@ -307,14 +307,14 @@ async def test_stopping_process_hands_in_without_redis(shop: Shop, apis: list[Ap
 async def test_last_report_stays_if_postgres_is_away(
     shop: Shop, apis: list[Api], capsys: pytest.CaptureFixture[str]
 ):
-    # Given: it could not hand in what it keeps; what it has seen is on the roll.
+    # Given: a stopped process could not hand in its orders; its last report is in Redis.
     async with going_back(shop):
         told = seqs(await apis[0].buy(1, 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apis[0].witness, "_pool", _Away())
         await apis[0].witness.sign_off()
     assert "attendance.kept_back" in capsys.readouterr().out
-    # When and then: Redis is not believed though nobody is there to speak.
+    # When and then: Redis is not trusted, although no process is left to report.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).voided == [(told[0], told[-1])]
 
@@ -335,7 +335,7 @@ async def test_process_ends_although_postgres_is_silent(shop: Shop, apis: list[A
 
 
 class _Ended:
-    """A pool that notes its end, and goes on."""
+    """A pool that records its termination and works on."""
 
     def __init__(self, pool: Any, noted: list[str]) -> None:
         self._pool, self._noted = pool, noted

@@ -1,4 +1,4 @@
-"""The batcher on a real Redis: gathering, lost connections, refusing by peek, and giving up."""
+"""The batcher on a real Redis: group commit, lost connections, refusals by peek, deadlines."""
 
 import asyncio
 import random
@@ -48,7 +48,7 @@ no_memory = asynccontextmanager(memory_kept_tiny)
 
 
 class Line:
-    """A wire to Redis that can be cut: what happens to the next scripts on it is listed."""
+    """A connection to Redis that can be cut; a list says what happens to the next script calls."""
 
     def __init__(self, upstream: str) -> None:
         self._upstream = upstream
@@ -89,7 +89,7 @@ class Line:
             writer.close()
 
     async def release(self) -> list[bytes]:
-        """Let Redis have what was held back; its replies."""
+        """Send the held calls to Redis; give its replies."""
         replies = []
         for request in self.held:
             reader, writer = await asyncio.open_unix_connection(self._upstream)
@@ -106,7 +106,7 @@ class Line:
 
 @pytest.fixture
 async def line(redis_url: str, short_path: Path) -> AsyncIterator[Line]:
-    """The line that ``far`` reaches Redis by."""
+    """The script connection of ``far``."""
     assert redis_url.startswith(UNIX_PREFIX)
     line = Line(redis_url.removeprefix(UNIX_PREFIX).split("?")[0])
     server = await asyncio.start_unix_server(line.serve, short_path / "line")
@@ -123,12 +123,12 @@ async def far(line: Line, redis: Redis, short_path: Path) -> AsyncIterator[Redis
 
 
 def impatient(url: str) -> Redis:
-    """A client like the engine's, that gives Redis only a tenth of a second."""
+    """A client like the engine's, with a timeout of a tenth of a second."""
     return redis_asyncio.from_url(url, socket_timeout=0.1, protocol=2, retry=Retry(NoBackoff(), 0))
 
 
 class Shop:
-    """One process' batcher of one campaign."""
+    """The batcher of one process and campaign."""
 
     def __init__(self, batchers: Batchers, made: Campaign, metrics: PurchaseMetrics) -> None:
         self.batchers = batchers
@@ -151,7 +151,7 @@ class Shop:
         return (await self.ask(Bid(*args, **kwargs)))[0]
 
     async def until_it_peeks(self) -> None:
-        """Ask until the filter of buyers is loaded and refusals cost a peek only."""
+        """Buy until the buyer filter is loaded and a refusal costs only a peek."""
         for n in range(100):
             await self.one(member(90_000_000 + n), key(1))
             buyer_filter = self.batcher._buyer_filter
@@ -203,9 +203,7 @@ async def calls_of(stock: Stock, process: str = "shop-1") -> int:
 # Gathering --------------------------------------------------------------------------------------
 
 
-async def test_purchases_that_wait_together_go_in_one_call(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_waiting_purchases_go_into_one_call(redis: Redis, open_shop: OpenShop) -> None:
     stock = await open_stock(redis, 1_000)
     shop = open_shop(redis, campaign(1_000))
     answers = await shop.ask(*(Bid(member(n), key(1)) for n in range(600)))
@@ -218,7 +216,7 @@ async def test_purchases_that_wait_together_go_in_one_call(
     await stock.check_books()
 
 
-async def test_crowd_that_comes_over_several_turns_goes_in_one_call(
+async def test_purchases_of_several_turns_go_into_one_call(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     stock = await open_stock(redis, 1_000)
@@ -237,10 +235,8 @@ async def test_crowd_that_comes_over_several_turns_goes_in_one_call(
     assert await calls_of(stock) == before + 1
 
 
-async def test_few_that_come_one_after_the_other_wait_for_nobody(
-    redis: Redis, open_shop: OpenShop
-) -> None:
-    """A turn that brings one more must not hold up who is there: the next may bring one as well."""
+async def test_single_purchases_do_not_wait_for_others(redis: Redis, open_shop: OpenShop) -> None:
+    """A turn that brings one purchase must not delay the batch: the next may bring one too."""
     stock = await open_stock(redis, 1_000)
     shop = open_shop(redis, campaign(1_000))
     await shop.one(member(999), key(1))
@@ -256,9 +252,7 @@ async def test_few_that_come_one_after_the_other_wait_for_nobody(
     assert came > 2
 
 
-async def test_answers_are_told_while_the_next_call_is_under_way(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_answers_are_sent_during_the_next_call(redis: Redis, open_shop: OpenShop) -> None:
     await open_stock(redis, 1_000)
     shop = open_shop(redis, campaign(1_000), batch_max=10)
     await shop.one(member(999), key(1))
@@ -278,7 +272,7 @@ async def test_answers_are_told_while_the_next_call_is_under_way(
     assert begun == [2] * 20, "the second call had begun when the first one's answers were told"
 
 
-async def test_fault_in_the_telling_leaves_nobody_waiting(
+async def test_exception_in_settle_leaves_no_purchase_waiting(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     await open_stock(redis, 1_000)
@@ -301,9 +295,7 @@ async def test_fault_in_the_telling_leaves_nobody_waiting(
     assert decisions(answers) == [Decision.SOLD, None, None]
 
 
-async def test_reply_that_lacks_answers_leaves_nobody_waiting(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_short_reply_leaves_no_purchase_waiting(redis: Redis, open_shop: OpenShop) -> None:
     await open_stock(redis, 1_000)
     shop = open_shop(redis, campaign(1_000))
     await shop.one(member(999), key(1))
@@ -319,7 +311,9 @@ async def test_reply_that_lacks_answers_leaves_nobody_waiting(
     assert decisions(again) == [Decision.REPLAYED] * 6
 
 
-async def test_queue_is_bounded_and_says_so(redis: Redis, open_shop: OpenShop) -> None:
+async def test_submit_returns_false_when_the_queue_is_full(
+    redis: Redis, open_shop: OpenShop
+) -> None:
     stock = await open_stock(redis, 100)
     shop = open_shop(redis, campaign(100), queue_max=5)
     taken = [shop.submit(Bid(member(n), key(1))) for n in range(8)]
@@ -331,9 +325,7 @@ async def test_queue_is_bounded_and_says_so(redis: Redis, open_shop: OpenShop) -
     assert (await shop.one(member(7), key(1))).decision is Decision.SOLD
 
 
-async def test_client_that_hung_up_has_its_order_all_the_same(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_order_of_a_disconnected_client_remains(redis: Redis, open_shop: OpenShop) -> None:
     """HOLES.md row 23."""
     stock = await open_stock(redis, 10)
     shop = open_shop(redis, campaign(10))
@@ -353,10 +345,10 @@ async def test_client_that_hung_up_has_its_order_all_the_same(
 
 @pytest.mark.parametrize("fault", ["cut before", "lose reply"])
 @pytest.mark.parametrize("times", [1, 3])
-async def test_connection_lost_in_mid_call_neither_loses_nor_doubles(
+async def test_lost_connection_neither_loses_nor_doubles_orders(
     redis: Redis, far: Redis, line: Line, open_shop: OpenShop, fault: str, times: int
 ) -> None:
-    """HOLES.md row 4: the ticket was taken, the retry said "purchased", and there was no order."""
+    """Row 4 of HOLES.md: the ticket was taken, the retry said "purchased", and no order existed."""
     stock = await open_stock(redis, 6)
     shop = open_shop(far, campaign(6))
     await shop.one(member(0), key(1))
@@ -438,7 +430,7 @@ async def test_killed_clients_lose_and_double_nothing(
     async with asyncio.timeout(ANSWER_WITHIN_S):
         while (before := answered()) < len(purchases):
             await redis.client_kill_filter(_type="normal", skipme=True)
-            # By progress: kills by the clock outrun the batches of a machine that is busy.
+            # Kill after progress, not by time: a busy machine would finish no batch in between.
             while answered() == before:  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(rng.uniform(0.001, 0.01))
     answers = [each.answer.result() for each in purchases if each is not None]
@@ -452,10 +444,10 @@ async def test_killed_clients_lose_and_double_nothing(
 # Giving up: INV-8 -------------------------------------------------------------------------------
 
 
-async def test_unresolved_purchase_is_unknown_at_its_deadline_and_never_sold_out(
+async def test_unresolved_purchase_is_unknown_never_sold_out(
     redis: Redis, line: Line, short_path: Path, open_shop: OpenShop
 ) -> None:
-    """HOLES.md rows 2 and 7: an error was told as "sold out", a timeout gave the stock back."""
+    """Rows 2 and 7 of HOLES.md: an error was answered "sold out", a timeout returned the stock."""
     stock = await open_stock(redis, 10)
     url = f"{UNIX_PREFIX}{short_path / 'line'}"
     async with impatient(url) as client:
@@ -473,7 +465,7 @@ async def test_unresolved_purchase_is_unknown_at_its_deadline_and_never_sold_out
         assert await stock.left() == [8]
 
 
-async def test_out_of_memory_is_unknown_and_changes_nothing(
+async def test_redis_out_of_memory_is_unknown_and_sells_nothing(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     stock = await open_stock(redis, 10)
@@ -500,9 +492,7 @@ async def test_head_that_went_back_sells_nothing(redis: Redis, open_shop: OpenSh
     assert (await stock.check_books()).members.keys() == {member(1)}
 
 
-async def test_peeking_batcher_does_not_believe_a_head_that_went_back(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_peek_does_not_trust_a_head_that_went_back(redis: Redis, open_shop: OpenShop) -> None:
     stock = await open_stock(redis, 1)
     shop = open_shop(redis, campaign(1))
     old = {name: await redis.dump(name) for name in stock.keys}
@@ -517,7 +507,7 @@ async def test_peeking_batcher_does_not_believe_a_head_that_went_back(
     assert (await shop.one(member(3), key(1))).decision is None
 
 
-async def test_unverified_redis_is_waited_for_and_then_sells(
+async def test_purchase_waits_for_the_verification_of_redis(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     stock = await open_stock(redis, 10)
@@ -531,7 +521,7 @@ async def test_unverified_redis_is_waited_for_and_then_sells(
     assert (await asking).decision is Decision.SOLD
 
 
-async def test_restarted_redis_is_unknown_within_patience_and_sells_after_verification(
+async def test_restarted_redis_sells_only_after_verification(
     open_shop: OpenShop, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batcher_module, "UNTRUSTED_PATIENCE_S", 0.3)
@@ -557,7 +547,7 @@ async def test_restarted_redis_is_unknown_within_patience_and_sells_after_verifi
 
 
 class FaultyScripts(Scripts):
-    """Scripts with a fault of ours in them."""
+    """Scripts whose call raises an exception."""
 
     faults = 1
 
@@ -568,7 +558,9 @@ class FaultyScripts(Scripts):
         return await super().purchase(*args, **kwargs)
 
 
-async def test_fault_of_ours_leaves_nobody_waiting(redis: Redis, open_shop: OpenShop) -> None:
+async def test_exception_in_a_script_call_leaves_no_purchase_waiting(
+    redis: Redis, open_shop: OpenShop
+) -> None:
     stock = await open_stock(redis, 10)
     shop = open_shop(redis, campaign(10), scripts=FaultyScripts(redis, NONCE), batch_max=2)
     answers = await shop.ask(*(Bid(member(n), key(1)) for n in range(5)))
@@ -577,7 +569,7 @@ async def test_fault_of_ours_leaves_nobody_waiting(redis: Redis, open_shop: Open
     await stock.check_books()
 
 
-async def test_close_answers_everybody_even_where_redis_does_not(
+async def test_close_answers_all_even_if_redis_does_not(
     redis: Redis, far: Redis, line: Line, open_shop: OpenShop
 ) -> None:
     await open_stock(redis, 10)
@@ -593,7 +585,7 @@ async def test_close_answers_everybody_even_where_redis_does_not(
             assert (await purchase.answer).decision is None
 
 
-async def test_close_finishes_what_waits(redis: Redis, open_shop: OpenShop) -> None:
+async def test_close_answers_waiting_purchases(redis: Redis, open_shop: OpenShop) -> None:
     stock = await open_stock(redis, 100)
     shop = open_shop(redis, campaign(100), batch_max=4)
     waiting = [shop.submit(Bid(member(n), key(1))) for n in range(50)]
@@ -605,9 +597,7 @@ async def test_close_finishes_what_waits(redis: Redis, open_shop: OpenShop) -> N
 # Refusing by peek -------------------------------------------------------------------------------
 
 
-async def test_sold_out_is_told_by_a_peek_without_a_purchase(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_peek_refuses_sold_out_without_a_purchase(redis: Redis, open_shop: OpenShop) -> None:
     stock = await open_stock(redis, 3)
     shop = open_shop(redis, campaign(3))
     await shop.ask(*(Bid(member(n), key(1)) for n in range(4)))
@@ -619,7 +609,7 @@ async def test_sold_out_is_told_by_a_peek_without_a_purchase(
     assert shop.metrics.outcomes[stock.id, "sold-out"] >= 600
 
 
-async def test_buyer_is_answered_as_ever_while_others_are_refused(
+async def test_buyer_gets_its_order_while_others_are_refused(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     stock = await open_stock(redis, 3, card_limit=2)
@@ -640,7 +630,7 @@ async def test_buyer_is_answered_as_ever_while_others_are_refused(
     await stock.check_books()
 
 
-async def test_buyers_of_other_processes_are_known(redis: Redis, open_shop: OpenShop) -> None:
+async def test_filter_knows_buyers_of_other_processes(redis: Redis, open_shop: OpenShop) -> None:
     stock = await open_stock(redis, 1)
     here, there = open_shop(redis, campaign(1)), open_shop(redis, campaign(1), "shop-2")
     await here.one(member(1), key(1))
@@ -675,7 +665,7 @@ async def test_returned_tickets_are_sold_at_once(redis: Redis, open_shop: OpenSh
     await stock.check_books()
 
 
-async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
+async def test_revoked_card_and_wrong_union_precede_sold_out(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     how: dict[str, Any] = {"unions": ("dhm",)}
@@ -692,7 +682,7 @@ async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
     )  # fmt: skip
     expected = [Decision.CARD_REVOKED, Decision.NOT_ELIGIBLE, Decision.SOLD_OUT]
     assert decisions(answers) == expected
-    # Revoked after the filter was loaded.
+    # The member is revoked after the filter was loaded.
     await stock.scripts.sync_revoked(stock.id, 1, 2, [(member(4), False), (member(2), True)])
     answers = await shop.ask(
         Bid(member(2), key(1), union="dhm"), Bid(member(4), key(1), union="dhm")
@@ -700,7 +690,7 @@ async def test_revoked_card_and_wrong_union_are_told_so_while_sold_out(
     assert decisions(answers) == [Decision.SOLD_OUT, Decision.CARD_REVOKED]
 
 
-async def test_paused_closed_and_not_open_are_told_by_a_peek_until_it_sells_again(
+async def test_peek_refuses_while_paused_closed_or_not_open(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     opens = await now_ms(redis) + HOUR_MS
@@ -736,7 +726,7 @@ async def test_paused_closed_and_not_open_are_told_by_a_peek_until_it_sells_agai
 
 
 class SlowPeeks(Scripts):
-    """Holds back each peek's reply until it is let through."""
+    """Holds each peek's reply until it is released."""
 
     def __init__(self, redis: Redis, nonce: str) -> None:
         super().__init__(redis, nonce)
@@ -751,10 +741,8 @@ class SlowPeeks(Scripts):
         return peek
 
 
-async def test_peek_decides_nothing_that_was_asked_after_it(
-    redis: Redis, open_shop: OpenShop
-) -> None:
-    """An answer is never older than its question: else stock that came back is "sold out"."""
+async def test_peek_decides_no_later_purchase(redis: Redis, open_shop: OpenShop) -> None:
+    """Otherwise a purchase after a return of tickets would be answered "sold out"."""
     stock = await open_stock(redis, 1)
     scripts = SlowPeeks(redis, NONCE)
     shop = open_shop(redis, campaign(1), scripts=scripts)
@@ -830,7 +818,7 @@ async def test_filter_takes_one_bit_a_member_in_its_own_range(redis: Redis) -> N
         assert first + 2**30 not in buyer_filter
 
 
-async def test_filter_is_loaded_again_where_the_ledger_was_trimmed_before_it(redis: Redis) -> None:
+async def test_filter_reloads_after_the_ledger_was_trimmed(redis: Redis) -> None:
     stock = await open_stock(redis, 10)
     buyer_filter = BuyerFilter(redis, stock.id)
     await buyer_filter.load()
@@ -844,7 +832,7 @@ async def test_filter_is_loaded_again_where_the_ledger_was_trimmed_before_it(red
     assert all(member(n) in buyer_filter for n in range(3))
 
 
-async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
+async def test_filter_loads_during_sales(redis: Redis) -> None:
     stock = await open_stock(redis, 100_000)
     for at in range(0, 5_000, 250):
         await stock.buy(*(Bid(member(n), key(1)) for n in range(at, at + 250)))
@@ -861,7 +849,7 @@ async def test_filter_loads_while_sales_go_on(redis: Redis) -> None:
     assert all(member(n) in buyer_filter for n in range(at))
 
 
-async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redis) -> None:
+async def test_filter_of_a_missing_campaign_is_not_complete(redis: Redis) -> None:
     stock = Stock(redis)
     buyer_filter = BuyerFilter(redis, stock.id)
     await buyer_filter.load()
@@ -871,7 +859,7 @@ async def test_filter_is_not_complete_where_there_is_nothing_to_load(redis: Redi
     assert not buyer_filter.complete_for(1, 1, 0)
 
 
-async def test_filter_that_cannot_be_loaded_tells_each_cause_once_and_pauses(
+async def test_filter_load_error_is_logged_once_and_retried_later(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Peek(0, 1, 1, "open", 0, 0, (1,))
@@ -896,7 +884,7 @@ async def test_filter_that_cannot_be_loaded_tells_each_cause_once_and_pauses(
 # Faults of ours and of the store, while a peek refuses everybody ----------------------------------
 
 
-async def test_fault_in_refusing_by_a_peek_leaves_nobody_waiting(
+async def test_exception_in_a_peek_leaves_no_purchase_waiting(
     redis: Redis, open_shop: OpenShop
 ) -> None:
     await open_stock(redis, 1)
@@ -914,10 +902,10 @@ async def test_fault_in_refusing_by_a_peek_leaves_nobody_waiting(
 @pytest.mark.parametrize(
     ("what", "well"), [("purchase.unknown", True), ("purchase.rejected", False)]
 )
-async def test_store_that_ailed_is_well_again_by_a_peek_that_it_answers(
+async def test_answered_peek_ends_the_state_of_a_failed_store(
     redis: Redis, open_shop: OpenShop, what: str, well: bool
 ) -> None:
-    """Else what waits counted as waiting for a store, and nobody were told to come later."""
+    """Otherwise waiting purchases would count as waiting for a store and not as overload."""
     await open_stock(redis, 1)
     shop = open_shop(redis, campaign(1))
     await shop.until_it_peeks()
@@ -932,9 +920,7 @@ async def test_store_that_ailed_is_well_again_by_a_peek_that_it_answers(
     assert (await again.answer).decision is Decision.SOLD_OUT
 
 
-async def test_peeks_that_find_more_undecided_than_a_call_holds_keep_the_order(
-    redis: Redis, open_shop: OpenShop
-) -> None:
+async def test_peek_with_many_undecided_keeps_the_order(redis: Redis, open_shop: OpenShop) -> None:
     await open_stock(redis, 30)
     shop = open_shop(redis, campaign(30), batch_max=8)
     shop.batcher._all_refused = True
@@ -947,10 +933,10 @@ async def test_peeks_that_find_more_undecided_than_a_call_holds_keep_the_order(
     assert numbers == sorted(numbers)
 
 
-async def test_buyers_among_a_crowd_that_is_too_late_do_not_take_its_cheap_refusals_away(
+async def test_buyers_in_a_sold_out_rush_keep_refusals_cheap(
     redis: Redis, open_shop: OpenShop
 ) -> None:
-    """A buyer who asks again is the script's to answer, and stands in every batch of a rush."""
+    """Only the script can answer a buyer's repeat, and every batch of a rush has some."""
     stock = await open_stock(redis, 1)
     shop = open_shop(redis, campaign(1), batch_max=32)
     await shop.one(member(1), key(1))

@@ -324,7 +324,7 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
                 with world.service.stopped("redis"):
                     unavailable = await _asked_in_turn(side, [world.member().buy()])
                 admission = side.engine.overload
-                admission._look_at, admission._room = (
+                admission._measure_at, admission._room = (
                     float("inf"),
                     0,
                 )  # a full house, and no look at it
@@ -332,7 +332,7 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
                     side, [world.member().buy(), world.member().buy()]
                 )
                 shed = dict(admission.shed)
-                admission._look_at = 0.0
+                admission._measure_at = 0.0
                 told.append((unavailable, overloaded, shed))
             return told
 
@@ -350,7 +350,7 @@ def test_given_a_purchase_that_stood_past_its_deadline_when_called_then_nothing_
             told = []
             for side in sides:
                 member, admission = world.member(), side.engine.overload
-                admission._look_at, admission._room = (
+                admission._measure_at, admission._room = (
                     float("inf"),
                     0,
                 )  # a full house, and no look at it
@@ -358,7 +358,7 @@ def test_given_a_purchase_that_stood_past_its_deadline_when_called_then_nothing_
                 asked = asyncio.create_task(_asked_in_turn(side, [member.buy()]))
                 await until(lambda: admission.waiters == 1, 5)  # noqa: B023 - awaited here
                 await asyncio.sleep(0.4)
-                admission._look_at = 0.0
+                admission._measure_at = 0.0
                 answers = await asked
                 told.append((answers, await side.orders_of(member)))
             return told

@@ -96,7 +96,7 @@ async def test_writer_goes_on_if_redis_refuses_the_update(
         await shop.buy(1)
         await shop.applied()
         await asyncio.sleep(0.3)
-        troubles = [entry for entry in said if entry["event"] == "ledger.tell_failed"]
+        troubles = [entry for entry in said if entry["event"] == "ledger.applied_not_stored"]
         assert [entry["campaign"] for entry in troubles] == [CAMPAIGN]
         assert (await stored(shop))[0] == b"2"
     await until(lambda: _is(shop, [b"3", b""]), SOON_S)

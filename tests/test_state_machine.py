@@ -353,8 +353,8 @@ class Sale(RuleBasedStateMachine):
     def connections_are_cut(self) -> None:
         self.run(self.rig.redis.connection_pool.disconnect())
         for shop in self.shops.values():
-            if shop._line is not None:
-                self.run(shop._line.close())  # it connects again when it is next used
+            if shop._connection is not None:
+                self.run(shop._connection.close())  # it connects again when it is next used
 
     @rule()
     def redis_gets_another_identity(self) -> None:

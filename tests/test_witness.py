@@ -313,7 +313,7 @@ async def test_last_report_stays_if_postgres_is_away(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apis[0].witness, "_pool", _Away())
         await apis[0].witness.sign_off()
-    assert "attendance.kept_back" in capsys.readouterr().out
+    assert "report.kept_back" in capsys.readouterr().out
     # When and then: Redis is not trusted, although no process is left to report.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).voided == [(told[0], told[-1])]

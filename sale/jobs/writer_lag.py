@@ -107,7 +107,7 @@ class LedgerLag:
             await bounded(self._scripts.tell_applied(campaign.id, *sent))
         except (redis_errors.RedisError, OSError) as error:
             if not campaign.send_failed:
-                log.warning("ledger.tell_failed", campaign=campaign.id, why=str(error)[:200])
+                log.warning("ledger.applied_not_stored", campaign=campaign.id, why=str(error)[:200])
             campaign.send_failed = True
         else:
             campaign.send_failed = False

@@ -68,7 +68,7 @@ class Witness:
                     await self.beat()
                 except Exception as error:  # noqa: BLE001 - a process that ends this is never heard
                     if not self._ailing:
-                        log.warning("attendance.failed", error=type(error).__name__)
+                        log.warning("report.not_sent", error=type(error).__name__)
                     self._ailing = type(error).__name__
                 else:
                     self._ailing = ""
@@ -90,12 +90,12 @@ class Witness:
         try:
             async with asyncio.timeout(SIGN_OFF_TIMEOUT_S):
                 if kept_back:
-                    log.warning("attendance.kept_back", sales=kept_back)
+                    log.warning("report.kept_back", sales=kept_back)
                     await self.beat()
                 else:
                     await sign_off(self._redis, self._batchers.process)
         except Exception as error:  # noqa: BLE001 - whatever it was, the process ends
-            log.info("attendance.not_signed_off", why=type(error).__name__)
+            log.info("report.not_removed", why=type(error).__name__)
         await self._stop_looking()
 
     async def _hand_in_all(self) -> int:
@@ -226,12 +226,12 @@ class Witness:
                     await claims.hand_in(connection, campaign_id, self._batchers.process, chunk)
                 count += len(chunk)
         except POSTGRES_ERRORS as error:
-            log.warning("attendance.not_handed_in", campaign=campaign_id, why=type(error).__name__)
+            log.warning("report.not_handed_in", campaign=campaign_id, why=type(error).__name__)
             return False
         if self._leaving:
-            log.info("attendance.handed_in_at_end", campaign=campaign_id, sales=count)
+            log.info("report.handed_in_at_end", campaign=campaign_id, sales=count)
         else:
-            log.warning("attendance.handed_in", campaign=campaign_id, sales=count)
+            log.warning("report.handed_in", campaign=campaign_id, sales=count)
         self._handed[campaign_id] = told
         return kept.total == told[2]  # else it was told more meanwhile
 

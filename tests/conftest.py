@@ -1,4 +1,4 @@
-"""Fixtures: a real Redis and PostgreSQL for each process of the run, a database for each test."""
+"""Fixtures: a real Redis and PostgreSQL per process of the run, a database per test."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose the stores and the seed; other settings of the caller's are no test's business."""
+    """Choose the stores and the seed; ignore all other settings of the caller."""
     redis_server, postgres = config.getoption("--redis-server"), config.getoption("--postgres")
     if redis_server is not None:
         binaries.redis_candidates = lambda: [Path(redis_server)]
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    """Give a process of xdist the seed that the report's head tells."""
+    """Give a process of xdist the seed that the report shows."""
     node.workerinput["seed"] = node.config.stash[SEED]
 
 
@@ -78,7 +78,7 @@ def seed(pytestconfig: pytest.Config) -> int:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest, seed: int) -> random.Random:
-    """Random choices that depend on the seed and the test alone, not on the order of tests."""
+    """Random choices that depend only on the seed and the test, not on the order of tests."""
     return random.Random(f"{seed} {request.node.nodeid}")
 
 
@@ -98,7 +98,7 @@ async def servers(
 
 @pytest.fixture
 async def redis_url(servers: embedded.EmbeddedServers) -> str:
-    """URL of the tests' Redis, which is empty, whichever test was there before; its scripts too."""
+    """URL of an empty Redis: each test gets no keys and no scripts of an earlier test."""
     url = servers.endpoints.redis_url
     assert url is not None
     async with redis.asyncio.from_url(url) as emptied:
@@ -109,7 +109,7 @@ async def redis_url(servers: embedded.EmbeddedServers) -> str:
 
 @pytest.fixture
 async def redis_client(redis_url: str) -> AsyncIterator["redis.asyncio.Redis"]:
-    """A client of the tests' Redis."""
+    """A client of the empty Redis."""
     async with redis.asyncio.from_url(redis_url) as connected:
         yield connected
 
@@ -145,7 +145,7 @@ async def fresh_database(
 
 @pytest.fixture(scope="session")
 async def migrated_template(server_database_url: str) -> str:
-    """Name of a database with all migrations, to be copied."""
+    """Name of a migrated database, the template for copies."""
     await _execute(server_database_url, f'CREATE DATABASE "{TEMPLATE}" TEMPLATE template0')
     await migrate(_with_database(server_database_url, TEMPLATE))
     return TEMPLATE
@@ -161,7 +161,7 @@ async def database_url(
 
 @pytest.fixture(scope="module", autouse=True)
 async def no_leaked_tasks() -> AsyncIterator[None]:
-    """A module that leaves a task behind fails."""
+    """Fail a module that leaves a task behind."""
     before = asyncio.all_tasks()
     yield
     deadline = asyncio.get_running_loop().time() + LEAK_GRACE_S
@@ -187,5 +187,5 @@ def _with_database(url: str, name: str) -> str:
 
 @pytest.fixture
 def short_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of this test whose path is short enough for sockets."""
+    """A directory for this test with a path short enough for sockets."""
     return tmp_path_factory.mktemp("d")

@@ -68,7 +68,7 @@ class Ledger:
         return Entry(first, self.seq, at_ms, epoch, self.chain, payload)
 
     async def append(self, redis: Redis, *rows: list[Any], at_ms: int | None = None) -> Entry:
-        """Add an entry to the stream, at Redis' own time unless told otherwise."""
+        """Add an entry to the stream, at Redis' own time unless one is given."""
         seconds, microseconds = await redis.time()
         entry = self.entry(*rows, at_ms=at_ms or seconds * 1_000 + microseconds // 1_000)
         await self.put(redis, entry)

@@ -1,4 +1,4 @@
-"""An API process of a test's own, beside those of the running system, on the same stores."""
+"""An additional API process for one test, on the stores of the running system."""
 
 import asyncio
 import contextlib
@@ -22,21 +22,21 @@ _numbers = itertools.count(70_000_000)
 
 @dataclass
 class OwnApi:
-    """It, and purchases for it by cards that nobody else has."""
+    """The process, and purchases for it by unused cards."""
 
     service: Service
     address: str
     pid: int
 
     def purchases(self, campaign: str, count: int) -> list[bytes]:
-        """Requests for one ticket each."""
+        """Make requests for one ticket each."""
         members: Iterator[int] = itertools.islice(_numbers, count)
         mint = Mint(self.service.key.secret)
         return list(mint.requests(self.address, campaign, "general", members))
 
     @property
     def rss(self) -> int:
-        """Bytes of memory that it has."""
+        """Its resident memory in bytes."""
         return int(psutil.Process(self.pid).memory_info().rss)
 
 
@@ -44,7 +44,7 @@ class OwnApi:
 async def own_api(
     service: Service, folder: Path, *, redis_late_ms: float = 0, **settings: str
 ) -> AsyncIterator[OwnApi]:
-    """Run one with some settings; Redis answers it so much later."""
+    """Run an API process with settings; a proxy delays the answers of its Redis."""
     cores = os.sched_getaffinity(0)
     redis_url = service.redis_url
     async with contextlib.AsyncExitStack() as stack:

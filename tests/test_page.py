@@ -160,7 +160,7 @@ def card(markup: str, identifier: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", shown)).strip()
 
 
-async def test_given_each_state_when_opened_then_it_says_so_in_words(
+async def test_page_shows_each_state_in_words(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     stub.add("film", "open", remaining=640, closes_at="2035-05-20T17:00:00+08:00")
@@ -188,7 +188,7 @@ async def test_given_each_state_when_opened_then_it_says_so_in_words(
     assert "secret" not in markup
 
 
-async def test_given_thirty_classes_when_opened_then_they_are_folded_and_counted(
+async def test_page_folds_and_counts_thirty_showings(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     classes = [
@@ -207,7 +207,7 @@ async def test_given_thirty_classes_when_opened_then_they_are_folded_and_counted
     assert not re.search(r"<details[^>]*open", markup)
 
 
-async def test_given_no_campaigns_when_opened_then_it_says_so(
+async def test_page_without_campaigns_says_so(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     markup = await dom(server.make_url("/"), tmp_path)
@@ -216,7 +216,7 @@ async def test_given_no_campaigns_when_opened_then_it_says_so(
     assert re.search(r'<p id="trouble"[^>]*hidden', markup)
 
 
-async def test_given_the_server_is_away_when_opened_then_it_backs_off_and_says_so(
+async def test_page_backs_off_while_the_server_is_away(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     stub.away = True
@@ -230,7 +230,7 @@ async def test_given_the_server_is_away_when_opened_then_it_backs_off_and_says_s
     assert 2 <= sum(path.startswith("/api") for path in stub.asked) <= 6
 
 
-async def test_given_the_server_goes_away_while_watched_then_old_figures_are_not_shown(
+async def test_page_hides_old_figures_when_the_server_goes_away(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     stub.add("film", "open", remaining=640)
@@ -244,7 +244,7 @@ async def test_given_the_server_goes_away_while_watched_then_old_figures_are_not
     assert "640" not in card(markup, "film")
 
 
-async def test_given_one_campaign_cannot_be_told_when_opened_then_the_others_still_are(
+async def test_page_shows_others_if_a_campaign_cannot_be_read(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     stub.add("film", "open", remaining=5)
@@ -258,7 +258,7 @@ async def test_given_one_campaign_cannot_be_told_when_opened_then_the_others_sti
     assert re.search(r'<p id="trouble"[^>]*hidden', markup)
 
 
-async def test_given_markup_in_a_title_when_opened_then_it_stays_text(
+async def test_page_shows_markup_in_a_title_as_text(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     stub.add("film", "open", title="<img src=x onerror=alert(1)>")
@@ -268,7 +268,7 @@ async def test_given_markup_in_a_title_when_opened_then_it_stays_text(
     assert "&lt;img src=x onerror=alert(1)&gt;" in markup
 
 
-async def test_given_it_opens_while_watched_when_zero_is_reached_then_the_page_turns(
+async def test_page_changes_when_its_countdown_ends(
     stub: StubApi, server: TestServer, tmp_path: Path
 ) -> None:
     stub.add("film", "scheduled", opens_at=from_now(seconds=1))

@@ -52,12 +52,12 @@ def document(problem: Problem, detail: str = "", **members: object) -> dict[str,
     return decoded
 
 
-def test_given_the_contract_when_compared_then_every_code_has_its_status() -> None:
+def test_every_code_has_the_status_of_the_contract() -> None:
     assert {problem.value: wording.status for problem, wording in WORDINGS.items()} == STATUS
 
 
 @pytest.mark.parametrize("problem", Problem)
-def test_given_any_code_when_told_then_it_is_a_whole_problem_document(problem: Problem) -> None:
+def test_every_code_gives_a_complete_problem_document(problem: Problem) -> None:
     response = problem_response(Refused(problem))
 
     assert response.status == STATUS[problem.value]
@@ -69,7 +69,7 @@ def test_given_any_code_when_told_then_it_is_a_whole_problem_document(problem: P
     assert all(told[field] for field in ("title", "detail", "title_en", "detail_en"))
 
 
-def test_given_fewer_left_than_asked_when_sold_out_then_it_says_how_many() -> None:
+def test_sold_out_says_how_many_are_left() -> None:
     told = document(Problem.SOLD_OUT, remaining=1)
 
     assert told["remaining"] == 1
@@ -78,7 +78,7 @@ def test_given_fewer_left_than_asked_when_sold_out_then_it_says_how_many() -> No
     assert document(Problem.SOLD_OUT, remaining=0)["detail"].startswith("已售完")
 
 
-def test_given_a_card_at_its_limit_when_refused_then_it_says_the_limit() -> None:
+def test_limit_exceeded_says_the_limit() -> None:
     full = document(Problem.LIMIT_EXCEEDED, card_remaining=0, card_limit=3)
     partly = document(Problem.LIMIT_EXCEEDED, card_remaining=2, card_limit=3)
 
@@ -96,11 +96,11 @@ def test_given_a_card_at_its_limit_when_refused_then_it_says_the_limit() -> None
         ("soon", "尚未开始。"),
     ],
 )
-def test_given_an_opening_when_too_early_then_it_says_when(opens_at: str | None, says: str) -> None:
+def test_not_open_says_the_opening(opens_at: str | None, says: str) -> None:
     assert document(Problem.NOT_OPEN, opens_at=opens_at)["detail"].startswith(says)
 
 
-def test_given_a_developer_facing_detail_when_told_then_it_is_shown() -> None:
+def test_detail_for_developers_is_shown() -> None:
     detail = "quantity: must be a whole number from 1 to 3"
 
     told = document(Problem.INVALID_REQUEST, detail, field="quantity")
@@ -110,26 +110,26 @@ def test_given_a_developer_facing_detail_when_told_then_it_is_shown() -> None:
     assert told["field"] == "quantity"
 
 
-def test_given_a_detail_for_members_when_told_then_the_worded_sentence_stays() -> None:
+def test_detail_does_not_replace_a_text_for_members() -> None:
     assert "NOSCRIPT" not in str(document(Problem.UNAVAILABLE, "NOSCRIPT No matching script"))
 
 
-def test_given_a_detail_that_is_not_well_formed_when_told_then_it_is_still_json() -> None:
+def test_malformed_detail_still_gives_json() -> None:
     assert document(Problem.NOT_FOUND, "no \udcff here")["detail_en"] == "no ? here"
 
 
-def test_given_a_member_named_like_a_field_when_told_then_the_field_stays() -> None:
+def test_extension_does_not_replace_a_standard_field() -> None:
     assert document(Problem.NOT_FOUND, status=200)["status"] == 404
 
 
-def test_given_the_same_refusal_twice_when_encoded_then_the_bytes_are_shared() -> None:
+def test_equal_refusals_share_their_bytes() -> None:
     first = problem_body(Problem.SOLD_OUT, remaining=0)
 
     assert problem_body(Problem.SOLD_OUT, remaining=0) is first
     assert b'"remaining":false' in problem_body(Problem.SOLD_OUT, remaining=False)
 
 
-def test_given_a_rush_of_refusals_when_encoded_then_one_costs_microseconds() -> None:
+def test_encoding_a_refusal_takes_microseconds() -> None:
     began = time.perf_counter()
     for _ in range(10_000):
         problem_body(Problem.SOLD_OUT, remaining=0)
@@ -147,19 +147,17 @@ def test_given_a_rush_of_refusals_when_encoded_then_one_costs_microseconds() -> 
         Problem.UNAVAILABLE,
     ],
 )
-def test_given_a_refusal_that_passes_when_told_then_it_says_when_to_retry(
-    problem: Problem,
-) -> None:
+def test_temporary_refusal_has_retry_after(problem: Problem) -> None:
     assert int(problem_headers(Refused(problem))["Retry-After"]) >= 1
     assert problem_headers(Refused(problem, retry_after_s=7))["Retry-After"] == "7"
 
 
-def test_given_a_final_refusal_when_told_then_it_does_not_ask_to_retry() -> None:
+def test_final_refusal_has_no_retry_after() -> None:
     for problem in (Problem.SOLD_OUT, Problem.LIMIT_EXCEEDED, Problem.CLOSED, Problem.NOT_FOUND):
         assert "Retry-After" not in problem_headers(Refused(problem))
 
 
-def test_given_an_opening_when_too_early_then_retry_after_is_the_seconds_to_it() -> None:
+def test_not_open_has_retry_after_until_the_opening() -> None:
     def wait_s(**delta: float) -> int:
         opens_at = datetime.now(LOCAL_ZONE) + timedelta(**delta)
         refused = Refused(Problem.NOT_OPEN, opens_at=opens_at.isoformat())
@@ -170,19 +168,19 @@ def test_given_an_opening_when_too_early_then_retry_after_is_the_seconds_to_it()
     assert wait_s(days=300) == 86_400
 
 
-def test_given_a_wrong_method_when_told_then_allow_is_a_header_and_no_member() -> None:
+def test_wrong_method_sends_allow_as_a_header_only() -> None:
     response = problem_response(Refused(Problem.METHOD_NOT_ALLOWED, allow={"POST", "GET"}))
 
     assert response.headers["Allow"] == "GET, POST"
     assert b'"allow"' not in response.body  # type: ignore[operator]
 
 
-def test_given_no_token_when_told_then_the_scheme_is_named() -> None:
+def test_missing_token_names_the_scheme() -> None:
     assert problem_headers(Refused(Problem.UNAUTHENTICATED))["WWW-Authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("problem", Problem)
-async def test_given_a_code_when_its_page_is_opened_then_it_explains_in_both_languages(
+async def test_page_of_a_code_explains_it_in_both_languages(
     client: TestClient[Any, Any], problem: Problem
 ) -> None:
     response = await client.get(f"/problems/{problem.value}")
@@ -214,18 +212,14 @@ async def test_index_lists_every_problem_in_both_languages(
     assert 'href="/problems/"' in await (await client.get("/problems/closed")).text()
 
 
-async def test_given_an_unknown_code_when_opened_then_it_is_a_404_problem(
-    client: TestClient[Any, Any],
-) -> None:
+async def test_page_of_an_unknown_code_is_a_404_problem(client: TestClient[Any, Any]) -> None:
     response = await client.get("/problems/nonsense")
 
     assert response.status == 404
     assert response.content_type == "application/problem+json"
 
 
-async def test_given_the_page_when_asked_for_again_then_it_is_not_sent_again(
-    client: TestClient[Any, Any],
-) -> None:
+async def test_unchanged_page_is_not_sent_again(client: TestClient[Any, Any]) -> None:
     first = await client.get("/")
     again = await client.get("/", headers={"If-None-Match": first.headers["ETag"]})
 
@@ -236,9 +230,7 @@ async def test_given_the_page_when_asked_for_again_then_it_is_not_sent_again(
     assert await again.read() == b""
 
 
-async def test_given_the_page_when_read_then_it_loads_only_own_files_that_may_be_kept(
-    client: TestClient[Any, Any],
-) -> None:
+async def test_page_loads_only_own_cacheable_files(client: TestClient[Any, Any]) -> None:
     text = await (await client.get("/")).text()
     places = [part.split('"')[0] for part in text.replace("src=", "href=").split('href="')[1:]]
 
@@ -275,9 +267,7 @@ async def test_accept_encoding_decides_about_gzip(
     assert b"<html" in await response.read()
 
 
-async def test_given_an_old_address_of_a_file_when_read_then_it_is_not_kept(
-    client: TestClient[Any, Any],
-) -> None:
+async def test_old_file_address_is_not_cached(client: TestClient[Any, Any]) -> None:
     response = await client.get("/assets/page.css?v=old")
     plain = await client.get("/assets/page.css", headers={"Accept-Encoding": "identity"})
     missing = await client.get("/assets/page.py")

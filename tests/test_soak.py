@@ -1,4 +1,4 @@
-"""Some short seeds of the soak, and proofs that its judges would notice."""
+"""Some short seeds of the soak, and tests that its judges find faults."""
 
 import random
 import shutil
@@ -16,16 +16,16 @@ from loadtest.books.answers import Answer
 
 SECONDS = 1.5
 FIXED = (1, 9, 19, 22, 24)
-"""Seeds that once were hard: everything killed at once, in short succession."""
+"""Seeds that failed once: everything was killed at once, several times in short succession."""
 SEEDS = 7
 FIXED_LOSSY = (944913306,)
-"""All who were told had ended in order, and no writer lived, when the end of the file was lost."""
+"""Failed once: the tail was lost after every process that answered had stopped without a writer."""
 LOSSY_SEEDS = 2
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Short, because sockets lie below it."""
+    """A short path, because sockets are created below it."""
     made = Path(tempfile.mkdtemp(prefix="soak-"))
     yield made
     shutil.rmtree(made, ignore_errors=True)
@@ -33,9 +33,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.mark.fault
 @pytest.mark.timeout(400)
-async def test_given_random_faults_when_members_and_operators_come_then_all_they_were_told_is_true(
-    folder: Path, rng: random.Random
-) -> None:
+async def test_all_answers_are_true_under_random_faults(folder: Path, rng: random.Random) -> None:
     seeds = [*FIXED, *(rng.getrandbits(31) for _ in range(SEEDS - len(FIXED)))]
     broken = await run_seeds(seeds, SECONDS, folder)
     assert not broken, "\n".join(broken[0].report())
@@ -43,7 +41,7 @@ async def test_given_random_faults_when_members_and_operators_come_then_all_they
 
 @pytest.mark.fault
 @pytest.mark.timeout(120)
-async def test_given_lost_files_when_members_come_then_what_is_lost_is_listed_and_sold_once(
+async def test_lost_files_list_each_lost_order_and_sell_once(
     folder: Path, rng: random.Random
 ) -> None:
     random_seeds = (rng.getrandbits(31) for _ in range(LOSSY_SEEDS - len(FIXED_LOSSY)))
@@ -52,7 +50,7 @@ async def test_given_lost_files_when_members_come_then_what_is_lost_is_listed_an
     assert not broken, "\n".join(broken[0].report())
 
 
-def test_given_a_seed_when_it_is_planned_twice_then_it_is_the_same_and_another_is_not() -> None:
+def test_seed_always_gives_the_same_schedule() -> None:
     assert plan(7, 3.0) == plan(7, 3.0)
     assert plan(7, 3.0) != plan(8, 3.0)
     assert list(plan(7, 3.0, lossy=True).lines())
@@ -78,13 +76,11 @@ def _answer(at_s: float, status: int, code: str = "", **more: object) -> Answer:
     ],
     ids=["replayed", "refused", "unavailable", "at once", "other content sold", "other content"],
 )
-def test_given_an_order_when_its_key_is_asked_again_then_only_the_same_answer_will_do(
-    later: Answer, kinds: list[str]
-) -> None:
+def test_judge_finds_a_changed_answer_to_a_key(later: Answer, kinds: list[str]) -> None:
     assert [row[0] for row in _replays([_answer(1, 201), later], None)] == kinds
 
 
-def test_given_a_pause_when_somebody_buys_within_it_then_it_is_found() -> None:
+def test_judge_finds_a_sale_during_a_pause() -> None:
     pause = ActTold(Act(0, "pause", 0, "p", 1), "soak 1 p", "c", [(1.0, 1.2, 200)])
     resume = ActTold(Act(0, "resume", 0, "r", 1), "soak 1 r", "c", [(3.0, 3.2, 200)])
     before, within, after = _answer(1.1, 201), _answer(2.0, 201), _answer(3.1, 201)
@@ -92,7 +88,7 @@ def test_given_a_pause_when_somebody_buys_within_it_then_it_is_found() -> None:
     assert found == ["sold-while-stopped"]
 
 
-def test_given_lost_orders_when_they_are_listed_then_only_that_number_or_that_key_is() -> None:
+def test_listed_loss_covers_only_its_number_or_key() -> None:
     told = _answer(1, 201)
     assert Lost(frozenset({5}), frozenset()).lists(told)
     assert not Lost(frozenset({6}), frozenset({(5, "another key")})).lists(told)

@@ -76,7 +76,7 @@ PIP: list[object] = [
 ]
 
 
-def test_given_the_wheel_then_every_data_file_of_the_source_is_in_it(wheel: Path) -> None:
+def test_wheel_contains_every_data_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
     missing = [
@@ -92,24 +92,18 @@ def test_given_the_wheel_then_every_data_file_of_the_source_is_in_it(wheel: Path
     assert not [name for name in inside if name.startswith(("tests/", "scripts/", *LEFT_OUT))]
 
 
-def test_given_the_wheel_installed_elsewhere_then_it_finds_its_files(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_installed_wheel_finds_its_files(installed: Path, tmp_path: Path) -> None:
     assert run([sys.executable, "-c", LOOK, installed], cwd=tmp_path, path=installed) == "found\n"
 
 
-def test_given_the_wheel_installed_elsewhere_then_the_command_works(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_installed_wheel_runs_its_command(installed: Path, tmp_path: Path) -> None:
     sample = run([sys.executable, "-m", "sale", "cards", "sample", 3], cwd=tmp_path, path=installed)
     assert len(sample.splitlines()) == 4
     scripts = (installed / "sale-0.2.0.dist-info" / "entry_points.txt").read_text("utf-8")
     assert "sale = sale.cli.main:main" in scripts
 
 
-def test_given_the_wheel_when_a_benchmark_is_asked_for_then_it_says_where_it_is(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_wheel_says_where_the_benchmarks_are(installed: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "loadtest", "bench"]
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run(

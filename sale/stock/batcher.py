@@ -472,7 +472,9 @@ class Batcher:
                     and value > applied
                     and self.unapplied.first_replay(value, p.key_hash)
                 ):
-                    sales.append((value, sold_at_ms, p.member_no, p.showing, p.quantity, p.key_hash))
+                    sales.append(
+                        (value, sold_at_ms, p.member_no, p.showing, p.quantity, p.key_hash)
+                    )
             answers.append(answer)
         self.unapplied.add(epoch, price_fen, sales)
         return answers

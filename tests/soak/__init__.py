@@ -1,1 +1,1 @@
-"""The soak: random load, operators and faults from a seed, judged by what clients were told."""
+"""The soak: random load, operators and faults from a seed; a judge checks all answers."""

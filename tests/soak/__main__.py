@@ -55,7 +55,7 @@ async def _main(options: argparse.Namespace, folder: Path) -> int:
 
 
 def main() -> None:
-    """Run the seeds; exit 1 where any breaks."""
+    """Run the seeds; exit with 1 if one fails."""
     options = _options()
     if options.plan:
         _print_plans(options)

@@ -1,4 +1,4 @@
-"""Is what members and operators were told true? Each finding names the first moment it shows.
+"""Checks the answers that members and operators got. Each finding names its first moment.
 
 Four judges that share nothing: the check of the books, the engine's own audit, a small model of
 what answers may follow each other, and a count of operators' steps in the ledger.
@@ -24,7 +24,7 @@ HIDDEN_BY = frozenset(
         *("unavailable", "overloaded", "rate-limited"),
     }
 )
-"""Answers that may come before "you have it already": the first of the contract's order is told."""
+"""Answers that may take precedence over a replay, by the contract's order of checks."""
 
 
 UNWITNESSED = frozenset(
@@ -38,11 +38,11 @@ UNWITNESSED = frozenset(
         "step-count",
     }
 )
-"""What nobody can help where files are lost and all who knew what was in them are dead."""
+"""Findings that are permitted if files are lost and every process that knew their content died."""
 
 
 class Wrong(NamedTuple):
-    """Something is wrong. ``key``: the purchase that shows it, where it is about one."""
+    """A finding; ``key`` names the purchase that shows it, if there is one."""
 
     campaign: str
     kind: str
@@ -51,14 +51,14 @@ class Wrong(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """What the engine itself lists as lost: numbers voided; number and key of each conflict."""
+    """What the engine lists as lost: voided numbers; number and key of each conflict."""
 
     voided: frozenset[int]
     conflicts: frozenset[tuple[int, str]]
     recovered: bool = False
 
     def lists(self, answer: Answer) -> bool:
-        """Whether the order that an answer tells of is among them."""
+        """Whether the order of an answer is among them."""
         parsed = parse_order_number(answer.order_no)
         if parsed is None:
             return False
@@ -110,7 +110,7 @@ _Row = tuple[str, str, str]
 def _books(
     answers: list[Answer], books: Books, lost: Lost, *, lossy: bool, only_falls: bool
 ) -> Iterator[_Row]:
-    """What clients were told, against orders and stock."""
+    """Compare the answers with orders and stock."""
     told = answers
     if lossy:
         # An order that the engine lists as lost was told and is not there: that much is allowed.
@@ -131,7 +131,7 @@ def _key_of(finding: Finding) -> str:
 
 
 def _replays(answers: Iterable[Answer], lost: Lost | None) -> Iterator[_Row]:
-    """Whoever was told 201 is told the same for ever after (INV-4)."""
+    """After a 201, each answer to the same key is the same (INV-4)."""
     by_key: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for answer in answers:
         by_key[answer.card, answer.key].append(answer)
@@ -151,7 +151,7 @@ def _replays(answers: Iterable[Answer], lost: Lost | None) -> Iterator[_Row]:
 
 
 def _pauses(answers: Iterable[Answer], acts: Sequence[ActTold]) -> Iterator[_Row]:
-    """Nobody buys between the answer to a pause and the first try to end one (INV-7)."""
+    """No sale happens between the answer to a pause and the first resume (INV-7)."""
     stops = [told.done_at for told in acts if told.act.what in {"pause", "close"}]
     starts = [
         sent
@@ -175,7 +175,7 @@ def _pauses(answers: Iterable[Answer], acts: Sequence[ActTold]) -> Iterator[_Row
 async def _steps(
     connection: Any, campaign: str, acts: Sequence[ActTold], lost: Lost | None
 ) -> list[_Row]:
-    """Each operator's step stands in the ledger as often as it was told."""
+    """The ledger has each operator's step as often as it was acknowledged."""
     rows = await connection.fetch(
         "SELECT reason, kind, count(*) AS n, sum((data ->> 'add')::int) AS added FROM event"
         " WHERE campaign_id = $1 AND reason LIKE 'soak %' GROUP BY 1, 2",
@@ -203,7 +203,7 @@ async def _steps(
 
 
 async def _lost(connection: Any, campaign: str) -> Lost:
-    """What the engine lists as lost."""
+    """Read what the engine lists as lost."""
     events = await connection.fetch(
         "SELECT seq, kind FROM event WHERE campaign_id = $1 AND kind IN ('voided', 'recovered')",
         campaign,
@@ -219,7 +219,7 @@ async def _lost(connection: Any, campaign: str) -> Lost:
 
 
 def history(stall: Stall, key: str, started_at: float) -> Iterator[str]:
-    """All answers to one key, in words, for the report."""
+    """Describe all answers to one key for the report."""
     for each in sorted(stall.book, key=lambda answer: answer.sent_at):
         if each.key == key or key_hash(each.key) == key:
             told = each.code or each.order_no or "no answer"

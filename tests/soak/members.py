@@ -1,4 +1,4 @@
-"""What members and operators send: one connection a request, and every answer kept."""
+"""Requests of members and operators: one connection per request, and every answer recorded."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ UNCERTAIN = frozenset({UNKNOWN, 429, 503})
 
 @dataclass(frozen=True)
 class Asked:
-    """A purchase as it was sent."""
+    """A sent purchase."""
 
     card: str
     key: str
@@ -27,7 +27,7 @@ class Asked:
 
 @dataclass
 class Stall:
-    """Where a campaign of the seed is sold: its ID, its showings and the book of its answers."""
+    """A campaign of the seed: its ID, its showings and the book of its answers."""
 
     campaign: str
     showings: tuple[str, ...]
@@ -35,7 +35,7 @@ class Stall:
 
 
 async def ask(address: str, raw: bytes, within_s: float = ASK_S) -> Response:
-    """Send one request; status 0 where no answer came. Raises ProtocolError."""
+    """Send one request; status 0 means that no answer came. Raises ProtocolError."""
     sent_at = time.perf_counter()
     try:
         async with asyncio.timeout(within_s), Client(address, 1, timeout_s=within_s) as client:
@@ -49,7 +49,7 @@ async def ask(address: str, raw: bytes, within_s: float = ASK_S) -> Response:
 
 
 async def buy(address: str, stall: Stall, member: Member, asked: Asked) -> Response:
-    """Send a purchase and keep its answer, also where nobody waits for it any more."""
+    """Send a purchase and record its answer, even if the caller was cancelled."""
     raw = purchase_request(
         address, stall.campaign, member.token, asked.key, asked.quantity, asked.showing
     )
@@ -64,7 +64,7 @@ async def buy(address: str, stall: Stall, member: Member, asked: Asked) -> Respo
 
 
 def outcome(response: Response) -> str:
-    """One word for an answer."""
+    """Describe an answer in one word."""
     if response.status == UNKNOWN:
         return "no answer"
     if response.status < 300:

@@ -1,4 +1,4 @@
-"""Plays a schedule: members, operators and faults, each at its moment."""
+"""Runs a schedule: members, operators and faults, each at its moment."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ SETTLE_S = 20.0
 
 @dataclass
 class ActTold:
-    """An operator's step and what became of it: (sent, received, status) of each try."""
+    """An operator's step and its attempts: (sent, received, status) of each."""
 
     act: Act
     reason: str
@@ -30,19 +30,19 @@ class ActTold:
 
     @property
     def done_at(self) -> float | None:
-        """When it was first told to be done; None: never."""
+        """When it was first acknowledged; None: never."""
         return min((end for _, end, status in self.tries if 200 <= status < 300), default=None)
 
     @property
     def uncertain(self) -> bool:
-        """Whether it may have been done although nobody was told so."""
+        """Whether it may have been done without an acknowledgement."""
         return self.done_at is None and any(
             status in UNCERTAIN or status >= 500 for _, _, status in self.tries
         )
 
 
 class Player:
-    """One seed on a rig. Problems that are no matter of books stand in ``problems``."""
+    """One seed on a rig. ``problems`` holds those that the judges do not check."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Player:
         self._unsettled: list[tuple[Stall, Member, Asked]] = []
 
     async def play(self) -> None:
-        """Run it to its end, bounded; then end all faults."""
+        """Run it to its end, with a time limit; then end all faults."""
         self.timeline.start()
         work = [
             *(self._at(offer.at_s, self._offer(offer)) for offer in self.schedule.offers),
@@ -96,7 +96,7 @@ class Player:
         await self.after_faults()
 
     async def settle(self) -> None:
-        """Ask again, under the same key, whoever wants to know; everybody must be told."""
+        """Retry each unknown outcome with the same key; each must become known."""
         since = time.perf_counter()
         pending = list(self._unsettled)
         for stall in self.stalls:
@@ -175,7 +175,7 @@ class Player:
         self.timeline.note(f"{act} ended: {statuses}")
 
     async def _step(self, act: Act, stall: Stall, told: ActTold) -> None:
-        """Send it until the answer is certain, under its key."""
+        """Send it with its key until the outcome is known."""
         body: dict[str, object] = {"reason": told.reason}
         if act.what == "stock":
             body |= {"showing": stall.showings[act.showing], "add": act.add}
@@ -189,7 +189,7 @@ class Player:
             await asyncio.sleep(pause_s)
 
     async def _command(self, act: Act, stall: Stall, told: ActTold) -> None:
-        """Do it by the command line: done (200) or, as far as one can tell, unknown (0)."""
+        """Do it by the command line: done (200) or unknown (0)."""
         words: tuple[str, ...]
         if act.what in {"revoke", "restore"}:
             words = ("cards", act.what, self.rig.card_numbers[self.members[act.member].card])

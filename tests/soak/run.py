@@ -1,4 +1,4 @@
-"""Runs seeds, many on one rig: fresh campaigns for each, fresh data after some of them."""
+"""Runs many seeds on one rig: new campaigns for each, new data after some of them."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ SETTINGS = {"SALE_PURCHASE_DEADLINE_MS": "800", "SALE_AUDIT_INTERVAL_S": "3600"}
 
 @dataclass
 class Told:
-    """What became of a seed."""
+    """The result of a seed."""
 
     schedule: Schedule
     timeline: Timeline
@@ -53,7 +53,7 @@ class Told:
     took_s: float = 0.0
 
     def summary(self) -> str:
-        """One line."""
+        """The result in one line."""
         answers = sum(len(stall.book) for stall in self.stalls)
         sold = sum(each.sold and not each.replayed for stall in self.stalls for each in stall.book)
         how = f"{len(self.wrong)} WRONG" if self.wrong else "clean"
@@ -64,7 +64,7 @@ class Told:
         )
 
     def report(self) -> Iterator[str]:
-        """Everything that helps to find the cause."""
+        """A report with all details that help to find the cause."""
         schedule = self.schedule
         again = f"python -m tests.soak --seed {schedule.seed} --seconds {schedule.seconds:g}"
         yield f"== seed {schedule.seed}; again: {again}" + (" --lossy" if schedule.lossy else "")
@@ -92,7 +92,7 @@ async def run_seeds(
     keep: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Told]:
-    """Run them, a report of each that breaks; give those. Its data stay in ``folder`` to keep."""
+    """Run them, report and return the failed ones. With ``keep``, ``folder`` keeps their data."""
     left, broken, rigs = list(seeds), [], 0
     while left:
         rigs += 1
@@ -121,14 +121,14 @@ async def run_seeds(
 
 
 def _kept(told: Told, home: Path) -> Iterator[str]:
-    """Write down the answers too; say where everything is."""
+    """Write the answers to a file; yield lines that say where everything is."""
     for stall in told.stalls:
         write_answers(stall.book, home / f"answers-{stall.campaign}.jsonl")
     yield f"kept in {home}: d/ (data of both stores, logs/), answers"
 
 
 async def run_seed(rig: Any, schedule: Schedule, spent: set[str], home: Path) -> Told:
-    """Play one seed on a rig that is well, and judge it. ``spent``: cards that are revoked."""
+    """Run one seed on a sound rig, and judge it. ``spent`` are revoked cards."""
     since, timeline = time.perf_counter(), Timeline(schedule.seconds)
     told = Told(schedule, timeline)
     members = [Member(card, token, "") for card, token in rig.members if card not in spent]
@@ -159,7 +159,7 @@ async def run_seed(rig: Any, schedule: Schedule, spent: set[str], home: Path) ->
 
 
 async def _open(rig: Any, schedule: Schedule, begins: datetime) -> list[Stall]:
-    """Make the campaigns of a seed."""
+    """Create the campaigns of a seed."""
     stalls = []
     for number, sale in enumerate(schedule.sales):
         ids = tuple("abcdefgh"[: len(sale.tickets)])
@@ -182,11 +182,11 @@ async def _open(rig: Any, schedule: Schedule, begins: datetime) -> list[Stall]:
 
 
 async def _do_nothing() -> None:
-    """Without lost files the engine heals by itself."""
+    """Without lost files, wait until the engine recovers by itself."""
 
 
 async def _recover(rig: Any, stalls: Sequence[Stall], timeline: Timeline) -> None:
-    """Files were lost: wait for the engine to help itself, then do as an operator does."""
+    """After lost files, wait for the auto recovery, then recover as an operator."""
     deadline = time.perf_counter() + RECOVERED_S
     ailing = list(stalls)
     while ailing and time.perf_counter() < deadline:
@@ -215,7 +215,7 @@ async def _ails(rig: Any, stall: Stall) -> str:
 
 
 async def _judge(rig: Any, stall: Stall, player: Player, told: Told) -> list[Wrong]:
-    """Wait until PostgreSQL has what Redis has, then ask all judges."""
+    """Wait until PostgreSQL has all events of Redis, then run all checks."""
     try:
         head = await rig.sold(stall.campaign)
         await wait_applied(rig.database_url, stall.campaign, head, within_s=APPLIED_S)
@@ -238,7 +238,7 @@ async def _judge(rig: Any, stall: Stall, player: Player, told: Told) -> list[Wro
 
 
 def _only_conflicts(ran: Any) -> bool:
-    """Whether the audit finds nothing but what the engine itself lists in table ``conflict``."""
+    """Whether the audit finds only what the engine lists in table ``conflict``."""
     if ran.status != 1:
         return False
     findings = [each for one in ran.json()["campaigns"] for each in one["findings"]]

@@ -1,4 +1,4 @@
-"""What a seed does: campaigns, purchases, operators' steps and faults, all settled before it runs.
+"""The schedule of a seed: campaigns, purchases, operators' steps and faults, fixed in advance.
 
 The same seed, length and mode give the same schedule, so a failure is named by these three. Only
 the order in which processes get the processor differs from run to run.
@@ -12,7 +12,7 @@ OFFERS_A_SECOND = 110
 OFFERS_MAX = 4_000
 MEMBERS_A_SEED = 240
 FAULTS_FROM, FAULTS_TO = 0.08, 0.8
-"""Share of the run in which faults begin: the end is left to those who try again."""
+"""Share of the run in which faults begin; the rest is for retries."""
 
 EVERYTHING_SHARE = 0.1
 
@@ -53,7 +53,7 @@ class Sale:
 
 @dataclass(frozen=True)
 class Offer:
-    """A member's wish under a key: tried up to ``tries`` times until the answer is certain.
+    """A purchase with its key: tried up to ``tries`` times until the outcome is known.
 
     ``again`` asks once more after a 201: (seconds later, quantity); the same quantity is a replay,
     another one a mismatch. ``twice`` sends the first try over two connections at once. ``settles``
@@ -74,7 +74,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Act:
-    """An operator's step. ``key`` is sent ``times`` times; '' goes by the command line, once."""
+    """An operator's step, sent ``times`` times with ``key``; '' means once by the command line."""
 
     at_s: float
     what: str
@@ -94,7 +94,7 @@ class Act:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to the system: an action of the rig and what it is done to."""
+    """A fault: an action of the rig and its target."""
 
     at_s: float
     what: str
@@ -108,7 +108,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All that a seed does; ``seconds`` is how long members come."""
+    """The whole schedule; members come for ``seconds``."""
 
     seed: int
     seconds: float
@@ -120,13 +120,13 @@ class Schedule:
 
     @property
     def witnessed(self) -> bool:
-        """Whether no API process is killed: each can tell what it has acknowledged."""
+        """Whether no API process is killed, so that all can report their acknowledged orders."""
         return not any(
             fault.what == "kill" and set(SERVES) & set(fault.target) for fault in self.faults
         )
 
     def lines(self) -> Iterator[str]:
-        """Print it: campaigns, then operators and faults in their order."""
+        """Print campaigns, then operators' steps and faults in order."""
         for number, sale in enumerate(self.sales):
             yield f"campaign {number}: {sale}"
         yield f"{len(self.offers)} purchases of {MEMBERS_A_SEED} cards over {self.seconds:g} s"
@@ -213,7 +213,7 @@ def _acts(rng: random.Random, seconds: float, sales: Sequence[Sale]) -> tuple[Ac
 
 
 class _Faults:
-    """Draws faults; each comes with what ends it."""
+    """Draws random faults, each with the action that ends it."""
 
     def __init__(self, rng: random.Random, seconds: float) -> None:
         self._rng = rng
@@ -221,7 +221,7 @@ class _Faults:
         self._list: list[Fault] = []
 
     def all(self, *, lossy: bool) -> tuple[Fault, ...]:
-        """Give one to four of them, in the order of their moments; longer runs have more."""
+        """Give one to four faults (more for long runs), in the order of their moments."""
         rng = self._rng
         kinds = (
             (self._kill, 6),

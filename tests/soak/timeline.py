@@ -1,4 +1,4 @@
-"""What happened when: what was done to the system, and what it answered meanwhile."""
+"""The timeline of a seed: faults and steps, and the answers meanwhile."""
 
 import time
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ class Timeline:
         self._counts: dict[int, Counter[str]] = defaultdict(Counter)
 
     def start(self) -> None:
-        """Members come from now on."""
+        """Set the start: members come from now on."""
         self.started_at = time.perf_counter()
 
     @property
@@ -27,7 +27,7 @@ class Timeline:
         return time.perf_counter() - self.started_at
 
     def note(self, what: str) -> None:
-        """Something was done, or seen."""
+        """Record an action or an observation."""
         if len(self._notes) < LINES_MAX:
             self._notes.append((self.now_s, what))
 
@@ -36,7 +36,7 @@ class Timeline:
         self._counts[int(self.now_s // self.bucket_s)][f"{campaign}:{outcome}"] += 1
 
     def lines(self) -> Iterator[str]:
-        """Everything in its order."""
+        """All notes and counts in order."""
         rows = list(self._notes)
         for bucket, counts in self._counts.items():
             told = ", ".join(f"{outcome} × {n}" for outcome, n in sorted(counts.items()))

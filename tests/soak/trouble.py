@@ -1,4 +1,4 @@
-"""Does to a rig what a schedule says, and puts everything right again at the end."""
+"""Applies the faults of a schedule to a rig, and ends all of them afterwards."""
 
 import asyncio
 from collections import defaultdict
@@ -14,7 +14,7 @@ HEAL_TRIES = 2
 
 
 class Trouble:
-    """The faults of one seed. What cannot be done is a problem of its own: ``problems``."""
+    """The faults of one seed. ``problems`` lists faults that could not be applied."""
 
     def __init__(self, rig: Any, timeline: Timeline, folder: Path) -> None:
         self.rig = rig
@@ -26,7 +26,7 @@ class Trouble:
         self._whole = asyncio.Lock()
 
     async def do(self, fault: Fault) -> None:
-        """Do one of them."""
+        """Apply one fault."""
         self.timeline.note(str(fault))
         try:
             async with asyncio.timeout(FAULT_S):
@@ -53,7 +53,7 @@ class Trouble:
                     await self._lose(fault)
 
     def _disturb(self, fault: Fault) -> None:
-        """Do something to a link."""
+        """Apply a fault to a link."""
         proxy = self.rig.link(*fault.target[:2])
         match fault.what:
             case "delay":
@@ -66,7 +66,7 @@ class Trouble:
                 getattr(proxy, fault.what)()
 
     async def _replace(self, name: str) -> None:
-        """End a process as an operator does, and start the next."""
+        """Stop a process with SIGTERM, and start it again."""
         async with self._locks[name]:
             if self.rig.alive(name):
                 took_s = await self.rig.term(name)
@@ -74,7 +74,7 @@ class Trouble:
             await self._start_if_dead(name)
 
     async def _lose(self, fault: Fault) -> None:
-        """Lose files: what no durability level promises to survive."""
+        """Lose files, which no durability level promises to survive."""
         redis_copy, postgres_copy = self.folder / "redis", self.folder / "postgres"
         match fault.what:
             case "copy redis":
@@ -99,7 +99,7 @@ class Trouble:
             await self._start_if_dead("redis")
 
     async def heal(self) -> None:
-        """End every fault: links whole, everybody awake and alive."""
+        """End every fault: heal links, continue and start all processes."""
         for link in LINKS:
             self.rig.link(*link).heal()
         for name in NAMES:
@@ -117,7 +117,7 @@ class Trouble:
         self.timeline.note("all faults are over")
 
     async def _start_all(self, names: Any) -> None:
-        """Start who is dead; the stores first."""
+        """Start dead processes, the stores first."""
         for group in (
             [name for name in names if name in STORES],
             [name for name in names if name not in STORES],

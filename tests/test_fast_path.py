@@ -324,10 +324,7 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
                 with world.service.stopped("redis"):
                     unavailable = await _asked_in_turn(side, [world.member().buy()])
                 admission = side.engine.overload
-                admission._measure_at, admission._room = (
-                    float("inf"),
-                    0,
-                )  # a full house, and no look at it
+                admission._measure_at, admission._room = float("inf"), 0  # full, not measured again
                 overloaded = await _asked_in_turn(
                     side, [world.member().buy(), world.member().buy()]
                 )
@@ -350,10 +347,7 @@ def test_given_a_purchase_that_stood_past_its_deadline_when_called_then_nothing_
             told = []
             for side in sides:
                 member, admission = world.member(), side.engine.overload
-                admission._measure_at, admission._room = (
-                    float("inf"),
-                    0,
-                )  # a full house, and no look at it
+                admission._measure_at, admission._room = float("inf"), 0  # full, not measured again
                 admission._refusals_due = float("inf")  # and no time to refuse
                 asked = asyncio.create_task(_asked_in_turn(side, [member.buy()]))
                 await until(lambda: admission.waiters == 1, 5)  # noqa: B023 - awaited here

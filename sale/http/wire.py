@@ -27,8 +27,8 @@ _clock: Final = _Clock()
 def rendered(status: int, body: bytes, headers: dict[str, str], *, last: bool = False) -> bytes:
     """Give the bytes of a response. ``last``: the connection closes after it.
 
-    ``headers`` must hold nothing that a client sent, because they are not escaped. A 304 has no body
-    and no Content-Length.
+    ``headers`` must hold nothing that a client sent, because they are not escaped. A 304 has no
+    body and no Content-Length.
     """
     # Joined, not formatted: formatting is slow for aiohttp's header names, a subclass of str.
     head = [_LINES[status]]

@@ -90,7 +90,7 @@ async def slow(directory: Path, library: Path, **settings: str) -> AsyncIterator
 
 
 async def rush(url: str) -> dict[str, int]:
-    """Buy from many processes at once; give the moment (ns) at which each card got its answer."""
+    """Buy from many processes at once; give the moment (ns) of each answer by member."""
     told: dict[str, int] = {}
 
     async def process(number: int) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -17,45 +17,6 @@ from sale.files import UnreadableFile, brief, read_toml, shown
 from sale.store_urls import BadUrl, PostgresUrl, RedisUrl
 
 DEFAULT_FILE = Path("config/sale.toml")
-ENVIRONMENT = {
-    "SALE_REDIS_URL": "redis_url",
-    "SALE_DATABASE_URL": "database_url",
-    "SALE_DATA_DIR": "data_dir",
-    "SALE_LISTEN": "listen",
-    "SALE_METRICS_LISTEN": "metrics_listen",
-    "SALE_WORKERS": "workers",
-    "SALE_SIGNING_KEY": "signing_key",
-    "SALE_SIGNING_KEY_FILE": "signing_key_file",
-    "SALE_LOG_LEVEL": "log_level",
-    "SALE_AUDIT_INTERVAL_S": "audit_interval_s",
-    "SALE_DURABILITY": "durability",
-    "SALE_DURABILITY_CHECK": "durability_check",
-    "SALE_REPLICAS_MIN": "replicas_min",
-    "SALE_REPLICA_TIMEOUT_MS": "replica_timeout_ms",
-    "SALE_LEDGER_RETENTION_EVENTS": "ledger_retention_events",
-    "SALE_LEDGER_RETENTION_S": "ledger_retention_s",
-    "SALE_BATCH_MAX": "batch_max",
-    "SALE_QUEUE_MAX": "queue_max",
-    "SALE_PURCHASE_DEADLINE_MS": "purchase_deadline_ms",
-    "SALE_FAST_PATH": "fast_path",
-    "SALE_CONNECTIONS_MAX": "connections_max",
-    "SALE_TURN_MAX_MS": "turn_max_ms",
-    "SALE_WAITING_MAX": "waiting_max",
-    "SALE_WAIT_MAX_MS": "wait_max_ms",
-    "SALE_CARD_CAMPAIGN_PER_S": "card_campaign_per_s",
-    "SALE_CARD_CAMPAIGN_BURST": "card_campaign_burst",
-    "SALE_CARD_PER_S": "card_per_s",
-    "SALE_CARD_BURST": "card_burst",
-    "SALE_ADDRESS_PER_S": "address_per_s",
-    "SALE_ADDRESS_BURST": "address_burst",
-    "SALE_TRUSTED_PROXIES": "trusted_proxies",
-    "SALE_WRITER_BATCH_EVENTS": "writer_batch_events",
-    "SALE_TICK_INTERVAL_MS": "tick_interval_ms",
-    "SALE_LEDGER_BEHIND_MAX_EVENTS": "ledger_behind_max_events",
-    "SALE_LEDGER_BEHIND_MAX_S": "ledger_behind_max_s",
-    "SALE_AUTO_RECOVER": "auto_recover",
-    "SALE_DISK_FREE_MIN_MB": "disk_free_min_mb",
-}
 OLDEST_VERSIONS = {"Redis": (7, 0), "Valkey": (7, 2), "PostgreSQL": (14, 0)}
 """Stores that the engine works with, and the oldest (major, minor) of each."""
 UNIX_PREFIX = "unix:"
@@ -81,44 +42,55 @@ class StartError(Exception):
     """A part cannot start here, or not go on; the message is one line for people."""
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings of a deployment. Units stand last in each name."""
+def _between(least: int, most: int) -> msgspec.Meta:
+    return msgspec.Meta(ge=least, le=most)
 
-    redis_url: str | None = None
-    database_url: str | None = None
+
+_SECRET = msgspec.Meta(extra={"secret": True})
+"""Its value is never repeated in a message."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of a deployment, with their bounds. Units stand last in each name.
+
+    ``SALE_`` and the name in capitals is the variable of the environment.
+    """
+
+    redis_url: Annotated[str | None, _SECRET] = None
+    database_url: Annotated[str | None, _SECRET] = None
     data_dir: Path = Path(".sale")
     listen: str = "127.0.0.1:8080"
     metrics_listen: str = "127.0.0.1:9108"
-    workers: int = 1
-    signing_key: str | None = None
+    workers: Annotated[int, _between(1, 256)] = 1
+    signing_key: Annotated[str | None, _SECRET] = None
     signing_key_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     # The batcher. A batch is bounded by design; the queue bound is one to two seconds of work at
     # the benchmark's rates, beyond which an honest 503 is kinder than a late answer.
-    batch_max: int = 256
-    queue_max: int = 16_384
-    purchase_deadline_ms: int = 5_000
+    batch_max: Annotated[int, _between(1, 256)] = 256
+    queue_max: Annotated[int, _between(1, 1_000_000)] = 16_384
+    purchase_deadline_ms: Annotated[int, _between(100, 60_000)] = 5_000
 
     # Plain purchases are served without aiohttp (api/fast_path.py); off, aiohttp serves all.
     fast_path: bool = True
 
     # Overload (http/overload.py): beyond these a process refuses at once. Connections are
     # also bounded by the files that the process may open; for the others 0 is no bound.
-    connections_max: int = 50_000
-    turn_max_ms: int = 200
-    waiting_max: int = 32_768
-    wait_max_ms: int = 1_000
+    connections_max: Annotated[int, _between(1, 1_000_000)] = 50_000
+    turn_max_ms: Annotated[int, _between(0, 10_000)] = 200
+    waiting_max: Annotated[int, _between(0, 10_000_000)] = 32_768
+    wait_max_ms: Annotated[int, _between(0, 60_000)] = 1_000
 
     # Rate limits (members/rate.py), in each process: so many a second and so many at once;
     # 0 a second is no limit. People do not notice them. Of an address only what no valid card
     # answers for is counted, in sums for a large office behind one address.
-    card_campaign_per_s: int = 10
-    card_campaign_burst: int = 100
-    card_per_s: int = 20
-    card_burst: int = 200
-    address_per_s: int = 50
-    address_burst: int = 500
+    card_campaign_per_s: Annotated[int, _between(0, 1_000_000)] = 10
+    card_campaign_burst: Annotated[int, _between(1, 1_000_000)] = 100
+    card_per_s: Annotated[int, _between(0, 1_000_000)] = 20
+    card_burst: Annotated[int, _between(1, 1_000_000)] = 200
+    address_per_s: Annotated[int, _between(0, 1_000_000)] = 50
+    address_burst: Annotated[int, _between(1, 1_000_000)] = 500
 
     # Networks of the proxies whose X-Forwarded-For is believed, separated by commas.
     trusted_proxies: str | None = None
@@ -126,27 +98,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # What Redis must be configured to do, and whether a host that finds it weaker takes no traffic.
     durability: Durability = "fsync"
     durability_check: Literal["refuse", "warn"] = "refuse"
-    replicas_min: int = 1
-    replica_timeout_ms: int = 500
+    replicas_min: Annotated[int, _between(1, 10)] = 1
+    # Below the socket's own limit, so that WAIT ends first, and never 0: that waits for ever.
+    replica_timeout_ms: Annotated[int, _between(10, 4_000)] = 500
 
     # Below this much free space on Redis' disk nothing is sold; 0 turns the watch off.
-    disk_free_min_mb: int = 256
+    disk_free_min_mb: Annotated[int, _between(0, 1_000_000_000)] = 256
 
     # The writer. Retention keeps applied entries in Redis so that a PostgreSQL restored from a
     # backup can be filled up again; both bounds must be passed before an entry is trimmed.
-    writer_batch_events: int = 8_192
-    ledger_retention_events: int = 10_000
-    ledger_retention_s: int = 600
+    writer_batch_events: Annotated[int, _between(512, 100_000)] = 8_192
+    ledger_retention_events: Annotated[int, _between(0, 100_000_000)] = 10_000
+    ledger_retention_s: Annotated[int, _between(0, 30 * 86_400)] = 600
 
     # How far PostgreSQL may be behind before nothing more is sold: what it lacks is held in memory
     # by Redis and by the API processes.
-    ledger_behind_max_events: int = 1_000_000
-    ledger_behind_max_s: int = 900
+    ledger_behind_max_events: Annotated[int, _between(1, 100_000_000)] = 1_000_000
+    ledger_behind_max_s: Annotated[int, _between(1, 7 * 86_400)] = 900
 
     # The scheduler. It recovers a campaign by itself where nothing that was told is lost.
     auto_recover: bool = True
-    audit_interval_s: int = 60
-    tick_interval_ms: int = 250
+    audit_interval_s: Annotated[int, _between(1, 86_400)] = 60
+    tick_interval_ms: Annotated[int, _between(10, 10_000)] = 250
 
     @property
     def drain_limit_s(self) -> float:
@@ -159,6 +132,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.durability != "replicated":
             return None
         return self.replicas_min, self.replica_timeout_ms
+
+
+ENVIRONMENT = {f"SALE_{name.upper()}": name for name in Settings.__struct_fields__}
+"""Setting of each variable of the environment."""
 
 
 def load(
@@ -219,42 +196,18 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-_FIELD_TYPES: dict[str, Any] = {
-    field.name: field.type for field in msgspec.structs.fields(Settings)
+_FIELDS: dict[str, msgspec.structs.FieldInfo] = {
+    field.name: field for field in msgspec.structs.fields(Settings)
+}
+_META: dict[str, msgspec.Meta] = {
+    name: field.type.__metadata__[0]
+    for name, field in _FIELDS.items()
+    if hasattr(field.type, "__metadata__")
 }
 _OPTION = "--"
 _URLS: dict[str, Callable[[str], object]] = {
     "redis_url": RedisUrl.read,
     "database_url": PostgresUrl.read,
-}
-_SECRETS = {*_URLS, "signing_key"}
-"""Never repeated in a message."""
-_BOUNDS = {
-    "workers": (1, 256),
-    "batch_max": (1, 256),
-    "queue_max": (1, 1_000_000),
-    "purchase_deadline_ms": (100, 60_000),
-    "connections_max": (1, 1_000_000),
-    "turn_max_ms": (0, 10_000),
-    "waiting_max": (0, 10_000_000),
-    "wait_max_ms": (0, 60_000),
-    "card_campaign_per_s": (0, 1_000_000),
-    "card_campaign_burst": (1, 1_000_000),
-    "card_per_s": (0, 1_000_000),
-    "card_burst": (1, 1_000_000),
-    "address_per_s": (0, 1_000_000),
-    "address_burst": (1, 1_000_000),
-    "replicas_min": (1, 10),
-    # Below the socket's own limit, so that WAIT ends first, and never 0: that waits for ever.
-    "replica_timeout_ms": (10, 4_000),
-    "disk_free_min_mb": (0, 1_000_000_000),
-    "writer_batch_events": (512, 100_000),
-    "ledger_retention_events": (0, 100_000_000),
-    "ledger_retention_s": (0, 30 * 86_400),
-    "ledger_behind_max_events": (1, 100_000_000),
-    "ledger_behind_max_s": (1, 7 * 86_400),
-    "audit_interval_s": (1, 86_400),
-    "tick_interval_ms": (10, 10_000),
 }
 
 
@@ -266,7 +219,7 @@ class _Given(NamedTuple):
 
 
 def _name(key: str) -> str:
-    return key if key in _FIELD_TYPES else brief(key).strip("'")
+    return key if key in _FIELDS else brief(key).strip("'")
 
 
 def _read_table(file: Path) -> dict[str, Any]:
@@ -278,16 +231,18 @@ def _read_table(file: Path) -> dict[str, Any]:
 
 def _checked(key: str, given: _Given, problems: list[str]) -> Any:  # noqa: ANN401 - any field's
     """Give the value in its type, or None and one more problem."""
-    if key not in _FIELD_TYPES:
+    if key not in _FIELDS:
         problems.append(f"{given.source}: no such setting")
         return None
+    meta = _META.get(key)
     try:
         value = msgspec.convert(
-            given.value, _FIELD_TYPES[key], strict=False, dec_hook=lambda _type, text: Path(text)
+            given.value, _FIELDS[key].type, strict=False, dec_hook=lambda _type, text: Path(text)
         )
     except (msgspec.ValidationError, TypeError) as error:
-        shown_value = "" if key in _SECRETS else f"{brief(given.value)}: "
-        problems.append(f"{given.source}: {shown_value}{_plain(str(error))}")
+        shown_value = "" if meta is _SECRET else f"{brief(given.value)}: "
+        why = _beyond(meta, given.value) or f"{shown_value}{_plain(str(error))}"
+        problems.append(f"{given.source}: {why}")
         return None
     complaint = _complaint(key, value)
     if complaint:
@@ -295,11 +250,19 @@ def _checked(key: str, given: _Given, problems: list[str]) -> Any:  # noqa: ANN4
     return value
 
 
+def _beyond(meta: msgspec.Meta | None, given: object) -> str:
+    """Say that a whole number is out of its bounds; '' where that is not what is wrong."""
+    if meta is None or meta.ge is None:
+        return ""
+    try:
+        number = msgspec.convert(given, int, strict=False)
+    except msgspec.ValidationError:
+        return ""
+    return f"{brief(number)} is not between {meta.ge} and {meta.le}"
+
+
 def _complaint(key: str, value: Any) -> str | None:  # noqa: ANN401 - any field's value
     """Say what is wrong with a value of the right type, or None."""
-    if key in _BOUNDS:
-        low, high = _BOUNDS[key]
-        return None if low <= value <= high else f"{brief(value)} is not between {low} and {high}"
     if key == "metrics_listen" and value.startswith(UNIX_PREFIX):
         path = value.removeprefix(UNIX_PREFIX)
         return None if path.startswith("/") else f"{brief(value)} is not unix:/PATH"

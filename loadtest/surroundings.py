@@ -16,7 +16,6 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import asyncpg
 import psutil
-from redis.exceptions import RedisError
 
 import sale
 from loadtest.sampler import discover_processes
@@ -25,6 +24,7 @@ from sale.config import Settings
 from sale.db.pool import connect
 from sale.host.embedded import EmbeddedError, find
 from sale.stock.connection import open_redis, product_of
+from sale.stock.errors import REDIS_ERRORS
 
 REACH_S: Final = 5.0
 UNREACHED: Final = "not reached"
@@ -115,7 +115,7 @@ def _versions() -> Table:
 
 async def _ask_redis(url: str, told: Table, versions: Table) -> None:
     versions["redis server"] = UNREACHED
-    with contextlib.suppress(RedisError, OSError, ValueError):
+    with contextlib.suppress(*REDIS_ERRORS, ValueError):
         client = open_redis(url, max_connections=1)
         async with contextlib.aclosing(client):
             versions["redis server"] = str(product_of(await client.info("server")))

@@ -32,7 +32,8 @@ from sale.metrics import LoadMetrics, PurchaseMetrics, StoreMetrics, new_registr
 from sale.operators.campaigns import CampaignDesk
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.connection import REDIS_ERRORS, open_redis, product_of, too_old
+from sale.stock.connection import open_redis, product_of, too_old
+from sale.stock.errors import REDIS_ERRORS
 from sale.stock.scripts import Scripts
 from sale.trust.disk_watch import DiskWatch
 from sale.trust.durability_watch import DurabilityWatch
@@ -157,6 +158,7 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             queue_max=settings.queue_max,
             deadline_s=settings.purchase_deadline_ms / 1000,
             behind_max=(settings.ledger_behind_max_events, settings.ledger_behind_max_s * 1000),
+            configured=catalogue.configured,
         )
         disk = DiskWatch(
             stores.redis,

@@ -58,9 +58,9 @@ for i = 1, (#ARGV - 7) / 5 do
 end
 """
 _AN_ANSWER_EACH: Final = """reply[3] = head.seq
-local each, number = { OK, head.now, head.seq, head.epoch, tonumber(head.price_fen) }, reply[6]
+local each, number = { OK, head.now, head.seq, head.epoch, rules.price_fen }, reply[6]
 for i = 1, purchases do
-  local told = reply[6 + i]
+  local told = reply[RESULTS + i]
   if told >= 0 then
     number = number + 1
     each[5 + i] = { SOLD, number, told, head.now }

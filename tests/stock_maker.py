@@ -11,6 +11,7 @@ from sale.domain.campaign import Campaign, Showing
 from sale.domain.clock import from_ms
 from sale.ledger.chain import START, Entry, check_chain, parse_entry
 from sale.ledger.fold import CampaignState, SaleRecord
+from sale.stock import head
 from sale.stock.batch_codec import pack_batch
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
 from sale.stock.process_reports import read_identity
@@ -99,22 +100,12 @@ class Stock:
     async def create(
         self, made: Campaign, *, schedule: bool = False, by: Operation | None = None
     ) -> OperationReply:
-        unions = "*" if "*" in made.unions else f",{','.join(made.unions)},"
         await self.redis.sadd(CAMPAIGNS, made.id)
         return await self.scripts.create(
             made.id,
             by or operation(),
-            msgspec.json.encode(made),
-            [
-                "" if made.opens_at_ms is None else made.opens_at_ms,
-                "" if made.closes_at_ms is None else made.closes_at_ms,
-                made.card_limit,
-                made.order_max,
-                made.price_fen,
-                unions,
-                "1" if schedule else "0",
-                *(showing.tickets for showing in made.showings),
-            ],
+            head.packed(made, msgspec.json.encode(made), made.opens_at_ms, made.closes_at_ms),
+            schedule=schedule,
         )
 
     async def load_roster(self, *revoked: int, rev: int = 0) -> None:
@@ -170,6 +161,12 @@ class Stock:
     async def set_clock(self, ms: int) -> None:
         """Set the campaign's clock to a moment in the machine's future."""
         await self.redis.hset(self.keys.head, "clock", str(ms))
+
+    async def alter_rules(self, **changes: Any) -> None:
+        """Let the scripts decide by other settings than the ledger says."""
+        part = await head.RULES.read(self.redis, self.id)
+        rules = {**head.unpacked_rules(part.rules), **changes}
+        await self.redis.hset(self.keys.head, "rules", msgspec.msgpack.encode(rules))
 
     async def left(self) -> list[int]:
         stock = await self.redis.hgetall(self.keys.stock)
@@ -232,7 +229,7 @@ def packed(bids: Sequence[Bid]) -> bytes:
 def told(reply: list[int], count: int) -> list[Told]:
     """Parse a reply for ``count`` purchases; see the header of ``purchase.lua``."""
     number, answers = reply[5], []
-    for result in reply[6 : 6 + count]:
+    for result in reply[7 : 7 + count]:
         if result >= 0:
             number += 1
             answers.append(Told(Decision.SOLD, number, result, 0))

@@ -116,6 +116,10 @@ async def _belongs_to_another_union(shop: Shop) -> None:
     )
 
 
+def _rule_is_altered(**rules: Any) -> Damage:
+    return lambda shop: shop.stock.alter_rules(**rules)
+
+
 BREACHES = [
     ("INV-1", "stock-left", in_redis("HINCRBY", KEYS.stock, "r0", 1)),
     ("INV-1", "stock-total", in_redis("HINCRBY", KEYS.stock, "t1", 1)),
@@ -123,7 +127,10 @@ BREACHES = [
     ("INV-1", "ledger-oversold", in_postgres("UPDATE event SET quantity = 11 WHERE quantity = 2")),
     ("INV-2", "card-forgotten", in_redis("HDEL", KEYS.members, member(1))),
     ("INV-2", "card-altered", _card_gets_a_ticket_more),
-    ("INV-2", "limit-altered", in_redis("HSET", KEYS.head, "card_limit", 4)),
+    ("INV-2", "limit-altered", _rule_is_altered(card_limit=4)),
+    ("INV-5", "price-altered", _rule_is_altered(price_fen=1)),
+    ("INV-5", "rule-of-nowhere", _rule_is_altered(colour=1)),
+    ("INV-5", "other-configuration", in_redis("HSET", KEYS.head, "config_seq", 2)),
     ("INV-2", "order-over", in_postgres(f"UPDATE orders SET quantity = 5 {FULL_CARDS}")),
     ("INV-3", "order-gone-from-redis", in_redis("DEL", KEYS.members)),
     ("INV-3", "card-torn", in_redis("HSET", KEYS.members, member(1), "torn")),
@@ -185,7 +192,7 @@ BREACHES = [
     ("INV-8", "epoch", in_postgres("UPDATE event SET epoch = 2 WHERE seq = 4")),
     ("INV-9", "revoked-forgotten", in_redis("DEL", KEYS.revoked)),
     ("INV-9", "revoked-too-many", in_redis("SADD", KEYS.revoked, member(1))),
-    ("INV-9", "unions-altered", in_redis("HSET", KEYS.head, "unions", "*")),
+    ("INV-9", "unions-altered", _rule_is_altered(unions="*")),
     ("INV-9", "sold-to-revoked", _was_revoked_before),
     ("INV-9", "not-followed", _roster_is_not_followed),
     ("INV-9", "sold-to-others", _belongs_to_another_union),

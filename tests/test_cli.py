@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import CARDS, PAST, ROOT, Ran, Service, command, free_port, in_s
+from service import ADMIN, CARDS, PAST, ROOT, Client, Ran, Service, command, free_port, in_s
 
 from sale.operators.steps import STEPS
 
@@ -637,3 +637,22 @@ def test_given_commands_beside_a_running_system_then_they_are_quick(service: Ser
     started = time.monotonic()
     assert service.sale("campaign", "list").status == 0
     assert time.monotonic() - started < 5
+
+
+async def test_command_line_and_api_show_the_same_campaign(
+    service: Service, client: Client
+) -> None:
+    # given
+    campaign = await client.campaign(closes_at="2040-01-01T00:00:00+08:00", unions=["dongsi"])
+    # when
+    told = await service.asale("campaign", "show", campaign, "--json")
+    seen = await client.get(f"{ADMIN}/{campaign}", service.admin_token)
+    # then
+    assert json.loads(told.out) == seen.json()
+    table = (await service.asale("campaign", "show", campaign)).out
+    for name, value in seen.json().items():
+        if value is not None and name not in {"showings", "unions", "price_fen"}:
+            assert re.search(
+                rf"^{name.replace('_', ' ')} +{re.escape(str(value))}$", table, re.MULTILINE
+            )
+    assert re.search(r"^price +5\.00 yuan$", table, re.MULTILINE)

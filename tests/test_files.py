@@ -17,7 +17,7 @@ from loadtest.rush.arrivals import ArrivalsError, recorded
 from loadtest.rush.asks import Asks, AsksError, Load
 from sale import config
 from sale.config import SettingsError
-from sale.domain.campaign import InvalidCampaign, parse_campaign_toml
+from sale.domain.campaign_file import InvalidCampaign, parse_campaign_toml
 from sale.domain.unions import load_unions
 from sale.files import (
     SMALL_MAX_BYTES,

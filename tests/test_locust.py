@@ -35,7 +35,7 @@ from loadtest.scenarios import (
     read_campaign,
     run_name,
 )
-from sale.domain.campaign import parse_campaign
+from sale.domain.campaign_file import parse_campaign
 from sale.domain.unions import default_unions_path, load_unions
 
 ROWS = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from service import ADMIN, PAST, Client, Service, campaign_table, in_s
 
-from sale.domain.campaign import InvalidCampaign, parse_campaign_toml
+from sale.domain.campaign_file import InvalidCampaign, parse_campaign_toml
 from sale.domain.clock import MOMENT_MAX, MOMENT_MIN, nearest, parse_moment, rfc3339, to_ms
 
 OTHER_FORMS = (

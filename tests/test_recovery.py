@@ -97,7 +97,7 @@ async def lose_half_the_head(shop: Shop) -> None:
 
 
 async def garble_the_limit(shop: Shop) -> None:
-    await shop.redis.hset(shop.stock.keys.head, "card_limit", 30)
+    await shop.stock.alter_rules(card_limit=30)
 
 
 DAMAGES = [
@@ -121,7 +121,7 @@ DAMAGES = [
 async def test_recovery_repairs_each_kind_of_damage(
     shop: Shop, damage: Callable[[Shop], Awaitable[None]]
 ):
-    before = await shop.stock.head("seq", "state", "opens_at", "closes_at", "unions")
+    before = await shop.stock.head("seq", "state", "opens_at", "closes_at", "config_seq")
     orders = {n: await read_member(shop.redis, CAMPAIGN, member(n)) for n in range(1, 10)}
     left, operations = await shop.stock.left(), await shop.redis.hgetall(shop.stock.keys.operations)
     await damage(shop)
@@ -135,7 +135,7 @@ async def test_recovery_repairs_each_kind_of_damage(
     done = await shop.recover()
     assert done.changed
     assert done.differences
-    assert await shop.stock.head("state", "opens_at", "closes_at", "unions") == before[1:]
+    assert await shop.stock.head("state", "opens_at", "closes_at", "config_seq") == before[1:]
     assert await shop.stock.head("seq", "epoch") == [str(int(before[0]) + 1), "2"]
     assert {n: await read_member(shop.redis, CAMPAIGN, member(n)) for n in range(1, 10)} == orders
     assert await shop.stock.left() == left

@@ -28,7 +28,8 @@ from sale.cli.rehearsal_report import Outcome, show
 from sale.config import Settings
 from sale.db import claims, rehearsals
 from sale.db.claims import Claim
-from sale.domain.campaign import Campaign, InvalidCampaign, parse_campaign
+from sale.domain.campaign import Campaign
+from sale.domain.campaign_file import InvalidCampaign, parse_campaign
 from sale.domain.member import is_made_up, may_meet
 from sale.domain.problem import Problem, Refused
 from sale.domain.unions import REHEARSAL_UNION, default_unions_path, load_unions

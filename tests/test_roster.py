@@ -21,7 +21,7 @@ from sale.db.roster import (
     lock_member,
     set_status,
 )
-from sale.domain.campaign import parse_campaign_toml
+from sale.domain.campaign_file import parse_campaign_toml
 from sale.domain.problem import Refused
 from sale.domain.unions import default_unions_path, load_unions
 from sale.files import opened_large

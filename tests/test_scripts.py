@@ -528,7 +528,7 @@ async def test_whole_batch_is_one_entry_and_each_is_answered(redis: Redis) -> No
     stock = await open_stock(redis, 300, 10)
     reply = await stock.call(*(Bid(member(n), key(n), 1, n % 2) for n in range(256)))
     decisions = [answer.decision for answer in told(reply, 256)]
-    assert len(reply) == 6 + 256 + 4  # who gets none is told so in one place
+    assert len(reply) == 7 + 256 + 4  # who gets none is told so in one place
     assert decisions.count(Decision.SOLD) == 128 + 10
     assert decisions.count(Decision.SOLD_OUT) == 128 - 10
     entry = (await stock.entries())[-1]

@@ -10,8 +10,9 @@ from stock_maker import open_stock
 
 from sale.stock import survey
 from sale.stock.catalogue import Unreadable, campaign_ids, read_campaign, read_campaigns
+from sale.stock.head import ROSTER, SNAPSHOT, TRUST, read_heads
 from sale.stock.keys import CAMPAIGNS, campaign_keys
-from sale.stock.survey import KEYS_A_CALL, read_heads
+from sale.stock.survey import KEYS_A_CALL
 
 COUNT = 2 * KEYS_A_CALL + 7
 IDS = [f"c{number}" for number in range(COUNT)]
@@ -30,17 +31,25 @@ async def heads(redis: Redis) -> Redis:
 
 
 async def test_many_heads_are_read_in_order(heads: Redis) -> None:
-    told = await read_heads(heads, IDS, "seq", "lacking", "state")
+    told = await read_heads(heads, IDS, SNAPSHOT)
     for number, each in enumerate(told):
         if number == 70:
             assert isinstance(each, ResponseError)
             assert "WRONGTYPE" in str(each)
         elif number == 5:
-            assert each == [None, None, None]
+            assert not isinstance(each, Exception)
+            assert (each.seq, each.state, each.config) == (None, "", b"")
         else:
-            assert each == [str(number).encode(), None, b"open"]
+            assert not isinstance(each, Exception)
+            assert (each.seq, each.state, each.config) == (number, "open", b"")
     assert len(told) == COUNT
-    assert await read_heads(heads, [], "seq") == []
+    assert await read_heads(heads, [], TRUST) == []
+
+
+async def test_head_with_a_damaged_number_is_an_error_of_its_own(heads: Redis) -> None:
+    await heads.hset(campaign_keys(IDS[7]).head, "roster_rev", "many")
+    told = await read_heads(heads, IDS[6:9], ROSTER)
+    assert [isinstance(each, ValueError) for each in told] == [False, True, False]
 
 
 async def test_survey_without_fields_gives_whole_hashes(heads: Redis) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sale.domain.campaign import InvalidCampaign, parse_campaign
+from sale.domain.campaign_file import InvalidCampaign, parse_campaign
 from sale.domain.text import REASON_MAX, account_name, shown_text
 from sale.domain.unions import load_unions
 

@@ -25,7 +25,7 @@ from loadtest.wire import get_request
 from sale.bootstrap import open_stores
 from sale.config import Settings
 from sale.db.pool import connect
-from sale.domain.campaign import parse_campaign_toml
+from sale.domain.campaign_file import parse_campaign_toml
 from sale.host.embedded import EmbeddedServers, running
 from sale.host.embedded.servers import launch_command
 from sale.operators.campaigns import Actor, CampaignDesk

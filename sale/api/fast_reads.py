@@ -12,10 +12,11 @@ import msgspec
 import structlog
 
 from sale.api.request import ENCODER
+from sale.domain.campaign_view import CampaignNow
 from sale.http.fast_routes import Exchange, FastHandler, Head
 from sale.http.request import NO_STORE, entity_tag, names_tag, tagged_headers
 from sale.http.wire import rendered, second
-from sale.members.campaigns import CampaignNow, PublicCampaigns
+from sale.members.campaigns import PublicCampaigns
 
 WORDED_MAX: Final = 1_024
 JSON: Final = {"Content-Type": "application/json"}

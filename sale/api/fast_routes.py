@@ -9,9 +9,10 @@ from sale.api.fast_purchase import FastPurchases
 from sale.api.fast_reads import FastReads
 from sale.api.problems import problem_answer
 from sale.api.public import CAMPAIGN, CAMPAIGN_MAX_AGE_S
-from sale.api.views import availability_view, campaign_view
+from sale.api.views import availability_view
 from sale.bootstrap import Engine
 from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.campaign_view import campaign_view
 from sale.domain.problem import Problem, Refused
 from sale.http.fast_path import FastPath
 from sale.http.fast_routes import FastRoute, FastRoutes

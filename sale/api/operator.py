@@ -6,9 +6,10 @@ from typing import Final
 from sale.api import queries
 from sale.api.calls import OperatorCall, Reply
 from sale.api.dispatch import OPERATOR
-from sale.api.schemas import CampaignRequest, CampaignView, ListView, LiveView
-from sale.api.views import campaign_view, remaining_views
-from sale.domain.campaign import InvalidCampaign, parse_campaign
+from sale.api.schemas import CampaignRequest, ListView, LiveView
+from sale.api.views import remaining_views
+from sale.domain.campaign_file import InvalidCampaign, parse_campaign
+from sale.domain.campaign_view import CampaignView, DeskView, campaign_view, desk_view
 from sale.domain.clock import rfc3339
 from sale.domain.problem import Problem, Refused
 from sale.http.request import encode_cursor
@@ -32,10 +33,10 @@ _BODY: Final = (
 )
 
 
-async def list_campaigns(call: OperatorCall[None]) -> ListView[CampaignView]:
+async def list_campaigns(call: OperatorCall[None]) -> ListView[DeskView]:
     """GET /api/v1/admin/campaigns: drafts too, and rehearsals with ``?rehearsals=true``."""
     found = await call.engine.campaigns.all(call.actor, rehearsals=call.value(queries.REHEARSALS))
-    return queries.page_of(call, found, campaign_view)
+    return queries.page_of(call, found, desk_view)
 
 
 async def create_campaign(call: OperatorCall[dict[str, object]]) -> Reply:
@@ -53,9 +54,9 @@ async def create_campaign(call: OperatorCall[dict[str, object]]) -> Reply:
     return Reply(campaign_view(now), {"Location": f"{CAMPAIGNS}/{campaign.id}"})
 
 
-async def show_campaign(call: OperatorCall[None]) -> CampaignView:
+async def show_campaign(call: OperatorCall[None]) -> DeskView:
     """GET /api/v1/admin/campaigns/{id}."""
-    return campaign_view(await call.engine.campaigns.show(call.path["id"], call.actor))
+    return desk_view(await call.engine.campaigns.show(call.path["id"], call.actor))
 
 
 async def show_live(call: OperatorCall[None]) -> LiveView:
@@ -129,7 +130,7 @@ ROUTES: Final = (
         summary="All campaigns that the account may see, its own drafts too",
         access=READERS,
         queries=(queries.LIMIT, queries.POSITION, queries.REHEARSALS),
-        answer=ListView[CampaignView],
+        answer=ListView[DeskView],
         problems=_TOKEN,
     ),
     Route(
@@ -152,7 +153,7 @@ ROUTES: Final = (
         handler=show_campaign,
         summary="One campaign, a draft too",
         access=READERS,
-        answer=CampaignView,
+        answer=DeskView,
         problems=(*_TOKEN, Problem.NOT_FOUND),
     ),
     *(_route_of(step) for step in STEPS.values()),

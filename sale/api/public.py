@@ -5,13 +5,13 @@ from typing import Any, Final
 from sale.api import queries
 from sale.api.calls import Call, Reply
 from sale.api.charge import refuse_exhausted
-from sale.api.schemas import AvailabilityView, CampaignView, HealthView, ListView, TimeView
-from sale.api.views import availability_view, campaign_view
+from sale.api.schemas import AvailabilityView, HealthView, ListView, TimeView
+from sale.api.views import availability_view
 from sale.domain.campaign import CAMPAIGN_ID
+from sale.domain.campaign_view import CampaignNow, CampaignView, campaign_view
 from sale.domain.clock import rfc3339
 from sale.domain.problem import Problem
 from sale.http.routes import Load, Route
-from sale.members.campaigns import CampaignNow
 
 CAMPAIGNS: Final = "/api/v1/campaigns"
 CAMPAIGN: Final = f"{CAMPAIGNS}/{{id}}"

@@ -11,36 +11,12 @@ from typing import Annotated, Final, Generic, TypeVar
 import msgspec
 from msgspec import Meta
 
-from sale.domain.campaign import CARD_LIMIT_MAX, CATEGORIES, PRICE_MAX_FEN, SHOWINGS_MAX, STOCK_MAX
-from sale.domain.order import Count, Fen, Time
-from sale.domain.text import TITLE_MAX
-from sale.operators.steps import Identifier
+from sale.domain.campaign import CARD_LIMIT_MAX
+from sale.domain.campaign_file import request_type
+from sale.domain.campaign_view import StateShown
+from sale.domain.order import Count, Time
 
 Item = TypeVar("Item")
-
-State = Annotated[
-    str,
-    Meta(
-        extra_json_schema={
-            "enum": ["draft", "scheduled", "open", "paused", "closed", "recovering", "deleted"],
-            "description": "`deleted`: told to an operator alone, who repeats what made or filled "
-            "a draft that is gone since.",
-        }
-    ),
-]
-# What comes in.
-_SHOWN: Final = (
-    "Something that is seen, and no character that is invisible or turns the direction of writing; "
-    "spaces around it are taken off."
-)
-Title = Annotated[
-    str,
-    Meta(
-        min_length=1,
-        max_length=TITLE_MAX,
-        extra_json_schema={"pattern": r"\S", "description": _SHOWN},
-    ),
-]
 
 
 class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,62 +27,8 @@ class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     showing: str | None = None
 
 
-class ShowingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A date, class, or simply the tickets of a new campaign."""
-
-    id: Identifier
-    title: Title
-    tickets: Annotated[int, Meta(ge=0, le=STOCK_MAX)]
-    starts_at: Time | None = None
-
-
-class CampaignRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A new campaign: the fields of the campaign file.
-
-    It describes the body; ``sale.domain.parse_campaign`` reads it, because that names every wrong
-    field in one go.
-    """
-
-    id: Identifier
-    title: Title
-    category: Annotated[str, Meta(extra_json_schema={"enum": list(CATEGORIES)})]
-    price_fen: Annotated[int, Meta(ge=0, le=PRICE_MAX_FEN)]
-    payment: Annotated[str, Meta(extra_json_schema={"enum": ["none", "counter"]})]
-    card_limit: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
-    showings: Annotated[list[ShowingRequest], Meta(min_length=1, max_length=SHOWINGS_MAX)]
-    order_max: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)] | msgspec.UnsetType = msgspec.UNSET
-    opens_at: Time | None = None
-    closes_at: Time | None = None
-    unions: Annotated[list[str], Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["*"])
-    owner: str = "district"
-    draft: bool = False
-
-
-class ShowingView(msgspec.Struct, frozen=True, kw_only=True):
-    """A showing with its stock; what remains of it is told by the availability."""
-
-    id: str
-    title: str
-    starts_at: Time | None = None
-    tickets: Count
-
-
-class CampaignView(msgspec.Struct, frozen=True, kw_only=True):
-    """A campaign as everyone may see it. ``unions`` is ``["*"]`` or the codes that may buy."""
-
-    id: str
-    title: str
-    category: str
-    price_fen: Fen
-    payment: str
-    card_limit: Count
-    order_max: Count
-    state: State
-    opens_at: Time | None = None
-    closes_at: Time | None = None
-    unions: list[str]
-    owner: str
-    showings: list[ShowingView]
+CampaignRequest: Final = request_type()
+"""A new campaign. It describes the body; ``campaign_file.py`` reads it, naming every fault."""
 
 
 class RemainingView(msgspec.Struct, frozen=True):
@@ -131,7 +53,7 @@ class LiveView(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     id: str
-    state: State
+    state: StateShown
     trouble: str | None
     showings: list[RemainingView]
     ledger_seq: Count

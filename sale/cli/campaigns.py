@@ -1,7 +1,8 @@
 """`sale campaign …`: what operators do, from the command line."""
 
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import click
 
@@ -15,12 +16,13 @@ from sale.cli.runtime import (
     run,
 )
 from sale.cli.steps import step_command
-from sale.domain.campaign import InvalidCampaign, State, parse_campaign_toml
-from sale.domain.clock import rfc3339
+from sale.domain.campaign import State
+from sale.domain.campaign_file import InvalidCampaign, parse_campaign_toml
+from sale.domain.campaign_view import CampaignNow, DeskView, StockView, desk_view
 from sale.files import read_text, shown
 from sale.operators.campaigns import Actor
 from sale.operators.steps import SCHEDULE, STEPS, Step
-from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
+from sale.stock.catalogue import Unreadable, read_campaigns
 
 
 @click.group()
@@ -68,7 +70,7 @@ def list_(context: CommandContext, *, rehearsals: bool) -> None:
         note(f"{hidden} rehearsals are not listed: --all shows them")
     echo(
         context,
-        [_as_json(now) for now in campaigns],
+        [desk_view(now) for now in campaigns],
         lambda: echo_table(
             ("id", "title", "state", "opens at", "left", "of"),
             [
@@ -78,7 +80,7 @@ def list_(context: CommandContext, *, rehearsals: bool) -> None:
                     f"{now.state.value}, a rehearsal"
                     if now.campaign.rehearsal_of
                     else now.state.value,
-                    _moment(now.opens_at_ms),
+                    desk_view(now).opens_at,
                     sum(now.remaining),
                     sum(now.tickets),
                 )
@@ -126,67 +128,29 @@ def _say_past(now: CampaignNow) -> None:
 
 
 def _show(context: CommandContext, now: CampaignNow) -> None:
+    view = desk_view(now)
+
     def in_words() -> None:
-        campaign = now.campaign
-        echo_fields(
-            [
-                ("id", campaign.id),
-                ("title", campaign.title),
-                *([("rehearses", campaign.rehearsal_of)] if campaign.rehearsal_of else []),
-                ("state", now.state.value),
-                ("why", now.recovering or None) if now.recovering else ("owner", campaign.owner),
-                ("opens at", _moment(now.opens_at_ms)),
-                ("closes at", _moment(now.closes_at_ms)),
-                ("price", f"{campaign.price_fen / 100:.2f} yuan"),
-                ("per card", campaign.card_limit),
-                ("events", now.seq),
-            ]
-        )
-        echo_table(
-            ("showing", "title", "tickets", "left"),
-            [
-                (showing.id, showing.title, tickets, left)
-                for showing, tickets, left in zip(
-                    campaign.showings, now.tickets, now.remaining, strict=True
-                )
-            ],
-        )
+        fields = [_in_words(name, getattr(view, name)) for name in _SHOWN]
+        echo_fields([field for field in fields if field[1] is not None])
+        columns = StockView.__struct_fields__
+        rows = [
+            [_in_words(name, getattr(showing, name))[1] for name in columns]
+            for showing in view.showings
+        ]
+        echo_table([name.replace("_", " ") for name in columns], rows)
 
-    echo(context, _as_json(now), in_words)
+    echo(context, view, in_words)
 
 
-def _as_json(now: CampaignNow) -> dict[str, Any]:
-    campaign = now.campaign
-    return {
-        "id": campaign.id,
-        "title": campaign.title,
-        "category": campaign.category,
-        "price_fen": campaign.price_fen,
-        "payment": campaign.payment,
-        "card_limit": campaign.card_limit,
-        "order_max": campaign.order_max,
-        "state": now.state.value,
-        "opens_at": _moment(now.opens_at_ms),
-        "closes_at": _moment(now.closes_at_ms),
-        "unions": list(campaign.unions),
-        "owner": campaign.owner,
-        "rehearsal_of": campaign.rehearsal_of or None,
-        "recovering": now.recovering or None,
-        "ledger_seq": now.seq,
-        "showings": [
-            {
-                "id": showing.id,
-                "title": showing.title,
-                "starts_at": showing.starts_at and showing.starts_at.isoformat(),
-                "tickets": tickets,
-                "remaining": left,
-            }
-            for showing, tickets, left in zip(
-                campaign.showings, now.tickets, now.remaining, strict=True
-            )
-        ],
-    }
+def _in_words(name: str, value: object) -> tuple[str, object]:
+    """Give a field of a view as people read it: its label and its value."""
+    label = name.removesuffix("_fen").replace("_", " ")
+    if name.endswith("_fen") and isinstance(value, int):
+        return label, f"{value / 100:.2f} yuan"
+    if isinstance(value, tuple):
+        return label, ", ".join(map(str, value))
+    return label, value.isoformat() if isinstance(value, datetime) else value
 
 
-def _moment(moment_ms_: int | None) -> str | None:
-    return None if moment_ms_ is None else rfc3339(moment_ms_)
+_SHOWN: Final = tuple(name for name in DeskView.__struct_fields__ if name != "showings")

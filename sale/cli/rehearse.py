@@ -23,7 +23,7 @@ from sale.cli.runtime import (
 from sale.files import UnreadableFile, read_json, shown
 
 if TYPE_CHECKING:
-    from sale.stock.catalogue import CampaignNow
+    from sale.domain.campaign_view import CampaignNow
 
 CARDS_MAX: Final = 1_000_000
 ARRIVALS: Final = {

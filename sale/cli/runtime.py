@@ -207,17 +207,16 @@ def one_line(error: BaseException) -> str | None:
     import asyncpg
     import redis
 
+    from sale.db.errors import NO_SCHEMA, POSTGRES_SAYS
     from sale.db.migrate import MigrationError
     from sale.host.embedded import EmbeddedError
 
     if isinstance(error, Refused):
         return error.detail or error.problem.value
     if isinstance(error, asyncpg.UndefinedTableError):
-        return "the database has no schema yet, or an old one: run `sale migrate`"
+        return NO_SCHEMA
     # A server that dies in mid-call is an internal error to asyncpg.
-    if isinstance(
-        error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError
-    ):
+    if isinstance(error, POSTGRES_SAYS):
         return f"PostgreSQL: {_first_line(error)}"
     if isinstance(error, redis.RedisError):
         return f"Redis: {_first_line(error)}"

@@ -13,9 +13,9 @@ import msgspec
 from msgspec import inspect
 
 from sale.cli.runtime import CommandContext, WholeNumber, command_context, run
+from sale.domain.campaign_view import CampaignNow
 from sale.operators.campaigns import Actor
 from sale.operators.steps import Step, StepRequest
-from sale.stock.catalogue import CampaignNow
 
 Show = Callable[[CommandContext, Step, str, CampaignNow | None], None]
 

@@ -25,6 +25,15 @@ POSTGRES_AWAY: Final = (
 POSTGRES_ERRORS: Final = (*POSTGRES_AWAY, asyncpg.PostgresError)
 """Errors of a call where PostgreSQL is away, slow, or refuses it for any other reason."""
 
+POSTGRES_SAYS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+"""Errors that no other store or file raises."""
+
+NO_SCHEMA: Final = "the database has no schema yet, or an old one: run `sale migrate`"
+
 _REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (asyncpg.ReadOnlySQLTransactionError, "it is read-only"),
     (asyncpg.DiskFullError, "its disk is full"),

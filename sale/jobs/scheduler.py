@@ -27,11 +27,12 @@ from sale.bootstrap import Stores
 from sale.db.errors import POSTGRES_ERRORS, in_words
 from sale.db.locks import SCHEDULER
 from sale.domain.campaign import Campaign, State
+from sale.domain.campaign_view import CampaignNow
 from sale.jobs.backoff import Backoff, pause
 from sale.jobs.leadership import Leadership
 from sale.lifetime import cancel_and_wait
 from sale.metrics import StoreMetrics
-from sale.stock.catalogue import CampaignNow, Unreadable, read_campaigns
+from sale.stock.catalogue import Unreadable, read_campaigns
 from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
 from sale.stock.troubles import Troubles

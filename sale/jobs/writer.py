@@ -38,8 +38,11 @@ from sale.jobs.pooling import connected
 from sale.jobs.writer_campaign import LedgerCampaign
 from sale.jobs.writer_lag import LedgerLag
 from sale.jobs.writer_metrics import LedgerMetrics
-from sale.jobs.writer_source import LedgerSource, bounded, number
+from sale.jobs.writer_source import LedgerSource, bounded, readable
 from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Position
+from sale.stock.errors import REDIS_AWAY
+from sale.stock.errors import in_words as redis_in_words
+from sale.stock.head import NUMBER
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import Scripts
 from sale.stock.troubles import Troubles
@@ -193,7 +196,7 @@ class LedgerWriter:
             try:
                 more = await self._round(conn)
             except redis_errors.RedisError as error:
-                self._lost("redis", f"{type(error).__name__}: {error}")
+                self._lost("redis", redis_in_words(error))
                 await pause(self._stop, backoff.next())
                 continue
             self._back("redis")
@@ -242,7 +245,7 @@ class LedgerWriter:
                 continue
             before = campaign.position.seq
             try:
-                seq = number(head)
+                seq = readable(head).seq
                 if seq is not None:
                     more |= await self._process(conn, campaign, seq, now_ms)
                 campaign.backoff.reset()
@@ -281,7 +284,7 @@ class LedgerWriter:
     async def _read_heads(self) -> tuple[int, list[tuple[LedgerCampaign, Any]]]:
         """Read Redis' clock (ms), and the raw event number of each campaign's head."""
         asked = self._known_ids
-        seen = await self._source.read_heads([campaign_keys(each).head for each in asked], "seq")
+        seen = await self._source.read_heads([campaign_keys(each).head for each in asked], NUMBER)
         self._known_ids = seen.campaign_ids
         for campaign_id in {*asked, *seen.campaign_ids}:
             if campaign_id not in self._campaigns:
@@ -409,5 +412,5 @@ _BACK: Final = {
     "redis": "ledger.redis_back",
     "trim": "ledger.trim_back",
 }
-_STORE_ERRORS: Final = (*POSTGRES_AWAY, redis_errors.ConnectionError, redis_errors.TimeoutError)
+_STORE_ERRORS: Final = (*POSTGRES_AWAY, *REDIS_AWAY)
 """Errors that are no single campaign's fault."""

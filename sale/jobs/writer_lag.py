@@ -18,8 +18,10 @@ from sale.background import keep_running
 from sale.domain.problem import DAMAGED
 from sale.jobs.writer_campaign import LedgerCampaign
 from sale.jobs.writer_metrics import LedgerMetrics
-from sale.jobs.writer_source import LedgerSource, bounded, number
+from sale.jobs.writer_source import LedgerSource, bounded, readable
 from sale.ledger.chain import CorruptLedger
+from sale.stock.errors import REDIS_ERRORS
+from sale.stock.head import LAG
 from sale.stock.scripts import Scripts
 
 LAG_INTERVAL_S: Final = 0.1
@@ -60,7 +62,7 @@ class LedgerLag:
 
     async def _watch(self) -> None:
         while self._watching:
-            with contextlib.suppress(redis_errors.RedisError, OSError):
+            with contextlib.suppress(*REDIS_ERRORS):
                 await self._round()
             await asyncio.sleep(LAG_INTERVAL_S)
 
@@ -69,12 +71,13 @@ class LedgerLag:
         if not watched:
             return
         heads = [campaign.head for campaign in watched]
-        seen = await self._source.read_heads(heads, "seq", "applied", "behind_since")
+        seen = await self._source.read_heads(heads, LAG, lenient=True)
         for campaign, head in zip(watched, seen.heads, strict=True):
             with contextlib.suppress(redis_errors.ResponseError, CorruptLedger, *DAMAGED):
-                seq = number(head)
-                if seq is not None:
-                    await self._measure(campaign, seq, _applied_of(head), seen.now_ms)
+                read = readable(head)
+                if read.seq is not None:
+                    stored = (read.applied, read.behind_since)
+                    await self._measure(campaign, read.seq, stored, seen.now_ms)
 
     async def _measure(
         self, campaign: LedgerCampaign, seq: int, stored: tuple[int, int | None], now_ms: int
@@ -105,7 +108,7 @@ class LedgerLag:
             return
         try:
             await bounded(self._scripts.tell_applied(campaign.id, *sent))
-        except (redis_errors.RedisError, OSError) as error:
+        except REDIS_ERRORS as error:
             if not campaign.send_failed:
                 log.warning("ledger.applied_not_stored", campaign=campaign.id, why=str(error)[:200])
             campaign.send_failed = True
@@ -113,9 +116,3 @@ class LedgerLag:
             campaign.send_failed = False
         campaign.sent = sent
         campaign.send_not_before = time.monotonic() + RETRY_AFTER_S
-
-
-def _applied_of(head: list[bytes | None]) -> tuple[int, int | None]:
-    """Read from a head the applied number, and since when (ms) PostgreSQL lacks events."""
-    _, applied, since = (int(value) if value and value.isdigit() else None for value in head)
-    return (-1 if applied is None else applied), since

@@ -10,6 +10,8 @@ from redis.asyncio import Redis
 from sale.ledger.chain import CorruptLedger, Entry, parse_entry
 from sale.stock import survey
 from sale.stock.catalogue import ids_of
+from sale.stock.errors import REDIS_ERRORS
+from sale.stock.head import Head, Part, parsed
 from sale.stock.keys import CAMPAIGNS
 
 REDIS_TIMEOUT_S: Final = 5.0
@@ -22,7 +24,7 @@ class Heads(NamedTuple):
 
     now_ms: int
     campaign_ids: list[str]
-    heads: list[Any]
+    heads: list[Head | Exception]
 
 
 class LedgerSource:
@@ -31,23 +33,25 @@ class LedgerSource:
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
-    async def read_heads(self, heads: Sequence[str], *fields: str) -> Heads:
-        """Read ``fields`` of the heads of those keys, in one round trip.
+    async def read_heads(self, heads: Sequence[str], part: Part, *, lenient: bool = False) -> Heads:
+        """Read a part of the heads of those keys, in one round trip.
 
-        A head's reply is a list of fields, or a ResponseError: a key of the wrong type is that
-        campaign's problem alone. Raises all other errors of Redis.
+        A head that cannot be read is replaced by its error, a ResponseError or a ValueError: that
+        is the campaign's problem alone. Raises all other errors of Redis.
         """
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.smembers(CAMPAIGNS)
-        survey.ask(pipe, heads, fields)
+        survey.ask(pipe, heads, part.fields)
         clock, members, *replies = await bounded(pipe.execute(raise_on_error=False))
-        found = survey.told(replies, len(heads))
+        found = [parsed(part, r, lenient=lenient) for r in survey.told(replies, len(heads))]
         for reply in (clock, members):
             if isinstance(reply, Exception):
                 raise reply
         for reply in found:
-            if isinstance(reply, Exception) and not isinstance(reply, redis_errors.ResponseError):
+            if isinstance(reply, REDIS_ERRORS) and not isinstance(
+                reply, redis_errors.ResponseError
+            ):
                 raise reply
         return Heads(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), found)
 
@@ -74,16 +78,10 @@ async def bounded(call: Awaitable[_T]) -> _T:
         raise redis_errors.TimeoutError(f"no answer in {REDIS_TIMEOUT_S:g} s") from error
 
 
-def number(head: object) -> int | None:
-    """Give a head's event number, the first of its fields; None if there is no head.
-
-    Raises the ResponseError of the reply, or CorruptLedger.
-    """
+def readable(head: Head | Exception) -> Head:
+    """Give a head that could be read. Raises the ResponseError of the reply, or CorruptLedger."""
+    if isinstance(head, ValueError):
+        raise CorruptLedger(f"the head in Redis cannot be read: {head}")
     if isinstance(head, Exception):
         raise head
-    seq = head[0] if isinstance(head, list) else None
-    if seq is None:
-        return None
-    if not isinstance(seq, bytes) or not seq.isdigit():
-        raise CorruptLedger(f"the head in Redis says event {seq!r}")
-    return int(seq)
+    return head

@@ -32,6 +32,8 @@ class CampaignState(msgspec.Struct):
     remaining: dict[int, int] = {}
     members: dict[int, list[SaleRecord]] = {}
     operations: dict[str, str] = {}
+    config_seq: int = 0
+    """Number of the event that gave the configuration."""
     made: int = 0
     """Number of the last ``created`` event: an ID may be used again once its draft is deleted."""
 

@@ -148,7 +148,7 @@ def _create(state: "CampaignState", event: "Event") -> None:
     state.remaining = dict(state.tickets)
     state.members = {}
     state.state = "draft"
-    state.made = event.seq
+    state.made = state.config_seq = event.seq
     state.opens_at_ms, state.closes_at_ms = made.opens_at, made.closes_at
 
 

@@ -6,15 +6,14 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.domain.campaign import CAMPAIGN_ID, State
+from sale.domain.campaign_view import CampaignNow
 from sale.domain.member import may_meet
 from sale.domain.order import Count
 from sale.domain.problem import Problem, Refused
 from sale.identity import Member
 from sale.members.orders import live_tickets
-from sale.stock.catalogue import CampaignNow, Catalogue
+from sale.stock.catalogue import Catalogue
 from sale.stock.records import read_member
-
-__all__ = ["Allowance", "CampaignNow", "PublicCampaigns"]
 
 
 class Allowance(msgspec.Struct, frozen=True, kw_only=True):

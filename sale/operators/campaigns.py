@@ -19,13 +19,14 @@ from redis.asyncio import Redis
 from sale.db import read
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.campaign import Campaign, State
+from sale.domain.campaign_view import CampaignNow
 from sale.domain.problem import Problem, Refused
 from sale.domain.text import REASON_MAX, shown_text
 from sale.domain.unions import DISTRICT
 from sale.operators.steps import PAUSE, RUNNERS, Step, StepCall, StepRequest
-from sale.stock.catalogue import CampaignNow, latest_first, read_campaign, read_campaigns
+from sale.stock.catalogue import latest_first, read_campaign, read_campaigns
+from sale.stock.head import packed
 from sale.stock.keys import CAMPAIGNS
-from sale.stock.rebuild import moment_text, unions_text
 from sale.stock.scripts import CallReply, Operation, OperationReply, Repeat, Scripts
 from sale.trust.history import wait_applied
 from sale.trust.revocation import sync_campaign
@@ -98,17 +99,8 @@ class CampaignDesk:
         reply = await self._scripts.create(
             campaign.id,
             operation,
-            config,
-            [
-                moment_text(campaign.opens_at_ms),
-                moment_text(campaign.closes_at_ms),
-                campaign.card_limit,
-                campaign.order_max,
-                campaign.price_fen,
-                unions_text(campaign),
-                "1" if scheduled else "0",
-                *(showing.tickets for showing in campaign.showings),
-            ],
+            packed(campaign, config, campaign.opens_at_ms, campaign.closes_at_ms),
+            schedule=scheduled,
         )
         if reply.reply is CallReply.EXISTS:
             raise _taken(campaign.id, await read_campaign(self._redis, campaign.id), actor)
@@ -296,6 +288,7 @@ def _gone(draft: read.GoneDraft) -> CampaignNow:
     campaign = msgspec.convert(draft.config, Campaign)
     return CampaignNow(
         campaign=campaign,
+        config_seq=0,
         state=State.DELETED,
         recorded=State.DELETED,
         opens_at_ms=campaign.opens_at_ms,

@@ -9,12 +9,14 @@ from redis.asyncio import Redis
 
 from sale.config import Durability
 from sale.db import deployment, locks, read
-from sale.db.errors import POSTGRES_ERRORS
+from sale.db.errors import NO_SCHEMA, POSTGRES_ERRORS
 from sale.domain.campaign import State
+from sale.domain.campaign_view import CampaignNow
 from sale.ledger.chain import Position
-from sale.stock.catalogue import CampaignNow, Unreadable, campaign_ids, read_campaigns
-from sale.stock.connection import REDIS_ERRORS, product_of
+from sale.stock.catalogue import Unreadable, campaign_ids, read_campaigns
+from sale.stock.connection import product_of
 from sale.stock.durability import durability_faults, rewrite_trouble
+from sale.stock.errors import REDIS_ERRORS
 from sale.stock.process_reports import RECENT_MS, read_identity, read_reports
 from sale.stock.troubles import read_troubles
 from sale.trust.disk_watch import free_mb, redis_directory
@@ -217,7 +219,7 @@ def _diagnosis(
 
 def _why_not(error: Exception) -> str:
     if isinstance(error, asyncpg.UndefinedTableError):
-        return "the database has no schema yet, or an old one: run `sale migrate`"
+        return NO_SCHEMA
     return f"PostgreSQL does not answer: {_said(error)}"
 
 

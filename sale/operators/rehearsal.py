@@ -29,6 +29,7 @@ from sale.db.errors import POSTGRES_ERRORS
 from sale.db.pool import Connection
 from sale.db.rehearsals import LeftOver, Removed
 from sale.domain.campaign import Campaign, State
+from sale.domain.campaign_view import CampaignNow
 from sale.domain.clock import LOCAL_ZONE, from_ms, rfc3339
 from sale.domain.member import MADE_UP_FROM
 from sale.domain.problem import Problem, Refused
@@ -37,8 +38,8 @@ from sale.domain.unions import REHEARSAL_UNION
 from sale.identity import Member, SigningKey, issue_member_token
 from sale.operators.campaigns import Actor, CampaignDesk
 from sale.operators.steps import CLOSE, StepRequest
-from sale.stock.catalogue import CampaignNow, read_campaign, read_campaigns, redis_now_ms
-from sale.stock.keys import campaign_keys
+from sale.stock.catalogue import read_campaign, read_campaigns, redis_now_ms
+from sale.stock.head import TRUST
 from sale.stock.process_reports import collect_reports
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import Scripts
@@ -195,20 +196,20 @@ class Rehearsals:
 
         Not of one that does not sell anyway because it is lost or recovering. Raises Refused.
         """
-        head = campaign_keys(campaign_id).head
-        seq, recovering = await self._redis.hmget(head, ["seq", "recovering"])
-        if seq is None or recovering:
+        head = await TRUST.read(self._redis, campaign_id)
+        if head.seq is None or head.recovering:
             return
+        seq = head.seq
 
         async def told() -> int:
-            applied, recovering = await self._redis.hmget(head, ["applied", "recovering"])
-            return int(seq) if applied is None or recovering else int(applied)
+            now = await TRUST.read(self._redis, campaign_id)
+            return seq if now.seq is None or now.recovering else now.applied
 
-        applied = await wait_applied(told, int(seq), patience_s=APPLIED_WAIT_S)
-        if applied < int(seq):
+        applied = await wait_applied(told, seq, patience_s=APPLIED_WAIT_S)
+        if applied < seq:
             raise Refused(
                 Problem.UNAVAILABLE,
-                f"{campaign_id}: PostgreSQL has {applied} of {int(seq)} events: is the writer "
+                f"{campaign_id}: PostgreSQL has {applied} of {seq} events: is the writer "
                 "running? Its data stays until that is so",
             )
         await collect_reports(self._redis)

@@ -16,12 +16,12 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from sale.domain.campaign import STOCK_MAX
+from sale.domain.campaign import STOCK_MAX, Identifier
+from sale.domain.campaign_view import CampaignNow
 from sale.domain.clock import parse_moment, to_ms
 from sale.domain.order import Time
 from sale.domain.problem import Problem, Refused
 from sale.domain.text import REASON_MAX, Text
-from sale.stock.catalogue import CampaignNow
 from sale.stock.scripts import Operation, OperationReply, Scripts
 
 RUNNERS: Final = frozenset({"admin", "operator"})
@@ -40,7 +40,6 @@ Reason = Annotated[
         },
     ),
 ]
-Identifier = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,48}$")]
 
 
 class StepRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

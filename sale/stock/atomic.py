@@ -11,6 +11,8 @@ from typing import Any, Final
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 
+from sale.stock.head import SEQ
+
 TRIES_MAX: Final = 5
 
 
@@ -27,9 +29,9 @@ async def read_at_once(redis: Redis, head: str, ask: Callable[[Any], None]) -> l
         refused = error
     for _ in range(TRIES_MAX):
         async with redis.pipeline(transaction=False) as pipe:
-            pipe.hget(head, "seq")
+            pipe.hget(head, SEQ)
             ask(pipe)
-            pipe.hget(head, "seq")
+            pipe.hget(head, SEQ)
             before, *replies, after = await pipe.execute()
         if before == after:
             return replies

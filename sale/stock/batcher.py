@@ -26,11 +26,11 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from itertools import islice
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from sale.domain.campaign import Campaign
 from sale.domain.problem import Problem
@@ -38,6 +38,8 @@ from sale.ledger.chain import CorruptLedger
 from sale.metrics import PurchaseMetrics
 from sale.stock.batch_codec import pack_batch
 from sale.stock.buyer_filter import BuyerFilter
+from sale.stock.errors import REDIS_ERRORS
+from sale.stock.head import TRUST
 from sale.stock.keys import campaign_keys
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
@@ -115,7 +117,7 @@ _PASSING: Final = frozenset(
     {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED}
 )
 """Replies that may change within UNTRUSTED_PATIENCE_S, so that the call is repeated."""
-_RESULTS_AT: Final = 6
+_RESULTS_AT: Final = 7
 """Index of the first result in a reply of ``purchase.lua``."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
@@ -168,6 +170,10 @@ class AwaitedPurchase(Purchase):
             self.answer.set_result(answer)
 
 
+def unknown(_campaign_id: str, _config_seq: int) -> None:
+    """Know no other configuration than the first."""
+
+
 class Batcher:
     """Collects the purchases of one campaign in this process. See the module's docstring."""
 
@@ -185,8 +191,10 @@ class Batcher:
         next_call: Callable[[], int],
         connection: ScriptConnection | None = None,
         check_redis: Callable[[], Awaitable[str]] | None = None,
+        configured: Callable[[str, int], Campaign | None] = unknown,
     ) -> None:
         self._campaign = campaign
+        self._configured = configured
         self._check_redis = check_redis
         self._keys = campaign_keys(campaign.id)
         self._scripts = scripts
@@ -340,7 +348,7 @@ class Batcher:
                 self._store_rejects = True
                 self._all_refused = True  # a peek only reads, so it can still refuse purchases
                 break
-            except (RedisError, OSError, TimeoutError) as error:
+            except REDIS_ERRORS as error:
                 self._warn_store("purchase.unknown", type(error).__name__)
             else:
                 # A reply of an earlier incarnation is not valid in this one: ask again.
@@ -387,28 +395,31 @@ class Batcher:
                 if self._check_redis is not None and (why := await self._check_redis()):
                     self._warn_store("purchase.not_durable", why)
                     return False
-                values: list[Any] = await redis.hmget(
-                    keys.head, ["run_id", "replid", "epoch", "seq"]
-                )
-            if None in values:
+                head = await TRUST.read(redis, self._campaign.id)
+            if head.seq is None or not (head.run_id and head.replid and head.epoch):
                 return False
-            run_id, replid, epoch, seq = (value.decode() for value in values)
             total = self.unapplied.total
-            behind = int(epoch) <= self.mark.epoch and int(seq) < self.mark.seq
+            behind = head.epoch <= self.mark.epoch and head.seq < self.mark.seq
             if (
-                int(epoch) < self.mark.epoch
+                head.epoch < self.mark.epoch
                 or behind
                 or await self.unapplied.count_missing(redis, keys)
             ):
-                self._warn_store("campaign.lacks_orders", f"epoch {epoch}, event {seq}")
+                self._warn_store(
+                    "campaign.lacks_orders", f"epoch {head.epoch}, event {head.seq}"
+                )
                 return False
-        except (RedisError, OSError, TimeoutError, ValueError) as error:
+        except (*REDIS_ERRORS, ValueError) as error:
             self._warn_store("purchase.unknown", type(error).__name__)
             return False
         if self.unapplied.total != total:
             return False  # a reply of the earlier incarnation came meanwhile and was not checked
-        self.mark = Mark(f"{run_id}:{replid}:{epoch}", int(seq))
+        self.mark = Mark(head.incarnation, head.seq)
         return True
+
+    def take_config(self, config_seq: int) -> None:
+        """Use the campaign's configuration of this number, if the catalogue knows it."""
+        self._campaign = self._configured(self._campaign.id, config_seq) or self._campaign
 
     def _warn_store(self, action: str, why: str) -> None:
         self._store_failing = True
@@ -425,7 +436,8 @@ class Batcher:
 
     def _answer(self, batch: list[Purchase], packed: bytes, reply: list[int]) -> None:
         """Keep the sold orders, then settle all purchases. For the reply see ``purchase.lua``."""
-        now_ms, seq, epoch, price_fen, number = reply[1:_RESULTS_AT]
+        now_ms, seq, epoch, price_fen, number, config_seq = reply[1:_RESULTS_AT]
+        self.take_config(config_seq)
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, seq))
         self._metrics.batch_size.observe(len(batch))
         if len(reply) == _RESULTS_AT + len(batch):
@@ -450,7 +462,7 @@ class Batcher:
 
     def _answers_of(self, batch: list[Purchase], reply: list[int]) -> list[Answer]:
         """Read a reply with refusals or replays, and keep the sold orders."""
-        now_ms, _, epoch, price_fen, number = reply[1:_RESULTS_AT]
+        now_ms, _, epoch, price_fen, number, _ = reply[1:_RESULTS_AT]
         applied = self.unapplied.applied
         shared: dict[int, Answer] = {}
         answers: list[Answer] = []
@@ -522,7 +534,7 @@ class Batcher:
                     )
                     self._buyer_filter = buyer_filter
                 return (peek, buyer_filter) if await buyer_filter.come_up_to(peek) else None
-        except (Untrusted, RedisError, OSError, TimeoutError):
+        except (Untrusted, *REDIS_ERRORS):
             return None
         except CorruptLedger as error:
             self._warn("buyer_filter.not_loaded", str(error))
@@ -538,6 +550,7 @@ class Batcher:
         if seen is None:
             return self._take(self._batch_max)
         peek, buyer_filter = seen
+        self.take_config(peek.config_seq)
         self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
         self._peeked = True
         if not self._store_rejects:  # otherwise Redis answers reads and still refuses writes
@@ -546,7 +559,7 @@ class Batcher:
         by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]
         if refusal is not None:
             by_showing, left = [refusal] * len(left), (0,) * len(left)
-        unions = None if "*" in self._campaign.unions else self._campaign.unions
+        shown, unions = len(left), None if "*" in self._campaign.unions else self._campaign.unions
         bits, first = buyer_filter.bits, buyer_filter.first
         bound = len(bits) << 3
         undecided: list[Purchase] = []
@@ -557,6 +570,7 @@ class Batcher:
             place = purchase.member_no - first
             if (
                 (-1 < place < bound and bits[place >> 3] >> (place & 7) & 1)
+                or purchase.showing >= shown  # one that came with a newer configuration
                 or purchase.quantity <= left[purchase.showing]
                 or (unions is not None and purchase.union not in unions)
             ):

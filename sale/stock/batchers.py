@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from sale.domain.campaign import Campaign
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import NOT_CHECKED, Batcher, Mark
+from sale.stock.batcher import NOT_CHECKED, Batcher, Mark, unknown
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import Scripts
 
@@ -24,12 +24,15 @@ class Batchers:
         deadline_s: float,
         behind_max: tuple[int, int],
         check_redis: Callable[[], Awaitable[str]] | None = None,
+        configured: Callable[[str, int], Campaign | None] = unknown,
     ) -> None:
         """Create no batcher yet.
 
         ``check_redis`` runs before ``Batcher.check_acknowledged``; it returns why this Redis is
-        not durable enough, or ''.
+        not durable enough, or ''. ``configured`` gives the configuration of a number
+        (``Catalogue.configured``).
         """
+        self._configured = configured
         self._scripts = scripts
         self.process = process
         self.halted = ""
@@ -61,6 +64,7 @@ class Batchers:
                 next_call=self._next_call,
                 connection=self._connection,
                 check_redis=self.check_redis,
+                configured=self._configured,
             )
         return batcher
 

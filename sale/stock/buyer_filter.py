@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from sale.domain.member import MADE_UP_FROM, MEMBERS_MAX
 from sale.ledger.chain import parse_entry
 from sale.ledger.kinds import SOLD
+from sale.stock.head import ROSTER, TRUST
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import Peek
 
@@ -104,22 +105,22 @@ class BuyerFilter:
         never taken out of either place within an epoch, or are held for a while longer: both are
         safe.
         """
-        seq, epoch = await self._redis.hmget(self._keys.head, ["seq", "epoch"])
-        if seq is None or epoch is None:
+        head = await TRUST.read(self._redis, self._campaign_id)
+        if head.seq is None or not head.epoch:
             return
         async for field in self._redis.hscan_iter(self._keys.members, count=SCAN_COUNT):
             self._add(int(field[0] if isinstance(field, tuple) else field))
-        self.seq, self.epoch = int(seq), int(epoch)
+        self.seq, self.epoch = head.seq, head.epoch
         await self.load_revoked()
 
     async def load_revoked(self) -> None:
         """Read the revoked members, after the roster has changed."""
-        roster_rev = await self._redis.hget(self._keys.head, "roster_rev")
+        roster_rev = (await ROSTER.read(self._redis, self._campaign_id)).roster_rev
         if roster_rev is None:
             return
         async for member_no in self._redis.sscan_iter(self._keys.revoked, count=SCAN_COUNT):
             self._add(int(member_no))
-        self.roster_rev = int(roster_rev)
+        self.roster_rev = roster_rev
 
     async def catch_up(self, seq: int) -> None:
         """Read the ledger from where this filter stands, at most 64 entries."""

@@ -1,8 +1,9 @@
 """What this process knows of the campaigns: read from Redis, kept for a moment, never guessed.
 
-A campaign's configuration cannot change once it has left the draft, so it is kept for good; state
-and stock are kept for at most ``FRESH_S``, and everybody who asks meanwhile shares one read. A
-draft is never kept: it may be deleted and made anew with other showings.
+A configuration is kept until the head is seen to carry another number (``config_seq``): each read
+and each reply of a script tells it. State and stock are kept for at most ``FRESH_S``, and all
+callers in that time share one read. A draft is never kept: it may be deleted and made anew with
+other showings.
 """
 
 import asyncio
@@ -16,10 +17,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from sale.domain.campaign import CAMPAIGN_ID, Campaign, State
-from sale.domain.clock import in_bounds, rfc3339
+from sale.domain.campaign_view import CampaignNow
 from sale.domain.problem import DAMAGED, Problem, Refused
 from sale.stock import survey
 from sale.stock.atomic import read_at_once
+from sale.stock.head import SNAPSHOT, Head, integer
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 
 FRESH_S: Final = 0.8
@@ -30,7 +32,6 @@ ABSENT_S: Final = 0.1
 """For what members may not know of yet: it may be opened by hand any moment."""
 UNKNOWN_MAX: Final = 1_000
 CONFIGS_KEPT: Final = 1_024
-_INTEGER_MAX: Final = 2**63
 
 
 class Unreadable(Refused, ValueError):  # noqa: N818 - the campaign is
@@ -43,61 +44,43 @@ class Unreadable(Refused, ValueError):  # noqa: N818 - the campaign is
         self.why = why
 
 
-class CampaignNow(msgspec.Struct, frozen=True):
-    """A campaign at a moment. ``tickets`` and ``remaining`` by showing number.
-
-    ``state`` counts what the clock has changed; ``recorded`` is what the ledger says so far.
-    """
-
-    campaign: Campaign
-    state: State
-    recorded: State
-    opens_at_ms: int | None
-    closes_at_ms: int | None
-    recovering: str
-    seq: int
-    chain: str
-    epoch: int
-    roster_rev: int
-    tickets: tuple[int, ...]
-    remaining: tuple[int, ...]
-    as_of_ms: int
-
-    @property
-    def visible(self) -> bool:
-        """Whether members may know of it."""
-        return self.state not in {State.DRAFT, State.DELETED}
-
-    @property
-    def window_fault(self) -> str:
-        """What is wrong with the opening that it waits for; '' where nothing is."""
-        waits = self.state in {State.DRAFT, State.SCHEDULED}
-        if not waits or self.opens_at_ms is None or in_bounds(self.opens_at_ms):
-            return ""
-        return f"its opening ({rfc3339(self.opens_at_ms)}) is out of bounds: schedule it again"
-
-    @property
-    def listed(self) -> bool:
-        """Whether members are told of it unasked."""
-        return self.visible and not self.campaign.rehearsal_of
-
-
 class Catalogue:
     """The campaigns in one Redis, as this process last read them."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._known: dict[str, Campaign] = {}
-        self._now: dict[str, tuple[float, CampaignNow | None]] = {}
+        self._known: dict[str, CampaignNow] = {}
+        """Those for sale, as they were when their configuration was read."""
+        self._moved_at: dict[str, float] = {}
+        """When the configuration that was known was seen to be an old one."""
+        self._now: dict[str, tuple[float, CampaignNow]] = {}
+        self._absent: dict[str, float] = {}
+        """When each ID that has no campaign was asked for, the oldest first."""
         self._all: tuple[float, list[CampaignNow]] | None = None
         self._reading: dict[str, asyncio.Task[CampaignNow | None]] = {}
+        self._reads: set[asyncio.Task[CampaignNow | None]] = set()
+        """All that are under way, also those whose answer is an old configuration's."""
         self._reading_all: asyncio.Task[list[CampaignNow]] | None = None
         self._clock: tuple[float, int] | None = None
         self._reading_clock: asyncio.Task[tuple[float, int]] | None = None
 
     def known(self, campaign_id: str) -> Campaign | None:
         """Give the configuration of a campaign that was for sale once; no I/O."""
-        return self._known.get(campaign_id)
+        known = self._known.get(campaign_id)
+        return None if known is None else known.campaign
+
+    def configured(self, campaign_id: str, config_seq: int) -> Campaign | None:
+        """Give the configuration of that number, which a script has just replied with.
+
+        None where it is not known: another one is forgotten, so that the next request reads it.
+        """
+        known = self._known.get(campaign_id)
+        if known is None or known.config_seq == config_seq:
+            return None if known is None else known.campaign
+        self._moved_at[campaign_id] = time.monotonic()
+        for kept in (self._known, self._now, self._reading):
+            kept.pop(campaign_id, None)
+        return None
 
     async def for_sale(self, campaign_id: str) -> Campaign | None:
         """Give the configuration of a campaign that members may know of."""
@@ -106,11 +89,12 @@ class Catalogue:
 
     async def now(self, campaign_id: str) -> CampaignNow | None:
         """Give a campaign as it was at most ``FRESH_S`` ago; None where there is none."""
+        now = time.monotonic()
+        if now - self._absent.get(campaign_id, -ABSENT_S) < ABSENT_S:
+            return None
         kept = self._now.get(campaign_id)
-        if kept is not None:
-            sure = kept[1] is not None and kept[1].visible
-            if time.monotonic() - kept[0] < (FRESH_S if sure else ABSENT_S):
-                return kept[1]
+        if kept is not None and now - kept[0] < (FRESH_S if kept[1].visible else ABSENT_S):
+            return kept[1]
         return await asyncio.shield(self._read_soon(campaign_id))
 
     def fresh(self, campaign_id: str) -> CampaignNow | None:
@@ -124,7 +108,7 @@ class Catalogue:
             return None
         read_at, now = kept
         age_s = time.monotonic() - read_at
-        if now is None or age_s >= FRESH_S or not now.visible:
+        if age_s >= FRESH_S or not now.visible:
             return None
         if age_s >= REFRESH_S:
             self._read_soon(campaign_id)
@@ -136,20 +120,22 @@ class Catalogue:
         if task is None:
             task = asyncio.create_task(self.read(campaign_id))
             self._reading[campaign_id] = task
+            self._reads.add(task)
             task.add_done_callback(lambda done: self._has_read(campaign_id, done))
         return task
 
     def _has_read(self, campaign_id: str, task: "asyncio.Task[CampaignNow | None]") -> None:
-        self._reading.pop(campaign_id, None)
+        self._reads.discard(task)
+        if self._reading.get(campaign_id) is task:
+            del self._reading[campaign_id]
         if not task.cancelled():
             task.exception()  # it concerns those who await the task; there may be none
 
     async def close(self) -> None:
         """End what is being read."""
-        tasks = list(self._reading.values())
-        for task in tasks:
+        for task in tuple(self._reads):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._reads, return_exceptions=True)
 
     async def all(self) -> list[CampaignNow]:
         """Give every campaign, as at most ``FRESH_S`` ago, latest opening first."""
@@ -172,9 +158,10 @@ class Catalogue:
         """Read a campaign at once."""
         asked_at = time.monotonic()
         found = await read_campaign(self._redis, campaign_id)
-        if found is None and len(self._now) >= UNKNOWN_MAX:
-            self._now.clear()
-        self._keep(campaign_id, found, asked_at)
+        if found is None:
+            self._lacks(campaign_id, asked_at)
+        else:
+            self._keep(found, asked_at)
         return found
 
     async def read_all(self) -> list[CampaignNow]:
@@ -182,7 +169,7 @@ class Catalogue:
         asked_at = time.monotonic()
         found = await read_campaigns(self._redis)
         for now in found:
-            self._keep(now.campaign.id, now, asked_at)
+            self._keep(now, asked_at)
         there = {now.campaign.id for now in found}
         for campaign_id in [each for each in self._known if each not in there]:
             self._forget_rehearsal(campaign_id)
@@ -200,26 +187,43 @@ class Catalogue:
         if unknown:
             asked_at = time.monotonic()
             for now in await read_campaigns(self._redis, unknown):
-                self._keep(now.campaign.id, now, asked_at)
-        return {each: self._known[each] for each in campaign_ids_ if each in self._known}
+                self._keep(now, asked_at)
+        return {each: self._known[each].campaign for each in campaign_ids_ if each in self._known}
 
     async def _read_clock(self) -> tuple[float, int]:
         now_ms = await redis_now_ms(self._redis)
         self._clock = (time.monotonic(), now_ms)
         return self._clock
 
-    def _keep(self, campaign_id: str, found: CampaignNow | None, asked_at: float) -> None:
+    def _keep(self, found: CampaignNow, asked_at: float) -> None:
+        """Keep what was read, unless it was asked for before its configuration moved."""
+        campaign_id = found.campaign.id
+        if asked_at < self._moved_at.get(campaign_id, 0.0):
+            return
+        self._absent.pop(campaign_id, None)
         self._now[campaign_id] = (asked_at, found)
-        if found is not None and found.visible:
-            self._known.setdefault(campaign_id, found.campaign)
-        elif found is None:
-            self._forget_rehearsal(campaign_id)
+        if not found.visible:
+            self._known.pop(campaign_id, None)
+            return
+        known = self._known.get(campaign_id)
+        if known is None or known.config_seq != found.config_seq:
+            self._known[campaign_id] = found
+
+    def _lacks(self, campaign_id: str, asked_at: float) -> None:
+        """Note that Redis has no such campaign."""
+        self._now.pop(campaign_id, None)
+        self._absent.pop(campaign_id, None)
+        if len(self._absent) >= UNKNOWN_MAX:
+            del self._absent[next(iter(self._absent))]
+        self._absent[campaign_id] = asked_at
+        self._forget_rehearsal(campaign_id)
 
     def _forget_rehearsal(self, campaign_id: str) -> None:
         """Only rehearsals go away; any other that is not there has been lost, and comes back."""
         known = self._known.get(campaign_id)
-        if known is not None and known.rehearsal_of:
+        if known is not None and known.campaign.rehearsal_of:
             del self._known[campaign_id]
+            self._now.pop(campaign_id, None)
 
 
 def latest_first(campaigns: Iterable[CampaignNow]) -> list[CampaignNow]:
@@ -270,7 +274,7 @@ async def read_campaigns(
     keys = [campaign_keys(campaign_id) for campaign_id in ids]
     async with redis.pipeline(transaction=False) as pipe:
         pipe.time()
-        survey.ask(pipe, [each.head for each in keys], _HEAD_FIELDS)
+        survey.ask(pipe, [each.head for each in keys], SNAPSHOT.fields)
         survey.ask(pipe, [each.stock for each in keys])
         clock, *replies = await pipe.execute()
     half = len(replies) // 2
@@ -296,38 +300,38 @@ async def read_campaigns(
 def _ask(pipe: Any, campaign_id: str) -> None:  # noqa: ANN401 - redis-py's pipeline
     keys = campaign_keys(campaign_id)
     pipe.time()
-    pipe.hmget(keys.head, _HEAD_FIELDS)
+    pipe.hmget(keys.head, SNAPSHOT.fields)
     pipe.hgetall(keys.stock)
 
 
 def _parse(
     campaign_id: str,
     clock: tuple[int, int],
-    head: list[bytes | None],
+    values: list[bytes | None],
     stock: dict[bytes, bytes],
 ) -> CampaignNow | None:
-    config, state, opens_at, closes_at, recovering, seq, chain, epoch, roster_rev, last_ms = head
-    if config is None or state is None or seq is None or chain is None or epoch is None:
+    head = SNAPSHOT.parse(values)
+    if head.seq is None or not (head.config and head.state and head.chain and head.epoch):
         return None
-    campaign = _campaign(config)
+    campaign = _campaign(head.config)
     if campaign.id != campaign_id:
         raise ValueError(f"its configuration is that of {campaign.id}")
-    now_ms = max(clock[0] * 1000 + clock[1] // 1000, _integer(last_ms or b"0"))
-    opens_at_ms, closes_at_ms = _moment(opens_at), _moment(closes_at)
+    now_ms = max(clock[0] * 1000 + clock[1] // 1000, head.clock)
     showings = range(len(campaign.showings))
     return CampaignNow(
         campaign=campaign,
-        state=_state_at(now_ms, state.decode(), opens_at_ms, closes_at_ms, recovering),
-        recorded=State(state.decode()),
-        opens_at_ms=opens_at_ms,
-        closes_at_ms=closes_at_ms,
-        recovering=(recovering or b"").decode(),
-        seq=_integer(seq),
-        chain=chain.decode(),
-        epoch=_integer(epoch),
-        roster_rev=-1 if roster_rev is None else _integer(roster_rev),
-        tickets=tuple(_integer(stock.get(b"t%d" % number, b"0")) for number in showings),
-        remaining=tuple(_integer(stock.get(b"r%d" % number, b"0")) for number in showings),
+        config_seq=head.config_seq,
+        state=_state_at(now_ms, head),
+        recorded=State(head.state),
+        opens_at_ms=head.opens_at,
+        closes_at_ms=head.closes_at,
+        recovering=head.recovering,
+        seq=head.seq,
+        chain=head.chain,
+        epoch=head.epoch,
+        roster_rev=-1 if head.roster_rev is None else head.roster_rev,
+        tickets=tuple(integer(stock.get(b"t%d" % number, b"0")) for number in showings),
+        remaining=tuple(integer(stock.get(b"r%d" % number, b"0")) for number in showings),
         as_of_ms=now_ms,
     )
 
@@ -338,44 +342,20 @@ async def redis_now_ms(redis: Redis) -> int:
     return seconds * 1000 + micros // 1000
 
 
-def _state_at(
-    now_ms: int,
-    state: str,
-    opens_at_ms: int | None,
-    closes_at_ms: int | None,
-    recovering: bytes | None,
-) -> State:
+def _state_at(now_ms: int, head: Head) -> State:
     """Give the state as the next script will find it: what the clock has changed counts."""
-    if state in {"draft", "deleted"}:
-        return State(state)
-    if recovering:
+    state = State(head.state)
+    if state in {State.DRAFT, State.DELETED}:
+        return state
+    if head.recovering:
         return State.RECOVERING
-    if state == "scheduled" and opens_at_ms is not None and now_ms >= opens_at_ms:
-        state = "open"
-    if (
-        state in {"scheduled", "open", "paused"}
-        and closes_at_ms is not None
-        and now_ms >= closes_at_ms
-    ):
-        state = "closed"
-    return State(state)
+    if state is State.SCHEDULED and head.opens_at is not None and now_ms >= head.opens_at:
+        state = State.OPEN
+    ends = state in {State.SCHEDULED, State.OPEN, State.PAUSED}
+    if ends and head.closes_at is not None and now_ms >= head.closes_at:
+        return State.CLOSED
+    return state
 
 
-def _moment(value: bytes | None) -> int | None:
-    return int(value) if value else None
-
-
-def _integer(value: bytes) -> int:
-    """Read a number that can be told as JSON. Raises ValueError."""
-    number = int(value)
-    if not -_INTEGER_MAX <= number < _INTEGER_MAX:
-        raise ValueError(f"{number} is beyond any number of the engine")
-    return number
-
-
-_HEAD_FIELDS: Final = [
-    "config", "state", "opens_at", "closes_at", "recovering", "seq", "chain", "epoch",
-    "roster_rev", "clock",
-]  # fmt: skip
 _campaign: Final = lru_cache(maxsize=CONFIGS_KEPT)(msgspec.json.Decoder(Campaign).decode)
 """All campaigns are read some times a second, and what they are made of does not change."""

@@ -1,6 +1,6 @@
 """Opens the connection pool to Redis, and reads the server's product and version."""
 
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from redis.asyncio import (
     BlockingConnectionPool,
@@ -11,13 +11,9 @@ from redis.asyncio import (
 )
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from sale.config import OLDEST_VERSIONS
 from sale.store_urls import RedisUrl
-
-REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
-"""What a call raises if Redis is away, slow, or refuses it."""
 
 SOCKET_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0

@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from redis.asyncio import Redis
 
+from sale.stock.head import REPORTED, Head
 from sale.stock.keys import REPORTS, CampaignKeys
 
 REPORT_EVERY_S: Final = 0.25
@@ -111,14 +112,14 @@ async def read_identity(redis: Redis) -> Identity:
 
 async def identity_and_heads(
     redis: Redis, campaigns: Sequence[CampaignKeys]
-) -> tuple[Identity, list[dict[str, str] | None]]:
-    """Read identity and clock, then HEAD_FIELDS of these heads (None for a missing head)."""
+) -> tuple[Identity, list[Head | None]]:
+    """Read identity and clock, then the REPORTED part of these heads (None for a missing head)."""
     pipe = redis.pipeline(transaction=False)
     pipe.time()
     pipe.info("server")
     pipe.info("replication")
     for keys in campaigns:
-        pipe.hmget(keys.head, list(HEAD_FIELDS))
+        pipe.hmget(keys.head, REPORTED.fields)
     clock, server, replication, *values = await pipe.execute(raise_on_error=False)
     for reply in (clock, server, replication):
         if isinstance(reply, Exception):
@@ -131,13 +132,10 @@ async def identity_and_heads(
     return identity, [_head(fields) for fields in values]
 
 
-def _head(fields: Any) -> dict[str, str] | None:  # noqa: ANN401 - Redis' reply
-    if isinstance(fields, Exception) or fields[0] is None:
+def _head(values: Any) -> Head | None:  # noqa: ANN401 - Redis' reply
+    if isinstance(values, Exception) or values[0] is None:
         return None
-    return {
-        name: (value or b"").decode(errors="replace")
-        for name, value in zip(HEAD_FIELDS, fields, strict=True)
-    }
+    return REPORTED.parse(values, lenient=True)
 
 
 async def report(redis: Redis, process: str, sent: ProcessReport) -> None:
@@ -237,6 +235,5 @@ async def forget_dead_processes(redis: Redis) -> None:
         await redis.hdel(REPORTS, *dead)
 
 
-HEAD_FIELDS: Final = ("seq", "epoch", "run_id", "replid", "recovering", "applied")
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(ProcessReport)

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from sale.domain.campaign import Campaign
 from sale.ledger.chain import Entry
 from sale.ledger.fold import CampaignState
+from sale.stock.head import frozen, packed
 from sale.stock.keys import CAMPAIGNS, campaign_keys, rebuilt_keys
 from sale.stock.records import pack_records
 from sale.stock.scripts import RECOVER, CallReply, Scripts
@@ -49,20 +50,9 @@ class Rebuild(msgspec.Struct, frozen=True):
     reason: str
 
 
-def unions_text(campaign: Campaign) -> str:
-    """Give a campaign's unions as the head holds them: ``*``, or codes between commas."""
-    return "*" if "*" in campaign.unions else f",{','.join(campaign.unions)},"
-
-
-def moment_text(moment_ms: int | None) -> str | int:
-    """Give a moment as the head holds it: '' where there is none."""
-    return "" if moment_ms is None else moment_ms
-
-
 async def freeze(redis: Redis, campaign_id: str, why: str) -> None:
     """Mark a campaign as recovering, whatever state its head is in: it sells nothing (INV-8)."""
-    mark: dict[Any, Any] = {"recovering": why, "recovering_by": "recovery"}
-    await redis.hset(campaign_keys(campaign_id).head, mapping=mark)
+    await redis.hset(campaign_keys(campaign_id).head, mapping=frozen(why, "recovery"))
 
 
 async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
@@ -72,16 +62,20 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
     await redis.sadd(CAMPAIGNS, plan.campaign_id)
     await redis.unlink(*new)
     counts = await _write_beside(redis, plan)
-    campaign = msgspec.convert(plan.books.config, Campaign)
+    books = plan.books
+    campaign = packed(
+        msgspec.convert(books.config, Campaign),
+        msgspec.json.encode(books.config),
+        books.opens_at_ms,
+        books.closes_at_ms,
+    )
     reply: Any = await redis.execute_command(  # type: ignore[no-untyped-call]
         "EVAL", RECOVER.source, 11, *old, new.stream, new.stock, new.members, new.operations,
         *plan.old, plan.seq, plan.chain, plan.epoch, plan.clock_ms, int(plan.keep_stream),
-        plan.books.state, moment_text(plan.books.opens_at_ms), moment_text(plan.books.closes_at_ms),
-        campaign.card_limit, campaign.order_max, campaign.price_fen, unions_text(campaign),
-        msgspec.json.encode(plan.books.config), scripts.nonce, *counts,
+        books.state, campaign, scripts.nonce, *counts,
         msgspec.json.encode(plan.actor), msgspec.json.encode(plan.reason),
         plan.applied, msgspec.json.encode(plan.voided[:VOIDED_TOLD_MAX]),
-        plan.books.made,
+        books.made, books.config_seq,
     )  # fmt: skip
     await redis.unlink(*new)
     return CallReply(reply[0])

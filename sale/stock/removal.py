@@ -1,12 +1,13 @@
 """Takes a rehearsal out of Redis. Nothing else is ever taken out."""
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import WatchError
 
 from sale.domain.campaign import Campaign
+from sale.stock.head import CONFIG
 from sale.stock.keys import CAMPAIGNS, campaign_keys, rebuilt_keys
 
 TRIES_MAX: Final = 5
@@ -25,8 +26,8 @@ async def remove_rehearsal(redis: Redis, campaign_id: str) -> bool:
     for _ in range(TRIES_MAX):
         async with redis.pipeline(transaction=True) as pipe:
             await pipe.watch(keys.head)
-            config: Any = await pipe.hget(keys.head, "config")
-            if config is not None and not _CONFIG.decode(config).rehearsal_of:
+            config = (await CONFIG.read(pipe, campaign_id)).config
+            if config and not _CONFIG.decode(config).rehearsal_of:
                 raise NotRemoved(f"{campaign_id} is not a rehearsal: its keys stay")
             pipe.multi()  # type: ignore[no-untyped-call]
             pipe.unlink(*keys, *rebuilt_keys(campaign_id))

@@ -68,6 +68,7 @@ class Peek(msgspec.Struct, frozen=True):
     state: str
     opens_at_ms: int
     roster_rev: int
+    config_seq: int
     remaining: tuple[int, ...]
 
 
@@ -202,14 +203,17 @@ class Scripts:
             state=reply[4].decode(),
             opens_at_ms=reply[5],
             roster_rev=reply[6],
-            remaining=tuple(reply[7:]),
+            config_seq=reply[7],
+            remaining=tuple(reply[8:]),
         )
 
     async def create(
-        self, campaign_id: str, operation: Operation, config: bytes, head: list[str | int]
+        self, campaign_id: str, operation: Operation, campaign: bytes, *, schedule: bool
     ) -> OperationReply:
-        """Run ``create.lua``; ``head`` is what stands in its header after ``config``."""
-        return await self._operate(CREATE, campaign_id, *_who(operation), self.nonce, config, *head)
+        """Run ``create.lua`` for what ``head.packed`` packed; as a draft, or scheduled at once."""
+        return await self._operate(
+            CREATE, campaign_id, *_who(operation), self.nonce, campaign, int(schedule)
+        )
 
     async def transition(
         self, campaign_id: str, action: str, operation: Operation, opens_at_ms: int | None = None

@@ -8,25 +8,10 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, Final
 
-from redis.asyncio import Redis
 from redis.exceptions import ResponseError
-
-from sale.stock.keys import campaign_keys
 
 KEYS_A_CALL: Final = 64
 """So that a member's purchase waits for a fraction of a millisecond."""
-
-
-async def read_heads(redis: Redis, campaign_ids: Sequence[str], *fields: str) -> list[Any]:
-    """Read the same fields of campaigns' heads, in one round trip.
-
-    Gives a list of bytes or None a campaign, or the error that its key gives. Raises redis-py's
-    errors.
-    """
-    async with redis.pipeline(transaction=False) as pipe:
-        ask(pipe, [campaign_keys(each).head for each in campaign_ids], fields)
-        replies = await pipe.execute(raise_on_error=False)
-    return told(replies, len(campaign_ids))
 
 
 def ask(pipe: Any, keys: Sequence[str], fields: Sequence[str] = ()) -> None:  # noqa: ANN401 - redis-py's pipeline

@@ -13,8 +13,8 @@ from typing import Final
 
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
+from sale.stock.errors import REDIS_ERRORS
 from sale.stock.keys import troubles_key
 
 REPORTERS: Final = {
@@ -40,7 +40,7 @@ class Troubles:
         now_s = time.monotonic()
         if found == self._reported and (not found or now_s < self._again_s):
             return
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(*REDIS_ERRORS):
             if found:
                 await self._redis.set(self._key, msgspec.json.encode(found), ex=EXPIRE_S)
             else:

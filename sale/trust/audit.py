@@ -14,7 +14,6 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from sale.config import Durability
 from sale.db import queries, read
@@ -27,6 +26,8 @@ from sale.ledger.fold import CampaignState
 from sale.ledger.kinds import KINDS, RECOVERED
 from sale.stock.catalogue import campaign_ids, read_campaign, redis_now_ms
 from sale.stock.durability import durability_faults
+from sale.stock.errors import REDIS_ERRORS
+from sale.stock.head import POSITION
 from sale.stock.keys import campaign_keys
 from sale.stock.troubles import read_troubles
 from sale.trust.audit_postgres import compare_campaign, compare_orders, compare_showings
@@ -128,7 +129,7 @@ async def audit(
                 continue  # a rehearsal that went away while it was looked at
             audits.append(done)
         checked_at = rfc3339(await redis_now_ms(redis))
-    except (RedisError, *POSTGRES_ERRORS) as error:
+    except (*REDIS_ERRORS, *POSTGRES_ERRORS) as error:
         raise CouldNotCheck(f"{type(error).__name__}: {error}") from None
     if audits and not any(each.checked for each in audits):
         raise CouldNotCheck("; ".join(each.findings[0].what for each in audits))
@@ -233,16 +234,17 @@ class _Check:
 
     async def _check_stream_end(self, view: RedisView) -> None:
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(self._keys.head, ["seq", "chain"])
+            pipe.hmget(self._keys.head, POSITION.fields)
             pipe.xrevrange(self._keys.stream, count=1)
-            (number, chain), last = await pipe.execute()
-        if number is None:
+            values, last = await pipe.execute()
+        head = POSITION.parse(values)
+        if head.seq is None:
             raise Gone(self._id)
-        seq = int(number)
+        seq = head.seq
         ends = int(last[0][0].split(b"-")[0]) if last else 0
         if ends != seq:
             self._findings.add("INV-5", f"head says event {seq}, the stream ends at {ends}")
-        elif last[0][1].get(b"h") != chain:
+        elif last[0][1].get(b"h") != head.chain.encode():
             self._findings.add("INV-5", f"head and stream have another chain hash at event {seq}")
         if seq < view.now.seq:
             self._findings.add("INV-8", f"Redis went back from event {view.now.seq} to {seq}")
@@ -268,7 +270,7 @@ class _Check:
 
     async def _check_chain(self, position: Position, to: int) -> None:
         """Check that the stream up to ``to`` is one chain that passes through PostgreSQL's."""
-        if int(await self._redis.hget(self._keys.head, "seq") or 0) < position.seq:
+        if ((await POSITION.read(self._redis, self._id)).seq or 0) < position.seq:
             self._findings.add(
                 "INV-8", f"Redis is behind PostgreSQL, which has applied event {position.seq}"
             )

@@ -14,23 +14,19 @@ from redis.asyncio import Redis
 
 from sale.db import roster
 from sale.domain.campaign import Campaign
+from sale.domain.campaign_view import CampaignNow
 from sale.ledger.fold import CampaignState, SaleRecord
-from sale.stock.catalogue import CampaignNow, read_campaign
+from sale.stock.catalogue import read_campaign
+from sale.stock.head import ROSTER, RULES, SEQ, rules_of, unpacked_rules
 from sale.stock.keys import campaign_keys
-from sale.stock.rebuild import unions_text
 from sale.stock.records import parse_records
 from sale.trust.history import QUERY_TIMEOUT_S, Steps
 
 SCAN_COUNT: Final = 1_000
 PER_INVARIANT_MAX: Final = 10
 INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
-RULES: Final = {
-    "card_limit": "INV-2",
-    "order_max": "INV-2",
-    "price_fen": "INV-5",
-    "unions": "INV-9",
-}
-"""What the script decides by, and which invariant falls where it is another."""
+INVARIANT_OF_RULE: Final = {"card_limit": "INV-2", "order_max": "INV-2", "unions": "INV-9"}
+"""Which invariant falls where a rule in Redis is another; INV-5 for the others."""
 
 
 class Finding(msgspec.Struct, frozen=True, order=True):
@@ -80,7 +76,7 @@ class RedisView(msgspec.Struct):
     """
 
     now: CampaignNow
-    rules: dict[str, str] | None
+    rules: Mapping[str, Any] | None
     members: dict[int, tuple[int, bytes]]
     operations: dict[str, str]
     revoked: set[int] | None
@@ -93,17 +89,17 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
     Raises Gone where it went away while it was read, one of DAMAGED for what is no value.
     """
     keys = campaign_keys(campaign_id)
-    before: list[Any] = await redis.hmget(keys.head, list(RULES))
+    before = await RULES.read(redis, campaign_id)
     now = await read_campaign(redis, campaign_id)
     if now is None:
         return None
-    rules: list[Any] = await redis.hmget(keys.head, list(RULES))
+    rules = await RULES.read(redis, campaign_id)
     operations: dict[Any, Any] = await redis.hgetall(keys.operations)
     members: dict[int, tuple[int, bytes]] = {}
     cursor, highest = 0, now.seq
     while True:
         async with redis.pipeline(transaction=True) as pipe:
-            pipe.hget(keys.head, "seq")
+            pipe.hget(keys.head, SEQ)
             pipe.hscan(keys.members, cursor, count=SCAN_COUNT)
             number, (cursor, chunk) = await pipe.execute()
         if number is None:
@@ -116,20 +112,15 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
     revoked: set[int] = set()
     async for member_no in redis.sscan_iter(keys.revoked, count=SCAN_COUNT):
         revoked.add(int(member_no))
-    after = await redis.hget(keys.head, "roster_rev")
-    unmoved = after is not None and int(after) == now.roster_rev
+    after = (await ROSTER.read(redis, campaign_id)).roster_rev
     return RedisView(
         now=now,
-        rules=_named(rules) if rules == before else None,
+        rules=unpacked_rules(rules.rules) if rules == before else None,
         members=members,
         operations={op.decode(): what.decode() for op, what in operations.items()},
-        revoked=revoked if unmoved else None,
+        revoked=revoked if after == now.roster_rev else None,
         highest=highest,
     )
-
-
-def _named(rules: list[bytes | None]) -> dict[str, str]:
-    return {name: (value or b"").decode() for name, value in zip(RULES, rules, strict=True)}
 
 
 def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) -> None:
@@ -152,23 +143,24 @@ def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) ->
         findings.add("INV-5", f"epoch {now.epoch} in Redis, {books.epoch} in the ledger")
     if books.config and now.campaign != msgspec.convert(books.config, Campaign):
         findings.add("INV-5", "Redis has another configuration than the ledger says")
+    if now.config_seq != books.config_seq:
+        findings.add(
+            "INV-5",
+            f"Redis has the configuration of event {now.config_seq}, "
+            f"the ledger that of {books.config_seq}",
+        )
 
 
 def compare_rules(
-    rules: Mapping[str, str] | None, books: CampaignState, findings: Findings
+    rules: Mapping[str, Any] | None, books: CampaignState, findings: Findings
 ) -> None:
     """Compare what the script decides by with the ledger's configuration."""
     if rules is None or not books.config:
         return
-    campaign = msgspec.convert(books.config, Campaign)
-    told = {
-        "card_limit": str(campaign.card_limit),
-        "order_max": str(campaign.order_max),
-        "price_fen": str(campaign.price_fen),
-        "unions": unions_text(campaign),
-    }
-    for name, invariant in RULES.items():
-        if rules.get(name) != told[name]:
+    told = rules_of(msgspec.convert(books.config, Campaign))
+    for name in sorted({*told, *rules}):
+        if rules.get(name) != told.get(name):
+            invariant = INVARIANT_OF_RULE.get(name, "INV-5")
             findings.add(invariant, f"Redis has another {name} than the ledger says")
 
 

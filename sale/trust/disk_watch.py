@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from sale.stock.batchers import Batchers
-from sale.stock.connection import REDIS_ERRORS
+from sale.stock.errors import REDIS_ERRORS
 
 INTERVAL_S: Final = 1.0
 ASK_TIMEOUT_S: Final = 1.0

@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 
 from sale.config import Settings
 from sale.stock.batchers import Batchers
-from sale.stock.connection import REDIS_ERRORS
 from sale.stock.durability import durability_faults
+from sale.stock.errors import REDIS_ERRORS
 
 INTERVAL_S: Final = 1.0
 HALTED_INTERVAL_S: Final = 0.2

@@ -24,6 +24,7 @@ from sale.ledger.chain import (
 )
 from sale.ledger.fold import CampaignState
 from sale.ledger.kinds import CLOCK, SOLD, VOIDED
+from sale.stock.head import EXAMINED, SEQ
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.process_reports import Reports
 from sale.stock.rebuild import Rebuild
@@ -152,7 +153,7 @@ async def examine(
         )
         trail = await _trail(redis, campaign_id, Position(case.applied, case.chain))
         # Where sales go on, the stream is longer by now than the head was.
-        still = await redis.hget(campaign_keys(campaign_id).head, "seq") == case.old[0].encode()
+        still = await redis.hget(campaign_keys(campaign_id).head, SEQ) == case.old[0].encode()
         if case.old == NO_HEAD and not given_out and not case.applied:
             raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
         await _fold(connection, case, trail, (view, findings), progress)
@@ -238,12 +239,8 @@ async def _view(redis: Redis, campaign_id: str) -> RedisView | None:
 async def _read_head(redis: Redis, scripts: Scripts, case: Examination) -> None:
     """Read head, identity and register; the head as bytes, since it may be damaged."""
     server, replication = await redis.info("server"), await redis.info("replication")
-    values: list[Any] = await redis.hmget(
-        campaign_keys(case.campaign_id).head,
-        ["seq", "chain", "epoch", "clock", "recovering", "nonce", "run_id", "replid"],
-    )
-    seq, chain, epoch, clock, recovering, *identity = (
-        (value or b"").decode(errors="replace") for value in values
+    seq, chain, epoch, clock, recovering, *identity = await EXAMINED.read_texts(
+        redis, case.campaign_id
     )
     case.old = (seq, chain)
     case.old_epoch = int(epoch) if epoch.isdecimal() else 0

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from sale.db import claims
 from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.problem import Refused
-from sale.stock.connection import REDIS_ERRORS
+from sale.stock.errors import REDIS_ERRORS
 from sale.stock.process_reports import forget_dead_processes
 from sale.stock.scripts import Scripts
 from sale.trust.isolation import TROUBLES, in_words

@@ -11,8 +11,8 @@ from redis.asyncio import Redis
 from sale.config import Settings
 from sale.db.errors import POSTGRES_ERRORS
 from sale.db.migrate import MigrationError, pending
-from sale.stock.connection import REDIS_ERRORS
 from sale.stock.durability import durability_faults
+from sale.stock.errors import REDIS_ERRORS
 from sale.stock.troubles import REPORTERS, read_troubles
 from sale.trust.verify import unverified
 

@@ -25,8 +25,10 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import claims, read, rehearsals
+from sale.db.locks import RECOVERY_CLASS
 from sale.db.pool import Connection
 from sale.domain.problem import Problem, Refused
+from sale.stock.head import TRUST
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.process_reports import Reports, collect_report, collect_reports
 from sale.stock.rebuild import freeze, rebuild
@@ -41,7 +43,6 @@ PATIENT_TRIES: Final = 2
 RETRY_PAUSE_S: Final = 0.1
 HAND_IN_TRIES: Final = 10
 LOCK_PATIENCE_S: Final = 10.0
-LOCK_CLASS: Final = 0x53414C45
 
 log = structlog.get_logger()
 
@@ -160,8 +161,8 @@ async def _put_in_place(
 
 async def _shut(redis: Redis, campaign_id: str) -> bool:
     """Whether a campaign sells nothing already: no head, or one that is marked."""
-    seq, recovering = await redis.hmget(campaign_keys(campaign_id).head, ["seq", "recovering"])
-    return seq is None or bool(recovering)
+    head = await TRUST.read(redis, campaign_id)
+    return head.seq is None or bool(head.recovering)
 
 
 async def _collect_all(redis: Redis, campaign_id: str) -> Reports:
@@ -257,7 +258,7 @@ async def alone(
     deadline = time.monotonic() + patience_s
     async with pool.acquire() as connection:
         while not await connection.fetchval(
-            "SELECT pg_try_advisory_lock($1, hashtext($2))", LOCK_CLASS, campaign_id
+            "SELECT pg_try_advisory_lock($1, hashtext($2))", RECOVERY_CLASS, campaign_id
         ):
             if time.monotonic() >= deadline:
                 raise Refused(Problem.UNAVAILABLE, f"{campaign_id}: it is being recovered already")
@@ -266,5 +267,5 @@ async def alone(
             yield connection
         finally:
             await connection.execute(
-                "SELECT pg_advisory_unlock($1, hashtext($2))", LOCK_CLASS, campaign_id
+                "SELECT pg_advisory_unlock($1, hashtext($2))", RECOVERY_CLASS, campaign_id
             )

@@ -9,23 +9,22 @@ nothing of a load that died or was overtaken stays in the set.
 """
 
 import secrets
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 import structlog
 from redis.asyncio import Redis
 
 from sale.db import roster
+from sale.db.locks import ROSTER_LOAD_CLASS
 from sale.domain.campaign import State
 from sale.stock.catalogue import campaign_ids
-from sale.stock.keys import campaign_keys
+from sale.stock.head import ROSTER, read_heads
 from sale.stock.scripts import CallReply, Scripts
-from sale.stock.survey import read_heads
 from sale.trust.generations import copy_generations
 from sale.trust.isolation import Isolation
 
 CHUNK: Final = 1_000
-LOAD_LOCK_CLASS: Final = 0x53414C46
 LOAD_LOCK_TIMEOUT: Final = "10s"
 ROUNDS_MAX: Final = 10_000
 
@@ -44,18 +43,18 @@ async def sync_all(
         await copy_generations(redis, connection)
         newest = await roster.current_rev(connection)
     ids = await campaign_ids(redis)
-    heads = await read_heads(redis, ids, "roster_rev", "state")
+    heads = await read_heads(redis, ids, ROSTER)
     behind = 0
     for campaign_id, head in zip(ids, heads, strict=True):
         with isolation.of(campaign_id, "roster"):
             if isinstance(head, Exception):
                 raise head
-            rev, state = head
-            if state in {None, b"deleted"}:
+            rev = head.roster_rev
+            if head.state in {"", State.DELETED}:
                 continue
-            if rev is not None and int(rev) > newest:
-                await _go_back(scripts, pool, campaign_id, int(rev))
-            elif rev is None or int(rev) < newest:
+            if rev is not None and rev > newest:
+                await _go_back(scripts, pool, campaign_id, rev)
+            elif rev is None or rev < newest:
                 behind += 1
                 await sync_campaign(redis, scripts, pool, campaign_id)
     isolation.forget_others("roster", ids)
@@ -67,10 +66,10 @@ async def sync_campaign(
 ) -> None:
     """Let one campaign follow the roster, from wherever it stands."""
     # Two fields and not the campaign: a damaged head must not keep the others from following.
-    head: list[Any] = await redis.hmget(campaign_keys(campaign_id).head, ["state", "roster_rev"])
-    if head[0] is None or head[0].decode() == State.DELETED:
+    head = await ROSTER.read(redis, campaign_id)
+    if head.state in {"", State.DELETED}:
         return
-    rev = -1 if head[1] is None else int(head[1])
+    rev = -1 if head.roster_rev is None else head.roster_rev
     for _ in range(ROUNDS_MAX):
         if rev < 0:
             loaded = await _load(scripts, pool, campaign_id)
@@ -127,7 +126,7 @@ async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int |
     async with pool.acquire() as connection, connection.transaction(readonly=True):
         await connection.execute(f"SET LOCAL lock_timeout = '{LOAD_LOCK_TIMEOUT}'")
         await connection.execute(
-            "SELECT pg_advisory_xact_lock($1, hashtext($2))", LOAD_LOCK_CLASS, campaign_id
+            "SELECT pg_advisory_xact_lock($1, hashtext($2))", ROSTER_LOAD_CLASS, campaign_id
         )
         rev = await roster.current_rev(connection)
         for number in range(ROUNDS_MAX):

@@ -14,7 +14,7 @@ knows the campaign, and none misses anything: these are the same files. An unkno
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 import structlog
@@ -25,7 +25,8 @@ from sale.db import claims, read
 from sale.db.errors import POSTGRES_ERRORS
 from sale.ledger.chain import START, Position
 from sale.stock.catalogue import campaign_ids
-from sale.stock.keys import VERIFIED, campaign_keys
+from sale.stock.head import MARK, TRUST, Head, read_heads
+from sale.stock.keys import VERIFIED
 from sale.stock.process_reports import (
     NOT_COUNTED,
     Identity,
@@ -35,7 +36,6 @@ from sale.stock.process_reports import (
     read_identity,
 )
 from sale.stock.scripts import CallReply, Scripts
-from sale.stock.survey import read_heads
 from sale.trust.history import History, stream_ends
 from sale.trust.isolation import Isolation
 from sale.trust.stalled_ledgers import StalledLedgers
@@ -72,9 +72,7 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     reports = await collect_report(redis)
     identity = _marks(reports.identity, scripts.nonce)
     ids = await campaign_ids(redis)
-    heads = await read_heads(
-        redis, ids, "run_id", "replid", "nonce", "recovering", "seq", "epoch", "applied"
-    )
+    heads = await read_heads(redis, ids, TRUST)
     fit, held = set(), set()
     away = False
     if any(_knows_another(head, identity) for head in heads):
@@ -88,18 +86,17 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
         with isolation.of(campaign_id, "verify"):
             if isinstance(head, Exception):
                 raise head
-            *_, recovering, seq, epoch, applied = head
             stalled = False
-            if seq is None:
+            if head.seq is None:
                 held.discard(campaign_id)
                 continue
             if not _knows_another(head, identity):
-                doubted = what_lacks(reports, campaign_id, int(epoch or 0), int(seq)) != ""
+                doubted = what_lacks(reports, campaign_id, head.epoch, head.seq) != ""
                 if stalled_ledgers is not None:
-                    stalled = stalled_ledgers.due(campaign_id, int(seq), int(applied or 0))
-                if not recovering and not doubted:
+                    stalled = stalled_ledgers.due(campaign_id, head.seq, head.applied)
+                if not head.recovering and not doubted:
                     fit.add(campaign_id)
-                if recovering or not (doubted or stalled):
+                if head.recovering or not (doubted or stalled):
                     continue
                 fit.discard(campaign_id)
             try:
@@ -128,8 +125,12 @@ async def unverified(redis: Redis, nonce: str) -> int:
     if await redis.get(VERIFIED) == ":".join(identity).encode():
         return 0
     ids = await campaign_ids(redis)
-    heads = await read_heads(redis, ids, "run_id", "replid", "nonce", "recovering", "seq")
-    return sum(_knows_another(head, identity) and not head[3] for head in heads)
+    heads = await read_heads(redis, ids, TRUST)
+    return sum(
+        _knows_another(head, identity) and not head.recovering
+        for head in heads
+        if isinstance(head, Head)
+    )
 
 
 def _marks(identity: Identity, nonce: str) -> tuple[str, str, str]:
@@ -137,11 +138,11 @@ def _marks(identity: Identity, nonce: str) -> tuple[str, str, str]:
     return identity.run_id, identity.replid, nonce
 
 
-def _knows_another(head: Any, identity: tuple[str, str, str]) -> bool:  # noqa: ANN401 - Redis' reply
+def _knows_another(head: Head | Exception, identity: tuple[str, str, str]) -> bool:
     """Whether a head names another Redis than this one, or another deployment."""
-    if isinstance(head, Exception) or head[4] is None:
+    if isinstance(head, Exception) or head.seq is None:
         return False
-    return tuple((mark or b"").decode() for mark in head[:3]) != identity
+    return (head.run_id, head.replid, head.nonce) != identity
 
 
 async def _lost(pool: asyncpg.Pool, held: set[str]) -> list[str]:
@@ -242,9 +243,6 @@ async def _misfit(
 
 async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, int, str, bool]:
     """Number, chain hash, epoch, why it is recovering ('' where not), whether others say so."""
-    values: list[Any] = await redis.hmget(
-        campaign_keys(campaign_id).head, ["seq", "chain", "epoch", "recovering", "recovering_by"]
-    )
-    seq, chain, epoch, recovering, by = ((value or b"").decode() for value in values)
-    others = recovering != "" and by != "verify"
-    return int(seq or 0), chain, int(epoch or 0), recovering, others
+    head = await MARK.read(redis, campaign_id)
+    others = head.recovering != "" and head.recovering_by != "verify"
+    return head.seq or 0, head.chain, head.epoch, head.recovering, others

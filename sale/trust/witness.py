@@ -19,6 +19,7 @@ from sale.db.claims import Claim
 from sale.db.errors import POSTGRES_ERRORS
 from sale.stock.batcher import Batcher, Mark
 from sale.stock.batchers import Batchers
+from sale.stock.head import Head
 from sale.stock.keys import campaign_keys
 from sale.stock.process_reports import (
     NOT_COUNTED,
@@ -157,23 +158,25 @@ class Witness:
             raise failed
 
     async def _look(
-        self, batcher: Batcher, identity: Identity, head: dict[str, str] | None
+        self, batcher: Batcher, identity: Identity, head: Head | None
     ) -> CampaignReport:
         mark, kept = batcher.mark, batcher.unapplied
+        if head is not None:
+            batcher.take_config(head.config_seq)
         if head is None and batcher.rehearsal and await self._purged(batcher.campaign_id):
             self._batchers.forget(batcher.campaign_id)
             self._lacks.pop(batcher.campaign_id, None)
             self._handed.pop(batcher.campaign_id, None)
             return CampaignReport(mark.epoch, mark.seq, 0, handed=True)
-        epoch = _number(head, "epoch")
-        if head is not None and mark.incarnation == f"{identity}:{epoch}" == _incarnation(head):
-            kept.drop_applied(_number(head, "applied"))
-            seq = max(mark.seq, _number(head, "seq"))
+        epoch = 0 if head is None else head.epoch
+        if head is not None and mark.incarnation == f"{identity}:{epoch}" == head.incarnation:
+            kept.drop_applied(head.applied)
+            seq = max(mark.seq, head.seq or 0)
             batcher.mark = mark = Mark(mark.incarnation, seq)
             lacks = 0
         elif (
             head is not None
-            and _incarnation(head) == f"{identity}:{epoch}"
+            and head.incarnation == f"{identity}:{epoch}"
             and not self._known_to_lack(batcher, (str(identity), epoch, kept.total))
             and (await batcher.check_acknowledged())
         ):
@@ -183,7 +186,7 @@ class Witness:
         handed = await self._hand_in(
             batcher,
             (str(identity), epoch),
-            due=lacks > 0 or head is None or head["recovering"] != "",
+            due=lacks > 0 or head is None or head.recovering != "",
         )
         if handed and lacks and epoch > mark.epoch:
             # The recovery is over, and what it could not use is kept by PostgreSQL.
@@ -252,12 +255,3 @@ def _claim(sale: AcknowledgedSale) -> Claim:
         sale.seq, sale.epoch, sale.at_ms, sale.member_no, sale.key_hash,
         sale.showing, sale.quantity, sale.price_fen,
     )  # fmt: skip
-
-
-def _incarnation(head: dict[str, str]) -> str:
-    return f"{head['run_id']}:{head['replid']}:{head['epoch']}"
-
-
-def _number(head: dict[str, str] | None, field: str) -> int:
-    value = "" if head is None else head[field]
-    return int(value) if value.isdecimal() else 0

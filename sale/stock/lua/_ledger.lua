@@ -8,8 +8,10 @@
 --
 -- KEYS of every script: head stream stock members revoked calls operations (one hash slot).
 --
--- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · card_limit order_max
---       price_fen unions config · nonce run_id replid (the Redis that was last verified) ·
+-- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · config (JSON) rules
+--       (MessagePack: the settings that scripts decide by, by their names in domain/campaign.py)
+--       config_seq (number of the event that gave it both) · nonce run_id replid (the Redis that was
+--       last verified) ·
 --       roster_rev (how far `revoked` follows the roster) roster_load (its first load) ·
 --       applied (how far the writer says that PostgreSQL is) behind_since (clock of the oldest event
 --       that it may lack; '' where it lacks none) · made (number of its `created` event: an ID may
@@ -25,8 +27,8 @@ local OK, MISSING, UNVERIFIED, STALE, BROKEN, LATE, EXISTS, WRONG_STATE, MISMATC
 
 local function read_head()
   local f = redis.call('HMGET', HEAD, 'seq', 'chain', 'epoch', 'clock', 'state', 'opens_at',
-    'closes_at', 'recovering', 'card_limit', 'order_max', 'price_fen', 'unions', 'nonce',
-    'run_id', 'replid', 'roster_rev', 'applied', 'behind_since')
+    'closes_at', 'recovering', 'rules', 'config_seq', 'nonce', 'run_id', 'replid', 'roster_rev',
+    'applied', 'behind_since')
   if not f[1] then
     return nil
   end
@@ -39,9 +41,8 @@ local function read_head()
   return {
     seq = tonumber(f[1]), chain = f[2], epoch = tonumber(f[3]), epoch_text = f[3], now = now,
     state = f[5], opens_at = tonumber(f[6]), closes_at = tonumber(f[7]), recovering = f[8],
-    card_limit = tonumber(f[9]), order_max = tonumber(f[10]), price_fen = f[11], unions = f[12],
-    nonce = f[13], run_id = f[14], replid = f[15], roster_rev = tonumber(f[16]),
-    applied = tonumber(f[17]) or 0, behind_since = tonumber(f[18]),
+    rules = f[9], config_seq = tonumber(f[10]), nonce = f[11], run_id = f[12], replid = f[13],
+    roster_rev = tonumber(f[14]), applied = tonumber(f[15]) or 0, behind_since = tonumber(f[16]),
   }
 end
 

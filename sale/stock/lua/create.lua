@@ -5,9 +5,8 @@
 -- which begins anew here: the deleted draft's set may have stood still since.
 --
 -- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
---        config (JSON object) · opens_at · closes_at (ms or '') · card_limit · order_max ·
---        price_fen · unions ('*' or ',code,code,') · '1' to schedule at once · tickets of showing
---        0, 1, 2 …
+--        the campaign (MessagePack, see head.py): {config (JSON text), rules (by name),
+--        opens_at, closes_at (ms or nil), tickets (of showing 0, 1, 2 …)} · '1' to schedule at once
 -- Reply  {0, event number, state} · {REPLAYED or MISMATCH, event number} · {EXISTS} ·
 --        {WRONG_STATE, event number, 'recovering'} ·
 --        {UNVERIFIED} {STALE} {BROKEN} (of the deleted draft; BROKEN too where only its stream is left)
@@ -37,14 +36,15 @@ else
   head = { seq = 0, chain = string.rep('0', 40), epoch = 1,
     now = time[1] * 1000 + math.floor(time[2] / 1000) }
 end
-head.opens_at, head.closes_at = tonumber(ARGV[7]), tonumber(ARGV[8])
-head.state = ARGV[13] == '1' and 'scheduled' or 'draft'
+local campaign = cmsgpack.unpack(ARGV[6])
+head.opens_at, head.closes_at = campaign.opens_at, campaign.closes_at
+head.state = ARGV[7] == '1' and 'scheduled' or 'draft'
 
 -- Both events name the operation: the fold, too, knows it by the number that is answered.
 local who = '"actor":' .. ARGV[3] .. ',"reason":' .. ARGV[4]
   .. ',"op":"' .. ARGV[1] .. '","content":"' .. ARGV[2] .. '"'
 local events = { '["created",{' .. who
-  .. ',"config":' .. ARGV[6] .. ',"opens_at":' .. json_ms(head.opens_at)
+  .. ',"config":' .. campaign.config .. ',"opens_at":' .. json_ms(head.opens_at)
   .. ',"closes_at":' .. json_ms(head.closes_at) .. '}]' }
 if head.state == 'scheduled' then
   events[2] = '["scheduled",{' .. who .. ',"opens_at":' .. json_ms(head.opens_at) .. '}]'
@@ -52,12 +52,13 @@ end
 
 local made = string.format('%.0f', head.seq + 1)
 append(head, events)
-redis.call('HSET', HEAD, 'config', ARGV[6], 'made', made, 'epoch', head.epoch, 'card_limit', ARGV[9], 'order_max', ARGV[10],
-  'price_fen', ARGV[11], 'unions', ARGV[12], 'applied', head.applied or 0, 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
+redis.call('HSET', HEAD, 'config', campaign.config, 'rules', cmsgpack.pack(campaign.rules), 'config_seq', made, 'made', made,
+  'epoch', head.epoch, 'applied', head.applied or 0, 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
 redis.call('HDEL', HEAD, 'roster_rev', 'roster_load')
 redis.call('UNLINK', STOCK, MEMBERS, REVOKED)
-for i = 14, #ARGV do
-  redis.call('HSET', STOCK, 't' .. (i - 14), ARGV[i], 'r' .. (i - 14), ARGV[i])
+for i = 1, #campaign.tickets do
+  local tickets = string.format('%.0f', campaign.tickets[i])
+  redis.call('HSET', STOCK, 't' .. (i - 1), tickets, 'r' .. (i - 1), tickets)
 end
 redis.call('HSET', OPERATIONS, ARGV[1], head.seq .. ':' .. ARGV[2])
 advance(head)

@@ -6,7 +6,8 @@
 --
 -- ARGV   incarnation that this process has attended and event number that it has seen · nonce ·
 --        showing numbers …
--- Reply  {0, now ms, seq, epoch, state, opens_at ms or 0, roster revision, left of each showing …}
+-- Reply  {0, now ms, seq, epoch, state, opens_at ms or 0, roster revision, number of the event
+--        that gave the configuration, left of each showing …}
 --        or {code}: MISSING UNVERIFIED UNATTENDED STALE BROKEN
 -- Idempotency  reads only. Cost: constant.
 
@@ -20,12 +21,12 @@ if refusal then
 end
 apply_clock(head, {})
 local reply = { OK, head.now, head.seq, head.epoch, head.recovering and 'recovering' or head.state,
-  head.opens_at or 0, head.roster_rev or -1 }
+  head.opens_at or 0, head.roster_rev or -1, head.config_seq }
 for i = 4, #ARGV do
   local left = tonumber(redis.call('HGET', STOCK, 'r' .. ARGV[i]))
   if not left then
     return { BROKEN }
   end
-  reply[i + 4] = left
+  reply[i + 5] = left
 end
 return reply

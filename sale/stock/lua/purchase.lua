@@ -9,7 +9,8 @@
 --        the purchases (MessagePack): {members (their numbers as
 --        text: a number costs whenever it becomes text), unions, showing numbers, quantities,
 --        key hashes (16 hex)}
--- Reply  {0, now ms, seq, epoch, price_fen, event number before the first sale,
+-- Reply  {0, now ms, seq, epoch, price_fen, event number before the first sale, number of the event
+--         that gave the configuration,
 --         then one integer a purchase: not negative: sold, under the next number; it is how many
 --         tickets the member may still buy; negative: minus the place (from 0) in this reply of
 --         code, a, b, c}
@@ -55,6 +56,7 @@ end
 
 local RECORD, FIELDS = 31, '>I5I6I2I2'
 local PROCESSES_MAX = 1000
+local RESULTS = 7 -- integers of the reply before the results
 local SOLD, REPLAYED_ORDER = 1, 2
 local pack, sub = struct.pack, string.sub
 
@@ -87,14 +89,15 @@ elseif head.seq - head.applied >= tonumber(ARGV[6])
     and head.now - head.behind_since > tonumber(ARGV[7])) then closed_by = -12
 end
 
-local everyone, limit, order_max = head.unions == '*', head.card_limit, head.order_max
-local before, after = '["sold",', '",' .. head.price_fen .. ']'
+local rules = cmsgpack.unpack(head.rules)
+local everyone, limit, order_max = rules.unions == '*', rules.card_limit, rules.order_max
+local before, after = '["sold",', '",' .. rules.price_fen .. ']'
 -- What a showing and quantity add to each event and to each record.
 local in_event, in_record = {}, {}
 local sales, fields, changed_stock = {}, {}, {}
 local number, sold = head.seq + #crossed, 0
-local reply = { OK, head.now, 0, head.epoch, tonumber(head.price_fen), number }
-local said = #reply + purchases
+local reply = { OK, head.now, 0, head.epoch, rules.price_fen, number, head.config_seq }
+local said = RESULTS + purchases
 local told_code, told_a, told_at
 
 for i = 1, purchases do
@@ -106,7 +109,7 @@ for i = 1, purchases do
   end
   if revoked[i] == 1 then
     code = -1
-  elseif not everyone and not string.find(head.unions, ',' .. unions[i] .. ',', 1, true) then
+  elseif not everyone and not string.find(rules.unions, ',' .. unions[i] .. ',', 1, true) then
     code = -2
   else
     local orders, live = records[first] or '', 0
@@ -155,7 +158,7 @@ for i = 1, purchases do
     end
   end
   if code == SOLD then
-    reply[6 + i] = b
+    reply[RESULTS + i] = b
   else
     -- A crowd is refused for the same reason: said once.
     if code ~= told_code or a ~= told_a or code == REPLAYED_ORDER then
@@ -163,7 +166,7 @@ for i = 1, purchases do
       reply[said + 1], reply[said + 2], reply[said + 3], reply[said + 4] = code, a, b, c
       said = said + 4
     end
-    reply[6 + i] = -told_at
+    reply[RESULTS + i] = -told_at
   end
 end
 

@@ -9,10 +9,10 @@
 -- KEYS   the seven, then the new stream stock members operations
 -- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash that
 --        the new state stands at · epoch · clock ms · '1' to keep the stream that is there ·
---        state · opens_at · closes_at (ms or '') · card_limit · order_max · price_fen · unions ·
---        config · nonce · members, stock fields, operations and stream entries written beside ·
---        actor · reason (JSON strings) · how far PostgreSQL has applied · ranges of numbers that
---        are voided (JSON array) · number of the `created` event
+--        state · the campaign (as create.lua has it; its tickets are not used) · nonce · members, stock
+--        fields, operations and stream entries written beside · actor · reason (JSON strings) · how
+--        far PostgreSQL has applied · ranges of numbers that are voided (JSON array) · number of the
+--        `created` event · number of the event that gave the configuration
 -- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
 --        {BROKEN} (what stands beside is not whole)
 -- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
@@ -28,18 +28,19 @@ end
 local base, keep = ARGV[3], ARGV[7] == '1'
 local last = redis.call('XREVRANGE', keep and STREAM or NEW_STREAM, '+', '-', 'COUNT', 1)[1]
 if (keep and not last) or (last and last[1] ~= base .. '-0')
-  or redis.call('HLEN', NEW_MEMBERS) ~= tonumber(ARGV[17])
-  or redis.call('HLEN', NEW_STOCK) ~= tonumber(ARGV[18])
-  or redis.call('HLEN', NEW_OPERATIONS) ~= tonumber(ARGV[19])
-  or redis.call('XLEN', NEW_STREAM) ~= tonumber(ARGV[20]) then
+  or redis.call('HLEN', NEW_MEMBERS) ~= tonumber(ARGV[11])
+  or redis.call('HLEN', NEW_STOCK) ~= tonumber(ARGV[12])
+  or redis.call('HLEN', NEW_OPERATIONS) ~= tonumber(ARGV[13])
+  or redis.call('XLEN', NEW_STREAM) ~= tonumber(ARGV[14]) then
   return { BROKEN }
 end
 local run_id, replid = identity()
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local campaign = cmsgpack.unpack(ARGV[9])
 local head = { seq = tonumber(base), chain = ARGV[4], epoch = tonumber(ARGV[5]),
   now = math.max(now, tonumber(ARGV[6])), state = ARGV[8],
-  opens_at = tonumber(ARGV[9]), closes_at = tonumber(ARGV[10]), applied = tonumber(ARGV[23]) }
+  opens_at = campaign.opens_at, closes_at = campaign.closes_at, applied = tonumber(ARGV[17]) }
 
 local function replace(key, by)
   redis.call('UNLINK', key)
@@ -54,11 +55,11 @@ replace(STOCK, NEW_STOCK)
 replace(MEMBERS, NEW_MEMBERS)
 replace(OPERATIONS, NEW_OPERATIONS)
 redis.call('UNLINK', REVOKED, HEAD)
-append(head, { '["recovered",{"actor":' .. ARGV[21] .. ',"reason":' .. ARGV[22]
-  .. ',"epoch":' .. ARGV[5] .. ',"voided":' .. ARGV[24] .. '}]' })
-redis.call('HSET', HEAD, 'config', ARGV[15], 'made', ARGV[25], 'epoch', ARGV[5], 'card_limit', ARGV[11],
-  'order_max', ARGV[12], 'price_fen', ARGV[13], 'unions', ARGV[14],
-  'applied', ARGV[23], 'behind_since', string.format('%.0f', head.now),
-  'nonce', ARGV[16], 'run_id', run_id, 'replid', replid)
+append(head, { '["recovered",{"actor":' .. ARGV[15] .. ',"reason":' .. ARGV[16]
+  .. ',"epoch":' .. ARGV[5] .. ',"voided":' .. ARGV[18] .. '}]' })
+redis.call('HSET', HEAD, 'config', campaign.config, 'rules', cmsgpack.pack(campaign.rules), 'made', ARGV[19],
+  'config_seq', ARGV[20], 'epoch', ARGV[5],
+  'applied', ARGV[17], 'behind_since', string.format('%.0f', head.now),
+  'nonce', ARGV[10], 'run_id', run_id, 'replid', replid)
 advance(head)
 return { OK, head.seq, head.state }

@@ -1,0 +1,39 @@
+"""When Redis is away: not reached, or reached and unable to serve, for whatever reason.
+
+Away is what concerns all campaigns and passes by itself, or by an operator's work on the server. A
+ResponseError about one campaign's keys is that campaign's trouble alone (``survey.is_wrong_type``).
+"""
+
+from typing import Final
+
+from redis import exceptions as redis_errors
+
+REDIS_AWAY: Final = (
+    OSError,  # with it TimeoutError: no answer in time
+    redis_errors.ConnectionError,
+    redis_errors.TimeoutError,
+)
+"""What a call raises where Redis is away."""
+
+REDIS_ERRORS: Final = (redis_errors.RedisError, OSError)
+"""What a call raises where Redis is away, slow, or refuses it for any other reason."""
+
+_REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (redis_errors.BusyLoadingError, "it is loading its data"),
+    (redis_errors.AuthenticationError, "it refuses the password"),
+    (redis_errors.OutOfMemoryError, "it is out of memory"),
+    (redis_errors.ReadOnlyError, "it is a replica, which is read-only"),
+    (redis_errors.TimeoutError, "no answer in time"),
+    (TimeoutError, "no answer in time"),
+    (redis_errors.ConnectionError, "it cannot be reached"),
+    (OSError, "it cannot be reached"),
+)
+
+
+def in_words(error: Exception) -> str:
+    """Say in one line why Redis is away, and what it said itself."""
+    said = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    for kind, reason in _REASONS:
+        if isinstance(error, kind):
+            return f"{reason}: {said}"
+    return f"{type(error).__name__}: {said}"

@@ -1,7 +1,7 @@
-"""Work that one process does and others stand by for, and who that is.
+"""PostgreSQL's advisory locks: every number, and which process leads where several stand by.
 
-An office is an advisory lock; who holds it, and who waits, stands in PostgreSQL's own lists, where
-each lock's connection is named after its office, host and process.
+A leader lock's holder and waiters are found in PostgreSQL's own lists, where the connection of each
+is named after the lock, the host and the process.
 """
 
 import os
@@ -30,9 +30,20 @@ class LeaderLock(NamedTuple):
         return f"{self.name} {host[: NAME_MAX_BYTES - len(self.name) - len(tail) - 1]}{tail}"
 
 
+MIGRATIONS: Final = 0x53414C45_0001
+"""One number is "SALE" and a small number. A migrator holds this one while it migrates."""
+ROSTER_CHANGES: Final = 0x53414C45_0002
+"""A trigger of the roster's schema: changes get their revisions in the order of their commits."""
+ROSTER_IMPORT: Final = 0x53414C45_0003
+"""``sql/roster.sql``: one import at a time."""
 WRITER: Final = LeaderLock(0x53414C45_0004, "sale-writer")
 SCHEDULER: Final = LeaderLock(0x53414C45_0005, "sale-scheduler")
-"""("SALE", 1 to 3) are the migrations' and the roster's."""
+REHEARSAL: Final = 0x53414C45_0010
+"""Whoever plays or removes a rehearsal."""
+RECOVERY_CLASS: Final = 0x53414C45
+"""First of two numbers, the second one a campaign's hash: whoever recovers that campaign."""
+ROSTER_LOAD_CLASS: Final = 0x53414C46
+"""Likewise: whoever loads the roster into that campaign for the first time."""
 
 WRITER_APPLIES: Final = "sale-writer-apply"
 """Name of the connection on which the active writer writes."""

@@ -18,11 +18,9 @@ import asyncpg
 import msgspec
 import structlog
 
+from sale.db.locks import MIGRATIONS
 from sale.db.pool import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S, SCHEMA, connect
 from sale.db.queries import load
-
-MIGRATION_LOCK: Final = 0x53414C45_0001
-"""Advisory lock number ("SALE", 1) that serialises migrators."""
 
 LOCK_WAIT_S: Final = 120
 MIGRATION_TIMEOUT_S: Final = 600.0
@@ -147,7 +145,7 @@ async def _lock(connection: Any) -> None:  # noqa: ANN401 - asyncpg has no commo
     )
     try:
         await connection.execute(
-            f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})",
+            f"SELECT pg_advisory_xact_lock({MIGRATIONS})",
             timeout=LOCK_WAIT_S + CONNECT_TIMEOUT_S,
         )
     except asyncpg.LockNotAvailableError:

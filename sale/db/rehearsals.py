@@ -11,13 +11,12 @@ from typing import Final
 import msgspec
 
 from sale.db import queries
+from sale.db.locks import REHEARSAL
 from sale.db.pool import Connection
 
 CHUNK_ROWS: Final = 20_000
 CHUNKS_MAX: Final = 10_000
 CHUNK_TIMEOUT_S: Final = 60.0
-PLAY_LOCK: Final = 0x53414C45_0010
-"""Advisory lock number of who plays or removes rehearsals: one at a time."""
 
 
 class LeftOver(msgspec.Struct, frozen=True):
@@ -89,12 +88,12 @@ async def remove_rows(conn: Connection, campaign_id: str) -> None:
 
 async def hold_play(conn: Connection) -> bool:
     """Take the right to play or remove rehearsals for as long as this connection is held."""
-    return bool(await conn.fetchval("SELECT pg_try_advisory_lock($1)", PLAY_LOCK))
+    return bool(await conn.fetchval("SELECT pg_try_advisory_lock($1)", REHEARSAL))
 
 
 async def leave_play(conn: Connection) -> None:
     """Give it back."""
-    await conn.execute("SELECT pg_advisory_unlock($1)", PLAY_LOCK)
+    await conn.execute("SELECT pg_advisory_unlock($1)", REHEARSAL)
 
 
 _SQL: Final = queries.load("rehearsals")

@@ -99,6 +99,27 @@ async def test_read_that_was_begun_before_a_change_is_not_kept(redis: Redis) -> 
     assert catalogue.configured(stock.id, 2) == new
 
 
+async def test_refusal_by_an_old_configuration_has_it_read_again(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given
+    stock = await open_stock(redis, 5)
+    catalogue = Catalogue(redis)
+    await catalogue.for_sale(stock.id)
+    await configure(redis, stock.id, title="another")
+    # when it was read a moment ago, then it stays
+    catalogue.doubt(stock.id)
+    assert catalogue.known(stock.id) is not None
+    # when it was read some time ago
+    monkeypatch.setattr(module, "FRESH_S", 0.0)
+    catalogue.doubt(stock.id)
+    # then
+    assert catalogue.known(stock.id) is None
+    new = await catalogue.for_sale(stock.id)
+    assert new is not None
+    assert new.title == "another"
+
+
 async def test_deleted_campaign_leaves_what_is_known(redis: Redis) -> None:
     # given: a campaign that is known, and that somebody puts back into a draft to delete it
     stock = await open_stock(redis, 5)

@@ -24,7 +24,7 @@ class LeaderLock(NamedTuple):
     name: str
 
     def mine(self) -> str:
-        """Name of this process' connection: ``<office> <host>:<process>``."""
+        """Name of this process' connection: ``<lock> <host>:<process>``."""
         tail = f":{os.getpid()}"
         host = socket.gethostname().encode("ascii", "replace").decode()
         return f"{self.name} {host[: NAME_MAX_BYTES - len(self.name) - len(tail) - 1]}{tail}"
@@ -50,20 +50,20 @@ WRITER_APPLIES: Final = "sale-writer-apply"
 
 
 class LockMember(NamedTuple):
-    """One process that is connected for an office: ``host:process``."""
+    """One process that is connected for a leader lock: ``host:process``."""
 
     who: str
     active: bool
 
 
 async def try_lock(conn: "asyncpg.Connection[Any]", leader_lock: LeaderLock) -> bool:
-    """Take the office for this session, if nobody has it."""
+    """Take the lock for this session, if no other session holds it."""
     taken: bool = await conn.fetchval(_SQL["try_lock"], leader_lock.lock)
     return taken
 
 
 async def unlock(conn: "asyncpg.Connection[Any]") -> None:
-    """Give back the office that this session has: in one message (``jobs/leadership.py``)."""
+    """Give back the lock that this session holds, in one message (``jobs/leadership.py``)."""
     await conn.execute(_SQL["unlock"])
 
 
@@ -78,9 +78,9 @@ async def expel(conn: "asyncpg.Connection[Any]", name: str) -> int:
 
 
 async def members(conn: Any, leader_lock: LeaderLock) -> list[LockMember]:  # noqa: ANN401 - pooled or not
-    """Who is connected for an office, the active one first."""
-    rows = await conn.fetch(_SQL["seats"], leader_lock.name, leader_lock.lock)
+    """Give the processes connected for a leader lock, the active one first."""
+    rows = await conn.fetch(_SQL["members"], leader_lock.name, leader_lock.lock)
     return [LockMember(row["who"], row["active"]) for row in rows]
 
 
-_SQL: Final = queries.load("offices")
+_SQL: Final = queries.load("locks")

@@ -184,6 +184,8 @@ class PurchaseDesk:
         """Count a request that never came to the script; only known campaigns are a label."""
         known = "" if self._catalogue.known(campaign_id) is None else campaign_id
         self._metrics.outcomes[known, problem.value] += 1
+        if problem is Problem.INVALID_REQUEST:
+            self._catalogue.doubt(campaign_id)
 
 
 def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) -> int:

@@ -82,6 +82,15 @@ class Catalogue:
             kept.pop(campaign_id, None)
         return None
 
+    def doubt(self, campaign_id: str) -> None:
+        """Forget a configuration that a request was refused by, unless it was read a moment ago.
+
+        Such a refusal asks no store, so no reply would tell that the configuration has moved.
+        """
+        read_at, _ = self._now.get(campaign_id, (0.0, None))
+        if time.monotonic() - read_at >= FRESH_S:
+            self._known.pop(campaign_id, None)
+
     async def for_sale(self, campaign_id: str) -> Campaign | None:
         """Give the configuration of a campaign that members may know of."""
         now = await self.now(campaign_id)

@@ -1,4 +1,4 @@
--- name: try_lock -- Take an advisory lock for this session, or false where another has it.
+-- name: try_lock -- Take an advisory lock for this session; false where another session holds it.
 SELECT pg_try_advisory_lock($1);
 
 -- name: unlock -- Give back what the session has, so that the next need not wait for its end.
@@ -9,7 +9,7 @@ SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
 WHERE application_name = $1 AND datname = current_database() AND usename = current_user
     AND pid <> pg_backend_pid();
 
--- name: seats -- Who is connected for the office named $1, and which of them holds the lock $2.
+-- name: members -- Processes connected for the leader lock named $1; which of them holds lock $2.
 SELECT substr(application_name, length($1::text) + 2) AS who,
     EXISTS (
         SELECT FROM pg_locks

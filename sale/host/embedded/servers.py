@@ -19,14 +19,13 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 import asyncpg
 import structlog
 
 from sale import __version__
-from sale.db.errors import POSTGRES_ERRORS
 from sale.host.embedded import binaries, launch
 from sale.host.embedded.binaries import EmbeddedError, Program
 from sale.host.embedded.data_dir import DataDirectory, Endpoints, claimed
@@ -495,12 +494,12 @@ async def _prepare_database(directory: DataDirectory, home: Path) -> str | None:
     try:
         url = PostgresUrl.read(_database_url(directory, "postgres"))
         connection = await asyncpg.connect(**url.connection(), timeout=5)
-    except POSTGRES_ERRORS as error:
+    except _POSTGRES_ERRORS as error:
         return repr(error)
     try:
         if not await connection.fetchval("SELECT 1 FROM pg_database WHERE datname = 'sale'"):
             await connection.execute("CREATE DATABASE sale")
-    except POSTGRES_ERRORS as error:
+    except _POSTGRES_ERRORS as error:
         return repr(error)
     finally:
         connection.terminate()
@@ -557,6 +556,15 @@ async def _together(works: Iterable[Coroutine[None, None, None]]) -> None:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise EmbeddedError(str(first)) from None
+
+
+_POSTGRES_ERRORS: Final = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+"""As in ``sale.db.errors``, which the import contract does not let this package import."""
 
 
 async def _uncancelled(work: Awaitable[None]) -> None:

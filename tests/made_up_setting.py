@@ -5,7 +5,7 @@ import sys
 
 import msgspec
 from redis.asyncio import Redis
-from stock_maker import Bid, Stock, card, key
+from stock_maker import Bid, Stock, key, member
 
 from sale.domain.campaign_file import InvalidCampaign, parse_campaign, request_type
 from sale.domain.campaign_view import campaign_view, desk_view
@@ -33,7 +33,7 @@ async def main(redis_url: str) -> dict[str, object]:
     await stock.create(made)
     await stock.load_roster()
     await stock.step("open")
-    bought = await stock.buy(Bid(card(1), key(1), 4), Bid(card(2), key(2), 5))
+    bought = await stock.buy(Bid(member(1), key(1), 4), Bid(member(2), key(2), 5))
     now = await read_campaign(redis, made.id)
     books = await stock.check_books()
     await redis.aclose()

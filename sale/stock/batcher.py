@@ -405,9 +405,7 @@ class Batcher:
                 or behind
                 or await self.unapplied.count_missing(redis, keys)
             ):
-                self._warn_store(
-                    "campaign.lacks_orders", f"epoch {head.epoch}, event {head.seq}"
-                )
+                self._warn_store("campaign.lacks_orders", f"epoch {head.epoch}, event {head.seq}")
                 return False
         except (*REDIS_ERRORS, ValueError) as error:
             self._warn_store("purchase.unknown", type(error).__name__)

@@ -83,13 +83,15 @@ class Catalogue:
         return None
 
     def doubt(self, campaign_id: str) -> None:
-        """Forget a configuration that a request was refused by, unless it was read a moment ago.
+        """Read a configuration again that a request was refused by, unless it is fresh.
 
-        Such a refusal asks no store, so no reply would tell that the configuration has moved.
+        Such a refusal asks no store, so no reply would tell that the configuration has moved. The
+        old one serves until the read ends: otherwise any wrong request would take the campaign off
+        the fast path.
         """
         read_at, _ = self._now.get(campaign_id, (0.0, None))
-        if time.monotonic() - read_at >= FRESH_S:
-            self._known.pop(campaign_id, None)
+        if campaign_id in self._known and time.monotonic() - read_at >= FRESH_S:
+            self._read_soon(campaign_id)
 
     async def for_sale(self, campaign_id: str) -> Campaign | None:
         """Give the configuration of a campaign that members may know of."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from fast_path_rig import TIME, WISH, Member
 
-from sale.api.head_rules import ONCE
+from sale.http.head_rules import ONCE
 
 
 class Case(NamedTuple):

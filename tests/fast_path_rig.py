@@ -18,11 +18,11 @@ from fast_path_client import Told, Wire
 from service import Client, Service, free_port, in_s, showings
 
 from sale.api import request
-from sale.api.aiohttp_handler import LoneHandler
 from sale.api.app import Api, listening
 from sale.bootstrap import Engine, open_engine
 from sale.config import Settings
 from sale.http import client, connection, delegation, fast_path
+from sale.http.aiohttp_handler import LoneHandler
 from sale.http.connection import Connection
 from sale.http.fast_path import FastPath
 

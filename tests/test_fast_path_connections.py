@@ -17,10 +17,9 @@ from fuzz_fast_path.properties import Counter
 from fuzz_fast_path.properties import Wire as FuzzWire
 from fuzz_fast_path.sent import ORDERS
 
-from sale.api import aiohttp_handler
-from sale.api.aiohttp_handler import Handler, InnerHandler, LoneHandler
 from sale.api.fast_routes import make_fast_path
-from sale.http import request_head
+from sale.http import aiohttp_handler, request_head
+from sale.http.aiohttp_handler import Handler, InnerHandler, LoneHandler
 from sale.http.bounds import HELD_FREELY, HELD_MAX
 from sale.http.connection import Connection
 from sale.http.overload import QUEUE
@@ -456,7 +455,7 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
     def make() -> InnerHandler:
         handler = InnerHandler(
             server,
-            engine=mock.Mock(),
+            refusals=mock.Mock(),
             draining=lambda: False,
             answered=lambda: told.append((handler.busy, handler.idle)),
             reading=lambda _: None,

@@ -16,8 +16,8 @@ from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # 
 from fast_path_rig import TIME, WISH, Side, World, shorter
 from test_attack_fast_path import no_room
 
-from sale.api import aiohttp_handler
-from sale.api.aiohttp_handler import LoneHandler
+from sale.http import aiohttp_handler
+from sale.http.aiohttp_handler import LoneHandler
 
 CLOSED_WITHIN_S = 5.0
 """Less than any bound of a connection: it is closed because all is answered."""
@@ -353,7 +353,9 @@ async def test_given_this_aiohttp_then_a_handler_alone_ends_as_it_is_built_to() 
             for rest in (b"", cut_off, half):
                 served.clear()
                 server = web.Server(serve)  # type: ignore[arg-type]
-                handler = LoneHandler(server, engine=mock.Mock(), draining=lambda: False)
+                handler = LoneHandler(
+                    server, refusals=mock.Mock(), draining=lambda: False, overload=mock.Mock()
+                )
                 transport = mock.Mock()
                 transport.is_closing = lambda made=transport: made.close.called
                 handler.connection_made(transport)

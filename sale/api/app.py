@@ -19,15 +19,16 @@ import structlog
 from aiohttp import web
 
 from sale.api.admit import WAITING, Admission
-from sale.api.aiohttp_handler import Handler, LoneHandler
 from sale.api.dispatch import add_routes
 from sale.api.fast_routes import make_fast_path
 from sale.api.openapi import build_document
 from sale.api.pages import PAGES, Pages
+from sale.api.refusals import ProblemRefusals
 from sale.api.request import ENGINE
 from sale.api.routes import ROUTES
 from sale.bootstrap import Engine
 from sale.config import StartError
+from sale.http.aiohttp_handler import Handler, LoneHandler
 from sale.http.bounds import BODY_MAX
 from sale.http.connection import Connection
 from sale.http.waiting_line import WaitingLine
@@ -83,6 +84,7 @@ class Api:
         self._engine = engine
         self._waiting_line = waiting_line
         self._handlers = server
+        self._refusals = ProblemRefusals(engine)
         self._loop = asyncio.get_running_loop()
         self._listener: socket.socket | None = None
         self._name: socket.socket | None = None
@@ -160,7 +162,12 @@ class Api:
     def _connection(self) -> Connection | Handler:
         if self._fast_path is not None:
             return Connection(self._fast_path)
-        return LoneHandler(self._handlers, draining=self._is_draining, engine=self._engine)
+        return LoneHandler(
+            self._handlers,
+            refusals=self._refusals,
+            draining=self._is_draining,
+            overload=self._engine.overload,
+        )
 
     def _is_draining(self) -> bool:
         return self.draining

@@ -4,20 +4,18 @@ from functools import partial
 
 from aiohttp import web
 
-from sale.api.aiohttp_handler import InnerHandler
 from sale.api.fast_purchase import FastPurchases
 from sale.api.fast_reads import FastReads
-from sale.api.problems import problem_answer
 from sale.api.public import CAMPAIGN, CAMPAIGN_MAX_AGE_S
+from sale.api.refusals import ProblemRefusals, overloaded_answer
 from sale.api.views import availability_view
 from sale.bootstrap import Engine
 from sale.domain.campaign import CAMPAIGN_ID
 from sale.domain.campaign_view import campaign_view
-from sale.domain.problem import Problem, Refused
+from sale.http.aiohttp_handler import InnerHandler
 from sale.http.fast_path import FastPath
 from sale.http.fast_routes import FastRoute, FastRoutes
 from sale.http.waiting_line import WaitingLine
-from sale.http.wire import rendered
 
 
 def fast_routes(engine: Engine) -> FastRoutes:
@@ -39,12 +37,6 @@ def make_fast_path(engine: Engine, server: web.Server, waiting_line: WaitingLine
         fast_routes(engine),
         engine.overload,
         waiting_line,
-        make_delegate=partial(InnerHandler, server, engine=engine),
+        make_delegate=partial(InnerHandler, server, refusals=ProblemRefusals(engine)),
         overloaded=overloaded_answer,
     )
-
-
-def overloaded_answer(wait_s: int, last: bool) -> bytes:  # noqa: FBT001 - FastPath calls it
-    """Word the refusal of an overloaded process."""
-    refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
-    return rendered(*problem_answer(refused), last=last)

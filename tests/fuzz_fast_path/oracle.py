@@ -8,7 +8,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
 
-from sale.api.head_rules import refusal_of_head
+from sale.http.head_rules import fault_of_head
 
 
 class Request(NamedTuple):
@@ -62,7 +62,7 @@ def oracle(loop: asyncio.AbstractEventLoop, data: bytes) -> tuple[list[Request],
         if not payload.is_eof() or payload.exception() is not None:
             break
         body = b"" if payload is EMPTY_PAYLOAD else payload.read_nowait()
-        if refusal_of_head(message) is not None:
+        if fault_of_head(message) is not None:
             return requests, True
         key = message.headers.get("Idempotency-Key")
         requests.append(Request(message.method, message.path, body, key))

@@ -6,13 +6,11 @@ connection is closed behind it. The fast path takes none of these heads (``http/
 """
 
 import re
-from typing import Final
+from typing import Final, NamedTuple
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs
 from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.http_parser import RawRequestMessage
-
-from sale.domain.problem import Problem, Refused
 
 METHODS: Final = ("DELETE", "GET", "HEAD", "POST")
 """All that any address here takes."""
@@ -31,38 +29,45 @@ _ONCE: Final = {name.lower(): name for name in ONCE}
 _NAMED: Final = re.compile("|".join(sorted(ONCE)))
 
 
-def refusal_of_head(message: RawRequestMessage) -> Refused | None:
+class HeadFault(NamedTuple):
+    """What is wrong with a head: the field, and why.
+
+    ``allow``: the method is refused, and these are taken.
+    """
+
+    field: str
+    why: str
+    allow: tuple[str, ...] = ()
+
+
+def fault_of_head(message: RawRequestMessage) -> HeadFault | None:
     """Say why a head that could be read is refused all the same; None where it is not."""
     if message.version not in (HttpVersion10, HttpVersion11):
-        return _wrong("version", "send HTTP/1.1")
+        return HeadFault("version", "send HTTP/1.1")
     if message.method == hdrs.METH_CONNECT or message.path == "*":
-        return Refused(Problem.METHOD_NOT_ALLOWED, allow=METHODS)
+        return HeadFault("method", "no address here takes it", METHODS)
     scheme, absolute, _ = message.path.partition("://")
     if absolute and message.path[0] != "/" and scheme.lower() not in ("http", "https"):
-        return _wrong("target", "there is only http here")
+        return HeadFault("target", "there is only http here")
     headers = message.headers
     names = [name.lower() for name, _ in headers.items()]
     if len(set(names)) < len(names):
         for name in _ONCE.keys() & set(names):
             if names.count(name) > 1:
-                return _wrong(_ONCE[name], "this header may come once")
+                return HeadFault(_ONCE[name], "this header may come once")
     coding = headers.get(hdrs.TRANSFER_ENCODING, "")
     if coding and coding.lower() != "chunked":
-        return _wrong("Transfer-Encoding", "only chunked is understood")
+        return HeadFault("Transfer-Encoding", "only chunked is understood")
     expected = headers.get(hdrs.EXPECT, "")
     if expected and expected.lower() != "100-continue":
-        return _wrong("Expect", "only 100-continue is understood")
+        return HeadFault("Expect", "only 100-continue is understood")
     return None
 
 
-def refusal_of_unreadable(error: BaseException | None) -> Refused:
-    """Word what the parser refused, by the header that it names; nothing of what was sent."""
+def fault_of_unreadable(error: BaseException | None) -> HeadFault | None:
+    """Say which header the parser refused, None where it names none; nothing of what was sent."""
     if type(error) is BadHttpMessage:  # what its kinds say may quote the client
         named = _NAMED.search(error.message.partition("\n")[0])
         if named is not None:
-            return _wrong(named[0], "it is missing, comes twice, or cannot be understood")
-    return Refused(Problem.INVALID_REQUEST, "this is not a request that can be read")
-
-
-def _wrong(field: str, why: str) -> Refused:
-    return Refused(Problem.INVALID_REQUEST, f"{field}: {why}", field=field)
+            return HeadFault(named[0], "it is missing, comes twice, or cannot be understood")
+    return None

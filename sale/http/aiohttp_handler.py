@@ -16,7 +16,8 @@ what follows an upgrade that it does not know. Ours is given a read piece by pie
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any, Final, Protocol, cast
 
 import structlog
 from aiohttp import HttpVersion, HttpVersion11, hdrs, web
@@ -24,20 +25,33 @@ from aiohttp.http import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from sale.api.charge import charged
-from sale.api.head_rules import refusal_of_head, refusal_of_unreadable
-from sale.api.problems import problem_answer, problem_response
-from sale.bootstrap import Engine
-from sale.domain.problem import Problem, Refused
 from sale.http.bounds import ENDED_WITHIN_S, KEEPALIVE_S, UNREAD_WITHIN_S
+from sale.http.head_rules import HeadFault, fault_of_head, fault_of_unreadable
+from sale.http.overload import Overload
 from sale.http.request_ids import HEADER, REQUEST_ID, name_request, named
-from sale.http.wire import SERVER, rendered
+from sale.http.wire import SERVER
 
 HEAD_END: Final = b"\r\n\r\n"
 LINE_MAX: Final = 8_192
 """Of a head, what is kept while it comes: aiohttp takes no longer first line."""
 
 log = structlog.get_logger()
+
+
+class Refusals(Protocol):
+    """Answers what is refused before a route is found."""
+
+    def of_head(self, request: web.BaseRequest, fault: HeadFault | None) -> web.Response:
+        """Answer a request whose head is refused; None: it cannot be read."""
+
+    def of_status(self, request: web.BaseRequest, status: int) -> web.Response:
+        """Answer a request that aiohttp itself refuses with a status."""
+
+    def of_failure(self) -> web.Response:
+        """Answer a fault of ours."""
+
+    def of_crowding(self, wait_s: int) -> bytes:
+        """Give the bytes that a connection beyond the bound is answered, as its last."""
 
 
 class Handler(web.RequestHandler):
@@ -47,15 +61,25 @@ class Handler(web.RequestHandler):
     """
 
     __slots__ = (
-        "_before", "_body", "_body_left", "_broken", "_done_with", "_draining", "_ended", "_engine",
-        "_line", "_rest", "_unreadable", "client_ended",
+        "_before",
+        "_body",
+        "_body_left",
+        "_broken",
+        "_done_with",
+        "_draining",
+        "_ended",
+        "_line",
+        "_refusals",
+        "_rest",
+        "_unreadable",
+        "client_ended",
     )  # fmt: skip
 
     def __init__(
         self,
         server: web.Server,
         *,
-        engine: Engine,
+        refusals: Refusals,
         draining: Callable[[], bool],
         keepalive_timeout: float = KEEPALIVE_S,
     ) -> None:
@@ -64,9 +88,9 @@ class Handler(web.RequestHandler):
             loop=asyncio.get_running_loop(),
             access_log=None,  # type: ignore[arg-type]  # as aiohttp itself passes it
             keepalive_timeout=keepalive_timeout,
-            auto_decompress=False,  # packed bodies are refused: see exchange.check_coding
+            auto_decompress=False,  # packed bodies are refused: see request.is_plain
         )
-        self._engine = engine
+        self._refusals = refusals
         self._draining = draining
         self._rest = b""
         """Bytes that are still to be parsed: while there are any, no more is read."""
@@ -201,29 +225,24 @@ class Handler(web.RequestHandler):
         if is_none:
             request._headers = _NO_HEADERS  # noqa: SLF001
         name_request(request)
-        refused = refusal_of_head(message)
-        if refused is not None:
-            request_handler = self._refusing(refused)
-        if refused is not None or is_none:
+        fault = fault_of_head(message)
+        if fault is not None:
+            request_handler = partial(self._refuse, fault)
+        if fault is not None or is_none:
             request._version = HttpVersion11  # noqa: SLF001 - that of the answer
         return super()._handle_request(request, start_time, request_handler)
 
-    def _refusing(
-        self, refused: Refused
-    ) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
-        async def refuse(request: web.BaseRequest) -> web.StreamResponse:
-            response = problem_response(charged(self._engine, request, refused))
-            response.force_close()
-            return response
-
-        return refuse
+    async def _refuse(self, fault: HeadFault, request: web.BaseRequest) -> web.StreamResponse:
+        response = self._refusals.of_head(request, fault)
+        response.force_close()
+        return response
 
     def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
         """Send an answer; the connection's last while draining, or to what could not be read."""
         if isinstance(resp, web.HTTPException) and resp.status >= 400:
-            resp = self._as_problem(request, resp)
+            resp = self._refusals.of_status(request, resp.status)
         resp.headers[HEADER] = request.get(REQUEST_ID) or name_request(request)
         resp.headers[hdrs.SERVER] = SERVER
         broken = self._broken is not EMPTY_PAYLOAD and request.content is self._broken
@@ -258,23 +277,15 @@ class Handler(web.RequestHandler):
         if status >= 500:
             name = request.get(REQUEST_ID, "")
             log.error("request.failed", path=request.path, request_id=name, exc_info=exc)
-            refused = Refused(Problem.UNAVAILABLE)
+            response = self._refusals.of_failure()
         else:
-            refused = charged(self._engine, request, refusal_of_unreadable(exc))
-        response = problem_response(refused)
+            response = self._refusals.of_head(request, fault_of_unreadable(exc))
         response.force_close()
         return response
-
-    def _as_problem(self, request: web.BaseRequest, told: web.HTTPException) -> web.Response:
-        """Word a refusal of aiohttp's own, for which no route was found."""
-        problem = _PROBLEMS.get(told.status, Problem.INVALID_REQUEST)
-        return problem_response(charged(self._engine, request, Refused(problem)))
 
 
 _NO_VERSION: Final = HttpVersion(0, 0)
 _NO_HEADERS: Final = CIMultiDictProxy[str](CIMultiDict())
-_PROBLEMS: Final = {404: Problem.NOT_FOUND, 500: Problem.UNAVAILABLE}
-"""By the status of what aiohttp itself raises."""
 
 
 class InnerHandler(Handler):
@@ -291,14 +302,14 @@ class InnerHandler(Handler):
         self,
         server: web.Server,
         *,
-        engine: Engine,
+        refusals: Refusals,
         draining: Callable[[], bool],
         answered: Callable[[], None],
         reading: Callable[[bool], None],
         keepalive_timeout: float,
     ) -> None:
         super().__init__(
-            server, engine=engine, draining=draining, keepalive_timeout=keepalive_timeout
+            server, refusals=refusals, draining=draining, keepalive_timeout=keepalive_timeout
         )
         self._answered = answered
         self._reading = reading
@@ -316,24 +327,30 @@ class InnerHandler(Handler):
 class LoneHandler(Handler):
     """A connection that aiohttp has alone: the fast path is off.
 
-    The engine's admission counts it; beyond the bound it is told so and closed at once.
+    ``overload`` counts it; beyond the bound it is told so and closed at once.
     """
 
-    __slots__ = ("_admitted", "_end_by", "_unread")
+    __slots__ = ("_admitted", "_end_by", "_overload", "_unread")
 
-    def __init__(self, server: web.Server, *, engine: Engine, draining: Callable[[], bool]) -> None:
-        super().__init__(server, engine=engine, draining=draining)
+    def __init__(
+        self,
+        server: web.Server,
+        *,
+        refusals: Refusals,
+        draining: Callable[[], bool],
+        overload: Overload,
+    ) -> None:
+        super().__init__(server, refusals=refusals, draining=draining)
+        self._overload = overload
         self._admitted = False
         self._end_by: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin, unless there are too many."""
-        self._admitted = self._engine.overload.take_connection()
+        self._admitted = self._overload.take_connection()
         if not self._admitted:
-            wait_s = self._engine.overload.retry_after(time.monotonic())
-            refused = Refused(Problem.OVERLOADED, retry_after_s=wait_s)
-            wire = rendered(*problem_answer(refused), last=True)
+            wire = self._refusals.of_crowding(self._overload.retry_after(time.monotonic()))
             cast("asyncio.Transport", transport).write(named(wire, None))
             transport.close()
             return
@@ -343,7 +360,7 @@ class LoneHandler(Handler):
         """End."""
         if self._admitted:
             self._admitted = False
-            self._engine.overload.release_connection()
+            self._overload.release_connection()
         for timer in (self._end_by, self._unread):
             if timer is not None:
                 timer.cancel()

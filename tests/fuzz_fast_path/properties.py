@@ -219,7 +219,7 @@ class Counter:
             whoever, whoever, whoever, whoever, PurchaseMetrics(), whoever, whoever, self.admission
         )
         self.overload, self.limits, self.addresses = self.admission, self, self
-        self.catalogue = self
+        self.public_campaigns = self
 
     # What the lane's own checks are replaced by: any body and key will do.
 

@@ -19,6 +19,7 @@ import hmac
 import os
 import secrets
 import stat
+from array import array
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +38,8 @@ AUDIENCE: Final = "member"
 TOKEN_TTL_S: Final = 30 * 86_400
 TOKEN_MAX_CHARS: Final = 1_024
 REMEMBERED_MAX: Final = 32_768
+SEEN_PLACES: Final = 65_536
+"""A power of two; 512 KB."""
 SHA256_BLOCK: Final = 64
 OPERATOR_TOKEN_PREFIX: Final = "sale_op_"  # noqa: S105 - a prefix, not a password
 SIGNING_KEY_FILE: Final = "signing.key"
@@ -106,9 +109,11 @@ def issue_member_token(
 class MemberTokens:
     """Verifies member tokens of one key, without I/O.
 
-    A token that was found good is remembered, whole: a member tries again with the same one. Two
-    generations of at most ``REMEMBERED_MAX`` bound what that holds. Time is looked at each time,
-    and so is ``raised``, the members' generations that are not 0.
+    A good token is remembered, whole, when it comes for the second time: a member who tries again
+    may try often. In a rush most tokens come once, and remembering those cost 0.8 µs each, a
+    quarter of their check, and memory that the CPU's caches lack elsewhere. Two generations of at
+    most ``REMEMBERED_MAX`` bound what that holds. Time is looked at each time, and so is
+    ``raised``, the members' generations that are not 0.
     """
 
     def __init__(self, key: SigningKey, raised: Mapping[int, int] | None = None) -> None:
@@ -124,6 +129,8 @@ class MemberTokens:
         self._header = issue_member_token(key, Member(0, ""), now_s=0).split(".")[0].encode()
         self._good: dict[str, _Good] = {}
         self._good_before: dict[str, _Good] = {}
+        self._seen = array("q", bytes(8 * SEEN_PLACES))
+        """Hashes of good tokens that came, each at the place that its last bits name."""
 
     def verify(self, token: str, now_s: float) -> Member:
         """Whom ``token`` speaks for at ``now_s`` (Unix seconds).
@@ -134,15 +141,26 @@ class MemberTokens:
         """
         good = self._good.get(token)
         if good is None:
-            good = self._remember(token, self._good_before.get(token) or self._read(token))
+            good = self._good_before.get(token)
+            good = self._first_seen(token) if good is None else self._remember(token, good)
         exp, nbf, member = good
         if exp <= now_s:
             _refuse("the token has expired")
         if nbf > now_s:
             _refuse(_NOT_VALID)
-        if member.generation < self._raised.get(member.no, 0):
+        if self._raised and member.generation < self._raised.get(member.no, 0):
             _refuse("the token has ended: the card was replaced or revoked, sign in again")
         return member
+
+    def _first_seen(self, token: str) -> "_Good":
+        """Check a token that is not remembered; remember it if it came before. Raises Refused."""
+        good = self._read(token)
+        mark = hash(token)
+        place = mark & (SEEN_PLACES - 1)
+        if self._seen[place] == mark:
+            return self._remember(token, good)
+        self._seen[place] = mark
+        return good
 
     def _remember(self, token: str, good: "_Good") -> "_Good":
         if len(self._good) >= REMEMBERED_MAX:
@@ -168,9 +186,10 @@ class MemberTokens:
             claims = _CLAIMS.decode(_decode_segment(payload))
         except (ValueError, RecursionError):
             _refuse(_NOT_VALID)
-        if not (claims.sub.isascii() and claims.sub.isdecimal() and is_member_no(int(claims.sub))):
+        number = int(claims.sub) if claims.sub.isascii() and claims.sub.isdecimal() else 0
+        if not is_member_no(number):
             _refuse(_NOT_VALID)
-        return claims.exp, claims.nbf, Member(int(claims.sub), claims.union, claims.gen)
+        return claims.exp, claims.nbf, Member(number, claims.union, claims.gen)
 
     def _check_header(self, segment: bytes) -> None:
         """Accept another spelling of our header. Extensions that must be understood are not."""

@@ -7,6 +7,7 @@ import random
 import string
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jwt
 import pytest
@@ -98,6 +99,13 @@ def test_token_speaks_for_its_member_until_it_expires() -> None:
     assert verdict(token, NOW + 59.999) == MEMBER
     assert verdict(token, NOW + 60) is None
     assert len(token) < 260
+
+
+def test_token_is_remembered_from_its_second_time() -> None:
+    tokens, token = MemberTokens(KEY), issue_member_token(KEY, MEMBER, now_s=NOW)
+    with mock.patch.object(tokens, "_read", wraps=tokens._read) as read:
+        assert [tokens.verify(token, NOW) for _ in range(5)] == [MEMBER] * 5
+    assert read.call_count == 2
 
 
 def test_token_below_the_generation_is_refused_at_once() -> None:

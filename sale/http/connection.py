@@ -252,8 +252,15 @@ class Connection(ClientConnection):
         return delegation.is_over(self._delegate_answered)
 
     def post(self, wire: bytes) -> None:
-        """Send the answer to the request that is pending soon, with others."""
-        self._fast_path.post(self, wire)
+        """Send the answer to the request that is pending soon, with the others of its batch.
+
+        Each write wakes the client's side. Between two of them lies the wording of one answer, in
+        which a quick client falls asleep again: written in one go, 256 answers wake it less often.
+        """
+        fast_path = self._fast_path
+        if not fast_path.outbox:
+            fast_path.loop.call_soon(fast_path.send_outbox)
+        fast_path.outbox.append((self, wire))
 
     def send(self, wire: bytes) -> None:
         """Send the answer to the request that is pending; what waits behind it comes next."""

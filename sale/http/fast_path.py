@@ -33,7 +33,6 @@ import structlog
 
 from sale.background import keep_running
 from sale.http.bounds import HELD_BY_ALL_MAX, HELD_MAX
-from sale.http.connection import Connection
 from sale.http.delegation import MakeDelegate
 from sale.http.fast_routes import FastRoutes
 from sale.http.overload import RETRY_MAX_S, Overload
@@ -42,6 +41,7 @@ from sale.http.waiting_line import WaitingLine
 
 if TYPE_CHECKING:
     from sale.http.client import ClientConnection
+    from sale.http.connection import Connection
 
 SWEEP_S: Final = 1.0
 
@@ -79,7 +79,8 @@ class FastPath:
         self._reads_on = False
         self.now = self.loop.time()
         """The loop's clock, to the second: deadlines need no better."""
-        self._outbox: list[tuple[Connection, bytes]] = []
+        self.outbox: list[tuple[Connection, bytes]] = []
+        """Answers that are sent together, in the loop's next turn."""
         self.say_overloaded = overloaded
         self._word_overloaded()
         self._sweeper = self.loop.create_task(keep_running(self._sweep))
@@ -105,18 +106,9 @@ class FastPath:
             room -= HELD_MAX
         self.hold(0)
 
-    def post(self, connection: Connection, wire: bytes) -> None:
-        """Send the answer to a connection's pending request soon, with the others of its batch.
-
-        Each write wakes the client's side. Between two of them lies the wording of one answer, in
-        which a quick client falls asleep again: written in one go, 256 answers wake it less often.
-        """
-        if not self._outbox:
-            self.loop.call_soon(self._send)
-        self._outbox.append((connection, wire))
-
-    def _send(self) -> None:
-        outbox, self._outbox = self._outbox, []
+    def send_outbox(self) -> None:
+        """Send what is in the outbox."""
+        outbox, self.outbox = self.outbox, []
         for connection, wire in outbox:
             try:
                 connection.send(wire)
@@ -125,7 +117,7 @@ class FastPath:
 
     def drain(self) -> None:
         """Make each answer its connection's last from now on."""
-        self._send()  # what was worded before does not say that it is the last
+        self.send_outbox()  # what was worded before does not say that it is the last
         self.draining = True
 
     def is_draining(self) -> bool:
@@ -135,7 +127,7 @@ class FastPath:
     async def close(self) -> None:
         """Close every connection that is left. The waiting line has to be closed before."""
         self._sweeper.cancel()
-        self._send()
+        self.send_outbox()
         await asyncio.gather(self._sweeper, return_exceptions=True)
         for connection in list(self.connections):
             connection.close()

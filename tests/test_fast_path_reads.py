@@ -14,6 +14,8 @@ from fast_path_rig import Side, World
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisAway
 
+from sale.api.fast_routes import FAST
+from sale.api.routes import ROUTES
 from sale.domain.campaign import State
 from sale.http.overload import TURN, Overload
 from sale.stock import catalogue
@@ -130,6 +132,10 @@ def test_draining_process_says_that_its_answer_is_the_last(world: World) -> None
             assert dict(told.answers[1].headers)["Connection"] == "close"
 
     world.run(judge())
+
+
+def test_fast_routes_are_entries_of_the_table_of_routes() -> None:
+    assert FAST.keys() <= {route.handler for route in ROUTES}
 
 
 # The catalogue's memory.

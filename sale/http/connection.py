@@ -57,7 +57,8 @@ class Connection(ClientConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the first request has as long as any head."""
         self._transport = cast("asyncio.Transport", transport)
-        self.deadline = self._fast_path.now + HEAD_WITHIN_S
+        # Not the fast path's clock: it stands still while the process starts.
+        self.deadline = self._fast_path.loop.time() + HEAD_WITHIN_S
         self._admitted = self._fast_path.overload.take_connection()
         if self._admitted:
             self._fast_path.connections.add(self)

@@ -182,7 +182,7 @@ class PurchaseDesk:
 
     def count_refused(self, campaign_id: str, problem: Problem) -> None:
         """Count a request that never came to the script; only known campaigns are a label."""
-        known = "" if self._catalogue.known(campaign_id) is None else campaign_id
+        known = campaign_id if self._catalogue.was_for_sale(campaign_id) else ""
         self._metrics.outcomes[known, problem.value] += 1
         if problem is Problem.INVALID_REQUEST:
             self._catalogue.doubt(campaign_id)

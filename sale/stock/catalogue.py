@@ -82,6 +82,11 @@ class Catalogue:
             kept.pop(campaign_id, None)
         return None
 
+    def was_for_sale(self, campaign_id: str) -> bool:
+        """Whether a campaign was for sale when it was read last, also if that is in doubt."""
+        _, now = self._now.get(campaign_id, (0.0, None))
+        return campaign_id in self._known or (now is not None and now.visible)
+
     def doubt(self, campaign_id: str) -> None:
         """Read a configuration again that a request was refused by, unless it is fresh.
 

@@ -237,6 +237,12 @@ class Counter:
     def known(self, campaign_id: str) -> Any:
         return FILMS if campaign_id == CAMPAIGN else None
 
+    def was_for_sale(self, campaign_id: str) -> bool:
+        return campaign_id == CAMPAIGN
+
+    def doubt(self, _: str) -> None:
+        """What is known stays."""
+
     def fresh(self, campaign_id: str) -> Any:
         return FILMS_NOW if campaign_id == CAMPAIGN else None
 

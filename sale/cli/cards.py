@@ -153,7 +153,7 @@ def replace(context: CommandContext, old: str, new: str, reason: str) -> None:
 @click.argument("card_no", callback=card_number)
 @command_context
 def show(context: CommandContext, card_no: str) -> None:
-    """Show a card and its member; of the number, only the last four digits."""
+    """Show a card and its member, with the last four digits alone."""
 
     async def work() -> Card:
         async with context.pool() as pool:

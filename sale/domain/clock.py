@@ -82,7 +82,7 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _NEAREST_MIN_MS: Final = to_ms(datetime(1, 1, 3, tzinfo=UTC))
 _NEAREST_MAX_MS: Final = to_ms(datetime(9999, 12, 29, tzinfo=UTC))
 _RFC3339: Final = re.compile(
-    r"(\d{4}-\d\d-\d\dT[012]\d:[0-5]\d:[0-5]\d)(?:\.(\d{1,9}))?"
+    r"(\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d)(?:\.(\d{1,9}))?"
     r"(Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII | re.IGNORECASE,
 )

@@ -175,10 +175,16 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
         raise BadUrl(f"not a URL that begins with {' or '.join(f'{s}://' for s in schemes)}")
     if "#" in url:
         raise BadUrl(f"contains a # {_HINT}")
-    try:
-        return urlsplit(url)
+    scheme, _, rest = url.partition("://")
+    before, _, query = rest.partition("?")
+    netloc, slash, path = before.partition("/")
+    try:  # each host alone: from Python 3.14 on, urlsplit refuses brackets amid a list of hosts
+        user, at, hosts = netloc.rpartition("@")
+        for host in hosts.split(","):
+            urlsplit(f"{scheme}://{user}{at}{host}")
     except ValueError:  # its message may repeat the user and password
         raise BadUrl(f"its host cannot be read {_HINT}") from None
+    return SplitResult(scheme, netloc, slash + path, query, "")
 
 
 def _options(parts: SplitResult, known: frozenset[str] | set[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ COMMANDS: Final = {
 
 
 def usage() -> str:
-    """What there is."""
+    """The programs, with their help."""
     lines = [f"  {name:<9}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: python -m loadtest COMMAND [OPTIONS]", "", *lines])
 

@@ -135,7 +135,7 @@ class Generator:
         self._waiting: deque[int] = deque()
         self._again: list[tuple[float, int]] = []
         self._told: dict[int, str] = {}
-        """What those were told last who ask again."""
+        """The last answer of each request that is asked again."""
         self._live: set[_Connection] = set()
         self._opening: set[asyncio.Task[None]] = set()
         self._next = 0

@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What one member asks for under one key."""
+    """One member's purchase under one key."""
 
     card: str
     key: str

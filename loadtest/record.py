@@ -82,7 +82,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Proof(msgspec.Struct, kw_only=True):
-    """What the books said after the run.
+    """The result of the books' check after the run.
 
     ``audit_clean`` is ``None`` where ``sale audit`` could not be run.
     """

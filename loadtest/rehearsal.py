@@ -1,4 +1,4 @@
-"""What `sale rehearse` needs of the load tests: a release played to its end, and its record.
+"""The load tests' part of `sale rehearse`: a release played to its end, and its record.
 
 The requests come from processes of their own (`loadtest.rush.worker`), so the process that leads a
 rehearsal does not slow them down. The engine imports this module and no other of the load tests.

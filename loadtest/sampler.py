@@ -132,7 +132,7 @@ class Sampler:
 
 
 def read_metrics(text: str, campaign: str) -> Sample:
-    """What a metrics page tells of a campaign, as a sample of time 0. Raises ValueError."""
+    """Read a campaign's figures from a metrics page, as a sample of time 0. Raises ValueError."""
     wanted = (line for line in text.splitlines() if line.startswith(_WANTED))
     stock: dict[str, int] = {}
     found: dict[str, float] = {}

@@ -44,7 +44,7 @@ class Phases(msgspec.Struct, frozen=True):
 
 
 class Mix(msgspec.Struct, frozen=True):
-    """Who comes, by weight. Members and bots have a card each, refreshers have none."""
+    """The mix of users, by weight. Members and bots have a card each, refreshers have none."""
 
     members: int = 1
     refreshers: int = 0
@@ -57,7 +57,7 @@ class Mix(msgspec.Struct, frozen=True):
 
 
 class Deeds(msgspec.Struct, frozen=True):
-    """What the one operator does after the opening: stock added in all, in how many steps; pauses.
+    """The operator's steps after the opening: stock added in all, in how many steps; pauses.
 
     ``raise_share`` is of the campaign's own stock, ``raise_tickets`` an absolute number.
     """

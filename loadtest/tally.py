@@ -39,7 +39,7 @@ class Bounds:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a run.
+    """The counts of a run.
 
     Per arrival: ``offsets`` (intended time, seconds from the start), ``done_at`` (NaN: never),
     ``outcome`` (index into ``codes``), ``late`` (how late the generator took it up, seconds),

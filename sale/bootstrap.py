@@ -48,7 +48,7 @@ END_TRIES: Final = 10
 END_AGAIN_S: Final = 0.2
 LOOK_AROUND_S: Final = 2.0
 STORE_ERRORS: Final = tuple(dict.fromkeys((*REDIS_ERRORS, *POSTGRES_ERRORS)))
-"""What a call to either store raises where that store is away, slow, or refuses it."""
+"""Errors of a call to either store that is away, slow, or refuses it."""
 
 log = structlog.get_logger()
 

@@ -27,7 +27,7 @@ SIGNING_KEY_MIN_BYTES = 32
 DRAIN_SPARE_S = 5.0  # for closing connections, after the deadline of purchases
 
 Durability = Literal["fsync", "replicated", "relaxed"]
-"""What an answered order survives; docs/OPERATIONS.md says what each level can lose."""
+"""Levels of durability of an answered order; docs/OPERATIONS.md says what each level can lose."""
 
 
 class SettingsError(ValueError):

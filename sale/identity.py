@@ -1,4 +1,4 @@
-"""Who asks: member tokens, operator tokens, and the key that both logs and PINs are kept with.
+"""Identity: member tokens, operator tokens, and the key that both logs and PINs are kept with.
 
 Member tokens are standard JWTs (HS256, ``kid``), issued with PyJWT. They are verified here by hand,
 because in a rush most tokens are seen for the first time, where a cache does not help, and PyJWT
@@ -64,7 +64,7 @@ class SigningKey(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True, gc=False):
-    """Who a member token speaks for: number, union, and the generation of the token."""
+    """The holder of a member token: number, union, and the generation of the token."""
 
     no: int
     union: str
@@ -215,7 +215,7 @@ def new_operator_token() -> OperatorToken:
 
 
 def operator_token_hash(token: str) -> bytes:
-    """What the database holds of an operator's token: 32 bytes.
+    """Hash an operator's token for the database: 32 bytes.
 
     A plain hash suffices, because the token is random and not a password that can be guessed.
     """
@@ -223,7 +223,7 @@ def operator_token_hash(token: str) -> bytes:
 
 
 def pin_mac(pin_key: bytes, card_no: str, pin: str) -> bytes:
-    """What the roster holds of a PIN; ``pin_key`` is ``key.derive("pin")``.
+    """Hash a PIN for the roster; ``pin_key`` is ``key.derive("pin")``.
 
     The card number is in it, so that equal PINs do not look equal.
     """

@@ -350,7 +350,7 @@ class Bench:
         return (last - first) / (ended - began)
 
     async def audit(self) -> str:
-        """What the engine's audit says of everything that was measured; a fast lie is no figure."""
+        """The engine's audit of all that was measured; a fast lie is no figure."""
         self.note("audit of all that was sold")
         try:
             await sale("audit", settings=self.rig.settings)

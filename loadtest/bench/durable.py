@@ -32,7 +32,7 @@ FULL_SHARE: Final = 0.85
 
 
 class Durable(msgspec.Struct, frozen=True):
-    """What one long run measured.
+    """The figures of one long run.
 
     ``cpu``: share of one core by process over the window, ``others``
     that of all that is not ours (and of the kernel, which counts some of our work as its own).

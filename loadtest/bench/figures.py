@@ -92,7 +92,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Growth(msgspec.Struct, frozen=True):
-    """What a purchase costs when so many were sold in the campaign before it."""
+    """The cost of a purchase when so many were sold in the campaign before it."""
 
     sold: int
     rate: float

@@ -41,7 +41,7 @@ class Feed(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """What came of it. ``client_s`` is CPU time of the client; ``refused`` are 4xx and 5xx."""
+    """The result of an offer. ``client_s``: the client's CPU time; ``refused``: 4xx and 5xx."""
 
     requests: int
     duration_s: float

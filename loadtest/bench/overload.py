@@ -62,7 +62,7 @@ COST_GOAL: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is offered: multiples of the capacity, each for ``seconds``."""
+    """The load offered: multiples of the capacity, each for ``seconds``."""
 
     seconds: float = 3.0
     far: tuple[float, ...] = (1, 2, 5, 10)

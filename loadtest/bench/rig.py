@@ -103,7 +103,7 @@ class Rig:
         await ready(self.processes["serve"], self.log("serve"), self.address, "/readyz", 200)
 
     async def metrics(self) -> dict[str, float]:
-        """What the first API process measures of itself, by name and labels as they are written."""
+        """The first API process's own metrics, by name and labels as they are written."""
         address = f"unix:{self.servers.sockets}/bench-serve"
         async with Client(address) as client:
             page = (await client.request(get_request("metrics", "/metrics"))).body.decode()

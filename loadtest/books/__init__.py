@@ -1,1 +1,1 @@
-"""What clients were told, against what stands in PostgreSQL."""
+"""Compares the answers that clients got with the orders in PostgreSQL."""

@@ -12,7 +12,7 @@ from sale.files import LARGE_MAX_BYTES, UnreadableFile, parse_json, read_bytes
 
 
 class Asked(Protocol):
-    """What is known of a request: whose it is, under which idempotency key, and for what."""
+    """A request: its member, its idempotency key, and the tickets it asks for."""
 
     @property
     def card(self) -> str: ...  # noqa: D102

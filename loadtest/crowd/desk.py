@@ -34,7 +34,7 @@ ANSWERS_MAX: Final = 1_000_000
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What every process must know of a run; sent to the workers before their users."""
+    """The plan of a run for every process; sent to the workers before their users."""
 
     run: int
     campaign: str
@@ -48,7 +48,7 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 class Account(msgspec.Struct):
-    """What a booth says that it has sent, at its end."""
+    """A booth's count of requests sent, at its end."""
 
     run: int
     answers: int
@@ -57,7 +57,7 @@ class Account(msgspec.Struct):
 
 
 class Booth:
-    """What the users of one process share. ``want`` asks the desk for so many cards."""
+    """Shared by the users of one process. ``want`` asks the desk for so many cards."""
 
     def __init__(self) -> None:
         self.want: Callable[[int], None] = lambda _: None

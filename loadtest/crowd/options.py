@@ -1,4 +1,4 @@
-"""What can be told to Locust beside its own options."""
+"""Options of ours beside Locust's own."""
 
 import argparse
 from typing import Any, Final, TypeVar
@@ -47,12 +47,12 @@ def add_options(parser: Any, **_: object) -> None:  # noqa: ANN401 - locust's pa
 
 
 def mix_of(told: Any, scenario: Scenario | None) -> Mix:  # noqa: ANN401 - locust's options
-    """Who comes: the scenario's mix, or members alone, and what the options say otherwise."""
+    """The mix of users: the scenario's, or members alone; options override it."""
     return _changed(scenario.mix if scenario else Mix(), told, "members", "refreshers", "bots")
 
 
 def deeds_of(told: Any, scenario: Scenario | None) -> Deeds:  # noqa: ANN401
-    """What the operator does: the scenario's deeds, or nothing, and what the options say."""
+    """The operator's steps: the scenario's, or none; options override them."""
     deeds = _changed(scenario.deeds if scenario else Deeds(), told, "pauses")
     if told.raise_stock is None:
         return deeds

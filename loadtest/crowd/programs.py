@@ -22,7 +22,7 @@ _PROOF: Final = (sys.executable, "-m", "loadtest.crowd.proof")
 
 
 class About(msgspec.Struct):
-    """What the led process knows of its run. ``alone``: nobody else bought in this campaign."""
+    """The leading process's state of a run. ``alone``: nobody else bought in this campaign."""
 
     name: str
     campaign: str

@@ -42,7 +42,7 @@ CONNECT_S: Final = 10.0
 
 
 class Seen(msgspec.Struct):
-    """What ``watch`` saw; ``started_at`` is when its samples begin, in seconds of Unix time."""
+    """Samples of ``watch``; ``started_at`` is when its samples begin, in seconds of Unix time."""
 
     started_at: float = 0.0
     samples: list[Sample] = []

@@ -53,7 +53,7 @@ REFUSED: Final = 2
 
 
 class Run:
-    """What this process knows of the run. ``booth`` is for its users, ``desk`` for who leads."""
+    """This process's state of the run. ``booth`` serves its users, ``desk`` the leader."""
 
     def __init__(self) -> None:
         self.booth = Booth()
@@ -120,11 +120,11 @@ class Run:
         return self.told, {"Content-Type": "text/plain; charset=utf-8"}
 
     def mix(self) -> Mix:
-        """Who comes, by scenario or options."""
+        """The mix of users, by scenario or options."""
         return mix_of(self._options, self._scenario)
 
     def deeds(self) -> Deeds:
-        """What the operator does, by scenario or options."""
+        """The operator's steps, by scenario or options."""
         return deeds_of(self._options, self._scenario)
 
     def _look(self) -> None:

@@ -13,7 +13,7 @@ from loadtest.scenarios import Phases
 
 SETTLED: Final = 0.7
 LEAVING: Final = 0.5
-"""Who leaves has left after this part of the tail."""
+"""Users who leave have left after this part of the tail."""
 
 
 class Plan(msgspec.Struct, frozen=True):

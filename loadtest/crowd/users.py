@@ -1,4 +1,4 @@
-"""Who comes to a release: members with a phone, people who only reload, and scripts."""
+"""Users of a release: members with a phone, people who only reload, and scripts."""
 
 import random
 import time
@@ -40,7 +40,7 @@ ORDERS_SEEN: Final[deque[tuple[str, str]]] = deque(maxlen=200)
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a member asks for, under one key."""
+    """A member's purchase, under one key."""
 
     card: str
     key: str
@@ -58,7 +58,7 @@ class Told:
 
 
 class SaleUser(FastHttpUser):
-    """What all users share: requests that are judged, and pauses in which a user may be stopped."""
+    """Shared by all users: requests that are judged, and pauses in which a user may be stopped."""
 
     abstract = True
     connection_timeout = 10.0

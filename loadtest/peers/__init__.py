@@ -1,1 +1,1 @@
-"""What the engine is measured against."""
+"""Peers that the engine is measured against."""

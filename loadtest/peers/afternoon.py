@@ -28,7 +28,7 @@ SCRIPT = files("loadtest.peers").joinpath("lua/buy.lua").read_text()
 
 
 class Purchase(BaseModel):
-    """What a member asks for."""
+    """A member's request."""
 
     quantity: int = Field(ge=1, le=CARD_LIMIT)
     showing: str = "general"
@@ -42,7 +42,7 @@ class Ticket(BaseModel):
 
 
 class Order(BaseModel):
-    """What a member gets."""
+    """The answer to a member."""
 
     order_no: str
     campaign: str

@@ -39,7 +39,7 @@ class Told(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What was told, as a table."""
+    """A titled table."""
 
     title: str
     rows: list[Told]

@@ -1,4 +1,4 @@
-"""What the members of a run ask for, and when: request bytes, built when they are sent.
+"""The requests of a run and their moments: bytes, built when they are sent.
 
 Only offsets into the tokens file are kept, eight bytes a card; the file itself is mapped, so many
 processes share it. The same load gives the same asks in every process, and again after the run,
@@ -37,7 +37,7 @@ class _Line(msgspec.Struct):
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """Which requests, and when: the same in all processes of a run."""
+    """The requests and their moments: the same in all processes of a run."""
 
     address: str
     campaign: str

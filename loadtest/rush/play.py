@@ -394,5 +394,5 @@ async def _tell_progress(workers: list[_Worker], note: Note) -> None:
 
 
 def _sum(workers: list[_Worker], name: str) -> int:
-    """What all processes told last."""
+    """Sum a figure over the last reports of all processes."""
     return sum(getattr(worker.last, name) for worker in workers)

@@ -1,4 +1,4 @@
-"""What a run came to, for people: why it does not count, what to know of it, and its table."""
+"""The outcome of a run, for people: why it does not count, its notes, and its table."""
 
 from typing import Final
 
@@ -34,7 +34,7 @@ def verdict(record: Record, *, proof_wanted: bool) -> list[str]:
 
 
 def remarks(record: Record) -> list[str]:
-    """What a reader must know of a run that counts all the same, a line each."""
+    """Notes on a run that counts all the same, a line each."""
     lines = list(record.notes)
     waited, bound = record.plan.get("waited for a connection", 0), record.plan.get("connections")
     if isinstance(waited, int) and waited > WAITED_SHARE * record.offered:

@@ -46,7 +46,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
 
     def tally(self) -> Tally:
-        """What the process counted."""
+        """Counts of the process."""
         told = msgspec.msgpack.decode((Path(self.folder) / f"tally-{self.index}").read_bytes())
         for name, kind in _ARRAYS.items():
             told[name] = array(kind, told[name])
@@ -70,7 +70,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Line(msgspec.Struct, omit_defaults=True):
-    """What a process writes to stdout."""
+    """The report that a process writes to stdout."""
 
     ready: bool = False
     done: bool = False

@@ -1,4 +1,4 @@
-"""Who sent a request: a member or an operator, by the bearer token."""
+"""Finds the sender of a request, a member or an operator, by the bearer token."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""What a handler is given: the request, the parts of it that the dispatcher has checked, and who
+"""The argument of a handler: the request, the parts of it that the dispatcher has checked, and who
 sent it."""
 
 from collections.abc import Mapping

@@ -29,7 +29,7 @@ CHARGED: Final = frozenset(
         Problem.UNSUPPORTED_MEDIA_TYPE,
     }
 )
-"""What is wrong with a request itself: whoever sends such by the thousand pays for it."""
+"""Faults of a request itself; an address is charged for each."""
 
 
 def admit(engine: Engine) -> None:

@@ -15,7 +15,7 @@ from sale.api.request import BodyLate, check_media_type, checked_key, decode_bod
 from sale.bootstrap import Engine
 from sale.domain.campaign import Campaign
 from sale.domain.problem import Problem, Refused
-from sale.http.fast_routes import Exchange, FastHandler, Head
+from sale.http.fast_routes import Exchange, FastBodyHandler, Head
 from sale.http.request import bearer_token
 from sale.http.wire import rendered
 from sale.members.orders import key_hash
@@ -25,10 +25,9 @@ from sale.members.rate import TooFast
 log = structlog.get_logger()
 
 
-class FastPurchases(FastHandler):
+class FastPurchases(FastBodyHandler):
     """POST /api/v1/campaigns/{id}/orders, of campaigns that this process knows."""
 
-    takes_body = True
     waits = True
 
     def __init__(self, engine: Engine) -> None:
@@ -104,7 +103,7 @@ class FastPurchases(FastHandler):
             told = self._desk.word(purchase.campaign, purchase, answer)
             wire = rendered(*order_answer(told), last=last)
         except Exception:
-            # What cannot be worded stands all the same, and is found by its key.
+            # The order stands although its answer failed; its key finds it.
             log.exception(
                 "purchase.not_worded",
                 campaign=purchase.campaign.id,

@@ -44,7 +44,7 @@ FAST: Final[Mapping[Handler, Callable[[Engine, Route], FastHandler]]] = {
     show_campaign: _campaign,
     show_availability: _availability,
 }
-"""What makes the fast path's handler of a route, by the handler that aiohttp calls."""
+"""Factories of the fast path's handlers, by the handler that aiohttp calls."""
 
 
 def fast_routes(engine: Engine) -> FastRoutes:

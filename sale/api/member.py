@@ -1,4 +1,4 @@
-"""What members call: buy, read their orders, ask what they may still buy.
+"""Calls of members: buy, read their orders, ask what they may still buy.
 
 The purchase starts here where the fast path does not serve it.
 """

@@ -1,4 +1,4 @@
-"""What operators call. Each step is an entry of ``sale/operators/steps.py``."""
+"""Calls of operators. Each step is an entry of ``sale/operators/steps.py``."""
 
 from functools import partial
 from typing import Final

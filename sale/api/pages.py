@@ -1,4 +1,4 @@
-"""What a browser gets: the first page, its files, the problem pages, and the API's description.
+"""Pages for browsers: the first page, its files, the problem pages, and the API's description.
 
 Everything is read, filled in, compressed and hashed once, when the process starts, because at an
 opening every phone of the district loads this page in the same minute. The page names its files

@@ -1,4 +1,4 @@
-"""What each refusal says: HTTP status, words in Chinese and English, when to try again (RFC 9457).
+"""The answer of each refusal: status, words in Chinese and English, when to retry (RFC 9457).
 
 Members read these on a phone in the middle of a rush, many of them older: one short sentence says
 what happened, a second says what to do next. Chinese stands in ``title`` and ``detail``, English in
@@ -236,7 +236,7 @@ def problem_body(problem: Problem, detail: str = "", /, **members: object) -> by
     """
     if problem in MEMBER_FACING:
         return _memoised(problem, **members)
-    # What a client sent may be quoted in a detail, and need not be well-formed.
+    # A detail may quote the client's text, which need not be well-formed.
     given = detail.encode(errors="replace").decode()
     if not given:
         return _encode(problem, _default(problem), members)

@@ -1,4 +1,4 @@
-"""What anybody may ask: the campaigns, what is left of them, the clock, and whether we serve."""
+"""Public calls: the campaigns, what is left of them, the clock, and whether we serve."""
 
 from typing import Any, Final
 

@@ -1,4 +1,4 @@
-"""What all handlers share: reading a request, wording an answer.
+"""Shared by all handlers: reading a request, wording an answer.
 
 On the way of a purchase a header is looked up by an ``istr``, whose folding is done once, and a
 body that has arrived whole is taken as it is: aiohttp's ``read`` waits for its end twice.

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A purchase. ``showing`` may be left out where the campaign has one."""
 
-    # What no campaign allows is refused before the token is looked at; its own bound comes later.
+    # A quantity that no campaign allows is refused before the token; the campaign's bound later.
     quantity: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
     showing: str | None = None
 
@@ -40,7 +40,7 @@ class RemainingView(msgspec.Struct, frozen=True):
 
 
 class AvailabilityView(msgspec.Struct, frozen=True):
-    """What remains, at most one second old."""
+    """Remaining tickets, at most one second old."""
 
     showings: list[RemainingView]
     as_of: Time

@@ -1,4 +1,4 @@
-"""What remains of a campaign, in the words of the contract."""
+"""The remaining tickets of a campaign, in the words of the contract."""
 
 from sale.api.schemas import AvailabilityView, RemainingView
 from sale.domain.campaign_view import CampaignNow

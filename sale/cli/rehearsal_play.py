@@ -26,7 +26,7 @@ ANSWER_S: Final = 5.0
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for."""
+    """The options of a rehearsal."""
 
     of: str
     cards: int

@@ -1,4 +1,4 @@
-"""What came of a rehearsal: the generator's record and our own audit, in one table."""
+"""The outcome of a rehearsal: the generator's record and our own audit, in one table."""
 
 from collections.abc import Sequence
 from pathlib import Path

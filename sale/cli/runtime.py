@@ -1,4 +1,4 @@
-"""What every command shares: options, output, the database, and errors as one clear line.
+"""Shared by all commands: options, output, the database, and errors as one clear line.
 
 ``--data-dir``, ``--config``, ``--as`` and ``--json`` are taken by the root command and by each
 subcommand, so people may write them where they come to mind; the later one counts.
@@ -73,7 +73,7 @@ T = TypeVar("T")
 
 
 class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What a command runs with. ``actor`` is who acts, for the audit log (INV-10)."""
+    """The context of a command. ``actor`` is the name in the audit log (INV-10)."""
 
     settings: Settings
     as_json: bool
@@ -203,7 +203,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell people of an error that they can act on; None for a fault of the program."""
+    """Give the line for an error that people can act on; None for a fault of the program."""
     import asyncpg
     import redis
 

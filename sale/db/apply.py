@@ -41,7 +41,7 @@ class Conflict(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """What one batch did."""
+    """The effect of one batch."""
 
     position: Position
     events: int

@@ -1,4 +1,4 @@
-"""What members were told and the ledger may lack: handed in, settled, or kept as a conflict.
+"""Acknowledged sales that the ledger may lack: handed in, settled, or kept as a conflict.
 
 Nothing of this is on a member's path. An API process hands in what it acknowledged when Redis has
 lost it; the recovery fills the lost numbers from there; what was handed in is settled once the
@@ -41,7 +41,7 @@ class Claim(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """What became of something handed in; ``stands`` or ``conflict``."""
+    """The outcome of a sale that was handed in; ``stands`` or ``conflict``."""
 
     campaign_id: str
     seq: int
@@ -60,7 +60,7 @@ async def hand_in(
 
 
 async def unsettled(conn: Connection, campaign_id: str, beyond: int) -> list[Claim]:
-    """What was handed in and not settled beyond an event number, by number."""
+    """Sales handed in and not settled beyond an event number, by number."""
     claims: list[Claim] = []
     after = 0
     while rows := await conn.fetch(_SQL["unsettled"], campaign_id, beyond, after, ROWS_MAX):

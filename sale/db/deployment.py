@@ -1,4 +1,4 @@
-"""Which installation this is: the one row that the first migration makes."""
+"""The identity of this installation: the one row that the first migration makes."""
 
 from typing import Any, NamedTuple
 

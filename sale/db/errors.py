@@ -20,7 +20,7 @@ POSTGRES_AWAY: Final = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.TransactionRollbackError,
 )
-"""What a call raises where PostgreSQL is away."""
+"""Errors of a call while PostgreSQL is away."""
 
 POSTGRES_ERRORS: Final = (*POSTGRES_AWAY, asyncpg.PostgresError)
 """Errors of a call where PostgreSQL is away, slow, or refuses it for any other reason."""

@@ -30,7 +30,7 @@ class LeftOver(msgspec.Struct, frozen=True):
 
 
 class Removed(msgspec.Struct, frozen=True):
-    """What went away with a rehearsal that was struck off."""
+    """Counts of the rows that were removed with a rehearsal."""
 
     orders: int
     tickets: int

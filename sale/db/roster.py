@@ -63,7 +63,7 @@ class Raised(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    """What a token says of a member, and the card in use."""
+    """The member's part of a token, and the card in use."""
 
     card_no: str
     member_no: int

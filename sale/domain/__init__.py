@@ -1,1 +1,1 @@
-"""What the engine talks about: plain data with its bounds, and no I/O."""
+"""The domain: plain data with its bounds, and no I/O."""

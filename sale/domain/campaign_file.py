@@ -109,7 +109,7 @@ def _broken_rules(values: Mapping[str, Any], unions: frozenset[str]) -> Iterator
 
 
 class _Field(NamedTuple):
-    """What the reader needs of a field of a struct."""
+    """A field of a struct, as the reader uses it."""
 
     name: str
     type: inspect.Type

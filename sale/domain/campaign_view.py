@@ -54,7 +54,7 @@ class CampaignNow(msgspec.Struct, frozen=True):
 
     @property
     def window_fault(self) -> str:
-        """What is wrong with the opening that it waits for; '' where nothing is."""
+        """The fault of the opening that it waits for; '' where there is none."""
         waits = self.state in {State.DRAFT, State.SCHEDULED}
         if not waits or self.opens_at_ms is None or in_bounds(self.opens_at_ms):
             return ""

@@ -9,10 +9,10 @@ from msgspec import Meta
 
 IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ORDER_NO: Final = re.compile(r"[A-Za-z0-9.-]{1,64}")
-"""What clients may rely on; ``parse_order_number`` reads the numbers that the engine gives."""
+"""The form that clients may rely on; ``parse_order_number`` reads the engine's own numbers."""
 
 
-# What goes out is described, not checked, so its choices and formats stand in extra_json_schema.
+# Answers are described, not checked, so their choices and formats stand in extra_json_schema.
 Time = Annotated[
     str,
     Meta(extra_json_schema={"format": "date-time", "examples": ["2015-05-01T09:00:00.000+08:00"]}),

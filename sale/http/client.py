@@ -18,7 +18,7 @@ NEVER: Final = float("inf")
 
 
 class ClientConnection(asyncio.Protocol):
-    """What a connection has of its client."""
+    """The client's side of a connection: its bytes, its state, its deadlines."""
 
     __slots__ = (
         "_admitted", "_counted", "_delegation", "_ended", "_fast_path", "_held", "_reading_paused",
@@ -31,7 +31,7 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = NEVER
         """When it has waited too long, by the fast path's clock; NEVER while it waits for us."""
         self._held = b""
-        """What came and is not served yet."""
+        """Bytes received and not served yet."""
         self._counted = 0
         """How much of it the fast path's sum has."""
         self._request_id: str | None = None

@@ -21,7 +21,7 @@ from sale.http.bounds import (
 )
 from sale.http.client import NEVER, ClientConnection
 from sale.http.delegation import Delegation
-from sale.http.fast_routes import FastHandler, Head
+from sale.http.fast_routes import FastBodyHandler, FastHandler, Head
 from sale.http.overload import LATE, TURN
 from sale.http.request_head import may_become_a_head
 
@@ -38,10 +38,10 @@ class Connection(ClientConnection):
 
     def __init__(self, fast_path: "FastPath") -> None:
         super().__init__(fast_path)
-        self._awaited: tuple[FastHandler, Any, Head] | None = None
-        """Whose body is awaited: the handler, what it has found, the head."""
+        self._awaited: tuple[FastBodyHandler, Any, Head] | None = None
+        """The request whose body is awaited: its handler, the handler's finding, its head."""
         self.pending: object = None
-        """What will answer the request that is under way."""
+        """The work that answers the request under way."""
         self._shape = fast_path.heads.shape
         self._for_good = self._waits = False
 
@@ -52,7 +52,7 @@ class Connection(ClientConnection):
             return True
         return self._delegation is not None and self._delegation.handler.busy
 
-    # What the transport calls.
+    # Callbacks of the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: the first request has as long as any head."""
@@ -142,7 +142,7 @@ class Connection(ClientConnection):
             elif whole - head.end > BODY_MAX:
                 self._delegate_connection()
                 break
-            elif len(held) < whole:
+            elif len(held) < whole and isinstance(handler, FastBodyHandler):
                 self._awaited = handler, found, head
                 self.deadline = fast_path.now + BODY_WITHIN_S
                 break
@@ -276,7 +276,7 @@ class Connection(ClientConnection):
         handler.count_overloaded(found)
         self._answer(self._fast_path.overloaded[wait_s], last=False)
 
-    # What aiohttp serves.
+    # Requests that aiohttp serves.
 
     def _delegate_request(self, length: int) -> None:
         """Give the next ``length`` bytes, a whole request or its beginning, to aiohttp."""

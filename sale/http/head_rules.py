@@ -1,4 +1,4 @@
-"""Which requests are refused for their head alone, whatever they ask for.
+"""Refuses requests for their head alone, whatever they ask for.
 
 aiohttp takes some heads that two readers may understand differently, or that mean nothing here: a
 proxy in front may use the first of two tokens, the engine the second. Each is one refusal, and its
@@ -30,7 +30,7 @@ _NAMED: Final = re.compile("|".join(sorted(ONCE)))
 
 
 class HeadFault(NamedTuple):
-    """What is wrong with a head: the field, and why.
+    """A fault of a head: the field, and why.
 
     ``allow``: the method is refused, and these are taken.
     """

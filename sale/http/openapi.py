@@ -24,7 +24,7 @@ class ProblemText(NamedTuple):
 
 
 class About(NamedTuple):
-    """What the document says besides its routes.
+    """The document without its routes.
 
     ``schemes``: each scheme of access and its OpenAPI security scheme. ``path_patterns``: the
     regular expression of each path parameter. ``every``: the codes that any admitted route may

@@ -24,7 +24,7 @@ PUBLIC: Final = ""
 
 
 class Access(msgspec.Struct, frozen=True):
-    """Who may call a route.
+    """The callers that a route admits.
 
     ``scheme`` is the kind of token, PUBLIC for none; ``roles`` are those that may (empty: the
     scheme has no roles). ``owner``: only an account of the union that owns what the path names.

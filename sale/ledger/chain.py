@@ -67,7 +67,7 @@ class Event(msgspec.Struct, frozen=True):
 
     @property
     def actor(self) -> str | None:
-        """Who did it, for everything that is not a sale."""
+        """The actor, for every event that is not a sale."""
         return self.data.get("actor")
 
     @property

@@ -1,4 +1,4 @@
-"""What a campaign's events add up to: the state that Redis must hold, exactly."""
+"""The sum of a campaign's events: the state that Redis must hold, exactly."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class SaleRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 class CampaignState(msgspec.Struct):
-    """What a campaign's events add up to: the state that Redis must hold, exactly."""
+    """The sum of a campaign's events: the state that Redis must hold, exactly."""
 
     seq: int = 0
     epoch: int = 1

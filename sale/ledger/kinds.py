@@ -48,7 +48,7 @@ class Sale(
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """What every named payload may hold: ``op`` and ``content`` tell an operator's repeat."""
+    """Fields of every named payload: ``op`` and ``content`` tell an operator's repeat."""
 
     actor: str | None = None
     reason: str | None = None

@@ -1,1 +1,1 @@
-"""What members want done; one use case a module."""
+"""Use cases of members; one a module."""

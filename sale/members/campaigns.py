@@ -17,7 +17,7 @@ from sale.stock.records import read_member
 
 
 class Allowance(msgspec.Struct, frozen=True, kw_only=True):
-    """What the card may still buy; ``reason`` is a problem code where it may not buy at all."""
+    """The member's allowance in a campaign; ``reason``: why it may buy none at all."""
 
     eligible: bool
     reason: str | None

@@ -42,7 +42,7 @@ class Rate(NamedTuple):
 
 
 class Limited(NamedTuple):
-    """Who asks too much: the limit's scope and rate, and in how many seconds one more may come."""
+    """A limit that was passed: its scope and rate, and seconds until one more may come."""
 
     scope: str
     rate: Rate

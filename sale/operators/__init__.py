@@ -1,1 +1,1 @@
-"""What operators want done: campaigns, accounts, the roster, rehearsals."""
+"""Use cases of operators: campaigns, accounts, the roster, rehearsals."""

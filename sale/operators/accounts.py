@@ -91,7 +91,7 @@ async def give_token(pool: Any, name: str, *, actor: str) -> str:  # noqa: ANN40
 
 
 async def authenticate_operator(pool: Any, token: str) -> Operator:  # noqa: ANN401
-    """Whose token this is. Raises Refused (UNAUTHENTICATED) where it is nobody's."""
+    """Give the account of a token. Raises Refused (UNAUTHENTICATED) for an unknown one."""
     async with pool.acquire() as connection:
         operator = await table.by_token(connection, operator_token_hash(token))
     if operator is None:

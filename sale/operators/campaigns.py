@@ -1,4 +1,4 @@
-"""What operators do with campaigns. Each step is one script, one event, one audit-log row.
+"""Operators' work on campaigns. Each step is one script, one event, one audit-log row.
 
 The steps are entries of ``steps.py``. The script decides whether a step is allowed in the
 campaign's state; here it is checked who asks, and a refusal gets its words. The writer turns the
@@ -37,7 +37,7 @@ _SELLS_NOTHING: Final = frozenset({"paused", "closed", "scheduled", "draft", "de
 
 
 class Actor(msgspec.Struct, frozen=True):
-    """Who acts: the name in the audit log, the role, and the union that the account acts for.
+    """The acting account: its name in the audit log, its role, and its union.
 
     None and the district act for every union. An account of another one, whatever its role, acts
     for that union alone; what it may see is ``may_see``, for each reader (audit log: the same rule

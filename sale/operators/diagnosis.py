@@ -1,4 +1,4 @@
-"""What `sale doctor` tells: what runs, in which version, how durable, how far behind."""
+"""The diagnosis of `sale doctor`: processes, versions, durability, ledger lag."""
 
 from collections.abc import Iterator
 from typing import Final

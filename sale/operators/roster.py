@@ -69,7 +69,7 @@ class NamedLine(msgspec.Struct, frozen=True):
 
 
 class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What an import did, or with ``dry_run`` would do.
+    """The effect of an import, or with ``dry_run`` the effect that it would have.
 
     ``lines`` counts the cards read; ``added`` + ``changed`` + ``unchanged`` = ``imported``, which
     is 0 where there is a bad line. ``kept_revoked`` counts cards that the file gives as active or
@@ -344,7 +344,7 @@ async def _take_in(
 
 
 class _Numbers(msgspec.Struct):
-    """What is bad or doubtful about the numbers of new cards."""
+    """Bad and doubtful numbers among the new cards."""
 
     bad_count: int = 0
     bad: list[BadLine] = []

@@ -98,7 +98,7 @@ class StockRequest(ReasonedRequest, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class StepCall(NamedTuple):
-    """What a step's script is called with. ``now`` is the campaign as it was read before."""
+    """The arguments of a step's script. ``now`` is the campaign as it was read before."""
 
     step: "Step"
     scripts: Scripts

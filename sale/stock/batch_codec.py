@@ -1,4 +1,4 @@
-"""What a batch asks of ``purchase.lua``: one packed argument, column by column.
+"""The request of a batch to ``purchase.lua``: one packed argument, column by column.
 
 MessagePack of five lists (members, unions, showing numbers, quantities, key hashes), which the
 script reads by ``cmsgpack``. The header of ``purchase.lua`` says what was tried instead.

@@ -1,4 +1,4 @@
-"""Which members a sold-out campaign must still ask Redis about.
+"""The members about whom a sold-out campaign must still ask Redis.
 
 When nothing is left, nearly everybody can be refused by one ``peek``; but a member who has bought
 must get the order again under the same key (INV-4) and be told the limit before the stock, and a

@@ -1,4 +1,4 @@
-"""What this process knows of the campaigns: read from Redis, kept for a moment, never guessed.
+"""The campaigns as this process knows them: read from Redis, kept briefly, never guessed.
 
 A configuration is kept until the head is seen to carry another number (``config_seq``): each read
 and each reply of a script tells it. State and stock are kept for at most ``FRESH_S``, and all

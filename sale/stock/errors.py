@@ -13,10 +13,10 @@ REDIS_AWAY: Final = (
     redis_errors.ConnectionError,
     redis_errors.TimeoutError,
 )
-"""What a call raises where Redis is away."""
+"""Errors of a call while Redis is away."""
 
 REDIS_ERRORS: Final = (redis_errors.RedisError, OSError)
-"""What a call raises where Redis is away, slow, or refuses it for any other reason."""
+"""Errors of a call while Redis is away or slow, or when it refuses it for another reason."""
 
 _REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (redis_errors.BusyLoadingError, "it is loading its data"),

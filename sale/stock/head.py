@@ -22,7 +22,7 @@ _INTEGER_MAX: Final = 2**63
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """What was read of a head; a field that was not read, or is not there, has its default.
+    """The fields read of a head; a field that was not read, or is not there, has its default.
 
     ``seq`` is None where there is no head. ``config_seq`` and ``made`` are the numbers of the
     events that gave the campaign its configuration and that created it.
@@ -128,7 +128,7 @@ TRUST: Final = Part("seq", "epoch", "run_id", "replid", "nonce", "recovering", "
 REPORTED: Final = Part(
     "seq", "epoch", "run_id", "replid", "recovering", "applied", "config_seq"
 )  # fmt: skip
-"""What an API process looks at some times a second."""
+"""Fields that an API process reads some times a second."""
 MARK: Final = Part("seq", "chain", "epoch", "recovering", "recovering_by")
 EXAMINED: Final = Part(
     "seq", "chain", "epoch", "clock", "recovering", "nonce", "run_id", "replid"
@@ -141,7 +141,7 @@ SNAPSHOT: Final = Part(
     "config", "config_seq", "state", "opens_at", "closes_at", "recovering", "seq", "chain",
     "epoch", "roster_rev", "clock",
 )  # fmt: skip
-"""What the catalogue needs."""
+"""Fields that the catalogue reads."""
 
 
 def frozen(why: str, by: str) -> dict[Any, Any]:

@@ -27,7 +27,7 @@ VOIDED_TOLD_MAX: Final = 100
 
 
 class Rebuild(msgspec.Struct, frozen=True):
-    """What a campaign is built from.
+    """The parts that a campaign is built from.
 
     ``old`` is number and chain hash of the head to be replaced, as Redis holds them ('' for none);
     ``seq`` and ``chain`` are where ``books`` stand, ``applied`` is where PostgreSQL does.

@@ -41,7 +41,7 @@ class CallReply(IntEnum):
 
 
 class Decision(IntEnum):
-    """What ``purchase.lua`` says of one purchase; the same numbers stand in its header."""
+    """Decisions of ``purchase.lua`` on one purchase; the same numbers stand in its header."""
 
     SOLD = 1
     REPLAYED = 2
@@ -60,7 +60,7 @@ class Decision(IntEnum):
 
 
 class Peek(msgspec.Struct, frozen=True):
-    """What a campaign would answer now; ``remaining`` by showing number."""
+    """The state of a campaign, as a purchase would meet it now; ``remaining`` by showing number."""
 
     now_ms: int
     seq: int
@@ -73,7 +73,7 @@ class Peek(msgspec.Struct, frozen=True):
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """Who does what and why; ``op`` and ``content`` make a repeat recognisable (INV-4)."""
+    """A step's actor, kind and reason; ``op`` and ``content`` tell its repeats (INV-4)."""
 
     op: str
     content: str

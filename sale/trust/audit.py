@@ -69,7 +69,7 @@ class CouldNotCheck(Exception):  # noqa: N818 - says what happened
 
 
 class CampaignAudit(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was found in one campaign, at most ten findings of each invariant.
+    """Findings in one campaign, at most ten findings of each invariant.
 
     ``checked`` is false where it could not be checked; then the one finding says why.
     """
@@ -329,7 +329,7 @@ class _Check:
 
 
 class _Rules:
-    """What must hold before each event: of all kinds here, of one kind in ``ledger/kinds.py``."""
+    """Rules that must hold before each event: those of one kind stand in ``ledger/kinds.py``."""
 
     def __init__(self, findings: Findings) -> None:
         self._find = findings.add

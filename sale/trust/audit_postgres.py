@@ -1,4 +1,4 @@
-"""What the audit compares within PostgreSQL: its campaign, orders and counters with its own ledger.
+"""The audit within PostgreSQL: campaign, orders and counters against its own ledger.
 
 All of it is read in the one snapshot in which the audit folds the ledger.
 """

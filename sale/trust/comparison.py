@@ -26,7 +26,7 @@ SCAN_COUNT: Final = 1_000
 PER_INVARIANT_MAX: Final = 10
 INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
 INVARIANT_OF_RULE: Final = {"card_limit": "INV-2", "order_max": "INV-2", "unions": "INV-9"}
-"""Which invariant falls where a rule in Redis is another; INV-5 for the others."""
+"""The invariant that is broken where a rule differs in Redis; INV-5 for the others."""
 
 
 class Finding(msgspec.Struct, frozen=True, order=True):

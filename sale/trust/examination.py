@@ -1,4 +1,4 @@
-"""What a recovery finds: a campaign as its ledger, its stream and the API processes tell it.
+"""Examines a campaign for a recovery: its ledger, its stream, the API processes' reports.
 
 Changes nothing. ``recover.py`` says what is looked at, and in which order things are done.
 """
@@ -58,7 +58,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 class Examination(msgspec.Struct):
-    """What was found of a campaign: ``books`` stand at ``seq`` and ``chain``."""
+    """The findings on a campaign: ``books`` stand at ``seq`` and ``chain``."""
 
     campaign_id: str
     old: tuple[str, str] = ("", "")
@@ -122,7 +122,7 @@ class Examination(msgspec.Struct):
 
 
 class _Trail(NamedTuple):
-    """What the stream holds: the sound entries beyond PostgreSQL, and what is wrong with it."""
+    """The content of the stream: the sound entries beyond PostgreSQL, and what is wrong with it."""
 
     tail: list[Entry]
     ends: int

@@ -32,7 +32,7 @@ CHUNKS_MAX: Final = 200_000
 """More than one rise for each of as many members as there can be."""
 
 BUILD_WITHIN_S: Final = 600
-"""What is left of a set whose builder has died goes away after that."""
+"""A set whose builder has died expires after that."""
 
 log = structlog.get_logger()
 

@@ -1,4 +1,4 @@
-"""What the engine mends by itself: a campaign that does not fit, where nothing told is lost.
+"""Automatic recovery of a campaign that does not fit, where nothing acknowledged is lost.
 
 Whatever would void a number or set a conflict down is left to an operator (``sale recover``), who
 sees by ``--dry-run`` what it would do. What API processes have handed in is settled here too.

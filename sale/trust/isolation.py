@@ -23,7 +23,7 @@ TROUBLES: Final = (
     asyncpg.DataError,
     asyncpg.LockNotAvailableError,
 )
-"""What a campaign's own values can bring about, and somebody else at work on it."""
+"""Errors that a campaign's own values, or another's work on it, can cause."""
 
 log = structlog.get_logger()
 

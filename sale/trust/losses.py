@@ -1,4 +1,4 @@
-"""What a campaign lost for good, listed with all that is known."""
+"""A campaign's final losses, listed with all that is known."""
 
 from typing import Any, Final
 

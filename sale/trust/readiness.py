@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Stores(Protocol):
-    """What is looked at."""
+    """The stores and settings to look at."""
 
     @property
     def redis(self) -> Redis: ...  # noqa: D102

@@ -48,7 +48,7 @@ log = structlog.get_logger()
 
 
 class Recovery(msgspec.Struct, frozen=True):
-    """What was done, or would be: event numbers in Redis and PostgreSQL before, and one line.
+    """A recovery's effect, real or dry: the event numbers found in both stores, and one line.
 
     ``filled`` sales were found again; ``voided`` are ranges of numbers that nobody can account for;
     ``conflicts`` counts what was told and does not stand; ``silent`` are API processes that were

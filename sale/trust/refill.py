@@ -1,4 +1,4 @@
-"""What becomes of event numbers that a Redis gave out and has lost.
+"""Fills or voids event numbers that a Redis gave out and has lost.
 
 A number for which somebody still knows the sale (an API process handed it in, or a broken stream
 still tells it) is filled again, if the sale fits what the ledger says up to there; every other is
@@ -30,7 +30,7 @@ OPENING: Final = {
     "paused": "resumed",
     "closed": "reopened",
 }
-"""What must have happened before a sale that was acknowledged, by the state before it."""
+"""The steps that must precede an acknowledged sale, by the state before it."""
 
 
 class Refilled(msgspec.Struct):

@@ -181,7 +181,7 @@ async def verify(
                 raise
             position = None
         if not why and handed_in > seq:
-            # Who handed it in may have died since, and then the roll does not know of it.
+            # The process that handed it in may have died since, and then no report names it.
             why = f"event {handed_in} was acknowledged and reported, Redis is at {seq}"
         why = why or await _misfit(redis, campaign_id, seq, chain, position)
         if why and (others or why == before):

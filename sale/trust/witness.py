@@ -1,4 +1,4 @@
-"""What an API process does for the day on which Redis comes back with less than members were told.
+"""An API process as witness, for the day on which Redis returns with less than was acknowledged.
 
 It keeps what it acknowledged until PostgreSQL has it, reports some times a second what it has seen
 and whether all it keeps is there, and hands in what it keeps when Redis lacks it, the campaign is

@@ -26,16 +26,9 @@ from sale.domain.problem import Refused
 from sale.domain.unions import default_unions_path, load_unions
 from sale.files import opened_large
 from sale.identity import MemberTokens, SigningKey
-from sale.operators.roster import (
-    HEADER,
-    ImportReport,
-    import_cards,
-    replace,
-    restore,
-    revoke,
-    show,
-    tokens,
-)
+from sale.operators.roster import replace, restore, revoke, show, tokens
+from sale.operators.roster_file import HEADER
+from sale.operators.roster_import import ImportReport, import_cards
 from sale.operators.sample_roster import sample
 
 KEY = SigningKey(b"k" * 32)

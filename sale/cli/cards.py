@@ -25,12 +25,20 @@ from sale.cli.runtime import (
 )
 from sale.cli.terminal import as_utf8, megabytes, nobody_reads, progress
 from sale.config import SettingsError
+from sale.db.roster import Card
 from sale.domain.clock import rfc3339, to_ms
 from sale.domain.member import mask_card
 from sale.domain.unions import default_unions_path, load_unions
 from sale.files import Source, opened_large, shown
 from sale.operators import roster
-from sale.operators.roster import Card, ImportReport, NamedLine
+from sale.operators.roster_file import HEADER, STATUSES
+from sale.operators.roster_import import (
+    FILE_MAX_BYTES,
+    READ_WITHIN_S,
+    ImportReport,
+    NamedLine,
+    import_cards,
+)
 from sale.operators.sample_roster import SAMPLE_MAX, sample
 
 PROGRESS_ROWS: Final = 1_000
@@ -66,7 +74,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_check
     async def work(source: Source) -> ImportReport:
         async with context.pool() as pool:
             with progress("importing", megabytes) as move:
-                return await roster.import_cards(
+                return await import_cards(
                     pool,
                     key,
                     unions,
@@ -81,7 +89,7 @@ def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_check
                 )
 
     with opened_large(
-        file, most=roster.FILE_MAX_BYTES, within_s=roster.READ_WITHIN_S
+        file, most=FILE_MAX_BYTES, within_s=READ_WITHIN_S
     ) as source:  # outside the event loop: Ctrl-C ends a wait for a pipe
         report = run(work(source))
     echo(context, report, lambda: _show_report(report))
@@ -175,7 +183,7 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
         raise click.UsageError("--json needs --out: the roster itself goes to stdout")
     unions = load_unions(default_unions_path())
     with _text_out(out) as file, progress("writing cards") as move:
-        file.write(",".join(roster.HEADER) + "\n")
+        file.write(",".join(HEADER) + "\n")
         for number, card in enumerate(sample(count, seed, unions)):
             # No field of a sample holds a comma or a quote, so joining is all that CSV asks for.
             file.write(",".join(card) + "\n")
@@ -193,7 +201,7 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
 
 @click.command()
 @click.option("--cards", "count", type=COUNT, required=True, help="How many cards, by number.")
-@click.option("--status", type=click.Choice(roster.STATUSES), default="active", show_default=True)
+@click.option("--status", type=click.Choice(STATUSES), default="active", show_default=True)
 @click.option("--out", type=OUT, help="Where to (default stdout). Made readable by you alone.")
 @command_context
 def tokens(context: CommandContext, count: int, status: str, out: Path | None) -> None:

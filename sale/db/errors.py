@@ -8,6 +8,8 @@ from typing import Final
 
 import asyncpg
 
+from sale import failures
+
 POSTGRES_AWAY: Final = (
     OSError,  # with it TimeoutError: no answer in time
     asyncpg.InterfaceError,
@@ -34,7 +36,7 @@ POSTGRES_SAYS: Final = (
 
 NO_SCHEMA: Final = "the database has no schema yet, or an old one: run `sale migrate`"
 
-_REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
+_REASONS: Final[failures.Reasons] = (
     (asyncpg.ReadOnlySQLTransactionError, "it is read-only"),
     (asyncpg.DiskFullError, "its disk is full"),
     (asyncpg.TooManyConnectionsError, "it takes no more connections"),
@@ -56,8 +58,4 @@ _REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
 
 def in_words(error: Exception) -> str:
     """Say in one line why PostgreSQL is away, and what it said itself."""
-    said = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-    for kind, reason in _REASONS:
-        if isinstance(error, kind):
-            return f"{reason}: {said}"
-    return f"{type(error).__name__}: {said}"
+    return failures.in_words(error, _REASONS)

@@ -8,6 +8,8 @@ from typing import Final
 
 from redis import exceptions as redis_errors
 
+from sale import failures
+
 REDIS_AWAY: Final = (
     OSError,  # with it TimeoutError: no answer in time
     redis_errors.ConnectionError,
@@ -18,7 +20,7 @@ REDIS_AWAY: Final = (
 REDIS_ERRORS: Final = (redis_errors.RedisError, OSError)
 """Errors of a call while Redis is away or slow, or when it refuses it for another reason."""
 
-_REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
+_REASONS: Final[failures.Reasons] = (
     (redis_errors.BusyLoadingError, "it is loading its data"),
     (redis_errors.AuthenticationError, "it refuses the password"),
     (redis_errors.OutOfMemoryError, "it is out of memory"),
@@ -32,8 +34,4 @@ _REASONS: Final[tuple[tuple[type[Exception], str], ...]] = (
 
 def in_words(error: Exception) -> str:
     """Say in one line why Redis is away, and what it said itself."""
-    said = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-    for kind, reason in _REASONS:
-        if isinstance(error, kind):
-            return f"{reason}: {said}"
-    return f"{type(error).__name__}: {said}"
+    return failures.in_words(error, _REASONS)

@@ -1,5 +1,7 @@
 """`sale doctor` names every fault, even if a store does not answer."""
 
+import time
+
 import pytest
 from service import Ran, Service, command, free_port
 
@@ -20,10 +22,16 @@ def examined(ran: Ran) -> tuple[dict[str, object], str]:
 
 
 def test_doctor_finds_no_fault_in_a_sound_system(service: Service) -> None:
-    ran = service.sale("doctor", "--json")
-    told, missing = examined(ran)
-    assert (ran.status, missing) == (0, "")
-    assert told["api"] == "2 reported within 5 s"
+    # A process that an earlier test ended, and the trouble it made, count for some seconds more.
+    ends_at = time.monotonic() + 40
+    while True:
+        ran = service.sale("doctor", "--json")
+        told, missing = examined(ran)
+        if told["api"] == "2 reported within 5 s" and not missing:
+            break
+        assert time.monotonic() < ends_at, (told, missing)
+        time.sleep(0.5)
+    assert ran.status == 0
     assert " works" in str(told["writer"])
     assert "API processes" in service.sale("doctor").out
 

@@ -104,10 +104,10 @@ async def test_delay_keeps_the_order(proxy: Proxy) -> None:
         line.say(b"a")
         await asyncio.sleep(0.05)
         line.say(b"b")
-        heard = await line.hear()
+        heard = await line.hear(5)  # its own limit is as long as both delays together
         assert time.monotonic() - started > 1.95  # both ways
         while len(heard) < 2:
-            heard += await line.hear()
+            heard += await line.hear(5)
         assert heard == b"ab"
         assert time.monotonic() - started < 2.8  # in parallel: one after the other they took 3 s
 

@@ -22,6 +22,7 @@ from sale.bootstrap import open_stores
 from sale.config import Durability, Settings, SettingsError, load
 from sale.db.pool import close_pool, open_pool
 from sale.host.embedded.binaries import find_redis
+from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
@@ -423,8 +424,7 @@ async def test_watch_goes_on_after_a_failed_check(
     try:
         await until(halted)
     finally:
-        watching.cancel()
-        await asyncio.wait([watching])
+        await cancel_and_wait([watching])
         await batchers.close()
 
 

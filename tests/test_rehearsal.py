@@ -34,6 +34,7 @@ from sale.domain.member import is_made_up, may_meet
 from sale.domain.problem import Problem, Refused
 from sale.domain.unions import REHEARSAL_UNION, default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey
+from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.operators.diagnosis import diagnose
 from sale.operators.rehearsal import ID_MAX, Rehearsals, made_up_members, rehearsal_id, tokens
@@ -114,8 +115,7 @@ async def play(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         play = Play(shop)
         beating = asyncio.create_task(play.witness.run())
         yield play
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
+        await cancel_and_wait([beating])
         await play.batchers.close()
         await shop.redis.flushall()
 

@@ -20,6 +20,7 @@ from sale.jobs.writer_campaign import LedgerCampaign
 from sale.jobs.writer_metrics import LedgerMetrics
 from sale.jobs.writer_source import LedgerSource, bounded, readable
 from sale.ledger.chain import CorruptLedger
+from sale.lifetime import cancel_and_wait
 from sale.stock.errors import REDIS_ERRORS
 from sale.stock.head import LAG
 from sale.stock.scripts import Scripts
@@ -45,23 +46,18 @@ class LedgerLag:
     ) -> None:
         self._source, self._scripts, self._metrics = source, scripts, metrics
         self._campaigns, self._may_write = campaigns, may_write
-        self._watching = False
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
         """Keep the lag up to date, also while the writer waits for PostgreSQL."""
-        self._watching = True
         watch = asyncio.create_task(keep_running(self._watch), name="ledger-lag")
         try:
             yield
         finally:
-            # The loop checks this flag, in case a library swallows the cancellation.
-            self._watching = False
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            await cancel_and_wait([watch])
 
     async def _watch(self) -> None:
-        while self._watching:
+        while True:
             with contextlib.suppress(*REDIS_ERRORS):
                 await self._round()
             await asyncio.sleep(LAG_INTERVAL_S)

@@ -35,6 +35,7 @@ from redis.exceptions import ResponseError
 from sale.domain.campaign import Campaign
 from sale.domain.problem import Problem
 from sale.ledger.chain import CorruptLedger
+from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.stock.batch_codec import pack_batch
 from sale.stock.buyer_filter import BuyerFilter
@@ -266,10 +267,7 @@ class Batcher:
         """Answer the queued purchases, at most until the deadline, then stop."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=self._deadline_s)
-        for task in (self._task, self._witness):
-            if task is not None and not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await cancel_and_wait([task for task in (self._task, self._witness) if task is not None])
         if self._buyer_filter is not None:
             await self._buyer_filter.close()
         self._give_up(self._asking + self._take(len(self._queue)))

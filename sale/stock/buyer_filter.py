@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from sale.domain.member import MADE_UP_FROM, MEMBERS_MAX
 from sale.ledger.chain import parse_entry
 from sale.ledger.kinds import SOLD
+from sale.lifetime import cancel_and_wait
 from sale.stock.head import ROSTER, TRUST
 from sale.stock.keys import campaign_keys
 from sale.stock.scripts import Peek
@@ -75,9 +76,8 @@ class BuyerFilter:
 
     async def close(self) -> None:
         """Load nothing any more."""
-        if self.loading is not None and not self.loading.done():
-            self.loading.cancel()
-            await asyncio.gather(self.loading, return_exceptions=True)
+        if self.loading is not None:
+            await cancel_and_wait([self.loading])
 
     def complete_for(self, seq: int, epoch: int, roster_rev: int) -> bool:
         """Whether everything up to these marks is held."""

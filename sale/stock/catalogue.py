@@ -19,6 +19,7 @@ from redis.exceptions import ResponseError
 from sale.domain.campaign import CAMPAIGN_ID, Campaign, State
 from sale.domain.campaign_view import CampaignNow
 from sale.domain.problem import DAMAGED, Problem, Refused
+from sale.lifetime import cancel_and_wait
 from sale.stock import survey
 from sale.stock.atomic import read_at_once
 from sale.stock.head import SNAPSHOT, Head, integer
@@ -149,9 +150,7 @@ class Catalogue:
 
     async def close(self) -> None:
         """End what is being read."""
-        for task in tuple(self._reads):
-            task.cancel()
-        await asyncio.gather(*self._reads, return_exceptions=True)
+        await cancel_and_wait(tuple(self._reads))
 
     async def all(self) -> list[CampaignNow]:
         """Give every campaign, as at most ``FRESH_S`` ago, latest opening first."""

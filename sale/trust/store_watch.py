@@ -14,6 +14,7 @@ from prometheus_client import Gauge
 from redis.asyncio import Redis
 
 from sale.background import keep_running
+from sale.lifetime import cancel_and_wait
 from sale.metrics import StoreMetrics
 
 INTERVAL_S: Final = 2.0
@@ -45,8 +46,7 @@ async def watching(redis: Redis, pool: asyncpg.Pool, metrics: StoreMetrics) -> A
     try:
         yield
     finally:
-        watch.cancel()
-        await asyncio.wait({watch}, timeout=ANSWER_TIMEOUT_S)
+        await cancel_and_wait([watch])
 
 
 async def _ask(answer: Awaitable[object], up: Gauge) -> None:

@@ -38,9 +38,7 @@ async def told(client: Client, campaign: str) -> list[dict[str, Any]]:
     return list(seen.json()["items"][::-1])
 
 
-async def test_given_each_step_when_taken_over_http_then_state_and_audit_log_follow(
-    service: Service, client: Client
-) -> None:
+async def test_state_and_audit_log_follow_each_step(service: Service, client: Client) -> None:
     name, token = await asyncio.to_thread(service.operator, "admin")
     table = campaign_table(service.new_id(), opens_at=None)
     made = await create(client, token, table)
@@ -103,7 +101,7 @@ async def test_given_each_step_when_taken_over_http_then_state_and_audit_log_fol
         ("closed", {"reopen"}),
     ],
 )
-async def test_given_a_state_then_every_other_step_is_refused_in_words(
+async def test_every_other_step_of_a_state_is_refused_in_words(
     client: Client, state: str, allowed: set[str]
 ) -> None:
     for step in STEPS:
@@ -123,7 +121,7 @@ async def test_given_a_state_then_every_other_step_is_refused_in_words(
         assert after.json()["state"] == state
 
 
-async def test_given_no_or_a_foreign_token_then_401_and_403_for_every_call(
+async def test_missing_or_foreign_token_is_401_or_403_for_every_call(
     service: Service, client: Client
 ) -> None:
     campaign, member = await client.campaign(draft=True), service.card().token
@@ -146,7 +144,7 @@ async def test_given_no_or_a_foreign_token_then_401_and_403_for_every_call(
     assert (await client.get(f"{ADMIN}/{campaign}", service.admin_token)).json()["state"] == "draft"
 
 
-async def test_given_a_subdistricts_operator_then_its_own_campaigns_are_its_and_no_others(
+async def test_subdistrict_operator_manages_only_its_campaigns(
     service: Service, client: Client
 ) -> None:
     _, token = await asyncio.to_thread(service.operator, "operator", "dongsi")
@@ -169,16 +167,14 @@ async def test_given_a_subdistricts_operator_then_its_own_campaigns_are_its_and_
     assert (await client.get(f"{ADMIN}/{other}", service.admin_token)).json()["state"] == "open"
 
 
-async def test_given_an_operator_of_the_district_then_all_campaigns_are_its(
-    service: Service, client: Client
-) -> None:
+async def test_district_operator_manages_all_campaigns(service: Service, client: Client) -> None:
     _, token = await asyncio.to_thread(service.operator, "operator")
     other = await client.campaign(owner="longtan")
     assert (await take_step(client, token, other, "pause")).status == 200
 
 
 @pytest.mark.parametrize("role", ["clerk", "auditor"])
-async def test_given_a_clerk_or_auditor_then_it_reads_and_changes_nothing(
+async def test_clerk_and_auditor_read_and_change_nothing(
     service: Service, client: Client, role: str
 ) -> None:
     _, token = await asyncio.to_thread(service.operator, role)
@@ -198,7 +194,7 @@ async def test_given_a_clerk_or_auditor_then_it_reads_and_changes_nothing(
     assert (await client.ask("DELETE", f"{ADMIN}/{draft}", token)).code == "forbidden"
 
 
-async def test_given_a_new_token_or_a_disabled_account_then_the_old_token_ends(
+async def test_new_token_or_disabled_account_ends_the_old_token(
     service: Service, client: Client
 ) -> None:
     name, old = await asyncio.to_thread(service.operator, "auditor")
@@ -210,9 +206,7 @@ async def test_given_a_new_token_or_a_disabled_account_then_the_old_token_ends(
 
 
 @pytest.mark.parametrize("step", ["pause", "reopen", "stock"])
-async def test_given_a_step_that_needs_a_why_then_without_one_it_is_400(
-    client: Client, step: str
-) -> None:
+async def test_step_without_its_required_reason_is_400(client: Client, step: str) -> None:
     campaign = await client.campaign()
     if step == "reopen":
         await client.step(campaign, "close")
@@ -242,7 +236,7 @@ async def test_stock_for_an_unknown_showing_names_those_there_are(client: Client
     assert told in seen.json()["detail"]
 
 
-async def test_given_stock_under_a_key_when_repeated_then_it_is_added_once(
+async def test_stock_repeated_under_its_key_is_added_once(
     service: Service, client: Client, crowd: Client
 ) -> None:
     campaign, key = await client.campaign(showings=showings(10, 10)), new_key()
@@ -287,7 +281,7 @@ async def test_given_stock_under_a_key_when_repeated_then_it_is_added_once(
         ({"remove": 1}, "remove"),
     ],
 )
-async def test_given_a_bad_addition_then_400_and_the_stock_is_as_it_was(
+async def test_bad_stock_addition_is_400_and_changes_nothing(
     client: Client, fields: dict[str, Any], field: str
 ) -> None:
     campaign = await client.campaign(tickets=5)
@@ -297,9 +291,7 @@ async def test_given_a_bad_addition_then_400_and_the_stock_is_as_it_was(
     assert await client.remaining(campaign) == [5]
 
 
-async def test_given_a_step_under_a_key_when_repeated_then_it_is_done_once(
-    service: Service, client: Client
-) -> None:
+async def test_step_repeated_under_its_key_is_taken_once(service: Service, client: Client) -> None:
     campaign, key = await client.campaign(), {"Idempotency-Key": new_key()}
     path, told_why = f"{ADMIN}/{campaign}/pause", {"json": {"reason": "lunch"}}
     for _ in range(2):
@@ -312,7 +304,7 @@ async def test_given_a_step_under_a_key_when_repeated_then_it_is_done_once(
     assert (late.status, late.json()["state"]) == (200, "open")
 
 
-async def test_given_a_bad_campaign_then_every_wrong_field_is_named_in_one_answer(
+async def test_every_wrong_field_of_a_campaign_body_is_named(
     service: Service, client: Client
 ) -> None:
     table = campaign_table(
@@ -345,7 +337,7 @@ async def test_given_a_bad_campaign_then_every_wrong_field_is_named_in_one_answe
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"null", b'"x"', b"\xff"])
-async def test_given_a_campaign_that_is_no_object_then_400(
+async def test_campaign_body_that_is_no_object_is_400(
     service: Service, client: Client, body: bytes
 ) -> None:
     seen = await client.ask(
@@ -358,7 +350,7 @@ async def test_given_a_campaign_that_is_no_object_then_400(
     assert (seen.status, seen.code) == (400, "invalid-request")
 
 
-async def test_given_an_id_that_is_taken_then_409_and_the_same_key_again_is_a_repeat(
+async def test_taken_id_is_409_and_the_same_key_is_a_repeat(
     service: Service, client: Client
 ) -> None:
     table, key = campaign_table(service.new_id()), new_key()
@@ -371,9 +363,7 @@ async def test_given_an_id_that_is_taken_then_409_and_the_same_key_again_is_a_re
     assert table["id"] in other.json()["detail"]
 
 
-async def test_given_a_draft_then_it_can_be_deleted_and_made_anew_and_nothing_else_can(
-    service: Service, client: Client
-) -> None:
+async def test_only_drafts_can_be_deleted_and_made_anew(service: Service, client: Client) -> None:
     draft = await client.campaign(draft=True)
     assert (await client.ask("DELETE", f"{ADMIN}/{draft}", service.admin_token)).status == 204
     for path in ("", "/live"):
@@ -389,9 +379,7 @@ async def test_given_a_draft_then_it_can_be_deleted_and_made_anew_and_nothing_el
     assert (seen.status, seen.code) == (409, "wrong-state")
 
 
-async def test_given_unknown_campaigns_then_404_everywhere(
-    service: Service, client: Client
-) -> None:
+async def test_unknown_campaign_is_404_in_every_call(service: Service, client: Client) -> None:
     for path in ("nothing", "nothing/live"):
         assert (await client.get(f"{ADMIN}/{path}", service.admin_token)).code == "not-found"
     for step in STEPS:
@@ -400,13 +388,13 @@ async def test_given_unknown_campaigns_then_404_everywhere(
 
 
 @pytest.mark.parametrize("at", ["tomorrow", "2030-01-01T00:00:00", "", 5, "2030-13-01T00:00:00Z"])
-async def test_given_a_bad_opening_moment_then_400_names_it(client: Client, at: object) -> None:
+async def test_bad_opening_moment_is_400_and_named(client: Client, at: object) -> None:
     campaign = await client.campaign(opens_at=None)
     seen = await client.step(campaign, "schedule", at=at)
     assert (seen.status, seen.json()["field"]) == (400, "at")
 
 
-async def test_given_a_draft_without_a_moment_then_scheduling_it_asks_for_one(
+async def test_scheduling_without_a_moment_asks_for_one(
     client: Client,
 ) -> None:
     campaign = await client.campaign(opens_at=None, closes_at=in_s(50))
@@ -415,9 +403,7 @@ async def test_given_a_draft_without_a_moment_then_scheduling_it_asks_for_one(
     assert (await client.step(campaign, "schedule", at=in_s(40))).json()["state"] == "scheduled"
 
 
-async def test_given_sales_then_the_live_view_has_what_is_left_and_how_far_the_ledger_is(
-    service: Service, client: Client
-) -> None:
+async def test_live_view_has_stock_and_ledger_position(service: Service, client: Client) -> None:
     campaign = await client.campaign(tickets=10)
     for card in service.cards(4):
         await client.buy(campaign, card.token, 2)
@@ -430,9 +416,7 @@ async def test_given_sales_then_the_live_view_has_what_is_left_and_how_far_the_l
     await until(lambda: client.all_applied(campaign), within_s=5)
 
 
-async def test_given_an_account_that_is_called_like_another_actor_then_the_log_tells_them_apart(
-    service: Service, client: Client
-) -> None:
+async def test_audit_log_distinguishes_actors_of_one_name(service: Service, client: Client) -> None:
     name = "clock"
     await service.asale("operator", "add", name, "--role", "admin")
     token = (await service.asale("operator", "token", name, "--json")).json()["token"]
@@ -443,7 +427,7 @@ async def test_given_an_account_that_is_called_like_another_actor_then_the_log_t
     assert [entry["actor"] for entry in paused] == ["operator:clock"]
 
 
-async def test_given_many_entries_then_the_audit_log_pages_through_each_once_newest_first(
+async def test_audit_log_pages_have_each_entry_once_newest_first(
     service: Service, client: Client
 ) -> None:
     campaign = await client.campaign()
@@ -474,7 +458,7 @@ async def test_given_many_entries_then_the_audit_log_pages_through_each_once_new
     assert other.json() == {"items": [], "next": None}
 
 
-async def test_given_a_card_is_revoked_then_the_audit_log_says_by_whom_and_masks_the_number(
+async def test_audit_log_of_a_revocation_has_actor_and_masked_card(
     service: Service, client: Client
 ) -> None:
     card = service.card()
@@ -489,7 +473,7 @@ async def test_given_a_card_is_revoked_then_the_audit_log_says_by_whom_and_masks
 
 
 @pytest.mark.parametrize("reason", ["a\x00b", "a\x1b[2Jb", "a\u0001"])
-async def test_given_a_reason_postgresql_cannot_hold_then_it_never_enters_the_ledger(
+async def test_reason_postgresql_cannot_store_stays_out_of_ledger(
     client: Client, reason: str
 ) -> None:
     campaign = await client.campaign(5)

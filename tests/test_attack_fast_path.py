@@ -43,7 +43,7 @@ def no_room() -> Iterator[None]:
         yield
 
 
-def test_given_the_last_who_stands_when_it_leaves_then_nobody_is_refused_for_it(
+def test_last_waiter_that_leaves_makes_no_refusal(
     world: World,
 ) -> None:
     async def judge() -> None:
@@ -63,9 +63,7 @@ def test_given_the_last_who_stands_when_it_leaves_then_nobody_is_refused_for_it(
 
 @BOTH_LOOPS
 @pytest.mark.parametrize("chunked", [False, True])
-def test_given_a_long_body_that_was_answered_early_then_the_connection_is_kept_as_by_aiohttp(
-    world: World, chunked: bool
-) -> None:
+def test_connection_survives_long_body_answered_early(world: World, chunked: bool) -> None:
     async def again(side: Side) -> list[int]:
         member, rest = world.member(), b" " * 200_000
         if chunked:
@@ -88,7 +86,7 @@ def test_given_a_long_body_that_was_answered_early_then_the_connection_is_kept_a
     world.run(judge())
 
 
-def test_given_a_card_that_asks_for_campaigns_that_are_not_then_its_limit_spares_the_stores(
+def test_rate_limit_spares_stores_from_unknown_campaigns(
     world: World,
 ) -> None:
     async def judge() -> None:
@@ -107,7 +105,7 @@ def test_given_a_card_that_asks_for_campaigns_that_are_not_then_its_limit_spares
     world.run(judge())
 
 
-async def test_given_a_redis_user_without_a_password_then_the_line_is_that_user_too(
+async def test_script_connection_uses_redis_user_without_password(
     redis: Redis, redis_url: str
 ) -> None:
     await redis.execute_command("ACL", "SETUSER", "shop", "on", "nopass", "~*", "+@all")
@@ -150,7 +148,7 @@ class _Counted(Purchase):
         self.told += 1
 
 
-async def test_given_one_from_the_crowd_behind_a_fresh_one_when_overdue_then_it_is_not_bought(
+async def test_overdue_purchase_behind_a_fresh_one_is_not_bought(
     redis: Redis,
 ) -> None:
     stock, batchers, batcher = await _batcher(redis)
@@ -163,7 +161,7 @@ async def test_given_one_from_the_crowd_behind_a_fresh_one_when_overdue_then_it_
     await batchers.close()
 
 
-async def test_given_a_slow_look_at_an_incarnation_when_the_deadline_passes_then_nothing_is_bought(
+async def test_slow_incarnation_check_past_deadline_buys_nothing(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock, batchers, batcher = await _batcher(redis)
@@ -181,7 +179,7 @@ async def test_given_a_slow_look_at_an_incarnation_when_the_deadline_passes_then
     await batchers.close()
 
 
-async def test_given_a_batcher_that_fails_then_nobody_is_told_twice(redis: Redis) -> None:
+async def test_failing_batcher_answers_each_purchase_once(redis: Redis) -> None:
     class Ours:
         calls = 0
 
@@ -204,7 +202,7 @@ async def test_given_a_batcher_that_fails_then_nobody_is_told_twice(redis: Redis
     await batchers.close()
 
 
-async def test_given_a_struck_off_rehearsal_when_an_operator_reopens_it_then_it_can_be_purged(
+async def test_reopened_rehearsal_can_be_purged_again(
     play: Play,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -222,7 +220,7 @@ async def test_given_a_struck_off_rehearsal_when_an_operator_reopens_it_then_it_
     assert await read_campaign(shop.redis, made.id) is None
 
 
-async def test_given_a_real_campaign_that_redis_calls_a_rehearsal_when_purged_then_it_sells_on(
+async def test_real_campaign_called_a_rehearsal_by_redis_sells_on(
     play: Play,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -131,9 +131,7 @@ def test_only_one_module_spells_fields_of_a_head() -> None:
     assert spelled == set()
 
 
-def test_made_up_setting_is_one_line_in_the_struct_and_one_in_the_script(
-    redis_url: str, tmp_path: Path
-) -> None:
+def test_made_up_setting_is_one_line_of_struct_and_script(redis_url: str, tmp_path: Path) -> None:
     # given: the engine with a setting more, declared in one line and used in one
     shutil.copytree(ROOT / "sale", tmp_path / "sale")
     insert(

@@ -97,7 +97,7 @@ def one_line(ran: Ran, status: int = 1) -> str:
 
 
 @pytest.mark.parametrize("words", [[], *([group] for group in GROUPS), *COMMANDS])
-def test_given_help_then_each_command_says_what_it_does(words: list[str]) -> None:
+def test_help_describes_each_command(words: list[str]) -> None:
     ran = command(*words, "--help")
     assert ran.status == 0
     assert ran.out.startswith(f"Usage: sale {' '.join(words)}".rstrip())
@@ -105,7 +105,7 @@ def test_given_help_then_each_command_says_what_it_does(words: list[str]) -> Non
     assert ran.err == ""
 
 
-def test_given_the_help_then_every_command_of_the_contract_is_listed() -> None:
+def test_help_lists_every_command_of_the_contract() -> None:
     root = command("--help").out
     for name in (*SINGLE, *GROUPS):
         assert f"  {name} " in root, name
@@ -148,7 +148,7 @@ def test_given_the_help_then_every_command_of_the_contract_is_listed() -> None:
         ["doctor", "--as", ""],
     ],
 )
-def test_given_bad_usage_then_exit_status_2_and_one_line(words: list[str]) -> None:
+def test_bad_usage_exits_2_with_one_line(words: list[str]) -> None:
     one_line(command(*words), status=2)
 
 
@@ -167,13 +167,13 @@ def test_wrong_number_is_refused_in_plain_words() -> None:
 
 
 @pytest.mark.parametrize("words", NEEDS_ENGINE)
-def test_given_no_engine_is_running_then_it_says_so(words: list[str], tmp_path: Path) -> None:
+def test_commands_report_that_no_engine_is_running(words: list[str], tmp_path: Path) -> None:
     says = one_line(command(*words, "--data-dir", tmp_path / "none"))
     assert "no engine is running" in says
     assert str(tmp_path / "none") in says
 
 
-def test_given_no_engine_is_running_then_the_audit_could_not_check(tmp_path: Path) -> None:
+def test_audit_without_an_engine_exits_3(tmp_path: Path) -> None:
     ran = command("audit", data_dir=tmp_path)
     assert "could not check" in one_line(ran, status=3)
 
@@ -191,7 +191,7 @@ def test_given_no_engine_is_running_then_the_audit_could_not_check(tmp_path: Pat
         ("SALE_COLOUR", "red"),
     ],
 )
-def test_given_a_bad_setting_then_it_is_refused_by_name(
+def test_bad_setting_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -199,7 +199,7 @@ def test_given_a_bad_setting_then_it_is_refused_by_name(
         assert name in one_line(command(*words))
 
 
-def test_given_a_settings_file_with_two_faults_then_both_are_named(tmp_path: Path) -> None:
+def test_both_faults_of_a_settings_file_are_named(tmp_path: Path) -> None:
     file = tmp_path / "sale.toml"
     file.write_text('colour = "red"\nworkers = "x"\n')
     says = one_line(command("doctor", "--config", file))
@@ -211,7 +211,7 @@ def test_given_a_settings_file_with_two_faults_then_both_are_named(tmp_path: Pat
 
 
 @pytest.mark.parametrize("store", ["SALE_REDIS_URL", "SALE_DATABASE_URL"])
-def test_given_a_store_that_cannot_be_reached_then_it_says_which(
+def test_unreachable_store_is_named(
     service: Service, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     port = free_port()
@@ -233,9 +233,7 @@ def test_given_a_store_that_cannot_be_reached_then_it_says_which(
     assert "could not check" in one_line(service.sale("audit"), status=3)
 
 
-def test_given_a_campaign_when_taken_through_its_life_then_each_command_tells_the_state(
-    service: Service, write: Write
-) -> None:
+def test_each_campaign_command_prints_the_new_state(service: Service, write: Write) -> None:
     identifier = service.new_id("cli")
     actor = ("--as", "wang", "--json")
 
@@ -265,7 +263,7 @@ def test_given_a_campaign_when_taken_through_its_life_then_each_command_tells_th
     assert "5.00 yuan" in words
 
 
-def test_given_a_step_then_the_audit_log_has_who_and_why(
+def test_audit_log_has_actor_and_reason_of_a_step(
     service: Service, made: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import urllib.request
@@ -286,7 +284,7 @@ def test_given_a_step_then_the_audit_log_has_who_and_why(
     assert who["resumed"] == ("cli:zhao", None)
 
 
-def test_given_a_wrong_state_then_it_says_what_instead(service: Service, made: str) -> None:
+def test_wrong_state_error_names_the_possible_step(service: Service, made: str) -> None:
     service.sale("campaign", "pause", made, "--reason", "r")
     says = one_line(service.sale("campaign", "open", made))
     assert "paused" in says
@@ -297,7 +295,7 @@ def test_given_a_wrong_state_then_it_says_what_instead(service: Service, made: s
 @pytest.mark.parametrize(
     "words", [words for words in NEEDS_ENGINE if words[0] in {"campaign", "recover"}][:-1]
 )
-def test_given_an_unknown_campaign_then_it_is_named(service: Service, words: list[str]) -> None:
+def test_unknown_campaign_is_named(service: Service, words: list[str]) -> None:
     if words == ["campaign", "list"]:
         words = ["audit", "x"]
     wanted = ["nothing-there" if word == "x" else word for word in words]
@@ -306,9 +304,7 @@ def test_given_an_unknown_campaign_then_it_is_named(service: Service, words: lis
     assert "nothing-there" in one_line(service.sale(*wanted), status=status)
 
 
-def test_given_a_bad_showing_or_moment_or_too_much_stock_then_one_line(
-    service: Service, made: str, write: Write
-) -> None:
+def test_bad_argument_of_a_step_is_one_line(service: Service, made: str, write: Write) -> None:
     stock = ("campaign", "add-stock", made)
     assert "balcony" in one_line(service.sale(*stock, "balcony", 1, "--reason", "r"))
     assert "10000000" in one_line(service.sale(*stock, "general", 10**7, "--reason", "r"))
@@ -321,7 +317,7 @@ def test_given_a_bad_showing_or_moment_or_too_much_stock_then_one_line(
     assert "at" in one_line(service.sale("campaign", "schedule", draft))
 
 
-def test_given_a_draft_then_it_can_be_deleted(service: Service, write: Write) -> None:
+def test_draft_can_be_deleted(service: Service, write: Write) -> None:
     draft = service.new_id("cli")
     service.sale("campaign", "create", write(draft, "draft = true"))
     assert service.sale("campaign", "delete", draft, "--json").json() == {"deleted": draft}
@@ -329,9 +325,7 @@ def test_given_a_draft_then_it_can_be_deleted(service: Service, write: Write) ->
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "config" / "campaigns").glob("*.toml")), ids=str)
-def test_given_a_sample_campaign_then_it_can_be_created(
-    service: Service, tmp_path: Path, file: Path
-) -> None:
+def test_each_sample_campaign_can_be_created(service: Service, tmp_path: Path, file: Path) -> None:
     text = file.read_text("utf-8")
     identifier = service.new_id("sample")
     copy = tmp_path / "copy.toml"
@@ -342,7 +336,7 @@ def test_given_a_sample_campaign_then_it_can_be_created(
     assert made.json()["id"] == identifier
 
 
-def test_given_the_facts_then_there_is_a_sample_for_each_rush() -> None:
+def test_each_rush_of_the_facts_has_a_sample() -> None:
     stocks = {}
     for file in (ROOT / "config" / "campaigns").glob("*.toml"):
         import tomllib
@@ -360,9 +354,7 @@ def test_given_the_facts_then_there_is_a_sample_for_each_rush() -> None:
     }
 
 
-def test_given_a_bad_campaign_file_then_every_wrong_field_is_named_and_the_file(
-    service: Service, tmp_path: Path
-) -> None:
+def test_every_wrong_field_of_a_campaign_file_is_named(service: Service, tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text('id = "X"\nprice_fen = -1\npayment = "gold"\ncolour = 1\nshowings = []\n')
     says = one_line(service.sale("campaign", "create", file))
@@ -374,7 +366,7 @@ def test_given_a_bad_campaign_file_then_every_wrong_field_is_named_and_the_file(
 
 
 @pytest.mark.parametrize("content", [b"= 1", b"\xff\xfe", b"\x00", b"", b'id = "a'])
-def test_given_a_file_that_is_no_campaign_then_one_line(
+def test_file_that_is_no_campaign_is_one_line(
     service: Service, tmp_path: Path, content: bytes
 ) -> None:
     file = tmp_path / "odd.toml"
@@ -383,22 +375,16 @@ def test_given_a_file_that_is_no_campaign_then_one_line(
 
 
 @pytest.mark.parametrize("words", [["campaign", "create"], ["cards", "import"]])
-def test_given_a_file_that_is_not_there_then_it_is_named(
-    service: Service, tmp_path: Path, words: list[str]
-) -> None:
+def test_missing_file_is_named(service: Service, tmp_path: Path, words: list[str]) -> None:
     assert "none.x" in one_line(service.sale(*words, tmp_path / "none.x"))
     assert str(tmp_path) in one_line(service.sale(*words, tmp_path))
 
 
-def test_given_an_id_that_is_taken_then_it_is_named(
-    service: Service, made: str, write: Write
-) -> None:
+def test_taken_campaign_id_is_named(service: Service, made: str, write: Write) -> None:
     assert made in one_line(service.sale("campaign", "create", write(made)))
 
 
-def test_given_cards_then_sample_import_show_revoke_and_restore_work_and_mask(
-    service: Service, tmp_path: Path
-) -> None:
+def test_cards_commands_work_and_mask_card_numbers(service: Service, tmp_path: Path) -> None:
     file, card = tmp_path / "roster.csv", service.card()
     sampled = service.sale("cards", "sample", 20, "--seed", 7, "--out", file, "--json")
     assert sampled.json()["cards"] == 20
@@ -464,7 +450,7 @@ def test_import_names_the_revoked_cards_that_it_keeps(service: Service, tmp_path
     assert (restored["status"], restored["revoked"]) == ("active", False)
 
 
-def test_given_redis_is_away_when_a_card_is_revoked_then_it_is_and_a_note_says_the_rest(
+def test_card_revoked_without_redis_has_a_note(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = service.card()
@@ -477,9 +463,7 @@ def test_given_redis_is_away_when_a_card_is_revoked_then_it_is_and_a_note_says_t
     assert service.sale("cards", "show", card.no, "--json").json()["status"] == "cancelled"
 
 
-def test_given_a_bad_roster_then_the_lines_are_told_and_nothing_has_changed(
-    service: Service, tmp_path: Path
-) -> None:
+def test_bad_roster_lines_are_named_and_nothing_changes(service: Service, tmp_path: Path) -> None:
     file = tmp_path / "bad.csv"
     file.write_text(
         "card_no,name,union,phone,pin,status\n"
@@ -494,9 +478,7 @@ def test_given_a_bad_roster_then_the_lines_are_told_and_nothing_has_changed(
     assert str(file) in service.sale("cards", "import", file).err
 
 
-def test_given_tokens_then_each_line_is_an_object_and_buys(
-    service: Service, tmp_path: Path
-) -> None:
+def test_each_line_of_tokens_is_an_object_that_buys(service: Service, tmp_path: Path) -> None:
     lines = service.sale("tokens", "--cards", 3).out.splitlines()
     assert [list(json.loads(line)) for line in lines] == [["card_no", "token", "union"]] * 3
     file = tmp_path / "tokens.jsonl"
@@ -505,7 +487,7 @@ def test_given_tokens_then_each_line_is_an_object_and_buys(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_given_operators_then_add_list_token_and_disable_work(service: Service) -> None:
+def test_operator_commands_work(service: Service) -> None:
     name = service.new_id("op")
     added = service.sale("operator", "add", name, "--role", "operator", "--union", "dongsi")
     assert added.status == 0
@@ -528,7 +510,7 @@ def test_given_operators_then_add_list_token_and_disable_work(service: Service) 
     assert "nobody-x" in one_line(service.sale("operator", "disable", "nobody-x"))
 
 
-def test_given_a_sound_system_then_audit_and_doctor_say_so(service: Service, made: str) -> None:
+def test_audit_and_doctor_approve_a_sound_system(service: Service, made: str) -> None:
     audit = service.sale("audit", made, "--json")
     assert audit.status == 0
     report = audit.json()
@@ -544,20 +526,18 @@ def test_given_a_sound_system_then_audit_and_doctor_say_so(service: Service, mad
     assert "durability" in service.sale("doctor").out
 
 
-def test_given_nothing_is_wrong_then_recover_does_nothing_and_exits_0(
-    service: Service, made: str
-) -> None:
+def test_recover_of_a_sound_campaign_exits_0(service: Service, made: str) -> None:
     for words in ([], ["--dry-run"]):
         ran = service.sale("recover", made, *words, "--json")
         assert ran.status == 0, ran
         assert not ran.json()["changed"]
 
 
-def test_given_a_schema_that_is_there_then_migrate_has_nothing_to_do(service: Service) -> None:
+def test_migrate_has_nothing_to_do_on_a_current_schema(service: Service) -> None:
     assert service.sale("migrate", "--json").json() == {"applied": []}
 
 
-def test_given_an_address_for_metrics_then_migrate_takes_it_like_the_other_parts(
+def test_migrate_accepts_an_address_for_metrics(
     service: Service,
 ) -> None:
     ran = service.sale("migrate", "--metrics-listen", "127.0.0.1:0", "--json")
@@ -565,9 +545,7 @@ def test_given_an_address_for_metrics_then_migrate_takes_it_like_the_other_parts
     assert "nothing is served" in " ".join(command("migrate", "--help").out.split())
 
 
-def test_given_an_address_in_use_then_each_part_says_so_in_one_line(
-    service: Service, tmp_path: Path
-) -> None:
+def test_address_in_use_is_one_line_of_each_part(service: Service, tmp_path: Path) -> None:
     unused = str(tmp_path / "data")  # a directory in use is told before the address
     with socket.create_server(("127.0.0.1", 0)) as other:
         busy, free = f"127.0.0.1:{other.getsockname()[1]}", "127.0.0.1:0"
@@ -589,16 +567,14 @@ def test_given_an_address_in_use_then_each_part_says_so_in_one_line(
             assert f"choose another with {option} (port 0: a free one)" in says
 
 
-def test_given_the_data_directory_is_in_use_then_up_says_so(service: Service) -> None:
+def test_up_reports_a_data_directory_in_use(service: Service) -> None:
     says = one_line(
         service.sale("up", "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
     )
     assert str(service.data_dir) in says
 
 
-def test_given_the_console_then_it_behaves_as_in_this_process(
-    service: Service, tmp_path: Path
-) -> None:
+def test_console_script_behaves_as_in_this_process(service: Service, tmp_path: Path) -> None:
     """As a person runs it: ``python -m sale`` from elsewhere, with a reader that goes away."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALE_DATA_DIR": str(service.data_dir)}
 
@@ -633,7 +609,7 @@ def test_given_the_console_then_it_behaves_as_in_this_process(
     assert piped.stderr == ""
 
 
-def test_given_commands_beside_a_running_system_then_they_are_quick(service: Service) -> None:
+def test_commands_beside_a_running_system_are_quick(service: Service) -> None:
     started = time.monotonic()
     assert service.sale("campaign", "list").status == 0
     assert time.monotonic() - started < 5

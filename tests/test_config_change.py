@@ -138,7 +138,7 @@ async def test_deleted_campaign_leaves_what_is_known(redis: Redis) -> None:
     assert await catalogue.for_sale(stock.id) is None
 
 
-async def test_absent_campaign_is_asked_for_once_and_kept_within_bounds(
+async def test_absent_campaign_is_read_once_and_kept_within_bounds(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # given

@@ -55,7 +55,7 @@ async def alone(world: World, side: Side) -> dict[str, Told]:
 
 
 @BOTH_LOOPS
-def test_given_any_request_then_both_lanes_answer_alike(world: World) -> None:
+def test_both_paths_answer_every_request_alike(world: World) -> None:
     async def judge() -> tuple[dict[str, Told], dict[str, Told]]:
         async with world.both() as (fast_path, aiohttp):
             ours, theirs = await alone(world, fast_path), await alone(world, aiohttp)
@@ -108,7 +108,7 @@ def _check_answer(name: str, answer: Answer) -> None:
 
 
 @BOTH_LOOPS
-def test_given_purchases_and_others_on_one_connection_then_each_goes_its_way(world: World) -> None:
+def test_purchases_and_other_requests_share_a_connection(world: World) -> None:
     async def judge() -> None:
         async with world.side(fast_path=True) as side, side.wire() as wire:
             asked = 0
@@ -161,7 +161,7 @@ def _waitless(name: str, value: str) -> tuple[str, str]:
     return name, "…" if name in {"Retry-After", "RateLimit"} else value
 
 
-def test_given_limits_then_both_lanes_charge_the_same_and_say_so_alike(world: World) -> None:
+def test_both_paths_charge_rate_limits_alike(world: World) -> None:
     limits = {
         "card_campaign_per_s": 1,
         "card_campaign_burst": 4,
@@ -316,7 +316,7 @@ def test_faults_are_logged_with_the_name_of_their_request(world: World) -> None:
     world.run(judge())
 
 
-def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: World) -> None:
+def test_both_paths_answer_overload_and_lost_stores_alike(world: World) -> None:
     async def judge() -> list[Any]:
         async with world.both(purchase_deadline_ms=300, turn_max_ms=100) as sides:
             told = []
@@ -339,7 +339,7 @@ def test_given_too_much_to_do_or_no_store_then_both_lanes_say_so_alike(world: Wo
     assert [each[0][2]["code"] for each in ours[:2]] == ["unavailable", "overloaded"]
 
 
-def test_given_a_purchase_that_stood_past_its_deadline_when_called_then_nothing_is_bought(
+def test_purchase_that_waited_past_its_deadline_buys_nothing(
     world: World,
 ) -> None:
     async def judge() -> list[Any]:

@@ -92,7 +92,7 @@ def unlike(ours: dict[str, Told], theirs: dict[str, Told]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("how", [*CHANGES, *CUTS])
-def test_given_each_request_otherwise_then_both_lanes_answer_alike(
+def test_both_paths_answer_changed_requests_alike(
     world: World, how: str, seed: int, counted: Callable[[int, str], None]
 ) -> None:
     def whole(raw: bytes, _: random.Random) -> list[bytes]:
@@ -171,7 +171,7 @@ async def _dribbled(side: Side, raw: bytes) -> list[Any]:
         return [each.told for each in (await wire.answers(1)).answers]
 
 
-def test_given_requests_cut_at_each_byte_then_both_lanes_answer_each_alike(
+def test_both_paths_answer_alike_when_cut_at_any_byte(
     world: World, counted: Callable[[int, str], None]
 ) -> None:
     async def judge_kept(sides: tuple[Side, Side]) -> int:
@@ -222,7 +222,7 @@ def test_given_requests_cut_at_each_byte_then_both_lanes_answer_each_alike(
 
 
 @BOTH_LOOPS
-def test_given_pipelines_cut_anywhere_then_both_lanes_answer_each_request_as_if_alone(
+def test_both_paths_answer_pipelined_requests_as_if_alone(
     world: World, seed: int, counted: Callable[[int, str], None]
 ) -> None:
     async def one_pipeline(side: Side, cases: list[Case], rng: random.Random) -> list[Any]:
@@ -306,7 +306,7 @@ def _together(cases: list[Case], expected: dict[str, Told]) -> list[Any]:
 # Smuggling.
 
 
-def test_given_a_hidden_purchase_then_it_is_one_only_where_a_strict_proxy_sees_one(
+def test_hidden_purchase_sells_only_where_a_strict_proxy_sees_it(
     world: World, seed: int, counted: Callable[[int, str], None]
 ) -> None:
     async def all_attacked(side: Side) -> list[tuple[Attack, Told]]:

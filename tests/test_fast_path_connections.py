@@ -60,9 +60,7 @@ async def _stalled(
 
 @BOTH_LOOPS
 @pytest.mark.parametrize("mixed", [True, False])
-def test_given_a_client_that_reads_nothing_then_little_is_held_and_nothing_lost(
-    world: World, mixed: bool
-) -> None:
+def test_client_that_reads_nothing_loses_nothing_and_is_bounded(world: World, mixed: bool) -> None:
     count = 2_000
 
     async def judge() -> None:
@@ -82,7 +80,7 @@ def test_given_a_client_that_reads_nothing_then_little_is_held_and_nothing_lost(
     world.run(judge())
 
 
-def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: World) -> None:
+def test_requests_behind_a_purchase_are_bounded(world: World) -> None:
     member = world.member()
     rest = b"".join(_numbered(member, number) for number in range(1_200))
 
@@ -98,7 +96,7 @@ def test_given_a_purchase_under_way_then_what_waits_behind_it_is_bounded(world: 
 
 
 @BOTH_LOOPS
-def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_a_request_waits(
+def test_connections_over_the_joint_bound_are_not_read(
     world: World,
 ) -> None:
     bound, whole, half = 100_000, 100, 50
@@ -171,9 +169,7 @@ def test_given_connections_that_hold_too_much_together_then_who_holds_more_than_
         world.run(judge())
 
 
-async def test_given_room_again_when_who_may_read_on_brings_nothing_then_the_others_may_too() -> (
-    None
-):
+async def test_silent_connection_keeps_no_other_from_being_read() -> None:
     asked = f"POST {ORDERS} HTTP/1.1\r\nHost: sale\r\nContent-Length: 16000\r\n\r\n".encode()
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
@@ -206,9 +202,7 @@ class _NeverRead(FuzzWire):
         asyncio.get_running_loop().call_soon(self._connection.connection_lost, None)
 
 
-async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_ends_in_time() -> (
-    None
-):
+async def test_unread_answers_behind_half_a_request_end_in_time() -> None:
     """Without an end the next move were ours, and no deadline would run."""
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
@@ -226,7 +220,7 @@ async def test_given_half_a_request_at_the_end_and_answers_never_read_then_it_en
             await server.shutdown(0)
 
 
-def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> None:
+def test_connections_of_slow_or_idle_clients_end(world: World) -> None:
     bounds = {
         "HEAD_WITHIN_S": 0.3,
         "BODY_WITHIN_S": 0.3,
@@ -300,9 +294,7 @@ def test_given_slow_or_idle_clients_then_their_connections_end(world: World) -> 
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_given_more_connections_than_allowed_then_the_others_are_closed_and_room_is_kept(
-    world: World, fast_path: bool
-) -> None:
+def test_connections_over_the_maximum_are_closed(world: World, fast_path: bool) -> None:
     async def judge() -> None:
         async with world.side(fast_path=fast_path, connections_max=3) as side:
             wires = []
@@ -336,9 +328,7 @@ def test_given_more_connections_than_allowed_then_the_others_are_closed_and_room
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_are_told(
-    world: World, fast_path: bool
-) -> None:
+def test_drain_answers_requests_and_closes_kept_connections(world: World, fast_path: bool) -> None:
     async def judge() -> dict[str, Told]:
         loop = asyncio.get_running_loop()
         async with world.side(fast_path=fast_path) as side, contextlib.AsyncExitStack() as stack:
@@ -395,9 +385,7 @@ def test_given_a_drain_then_what_is_under_way_is_answered_and_kept_connections_a
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_given_a_crowd_for_which_there_is_no_time_when_told_to_stop_then_it_stands_no_longer(
-    world: World, fast_path: bool
-) -> None:
+def test_drain_refuses_waiters_without_time(world: World, fast_path: bool) -> None:
     async def judge() -> tuple[Told, float]:
         loop = asyncio.get_running_loop()
         async with world.side(fast_path=fast_path) as side, side.wire() as wire:
@@ -425,9 +413,7 @@ def test_given_a_crowd_for_which_there_is_no_time_when_told_to_stop_then_it_stan
 # What it leans on.
 
 
-async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_lane_expects() -> (
-    None
-):
+async def test_aiohttp_handler_turns_busy_and_idle_as_expected() -> None:
     """The private state that ``aiohttp_handler`` reads: its names, and what they mean."""
     source = inspect.getsource(aiohttp_handler)
     classes = (Handler, InnerHandler, LoneHandler)
@@ -498,7 +484,7 @@ async def test_given_this_aiohttp_then_its_handler_turns_busy_and_idle_as_the_la
     assert (handler.busy, handler.idle) == (False, False), "what is lost waits for nothing"
 
 
-def test_given_a_connection_that_mixes_when_it_asks_aiohttp_then_it_keeps_its_own_shape(
+def test_mixed_connection_keeps_its_attribute_layout(
     world: World,
 ) -> None:
     async def judge() -> None:

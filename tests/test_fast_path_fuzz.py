@@ -9,9 +9,7 @@ EXAMPLES = {"heads": 600, "shapes_of_heads": 600, "connections": 200, "bounds": 
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_given_anything_when_it_is_sent_then_the_lane_takes_it_as_aiohttp_does(
-    name: str, seed: int
-) -> None:
+def test_fast_path_treats_generated_input_as_aiohttp_does(name: str, seed: int) -> None:
     with quiet_logs(), asyncio.Runner() as runner:
         found = properties(runner, EXAMPLES[name], seed)
         (prove,) = (each for each in found if each.__name__ == name)

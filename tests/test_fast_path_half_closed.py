@@ -130,9 +130,7 @@ async def _stayed(side: Side, raw: bytes, count: int) -> list[object]:
 @pytest.mark.parametrize(
     "when", ["at once", "on a kept connection", "when it is under way", "when it is answered"]
 )
-def test_given_a_client_that_closes_its_half_then_it_gets_just_its_answers_from_both_lanes(
-    world: World, when: str
-) -> None:
+def test_both_paths_answer_a_half_closed_connection_alike(world: World, when: str) -> None:
     before = (world.member().buy("sold-out"), TIME) if when == "on a kept connection" else ()
 
     async def ask(side: Side) -> tuple[dict[str, Told], dict[str, list[object]]]:
@@ -174,7 +172,7 @@ def test_given_a_client_that_closes_its_half_then_it_gets_just_its_answers_from_
 
 
 @BOTH_LOOPS
-def test_given_purchases_cut_off_at_each_byte_then_only_what_is_whole_is_answered(
+def test_only_whole_requests_are_answered_after_a_cut(
     world: World,
 ) -> None:
     async def judge() -> None:
@@ -192,7 +190,7 @@ def test_given_purchases_cut_off_at_each_byte_then_only_what_is_whole_is_answere
     world.run(judge())
 
 
-def test_given_one_who_stands_in_the_crowd_when_it_sends_no_more_then_it_is_refused_and_served_on(
+def test_half_closed_waiter_is_refused_and_served_on(
     world: World,
 ) -> None:
     async def judge() -> None:
@@ -219,9 +217,7 @@ def test_given_one_who_stands_in_the_crowd_when_it_sends_no_more_then_it_is_refu
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_given_one_of_aiohttps_who_stands_when_it_sends_no_more_then_it_is_not_sold_to(
-    world: World, fast_path: bool
-) -> None:
+def test_half_closed_waiter_of_aiohttp_buys_nothing(world: World, fast_path: bool) -> None:
     async def judge() -> None:
         async with world.side(fast_path=fast_path) as side:
             leaves, stays = world.member(), world.member()
@@ -245,7 +241,7 @@ def test_given_one_of_aiohttps_who_stands_when_it_sends_no_more_then_it_is_not_s
 
 @pytest.mark.parametrize("fast_path", [True, False])
 @pytest.mark.parametrize("ends", [True, False])
-def test_given_one_who_reads_nothing_and_perhaps_sends_no_more_then_its_connection_ends(
+def test_connection_of_a_client_that_reads_nothing_ends(
     world: World, fast_path: bool, ends: bool
 ) -> None:
     async def judge() -> None:
@@ -265,9 +261,7 @@ def test_given_one_who_reads_nothing_and_perhaps_sends_no_more_then_its_connecti
 
 @BOTH_LOOPS
 @pytest.mark.parametrize("resets", [True, False])
-def test_given_a_client_that_leaves_during_its_purchase_then_the_order_stands(
-    world: World, resets: bool
-) -> None:
+def test_order_stands_when_its_client_leaves(world: World, resets: bool) -> None:
     async def judge() -> None:
         async with world.side(fast_path=True) as side:
             members = [world.member() for _ in range(20)]
@@ -295,9 +289,7 @@ def test_given_a_client_that_leaves_during_its_purchase_then_the_order_stands(
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_given_a_later_chunk_that_cannot_be_read_then_both_lanes_say_so_at_once_and_close(
-    world: World, ends: bool
-) -> None:
+def test_both_paths_refuse_an_unreadable_later_chunk_and_close(world: World, ends: bool) -> None:
     """aiohttp by itself lets whoever reads the body wait for the rest, ten seconds here."""
 
     async def asked(side: Side, begun: bytes, broken: bytes) -> Told:
@@ -336,7 +328,7 @@ def test_given_a_later_chunk_that_cannot_be_read_then_both_lanes_say_so_at_once_
     world.run(judge())
 
 
-async def test_given_this_aiohttp_then_a_handler_alone_ends_as_it_is_built_to() -> None:
+async def test_lone_aiohttp_handler_ends_as_expected() -> None:
     """At the moments that no client can choose: before it begins, and between two requests."""
     served: list[str] = []
 

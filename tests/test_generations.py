@@ -51,7 +51,7 @@ async def test_process_starts_with_all_rises_and_follows_new_ones(shop: Shop) ->
     assert generations.raised == {member(1): 2, member(2): 1}
 
 
-async def test_set_that_redis_has_lost_is_built_again_and_nothing_forgotten(shop: Shop) -> None:
+async def test_set_lost_by_redis_is_rebuilt_and_nothing_forgotten(shop: Shop) -> None:
     await raise_generation(shop, 1)
     await copied(shop)
     generations = Generations(shop.redis, shop.pool)
@@ -171,7 +171,7 @@ async def test_suspended_process_learns_once_it_runs_again(
     assert {one.code for one in seen} == {"unauthenticated"}
 
 
-async def test_card_replaced_while_redis_is_away_ends_its_tokens_once_it_is_back(
+async def test_card_replaced_without_redis_ends_tokens_once_it_is_back(
     service: Service, client: Client, crowd: Client, spare_numbers: Iterator[str]
 ) -> None:
     campaign, held = await client.campaign(), service.card()

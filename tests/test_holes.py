@@ -38,7 +38,7 @@ async def test_row_01_the_last_ticket_is_sold_once(
     assert await client.remaining(campaign) == [0]
 
 
-async def test_row_02_more_at_once_than_any_pool_holds_is_served_and_never_sold_out(
+async def test_row_02_more_at_once_than_any_pool_is_not_sold_out(
     service: Service, client: Client, crowd: Client
 ) -> None:
     """Connections leak or the pool ends, and the error reads "sold out" for ever."""
@@ -60,7 +60,7 @@ async def test_row_02_more_at_once_than_any_pool_holds_is_served_and_never_sold_
     assert {(one.status, one.code) for one in seen} == {(201, "")}
 
 
-async def test_row_04_a_retry_under_the_same_key_finds_an_order_that_can_be_read(
+async def test_row_04_retry_under_the_same_key_finds_a_readable_order(
     service: Service, client: Client, crowd: Client
 ) -> None:
     """The hand-over fails after the ticket was taken; the retry says "purchased", with no order."""
@@ -105,7 +105,7 @@ async def test_row_05_a_failed_first_try_is_not_replayed_as_success(
     assert (seen.status, "Idempotency-Replayed" in seen.headers) == (201, False)
 
 
-async def test_row_10_window_pause_and_revocation_are_checked_when_the_ticket_is_taken(
+async def test_row_10_window_pause_and_revocation_hold_at_the_sale(
     service: Service, client: Client
 ) -> None:
     """Window, pause and revocation are checked when the token is issued, not later."""
@@ -139,7 +139,7 @@ async def test_row_13_the_limit_does_not_run_out(service: Service, client: Clien
     assert (await client.buy(campaign, card.token)).code == "limit-exceeded"
 
 
-async def test_row_15_the_price_is_the_campaigns_and_a_key_belongs_to_its_card(
+async def test_row_15_price_is_the_campaigns_and_a_key_its_cards(
     service: Service, client: Client
 ) -> None:
     """The price comes from the client; the idempotency key is not scoped to the buyer."""
@@ -158,7 +158,7 @@ async def test_row_15_the_price_is_the_campaigns_and_a_key_belongs_to_its_card(
     assert "Idempotency-Replayed" not in elsewhere.headers
 
 
-async def test_row_16_the_limit_is_kept_and_an_order_number_given_out_is_kept(
+async def test_row_16_limit_holds_and_an_order_number_stays(
     service: Service, client: Client, crowd: Client
 ) -> None:
     """The limit is commented out; messages older than 5 s are dropped after the number went out."""
@@ -176,7 +176,7 @@ async def test_row_16_the_limit_is_kept_and_an_order_number_given_out_is_kept(
     assert (audit.status, audit.json()["clean"]) == (0, True)
 
 
-async def test_row_18_ticket_codes_of_one_second_are_all_different_and_say_nothing(
+async def test_row_18_ticket_codes_of_one_second_differ_and_are_opaque(
     service: Service, client: Client, crowd: Client
 ) -> None:
     """Ticket codes made from the clock's seconds: all codes of one second are the same."""
@@ -191,7 +191,7 @@ async def test_row_18_ticket_codes_of_one_second_are_all_different_and_say_nothi
     assert len({code[:8] for code in codes}) == 180
 
 
-async def test_row_20_an_address_opens_nothing_and_identity_is_the_token_alone(
+async def test_row_20_address_opens_nothing_and_the_token_identifies(
     service: Service, client: Client
 ) -> None:
     """ "Hidden" purchase addresses that are the same for all; identity from a client cookie."""
@@ -214,7 +214,7 @@ async def test_row_20_an_address_opens_nothing_and_identity_is_the_token_alone(
     assert len((await client.get(ORDERS, other.token)).json()["items"]) == 1
 
 
-async def test_row_21_no_call_without_an_operators_token_changes_a_live_sale(
+async def test_row_21_only_an_operators_token_changes_a_live_sale(
     service: Service, client: Client
 ) -> None:
     """An open endpoint resets a live sale."""
@@ -241,7 +241,7 @@ async def test_row_21_no_call_without_an_operators_token_changes_a_live_sale(
     assert (await client.get(f"{CAMPAIGNS}/{campaign}")).json()["state"] == "open"
 
 
-async def test_row_23_a_lost_answer_is_found_again_by_key_and_among_the_orders(
+async def test_row_23_lost_answer_is_found_by_key_and_among_orders(
     service: Service, client: Client
 ) -> None:
     """The success answer was lost and nothing gives the member the order again."""

@@ -80,9 +80,7 @@ async def all_pages(client: Client, path: str, token: str | None = None) -> list
 # The purchase.
 
 
-async def test_given_a_free_ticket_when_bought_then_the_order_is_as_the_contract_has_it(
-    service: Service, client: Client
-) -> None:
+async def test_order_of_a_purchase_follows_the_contract(service: Service, client: Client) -> None:
     campaign, card = await client.campaign(), service.card()
 
     seen = await client.buy(campaign, card.token, 2)
@@ -110,9 +108,7 @@ async def test_given_a_free_ticket_when_bought_then_the_order_is_as_the_contract
     assert await client.remaining(campaign) == [98]
 
 
-async def test_given_an_order_when_asked_again_under_its_key_then_it_is_replayed_as_it_is_now(
-    service: Service, client: Client
-) -> None:
+async def test_same_key_replays_the_order_as_it_is_now(service: Service, client: Client) -> None:
     campaign, card, key = await client.campaign(), service.card(), new_key()
     first = (await client.buy(campaign, card.token, key=key)).json()
     await client.buy(campaign, card.token)
@@ -125,9 +121,7 @@ async def test_given_an_order_when_asked_again_under_its_key_then_it_is_replayed
     assert await client.remaining(campaign) == [98]
 
 
-async def test_given_an_order_when_its_key_comes_with_other_content_then_422(
-    service: Service, client: Client
-) -> None:
+async def test_key_with_other_content_is_422(service: Service, client: Client) -> None:
     campaign = await client.campaign(showings=showings(5, 5))
     card, key = service.card(), new_key()
     assert (await client.buy(campaign, card.token, key=key, showing="a")).status == 201
@@ -138,7 +132,7 @@ async def test_given_an_order_when_its_key_comes_with_other_content_then_422(
     assert await client.remaining(campaign) == [4, 5]
 
 
-async def test_given_a_campaign_that_stopped_when_an_order_is_asked_again_then_it_is_replayed(
+async def test_replay_works_when_sold_out_paused_or_closed(
     service: Service, client: Client
 ) -> None:
     campaign = await client.campaign(tickets=1)
@@ -160,9 +154,7 @@ async def test_given_a_campaign_that_stopped_when_an_order_is_asked_again_then_i
     await replayed("closed")
 
 
-async def test_given_a_refusal_when_the_key_is_tried_again_then_it_may_buy(
-    service: Service, client: Client
-) -> None:
+async def test_key_of_a_refusal_may_buy_later(service: Service, client: Client) -> None:
     campaign, card, key = await client.campaign(tickets=0), service.card(), new_key()
     seen = await client.buy(campaign, card.token, key=key)
     assert (seen.status, seen.code, seen.json()["remaining"]) == (409, "sold-out", 0)
@@ -174,9 +166,7 @@ async def test_given_a_refusal_when_the_key_is_tried_again_then_it_may_buy(
     assert "Idempotency-Replayed" not in seen.headers
 
 
-async def test_given_fewer_left_than_asked_then_it_tells_how_many_and_those_can_be_bought(
-    service: Service, client: Client
-) -> None:
+async def test_sold_out_answer_has_the_remaining_tickets(service: Service, client: Client) -> None:
     campaign, card = await client.campaign(tickets=1), service.card()
 
     seen = await client.buy(campaign, card.token, 3)
@@ -186,7 +176,7 @@ async def test_given_fewer_left_than_asked_then_it_tells_how_many_and_those_can_
     assert (await client.buy(campaign, card.token, 1)).status == 201
 
 
-async def test_given_a_card_near_its_limit_then_it_is_told_what_it_may_still_buy(
+async def test_limit_answer_has_what_the_card_may_still_buy(
     service: Service, client: Client
 ) -> None:
     campaign, card = await client.campaign(), service.card()
@@ -200,9 +190,7 @@ async def test_given_a_card_near_its_limit_then_it_is_told_what_it_may_still_buy
     assert (await client.buy(campaign, card.token, 1)).json()["card_remaining"] == 0
 
 
-async def test_given_several_showings_then_one_must_be_named_and_each_has_its_own_stock(
-    service: Service, client: Client
-) -> None:
+async def test_one_of_several_showings_must_be_named(service: Service, client: Client) -> None:
     campaign, card = await client.campaign(showings=showings(1, 1)), service.card()
 
     for fields in ({}, {"showing": None}, {"showing": "z"}, {"showing": ""}):
@@ -218,15 +206,13 @@ async def test_given_several_showings_then_one_must_be_named_and_each_has_its_ow
     assert (await client.buy(campaign, card.token, showing="a")).status == 201
 
 
-async def test_given_one_showing_then_an_unknown_one_is_400(
-    service: Service, client: Client
-) -> None:
+async def test_unknown_showing_is_400_where_there_is_one(service: Service, client: Client) -> None:
     campaign = await client.campaign()
     seen = await client.buy(campaign, service.card().token, showing="balcony")
     assert (seen.status, seen.json()["field"]) == (400, "showing")
 
 
-async def test_given_stock_is_added_then_it_sells_at_once(service: Service, client: Client) -> None:
+async def test_added_stock_sells_at_once(service: Service, client: Client) -> None:
     campaign, card = await client.campaign(tickets=0), service.card()
     for _ in range(3):
         assert (await client.buy(campaign, card.token)).code == "sold-out"
@@ -237,7 +223,7 @@ async def test_given_stock_is_added_then_it_sells_at_once(service: Service, clie
     assert (await client.buy(campaign, card.token)).status == 201
 
 
-async def test_given_two_workers_and_a_crowd_then_exactly_the_stock_is_sold(
+async def test_two_workers_sell_exactly_the_stock(
     service: Service, client: Client, crowd: Client
 ) -> None:
     campaign = await client.campaign(tickets=50)
@@ -251,7 +237,7 @@ async def test_given_two_workers_and_a_crowd_then_exactly_the_stock_is_sold(
     assert all(count > 0 for count in await service.purchases_by_worker(campaign))
 
 
-async def test_given_one_card_on_many_phones_then_it_has_its_limit_and_no_more(
+async def test_card_on_many_phones_gets_its_limit_and_no_more(
     service: Service, client: Client, crowd: Client
 ) -> None:
     campaign, card, key = await client.campaign(), service.card(), new_key()
@@ -268,7 +254,7 @@ async def test_given_one_card_on_many_phones_then_it_has_its_limit_and_no_more(
 
 
 @pytest.mark.load
-async def test_given_an_opening_moment_when_a_crowd_waits_then_it_opens_on_time_and_not_before(
+async def test_sale_opens_on_time_and_not_before(
     service: Service, client: Client, crowd: Client
 ) -> None:
     campaign = await client.campaign(tickets=40, opens_at=in_s(1.5))
@@ -302,7 +288,7 @@ async def test_given_an_opening_moment_when_a_crowd_waits_then_it_opens_on_time_
         assert 1 <= int(one.headers["Retry-After"]) <= 2
 
 
-async def test_given_a_closing_moment_when_it_passes_then_nothing_is_sold_after_it(
+async def test_nothing_is_sold_after_the_closing_moment(
     service: Service, client: Client, crowd: Client
 ) -> None:
     closes_at = in_s(1)
@@ -330,7 +316,7 @@ async def test_given_a_closing_moment_when_it_passes_then_nothing_is_sold_after_
 # Who may buy.
 
 
-async def test_given_a_unions_campaign_then_only_its_members_buy(
+async def test_campaign_of_a_union_sells_to_its_members_only(
     service: Service, client: Client
 ) -> None:
     card, other = service.card(), service.card()
@@ -344,9 +330,7 @@ async def test_given_a_unions_campaign_then_only_its_members_buy(
 
 
 @pytest.mark.parametrize("status", ["suspended", "cancelled"])
-async def test_given_a_card_that_is_not_active_then_it_buys_nothing_from_the_first_moment(
-    service: Service, client: Client, status: str
-) -> None:
+async def test_inactive_card_buys_nothing(service: Service, client: Client, status: str) -> None:
     card = (await asyncio.to_thread(service.members, status))[0]
     campaign = await client.campaign()
 
@@ -383,7 +367,7 @@ async def test_revoked_card_buys_nothing_a_second_later(
 # Reading.
 
 
-async def test_given_an_order_when_read_then_it_is_there_at_once_with_the_writer_stopped_too(
+async def test_order_is_readable_at_once_without_the_writer(
     service: Service, client: Client, crowd: Client
 ) -> None:
     for _ in range(10):
@@ -399,9 +383,7 @@ async def test_given_an_order_when_read_then_it_is_there_at_once_with_the_writer
             assert listed.json() == {"items": [order], "next": None}
 
 
-async def test_given_somebody_elses_order_then_it_does_not_exist(
-    service: Service, client: Client
-) -> None:
+async def test_order_of_another_member_is_404(service: Service, client: Client) -> None:
     campaign, card, other = await client.campaign(), service.card(), service.card()
     order_no = (await client.buy(campaign, card.token)).json()["order_no"]
     name, seq, moment = order_no.split(".")
@@ -420,7 +402,7 @@ async def test_given_somebody_elses_order_then_it_does_not_exist(
     assert (await client.get(ORDERS)).status == 401
 
 
-async def test_given_many_orders_then_pages_have_each_once_newest_first(
+async def test_order_pages_have_each_order_once_newest_first(
     service: Service, client: Client
 ) -> None:
     card = service.card()
@@ -445,7 +427,7 @@ async def test_given_many_orders_then_pages_have_each_once_newest_first(
         *("limit=²", "limit=0001000000", f"limit={'9' * 5_000}"),
     ],
 )
-async def test_given_a_bad_page_then_400_names_the_field(
+async def test_bad_page_parameter_is_400_and_named(
     service: Service, client: Client, query: str
 ) -> None:
     for path, token in ((ORDERS, service.card().token), (CAMPAIGNS, None)):
@@ -466,7 +448,7 @@ def cursor_of(value: str) -> str:
         *('[1,"x",99999999999999999999]', '[1,"x",-1]', '["1","x",1]', "[1,2,3,4]"),
     ],
 )
-async def test_given_a_cursor_that_was_never_given_out_then_400_or_an_empty_page(
+async def test_forged_cursor_is_400_or_an_empty_page(
     service: Service, client: Client, value: str
 ) -> None:
     for path, token in (
@@ -482,7 +464,7 @@ async def test_given_a_cursor_that_was_never_given_out_then_400_or_an_empty_page
             assert (seen.status, seen.json().get("field")) == (400, "cursor"), (path, seen)
 
 
-async def test_given_campaigns_when_listed_then_all_but_drafts_stand_there_once(
+async def test_campaign_list_has_all_but_drafts_once(
     client: Client,
 ) -> None:
     made = {await client.campaign() for _ in range(3)}
@@ -495,7 +477,7 @@ async def test_given_campaigns_when_listed_then_all_but_drafts_stand_there_once(
     assert len(found) == len(set(found))
 
 
-async def test_given_a_campaign_when_read_then_it_is_as_created_and_tagged(
+async def test_campaign_is_as_created_and_has_an_etag(
     client: Client,
 ) -> None:
     campaign = await client.campaign(closes_at=in_s(3_600), unions=["dongsi", "longtan"])
@@ -528,7 +510,7 @@ async def test_given_a_campaign_when_read_then_it_is_as_created_and_tagged(
     assert changed.json()["showings"][0]["tickets"] == 101
 
 
-async def test_given_sales_then_availability_is_never_older_than_a_second(
+async def test_availability_is_never_older_than_a_second(
     service: Service, client: Client, crowd: Client
 ) -> None:
     campaign = await client.campaign(tickets=100)
@@ -558,9 +540,7 @@ async def test_given_sales_then_availability_is_never_older_than_a_second(
         assert moment - datetime.fromisoformat(body["as_of"]).timestamp() < 1.05
 
 
-async def test_given_a_draft_then_it_does_not_exist_for_members(
-    service: Service, client: Client
-) -> None:
+async def test_draft_is_404_for_members(service: Service, client: Client) -> None:
     draft, card = await client.campaign(draft=True), service.card()
     for path in ("", "/availability", "/allowance"):
         seen = await client.get(f"{CAMPAIGNS}/{draft}{path}", card.token)
@@ -570,9 +550,7 @@ async def test_given_a_draft_then_it_does_not_exist_for_members(
 
 
 @pytest.mark.load
-async def test_given_an_allowance_then_it_tells_the_first_reason_that_holds(
-    service: Service, client: Client
-) -> None:
+async def test_allowance_has_the_first_reason_that_holds(service: Service, client: Client) -> None:
     card = service.card()
 
     async def allows(campaign: str, *expected: object) -> None:
@@ -603,7 +581,7 @@ async def test_given_an_allowance_then_it_tells_the_first_reason_that_holds(
     assert (await client.get(f"{CAMPAIGNS}/{campaign}/allowance")).status == 401
 
 
-async def test_given_the_clock_then_it_is_the_one_that_decides(client: Client) -> None:
+async def test_time_is_the_clock_that_decides(client: Client) -> None:
     seen = await client.get("/api/v1/time")
     now = datetime.fromisoformat(seen.json()["now"])
     assert now.utcoffset() is not None
@@ -682,7 +660,7 @@ async def open_campaign(service: Service) -> AsyncIterator[str]:
         (b'{"Quantity":1}', "Quantity"),
     ],
 )
-async def test_given_a_bad_body_then_400_names_the_field_and_nothing_is_sold(
+async def test_bad_body_is_400_and_sells_nothing(
     service: Service, client: Client, open_campaign: str, body: bytes, field: str
 ) -> None:
     seen = await post_raw(client, open_campaign, service.card().token, body)
@@ -693,7 +671,7 @@ async def test_given_a_bad_body_then_400_names_the_field_and_nothing_is_sold(
 @pytest.mark.parametrize(
     "key", ["a" * 65, "", " ", "a b", "a.b", "a/b", "ключ", "a,b", '"abc"', "a\tb"]
 )
-async def test_given_an_odd_key_then_400(
+async def test_malformed_key_is_400(
     service: Service, client: Client, open_campaign: str, key: str
 ) -> None:
     token = service.card().token
@@ -702,9 +680,7 @@ async def test_given_an_odd_key_then_400(
     assert seen.json()["field"] == "Idempotency-Key"
 
 
-async def test_given_no_key_then_it_says_so(
-    service: Service, client: Client, open_campaign: str
-) -> None:
+async def test_missing_key_is_400(service: Service, client: Client, open_campaign: str) -> None:
     seen = await client.ask(
         "POST", orders_of(open_campaign), service.card().token, json={"quantity": 1}
     )
@@ -712,7 +688,7 @@ async def test_given_no_key_then_it_says_so(
 
 
 @pytest.mark.parametrize("key", ["a", "0", "_", "-", "A" * 64, "aZ09_-"])
-async def test_given_a_key_of_the_contract_then_it_is_taken(
+async def test_every_key_of_the_contract_is_accepted(
     service: Service, client: Client, key: str
 ) -> None:
     campaign = await client.campaign()
@@ -720,9 +696,7 @@ async def test_given_a_key_of_the_contract_then_it_is_taken(
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_given_a_body_over_16_kib_then_413_and_at_it_201(
-    service: Service, client: Client, chunked: bool
-) -> None:
+async def test_body_over_16_kib_is_413(service: Service, client: Client, chunked: bool) -> None:
     campaign, card = await client.campaign(), service.card()
 
     async def pieces(body: bytes) -> AsyncIterator[bytes]:
@@ -766,7 +740,7 @@ async def test_given_a_body_over_16_kib_then_413_and_at_it_201(
         ("", 415),
     ],
 )
-async def test_given_a_media_type_then_only_json_is_taken(
+async def test_only_json_is_accepted(
     service: Service, client: Client, media_type: str, status: int
 ) -> None:
     campaign = await client.campaign()
@@ -777,9 +751,7 @@ async def test_given_a_media_type_then_only_json_is_taken(
     assert seen.code == ("unsupported-media-type" if status == 415 else "")
 
 
-async def test_given_a_bad_token_then_401(
-    service: Service, client: Client, open_campaign: str
-) -> None:
+async def test_bad_token_is_401(service: Service, client: Client, open_campaign: str) -> None:
     card = service.card()
     head, claims, signature = card.token.split(".")
     now_s = int(time.time())
@@ -814,9 +786,7 @@ async def test_given_a_bad_token_then_401(
         *("*", "sale:campaigns", "a%0D%0Ab", "%F0%9F%92%A9"),
     ],
 )
-async def test_given_an_unknown_campaign_then_404(
-    service: Service, client: Client, identifier: str
-) -> None:
+async def test_unknown_campaign_is_404(service: Service, client: Client, identifier: str) -> None:
     token = service.card().token
     for path in ("", "/availability", "/allowance"):
         seen = await client.get(f"{CAMPAIGNS}/{identifier}{path}", token)
@@ -840,7 +810,7 @@ async def test_given_an_unknown_campaign_then_404(
         ("PROPFIND", "/api/v1/orders", {"GET", "HEAD"}),
     ],
 )
-async def test_given_a_wrong_method_then_405_tells_the_right_ones(
+async def test_wrong_method_is_405_with_allow(
     client: Client, method: str, path: str, allowed: set[str]
 ) -> None:
     seen = await client.ask(method, path)
@@ -856,9 +826,7 @@ async def test_given_a_wrong_method_then_405_tells_the_right_ones(
         *("/assets/../member.py", "/assets/%2e%2e/member.py", "/api/v1/admin"),
     ],
 )
-async def test_given_an_unknown_path_then_404_is_a_problem_document(
-    client: Client, path: str
-) -> None:
+async def test_unknown_path_is_a_problem_document(client: Client, path: str) -> None:
     seen = await client.ask("GET", path)
     assert (seen.status, seen.code) == (404, "not-found")
 
@@ -883,7 +851,7 @@ POST = b"POST /api/v1/campaigns/x/orders HTTP/1.1\r\nHost: x\r\n"
         b"GET  HTTP/1.1\r\n\r\n",
     ],
 )
-async def test_given_junk_on_the_wire_then_a_4xx_or_a_closed_connection_and_the_next_is_served(
+async def test_malformed_request_is_4xx_or_closed_and_harms_no_other(
     service: Service, client: Client, request_head: bytes
 ) -> None:
     host, port = service.url.removeprefix("http://").split(":")
@@ -902,7 +870,7 @@ async def test_given_junk_on_the_wire_then_a_4xx_or_a_closed_connection_and_the_
     assert (await client.get("/api/v1/time")).status == 200
 
 
-async def test_given_several_things_are_wrong_then_the_first_of_the_contracts_order_is_told(
+async def test_first_problem_in_the_contracts_order_is_answered(
     service: Service, client: Client
 ) -> None:
     """Request, token, campaign, card and union, same key, state, limit, stock."""
@@ -946,9 +914,7 @@ async def test_given_several_things_are_wrong_then_the_first_of_the_contracts_or
 
 
 @pytest.mark.parametrize("problem", list(Problem))
-async def test_given_a_problem_then_its_page_tells_what_it_means(
-    client: Client, problem: Problem
-) -> None:
+async def test_each_problem_has_a_page(client: Client, problem: Problem) -> None:
     seen = await client.get(f"/problems/{problem.value}")
     assert (seen.status, seen.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     page = seen.body.decode()
@@ -956,7 +922,7 @@ async def test_given_a_problem_then_its_page_tells_what_it_means(
     assert WORDINGS[problem].title.zh in page
 
 
-async def test_given_errors_then_they_are_rfc_9457_and_hide_the_inside(
+async def test_errors_follow_rfc_9457_and_reveal_no_internals(
     service: Service, client: Client, open_campaign: str
 ) -> None:
     card = service.card()
@@ -979,16 +945,14 @@ async def test_given_errors_then_they_are_rfc_9457_and_hide_the_inside(
             assert secret not in one.body.decode()
 
 
-async def test_given_the_page_and_the_description_then_they_are_served(client: Client) -> None:
+async def test_page_and_api_description_are_served(client: Client) -> None:
     assert (await client.get("/")).headers["Content-Type"] == "text/html; charset=utf-8"
     seen = await client.get("/openapi.json")
     assert seen.headers["Content-Type"] == "application/json"
     assert seen.json()["openapi"] == "3.1.0"
 
 
-async def test_given_a_client_that_hangs_up_then_its_order_stands_and_is_found_again(
-    service: Service, client: Client
-) -> None:
+async def test_order_of_a_client_that_hung_up_is_replayed(service: Service, client: Client) -> None:
     campaign, card, key = await client.campaign(), service.card(), new_key()
     hasty = aiohttp.ClientTimeout(total=0.0005)
     for _ in range(20):
@@ -1012,7 +976,7 @@ async def _has_one(client: Client, campaign: str) -> bool:
     return await client.remaining(campaign) == [99]
 
 
-async def test_given_a_body_that_does_not_arrive_then_it_is_400_and_the_connection_ends(
+async def test_body_that_never_arrives_is_400_and_closes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reading, "BODY_WITHIN_S", 0.1)
@@ -1040,7 +1004,7 @@ async def test_given_a_body_that_does_not_arrive_then_it_is_400_and_the_connecti
     assert json.loads(body)["detail_en"]
 
 
-async def test_given_a_page_that_fails_then_it_is_a_problem_document(
+async def test_failing_page_is_a_problem_document(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> web.Response:

@@ -80,32 +80,32 @@ async def raw_order(conn: Any, seq: int, **columns: Any) -> None:
 # What the constraints refuse, by raw SQL ---------------------------------------------------------
 
 
-async def test_given_raw_sql_when_sale_and_order_agree_then_they_count(conn: Any, book: Ledger):
+async def test_sale_and_order_in_raw_sql_are_counted(conn: Any, book: Ledger):
     await raw_event(conn, 4)
     await raw_order(conn, 4)
     assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == 2
     assert await conn.fetchval("SELECT live FROM member_use") == 2
 
 
-async def test_given_two_tickets_when_three_are_sold_then_inv_1_refuses(conn: Any, book: Ledger):
+async def test_sql_refuses_more_than_the_tickets_inv_1(conn: Any, book: Ledger):
     await raw_event(conn, 4, showing_no=1, quantity=3, member_no=member(2))
     with pytest.raises(Refused, match="showing_never_oversold"):
         await raw_order(conn, 4, showing_no=1, quantity=3, member_no=member(2))
 
 
-async def test_given_a_card_with_one_when_three_more_then_inv_2_refuses(conn: Any, book: Ledger):
+async def test_sql_refuses_more_than_the_limit_inv_2(conn: Any, book: Ledger):
     await raw_event(conn, 4, quantity=3)
     with pytest.raises(Refused, match="member_use_within_limit"):
         await raw_order(conn, 4, quantity=3)
 
 
-async def test_given_a_new_card_when_over_its_limit_then_inv_2_refuses(conn: Any, book: Ledger):
+async def test_sql_refuses_a_first_order_over_the_limit_inv_2(conn: Any, book: Ledger):
     await raw_event(conn, 4, quantity=4, member_no=member(2))
     with pytest.raises(Refused, match="member_use_within_limit"):
         await raw_order(conn, 4, quantity=4, member_no=member(2))
 
 
-async def test_given_an_order_when_its_key_comes_again_then_inv_4_refuses(conn: Any, book: Ledger):
+async def test_sql_refuses_a_second_order_under_one_key_inv_4(conn: Any, book: Ledger):
     await raw_event(conn, 4, key_hash=f"{1:016x}")
     with pytest.raises(asyncpg.UniqueViolationError):
         await raw_order(conn, 4, key_hash=f"{1:016x}")
@@ -116,7 +116,7 @@ async def test_given_an_order_when_its_key_comes_again_then_inv_4_refuses(conn: 
     [(5, 5), (4, 5), (3, 3), (0, 0), (4, 3)],
     ids=["gap", "position ahead", "same number", "number 0", "position behind"],
 )
-async def test_given_three_events_when_the_next_does_not_follow_then_inv_5_refuses(
+async def test_sql_refuses_an_event_out_of_order_inv_5(
     conn: Any, book: Ledger, seq: int, applied: int
 ):
     with pytest.raises(Refused):
@@ -149,9 +149,7 @@ async def test_given_three_events_when_the_next_does_not_follow_then_inv_5_refus
         "UPDATE campaign SET applied = -1",
     ],
 )
-async def test_given_the_books_when_they_are_falsified_then_it_is_refused(
-    conn: Any, book: Ledger, statement: str
-):
+async def test_sql_refuses_falsified_ledger_rows(conn: Any, book: Ledger, statement: str):
     with pytest.raises(Refused):
         await conn.execute(statement)
 
@@ -169,15 +167,13 @@ async def test_given_the_books_when_they_are_falsified_then_it_is_refused(
     ],
     ids=str,
 )
-async def test_given_a_sale_when_its_order_says_otherwise_then_it_is_refused(
-    conn: Any, book: Ledger, lie: dict[str, Any]
-):
+async def test_sql_refuses_an_order_unlike_its_sale(conn: Any, book: Ledger, lie: dict[str, Any]):
     await raw_event(conn, 4)
     with pytest.raises(Refused):
         await raw_order(conn, **{"seq": 4, **lie})
 
 
-async def test_given_an_order_when_it_ends_then_it_gives_back_exactly_once(conn: Any, book: Ledger):
+async def test_ended_order_gives_its_tickets_back_once(conn: Any, book: Ledger):
     for state, live in (("collected", 1), ("cancelled", 0), ("refunded", 0)):
         await conn.execute("UPDATE orders SET state = $1", state)
         assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == live
@@ -189,11 +185,11 @@ async def test_given_an_order_when_it_ends_then_it_gives_back_exactly_once(conn:
 # Batches -----------------------------------------------------------------------------------------
 
 
-async def test_given_nothing_when_position_is_read_then_genesis(conn: Any):
+async def test_position_of_an_unknown_campaign_is_genesis(conn: Any):
     assert await read.position(conn, CAMPAIGN) == (0, GENESIS)
 
 
-async def test_given_entries_when_applied_then_events_orders_and_counters_agree(conn: Any):
+async def test_applied_entries_make_events_orders_and_counters(conn: Any):
     book = Ledger()
     entries = [
         book.entry(created(2, 5)),
@@ -226,7 +222,7 @@ async def test_given_entries_when_applied_then_events_orders_and_counters_agree(
     assert await read.audit_log(conn, before_id=log[-1].id) == []
 
 
-async def test_given_orders_when_read_back_then_newest_first_by_pages(conn: Any, book: Ledger):
+async def test_orders_are_read_by_pages_newest_first(conn: Any, book: Ledger):
     later = book.entry(sold(1, key=2), sold(9), sold(1, key=3, showing=1), at_ms=NOW_MS + 1)
     await apply_entries(conn, CAMPAIGN, [later])
     newest = await read.orders_of_member(conn, member(1), limit=2)
@@ -241,7 +237,7 @@ async def test_given_orders_when_read_back_then_newest_first_by_pages(conn: Any,
     assert await read.order(conn, CAMPAIGN, 2) is None
 
 
-async def test_given_a_batch_when_applied_twice_then_position_moved(conn: Any, book: Ledger):
+async def test_batch_applied_twice_raises_position_moved(conn: Any, book: Ledger):
     before = await read.position(conn, CAMPAIGN)
     entry = book.entry(sold(2))
     await apply_entries(conn, CAMPAIGN, [entry], after=before)
@@ -251,7 +247,7 @@ async def test_given_a_batch_when_applied_twice_then_position_moved(conn: Any, b
     assert await count(conn, "orders") == 2
 
 
-async def test_given_two_writers_when_they_apply_at_once_then_one_does(
+async def test_one_of_two_concurrent_writers_applies(
     database_url: str,
 ):
     writers = [await asyncpg.connect(database_url) for _ in range(2)]
@@ -268,7 +264,7 @@ async def test_given_two_writers_when_they_apply_at_once_then_one_does(
         await conn.close()
 
 
-async def test_given_a_fork_when_applied_then_the_chain_refuses(conn: Any, book: Ledger):
+async def test_fork_is_refused_by_its_chain(conn: Any, book: Ledger):
     position = await read.position(conn, CAMPAIGN)
     fork = Ledger()
     fork.seq, fork.chain = position.seq, "1" * 40
@@ -291,9 +287,7 @@ async def test_given_a_fork_when_applied_then_the_chain_refuses(conn: Any, book:
     ],
     ids=str,
 )
-async def test_given_an_impossible_event_when_applied_then_nothing_is_done(
-    conn: Any, book: Ledger, row: list[Any]
-):
+async def test_impossible_event_applies_nothing(conn: Any, book: Ledger, row: list[Any]):
     before = await read.position(conn, CAMPAIGN)
     with pytest.raises(CorruptLedger):
         await apply_entries(conn, CAMPAIGN, [book.entry(sold(5), row)])
@@ -301,15 +295,13 @@ async def test_given_an_impossible_event_when_applied_then_nothing_is_done(
     assert await count(conn, "event") == 3
 
 
-async def test_given_a_gap_when_applied_then_nothing_is_done(conn: Any, book: Ledger):
+async def test_gap_applies_nothing(conn: Any, book: Ledger):
     book.entry(sold(2))
     with pytest.raises(CorruptLedger, match="event 4 is missing"):
         await apply_entries(conn, CAMPAIGN, [book.entry(sold(3))])
 
 
-async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_conflicts(
-    conn: Any, book: Ledger
-):
+async def test_only_sales_refused_by_sql_become_conflicts(conn: Any, book: Ledger):
     rows = [sold(n) for n in range(2, 9)]
     rows[3] = sold(1, key=1)
     rows[5] = sold(20, quantity=4)
@@ -329,7 +321,7 @@ async def test_given_sales_that_sql_refuses_when_applied_then_they_alone_are_con
     assert await apply.conflicts_to_pause(conn) == {}
 
 
-async def test_given_a_deleted_draft_when_made_anew_then_config_and_showings_are_new(conn: Any):
+async def test_recreated_draft_has_new_config_and_showings(conn: Any):
     book = Ledger()
     entry = book.entry(created(5, 5), operation("deleted"), created(7, card_limit=1))
     await apply_entries(conn, CAMPAIGN, [entry])
@@ -338,7 +330,7 @@ async def test_given_a_deleted_draft_when_made_anew_then_config_and_showings_are
     assert [showing.stock for showing in campaign.showings] == [7]
 
 
-async def test_given_every_table_and_column_then_each_has_a_comment(conn: Any):
+async def test_every_table_and_column_has_a_comment(conn: Any):
     bare = await conn.fetch(
         """SELECT c.relname, a.attname FROM pg_class c
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -350,7 +342,7 @@ async def test_given_every_table_and_column_then_each_has_a_comment(conn: Any):
     assert bare == []
 
 
-async def test_given_small_plans_when_tables_grow_then_a_batch_costs_the_same(database_url: str):
+async def test_batch_cost_is_constant_as_tables_grow(database_url: str):
     """Plans that the session keeps from when the tables were empty must not scan them later."""
     conn = await asyncpg.connect(database_url)
     book, position = Ledger(), Position(0, GENESIS)

@@ -46,13 +46,13 @@ def document() -> dict[str, Any]:
     return decoded
 
 
-def test_given_the_document_when_validated_then_it_is_openapi_3_1(
+def test_document_is_valid_openapi_3_1(
     document: dict[str, Any],
 ) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_given_the_contract_when_compared_then_each_call_is_described_and_no_other(
+def test_document_describes_exactly_the_contracts_calls(
     document: dict[str, Any],
 ) -> None:
     described = {
@@ -62,7 +62,7 @@ def test_given_the_contract_when_compared_then_each_call_is_described_and_no_oth
     assert described == CONTRACT
 
 
-def test_given_a_purchase_when_read_up_then_all_its_answers_are_there(
+def test_document_has_every_answer_of_a_purchase(
     document: dict[str, Any],
 ) -> None:
     purchase = document["paths"]["/api/v1/campaigns/{id}/orders"]["post"]
@@ -77,7 +77,7 @@ def test_given_a_purchase_when_read_up_then_all_its_answers_are_there(
     assert purchase["security"] == [{"member": []}]
 
 
-def test_given_an_encoded_order_when_checked_then_it_fits_its_schema_and_the_contract(
+def test_encoded_order_fits_schema_and_contract(
     document: dict[str, Any],
 ) -> None:
     order = Order(
@@ -129,12 +129,12 @@ def test_given_an_encoded_order_when_checked_then_it_fits_its_schema_and_the_con
         b'{"quantity":1,"showing":"\xff"}',
     ],
 )
-def test_given_a_wrong_order_when_decoded_then_it_is_refused(body: bytes) -> None:
+def test_wrong_order_is_refused_by_the_decoder(body: bytes) -> None:
     with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
         msgspec.json.decode(body, type=schemas.OrderRequest)
 
 
-async def test_given_the_service_when_asked_then_it_describes_itself() -> None:
+async def test_service_serves_its_description() -> None:
     app = with_pages(web.Application())
     async with TestClient(TestServer(app)) as client:
         response = await client.get("/openapi.json")

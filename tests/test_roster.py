@@ -65,7 +65,7 @@ async def count(pool: Any, table: str) -> int:
     return found
 
 
-async def test_given_a_good_file_then_all_of_it_is_in_the_roster(pool: Any, tmp_path: Path) -> None:
+async def test_import_puts_the_whole_file_into_the_roster(pool: Any, tmp_path: Path) -> None:
     file = write(
         tmp_path / "r.csv",
         f'{CARD},"王, ""小""\\ 明",dongsi,13800001234,123456,active\r',
@@ -85,7 +85,7 @@ async def test_given_a_good_file_then_all_of_it_is_in_the_roster(pool: Any, tmp_
     assert await feed(pool) == [(1, 2, False)]
 
 
-async def test_given_the_same_file_again_then_no_row_is_touched(pool: Any, tmp_path: Path) -> None:
+async def test_import_of_the_same_file_touches_no_row(pool: Any, tmp_path: Path) -> None:
     file = write(
         tmp_path / "r.csv", f"{CARD},甲,dongsi,,1234,active", f"{OTHER},乙,dongsi,,,active"
     )
@@ -97,9 +97,7 @@ async def test_given_the_same_file_again_then_no_row_is_touched(pool: Any, tmp_p
     assert await feed(pool) == []
 
 
-async def test_given_a_dry_run_then_it_tells_what_it_would_do_and_changes_nothing(
-    pool: Any, tmp_path: Path
-) -> None:
+async def test_dry_run_counts_changes_and_makes_none(pool: Any, tmp_path: Path) -> None:
     await take(pool, write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active"))
     file = write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,suspended", f"{OTHER},乙,dongsi,,,active")
     report = await take(pool, file, dry_run=True)
@@ -134,7 +132,7 @@ async def test_given_a_dry_run_then_it_tells_what_it_would_do_and_changes_nothin
         (f"{CARD},甲,dongsi,,,active", "card_no: already on line 2"),
     ],
 )
-async def test_given_one_bad_line_then_it_is_named_and_nothing_changes(
+async def test_one_bad_line_is_named_and_nothing_changes(
     pool: Any, tmp_path: Path, line: str | bytes, reason: str
 ) -> None:
     first, last = f"{CARD},甲,dongsi,,,active", "622100000009,乙,dongsi,,,cancelled"
@@ -318,34 +316,28 @@ async def test_bad_lines_without_end_are_not_all_read(pool: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("text", ["", "card_no,name\n1,2\n", "622100000001,甲,dongsi,,,active\n"])
-async def test_given_no_header_then_one_complaint_says_so(
-    pool: Any, tmp_path: Path, text: str
-) -> None:
+async def test_missing_header_is_one_problem(pool: Any, tmp_path: Path, text: str) -> None:
     file = tmp_path / "r.csv"
     file.write_text(text)
     report = await take(pool, file)
     assert [(bad.line, "header" in bad.reason) for bad in report.bad] == [(1, True)]
 
 
-async def test_given_a_byte_order_mark_then_the_header_is_still_known(
-    pool: Any, tmp_path: Path
-) -> None:
+async def test_byte_order_mark_before_the_header_is_accepted(pool: Any, tmp_path: Path) -> None:
     file = write(
         tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active", header="\ufeff" + ",".join(HEADER)
     )
     assert (await take(pool, file)).imported == 1
 
 
-async def test_given_many_bad_lines_then_the_first_hundred_are_listed_in_order(
-    pool: Any, tmp_path: Path
-) -> None:
+async def test_first_hundred_bad_lines_are_listed_in_order(pool: Any, tmp_path: Path) -> None:
     lines = [f"{CARD},甲,dongsi,,,active", "x"] * 150
     report = await take(pool, write(tmp_path / "r.csv", *lines))
     assert (report.bad_count, len(report.bad)) == (299, 100)
     assert [bad.line for bad in report.bad] == list(range(3, 103))
 
 
-async def test_given_a_revoked_card_then_feed_and_audit_tell_and_restoring_undoes_it(
+async def test_revocation_and_restoration_are_in_feed_and_audit_log(
     pool: Any, tmp_path: Path
 ) -> None:
     await take(pool, write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active"))
@@ -510,7 +502,7 @@ async def test_replacing_is_refused_where_a_number_is_taken(pool: Any, tmp_path:
     assert await count(pool, "member") == 2
 
 
-async def test_roster_that_holds_a_replaced_card_makes_no_second_member(
+async def test_roster_with_a_replaced_card_makes_no_second_member(
     pool: Any, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active")
@@ -550,7 +542,7 @@ async def test_only_a_first_revocation_raises_the_generation(pool: Any, tmp_path
     assert generations == [1, 1, 1, 1, 2]
 
 
-async def test_given_an_unknown_card_or_no_reason_then_it_is_refused_masked(pool: Any) -> None:
+async def test_unknown_card_or_missing_reason_is_refused_masked(pool: Any) -> None:
     with pytest.raises(Refused, match=r"\*{8}0001") as caught:
         await revoke(pool, CARD, actor="ann", reason="lost")
     assert CARD not in str(caught.value)
@@ -580,9 +572,7 @@ async def test_changes_by_hand_are_in_the_feed_and_none_removes(pool: Any, tmp_p
             await pool.execute(statement)
 
 
-async def test_given_many_writers_then_a_reader_of_the_feed_misses_no_revision(
-    pool: Any, tmp_path: Path
-) -> None:
+async def test_feed_reader_misses_no_revision_of_many_writers(pool: Any, tmp_path: Path) -> None:
     cards = [f"6221000000{number:02d}" for number in range(30)]
     await take(pool, write(tmp_path / "r.csv", *(f"{card},甲,dongsi,,,active" for card in cards)))
     done = asyncio.Event()
@@ -604,9 +594,7 @@ async def test_given_many_writers_then_a_reader_of_the_feed_misses_no_revision(
     assert read == list(range(1, 31))
 
 
-async def test_given_two_imports_at_once_then_both_are_done_one_after_the_other(
-    pool: Any, tmp_path: Path
-) -> None:
+async def test_concurrent_imports_run_one_after_the_other(pool: Any, tmp_path: Path) -> None:
     rows = [",".join(card) for card in sample(500, 1, UNIONS)]
     forward = write(tmp_path / "a.csv", *rows)
     backward = write(tmp_path / "b.csv", *reversed(rows))
@@ -614,7 +602,7 @@ async def test_given_two_imports_at_once_then_both_are_done_one_after_the_other(
     assert sorted(report.added for report in reports) == [0, 500]
 
 
-async def test_inactive_members_and_revision_can_be_read_in_one_snapshot(
+async def test_inactive_members_and_revision_come_in_one_snapshot(
     pool: Any, tmp_path: Path
 ) -> None:
     await take(
@@ -653,7 +641,7 @@ async def test_tokens_are_those_of_the_first_cards_of_the_status(pool: Any, tmp_
     assert [entry async for entry in tokens(pool, KEY, 5_000, "cancelled", now_s=1_000)]
 
 
-def test_a_sample_is_the_same_for_the_same_seed_and_looks_like_the_district() -> None:
+def test_sample_repeats_for_its_seed_and_resembles_the_district() -> None:
     cards = list(sample(20_000, 1, UNIONS))
     assert cards[:50] == list(sample(50, 1, UNIONS)) != list(sample(50, 2, UNIONS))
     assert len({card.card_no for card in cards}) == len(cards)
@@ -667,7 +655,7 @@ def test_a_sample_is_the_same_for_the_same_seed_and_looks_like_the_district() ->
     assert all(len(card.card_no) == 16 and len(card.phone) == 11 for card in cards)
 
 
-def test_every_sample_campaign_is_valid_and_has_the_figures_of_the_facts() -> None:
+def test_every_sample_campaign_has_the_figures_of_the_facts() -> None:
     files = sorted((default_unions_path().parent / "campaigns").glob("*.toml"))
     campaigns = [parse_campaign_toml(file.read_text(), CODES) for file in files]
     assert {one.id: sum(showing.tickets for showing in one.showings) for one in campaigns} == {
@@ -694,7 +682,7 @@ def sale(arguments: list[str], **environment: str) -> subprocess.CompletedProces
     )
 
 
-async def test_the_command_line_gives_one_json_value_or_one_line_of_error(
+async def test_command_line_prints_one_json_value_or_one_error_line(
     database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
     environment = {

@@ -77,7 +77,7 @@ def register(data_dir: Path, supervisor: int, **processes: int) -> None:
     new.replace(data_dir / "run" / "processes.json")
 
 
-async def test_given_metrics_when_sampled_then_one_campaigns_figures_are_kept(
+async def test_sample_has_the_figures_of_one_campaign(
     page: tuple[str, dict[str, str]],
 ) -> None:
     async with Sampler(page[0], "films", {}, every_s=0.05) as sampler:
@@ -95,7 +95,7 @@ async def test_given_metrics_when_sampled_then_one_campaigns_figures_are_kept(
     assert len(sampler.samples) == taken, "it goes on after its block"
 
 
-async def test_given_a_metrics_address_that_fails_when_sampled_then_it_says_unread(
+async def test_failing_metrics_address_is_sampled_as_unread(
     page: tuple[str, dict[str, str]],
 ) -> None:
     address, said = page
@@ -114,7 +114,7 @@ async def test_given_a_metrics_address_that_fails_when_sampled_then_it_says_unre
     assert sampler.samples[0].connections == UNREAD
 
 
-async def test_given_a_process_that_dies_when_sampled_then_its_successor_is_followed(
+async def test_sampler_follows_the_successor_of_a_dead_process(
     page: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
     busy, idle = await asyncio.gather(python(BUSY), python(IDLE))
@@ -146,7 +146,7 @@ async def test_given_a_process_that_dies_when_sampled_then_its_successor_is_foll
         await gone(*started)
 
 
-async def test_given_a_process_with_children_when_sampled_then_they_count_with_it(
+async def test_sample_of_a_process_includes_its_children(
     page: tuple[str, dict[str, str]],
 ) -> None:
     parent = await python(f"import os, time\nif os.fork() == 0:\n  {BUSY}\ntime.sleep(60)")
@@ -162,7 +162,7 @@ async def test_given_a_process_with_children_when_sampled_then_they_count_with_i
         await gone(parent)
 
 
-async def test_given_many_samples_when_one_more_is_taken_then_every_other_is_dropped(
+async def test_full_sampler_drops_every_other_sample(
     page: tuple[str, dict[str, str]],
 ) -> None:
     sampler = Sampler(page[0], "films", {}, every_s=0.05)
@@ -172,14 +172,14 @@ async def test_given_many_samples_when_one_more_is_taken_then_every_other_is_dro
     assert SAMPLES_MAX / 2 <= len(sampler.samples) < SAMPLES_MAX / 2 + 100
 
 
-def test_given_odd_metrics_when_read_then_only_real_numbers_count() -> None:
+def test_metrics_that_are_no_numbers_are_ignored() -> None:
     text = 'sale_ledger_lag_events{campaign="x"} NaN\nsale_connections 3\nsale_connections +Inf\n'
     assert (read_metrics(text, "x").lag_events, read_metrics(text, "x").connections) == (0, 3)
     with pytest.raises(ValueError, match=r"\w"):
         read_metrics("sale_connections{ 3\n", "x")
 
 
-async def test_given_nothing_of_ours_when_looked_for_then_no_process_is_found(
+async def test_no_process_is_found_without_an_engine(
     page: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:
     assert discover_processes(tmp_path) == {}
@@ -203,11 +203,11 @@ async def test_given_nothing_of_ours_when_looked_for_then_no_process_is_found(
         ("postgresql://u:hunter2@[::1]:5432/sale", "postgresql://[::1]:5432/sale"),
     ],
 )
-def test_given_an_address_with_secrets_when_shown_then_they_are_gone(url: str, shown: str) -> None:
+def test_shown_address_has_no_secrets(url: str, shown: str) -> None:
     assert plain_url(url) == shown
 
 
-async def test_given_settings_when_described_then_no_secret_is_told_and_stores_are_named() -> None:
+async def test_described_settings_name_stores_and_no_secret() -> None:
     settings = Settings(
         redis_url="redis://sale:hunter2@127.0.0.1:1/0",
         database_url="postgresql://sale:hunter2@127.0.0.1:1/sale",

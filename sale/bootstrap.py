@@ -117,9 +117,7 @@ async def open_stores(
     async with contextlib.AsyncExitStack() as stack:
         redis = open_redis(redis_url)
         stack.push_async_callback(redis.aclose)
-        pool = await _patiently(
-            lambda: open_pool(database_url, min_size=1, max_size=pool_size), patience_s
-        )
+        pool = await _patiently(lambda: open_pool(database_url, max_size=pool_size), patience_s)
         stack.push_async_callback(close_pool, pool)
         about = await _patiently(lambda: redis.info("server"), patience_s)
         if old := too_old(product_of(about)):

@@ -53,11 +53,17 @@ def new_registry(role: str) -> CollectorRegistry:
 
 
 class StoreMetrics:
-    """Gauges that say whether the stores answer this process; registered in ``registry``."""
+    """Gauges that say whether the stores answer this process; registered in ``registry``.
+
+    A process makes them after it has opened both stores, so they begin at 1: a 0 means that a store
+    did not answer, and never that nobody has asked yet.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.redis_up = Gauge("sale_redis_up", "1 if Redis answers.", registry=registry)
         self.postgres_up = Gauge("sale_postgres_up", "1 if PostgreSQL answers.", registry=registry)
+        self.redis_up.set(1)
+        self.postgres_up.set(1)
 
 
 class Distribution:

@@ -21,7 +21,7 @@ UNIONS = frozenset({"district", "longtan"})
 
 @pytest.fixture
 async def pool(database_url: str) -> AsyncIterator[Any]:
-    pool = await open_pool(database_url, min_size=1, max_size=4)
+    pool = await open_pool(database_url, max_size=4)
     yield pool
     await pool.close()
 

@@ -24,7 +24,7 @@ HIDDEN = 150
 
 @pytest.fixture
 async def own_orders(redis: Redis, database_url: str) -> AsyncIterator[OwnOrders]:
-    pool = await open_pool(database_url, min_size=1, max_size=1)
+    pool = await open_pool(database_url, max_size=1)
     yield OwnOrders(Catalogue(redis), redis, pool, TicketCodes(b"secret"))
     await pool.close()
 
@@ -74,7 +74,7 @@ async def test_orders_cost_the_same_beside_hidden_campaigns(
 async def test_doctor_costs_the_same_beside_many_campaigns(
     redis: Redis, database_url: str, asked: list[int]
 ) -> None:
-    pool = await open_pool(database_url, min_size=1, max_size=1)
+    pool = await open_pool(database_url, max_size=1)
     await open_stock(redis, 5)
     asked[0] = 0
     assert len((await diagnose(redis, pool)).campaigns) == 1

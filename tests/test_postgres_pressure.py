@@ -16,7 +16,8 @@ from stock_maker import campaign
 from structlog.testing import capture_logs
 
 from sale.db import locks
-from sale.db.errors import in_words
+from sale.db.errors import POSTGRES_ERRORS, in_words
+from sale.db.pool import close_pool, connect, open_pool
 from sale.host import embedded
 from sale.jobs import writer
 from sale.stock.keys import campaign_keys
@@ -273,3 +274,26 @@ async def test_long_host_name_does_not_cut_off_the_pid(monkeypatch: pytest.Monke
     mine = locks.SCHEDULER.mine()
     assert len(mine) == locks.NAME_MAX_BYTES
     assert mine.endswith(f"h:{os.getpid()}")
+
+
+async def test_pool_logs_nothing_while_postgres_is_away(
+    database_url: str, server_database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = await open_pool(database_url)
+    name = await pool.fetchval("SELECT current_database()")
+    server = await connect(server_database_url, name="test")
+    try:
+        await server.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        await server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name
+        )
+        for _ in range(3):
+            with pytest.raises(POSTGRES_ERRORS):
+                await pool.fetchval("SELECT 1")
+            await asyncio.sleep(0.1)
+        await server.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+        assert await pool.fetchval("SELECT 1") == 1
+    finally:
+        await server.close()
+        await close_pool(pool)
+    assert [record for record in caplog.records if record.name.startswith("asyncpg")] == []

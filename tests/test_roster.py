@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from sale.db.pool import open_pool
 from sale.db.roster import (
@@ -26,6 +27,7 @@ from sale.domain.problem import Refused
 from sale.domain.unions import default_unions_path, load_unions
 from sale.files import opened_large
 from sale.identity import MemberTokens, SigningKey
+from sale.operators.diagnosis import diagnose
 from sale.operators.roster import replace, restore, revoke, show, tokens
 from sale.operators.roster_file import HEADER
 from sale.operators.roster_import import ImportReport, import_cards
@@ -40,7 +42,7 @@ OTHER = "622100000002"
 
 @pytest.fixture
 async def pool(database_url: str) -> AsyncIterator[Any]:
-    pool = await open_pool(database_url, min_size=1, max_size=8)
+    pool = await open_pool(database_url, max_size=8)
     yield pool
     await pool.close()
 
@@ -570,6 +572,12 @@ async def test_changes_by_hand_are_in_the_feed_and_none_removes(pool: Any, tmp_p
     ):
         with pytest.raises(asyncpg.IntegrityConstraintViolationError, match=why):
             await pool.execute(statement)
+
+
+async def test_doctor_counts_cards_in_use(pool: Any, redis: Redis, tmp_path: Path) -> None:
+    await take(pool, write(tmp_path / "r.csv", f"{CARD},甲,dongsi,,,active"))
+    await replace(pool, CARD, OTHER, actor="ann", reason="lost")
+    assert (await diagnose(redis, pool)).cards == 1
 
 
 async def test_feed_reader_misses_no_revision_of_many_writers(pool: Any, tmp_path: Path) -> None:

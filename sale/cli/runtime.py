@@ -106,7 +106,7 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
         """A small pool on that database, closed at the end."""
         from sale.db.pool import close_pool, open_pool
 
-        pool = await open_pool(self.database_url(), min_size=1, max_size=2)
+        pool = await open_pool(self.database_url(), max_size=2)
         try:
             yield pool
         finally:

@@ -73,12 +73,14 @@ async def connect(
 async def open_pool(
     database_url: str,
     *,
-    min_size: int = 1,
     max_size: int = 4,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     command_timeout_s: float = COMMAND_TIMEOUT_S,
 ) -> "asyncpg.Pool[Any]":
     """Open a pool; the caller closes it.
+
+    The pool connects when a caller needs a connection. With a minimum size, asyncpg would connect
+    in the background too, and log a traceback at each attempt while PostgreSQL is away.
 
     Raises BadUrl, ConnectionError, which says where, or asyncpg.PostgresError where the server
     cannot be reached.
@@ -87,15 +89,17 @@ async def open_pool(
     async def connect_as_told(_dsn: None, **options: Any) -> "asyncpg.Connection[Any]":  # noqa: ANN401
         return await connect(database_url, name="sale", timeout_s=connect_timeout_s, **options)
 
+    pool = await asyncpg.create_pool(
+        connect=connect_as_told,
+        connection_class=_Connection,
+        min_size=0,
+        max_size=max_size,
+        command_timeout=command_timeout_s,
+        max_inactive_connection_lifetime=IDLE_CONNECTION_S,
+    )
     try:
-        return await asyncpg.create_pool(
-            connect=connect_as_told,
-            connection_class=_Connection,
-            min_size=min_size,
-            max_size=max_size,
-            command_timeout=command_timeout_s,
-            max_inactive_connection_lifetime=IDLE_CONNECTION_S,
-        )
+        async with pool.acquire():
+            return pool
     except (OSError, TimeoutError) as error:
         why = str(error) or f"no answer in {connect_timeout_s:g} s"
         raise ConnectionError(

@@ -233,7 +233,8 @@ async def test_stock_for_an_unknown_showing_names_those_there_are(client: Client
     told = (
         "showing: there is no 'nowhere'; there is s0, s1, s2, s3, s4, s5, s6, s7, s8, s9 and 2 more"
     )
-    assert told in seen.json()["detail"]
+    assert seen.json()["detail_en"] == told
+    assert "s9 等 12 场" in seen.json()["detail"]
 
 
 async def test_stock_repeated_under_its_key_is_added_once(

@@ -17,13 +17,12 @@ from sale.api.problems import Worded, problem_answer
 from sale.api.public import CAMPAIGN, visible_campaign
 from sale.api.request import ENCODER, bearer, checked_key, read_body
 from sale.api.schemas import ListView, OrderRequest
-from sale.domain.order import Order
+from sale.domain.order import Order, OrderCursor
 from sale.domain.problem import Problem, Refused
 from sale.http.overload import MUST_WAIT
 from sale.http.request import KEY_HEADER, encode_cursor
 from sale.http.routes import Access, Key, Load, Route
 from sale.members.campaigns import Allowance
-from sale.members.orders import OrderCursor
 from sale.members.purchase import Placed
 
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)

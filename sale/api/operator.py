@@ -46,7 +46,7 @@ async def create_campaign(call: OperatorCall[dict[str, object]]) -> Reply:
     except InvalidCampaign as wrong:
         raise Refused(
             Problem.INVALID_REQUEST,
-            str(wrong),
+            wrong.text,
             field=next(iter(wrong.problems)),
             fields=wrong.problems,
         ) from None

@@ -228,11 +228,14 @@ MEMBER_FACING: Final = frozenset(
 """Codes that members read: the words above are shown, whatever detail the engine gave."""
 
 
-def problem_body(problem: Problem, detail: str = "", /, **members: object) -> bytes:
+def problem_body(
+    problem: Problem, detail: str = "", detail_zh: str = "", /, **members: object
+) -> bytes:
     """Encode the problem document. ``members`` are its extra fields, as the contract names them.
 
-    ``detail`` replaces the default sentence, except for codes that members read. The members of
-    those must be hashable (numbers and texts): equal members give the same bytes object.
+    ``detail`` replaces the default sentence, except for codes that members read; the Chinese
+    sentence quotes ``detail_zh``, or ``detail`` where it is ''. The members of those must be
+    hashable (numbers and texts): equal members give the same bytes object.
     """
     if problem in MEMBER_FACING:
         return _memoised(problem, **members)
@@ -240,8 +243,9 @@ def problem_body(problem: Problem, detail: str = "", /, **members: object) -> by
     given = detail.encode(errors="replace").decode()
     if not given:
         return _encode(problem, _default(problem), members)
+    quoted = detail_zh.encode(errors="replace").decode() or given
     happened = WORDINGS[problem].happened.zh
-    return _encode(problem, Text(f"{happened}（{given}）", given), members)
+    return _encode(problem, Text(f"{happened}（{quoted}）", given), members)
 
 
 def problem_response(refused: Refused) -> web.Response:
@@ -267,7 +271,7 @@ def problem_answer(refused: Refused) -> Worded:
             return status, body, {**headers, **dict(refused.limited.headers())}
         return told
     members = {name: value for name, value in refused.members.items() if name != "allow"}
-    body = problem_body(problem, refused.detail, **members)
+    body = problem_body(problem, refused.detail, refused.detail_zh, **members)
     return WORDINGS[problem].status, body, problem_headers(refused)
 
 

@@ -5,13 +5,13 @@ body that has arrived whole is taken as it is: aiohttp's ``read`` waits for its 
 """
 
 import asyncio
-import re
 from typing import Final, TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
 
 from sale.bootstrap import Engine
+from sale.domain.fields import decoder_fault
 from sale.domain.order import IDEMPOTENCY_KEY
 from sale.domain.problem import Problem, Refused
 from sale.http.bounds import BODY_MAX, BODY_WITHIN_S
@@ -100,11 +100,8 @@ def decode_body(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        message = str(error)
-        field = _FIELD.search(message) or _NAMED_FIELD.search(message)
-        name = field[1] if field else "body"
-        what = message.split(" - at ", maxsplit=1)[0].replace("`", "'")
-        raise Refused(Problem.INVALID_REQUEST, f"{name}: {what}", field=name) from None
+        field, what = decoder_fault(str(error), decoder.type)
+        raise Refused(Problem.INVALID_REQUEST, what.of_field(field), field=field) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Problem.INVALID_REQUEST, "the body is not JSON", field="body") from None
 
@@ -117,7 +114,3 @@ def tagged_response(request: web.Request, body: object, *, max_age_s: int) -> we
     if is_current(request, tag):
         return web.Response(status=304, headers=headers)
     return web.Response(body=encoded, content_type="application/json", headers=headers)
-
-
-_FIELD: Final = re.compile(r"\$\.([a-z_]+)")
-_NAMED_FIELD: Final = re.compile(r"(?:unknown|missing required) field `([^`]{1,64})`")

@@ -121,7 +121,7 @@ def doctor(context: CommandContext) -> None:
                 ("API processes", found.api),
                 ("writer", found.writer),
                 ("scheduler", found.scheduler),
-                ("cards in the roster", found.cards),
+                ("cards in use", found.cards),
             ]
         )
         for trouble in (*found.missing, *found.faults):

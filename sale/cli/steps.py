@@ -14,6 +14,7 @@ from msgspec import inspect
 
 from sale.cli.runtime import CommandContext, WholeNumber, command_context, run
 from sale.domain.campaign_view import CampaignNow
+from sale.domain.fields import decoder_fault
 from sale.operators.campaigns import Actor
 from sale.operators.steps import Step, StepRequest
 
@@ -48,10 +49,8 @@ def _request(step: Step, fields: dict[str, object]) -> StepRequest:
     try:
         return msgspec.convert(given, step.request)
     except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        name = where.rstrip("`")
-        message = f"{name}: {what}" if name else what
-        raise click.ClickException(message.replace("`", "'")) from None
+        field, what = decoder_fault(str(error), step.request)
+        raise click.ClickException(what.of_field(field).en) from None
 
 
 async def _taken(

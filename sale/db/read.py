@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -10,20 +10,9 @@ from sale.db import queries
 from sale.db.pool import Connection
 from sale.domain.campaign import CAMPAIGN_ID
 from sale.domain.clock import from_ms, to_ms
+from sale.domain.order import OrderCursor
 from sale.ledger.chain import START, Event, Position
 from sale.ledger.fold import CampaignState
-
-CURSOR_MOMENT_MAX_MS: Final = 2**43
-CURSOR_SEQ_MAX: Final = 2**53
-"""Beyond any real one, and within what PostgreSQL can be asked for: cursors come from outside."""
-
-
-class OrderCursor(NamedTuple):
-    """Where a page of orders ended: sold at (UTC ms), campaign, event number."""
-
-    created_at_ms: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_MOMENT_MAX_MS)]
-    campaign_id: Annotated[str, msgspec.Meta(pattern=f"^{CAMPAIGN_ID.pattern}$")]
-    seq: Annotated[int, msgspec.Meta(ge=0, le=CURSOR_SEQ_MAX)]
 
 
 class OrderRow(msgspec.Struct, frozen=True):

@@ -17,13 +17,13 @@ import msgspec
 from msgspec import Meta
 
 from sale.domain.clock import to_ms
-from sale.domain.text import TITLE_MAX
+from sale.domain.text import TITLE_MAX, Text
 from sale.domain.unions import DISTRICT
 
 STOCK_MAX: Final = 10_000_000
 CARD_LIMIT_MAX: Final = 1_000
 SHOWINGS_MAX: Final = 500
-SHOWINGS_TOLD_MAX: Final = 10
+SHOWINGS_SHOWN_MAX: Final = 10
 PRICE_MAX_FEN: Final = 10_000_000
 
 RULE: Final = Meta(extra={"rule": True})
@@ -42,7 +42,12 @@ SHOWN_TEXT: Final = (
     "spaces around it are taken off."
 )
 Identifier = Annotated[
-    str, Meta(pattern="^[a-z0-9-]{1,48}$", description="1 to 48 of a-z, 0-9 and -")
+    str,
+    Meta(
+        pattern="^[a-z0-9-]{1,48}$",
+        description="1 to 48 of a-z, 0-9 and -",
+        extra={"zh": "1 到 48 个小写字母、数字或 -"},
+    ),
 ]
 Title = Annotated[
     str,
@@ -84,7 +89,13 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     card_limit: Annotated[CardLimit, RULE]
     order_max: Annotated[CardLimit, up_to("card_limit"), RULE]
     unions: Annotated[
-        tuple[str, ...], Meta(min_length=1, description='["*"] or a list of union codes'), RULE
+        tuple[str, ...],
+        Meta(
+            min_length=1,
+            description='["*"] or a list of union codes',
+            extra={"zh": '["*"] 或工会代码的列表'},
+        ),
+        RULE,
     ] = ("*",)
     owner: str = DISTRICT
 
@@ -123,11 +134,15 @@ class Campaign(Terms, frozen=True, kw_only=True, forbid_unknown_fields=True, dic
         return {showing.id: number for number, showing in enumerate(self.showings)}
 
     @property
-    def showings_in_words(self) -> str:
+    def showings_in_words(self) -> Text:
         """IDs of its showings for a message: the first ones, and how many more there are."""
         ids = [showing.id for showing in self.showings]
-        more = len(ids) - SHOWINGS_TOLD_MAX
-        return ", ".join(ids[:SHOWINGS_TOLD_MAX]) + (f" and {more} more" if more > 0 else "")
+        listed, more = ", ".join(ids[:SHOWINGS_SHOWN_MAX]), len(ids) - SHOWINGS_SHOWN_MAX
+        return (
+            Text(f"{listed} 等 {len(ids)} 场", f"{listed} and {more} more")
+            if more > 0
+            else Text(listed, listed)
+        )
 
     @property
     def opens_at_ms(self) -> int | None:

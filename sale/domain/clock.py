@@ -5,6 +5,8 @@ from datetime import UTC, datetime, timedelta, timezone
 from functools import lru_cache
 from typing import Final
 
+from sale.domain.text import Text, Wrong
+
 MOMENT_MIN: Final = datetime(2000, 1, 1, tzinfo=UTC)
 MOMENT_MAX: Final = datetime(2100, 1, 1, tzinfo=UTC)
 """Bounds of every moment that is given to the engine, both included.
@@ -12,6 +14,10 @@ MOMENT_MAX: Final = datetime(2100, 1, 1, tzinfo=UTC)
 Wide enough for any sale, so a moment outside is a typing error. Inside, nothing that handles a
 moment can fail: every conversion to another time zone, its wording, and PostgreSQL's columns.
 """
+MOMENT_FORM: Final = Text(
+    "必须是带时区的日期和时间（RFC 3339），例如 2015-05-01T09:00:00+08:00",
+    "must be a date and time with an offset (RFC 3339), as 2015-05-01T09:00:00+08:00",
+)
 LOCAL_ZONE: Final = timezone(timedelta(hours=8))
 """Beijing time: what members and operators read. Stored times are UTC milliseconds."""
 
@@ -53,7 +59,7 @@ def parse_moment(value: object) -> datetime:
 
     The only reader of times from outside. It takes what RFC 3339 defines and nothing else of
     ISO 8601, in upper or lower case, with up to nine digits of a second. It refuses the leap second
-    (``:60``): the clock that decides openings has none. Raises ValueError in words.
+    (``:60``): the clock that decides openings has none. Raises Wrong.
     """
     if isinstance(value, str):
         match = _RFC3339.fullmatch(value)
@@ -64,11 +70,12 @@ def parse_moment(value: object) -> datetime:
     else:
         moment = value if isinstance(value, datetime) else None
     if moment is None or moment.tzinfo is None:
-        raise ValueError(
-            "must be a date and time with an offset (RFC 3339), as 2015-05-01T09:00:00+08:00"
-        )
+        raise Wrong(MOMENT_FORM)
     if not MOMENT_MIN <= moment <= MOMENT_MAX:
-        raise ValueError(f"must be from {MOMENT_MIN:%Y-%m-%d} to {MOMENT_MAX:%Y-%m-%d} (UTC)")
+        low, high = f"{MOMENT_MIN:%Y-%m-%d}", f"{MOMENT_MAX:%Y-%m-%d}"
+        raise Wrong(
+            Text(f"必须在 {low} 到 {high} 之间（UTC）", f"must be from {low} to {high} (UTC)")
+        )
     return moment.replace(microsecond=moment.microsecond // 1_000 * 1_000)
 
 

@@ -2,10 +2,12 @@
 
 import re
 from functools import lru_cache
-from typing import Annotated, Final
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 from msgspec import Meta
+
+from sale.domain.campaign import CAMPAIGN_ID
 
 IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ORDER_NO: Final = re.compile(r"[A-Za-z0-9.-]{1,64}")
@@ -27,6 +29,19 @@ OrderState = Annotated[
 ]
 Fen = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
 Count = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
+
+
+CURSOR_MOMENT_MAX_MS: Final = 2**43
+CURSOR_SEQ_MAX: Final = 2**53
+"""Beyond any real one, and within what PostgreSQL can be asked for: cursors come from outside."""
+
+
+class OrderCursor(NamedTuple):
+    """Where a page of orders ended: sold at (UTC ms), campaign, event number."""
+
+    created_at_ms: Annotated[int, Meta(ge=0, le=CURSOR_MOMENT_MAX_MS)]
+    campaign_id: Annotated[str, Meta(pattern=f"^{CAMPAIGN_ID.pattern}$")]
+    seq: Annotated[int, Meta(ge=0, le=CURSOR_SEQ_MAX)]
 
 
 class Ticket(msgspec.Struct, frozen=True):

@@ -3,6 +3,8 @@
 from enum import StrEnum
 from typing import Final
 
+from sale.domain.text import Text
+
 DAMAGED: Final = (
     ValueError,
     TypeError,
@@ -42,7 +44,8 @@ class Problem(StrEnum):
 class Refused(Exception):  # noqa: N818 - the domain's word
     """A request that is not done, with the code and the members of the problem document.
 
-    ``detail`` is one sentence for people; ``members`` are the extra fields of the contract
+    ``detail`` is one sentence for people, in English; one that is given in both languages is in
+    ``detail_zh`` too. ``members`` are the extra fields of the contract
     (``remaining``, ``card_remaining``, ``opens_at``, ``field`` …); ``retry_after_s`` becomes the
     header.
     """
@@ -50,13 +53,13 @@ class Refused(Exception):  # noqa: N818 - the domain's word
     def __init__(
         self,
         problem: Problem,
-        detail: str = "",
+        detail: str | Text = "",
         *,
         retry_after_s: int | None = None,
         **members: object,
     ) -> None:
-        super().__init__(f"{problem.value}: {detail}" if detail else problem.value)
         self.problem = problem
-        self.detail = detail
+        self.detail_zh, self.detail = detail if isinstance(detail, Text) else ("", detail)
+        super().__init__(f"{problem.value}: {self.detail}" if self.detail else problem.value)
         self.retry_after_s = retry_after_s
         self.members = members

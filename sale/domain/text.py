@@ -15,6 +15,18 @@ class Text(NamedTuple):
     zh: str
     en: str
 
+    def of_field(self, field: str) -> "Text":
+        """Give the words behind the name of the field that they are about."""
+        return Text(f"{field}：{self.zh}", f"{field}: {self.en}")
+
+
+class Wrong(ValueError):  # noqa: N818 - reads as a sentence where it is raised
+    """A value is wrong; ``text`` says in both languages what it must be."""
+
+    def __init__(self, text: Text) -> None:
+        super().__init__(text.en)
+        self.text = text
+
 
 def shown_text(text: str, length_max: int) -> str:
     """Give a text that people will read as it is kept: composed (NFC), no spaces around it.
@@ -22,22 +34,33 @@ def shown_text(text: str, length_max: int) -> str:
     It must look like what it is: refused are control characters, halves of characters, what turns
     the direction of writing, and what is there and cannot be seen, because two texts that look the
     same would differ, or one text would look like another. Spaces of every width may stand inside,
-    rare Han may stand anywhere (``str.isprintable`` refuses both). Raises ValueError in words.
+    rare Han may stand anywhere (``str.isprintable`` refuses both). Raises Wrong.
     """
-    wrong_length = f"must be a text of 1 to {length_max} characters"
     if len(text) > 4 * length_max:  # bounds the work: composing makes one character of up to four
-        raise ValueError(wrong_length)
+        raise Wrong(text_of_length(length_max))
     text = unicodedata.normalize("NFC", text)
     for number, character in enumerate(text, 1):
         if _is_hidden(character) and not _joins_emoji(text, number - 1):
-            raise ValueError(
-                "must not hold control characters or invisible ones: "
-                f"character {number} is U+{ord(character):04X}"
+            code = f"U+{ord(character):04X}"
+            raise Wrong(
+                Text(
+                    f"不能含控制字符或看不见的字符（第 {number} 个是 {code}）",
+                    "must not hold control characters or invisible ones: "
+                    f"character {number} is {code}",
+                )
             )
     text = text.strip()
     if not 1 <= len(text) <= length_max or not any(map(_is_seen, text)):
-        raise ValueError(wrong_length)
+        raise Wrong(text_of_length(length_max))
     return text
+
+
+def text_of_length(length_max: int) -> Text:
+    """Say that a value must be a text of at most this length."""
+    return Text(
+        f"必须是 1 到 {length_max} 个字符的文字",
+        f"must be a text of 1 to {length_max} characters",
+    )
 
 
 def account_name(text: str) -> str:

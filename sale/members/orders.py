@@ -15,23 +15,14 @@ from redis.asyncio import Redis
 
 from sale.db import read
 from sale.db.errors import POSTGRES_ERRORS
-from sale.db.read import OrderCursor, OrderRow
+from sale.db.read import OrderRow
 from sale.domain.campaign import Campaign
 from sale.domain.clock import rfc3339
-from sale.domain.order import Order, Ticket, order_number, parse_order_number
+from sale.domain.order import Order, OrderCursor, Ticket, order_number, parse_order_number
 from sale.domain.problem import Problem, Refused
 from sale.ledger.fold import SaleRecord
 from sale.stock.catalogue import Catalogue
 from sale.stock.records import read_member, read_member_everywhere
-
-__all__ = [
-    "OrderCursor",
-    "OwnOrders",
-    "TicketCodes",
-    "key_hash",
-    "live_tickets",
-    "placed_order",
-]
 
 CODE_BYTES: Final = 16
 CONFIRMED: Final = "confirmed"

@@ -1,11 +1,11 @@
-"""The purchase, on one screen: check, ask the batcher, word the answer.
+"""The purchase: check the request, submit it to the batcher, word the answer.
 
-``purchase`` is the whole of it, for a handler that waits; the fast path (``api/fast_path.py``)
-takes the same three steps, ``check``, ``submit`` and ``word``, without a coroutine a purchase.
+A handler that waits calls ``purchase``; the fast path (``api/fast_purchase.py``) takes the same
+three steps, ``check``, ``submit`` and ``word``, without a coroutine for each purchase.
 
-What decides stands in ``stock/lua/purchase.lua``; here is only what needs no store (is the request
-whole, whose token is it) and the wording. The order of the checks is the contract's: request,
-token, campaign, then everything that the script decides.
+``stock/lua/purchase.lua`` decides; this module makes the checks that need no store, and words the
+answer. The order of the checks is the contract's: request, token, campaign, then everything that
+the script decides.
 """
 
 import asyncio
@@ -18,9 +18,11 @@ import asyncpg
 from sale.db import read
 from sale.domain.campaign import Campaign, State
 from sale.domain.clock import rfc3339
+from sale.domain.fields import fields_of, requirement
 from sale.domain.member import may_meet
 from sale.domain.order import Order
 from sale.domain.problem import Problem, Refused
+from sale.domain.text import Text
 from sale.http.overload import MUST_WAIT, QUEUE, TURN, Overload
 from sale.identity import MemberTokens
 from sale.members.orders import TicketCodes, key_hash, placed_order
@@ -32,18 +34,19 @@ from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision
 
 __all__ = ["Answer", "Checked", "Placed", "Purchase", "PurchaseDesk"]
+"""With the types of a purchase, for the API, which may not import ``sale.stock``."""
 
 POSTGRES_PATIENCE_S: Final = 1.0
 ABSENT_S: Final = 0.1
 ABSENT_MAX: Final = 1_000
 Checked = tuple[int, str, int, int, str]
-"""A request that may be asked: member number, union, showing number, quantity, its key."""
+"""A checked request: member number, union, showing number, quantity, idempotency key."""
 
 _PLACED: Final = frozenset({Decision.SOLD, Decision.REPLAYED})
 
 
 class Placed(NamedTuple):
-    """An order that stands, and whether this answer repeats an earlier one."""
+    """An order, and whether this answer repeats an earlier one."""
 
     order: Order
     replayed: bool
@@ -87,13 +90,13 @@ class PurchaseDesk:
     ) -> Placed | Refused:
         """Buy ``quantity`` tickets of a showing, once a card and key: for those who can wait.
 
-        ``stood_s``: how long it has stood in the crowd, which counts towards its deadline. Raises
-        Refused for what is wrong with the request or the token. What the script refuses is
+        ``waited_s``: its time in the waiting line, which counts towards its deadline. Raises
+        Refused for what is wrong with the request or the token. A refusal of the script is
         returned, not raised: a sold-out campaign refuses by the hundred thousand.
         """
         campaign = self.known(campaign_id)
         if campaign is None:
-            # No store pays for a guesser: token and pace come first.
+            # Token and rate come first, so that guessed IDs cost no read of a store.
             member = self._tokens.verify(token or "", time.time())
             limited = self._limits.spend_card(member.no, time.monotonic())
             if limited is not None:
@@ -114,7 +117,7 @@ class PurchaseDesk:
     def admit(self, now: float, *, called: bool = False) -> int:
         """Let a purchase in before anything is done for it: 0; else its Retry-After in seconds.
 
-        ``MUST_WAIT`` where it had better stand in the crowd; not if it is ``called`` from there.
+        ``MUST_WAIT``: it is put into the waiting line, unless it was ``called`` from there.
         ``now``, here and in ``check``, is seconds of the monotonic clock.
         """
         overload = self._overload
@@ -134,7 +137,7 @@ class PurchaseDesk:
         token: str | None,
         now: float,
     ) -> Checked:
-        """See to what needs no store: the request, whose token it is, how often it asks.
+        """Check what needs no store: the request, the token, and the member's rate.
 
         Raises Refused, TooFast.
         """
@@ -193,22 +196,30 @@ def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) ->
     if not 1 <= quantity <= campaign.order_max:
         raise Refused(
             Problem.INVALID_REQUEST,
-            f"quantity: must be a whole number from 1 to {campaign.order_max}",
+            requirement(fields_of(Campaign)["order_max"], campaign.order_max).of_field("quantity"),
             field="quantity",
         )
     if showing_id is None:
         if len(campaign.showings) == 1:
             return 0
+        there = campaign.showings_in_words
         raise Refused(
             Problem.INVALID_REQUEST,
-            f"showing: say which one of {campaign.showings_in_words}",
+            Text(
+                f"showing：请说明是哪一场：{there.zh}",
+                f"showing: say which one of {there.en}",
+            ),
             field="showing",
         )
     number = campaign.showing_numbers.get(showing_id)
     if number is None:
+        there = campaign.showings_in_words
         raise Refused(
             Problem.INVALID_REQUEST,
-            f"showing: there is no such one; there is {campaign.showings_in_words}",
+            Text(
+                f"showing：没有这一场，只有 {there.zh}",
+                f"showing: there is no such one; there is {there.en}",
+            ),
             field="showing",
         )
     return number

@@ -21,9 +21,8 @@ from sale.db.errors import POSTGRES_ERRORS
 from sale.domain.campaign import Campaign, State
 from sale.domain.campaign_view import CampaignNow
 from sale.domain.problem import Problem, Refused
-from sale.domain.text import REASON_MAX, shown_text
 from sale.domain.unions import DISTRICT
-from sale.operators.steps import PAUSE, RUNNERS, Step, StepCall, StepRequest
+from sale.operators.steps import PAUSE, RUNNERS, Step, StepCall, StepRequest, checked_reason
 from sale.stock.catalogue import latest_first, read_campaign, read_campaigns
 from sale.stock.head import packed
 from sale.stock.keys import CAMPAIGNS
@@ -85,7 +84,7 @@ class CampaignDesk:
     ) -> CampaignNow:
         """Make a campaign: scheduled where it has an opening moment, else a draft."""
         _check_may(actor, RUNNERS, campaign.owner)
-        reason = _checked_reason(reason)
+        reason = None if reason is None else checked_reason(reason)
         config = msgspec.json.encode(campaign)
         operation = _operation(actor, reason, key, "create", config.decode())
         before = await read_campaign(self._redis, campaign.id)
@@ -139,7 +138,7 @@ class CampaignDesk:
 
         Raises Refused.
         """
-        reason = _checked_reason(request.reason)
+        reason = None if request.reason is None else checked_reason(request.reason)
         operation = _operation(actor, reason, key, step.name, f"{campaign_id}|{request.content()}")
         before = await read_campaign(self._redis, campaign_id)
         again = await self._repeat(campaign_id, operation, key)
@@ -312,20 +311,6 @@ def _check_may(actor: Actor, roles: frozenset[str], owner: str) -> None:
             Problem.FORBIDDEN,
             f"an account of {actor.union!r} may not change campaigns of {owner!r}",
         )
-
-
-def _checked_reason(reason: str | None) -> str | None:
-    """Give the reason as it is kept. Raises Refused.
-
-    Checked here for HTTP and command line alike: a text that PostgreSQL cannot hold would stop the
-    ledger's writer.
-    """
-    if reason is None:
-        return None
-    try:
-        return shown_text(reason, REASON_MAX)
-    except ValueError as wrong:
-        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
 
 
 def _check_reply(

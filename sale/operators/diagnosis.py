@@ -47,10 +47,11 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
     What cannot be asked, because its store does not answer, is '' or None.
 
-    ``durability`` is the level that was set; ``faults`` say in words what is weaker than it.
-    ``redis_disk_free_mb`` is None where Redis' disk is not on this host. ``api``, ``writer`` and
-    ``scheduler`` say in words which process works (``host:process``) and which stand by.
-    ``missing`` says in words which store does not answer and which part does not run.
+    ``cards`` counts the cards in use, one a member. ``durability`` is the level that was set;
+    ``faults`` say in words what is weaker than it. ``redis_disk_free_mb`` is None where Redis' disk
+    is not on this host. ``api``, ``writer`` and ``scheduler`` say in words which process works
+    (``host:process``) and which stand by. ``missing`` says in words which store does not answer and
+    which part does not run.
     """
 
     redis_version: str
@@ -181,7 +182,7 @@ async def _ask_postgres(pool: asyncpg.Pool) -> _FromPostgres:
             faults=[] if fsync == "on" else ["PostgreSQL's fsync is off"],
             writers=await locks.members(connection, locks.WRITER),
             schedulers=await locks.members(connection, locks.SCHEDULER),
-            cards=await connection.fetchval("SELECT count(*) FROM card"),
+            cards=await connection.fetchval("SELECT count(*) FROM card WHERE replaced_at IS NULL"),
             positions=await read.positions(connection),
         )
 

@@ -8,8 +8,8 @@ from sale.db import roster as table
 from sale.db.roster import Card, LockedMember
 from sale.domain.member import mask_card
 from sale.domain.problem import Problem, Refused
-from sale.domain.text import REASON_MAX, shown_text
 from sale.identity import Member, SigningKey, issue_member_token
+from sale.operators.steps import checked_reason
 
 AfterChange = Callable[[], Awaitable[None]]
 """Called after the commit of a change: it takes the feed on to Redis (INV-9)."""
@@ -65,7 +65,7 @@ async def replace(
     Raises Refused: NOT_FOUND, WRONG_STATE where ``old`` was replaced before or the roster has
     ``new``, or INVALID_REQUEST for a bad reason.
     """
-    reason = _checked_reason(reason)
+    reason = checked_reason(reason)
     async with pool.acquire() as connection, connection.transaction():
         await table.lock_roster(connection)
         member = await _locked(connection, old)
@@ -123,7 +123,7 @@ async def _set_status(
     reason: str,
     after_change: AfterChange | None,
 ) -> Card:
-    reason = _checked_reason(reason)
+    reason = checked_reason(reason)
     async with pool.acquire() as connection, connection.transaction():
         member = await _locked(connection, card_no)
         await table.set_status(connection, member, status, revoked=status == "cancelled")
@@ -139,13 +139,6 @@ async def _set_status(
     if after_change is not None:
         await after_change()
     return await show(pool, card_no)
-
-
-def _checked_reason(reason: str) -> str:
-    try:
-        return shown_text(reason, REASON_MAX)
-    except ValueError as wrong:
-        raise Refused(Problem.INVALID_REQUEST, f"reason: {wrong}", field="reason") from None
 
 
 async def _locked(connection: Any, card_no: str) -> LockedMember:  # noqa: ANN401

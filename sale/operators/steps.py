@@ -21,7 +21,7 @@ from sale.domain.campaign_view import CampaignNow
 from sale.domain.clock import parse_moment, to_ms
 from sale.domain.order import Time
 from sale.domain.problem import Problem, Refused
-from sale.domain.text import REASON_MAX, Text
+from sale.domain.text import REASON_MAX, Text, Wrong, shown_text
 from sale.stock.scripts import Operation, OperationReply, Scripts
 
 RUNNERS: Final = frozenset({"admin", "operator"})
@@ -40,6 +40,19 @@ Reason = Annotated[
         },
     ),
 ]
+
+
+def checked_reason(reason: str) -> str:
+    """Give a reason as it is kept. Raises Refused.
+
+    HTTP and the command line both come here: a text that PostgreSQL cannot hold would stop the
+    ledger's writer.
+    """
+    try:
+        return shown_text(reason, REASON_MAX)
+    except Wrong as wrong:
+        text = wrong.text.of_field("reason")
+        raise Refused(Problem.INVALID_REQUEST, text, field="reason") from None
 
 
 class StepRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,8 +95,9 @@ class ScheduleRequest(StepRequest, frozen=True, kw_only=True, forbid_unknown_fie
             return None
         try:
             return to_ms(parse_moment(self.at))
-        except ValueError as error:
-            raise Refused(Problem.INVALID_REQUEST, f"at: {error}", field="at") from None
+        except Wrong as wrong:
+            text = wrong.text.of_field("at")
+            raise Refused(Problem.INVALID_REQUEST, text, field="at") from None
 
     def content(self) -> str:
         """Give the moment: two ways of writing it are one content."""
@@ -148,9 +162,13 @@ async def _add_stock(call: StepCall) -> OperationReply:
     campaign = call.now.campaign
     showing = campaign.showing_numbers.get(request.showing)
     if showing is None:
+        there = campaign.showings_in_words
         raise Refused(
             Problem.INVALID_REQUEST,
-            f"showing: there is no {request.showing!r}; there is {campaign.showings_in_words}",
+            Text(
+                f"showing：没有 {request.showing!r}，只有 {there.zh}",
+                f"showing: there is no {request.showing!r}; there is {there.en}",
+            ),
             field="showing",
         )
     return await call.scripts.add_stock(campaign.id, call.operation, showing, request.add)

@@ -3,8 +3,8 @@
 # ruff: noqa: ASYNC240 - small local files
 
 import asyncio
-import errno
 import contextlib
+import errno
 import json
 import os
 import signal

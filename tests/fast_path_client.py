@@ -5,9 +5,11 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
+
+from waiting import until
 
 from sale.http.request_ids import PATTERN
 
@@ -173,14 +175,6 @@ def _shown(name: str, value: str, body: bytes) -> str:
             return "…" if body.startswith((b'{"order_no"', b'{"now"')) else value
         case _:
             return value
-
-
-async def until(done: Callable[[], bool], within_s: float = ANSWER_WITHIN_S) -> None:
-    """Wait for something on this loop."""
-    ends_at = time.monotonic() + within_s
-    while not done():
-        assert time.monotonic() < ends_at, "did not come true in time"
-        await asyncio.sleep(0.002)
 
 
 async def in_turn(work: Sequence[Awaitable[T]], at_once: int) -> list[T]:

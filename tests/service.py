@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -376,14 +376,6 @@ def metric(text: str, name: str, *labels: str) -> float:
         for line in text.splitlines()
         if re.match(rf"{name}(\{{|\s)", line) and all(f'="{label}"' in line for label in labels)
     )
-
-
-async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10) -> None:
-    """Wait for a condition, bounded."""
-    deadline = time.monotonic() + within_s
-    while not await condition():
-        assert time.monotonic() < deadline, "did not come true in time"
-        await asyncio.sleep(0.02)
 
 
 def free_port() -> int:

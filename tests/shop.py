@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
-from stock_maker import CAMPAIGN, Bid, Stock, campaign, key, member
+from stock_maker import Bid, Stock, campaign, key, member
 
 from sale.bootstrap import Stores
 from sale.config import Settings
@@ -153,12 +153,3 @@ async def open_shop(redis_url: str, database_url: str) -> AsyncIterator[Shop]:
         finally:
             await redis.aclose()
             await pool.close()
-
-
-async def until(check: Callable[[], Awaitable[bool]], within_s: float = DEADLINE_S) -> None:
-    async with asyncio.timeout(within_s):
-        while not await check():  # noqa: ASYNC110 - the condition is another process's
-            await asyncio.sleep(0.01)
-
-
-__all__ = ["CAMPAIGN", "ME", "Shop", "open_shop", "until"]

@@ -16,8 +16,8 @@ from service import (
     in_s,
     new_key,
     showings,
-    until,
 )
+from waiting import until
 
 AUDIT_LOG = "/api/v1/admin/audit-log"
 STEPS = ("schedule", "open", "pause", "resume", "close", "reopen")

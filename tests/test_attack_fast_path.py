@@ -7,13 +7,12 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
-from fast_path_client import until
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import Side, World
 from redis.asyncio import Redis
-from shop import CAMPAIGN
-from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member
+from stock_maker import BEHIND_MAX, CAMPAIGN, NONCE, Stock, campaign, key, member
 from test_rehearsal import CARDS, Play, play  # noqa: F401 - a fixture
+from waiting import until
 
 from sale.db import read
 from sale.domain.campaign import State

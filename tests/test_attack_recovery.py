@@ -4,11 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from shop import CAMPAIGN, Shop, until
-from stock_maker import key, member
+from shop import Shop
+from stock_maker import CAMPAIGN, key, member
 from test_witness import Api, finish, going_back, seqs
 from test_witness import apis as the_apis
 from test_witness import shop as the_shop
+from waiting import until
 
 from sale.db import claims, read
 from sale.db.apply import apply_entries

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from service import command
-from shop import CAMPAIGN, Shop, open_shop
-from stock_maker import NONCE, Bid, campaign, key, member
+from shop import Shop, open_shop
+from stock_maker import CAMPAIGN, NONCE, Bid, campaign, key, member
 
 from sale.domain.problem import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from shop import open_shop, until
+from shop import open_shop
 from structlog.testing import capture_logs
+from waiting import until
 
 from sale import background
 from sale.api.app import listening
@@ -69,7 +70,7 @@ class FailsOnce:
 
         monkeypatch.setattr(owner, name, work)
 
-    async def goes_on(self) -> bool:
+    def goes_on(self) -> bool:
         return self.calls == 2
 
 

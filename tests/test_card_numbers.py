@@ -13,7 +13,8 @@ import aiohttp
 import asyncpg
 import psutil
 from redis.asyncio import Redis
-from service import ORDERS, Client, Service, new_key, until
+from service import ORDERS, Client, Service, new_key
+from waiting import until
 
 BUYERS = 150
 TICKETS = 200

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 from answer_book import Attempt
-from service import Client, Service, free_port, new_key, until
+from service import Client, Service, free_port, new_key
+from waiting import until
 
 from loadtest.books.answers import Spool
 from loadtest.books.check import check
@@ -36,10 +37,7 @@ class Api(NamedTuple):
     log: list[str]
 
     async def said(self, action: str, within_s: float = 20) -> None:
-        async def there() -> bool:
-            return any(f'"{action}"' in line for line in self.log)
-
-        await until(there, within_s)
+        await until(lambda: any(f'"{action}"' in line for line in self.log), within_s)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -159,10 +157,7 @@ async def _end_one_then_renew_all(service: Service) -> None:
     def log() -> str:
         return "\n".join(service.log_file.read_text("utf-8").splitlines()[said_before:])
 
-    async def renewed() -> bool:
-        return '"supervisor.renewed"' in log()
-
-    await until(renewed, 20)
+    await until(lambda: '"supervisor.renewed"' in log(), 20)
     assert '"supervisor.child_ended"' in log()
     died = [line for line in log().splitlines() if "child_died" in line and '"serve-' in line]
     assert not died, "a requested stop is no failure"

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from service import Client, Service, new_key
 from shop import open_shop
 from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member, open_stock, operation
+from waiting import until
 
 from sale.bootstrap import open_stores
 from sale.config import Durability, Settings, SettingsError, load
@@ -33,7 +34,6 @@ from sale.trust import durability_watch
 from sale.trust.durability_watch import DurabilityWatch
 from sale.trust.readiness import reasons
 
-READY_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 5.0
 REPLICA_TIMEOUT_MS = 80
 SOUND = {
@@ -105,12 +105,6 @@ async def answers(redis: Redis) -> bool:
 async def whole(redis: Redis) -> bool:
     """Start a rewrite of the append-only file if it needs one; return whether it is whole."""
     return await make_whole(redis) == ""
-
-
-async def until(check: Callable[[], Any], within_s: float = READY_WITHIN_S) -> None:
-    async with asyncio.timeout(within_s):
-        while not await check():  # noqa: ASYNC110 - the condition is another process's
-            await asyncio.sleep(0.01)
 
 
 class Pair:
@@ -391,10 +385,7 @@ async def test_campaign_made_on_a_weak_redis_sells_nothing(
             assert batchers.halted.startswith("redis: appendfsync is everysec")
             await found.redis.config_set("appendfsync", "always")
 
-            async def signs() -> bool:
-                return await batcher.check_acknowledged()
-
-            await until(signs)
+            await until(batcher.check_acknowledged)
             assert batchers.halted == ""
             await batchers.close()
 
@@ -418,11 +409,8 @@ async def test_watch_goes_on_after_a_failed_check(
     )  # fmt: skip
     watching = asyncio.create_task(DurabilityWatch(alone, batchers, Settings()).run())
 
-    async def halted() -> bool:
-        return batchers.halted == "redis: appendonly is off"
-
     try:
-        await until(halted)
+        await until(lambda: batchers.halted == "redis: appendonly is off")
     finally:
         await cancel_and_wait([watching])
         await batchers.close()

@@ -12,13 +12,13 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 import redis.asyncio as redis_lib
+from waiting import runs, until
 
 from sale.host import embedded
 from sale.host.embedded import binaries, launch
@@ -62,23 +62,6 @@ async def facts(process: asyncio.subprocess.Process) -> tuple[str, str, list[int
             redis_url, database_url, *pids = line.decode().split()
             return redis_url, database_url, [int(pid) for pid in pids]
     raise AssertionError("the other process printed no URLs")
-
-
-async def gone(pids: list[int], within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        if not any(_runs(pid) for pid in pids):
-            return True
-        await asyncio.sleep(0.02)
-    return False
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process still runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 async def test_defaults_are_durable_and_open_no_network_port(
@@ -125,14 +108,15 @@ async def test_killed_parent_stops_both_servers_and_keeps_the_data(short_path: P
         await parent.wait()
 
         async with embedded.running(data_dir, redis=True, postgres=True) as again:
-            assert await gone(pids, 0.1), "the new servers wait until the old ones are gone"
+            # The new servers wait until the old ones are gone.
+            await until(lambda: not any(map(runs, pids)), 0.1)
             async with redis_lib.from_url(redis_url) as client:
                 assert await client.get("kept") == b"yes"
             connection = await asyncpg.connect(database_url)
             assert await connection.fetchval("SELECT n FROM kept") == 7
             await connection.close()
             last = list(again.pids.values())
-    assert await gone(last, 0.1)
+    await until(lambda: not any(map(runs, last)), 0.1)
     assert embedded.find(data_dir) is None
 
 
@@ -147,13 +131,12 @@ async def test_watched_server_restarts_with_its_data(short_path: Path) -> None:
         for pid in before.values():
             os.kill(pid, signal.SIGKILL)
 
-        async with asyncio.timeout(20):
-            while any(  # noqa: ASYNC110 - there is no event to wait for
-                servers.pids.get(name) in {None, pid} for name, pid in before.items()
-            ):
-                await asyncio.sleep(0.02)
-            await servers.restart("postgresql")
-            await servers.restart("redis")
+        await until(
+            lambda: all(servers.pids.get(name) not in {None, pid} for name, pid in before.items()),
+            within_s=20,
+        )
+        await servers.restart("postgresql")
+        await servers.restart("redis")
 
         async with redis_lib.from_url(servers.endpoints.redis_url) as client:
             assert await client.get("kept") == b"yes"

@@ -15,10 +15,11 @@ from unittest import mock
 
 import structlog
 from aiohttp.log import server_logger
-from fast_path_client import Answer, Told, in_turn, until
+from fast_path_client import Answer, Told, in_turn
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_requests import Case, all_cases
 from fast_path_rig import TIME, WISH, Side, World, shorter
+from waiting import until
 
 from sale.api import authenticate
 from sale.members.purchase import PurchaseDesk

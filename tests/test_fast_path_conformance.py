@@ -77,7 +77,7 @@ async def told(
             await wire.send(LAST)
             try:
                 answers = await wire.until_closed()
-            except AssertionError:
+            except TimeoutError:
                 pytest.fail(f"{side.name} never closes: {case.name} {answers}")
         return answers
 
@@ -233,7 +233,7 @@ def test_both_paths_answer_pipelined_requests_as_if_alone(
             await wire.send(*pieces)
             try:
                 answers = await wire.until_closed()
-            except AssertionError:
+            except TimeoutError:
                 names, lengths = [case.name for case in cases], [len(piece) for piece in pieces]
                 pytest.fail(f"{side.name} never ends: {names} {lengths} {wire.got!r}")
         assert not answers.rest

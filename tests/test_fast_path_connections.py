@@ -10,12 +10,13 @@ from unittest import mock
 import pytest
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
-from fast_path_client import Told, Wire, until
+from fast_path_client import Told, Wire
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import TIME, WISH, Member, Side, World, bounds, shorter
 from fuzz_fast_path.properties import Counter
 from fuzz_fast_path.properties import Wire as FuzzWire
 from fuzz_fast_path.sent import ORDERS
+from waiting import until
 
 from sale.api.fast_routes import make_fast_path
 from sale.http import aiohttp_handler, request_head

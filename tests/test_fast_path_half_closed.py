@@ -11,10 +11,11 @@ from unittest import mock
 
 import pytest
 from aiohttp import web
-from fast_path_client import Told, Wire, in_turn, until
+from fast_path_client import Told, Wire, in_turn
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import TIME, WISH, Side, World, shorter
 from test_attack_fast_path import no_room
+from waiting import until
 
 from sale.http import aiohttp_handler
 from sale.http.aiohttp_handler import LoneHandler

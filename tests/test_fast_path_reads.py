@@ -8,11 +8,12 @@ from unittest import mock
 
 import msgspec
 import pytest
-from fast_path_client import Answer, until
+from fast_path_client import Answer
 from fast_path_fixtures import campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import Side, World
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisAway
+from waiting import until
 
 from sale.api.fast_routes import FAST
 from sale.api.routes import ROUTES

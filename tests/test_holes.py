@@ -11,15 +11,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-from service import (
-    CAMPAIGNS,
-    ORDERS,
-    Client,
-    Seen,
-    Service,
-    new_key,
-    until,
-)
+from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key
+from waiting import until
 
 
 def sold(seen: list[Seen]) -> list[Seen]:

@@ -25,8 +25,8 @@ from service import (
     in_s,
     new_key,
     showings,
-    until,
 )
+from waiting import until
 
 from sale.api import pages
 from sale.api import request as reading

@@ -24,8 +24,9 @@ import asyncpg
 import pytest
 from faults.proxy import Proxy
 from redis.asyncio import Redis
-from shop import CAMPAIGN, DEADLINE_S, Shop, open_shop, until
-from stock_maker import campaign
+from shop import DEADLINE_S, Shop, open_shop
+from stock_maker import CAMPAIGN, campaign
+from waiting import until, until_equal
 
 from sale.db import locks
 from sale.db.migrate import migrate, migrations
@@ -338,21 +339,18 @@ async def test_schedulers_record_an_opening_without_postgres(
         now_s, _ = await redis.time()
         await shop.create(campaign(10, opens_at_ms=(now_s + 5) * 1_000))
         async with shop.scheduling() as first:
-            await until(lambda: _reads(first, 1))
+            await until_equal(lambda: _active(first), 1)
             async with shop.scheduling() as second:
-                await until(lambda: _reads(second, 0))
+                await until_equal(lambda: _active(second), 0)
                 await asyncio.sleep(0.3)
-                assert first.get_sample_value("sale_scheduler_active") == 1
+                assert _active(first) == 1
                 assert _remaining(first) == 10
                 assert _remaining(second) is None
                 for direction in ("up", "down"):
                     wire.hold(direction)
-                await until(lambda: _reads(second, 1), TAKEN_OVER_S)
+                await until_equal(lambda: _active(second), 1, TAKEN_OVER_S)
 
-                async def opened() -> bool:
-                    return await shop.stock.head("state") == ["open"]
-
-                await until(opened)
+                await until_equal(lambda: shop.stock.head("state"), ["open"])
                 wire.cut()
                 wire.heal()
 
@@ -365,8 +363,8 @@ async def test_schedulers_record_an_opening_without_postgres(
                 await until(one_works)
 
 
-async def _reads(registry: Any, active: int) -> bool:
-    return registry.get_sample_value("sale_scheduler_active") == active
+def _active(registry: Any) -> float | None:
+    return registry.get_sample_value("sale_scheduler_active")
 
 
 def _remaining(registry: Any) -> float | None:

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
-from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import campaign
+from shop import Shop, open_shop
+from stock_maker import CAMPAIGN, campaign
 from structlog.testing import capture_logs
+from waiting import until, until_equal
 
 from sale.jobs.leadership import LOCK_TIMEOUT_S, Leadership
 from sale.stock.keys import campaign_keys
@@ -51,11 +52,11 @@ async def test_head_in_redis_follows_the_applied_number(shop: Shop):
 
 
 async def test_stale_head_is_corrected(shop: Shop):
-    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [b"2", b""], SOON_S)
     await shop.redis.hset(HEAD, mapping={"applied": "0", "behind_since": "1"})
-    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [b"2", b""], SOON_S)
     await shop.redis.hset(HEAD, mapping={"applied": "x", "behind_since": "y"})
-    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [b"2", b""], SOON_S)
 
 
 async def test_head_is_updated_at_most_ten_times_a_second(
@@ -76,7 +77,7 @@ async def test_head_is_updated_at_most_ten_times_a_second(
     while loop.time() < begun + 1.0:
         n += 1
         await shop.buy(n)
-    await until(lambda: _is(shop, [str(n + 2).encode(), b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [str(n + 2).encode(), b""], SOON_S)
     assert 2 <= len(told) <= 10 * (loop.time() - begun) + 1
     assert told == sorted(told)
     count = len(told)
@@ -90,7 +91,7 @@ async def test_writer_goes_on_if_redis_refuses_the_update(
     async def refused(*_: object) -> None:
         raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
 
-    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [b"2", b""], SOON_S)
     with capture_logs() as said, monkeypatch.context() as patched:
         patched.setattr(Scripts, "tell_applied", refused)
         await shop.buy(1)
@@ -99,7 +100,7 @@ async def test_writer_goes_on_if_redis_refuses_the_update(
         troubles = [entry for entry in said if entry["event"] == "ledger.applied_not_stored"]
         assert [entry["campaign"] for entry in troubles] == [CAMPAIGN]
         assert (await stored(shop))[0] == b"2"
-    await until(lambda: _is(shop, [b"3", b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [b"3", b""], SOON_S)
 
 
 async def test_writer_unsure_of_its_lock_updates_no_head(
@@ -111,13 +112,9 @@ async def test_writer_unsure_of_its_lock_updates_no_head(
     await shop.stop_writer()
     monkeypatch.setattr(Leadership, "_beat", still)
     await shop.start_writer()
-    await until(lambda: _is(shop, [b"2", b""]), SOON_S)
+    await until_equal(lambda: stored(shop), [b"2", b""], SOON_S)
     await asyncio.sleep(LOCK_TIMEOUT_S)
     await shop.buy(1)
     await shop.applied()
     await asyncio.sleep(0.3)
     assert (await stored(shop))[0] == b"2"
-
-
-async def _is(shop: Shop, wanted: list[bytes]) -> bool:
-    return await stored(shop) == wanted

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import asyncpg
@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from shop import open_shop
 from stock_maker import campaign
+from waiting import until, until_equal
 
 from sale.config import Settings
 from sale.db import read
@@ -73,16 +74,6 @@ def sample(writer: LedgerWriter, name: str, **labels: str) -> float | None:
     return registry.get_sample_value(name, labels)
 
 
-async def until(check: Callable[[], Awaitable[bool] | bool]) -> None:
-    """Wait until ``check`` is true, at most DEADLINE_S."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            held = check()
-            if held is True or (not isinstance(held, bool) and await held):
-                return
-            await asyncio.sleep(0.01)
-
-
 @pytest.fixture
 async def rig(redis: Redis, database_url: str) -> AsyncIterator[Rig]:
     conn = await asyncpg.connect(database_url)
@@ -98,10 +89,8 @@ async def test_writer_copies_the_stream_to_postgres(rig: Rig):
             await book.append(rig.redis, *(sold(100 * n + i) for i in range(100)))
         await other.append(rig.redis, created(5, campaign_id="green-gift"))
 
-        async def all_there() -> bool:
-            return await rig.applied() == 4_002 and await rig.applied("green-gift") == 1
-
-        await until(all_there)
+        await until_equal(rig.applied, 4_002)
+        await until_equal(lambda: rig.applied("green-gift"), 1)
         await until(lambda: sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 0)
         assert sample(writer, "sale_ledger_lag_seconds", campaign=CAMPAIGN) == 0
         assert sample(writer, "sale_ledger_written_total") == 4_003
@@ -115,7 +104,7 @@ async def test_writer_catches_up_a_backlog_of_several_batches(rig: Rig):
     for n in range(10):
         await book.append(rig.redis, *(sold(256 * n + i) for i in range(256)))
     async with rig.writing(writer_batch_events=512):
-        await until(lambda: _is(rig.applied(), 2_561))
+        await until_equal(rig.applied, 2_561)
 
 
 async def test_second_writer_takes_over_when_the_first_ends(rig: Rig):
@@ -134,7 +123,7 @@ async def test_second_writer_takes_over_when_the_first_ends(rig: Rig):
                 " AND l.locktype = 'advisory' AND l.granted)"
             )
             await book.append(rig.redis, sold(1))
-            await until(lambda: _is(rig.applied(), 2))
+            await until_equal(rig.applied, 2)
             await until(lambda: waiting.active != second_outer.active)
     assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
 
@@ -154,7 +143,7 @@ async def test_writer_without_heartbeat_is_replaced(rig: Rig, monkeypatch: pytes
             async with rig.writing() as other:
                 await until(lambda: other.active)
                 await book.append(rig.redis, sold(1))
-                await until(lambda: _is(rig.applied(), 2))
+                await until_equal(rig.applied, 2)
                 # Both writers act as the active one: only the compare-and-set protects the rows.
                 assert stopped.active
     assert await rig.conn.fetchval("SELECT count(*) FROM event") == 2
@@ -172,7 +161,7 @@ async def test_conflict_pauses_the_campaign_and_writing_goes_on(rig: Rig):
     async with rig.writing() as writer:
         await until(lambda: rig.paused == [CAMPAIGN])
         await book.append(rig.redis, operation("stock_added", showing=0, add=5), sold(4))
-        await until(lambda: _is(rig.applied(), 7))
+        await until_equal(rig.applied, 7)
         assert sample(writer, "sale_ledger_conflicts_total", campaign=CAMPAIGN) == 1
         assert sample(writer, "sale_ledger_conflict_rows", campaign=CAMPAIGN) == 1
     assert await rig.conn.fetchval("SELECT count(*) FROM orders") == 3
@@ -207,12 +196,12 @@ async def test_conflict_in_an_untrusted_redis_pauses_later(rig: Rig, redis_url: 
             )
             return found
 
-        await until(lambda: _is(unpaused(), 1))
+        await until_equal(unpaused, 1)
         await asyncio.sleep(0.2)
         assert await unpaused() == 1
         assert await shop.stock.head("state") == ["open"]
         await verify_all(shop.redis, shop.scripts, shop.pool)
-        await until(lambda: _is(unpaused(), 0))
+        await until_equal(unpaused, 0)
         assert await shop.stock.head("state") == ["paused"]
 
 
@@ -255,7 +244,7 @@ async def test_gap_stops_only_its_campaign(rig: Rig):
     async with rig.writing() as writer:
         await until(lambda: CAMPAIGN in writer.stuck)
         await sound.append(rig.redis, created(5, campaign_id="green-gift"))
-        await until(lambda: _is(rig.applied("green-gift"), 1))
+        await until_equal(lambda: rig.applied("green-gift"), 1)
         assert sample(writer, "sale_ledger_stuck", campaign=CAMPAIGN) == 1
         assert "event 2 is missing" in writer.stuck[CAMPAIGN]
     assert await rig.applied() < 2
@@ -287,10 +276,10 @@ async def test_zero_retention_keeps_only_the_last_entry(rig: Rig):
     async with rig.writing(ledger_retention_events=0, ledger_retention_s=0):
         for n in range(5):
             await book.append(rig.redis, sold(n))
-        await until(lambda: _is(rig.redis.xlen(STREAM), 1))
+        await until_equal(lambda: rig.redis.xlen(STREAM), 1)
         assert (await rig.redis.xrange(STREAM))[0][0] == b"6-0"
         await book.append(rig.redis, sold(9))
-        await until(lambda: _is(rig.applied(), 7))
+        await until_equal(rig.applied, 7)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +291,7 @@ async def test_entries_stay_until_both_retention_bounds_pass(rig: Rig, events: i
     async with rig.writing(ledger_retention_events=events, ledger_retention_s=seconds):
         for n in range(6):
             await book.append(rig.redis, sold(n))
-            await until(lambda: _is(rig.applied(), book.seq))
+            await until_equal(rig.applied, book.seq)
         await asyncio.sleep(0.15)
     left = await rig.redis.xlen(STREAM)
     assert left == (4 if events == 3 else 7)
@@ -312,7 +301,7 @@ async def test_lag_grows_without_postgres_and_no_event_is_lost(rig: Rig):
     book = Ledger()
     await book.append(rig.redis, created(100))
     async with rig.writing() as writer:
-        await until(lambda: _is(rig.applied(), 1))
+        await until_equal(rig.applied, 1)
         locking = rig.conn.transaction()
         await locking.start()
         await rig.conn.execute("LOCK TABLE campaign IN ACCESS EXCLUSIVE MODE")
@@ -326,12 +315,8 @@ async def test_lag_grows_without_postgres_and_no_event_is_lost(rig: Rig):
             " WHERE application_name LIKE 'sale-writer%' AND datname = current_database()"
         )
         await book.append(rig.redis, sold(3))
-        await until(lambda: _is(rig.applied(), 4))
+        await until_equal(rig.applied, 4)
         await until(lambda: sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 0)
-
-
-async def _is(found: Awaitable[Any], wanted: object) -> bool:
-    return bool(await found == wanted)
 
 
 async def test_writer_applies_entries_before_an_unreadable_one(rig: Rig) -> None:
@@ -347,8 +332,8 @@ async def test_writer_applies_entries_before_an_unreadable_one(rig: Rig) -> None
         await until(lambda: CAMPAIGN in writer.stuck)
         assert f"entry {unreadable.last}: unknown kind 'moved'" in writer.stuck[CAMPAIGN]
         assert await rig.applied() == unreadable.last - 1
-        await until(lambda: _is(rig.applied("green-gift"), 1))
-        await until(lambda: _is(read_writer_troubles(rig), {CAMPAIGN}))
+        await until_equal(lambda: rig.applied("green-gift"), 1)
+        await until_equal(lambda: read_writer_troubles(rig), {CAMPAIGN})
         await until(lambda: sample(writer, "sale_ledger_lag_events", campaign=CAMPAIGN) == 2)
 
 
@@ -365,7 +350,7 @@ async def test_moment_out_of_range_is_stored_as_the_nearest(rig: Rig, at_ms: int
     await book.append(rig.redis, operation("scheduled", opens_at=at_ms))
     await book.append(rig.redis, operation("scheduled", opens_at=NOW_MS))
     async with rig.writing() as writer:
-        await until(lambda: _is(rig.applied(), 3))
+        await until_equal(rig.applied, 3)
         assert not writer.stuck
     kept = await rig.conn.fetch("SELECT data->>'opens_at' FROM event ORDER BY seq")
     assert [row[0] for row in kept] == [str(NOW_MS), str(at_ms), str(NOW_MS)]

@@ -14,7 +14,8 @@ from unittest import mock
 import aiohttp
 import pytest
 from redis.asyncio import Redis
-from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, until
+from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key
+from waiting import until
 
 from sale import __version__
 from sale.config import Settings

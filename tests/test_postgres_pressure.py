@@ -11,9 +11,10 @@ import asyncpg
 import pytest
 from ledger_maker import Ledger, created, sold
 from redis.asyncio import Redis
-from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import campaign
+from shop import Shop, open_shop
+from stock_maker import CAMPAIGN, campaign
 from structlog.testing import capture_logs
+from waiting import until
 
 from sale.db import locks
 from sale.db.errors import POSTGRES_ERRORS, in_words
@@ -117,10 +118,7 @@ def told_once(reasons: list[str]) -> list[str]:
 async def keeps_trying(shop: Shop, said: list[Any]) -> list[str]:
     """Wait until the writer logged that PostgreSQL is away, and no campaign; give the reasons."""
 
-    async def lost() -> bool:
-        return bool(told(said, "ledger.postgres_lost"))
-
-    await until(lost)
+    await until(lambda: bool(told(said, "ledger.postgres_lost")))
     await asyncio.sleep(TRIES_S)
     assert told(said, "ledger.postgres_back") == []
     assert not shop.writer.stuck
@@ -131,10 +129,7 @@ async def comes_back(shop: Shop, said: list[Any]) -> None:
     """Wait until all is applied without a restart, and the writer logged it."""
     await shop.applied()
 
-    async def back() -> bool:
-        return bool(told(said, "ledger.postgres_back"))
-
-    await until(back)
+    await until(lambda: bool(told(said, "ledger.postgres_back")))
     assert not told(said, "ledger.stuck")
     assert (await shop.audit()).clean
 

@@ -16,8 +16,10 @@ import aiohttp
 import pytest
 from redis.asyncio import Redis
 from service import ADMIN, Card, Client, Service, campaign_table, free_port, metric, running_service
-from shop import CAMPAIGN, Shop, open_shop, until
+from shop import Shop, open_shop
+from stock_maker import CAMPAIGN
 from test_durability import Server, server, whole
+from waiting import until, until_equal
 
 from sale.bootstrap import Stores
 from sale.cli.processes import RELEASED_WITHIN_S
@@ -211,12 +213,9 @@ async def test_host_is_ready_despite_a_recovering_campaign(shop: Shop) -> None:
 async def test_scheduler_verifies_before_its_next_tick(shop: Shop) -> None:
     await come_back(shop)
 
-    async def ready() -> bool:
-        return await unverified(shop.redis, shop.nonce) == 0
-
     # The tick is a minute, so only an immediate first round can verify in time.
     async with shop.scheduling(tick_interval_ms=60_000):
-        await until(ready)
+        await until_equal(lambda: unverified(shop.redis, shop.nonce), 0)
 
 
 async def test_process_that_ended_here_is_not_waited_for(redis: Redis) -> None:

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from redis.asyncio import Redis
-from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, Bid, campaign, key, member, packed
+from shop import Shop, open_shop
+from stock_maker import BEHIND_MAX, CAMPAIGN, Bid, campaign, key, member, packed
+from waiting import until
 
 from sale.db import claims
 from sale.domain.problem import Problem, Refused

@@ -18,9 +18,10 @@ from types import SimpleNamespace
 import aiohttp
 import pytest
 from redis.asyncio import Redis
-from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key, until
+from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key
 from shop import Shop, open_shop
 from test_drain import another_api
+from waiting import until, until_equal
 
 from sale.host import embedded
 from sale.host.embedded import EmbeddedError, servers
@@ -75,10 +76,7 @@ async def test_redis_out_of_memory_stops_only_sales(service: Service, client: Cl
             assert (await client.get(ORDERS, buyer.token)).status == 200
             assert (await client.get(f"{CAMPAIGNS}/{campaign}/availability")).status == 200
 
-            async def drained() -> bool:
-                return await client.all_applied(campaign)
-
-            await until(drained)
+            await until(lambda: client.all_applied(campaign))
 
     async def sold() -> bool:
         return (await client.buy(campaign, other.token, key=key)).status == 201
@@ -95,10 +93,7 @@ async def test_writer_applies_and_trims_without_redis_memory(shop: Shop) -> None
         await shop.start_writer(ledger_retention_events=0, ledger_retention_s=0)
         await shop.applied()
 
-        async def trimmed() -> bool:
-            return await shop.redis.xlen(stream) == 1
-
-        await until(trimmed)
+        await until_equal(lambda: shop.redis.xlen(stream), 1)
     assert entries > 1
     assert all(await shop.buy(4))
     await shop.applied()

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ROOT, Client, Service
-from shop import CAMPAIGN, ME, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, Bid, campaign, key, member
+from shop import ME, Shop, open_shop
+from stock_maker import BEHIND_MAX, CAMPAIGN, Bid, campaign, key, member
+from waiting import until
 
 from loadtest import record as records
 from loadtest.rehearsal import Release

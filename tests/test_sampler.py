@@ -4,12 +4,12 @@ import asyncio
 import os
 import signal
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
+from waiting import until
 
 from loadtest.sampler import SAMPLES_MAX, UNREAD, Sampler, discover_processes, read_metrics
 from loadtest.surroundings import describe, plain_settings, plain_url
@@ -41,13 +41,6 @@ async def page() -> AsyncIterator[tuple[str, dict[str, str]]]:
     said = {"text": PAGE}
     async with serving_metrics("127.0.0.1:0", lambda: said["text"]) as address:
         yield address, said
-
-
-async def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not true():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 async def python(program: str) -> asyncio.subprocess.Process:

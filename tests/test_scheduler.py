@@ -7,15 +7,15 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
-from shop import CAMPAIGN, ME, Shop, open_shop, until
-from stock_maker import Bid, campaign, key, member
+from shop import ME, Shop, open_shop
+from stock_maker import CAMPAIGN, Bid, campaign, key, member
+from waiting import until, until_equal
 
 from sale.db import read
 from sale.domain.campaign import State
@@ -109,17 +109,14 @@ async def test_opening_and_closing_are_recorded_without_requests(shop: Shop):
     opens, closes = now + 300, now + 700
     await shop.create(campaign(10, opens_at_ms=opens, closes_at_ms=closes))
     async with shop.scheduling() as registry, shop.scheduling() as other:
+        made = [("created", "cli:me"), ("scheduled", "cli:me")]
         recorded = [("opened", "clock"), ("closed", "clock")]
-
-        async def both() -> bool:
-            return (await events(shop))[2:] == recorded
-
-        await until(both)
+        await until_equal(lambda: events(shop), made + recorded)
         labels = {"campaign": CAMPAIGN, "showing": "s0"}
         told = [sample(each, "sale_stock_remaining", **labels) for each in (registry, other)]
         assert sorted(told, key=str) == [10, None]
         await asyncio.sleep(0.2)
-    assert (await events(shop))[2:] == recorded
+    assert await events(shop) == made + recorded
     moments = await shop.pool.fetch(
         "SELECT (extract(epoch FROM at) * 1000)::bigint FROM event WHERE kind IN"
         " ('opened', 'closed') ORDER BY seq"
@@ -165,10 +162,7 @@ async def test_damaged_campaign_does_not_delay_another_opening(shop: Shop, damag
         await until(opened)
         await shop.pool.execute("UPDATE member SET status = 'cancelled'")
 
-        async def followed() -> bool:
-            return bool(await shop.redis.sismember(KEYS.revoked, member(1)))
-
-        await until(followed)
+        await until(lambda: shop.redis.sismember(KEYS.revoked, member(1)))
 
 
 async def test_card_revoked_in_postgres_buys_nothing_a_second_later(shop: Shop):
@@ -260,7 +254,7 @@ async def test_slow_stores_keep_the_gauges_at_one(shop: Shop, monkeypatch: pytes
     monkeypatch.setattr(shop.redis, "ping", slowly)
     monkeypatch.setattr(store_watch, "INTERVAL_S", 0.01)
     async with shop.scheduling() as registry:
-        await until(lambda: _metric(registry, "sale_redis_up", 1))
+        await until_equal(lambda: sample(registry, "sale_redis_up"), 1)
         for _ in range(3):
             asked.clear()
             while not asked.is_set():
@@ -273,12 +267,12 @@ async def test_gauges_show_both_stores_away(shop: Shop, monkeypatch: pytest.Monk
         raise ConnectionRefusedError
 
     async with shop.scheduling() as registry:
-        await until(lambda: _metric(registry, "sale_redis_up", 1))
-        await until(lambda: _metric(registry, "sale_postgres_up", 1))
+        await until_equal(lambda: sample(registry, "sale_redis_up"), 1)
+        await until_equal(lambda: sample(registry, "sale_postgres_up"), 1)
         monkeypatch.setattr(shop.redis, "ping", gone)
         await shop.pool.close()
-        await until(lambda: _metric(registry, "sale_redis_up", 0))
-        await until(lambda: _metric(registry, "sale_postgres_up", 0))
+        await until_equal(lambda: sample(registry, "sale_redis_up"), 0)
+        await until_equal(lambda: sample(registry, "sale_postgres_up"), 0)
 
 
 async def test_metric_shows_an_audit_finding(shop: Shop):
@@ -310,7 +304,7 @@ async def test_sales_resume_two_seconds_after_a_redis_restart(own_shop: Shop, ow
         print(f"sells again {time.monotonic() - back:.3f} s after Redis answers")
         replay, new = await own_shop.stock.buy(Bid(member(1), key(1)), Bid(member(3), key(1)))
         assert (replay.decision, new.decision) == (Decision.REPLAYED, Decision.SOLD)
-        await until(lambda: _metric(registry, "sale_redis_up", 1))
+        await until_equal(lambda: sample(registry, "sale_redis_up"), 1)
         assert sample(registry, "sale_campaigns_recovering") == 0
     await own_shop.applied()
     assert (await own_shop.audit()).clean
@@ -322,7 +316,7 @@ async def test_older_redis_files_sell_nothing_until_recovered(own_shop: Shop, ow
     await own_shop.applied()
     async with own_shop.scheduling() as registry:
         await own_redis.come_back(files)
-        await until(lambda: _metric(registry, "sale_campaigns_recovering", 1))
+        await until_equal(lambda: sample(registry, "sale_campaigns_recovering"), 1)
         for _ in range(5):
             assert await _call(own_shop, 2) == CallReply.UNVERIFIED
             await asyncio.sleep(0.05)
@@ -330,7 +324,7 @@ async def test_older_redis_files_sell_nothing_until_recovered(own_shop: Shop, ow
         assert "PostgreSQL has applied" in why
         assert "INV-8" in str(await own_shop.audit())
         await own_shop.recover()
-        await until(lambda: _metric(registry, "sale_campaigns_recovering", 0))
+        await until_equal(lambda: sample(registry, "sale_campaigns_recovering"), 0)
         told = await own_shop.stock.buy(Bid(member(2), key(9)), Bid(member(3), key(1)))
         assert [each.decision for each in told] == [Decision.LIMIT_EXCEEDED, Decision.SOLD]
     await own_shop.applied()
@@ -342,12 +336,12 @@ async def test_empty_redis_sells_nothing_until_recovered(
 ):
     async with own_shop.scheduling() as registry:
         await own_redis.come_back(tmp_path)
-        await until(lambda: _metric(registry, "sale_campaigns_recovering", 1))
+        await until_equal(lambda: sample(registry, "sale_campaigns_recovering"), 1)
         assert await _call(own_shop, 2) == CallReply.MISSING
         with pytest.raises(Refused, match="recover it first"):
             await own_shop.desk.create(campaign(100), ME, None, None)
         await own_shop.recover()
-        await until(lambda: _metric(registry, "sale_campaigns_recovering", 0))
+        await until_equal(lambda: sample(registry, "sale_campaigns_recovering"), 0)
         replayed = await own_shop.stock.buy_one(member(1), key(1))
         assert replayed.decision is Decision.REPLAYED
     await own_shop.applied()
@@ -360,10 +354,7 @@ async def test_redis_restart_before_the_writer_loses_no_order(own_shop: Shop, ow
     async with own_shop.scheduling():
         await own_redis.come_back()
 
-        async def sells() -> bool:
-            return await _call(own_shop, 5) == CallReply.OK
-
-        await until(sells, SELLS_AGAIN_S)
+        await until_equal(lambda: _call(own_shop, 5), CallReply.OK, SELLS_AGAIN_S)
     await own_shop.start_writer()
     await own_shop.applied()
     assert (await own_shop.audit()).clean
@@ -376,10 +367,6 @@ async def _call(shop: Shop, n: int) -> int | None:
         return (await shop.stock.call(Bid(member(n), key(1))))[0]
     except (RedisError, OSError):
         return None
-
-
-async def _metric(registry: CollectorRegistry, name: str, value: Any) -> bool:
-    return sample(registry, name) == value
 
 
 async def test_scheduler_that_lost_its_lock_publishes_no_findings(

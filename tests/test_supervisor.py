@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import asyncpg
 import pytest
 import redis.exceptions
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from waiting import runs, until
 
 from sale import bootstrap, config
 from sale.api.app import listen_on
@@ -95,13 +95,6 @@ FIELDS = ("redis_url", "database_url", "data_dir", "listen", "metrics_listen", "
 async def get(url: str) -> str:
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return await answer.text()
-
-
-async def until(condition: Callable[[], Awaitable[bool]], within_s: float = 10) -> None:
-    deadline = time.monotonic() + within_s
-    while not await condition():
-        assert time.monotonic() < deadline, "did not come true in time"
-        await asyncio.sleep(0.02)
 
 
 def value(text: str, sample: str) -> float:
@@ -348,17 +341,7 @@ async def test_killed_supervisor_leaves_no_process(short_path: Path) -> None:
         process.kill()
         await process.communicate()
 
-    async def all_gone() -> bool:
-        return not any(_runs(pid) for pid in pids.values())
-
-    await until(all_gone, 5)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    await until(lambda: not any(map(runs, pids.values())), 5)
 
 
 async def test_restarted_child_keeps_its_counters_and_labels(short_path: Path) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 from service import new_key
-from shop import Shop, open_shop, until
+from shop import Shop, open_shop
 from stock_maker import Bid, campaign, key, member
 from test_durability import Server, faults, server, whole
+from waiting import until
 
 from sale.host.embedded.binaries import find_redis
 from sale.stock.durability import make_whole, rewrite_trouble

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import asyncpg
 import pytest
 from redis.asyncio import Redis
-from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, in_s, metric, until
+from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, in_s, metric
 from stock_maker import operation
+from waiting import until
 
 from sale.db import deployment
 from sale.ledger.chain import link

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import BEHIND_MAX, campaign, key, member
+from shop import Shop, open_shop
+from stock_maker import BEHIND_MAX, CAMPAIGN, campaign, key, member
+from waiting import until
 
 from sale.db import claims
 from sale.lifetime import cancel_and_wait

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 from proxy import Direction, Proxy
 from rig import Rig
-from service import until
+from waiting import until
 
 from loadtest.wire import Response
 from sale.stock.scripts import APPLIED, PURCHASE

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from crowd import Load
 from rig import Rig
-from service import until
+from waiting import until
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(60)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from proxy import Direction
 from rig import Rig, told_number
-from service import until
+from waiting import until
 
 from sale.stock.process_reports import REPORT_EVERY_S
 

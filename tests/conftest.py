@@ -126,9 +126,7 @@ def server_database_url(servers: embedded.EmbeddedServers) -> str:
 
 
 @pytest.fixture
-async def fresh_database(
-    server_database_url: str,
-) -> AsyncIterator[Callable[..., Awaitable[str]]]:
+async def fresh_database(server_database_url: str) -> AsyncIterator[Callable[..., Awaitable[str]]]:
     """``await fresh_database()``: the URL of a new empty database (or a copy of ``template``)."""
     made: list[str] = []
 

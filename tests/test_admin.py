@@ -395,9 +395,7 @@ async def test_bad_opening_moment_is_400_and_named(client: Client, at: object) -
     assert (seen.status, seen.json()["field"]) == (400, "at")
 
 
-async def test_scheduling_without_a_moment_asks_for_one(
-    client: Client,
-) -> None:
+async def test_scheduling_without_a_moment_asks_for_one(client: Client) -> None:
     campaign = await client.campaign(opens_at=None, closes_at=in_s(50))
     assert (await client.step(campaign, "schedule")).json()["field"] == "at"
     assert (await client.step(campaign, "schedule", at=in_s(60))).json()["field"] == "at"

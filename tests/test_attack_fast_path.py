@@ -42,9 +42,7 @@ def no_room() -> Iterator[None]:
         yield
 
 
-def test_last_waiter_that_leaves_makes_no_refusal(
-    world: World,
-) -> None:
+def test_last_waiter_that_leaves_makes_no_refusal(world: World) -> None:
     async def judge() -> None:
         async with world.side(fast_path=True) as side:
             with no_room():
@@ -85,9 +83,7 @@ def test_connection_survives_long_body_answered_early(world: World, chunked: boo
     world.run(judge())
 
 
-def test_rate_limit_spares_stores_from_unknown_campaigns(
-    world: World,
-) -> None:
+def test_rate_limit_spares_stores_from_unknown_campaigns(world: World) -> None:
     async def judge() -> None:
         member = world.member()
         asked = mock.AsyncMock(side_effect=read.state)
@@ -147,9 +143,7 @@ class _Counted(Purchase):
         self.told += 1
 
 
-async def test_overdue_purchase_behind_a_fresh_one_is_not_bought(
-    redis: Redis,
-) -> None:
+async def test_overdue_purchase_behind_a_fresh_one_is_not_bought(redis: Redis) -> None:
     stock, batchers, batcher = await _batcher(redis)
     fresh, overdue = _asked(1, 0.0), _asked(2, 2 * DEADLINE_S)
     assert batcher.submit(fresh)

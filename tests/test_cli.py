@@ -537,9 +537,7 @@ def test_migrate_has_nothing_to_do_on_a_current_schema(service: Service) -> None
     assert service.sale("migrate", "--json").json() == {"applied": []}
 
 
-def test_migrate_accepts_an_address_for_metrics(
-    service: Service,
-) -> None:
+def test_migrate_accepts_an_address_for_metrics(service: Service) -> None:
     ran = service.sale("migrate", "--metrics-listen", "127.0.0.1:0", "--json")
     assert (ran.status, ran.json()) == (0, {"applied": []})
     assert "nothing is served" in " ".join(command("migrate", "--help").out.split())

@@ -340,9 +340,7 @@ def test_both_paths_answer_overload_and_lost_stores_alike(world: World) -> None:
     assert [each[0][2]["code"] for each in ours[:2]] == ["unavailable", "overloaded"]
 
 
-def test_purchase_that_waited_past_its_deadline_buys_nothing(
-    world: World,
-) -> None:
+def test_purchase_that_waited_past_its_deadline_buys_nothing(world: World) -> None:
     async def judge() -> list[Any]:
         async with world.both(purchase_deadline_ms=300) as sides:
             told = []

@@ -97,9 +97,7 @@ def test_requests_behind_a_purchase_are_bounded(world: World) -> None:
 
 
 @BOTH_LOOPS
-def test_connections_over_the_joint_bound_are_not_read(
-    world: World,
-) -> None:
+def test_connections_over_the_joint_bound_are_not_read(world: World) -> None:
     bound, whole, half = 100_000, 100, 50
 
     async def judge() -> None:
@@ -485,9 +483,7 @@ async def test_aiohttp_handler_turns_busy_and_idle_as_expected() -> None:
     assert (handler.busy, handler.idle) == (False, False), "what is lost waits for nothing"
 
 
-def test_mixed_connection_keeps_its_attribute_layout(
-    world: World,
-) -> None:
+def test_mixed_connection_keeps_its_attribute_layout(world: World) -> None:
     async def judge() -> None:
         async with world.side(fast_path=True) as side, side.wire() as one, side.wire() as other:
             with mock.patch.object(request_head, "LEARN_EVERY_S", 0.0):

@@ -173,9 +173,7 @@ def test_both_paths_answer_a_half_closed_connection_alike(world: World, when: st
 
 
 @BOTH_LOOPS
-def test_only_whole_requests_are_answered_after_a_cut(
-    world: World,
-) -> None:
+def test_only_whole_requests_are_answered_after_a_cut(world: World) -> None:
     async def judge() -> None:
         raw, other = world.member().buy("sold-out"), TIME
         async with world.both() as sides:
@@ -191,9 +189,7 @@ def test_only_whole_requests_are_answered_after_a_cut(
     world.run(judge())
 
 
-def test_half_closed_waiter_is_refused_and_served_on(
-    world: World,
-) -> None:
+def test_half_closed_waiter_is_refused_and_served_on(world: World) -> None:
     async def judge() -> None:
         async with world.side(fast_path=True) as side:
             with no_room():

@@ -464,9 +464,7 @@ async def test_forged_cursor_is_400_or_an_empty_page(
             assert (seen.status, seen.json().get("field")) == (400, "cursor"), (path, seen)
 
 
-async def test_campaign_list_has_all_but_drafts_once(
-    client: Client,
-) -> None:
+async def test_campaign_list_has_all_but_drafts_once(client: Client) -> None:
     made = {await client.campaign() for _ in range(3)}
     draft = await client.campaign(draft=True)
     await asyncio.sleep(1)  # a list is at most a second old
@@ -477,9 +475,7 @@ async def test_campaign_list_has_all_but_drafts_once(
     assert len(found) == len(set(found))
 
 
-async def test_campaign_is_as_created_and_has_an_etag(
-    client: Client,
-) -> None:
+async def test_campaign_is_as_created_and_has_an_etag(client: Client) -> None:
     campaign = await client.campaign(closes_at=in_s(3_600), unions=["dongsi", "longtan"])
 
     seen = await client.get(f"{CAMPAIGNS}/{campaign}")
@@ -977,9 +973,7 @@ async def _has_one(client: Client, campaign: str) -> bool:
     return await client.remaining(campaign) == [99]
 
 
-async def test_body_that_never_arrives_is_400_and_closes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_body_that_never_arrives_is_400_and_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BODY_WITHIN_S", 0.1)
 
     async def read(call: Call[dict[str, int]]) -> dict[str, int]:
@@ -1005,9 +999,7 @@ async def test_body_that_never_arrives_is_400_and_closes(
     assert json.loads(body)["detail_en"]
 
 
-async def test_failing_page_is_a_problem_document(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_failing_page_is_a_problem_document(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> web.Response:
         raise OSError("inside")
 

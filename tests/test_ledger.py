@@ -247,9 +247,7 @@ async def test_batch_applied_twice_raises_position_moved(conn: Any, book: Ledger
     assert await count(conn, "orders") == 2
 
 
-async def test_one_of_two_concurrent_writers_applies(
-    database_url: str,
-):
+async def test_one_of_two_concurrent_writers_applies(database_url: str):
     writers = [await asyncpg.connect(database_url) for _ in range(2)]
     book = Ledger()
     for entry in (book.entry(created(10), operation("opened")), book.entry(sold(2), sold(3))):

@@ -116,9 +116,7 @@ def test_migration_errors_share_a_base_class() -> None:
     assert issubclass(MigrationChanged, MigrationError)
 
 
-async def test_database_of_version_0_1_is_refused(
-    fresh_database: FreshDatabase,
-) -> None:
+async def test_database_of_version_0_1_is_refused(fresh_database: FreshDatabase) -> None:
     url = await fresh_database()
     connection = await asyncpg.connect(url)
     try:

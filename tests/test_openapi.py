@@ -46,15 +46,11 @@ def document() -> dict[str, Any]:
     return decoded
 
 
-def test_document_is_valid_openapi_3_1(
-    document: dict[str, Any],
-) -> None:
+def test_document_is_valid_openapi_3_1(document: dict[str, Any]) -> None:
     OpenAPIV31SpecValidator(document).validate()
 
 
-def test_document_describes_exactly_the_contracts_calls(
-    document: dict[str, Any],
-) -> None:
+def test_document_describes_exactly_the_contracts_calls(document: dict[str, Any]) -> None:
     described = {
         f"{method} {path}" for path, methods in document["paths"].items() for method in methods
     }
@@ -62,9 +58,7 @@ def test_document_describes_exactly_the_contracts_calls(
     assert described == CONTRACT
 
 
-def test_document_has_every_answer_of_a_purchase(
-    document: dict[str, Any],
-) -> None:
+def test_document_has_every_answer_of_a_purchase(document: dict[str, Any]) -> None:
     purchase = document["paths"]["/api/v1/campaigns/{id}/orders"]["post"]
 
     answers = set(purchase["responses"])
@@ -77,9 +71,7 @@ def test_document_has_every_answer_of_a_purchase(
     assert purchase["security"] == [{"member": []}]
 
 
-def test_encoded_order_fits_schema_and_contract(
-    document: dict[str, Any],
-) -> None:
+def test_encoded_order_fits_schema_and_contract(document: dict[str, Any]) -> None:
     order = Order(
         order_no="film.1.0a0b0c",
         campaign="film",

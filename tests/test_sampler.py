@@ -70,9 +70,7 @@ def register(data_dir: Path, supervisor: int, **processes: int) -> None:
     new.replace(data_dir / "run" / "processes.json")
 
 
-async def test_sample_has_the_figures_of_one_campaign(
-    page: tuple[str, dict[str, str]],
-) -> None:
+async def test_sample_has_the_figures_of_one_campaign(page: tuple[str, dict[str, str]]) -> None:
     async with Sampler(page[0], "films", {}, every_s=0.05) as sampler:
         await until(lambda: len(sampler.samples) >= 3)
     for sample in sampler.samples:
@@ -139,9 +137,7 @@ async def test_sampler_follows_the_successor_of_a_dead_process(
         await gone(*started)
 
 
-async def test_sample_of_a_process_includes_its_children(
-    page: tuple[str, dict[str, str]],
-) -> None:
+async def test_sample_of_a_process_includes_its_children(page: tuple[str, dict[str, str]]) -> None:
     parent = await python(f"import os, time\nif os.fork() == 0:\n  {BUSY}\ntime.sleep(60)")
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     try:
@@ -155,9 +151,7 @@ async def test_sample_of_a_process_includes_its_children(
         await gone(parent)
 
 
-async def test_full_sampler_drops_every_other_sample(
-    page: tuple[str, dict[str, str]],
-) -> None:
+async def test_full_sampler_drops_every_other_sample(page: tuple[str, dict[str, str]]) -> None:
     sampler = Sampler(page[0], "films", {}, every_s=0.05)
     sampler.samples += [read_metrics("", "films")] * (SAMPLES_MAX - 1)
     async with sampler:

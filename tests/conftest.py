@@ -14,8 +14,10 @@ import asyncpg
 import pytest
 import redis.asyncio
 from service import client, crowd, service  # noqa: F401 - fixtures
+from shop import shop_fixture  # noqa: F401
 
 from sale.db.migrate import migrate
+from sale.db.pool import open_pool
 from sale.host import embedded
 from sale.host.embedded import binaries
 from sale.stock.durability import make_whole
@@ -155,6 +157,14 @@ async def database_url(
 ) -> str:
     """URL of this test's own database, migrated and empty."""
     return await fresh_database(migrated_template)
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool"]:
+    """A pool on the test's own database."""
+    pool = await open_pool(database_url, max_size=8)
+    yield pool
+    await pool.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,37 +4,12 @@ from typing import Any
 
 import msgspec
 from redis.asyncio import Redis
+from stock_maker import CAMPAIGN, campaign, member
 
 from sale.ledger.chain import GENESIS, Entry, link
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 
-CAMPAIGN = "five-yuan-films"
 NOW_MS = 1_430_442_000_000
-
-
-def config(*tickets: int, card_limit: int = 3, campaign_id: str = CAMPAIGN) -> dict[str, Any]:
-    return {
-        "id": campaign_id,
-        "title": "五元看大片",
-        "category": "culture",
-        "price_fen": 500,
-        "payment": "counter",
-        "card_limit": card_limit,
-        "order_max": card_limit,
-        "unions": ["*"],
-        "owner": "district",
-        "draft": False,
-        "opens_at": None,
-        "closes_at": None,
-        "showings": [
-            {"id": f"s{n}", "title": f"第{n}场", "starts_at": None, "tickets": count}
-            for n, count in enumerate(tickets)
-        ],
-    }
-
-
-def member(n: int) -> int:
-    return 11_010_000 + n
 
 
 def sold(n: int, *, key: int = 1, quantity: int = 1, showing: int = 0) -> list[Any]:
@@ -42,11 +17,13 @@ def sold(n: int, *, key: int = 1, quantity: int = 1, showing: int = 0) -> list[A
 
 
 def created(*tickets: int, card_limit: int = 3, campaign_id: str = CAMPAIGN) -> list[Any]:
-    made = config(*tickets, card_limit=card_limit, campaign_id=campaign_id)
+    made = campaign(*tickets, campaign_id=campaign_id, card_limit=card_limit)
+    config = msgspec.json.decode(msgspec.json.encode(made))
     return [
         "created",
-        {"actor": "cli:me", "reason": None, "config": made, "opens_at": NOW_MS, "closes_at": None},
-    ]
+        {"actor": "cli:me", "reason": None, "config": config, "opens_at": NOW_MS,
+         "closes_at": None},
+    ]  # fmt: skip
 
 
 def operation(kind: str, **data: Any) -> list[Any]:

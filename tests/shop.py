@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
+import pytest
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from stock_maker import Bid, Stock, campaign, key, member
@@ -153,3 +154,11 @@ async def open_shop(redis_url: str, database_url: str) -> AsyncIterator[Shop]:
         finally:
             await redis.aclose()
             await pool.close()
+
+
+@pytest.fixture(name="shop")
+async def shop_fixture(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+    """Empty stores and a running writer."""
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        yield shop

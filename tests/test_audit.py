@@ -2,13 +2,13 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from service import command
-from shop import Shop, open_shop
+from shop import Shop
 from stock_maker import CAMPAIGN, NONCE, Bid, campaign, key, member
 
 from sale.domain.problem import Problem, Refused
@@ -24,22 +24,20 @@ Damage = Callable[[Shop], Awaitable[object]]
 
 
 @pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+async def shop(shop: Shop) -> Shop:
     """A campaign that has been paused once, of which cards 1 (twice), 2 and 3 have bought."""
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        await shop.add_cards(1, 2, 3)
-        await shop.add_cards(9, status="suspended")
-        await shop.create(campaign(10, 5, unions=["donghuamen"]))
-        await shop.step("open")
-        await shop.step("pause")
-        await shop.step("resume")
-        await _buy(shop, 1, quantity=2)
-        await _buy(shop, 1, key_no=2)
-        await _buy(shop, 2)
-        await _buy(shop, 3)
-        await shop.applied()
-        yield shop
+    await shop.add_cards(1, 2, 3)
+    await shop.add_cards(9, status="suspended")
+    await shop.create(campaign(10, 5, unions=["donghuamen"]))
+    await shop.step("open")
+    await shop.step("pause")
+    await shop.step("resume")
+    await _buy(shop, 1, quantity=2)
+    await _buy(shop, 1, key_no=2)
+    await _buy(shop, 2)
+    await _buy(shop, 3)
+    await shop.applied()
+    return shop
 
 
 async def _buy(shop: Shop, n: int, key_no: int = 1, quantity: int = 1) -> None:
@@ -225,15 +223,6 @@ async def test_sale_with_an_older_union_token_is_no_breach(shop: Shop, days: int
     )
     report = await shop.audit()
     assert report.clean == clean, report
-
-
-async def test_audit_finds_weak_redis_settings(shop: Shop):
-    await shop.redis.config_set("appendfsync", "everysec")
-    try:
-        report = await shop.audit()
-    finally:
-        await shop.redis.config_set("appendfsync", "always")
-    assert {finding.invariant for finding in report.campaigns[0].findings} == {"INV-3"}
 
 
 async def test_audit_lists_ten_breaches_of_each_invariant(shop: Shop):

@@ -15,13 +15,12 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from service import Client, Service, new_key
-from shop import open_shop
+from shop import Shop, open_shop
 from stock_maker import BEHIND_MAX, NONCE, Stock, campaign, key, member, open_stock, operation
 from waiting import until
 
 from sale.bootstrap import open_stores
 from sale.config import Durability, Settings, SettingsError, load
-from sale.db.pool import close_pool, open_pool
 from sale.host.embedded.binaries import find_redis
 from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
@@ -294,39 +293,27 @@ async def test_too_few_replicas_or_min_replicas_is_a_fault(pair: Pair, alone: Re
     assert "min-replicas-to-write is 0, not 1" in told
 
 
-async def test_durability_check_decides_whether_a_host_is_ready(
-    alone: Redis, database_url: str
-) -> None:
+async def test_durability_check_decides_whether_a_host_is_ready(alone: Redis, pool: Any) -> None:
     await alone.config_set("appendfsync", "everysec")
-    pool = await open_pool(database_url)
+    for given, ready in (
+        ({"durability_check": "refuse"}, False),
+        ({"durability_check": "warn"}, True),
+        ({"durability": "relaxed"}, True),
+        ({"durability": "replicated"}, False),
+    ):
+        stores: Any = SimpleNamespace(redis=alone, pool=pool, settings=Settings(**given), nonce="")
+        assert (await reasons(stores) == []) is ready, given
+
+
+async def test_audit_of_a_weak_redis_depends_on_the_level(shop: Shop) -> None:
+    await shop.create()
+    await shop.redis.config_set("appendfsync", "everysec")
     try:
-        for given, ready in (
-            ({"durability_check": "refuse"}, False),
-            ({"durability_check": "warn"}, True),
-            ({"durability": "relaxed"}, True),
-            ({"durability": "replicated"}, False),
-        ):
-            stores: Any = SimpleNamespace(
-                redis=alone, pool=pool, settings=Settings(**given), nonce=""
-            )
-            assert (await reasons(stores) == []) is ready, given
+        weak, sound = await shop.audit(), await shop.audit(durability="relaxed")
     finally:
-        await close_pool(pool)
-
-
-async def test_audit_of_a_weak_redis_depends_on_the_level(
-    redis_url: str, database_url: str, redis: Redis
-) -> None:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        await shop.create()
-        await redis.config_set("appendfsync", "everysec")
-        try:
-            weak, sound = await shop.audit(), await shop.audit(durability="relaxed")
-        finally:
-            await redis.config_set("appendfsync", "always")
-        assert sound.clean
-        assert {found.invariant for each in weak.campaigns for found in each.findings} == {"INV-3"}
+        await shop.redis.config_set("appendfsync", "always")
+    assert sound.clean
+    assert {found.invariant for each in weak.campaigns for found in each.findings} == {"INV-3"}
 
 
 @pytest.mark.parametrize(
@@ -348,8 +335,13 @@ async def test_setting_weakened_while_it_runs_halts_sales(
         await redis.config_set(name, weak)
         try:
             await until(lambda: status_is(503))
-            ready = await client.get("/readyz")
-            assert (ready.status, name in str(ready.json()["reasons"])) == (503, True)
+            unready = await client.get("/readyz")
+            assert (unready.status, unready.json()["status"]) == (503, "unavailable")
+            assert name in str(unready.json()["reasons"])
+            assert int(unready.headers["Retry-After"]) >= 1
+            assert (await client.get("/healthz")).status == 200
+            doctor = await service.asale("doctor", "--json")
+            assert (doctor.status, name in str(doctor.json()["faults"])) == (1, True)
             # One that is made there sells nothing either, although nobody has to verify it.
             other = await client.campaign()
             assert (await client.buy(other, card.token)).status == 503

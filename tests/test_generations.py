@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
-from redis.asyncio import Redis
 from service import ORDERS, Client, Service, new_key
-from shop import Shop, open_shop
+from shop import Shop
 from stock_maker import member
 
 from sale.stock.keys import GENERATIONS
@@ -18,10 +17,9 @@ LEARNS_WITHIN_S = 1.0
 
 
 @pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.add_cards(1, 2, 3)
-        yield shop
+async def shop(shop: Shop) -> Shop:
+    await shop.add_cards(1, 2, 3)
+    return shop
 
 
 async def raise_generation(shop: Shop, n: int) -> None:
@@ -141,18 +139,6 @@ async def test_replaced_card_keeps_its_orders_and_its_tokens_end(
     assert (again.status, again.json()) == (201, bought.json())
     assert again.headers["Idempotency-Replayed"] == "true"
     assert (await client.buy(campaign, fresh, quantity=2)).code == "limit-exceeded"
-
-
-async def test_revocation_ends_tokens_and_a_fresh_one_is_told(
-    service: Service, client: Client, crowd: Client
-) -> None:
-    campaign, held = await client.campaign(), service.card()
-    assert (await service.asale("cards", "revoke", held.no, "--reason", "lost")).status == 0
-    await asyncio.sleep(LEARNS_WITHIN_S)
-    fresh = service.token(held.member, held.union, generation=1)
-    for token, code in ((held.token, "unauthenticated"), (fresh, "card-revoked")):
-        seen = await asyncio.gather(*(crowd.buy(campaign, token) for _ in range(20)))
-        assert {one.code for one in seen} == {code}
 
 
 async def test_suspended_process_learns_once_it_runs_again(

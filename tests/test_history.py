@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ledger_maker import CAMPAIGN, Ledger, created, operation, sold
+from ledger_maker import Ledger, created, operation, sold
+from stock_maker import CAMPAIGN
 
 from sale.ledger.chain import START, Position
 from sale.stock.keys import campaign_keys

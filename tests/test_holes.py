@@ -27,7 +27,9 @@ async def test_row_01_the_last_ticket_is_sold_once(
     campaign = await client.campaign(tickets=tickets)
     seen = await asyncio.gather(*(crowd.buy(campaign, card.token) for card in service.cards(40)))
     assert len(sold(seen)) == tickets
+    assert len({one.json()["order_no"] for one in sold(seen)}) == tickets
     assert Counter(one.code for one in seen)["sold-out"] == 40 - tickets
+    assert all(count > 0 for count in await service.purchases_by_worker(campaign))
     assert await client.remaining(campaign) == [0]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import asyncpg
 import msgspec
 import pytest
-from ledger_maker import CAMPAIGN, NOW_MS, Ledger, created, operation, sold
+from ledger_maker import NOW_MS, Ledger, created, operation, sold
+from stock_maker import CAMPAIGN
 
 from sale.db import queries, read
 from sale.db.apply import apply_entries

@@ -7,7 +7,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from ledger_maker import CAMPAIGN, NOW_MS, Ledger, created, member, operation, sold
+from ledger_maker import NOW_MS, Ledger, created, operation, sold
+from stock_maker import CAMPAIGN, member
 
 from sale.db import apply, read
 from sale.db.apply import Applied, PositionMoved, apply_entries

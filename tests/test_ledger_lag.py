@@ -1,12 +1,10 @@
 """The writer stores the applied number in Redis: seldom, and only while it holds the lock."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
-from shop import Shop, open_shop
+from shop import Shop
 from stock_maker import CAMPAIGN, campaign
 from structlog.testing import capture_logs
 from waiting import until, until_equal
@@ -20,12 +18,10 @@ SOON_S = 2.0
 
 
 @pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        await shop.create(campaign(1_000))
-        await shop.step("open")
-        yield shop
+async def shop(shop: Shop) -> Shop:
+    await shop.create(campaign(1_000))
+    await shop.step("open")
+    return shop
 
 
 async def stored(shop: Shop) -> list[bytes | None]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import asyncpg
 import pytest
-from ledger_maker import CAMPAIGN, NOW_MS, Ledger, created, operation, sold
+from ledger_maker import NOW_MS, Ledger, created, operation, sold
 from prometheus_client import CollectorRegistry
 from redis.asyncio import Redis
 from shop import open_shop
-from stock_maker import campaign
+from stock_maker import CAMPAIGN, campaign
 from waiting import until, until_equal
 
 from sale.config import Settings

@@ -19,7 +19,6 @@ from waiting import until
 
 from sale import __version__
 from sale.config import Settings
-from sale.db.pool import close_pool, open_pool
 from sale.trust import readiness
 from sale.trust.readiness import reasons
 
@@ -177,35 +176,6 @@ async def test_sound_system_is_healthy_and_ready(client: Client) -> None:
         assert seen.headers["Cache-Control"] == "no-store"
 
 
-async def test_weak_durability_is_unready_with_a_reason(
-    service: Service, client: Client, crowd: Client
-) -> None:
-    async with service.redis() as redis:
-        await redis.config_set("appendfsync", "everysec")
-        try:
-
-            async def unready() -> bool:
-                return (await client.get("/readyz")).status == 503
-
-            await until(unready, within_s=3)
-            seen = await client.get("/readyz")
-            body = seen.json()
-            assert body["status"] == "unavailable"
-            assert any("appendfsync" in reason for reason in body["reasons"])
-            assert int(seen.headers["Retry-After"]) >= 1
-            assert (await client.get("/healthz")).status == 200
-            doctor = await service.asale("doctor", "--json")
-            assert doctor.status == 1
-            assert any("appendfsync" in fault for fault in doctor.json()["faults"])
-        finally:
-            await redis.config_set("appendfsync", "always")
-
-    async def ready() -> bool:
-        return all([(await crowd.get("/readyz")).status == 200 for _ in range(6)])
-
-    await until(ready, within_s=5)
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -214,42 +184,34 @@ async def test_weak_durability_is_unready_with_a_reason(
     ],
 )
 async def test_other_schema_version_is_unready_with_a_reason(
-    database_url: str, redis_client: Redis, change: str, says: str
+    pool: Any, redis_client: Redis, change: str, says: str
 ) -> None:
-    pool = await open_pool(database_url)
-    try:
-        stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings(), nonce="")
-        assert await reasons(stores) == []
-        await pool.execute(change)
-        (reason,) = await reasons(stores)
-        assert reason.startswith("postgres: ")
-        assert says in reason
-    finally:
-        await close_pool(pool)
+    stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings(), nonce="")
+    assert await reasons(stores) == []
+    await pool.execute(change)
+    (reason,) = await reasons(stores)
+    assert reason.startswith("postgres: ")
+    assert says in reason
 
 
 async def test_concurrent_probes_share_one_check_of_the_stores(
-    database_url: str, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
+    pool: Any, redis_client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = await open_pool(database_url)
     stores: Any = SimpleNamespace(redis=redis_client, pool=pool, settings=Settings(), nonce="")
     looked = mock.AsyncMock(side_effect=reasons)
     monkeypatch.setattr(readiness, "reasons", looked)
     looks = readiness.Readiness(stores)
-    try:
-        for _ in range(2):  # at the same time, and again while the result is fresh
-            told = await asyncio.gather(*(looks.reasons() for _ in range(500)))
-            assert told == [[]] * 500
-            assert looked.await_count == 1
-        monkeypatch.setattr(readiness, "FRESH_S", 0.0)
-        looks._fresh_until = 0.0
-        late = [asyncio.create_task(looks.reasons()) for _ in range(3)]
-        await asyncio.sleep(0)
-        late[0].cancel()  # its client has left, the others still wait
-        assert await asyncio.gather(*late[1:]) == [[], []]
-        assert looked.await_count == 2
-    finally:
-        await close_pool(pool)
+    for _ in range(2):  # at the same time, and again while the result is fresh
+        told = await asyncio.gather(*(looks.reasons() for _ in range(500)))
+        assert told == [[]] * 500
+        assert looked.await_count == 1
+    monkeypatch.setattr(readiness, "FRESH_S", 0.0)
+    looks._fresh_until = 0.0
+    late = [asyncio.create_task(looks.reasons()) for _ in range(3)]
+    await asyncio.sleep(0)
+    late[0].cancel()  # its client has left, the others still wait
+    assert await asyncio.gather(*late[1:]) == [[], []]
+    assert looked.await_count == 2
 
 
 async def test_failed_check_is_unready_and_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,7 @@ async def test_schedule_says_that_an_opening_is_past(service: Service, client: C
 async def test_schedule_stays_before_the_closing(service: Service, client: Client) -> None:
     closes = in_s(600)
     draft = await client.campaign(opens_at=None, closes_at=closes)
+    assert (await client.step(draft, "schedule")).json()["field"] == "at"
     for at in (closes, in_s(601)):
         assert (await client.step(draft, "schedule", at=at)).json()["field"] == "at"
     assert (await client.step(draft, "schedule", at=in_s(300))).status == 200

@@ -4,13 +4,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from openapi_spec_validator import OpenAPIV31SpecValidator
-from page_app import with_pages
 
-from sale.api import schemas
 from sale.api.openapi import build_document
 from sale.api.routes import ROUTES
 from sale.domain.order import Order, Ticket
@@ -104,32 +100,3 @@ def test_encoded_order_fits_schema_and_contract(document: dict[str, Any]) -> Non
         ]
     )
     assert encoded["tickets"] == [{"no": 1, "code": "c" * 22, "state": "valid"}]
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"quantity":true}',
-        b'{"quantity":1.0}',
-        b'{"quantity":"1"}',
-        b'{"quantity":1,"price_fen":1}',
-        b'{"quantity":1,"showing":2}',
-        b"{}",
-        b"[]",
-        b"",
-        b'{"quantity":1',
-        b'{"quantity":1,"showing":"\xff"}',
-    ],
-)
-def test_wrong_order_is_refused_by_the_decoder(body: bytes) -> None:
-    with pytest.raises((msgspec.DecodeError, UnicodeDecodeError)):
-        msgspec.json.decode(body, type=schemas.OrderRequest)
-
-
-async def test_service_serves_its_description() -> None:
-    app = with_pages(web.Application())
-    async with TestClient(TestServer(app)) as client:
-        response = await client.get("/openapi.json")
-
-        assert response.content_type == "application/json"
-        assert (await response.json())["openapi"] == "3.1.0"

@@ -1,13 +1,11 @@
 """An operator's key that is sent again is answered as the first time, whatever happened since."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 from service import ADMIN, Client, Seen, Service, campaign_table, new_key, showings
-from shop import ME, Shop, open_shop
+from shop import ME, Shop
 from stock_maker import campaign
 
 from sale.domain.campaign import State
@@ -116,13 +114,6 @@ async def test_key_for_other_content_stays_a_mismatch(
     # Another account's key of the same name is another key.
     mine = await send(client, "POST", ADMIN, service.admin_token, key, table | {"title": "新的"})
     assert (mine.status, mine.json()["title"]) == (201, "新的")
-
-
-@pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        yield shop
 
 
 @pytest.mark.parametrize("lost", ["head", "operations", "all"])

@@ -1,11 +1,9 @@
 """Accounts: made, given a token, disabled; all of it in the audit log."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from sale.db.pool import open_pool
 from sale.domain.problem import Problem, Refused
 from sale.identity import operator_token_hash
 from sale.operators.accounts import (
@@ -17,13 +15,6 @@ from sale.operators.accounts import (
 )
 
 UNIONS = frozenset({"district", "longtan"})
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[Any]:
-    pool = await open_pool(database_url, max_size=4)
-    yield pool
-    await pool.close()
 
 
 async def add(pool: Any, name: str, **changes: Any) -> None:

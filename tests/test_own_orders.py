@@ -1,6 +1,5 @@
 """A card's orders, and the doctor: a few round trips, whatever campaigns there are and were."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -10,7 +9,6 @@ from redis.asyncio.connection import AbstractConnection
 from stock_maker import Bid, Stock, campaign, key, member, open_stock
 
 from sale.db import read
-from sale.db.pool import open_pool
 from sale.domain.order import Order
 from sale.members.orders import OwnOrders, TicketCodes
 from sale.operators.diagnosis import diagnose
@@ -23,10 +21,8 @@ HIDDEN = 150
 
 
 @pytest.fixture
-async def own_orders(redis: Redis, database_url: str) -> AsyncIterator[OwnOrders]:
-    pool = await open_pool(database_url, max_size=1)
-    yield OwnOrders(Catalogue(redis), redis, pool, TicketCodes(b"secret"))
-    await pool.close()
+def own_orders(redis: Redis, pool: asyncpg.Pool) -> OwnOrders:
+    return OwnOrders(Catalogue(redis), redis, pool, TicketCodes(b"secret"))
 
 
 async def page(own_orders: OwnOrders, number: int = 1) -> list[Order]:
@@ -72,9 +68,8 @@ async def test_orders_cost_the_same_beside_hidden_campaigns(
 
 
 async def test_doctor_costs_the_same_beside_many_campaigns(
-    redis: Redis, database_url: str, asked: list[int]
+    redis: Redis, pool: asyncpg.Pool, asked: list[int]
 ) -> None:
-    pool = await open_pool(database_url, max_size=1)
     await open_stock(redis, 5)
     asked[0] = 0
     assert len((await diagnose(redis, pool)).campaigns) == 1
@@ -83,7 +78,6 @@ async def test_doctor_costs_the_same_beside_many_campaigns(
     asked[0] = 0
     assert len((await diagnose(redis, pool)).campaigns) == 1 + HIDDEN
     assert asked[0] <= before
-    await pool.close()
 
 
 async def test_order_of_new_campaign_is_listed_at_once(redis: Redis, own_orders: OwnOrders) -> None:

@@ -28,15 +28,13 @@ TRIES_S = 0.5
 
 
 @pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
+async def shop(shop: Shop) -> Shop:
     """An open campaign; PostgreSQL has its first sale."""
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        await shop.create(campaign(100))
-        await shop.step("open")
-        await shop.buy(1)
-        await shop.applied()
-        yield shop
+    await shop.create(campaign(100))
+    await shop.step("open")
+    await shop.buy(1)
+    await shop.applied()
+    return shop
 
 
 @contextlib.asynccontextmanager

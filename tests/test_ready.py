@@ -10,13 +10,12 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 from redis.asyncio import Redis
 from service import ADMIN, Card, Client, Service, campaign_table, free_port, metric, running_service
-from shop import Shop, open_shop
+from shop import Shop
 from stock_maker import CAMPAIGN
 from test_durability import Server, server, whole
 from waiting import until, until_equal
@@ -161,13 +160,11 @@ async def text(path: Path) -> str:
 
 
 @pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> Any:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        await shop.create()
-        await shop.step("open")
-        await shop.applied()
-        yield shop
+async def shop(shop: Shop) -> Shop:
+    await shop.create()
+    await shop.step("open")
+    await shop.applied()
+    return shop
 
 
 def stores(shop: Shop) -> Stores:

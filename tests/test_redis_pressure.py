@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 from redis.asyncio import Redis
 from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key
-from shop import Shop, open_shop
+from shop import Shop
 from test_drain import another_api
 from waiting import until, until_equal
 
@@ -46,11 +46,12 @@ async def no_memory(redis: Redis) -> AsyncIterator[None]:
 
 
 @pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.create()
-        await shop.step("open")
-        yield shop
+async def shop(shop: Shop) -> Shop:
+    """An open campaign, without a writer."""
+    await shop.stop_writer()
+    await shop.create()
+    await shop.step("open")
+    return shop
 
 
 async def test_redis_out_of_memory_stops_only_sales(service: Service, client: Client) -> None:

@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import subprocess
-import sys
-from collections.abc import AsyncIterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,6 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
-from sale.db.pool import open_pool
 from sale.db.roster import (
     changes_since,
     current_rev,
@@ -38,13 +34,6 @@ UNIONS = load_unions(default_unions_path())
 CODES = frozenset(UNIONS)
 CARD = "622100000001"
 OTHER = "622100000002"
-
-
-@pytest.fixture
-async def pool(database_url: str) -> AsyncIterator[Any]:
-    pool = await open_pool(database_url, max_size=8)
-    yield pool
-    await pool.close()
 
 
 def write(path: Path, *lines: str | bytes, header: str = ",".join(HEADER)) -> Path:
@@ -676,63 +665,3 @@ def test_every_sample_campaign_has_the_figures_of_the_facts() -> None:
     }
     assert [file.stem for file in files] == [campaign.id for campaign in campaigns]
     assert len(UNIONS) == 18
-
-
-def sale(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    path = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
-    return subprocess.run(
-        [sys.executable, "-m", "sale", *arguments],
-        env=path | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-async def test_command_line_prints_one_json_value_or_one_error_line(
-    database_url: str, redis_url: str, tmp_path: Path
-) -> None:
-    environment = {
-        "SALE_DATABASE_URL": database_url,
-        "SALE_REDIS_URL": redis_url,
-        "SALE_SIGNING_KEY": "k" * 32,
-    }
-
-    async def call(*arguments: str, **others: str) -> subprocess.CompletedProcess[str]:
-        return await asyncio.to_thread(sale, list(arguments), **(environment | others))
-
-    good = write(tmp_path / "good.csv", f"{CARD},甲,dongsi,13800001234,1234,active")
-    bad = write(tmp_path / "bad.csv", "1,甲,dongsi,,,active")
-    result = await call("cards", "import", str(good), "--json")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads(result.stdout)["imported"] == 1
-    result = await call("cards", "import", str(bad), "--json")
-    assert json.loads(result.stdout)["bad_count"] == 1
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1
-    result = await call("--json", "cards", "show", CARD)
-    assert json.loads(result.stdout)["card_tail"] == "0001"
-    await call("cards", "revoke", CARD, "--reason", "lost", "--as", "ann")
-    connection = await asyncpg.connect(database_url)
-    try:
-        assert await connection.fetchval("select actor from audit_log order by id desc") == "ann"
-    finally:
-        await connection.close()
-    cases = [
-        (["cards", "show", OTHER], 1),
-        (["cards", "show", "12"], 2),
-        (["cards", "revoke", CARD], 2),
-        (["cards", "import", str(tmp_path / "none.csv")], 1),
-        (["tokens", "--cards", "0"], 2),
-        (["operator", "token", "nobody"], 1),
-    ]
-    results = await asyncio.gather(*(call(*arguments) for arguments, _ in cases))
-    for (arguments, status), result in zip(cases, results, strict=True):
-        assert (result.returncode, result.stdout) == (status, ""), arguments
-        assert len(result.stderr.splitlines()) == 1, result.stderr
-        assert OTHER not in result.stderr
-    data_dir = str(tmp_path / "nothing")
-    no_engine = await asyncio.to_thread(sale, ["operator", "list", "--data-dir", data_dir])
-    assert no_engine.returncode == 1
-    assert "no engine is running" in no_engine.stderr

@@ -16,6 +16,8 @@ from sale.operators.steps import STEPS
 from sale.stock.rebuild import freeze
 
 OWN, OTHER, DISTRICT = "dongsi", "longtan", "district"
+NOBODY = {"anonymous", "stranger", "expired"}
+CODES = {401: "unauthenticated", 403: "forbidden"}
 NOT_PROVOKED = {"429", "503"}
 """A limit or a store at its end would be the whole service's; test_rate_limits, test_waiting_line
 and the fault tests bring them about."""
@@ -83,6 +85,7 @@ def test_each_route_says_who_may_call_it() -> None:
         assert each.access.roles <= set(ROLES), each.path
         changes = admin and each.method != "GET"
         assert each.access.owner is changes, each.path
+        assert not changes or each.access.roles <= {"admin", "operator"}, each.path
         assert (each.key is Key.OPTIONAL) is changes, each.path
         if each.load is not Load.ADMITTED:
             assert each.path in {"/healthz", "/readyz", f"{CAMPAIGNS}/{{id}}/orders"}
@@ -94,7 +97,7 @@ def allowed(each: Route, role: str, union: str) -> int:
     if access.scheme == MEMBER:
         return 0 if role == "member" else 401
     if access.scheme == OPERATOR:
-        if role == "anonymous":
+        if role in NOBODY:
             return 401
         if role not in access.roles:
             return 403
@@ -110,7 +113,8 @@ def tokens(service: Service) -> dict[tuple[str, str], str]:
         for role in ROLES
         for union in (OWN, OTHER, DISTRICT)
     }
-    made["anonymous", DISTRICT] = ""
+    made |= {("anonymous", DISTRICT): "", ("stranger", DISTRICT): "sale_op_x"}
+    made["expired", DISTRICT] = service.token(7, now_s=1_000_000)
     for union in (OWN, OTHER, DISTRICT):
         made["member", union] = service.token(service.card().member, union)
     return made
@@ -142,6 +146,8 @@ async def test_each_role_and_union_may_do_what_the_table_says(
             expected = 404  # nobody else's order exists
         seen = await ask(client, each, token, asked, body)
         assert seen.status == (expected or each.status), (role, union, seen)
+        if expected in CODES:
+            assert seen.code == CODES[expected]
 
 
 @pytest.mark.parametrize("state", ["draft", "sells"])

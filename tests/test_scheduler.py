@@ -11,7 +11,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 from prometheus_client import CollectorRegistry
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from shop import ME, Shop, open_shop
 from stock_maker import CAMPAIGN, Bid, campaign, key, member
@@ -33,13 +32,6 @@ from sale.trust.revocation import sync_all
 SELLS_AGAIN_S = 2.0
 FOLLOWS_S = 1.0
 KEYS = campaign_keys(CAMPAIGN)
-
-
-@pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        yield shop
 
 
 class OwnRedis:

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from service import PAST, ROOT, Service, command
-from test_cli import CAMPAIGN, COMMANDS, GROUPS, one_line
+from test_cli import CAMPAIGN, one_line
 
 from sale.cli.terminal import echo_table, progress
 
@@ -121,15 +121,6 @@ def test_command_succeeds_if_output_cannot_be_encoded(
     assert sampled.stdout.decode("utf-8") == service.sale("cards", "sample", 3).out
     refused = run(service, "campaign", "show", "没有", **more)
     assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
-
-
-@pytest.mark.parametrize("words", [[], *([group] for group in GROUPS), *COMMANDS])
-def test_short_help_option_works_on_every_command(words: list[str]) -> None:
-    ran = command(*words, "-h")
-    assert (ran.status, ran.err) == (0, "")
-    assert ran.out == command(*words, "--help").out
-    if not words or words[0] in GROUPS:
-        assert "..." not in ran.out.partition("Commands:")[2]
 
 
 def test_help_explains_shell_completion(service: Service) -> None:

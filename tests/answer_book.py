@@ -1,4 +1,4 @@
-"""What tests ask for, and every answer: kept as it came and read when the run is over."""
+"""Requests of tests and their answers, stored as received and parsed after the run."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class AnswerBook:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run came to, by the answers alone."""
+    """Counts of a run, from its answers alone."""
 
     offered: int = 0
     sold_orders: int = 0

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 import pytest
 import redis.asyncio
-from service import client, crowd, service  # noqa: F401 - fixtures
+from service import client, service, spread  # noqa: F401 - fixtures
 from shop import shop_fixture  # noqa: F401
 
 from sale.db.migrate import migrate
@@ -91,7 +91,7 @@ async def servers(
     data_dir = tmp_path_factory.mktemp("servers") / "data"
     async with embedded.running(data_dir, redis=True, postgres=True) as servers:
         assert servers.endpoints.redis_url is not None
-        # What the scheduler of a deployment sees to: tests look at this Redis without one.
+        # In a deployment the scheduler does this; no scheduler watches this Redis.
         async with redis.asyncio.from_url(servers.endpoints.redis_url) as client:
             while await make_whole(client):  # noqa: ASYNC110 - the condition is another process's
                 await asyncio.sleep(0.05)

@@ -15,7 +15,7 @@ from sale.http.request_ids import PATTERN
 
 ANSWER_WITHIN_S = 10.0
 UNREADABLE = "this is not a request that can be read"
-"""What is said of bytes that are no request."""
+"""The detail of the answer to bytes that are no request."""
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
     @property
     def told(self) -> tuple[str, tuple[tuple[str, str], ...], Any]:
-        """What both lanes must say alike."""
+        """The parts that both paths must answer alike."""
         return self.status, self.headers, self.body
 
     @property
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Told:
-    """What came of an exchange."""
+    """The answers of an exchange, and how it ended."""
 
     answers: list[Answer] = field(default_factory=list)
     rest: bytes = b""
@@ -57,7 +57,7 @@ class Told:
         return [int(answer.status.split()[1]) for answer in self.answers]
 
     def alike(self) -> tuple[Any, ...]:
-        """What is compared."""
+        """The parts that are compared."""
         return [answer.told for answer in self.answers], self.rest, self.closed
 
 

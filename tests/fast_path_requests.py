@@ -1,4 +1,4 @@
-"""What is sent through both lanes: purchases of every kind, and what else comes to a port."""
+"""Requests for both paths: purchases of every kind, and other bytes that a port receives."""
 
 import gzip
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ BODY_MAX = 16 * 1024
 
 
 def states(m: Member) -> Iterator[Case]:
-    """What a campaign, a card or an order makes of a purchase."""
+    """Purchases by the state of their campaign, card or order."""
     yield one("sold", m.buy())
     yield one("two sold", m.world.member().buy(body=b'{"quantity":2}'))
     for campaign in ("sold-out", "not-open", "paused", "closed", "draft", "theirs", "unknown"):
@@ -30,7 +30,7 @@ def states(m: Member) -> Iterator[Case]:
 
 
 def tokens(m: Member, revoked: str, expired: str, operator: str) -> Iterator[Case]:
-    """Who asks."""
+    """Purchases with different tokens."""
     good = b"Bearer " + m.token.encode()
     for name, value in {
         "revoked": b"Bearer " + revoked.encode(),
@@ -78,7 +78,7 @@ def keys(m: Member) -> Iterator[Case]:
 
 
 def media_types(m: Member) -> Iterator[Case]:
-    """What the body says it is."""
+    """Content types and encodings of the body."""
     for value in (
         *(b"", b"text/plain", b"application/JSON", b"application/json; charset=utf-8"),
         *(b"application/json;charset=latin-1", b"application/json; charset=utf-8; a=b"),
@@ -233,7 +233,7 @@ def others(m: Member) -> Iterator[Case]:
 
 
 def reads(m: Member) -> Iterator[Case]:
-    """What a crowd reloads: a campaign, and what is left of it.
+    """Reads that many members repeat: a campaign, and its remaining tickets.
 
     Not the list of all: other tests' campaigns stand there, and open and close meanwhile.
     """

@@ -1,4 +1,4 @@
-"""Two API processes in one, with the fast path and without, and whose requests they get."""
+"""Two API processes in one, with the fast path and without, and their clients."""
 
 import asyncio
 import contextlib
@@ -177,7 +177,7 @@ class World:
             stack.enter_context(_accepted_noted(Connection if fast_path else LoneHandler))
             # A kernel holds megabytes else, and the process never sees that its client stopped.
             api._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_HOLDS)
-            side = Side("lane" if fast_path else "aiohttp", port, engine, api)
+            side = Side("fast path" if fast_path else "aiohttp", port, engine, api)
             for campaign in self.campaigns:  # from now on it knows them
                 await side.ask(self.member().buy(campaign))
             yield side
@@ -255,7 +255,7 @@ def world_on(
 ) -> Iterator[World]:
     """A loop in a thread of its own, on which tests put their coroutines."""
     loop = LOOPS[loop_name]()
-    thread = threading.Thread(target=loop.run_forever, name=f"lane-{loop_name}")
+    thread = threading.Thread(target=loop.run_forever, name=f"fast-path-{loop_name}")
     thread.start()
     thresholds = gc.get_threshold()
     try:

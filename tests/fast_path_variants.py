@@ -63,7 +63,7 @@ CHANGES: dict[str, Change] = {
         _cased(_mixed)(_as_browsers(lines, rng), rng), rng
     ),
 }
-"""What else its header lines may be."""
+"""Ways to rewrite the header lines."""
 
 
 def changed(case: Case, change: str, rng: random.Random) -> Case:

@@ -1,4 +1,4 @@
-"""What the fast path costs in Python, part by part, without kernel, Redis and network.
+"""Measures the fast path's cost in Python, part by part, without kernel, Redis and network.
 
 ``python tests/measure_fast_path.py``. The real fast path, desk, checks and batcher get the
 benchmark's requests on transports that lead nowhere; a batch is settled as if the script had
@@ -116,15 +116,16 @@ class Parts:
     async def _round(self, *, sold: bool) -> None:
         taker, limits = _Taker(), _limits()
         catalogue = cast("Any", SimpleNamespace(known={NAME: CAMPAIGN}.get))
-        door = Overload(connections_max=BATCH, turn_max_s=0, waiting_max=0, wait_max_s=0)
+        load = Overload(connections_max=BATCH, turn_max_s=0, waiting_max=0, wait_max_s=0)
         desk = PurchaseDesk(
             catalogue, cast("Any", taker), MemberTokens(self.key), _codes(),
-            PurchaseMetrics(), cast("Any", None), limits, door,
+            PurchaseMetrics(), cast("Any", None), limits, load,
         )  # fmt: skip
         engine = cast(
-            "Any", SimpleNamespace(desk=desk, overload=door, limits=limits, public_campaigns=None)
+            "Any",
+            SimpleNamespace(desk=desk, overload=load, limits=limits, public_campaigns=None),
         )
-        fast_path = make_fast_path(engine, cast("Any", None), WaitingLine(door))
+        fast_path = make_fast_path(engine, cast("Any", None), WaitingLine(load))
         connections = [Connection(fast_path) for _ in range(BATCH)]
         for connection in connections:
             connection.connection_made(_Nowhere())

@@ -1,4 +1,4 @@
-"""What the purchase script's shape costs: how a batch goes in, how answers come out, on what line.
+"""Measures shapes of the purchase script: arguments of a batch, form of the answers, connection.
 
 Goal: figures for the choices in the header of ``purchase.lua`` and in
 ``stock/script_connection.py``, repeatable with ``python tests/measure_scripts.py``. Each shape is
@@ -97,7 +97,7 @@ def _shape(
 
 
 def shapes() -> list[Shape]:
-    """What is compared; the first is the engine's."""
+    """The shapes to compare; the first is the engine's."""
     packed = msgspec.msgpack.encode
     return [
         _shape("MessagePack columns, an integer a sale", lambda columns: (packed(columns),)),

@@ -1,4 +1,4 @@
-"""What a campaign should do, in plain dicts: the independent model of the state machine.
+"""The state machine's independent model of a campaign, in plain dicts.
 
 Nothing of the engine is imported here, and nothing is copied from it: the rules are the contract's.
 The clock stands still until somebody moves it. ``log`` is the ledger that must come of it.
@@ -73,7 +73,7 @@ class Model:
     # The clock
 
     def crossings(self) -> list[str]:
-        """What the clock has changed and nobody has recorded."""
+        """The openings and closings that the clock has reached and no event records yet."""
         events, state = [], self.state
         if state == "scheduled" and self.opens_at is not None and self.clock >= self.opens_at:
             events.append("opened")
@@ -102,7 +102,7 @@ class Model:
         return self.tickets[showing] - sum(sold)
 
     def decide(self, asked: Asked) -> tuple[str, int, int]:
-        """What would be said now; ``("sold", number, …)`` where it would be sold."""
+        """The answer to a purchase now; ``("sold", number, …)`` for a sale."""
         order = self.orders.get((asked.member, asked.key))
         may = self.limit - self.held(asked.member)
         state = self.state_now()

@@ -35,7 +35,7 @@ STATE_BEFORE = {
     "resume": "pause",
     "reopen": "close",
 }
-"""What a campaign must be, or go through, before a step; it sells before all others."""
+"""The state, or the step, that a campaign needs before a step; by default it sells."""
 
 
 def resolved(schema: dict[str, Any]) -> dict[str, Any]:

@@ -457,8 +457,8 @@ async def client(service: Service) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-async def crowd(service: Service) -> AsyncIterator[Client]:
-    """A client whose requests go to all workers."""
+async def spread(service: Service) -> AsyncIterator[Client]:
+    """A client whose requests spread over all workers, each on a new connection."""
     client = Client(service, spread=True)
     yield client
     await client.close()

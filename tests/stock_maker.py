@@ -68,7 +68,7 @@ def campaign(
 
 
 class Bid(NamedTuple):
-    """What one purchase asks of the script."""
+    """One purchase of a call of the script."""
 
     member_no: int
     key_hash: str

@@ -1,4 +1,4 @@
-"""What operators do over HTTP: who may, in which state, for which reason, and what is logged."""
+"""Operators' steps over HTTP: states, reasons, repeats, and the audit log."""
 
 import asyncio
 from datetime import datetime
@@ -165,13 +165,13 @@ async def test_stock_for_an_unknown_showing_names_those_there_are(client: Client
 
 
 async def test_stock_repeated_under_its_key_is_added_once(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     campaign, key = await client.campaign(showings=showings(10, 10)), new_key()
     wish = {"showing": "b", "add": 7, "reason": "short of demand"}
 
     async def add(with_key: str | None, **changes: Any) -> Seen:
-        return await crowd.ask(
+        return await spread.ask(
             "POST",
             f"{ADMIN}/{campaign}/stock",
             service.admin_token,

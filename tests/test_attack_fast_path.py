@@ -1,4 +1,4 @@
-"""What an attack on the fast path, the crowd, the batcher and rehearsals found."""
+"""Faults that an attack on the fast path, the waiting line, the batcher and rehearsals found."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ DEADLINE_S = 0.5
 
 @contextmanager
 def no_room() -> Iterator[None]:
-    """Everybody who asks stands, and nobody is called."""
+    """Every purchase waits, and no waiter is called."""
     with ExitStack() as stack:
         for name, says in (("overloaded", LATE), ("has_room", False), ("may_refuse", False)):
             answer = mock.Mock(return_value=says)
@@ -135,7 +135,7 @@ def _asked(number: int, ago_s: float) -> AwaitedPurchase:
 
 
 class _Counted(Purchase):
-    """A purchase that counts how often it is told."""
+    """A purchase that counts its answers."""
 
     told = 0
 

@@ -106,7 +106,7 @@ async def all_places(service: Service, redis: Redis, *processes: int) -> dict[st
     return found | await tables(service.database_url)
 
 
-async def rush(service: Service, client: Client, crowd: Client) -> str:
+async def rush(service: Service, client: Client, spread: Client) -> str:
     """Sold, replayed, limited, sold out, revoked, replaced, read, paused."""
     campaign = await client.campaign(TICKETS, card_limit=2)
     buyers = service.cards(BUYERS)
@@ -114,7 +114,7 @@ async def rush(service: Service, client: Client, crowd: Client) -> str:
     for quantity in (1, 1, 2):
         seen = await asyncio.gather(
             *(
-                crowd.buy(campaign, each.token, quantity, key=key)
+                spread.buy(campaign, each.token, quantity, key=key)
                 for each, key in zip(buyers, keys, strict=True)
             )
         )
@@ -127,8 +127,8 @@ async def rush(service: Service, client: Client, crowd: Client) -> str:
     assert replaced.status == 0, replaced
     await asyncio.sleep(1)
     for each in buyers[:3]:
-        await crowd.buy(campaign, each.token)
-        await crowd.get(ORDERS, each.token)
+        await spread.buy(campaign, each.token)
+        await spread.get(ORDERS, each.token)
     await client.step(campaign, "pause")
     await until(lambda: client.all_applied(campaign))
     return campaign
@@ -145,9 +145,9 @@ async def roster_numbers(database_url: str) -> set[bytes]:
 
 
 async def test_played_rush_leaves_no_card_number_outside_the_roster(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
-    await rush(service, client, crowd)
+    await rush(service, client, spread)
     numbers = await roster_numbers(service.database_url)
     assert len(numbers) > BUYERS
 

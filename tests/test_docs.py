@@ -1,4 +1,4 @@
-"""What the documentation names exists, and what must be documented is."""
+"""The documents name only things that exist, and name each thing that they must."""
 
 import ast
 import json

@@ -31,11 +31,11 @@ AT_ONCE = 48
 TRIES = 5
 
 MEANT: dict[str, str] = {}
-"""Requests that the two answer differently, and why that is meant."""
+"""Requests that the two paths answer differently, and the reason."""
 
 
 def cases_for(world: World) -> list[Case]:
-    """The same cases, as a card of its own sends them."""
+    """The same requests, from a card of their own."""
     service = world.service
     expired = service.token(7, now_s=1_600_000_000)
     return all_cases(
@@ -44,7 +44,7 @@ def cases_for(world: World) -> list[Case]:
 
 
 async def alone(world: World, side: Side) -> dict[str, Told]:
-    """Each case on a connection of its own."""
+    """Send each request on a connection of its own."""
     cases = cases_for(world)
     told = await in_turn(
         [side.ask(*case.pieces, count=case.count, heads=case.heads) for case in cases], AT_ONCE
@@ -83,7 +83,7 @@ def test_both_paths_answer_every_request_alike(world: World) -> None:
 
 
 def _check_answer(name: str, answer: Answer) -> None:
-    """What holds of each answer, whatever was sent."""
+    """Check the properties of every answer."""
     headers, status = dict(answer.headers), int(answer.status.split()[1])
     kind, _, what = name.partition(": ")
     if status >= 400 and answer.body:

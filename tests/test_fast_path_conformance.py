@@ -39,17 +39,17 @@ PIPELINES = 4
 """How often all requests are shuffled and sent in pipelines."""
 
 NOT_IN_PIPELINES = frozenset({"head: 70,000 bytes in lines"})
-"""Longer than ``HELD_MAX``: behind a request that aiohttp has served, the lane ends it, and aiohttp
-takes it."""
+"""Longer than ``HELD_MAX``: the fast path ends it behind a request that aiohttp has served, and
+aiohttp accepts it."""
 
 
 @pytest.fixture
 def counted(capsys: pytest.CaptureFixture[str], seed: int) -> Callable[[int, str], None]:
-    """Says how many requests went through each of the lanes."""
+    """Print how many requests went through each path."""
 
     def say(count: int, what: str) -> None:
         with capsys.disabled():
-            print(f"\n{count} {what} through each lane, seed {seed}", end="")
+            print(f"\n{count} {what} through each path, seed {seed}", end="")
 
     return say
 
@@ -64,7 +64,7 @@ def lingering_shortly() -> AbstractContextManager[Any]:
 async def told(
     side: Side, case: Case, split: Cut, rng: random.Random = CHANCE, *, ends: bool = False
 ) -> Told:
-    """What one case is answered on a connection of its own, request by request."""
+    """The answers to one case on a connection of its own, request by request."""
     async with side.wire() as wire:
         wire.heads = case.heads
         for number, request in enumerate(case.pieces, 1):
@@ -140,7 +140,7 @@ def _kept(world: World) -> dict[str, bytes]:
 
 
 def _last(world: World) -> dict[str, bytes]:
-    """Requests that take their connection with them, or hand it over."""
+    """Requests that end their connection, or delegate it to aiohttp."""
     member = world.member()
     chunks = b"2\r\n" + WISH[:2] + b"\r\nc;a=b\r\n" + WISH[2:] + b"\r\n0\r\nA: b\r\n\r\n"
     return {
@@ -337,7 +337,7 @@ def _withstood(attack: Attack, told: Told, sold: int) -> bool:
 
 
 async def _attacked(side: Side, raw: bytes, cuts: int, rng: random.Random) -> Told:
-    """What comes of an attack with a last request behind it, cut at so many places."""
+    """The answers to an attack with a last request behind it, cut at so many places."""
     pieces = cut(raw, cuts, random.Random(rng.random()))
     async with side.wire() as wire:
         await wire.send(*pieces)

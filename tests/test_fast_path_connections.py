@@ -27,7 +27,7 @@ from sale.http.overload import QUEUE
 from sale.http.waiting_line import WAIT_S, WaitingLine
 
 READ_MAX = 256 * 1024
-"""What an event loop reads at once."""
+"""The most that an event loop reads at once."""
 
 PAGE = TIME.replace(b"/api/v1/time", b"/openapi.json")
 
@@ -134,14 +134,14 @@ def test_connections_over_the_joint_bound_are_not_read(world: World) -> None:
                 for (wire, each), rest, waits in zip(fat, rests, over, strict=True):
                     assert await brings(each, wire, rest) == (0 if waits else len(rest))
                     assert each._reading_paused
-                # Who holds a request or two is read on, and given back what it held when it goes.
+                # A connection that holds a request or two is read on; its end frees its bytes.
                 wire, small = await connected()
                 held = side.fast_path.held
                 assert await brings(small, wire, world.member().buy(), TIME)
                 assert await brings(small, wire, TIME) == len(TIME)
                 assert not small._reading_paused
                 wire.transport.abort()
-                # So is who waits for the rest of its own body: when there is room.
+                # So is a connection that waits for the rest of its own body: when there is room.
                 late = world.member().buy("sold-out", WISH.ljust(16_000))
                 bodies = [await connected() for _ in range(4)]
                 for wire, each in bodies:
@@ -409,7 +409,7 @@ def test_drain_refuses_waiters_without_time(world: World, fast_path: bool) -> No
     assert took_s < WAIT_S / 2
 
 
-# What it leans on.
+# Private state of aiohttp.
 
 
 async def test_aiohttp_handler_turns_busy_and_idle_as_expected() -> None:

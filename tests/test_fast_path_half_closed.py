@@ -25,14 +25,14 @@ CLOSED_WITHIN_S = 5.0
 
 PAGE = TIME.replace(b"/api/v1/time", b"/openapi.json")
 NOT_YET = "half of what is no head"
-"""The lane tells a client that stays so when the head is whole, or its time is over."""
+"""The fast path refuses it for a client that stays when the head is whole, or its time is over."""
 
 
 GARBAGE = b"\x16\x03\x01\x02\x00\r\n\r\n"
 
 
 def _sent(world: World) -> dict[str, tuple[bytes, list[int]]]:
-    """What is sent before the end, and what it is worth."""
+    """Bytes before the end, and the statuses that answer them."""
 
     def sold() -> bytes:
         return world.member().buy()
@@ -107,7 +107,7 @@ async def _closed(wire: Wire) -> Told:
 async def _ended(
     side: Side, raw: bytes, *before: bytes, under_way_s: float = 0, answered: int = 0
 ) -> Told:
-    """What is answered to bytes and an end behind them, and perhaps behind some answers."""
+    """The answers to bytes and an end behind them, after some requests on the same connection."""
     async with side.wire() as wire:
         for number, each in enumerate(before):
             await wire.send(each)
@@ -121,7 +121,7 @@ async def _ended(
 
 
 async def _stayed(side: Side, raw: bytes, count: int) -> list[object]:
-    """What is told a client that sends the same and stays."""
+    """The answers to a client that sends the same and stays."""
     async with side.wire() as wire:
         await wire.send(raw)
         return [each.told for each in (await wire.answers(count)).answers[:count]]

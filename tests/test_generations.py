@@ -115,7 +115,7 @@ def spare_numbers() -> Iterator[str]:
 
 
 async def test_replaced_card_keeps_its_orders_and_its_tokens_end(
-    service: Service, client: Client, crowd: Client, spare_numbers: Iterator[str]
+    service: Service, client: Client, spread: Client, spare_numbers: Iterator[str]
 ) -> None:
     campaign, held, key = await client.campaign(card_limit=2), service.card(), new_key()
     bought = await client.buy(campaign, held.token, key=key)
@@ -128,8 +128,8 @@ async def test_replaced_card_keeps_its_orders_and_its_tokens_end(
     await asyncio.sleep(LEARNS_WITHIN_S)
 
     # Many connections, so that each API process is asked, on the fast path and beside it.
-    seen = await asyncio.gather(*(crowd.buy(campaign, held.token) for _ in range(20)))
-    seen += await asyncio.gather(*(crowd.get(ORDERS, held.token) for _ in range(20)))
+    seen = await asyncio.gather(*(spread.buy(campaign, held.token) for _ in range(20)))
+    seen += await asyncio.gather(*(spread.get(ORDERS, held.token) for _ in range(20)))
     assert {(one.status, one.code) for one in seen} == {(401, "unauthenticated")}
 
     fresh = service.token(held.member, held.union, generation=1)
@@ -142,7 +142,7 @@ async def test_replaced_card_keeps_its_orders_and_its_tokens_end(
 
 
 async def test_suspended_process_learns_once_it_runs_again(
-    service: Service, client: Client, crowd: Client, spare_numbers: Iterator[str]
+    service: Service, client: Client, spread: Client, spare_numbers: Iterator[str]
 ) -> None:
     campaign, held = await client.campaign(), service.card()
     serves = [name for name in service.told()["processes"] if name.startswith("serve")]
@@ -153,12 +153,12 @@ async def test_suspended_process_learns_once_it_runs_again(
         assert done.status == 0, done
         await asyncio.sleep(LEARNS_WITHIN_S)
     await asyncio.sleep(LEARNS_WITHIN_S)
-    seen = await asyncio.gather(*(crowd.buy(campaign, held.token) for _ in range(20)))
+    seen = await asyncio.gather(*(spread.buy(campaign, held.token) for _ in range(20)))
     assert {one.code for one in seen} == {"unauthenticated"}
 
 
 async def test_card_replaced_without_redis_ends_tokens_once_it_is_back(
-    service: Service, client: Client, crowd: Client, spare_numbers: Iterator[str]
+    service: Service, client: Client, spread: Client, spare_numbers: Iterator[str]
 ) -> None:
     campaign, held = await client.campaign(), service.card()
     with service.stopped("redis"):
@@ -169,7 +169,7 @@ async def test_card_replaced_without_redis_ends_tokens_once_it_is_back(
         assert "the card is replaced; running campaigns follow" in done.err
 
     await asyncio.sleep(LEARNS_WITHIN_S)
-    seen = await asyncio.gather(*(crowd.buy(campaign, held.token) for _ in range(20)))
+    seen = await asyncio.gather(*(spread.buy(campaign, held.token) for _ in range(20)))
 
     assert {one.code for one in seen} <= {"unauthenticated", "overloaded"}
     assert "unauthenticated" in {one.code for one in seen}

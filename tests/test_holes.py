@@ -21,11 +21,11 @@ def sold(seen: list[Seen]) -> list[Seen]:
 
 @pytest.mark.parametrize("tickets", [0, 1, 10])
 async def test_row_01_the_last_ticket_is_sold_once(
-    service: Service, client: Client, crowd: Client, tickets: int
+    service: Service, client: Client, spread: Client, tickets: int
 ) -> None:
     """`>=` in the stock check: a stock of 10 sells 11."""
     campaign = await client.campaign(tickets=tickets)
-    seen = await asyncio.gather(*(crowd.buy(campaign, card.token) for card in service.cards(40)))
+    seen = await asyncio.gather(*(spread.buy(campaign, card.token) for card in service.cards(40)))
     assert len(sold(seen)) == tickets
     assert len({one.json()["order_no"] for one in sold(seen)}) == tickets
     assert Counter(one.code for one in seen)["sold-out"] == 40 - tickets
@@ -34,7 +34,7 @@ async def test_row_01_the_last_ticket_is_sold_once(
 
 
 async def test_row_02_more_at_once_than_any_pool_is_not_sold_out(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     """Connections leak or the pool ends, and the error reads "sold out" for ever."""
     campaign = await client.campaign(tickets=10_000, card_limit=1_000, order_max=1)
@@ -43,27 +43,27 @@ async def test_row_02_more_at_once_than_any_pool_is_not_sold_out(
         before = int((await redis.info("clients"))["connected_clients"])
         for _ in range(3):
             seen = await asyncio.gather(
-                *(crowd.buy(campaign, card.token) for card in cards for _ in range(8))
+                *(spread.buy(campaign, card.token) for card in cards for _ in range(8))
             )
             assert {(one.status, one.code) for one in seen} == {(201, "")}
         after = int((await redis.info("clients"))["connected_clients"])
         # Every connection of the engine is lost at once; nobody is told "sold out" for it.
         killed = await redis.client_kill_filter(_type="normal", skipme=True)
         assert int(killed) > 0
-        seen = await asyncio.gather(*(crowd.buy(campaign, card.token) for card in cards))
+        seen = await asyncio.gather(*(spread.buy(campaign, card.token) for card in cards))
     assert after - before < 40
     assert {(one.status, one.code) for one in seen} == {(201, "")}
 
 
 async def test_row_04_retry_under_the_same_key_finds_a_readable_order(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     """The hand-over fails after the ticket was taken; the retry says "purchased", with no order."""
     campaign, card, key = await client.campaign(), service.card(), new_key()
     with service.stopped("writer"):  # what takes the orders over is away
         first = await client.buy(campaign, card.token, key=key)
         again = await client.buy(campaign, card.token, key=key)
-        read = await crowd.get(first.headers["Location"], card.token)
+        read = await spread.get(first.headers["Location"], card.token)
     assert (first.status, again.status, read.status) == (201, 201, 200)
     assert again.json() == first.json() == read.json()
 
@@ -79,7 +79,7 @@ async def test_row_04_retry_under_the_same_key_finds_a_readable_order(
         await until(written, within_s=10)
     finally:
         await connection.close()
-    assert (await crowd.get(first.headers["Location"], card.token)).json() == first.json()
+    assert (await spread.get(first.headers["Location"], card.token)).json() == first.json()
 
 
 async def test_row_05_a_failed_first_try_is_not_replayed_as_success(
@@ -154,12 +154,12 @@ async def test_row_15_price_is_the_campaigns_and_a_key_its_cards(
 
 
 async def test_row_16_limit_holds_and_an_order_number_stays(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     """The limit is commented out; messages older than 5 s are dropped after the number went out."""
     campaign, card = await client.campaign(tickets=100, card_limit=3), service.card()
     with service.stopped("writer"):
-        seen = await asyncio.gather(*(crowd.buy(campaign, card.token) for _ in range(30)))
+        seen = await asyncio.gather(*(spread.buy(campaign, card.token) for _ in range(30)))
         assert len(sold(seen)) == 3
         assert {one.code for one in seen} == {"", "limit-exceeded"}
         await asyncio.sleep(6)
@@ -172,11 +172,13 @@ async def test_row_16_limit_holds_and_an_order_number_stays(
 
 
 async def test_row_18_ticket_codes_of_one_second_differ_and_are_opaque(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     """Ticket codes made from the clock's seconds: all codes of one second are the same."""
     campaign = await client.campaign(tickets=300)
-    seen = await asyncio.gather(*(crowd.buy(campaign, card.token, 3) for card in service.cards(60)))
+    seen = await asyncio.gather(
+        *(spread.buy(campaign, card.token, 3) for card in service.cards(60))
+    )
     codes = [ticket["code"] for one in seen for ticket in one.json()["tickets"]]
     assert len(codes) == len(set(codes)) == 180
     assert {len(code) for code in codes} == {32}  # 128 bits, in hex
@@ -266,7 +268,7 @@ async def test_row_23_lost_answer_is_found_by_key_and_among_orders(
 
 
 async def test_row_25_reading_what_is_left_and_taking_it_is_one_step(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     """Read what is left, then insert, without a lock."""
     campaign = await client.campaign(tickets=30)
@@ -274,15 +276,15 @@ async def test_row_25_reading_what_is_left_and_taking_it_is_one_step(
     quantities = [1 + number % 3 for number in range(len(cards))]
     seen = await asyncio.gather(
         *(
-            crowd.buy(campaign, card.token, quantity)
+            spread.buy(campaign, card.token, quantity)
             for card, quantity in zip(cards, quantities, strict=True)
         ),
-        *(crowd.get(f"{CAMPAIGNS}/{campaign}/availability") for _ in range(40)),
+        *(spread.get(f"{CAMPAIGNS}/{campaign}/availability") for _ in range(40)),
     )
     bought = sum(one.json()["quantity"] for one in sold(seen))
     (left,) = await client.remaining(campaign)
     assert bought + left == 30
-    # Who was refused was told the truth: fewer were left than it asked for.
+    # Each refusal is true: fewer tickets were left than the purchase asked for.
     for one, quantity in zip(seen, quantities, strict=False):
         if one.code == "sold-out":
             assert one.json()["remaining"] < quantity

@@ -1,4 +1,4 @@
-"""What members meet: the purchase and everything they may read, against the running system."""
+"""Purchases and members' reads against the running system."""
 
 import asyncio
 import base64
@@ -210,12 +210,12 @@ async def test_added_stock_sells_at_once(service: Service, client: Client) -> No
 
 
 async def test_card_on_many_phones_gets_its_limit_and_no_more(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     campaign, card, key = await client.campaign(), service.card(), new_key()
 
-    same = await asyncio.gather(*(crowd.buy(campaign, card.token, key=key) for _ in range(20)))
-    others = await asyncio.gather(*(crowd.buy(campaign, card.token) for _ in range(20)))
+    same = await asyncio.gather(*(spread.buy(campaign, card.token, key=key) for _ in range(20)))
+    others = await asyncio.gather(*(spread.buy(campaign, card.token) for _ in range(20)))
 
     assert {(one.status, one.json()["order_no"]) for one in same} == {
         (201, same[0].json()["order_no"])
@@ -227,7 +227,7 @@ async def test_card_on_many_phones_gets_its_limit_and_no_more(
 
 @pytest.mark.load
 async def test_sale_opens_on_time_and_not_before(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     campaign = await client.campaign(tickets=40, opens_at=in_s(1.5))
     opens_at = datetime.fromisoformat(
@@ -238,7 +238,7 @@ async def test_sale_opens_on_time_and_not_before(
     async def hasty(card: Card) -> Seen:
         key = new_key()
         while time.time() < opens_at.timestamp() + 5:
-            seen = await crowd.buy(campaign, card.token, key=key)
+            seen = await spread.buy(campaign, card.token, key=key)
             if seen.code != "not-open":
                 return seen
             refused.append(seen)
@@ -261,7 +261,7 @@ async def test_sale_opens_on_time_and_not_before(
 
 
 async def test_nothing_is_sold_after_the_closing_moment(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     closes_at = in_s(1)
     campaign = await client.campaign(tickets=1_000, closes_at=closes_at)
@@ -269,7 +269,7 @@ async def test_nothing_is_sold_after_the_closing_moment(
 
     async def late(card: Card) -> None:
         for _ in range(3):
-            seen = await crowd.buy(campaign, card.token)
+            seen = await spread.buy(campaign, card.token)
             if seen.status == 201:
                 sold.append(seen)
             else:
@@ -285,7 +285,7 @@ async def test_nothing_is_sold_after_the_closing_moment(
     assert (await client.get(f"{CAMPAIGNS}/{campaign}")).json()["state"] == "closed"
 
 
-# Who may buy.
+# Eligibility.
 
 
 async def test_campaign_of_a_union_sells_to_its_members_only(
@@ -314,7 +314,7 @@ async def test_inactive_card_buys_nothing(service: Service, client: Client, stat
 
 
 async def test_revoked_card_buys_nothing_a_second_later(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     campaign, card, key = await client.campaign(card_limit=1_000), service.card(), new_key()
     assert (await client.buy(campaign, card.token, key=key)).status == 201
@@ -325,13 +325,13 @@ async def test_revoked_card_buys_nothing_a_second_later(
 
     fresh = service.token(card.member, card.union, generation=1)
     for token, code in ((card.token, "unauthenticated"), (fresh, "card-revoked")):
-        seen = await asyncio.gather(*(crowd.buy(campaign, token) for _ in range(20)))
+        seen = await asyncio.gather(*(spread.buy(campaign, token) for _ in range(20)))
         assert {one.code for one in seen} == {code}
         assert (await client.buy(campaign, token, key=key)).code == code
 
     await service.asale("cards", "restore", card.no, "--reason", "found")
     await asyncio.sleep(1)
-    seen = await asyncio.gather(*(crowd.buy(campaign, fresh) for _ in range(20)))
+    seen = await asyncio.gather(*(spread.buy(campaign, fresh) for _ in range(20)))
     assert {one.status for one in seen} == {201}
     assert (await client.buy(campaign, card.token, key=key)).code == "unauthenticated"
 
@@ -340,18 +340,18 @@ async def test_revoked_card_buys_nothing_a_second_later(
 
 
 async def test_order_is_readable_at_once_without_the_writer(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     for _ in range(10):
-        await crowd.get(CAMPAIGNS)  # every worker has just read which campaigns there are
+        await spread.get(CAMPAIGNS)  # every worker has just read which campaigns there are
     campaign, card = await client.campaign(), service.card()
     with service.stopped("writer"):
         order = (await client.buy(campaign, card.token)).json()
         for _ in range(10):
-            one = await crowd.get(f"{ORDERS}/{order['order_no']}", card.token)
+            one = await spread.get(f"{ORDERS}/{order['order_no']}", card.token)
             assert (one.status, one.json()) == (200, order)
             assert one.headers["Cache-Control"] == "no-store"
-            listed = await crowd.get(ORDERS, card.token)
+            listed = await spread.get(ORDERS, card.token)
             assert listed.json() == {"items": [order], "next": None}
 
 
@@ -479,7 +479,7 @@ async def test_campaign_is_as_created_and_has_an_etag(client: Client) -> None:
 
 
 async def test_availability_is_never_older_than_a_second(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     campaign = await client.campaign(tickets=100)
     path = f"{CAMPAIGNS}/{campaign}/availability"
@@ -494,7 +494,7 @@ async def test_availability_is_never_older_than_a_second(
 
     async def watch() -> None:
         for _ in range(60):
-            seen = await crowd.get(path)
+            seen = await spread.get(path)
             told.append((time.time(), seen.json()))
             await asyncio.sleep(0.03)
 
@@ -570,7 +570,7 @@ async def test_clock_is_shared_by_all_who_ask_at_once(service: Service, client: 
     assert abs(datetime.fromisoformat(answers[-1].json()["now"]).timestamp() - time.time()) < 1
 
 
-# What is wrong with a request.
+# Bad requests.
 
 
 @pytest.fixture(scope="module")
@@ -855,7 +855,7 @@ async def test_first_problem_in_the_contracts_order_is_answered(
         assert told == expected, says
 
 
-# What it says of itself.
+# Problems, pages, the description.
 
 
 async def test_errors_follow_rfc_9457_and_reveal_no_internals(

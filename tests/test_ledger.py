@@ -78,7 +78,7 @@ async def raw_order(conn: Any, seq: int, **columns: Any) -> None:
     )
 
 
-# What the constraints refuse, by raw SQL ---------------------------------------------------------
+# Constraints, by raw SQL -------------------------------------------------------------------------
 
 
 async def test_sale_and_order_in_raw_sql_are_counted(conn: Any, book: Ledger):

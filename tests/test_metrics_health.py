@@ -109,23 +109,23 @@ async def test_each_part_exposes_whether_it_reaches_the_stores(service: Service)
 
 
 async def test_counts_of_two_workers_add_up(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     before = await metrics(service)
     campaign = await client.campaign(tickets=30, card_limit=1)
     cards = service.cards(50)
     keys = [new_key() for _ in cards]
     await asyncio.gather(
-        *(crowd.buy(campaign, card.token, key=key) for card, key in zip(cards, keys, strict=True))
+        *(spread.buy(campaign, card.token, key=key) for card, key in zip(cards, keys, strict=True))
     )
     again = await asyncio.gather(
-        *(crowd.buy(campaign, card.token, key=key) for card, key in zip(cards, keys, strict=True))
+        *(spread.buy(campaign, card.token, key=key) for card, key in zip(cards, keys, strict=True))
     )
     replayed = sum("Idempotency-Replayed" in one.headers for one in again)
     holder = next(card for card, one in zip(cards, again, strict=True) if one.status == 201)
-    assert (await crowd.buy(campaign, holder.token)).code == "limit-exceeded"
+    assert (await spread.buy(campaign, holder.token)).code == "limit-exceeded"
     await client.step(campaign, "pause")
-    assert (await crowd.buy(campaign, holder.token)).code == "paused"
+    assert (await spread.buy(campaign, holder.token)).code == "paused"
 
     text = await metrics(service)
 
@@ -250,15 +250,15 @@ async def test_log_lines_are_json_without_card_numbers(service: Service, client:
     assert not re.search(r"\b9901\d{12}\b", text)
 
 
-async def test_purchases_are_not_logged(service: Service, client: Client, crowd: Client) -> None:
+async def test_purchases_are_not_logged(service: Service, client: Client, spread: Client) -> None:
     campaign = await client.campaign(tickets=20)
     await client.buy(campaign, service.card().token)
     before = len(log_lines(service))
-    await asyncio.gather(*(crowd.buy(campaign, card.token) for card in service.cards(150)))
-    await asyncio.gather(*(crowd.buy(campaign, "x") for _ in range(20)))
-    await asyncio.gather(*(crowd.get(f"{CAMPAIGNS}/{campaign}") for _ in range(20)))
-    await crowd.get(ORDERS)
-    await crowd.get(ADMIN)
+    await asyncio.gather(*(spread.buy(campaign, card.token) for card in service.cards(150)))
+    await asyncio.gather(*(spread.buy(campaign, "x") for _ in range(20)))
+    await asyncio.gather(*(spread.get(f"{CAMPAIGNS}/{campaign}") for _ in range(20)))
+    await spread.get(ORDERS)
+    await spread.get(ADMIN)
     assert len(log_lines(service)) - before < 10
 
 

@@ -1,4 +1,4 @@
-"""What the description allows is taken, what it forbids is refused, and answers are as it says.
+"""The API accepts and refuses requests as its description says, and answers as it says.
 
 Each answer of ``Client.ask`` is compared with the description: status, headers, body.
 """

@@ -29,15 +29,15 @@ async def send(
     return await client.ask(method, path, token, headers=headers, **given)
 
 
-async def test_delete_again_is_deleted(service: Service, crowd: Client, operator: str) -> None:
-    made = await crowd.campaign(draft=True)
+async def test_delete_again_is_deleted(service: Service, spread: Client, operator: str) -> None:
+    made = await spread.campaign(draft=True)
     path, key = f"{ADMIN}/{made}", new_key()
-    seen = await asyncio.gather(*(send(crowd, "DELETE", path, operator, key) for _ in range(8)))
+    seen = await asyncio.gather(*(send(spread, "DELETE", path, operator, key) for _ in range(8)))
     assert {each.status for each in seen} == {204}
-    assert (await send(crowd, "DELETE", path, operator, key)).status == 204
+    assert (await send(spread, "DELETE", path, operator, key)).status == 204
     for other in (None, new_key()):
-        assert (await send(crowd, "DELETE", path, operator, other)).status == 404
-    mixed = await send(crowd, "POST", f"{path}/open", operator, key, {})
+        assert (await send(spread, "DELETE", path, operator, other)).status == 404
+    mixed = await send(spread, "POST", f"{path}/open", operator, key, {})
     assert (mixed.status, mixed.code) == (422, "idempotency-mismatch")
 
 

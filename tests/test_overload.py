@@ -1,4 +1,4 @@
-"""More is asked than can be done: what is sold meanwhile, and what the others are told."""
+"""Overload: how much is sold meanwhile, and how the others are answered."""
 
 import time
 from collections.abc import AsyncIterator
@@ -20,7 +20,7 @@ FAR = Bounds(connections=1_000, warm=200, warm_s=0.5, retries=0, give_up_s=5)
 NEAR = Bounds(connections=6_000, warm=3_000, warm_s=1.5, retries=0, give_up_s=5)
 
 
-@pytest.fixture(params=[True, False], ids=["lane", "aiohttp"])
+@pytest.fixture(params=[True, False], ids=["fast path", "aiohttp"])
 async def api(
     request: pytest.FixtureRequest, service: Service, tmp_path: Path
 ) -> AsyncIterator[OwnApi]:
@@ -57,7 +57,7 @@ def _sold(tally: Tally) -> list[tuple[float, float]]:
 
 
 def _rate(tally: Tally) -> float:
-    """Sold a second, from when the crowd has settled to the end of the offer."""
+    """Sold a second, from when the load has settled to the end of the offer."""
     in_time = sum(SETTLED_S <= done_at < SECONDS for done_at, _ in _sold(tally))
     return in_time / (SECONDS - SETTLED_S)
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.browser
 
 
 class StubApi:
-    """What the page asks for, answered from plain data; ``away`` answers 503 to everything."""
+    """Answers the page's requests from plain data; ``away`` answers 503 to everything."""
 
     def __init__(self) -> None:
         self.campaigns: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What refusals say, and their pages."""
+"""Wordings of refusals, and their pages."""
 
 import time
 from collections.abc import AsyncIterator

@@ -317,7 +317,7 @@ async def _slow_tenth(client: Client, campaign: str) -> float:
 
 @pytest.mark.load
 async def test_card_over_its_rate_costs_others_nothing(
-    service: Service, client: Client, crowd: Client
+    service: Service, client: Client, spread: Client
 ) -> None:
     """One limit shared by all members (row 22 of HOLES.md) would refuse other members here.
 
@@ -331,7 +331,7 @@ async def test_card_over_its_rate_costs_others_nothing(
     async def hammering() -> None:
         while True:
             await hammers.wait()
-            seen = await crowd.buy(campaign, hammer.token, key=new_key())
+            seen = await spread.buy(campaign, hammer.token, key=new_key())
             told.append(seen.status)
             if seen.status == 429:
                 limited.set()

@@ -239,7 +239,7 @@ async def test_rounded_numbers_are_refused_beyond_chance(
     if refused:
         assert f"so do {rounded} of {rounded + true} new ones of {digits}" in report.bad[0].reason
         assert (await take(pool, file, numbers_checked=True)).imported == rounded + true
-    # What the roster has is known to be true.
+    # Numbers that the roster holds are known to be true.
     assert (await take(pool, file)).unchanged == rounded + true
 
 

@@ -280,7 +280,7 @@ async def test_clock_is_that_of_redis(redis: Redis) -> None:
     assert before <= reply[1] <= await now_ms(redis)
 
 
-# Who may: INV-9 ---------------------------------------------------------------------------------
+# Eligibility: INV-9 -----------------------------------------------------------------------------
 
 
 async def test_revoked_card_buys_nothing_until_it_is_restored(redis: Redis) -> None:
@@ -967,7 +967,7 @@ async def test_call_whose_writes_are_partly_lost_sells_nothing(redis: Redis, kep
             await redis.hset(name, "applied", 0)
         elif torn[name] is not None:
             await redis.restore(name, 0, torn[name])
-    # What the script writes, in its order, as far as it was kept.
+    # The script's writes, in its order, as far as they were stored.
     writes = [
         redis.xadd(stock.keys.stream, row[1], id=row[0]),
         redis.hset(stock.keys.members, mapping=whole[stock.keys.members]),

@@ -369,8 +369,8 @@ class Sale(RuleBasedStateMachine):
 
     async def _verified(self) -> None:
         redis, pool = self.rig.redis, self.rig.pool
-        roll = await collect_report(redis)
-        assert await verify.verify(redis, self.scripts, pool, self.id, roll)
+        report = await collect_report(redis)
+        assert await verify.verify(redis, self.scripts, pool, self.id, report)
 
     # The writer -----------------------------------------------------------------------------------
 
@@ -409,7 +409,7 @@ class Sale(RuleBasedStateMachine):
         expected = self.model.showings_at(self.applied)
         assert [(row["stock"], row["live"]) for row in showings] == expected
 
-    # What must hold after every step --------------------------------------------------------------
+    # Invariants after every step ------------------------------------------------------------------
 
     @invariant()
     def redis_holds_what_the_model_says(self) -> None:
@@ -440,7 +440,7 @@ class Sale(RuleBasedStateMachine):
         await self._check_ledger()
 
     async def _check_ledger(self) -> None:
-        """What is new in the stream follows, and is what the model logged."""
+        """New entries of the stream follow the chain and equal the model's log."""
         rows: Any = await self.rig.redis.xrange(self.stock.keys.stream, f"({self.position.seq}-0")
         entries = [parse_entry(*row) for row in rows]
         known = len(self.events)

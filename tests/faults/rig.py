@@ -17,7 +17,7 @@ import aiohttp
 import asyncpg
 import redis.asyncio
 from answer_book import AnswerBook
-from crowd import Load, Phone
+from load import Load, Phone
 from machine import SERVERS, START_LIMIT_S, Machine
 from service import ADMIN, Ran, campaign_table, command
 

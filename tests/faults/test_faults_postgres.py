@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from crowd import Load
+from load import Load
 from rig import Rig
 from waiting import until
 

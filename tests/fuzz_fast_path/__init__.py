@@ -4,7 +4,7 @@
 many examples it tried, and ends with the smallest failing example where there is one.
 ``tests/test_fast_path_fuzz.py`` runs the same properties for some seconds.
 
-The oracle is aiohttp's parser, fed one byte at a time: what it takes for a request, the lane must
-take for the same request, whoever answers it and however the bytes were split; and where it refuses
-to go on, nothing more may be answered but the refusal.
+The oracle is aiohttp's parser, fed one byte at a time. The fast path must read the same requests,
+whichever path answers them and however the bytes were split. Where the parser refuses to go on, the
+refusal must be the last answer.
 """

@@ -1,4 +1,4 @@
-"""What aiohttp takes bytes for."""
+"""The requests that aiohttp reads from bytes."""
 
 import asyncio
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Request(NamedTuple):
 
 
 class _Nowhere:
-    """What a parser wants of its connection."""
+    """The methods of a connection that a parser calls."""
 
     transport = None
     _reading_paused = False

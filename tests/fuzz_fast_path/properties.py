@@ -1,4 +1,4 @@
-"""What must hold of a head and of a connection, whatever is sent."""
+"""Properties of a head and of a connection that hold for any input."""
 
 import asyncio
 import contextlib
@@ -86,7 +86,7 @@ def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes)
         found, refused = parsed(loop, pieces)
         if refused and head.handler is None:
             continue  # delegated to aiohttp, which refuses it and closes
-        assert not refused, "the lane takes what aiohttp refuses"
+        assert not refused, "the fast path accepts a request that aiohttp refuses"
         assert len(found) == 2, found
         (message, payload), (following, _) = found
         assert following.path == "/next"
@@ -206,7 +206,7 @@ class Rush(Overload):
 
 
 class Counter:
-    """The engine behind the lane, which sells nothing and writes down what it was asked."""
+    """The engine behind the fast path: it sells nothing and records the requests."""
 
     def __init__(self, rush: int | None) -> None:
         self.seen: list[Request | None] = []
@@ -222,7 +222,7 @@ class Counter:
         self.overload, self.limits, self.addresses = self.admission, self, self
         self.public_campaigns = self
 
-    # What the lane's own checks are replaced by: any body and key will do.
+    # These replace the fast path's own checks: any body and key will do.
 
     def body(self, body: bytes, _: Any) -> Any:
         self._body = body
@@ -232,7 +232,7 @@ class Counter:
         self._key = key
         return key or ""
 
-    # What the desk asks: who it is, what there is, and the batcher.
+    # The parts that the desk calls: tokens, catalogue, batcher.
 
     def known(self, campaign_id: str) -> Any:
         return FILMS if campaign_id == CAMPAIGN else None
@@ -241,7 +241,7 @@ class Counter:
         return campaign_id == CAMPAIGN
 
     def doubt(self, _: str) -> None:
-        """What is known stays."""
+        """A known configuration stays."""
 
     def fresh(self, campaign_id: str) -> Any:
         return FILMS_NOW if campaign_id == CAMPAIGN else None
@@ -354,7 +354,7 @@ async def check_connection(
     assert all(mine in (None, theirs) for mine, theirs in took), (counter.seen, wanted)
     assert served == len(wanted), (counter.seen, wanted)
     if refused:
-        # The lane looks at a head when it is whole, or its time is over.
+        # The fast path reads a head when it is whole, or its time is over.
         assert closed or b"\r\n\r\n" not in held, "what cannot be read ends the connection"
     assert served <= answers <= served + refused, wire.written
     assert counter.admission.connections == 0

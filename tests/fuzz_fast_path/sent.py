@@ -1,4 +1,4 @@
-"""What is sent: sound requests, odd ones, and damaged ones, cut anywhere."""
+"""Generated input: sound, odd and damaged requests, cut anywhere."""
 
 from hypothesis import strategies as st
 
@@ -109,7 +109,7 @@ _BODIES = st.one_of(
 
 @st.composite
 def plain_purchases(draw: st.DrawFn) -> bytes:
-    """A request that the lane must serve, its headers in any order and case."""
+    """A request that the fast path must serve, its headers in any order and case."""
     body = draw(_BODIES)
     fields = [
         (b"Host", b"sale"),

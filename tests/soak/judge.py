@@ -51,7 +51,7 @@ class Wrong(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """What the engine lists as lost: voided numbers; number and key of each conflict."""
+    """The orders that the engine lists as lost: voided numbers; number and key of each conflict."""
 
     voided: frozenset[int]
     conflicts: frozenset[tuple[int, str]]

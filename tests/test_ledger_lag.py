@@ -66,8 +66,8 @@ async def test_head_is_updated_at_most_ten_times_a_second(
         told.append(applied)
         return await tell(self, campaign_id, applied, behind_since_ms)
 
-    tell = Scripts.tell_applied
-    monkeypatch.setattr(Scripts, "tell_applied", counted)
+    tell = Scripts.set_applied
+    monkeypatch.setattr(Scripts, "set_applied", counted)
     loop = asyncio.get_running_loop()
     begun, n = loop.time(), 0
     while loop.time() < begun + 1.0:
@@ -89,7 +89,7 @@ async def test_writer_goes_on_if_redis_refuses_the_update(
 
     await until_equal(lambda: stored(shop), [b"2", b""], SOON_S)
     with capture_logs() as said, monkeypatch.context() as patched:
-        patched.setattr(Scripts, "tell_applied", refused)
+        patched.setattr(Scripts, "set_applied", refused)
         await shop.buy(1)
         await shop.applied()
         await asyncio.sleep(0.3)

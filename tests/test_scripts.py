@@ -909,7 +909,7 @@ async def test_answers_name_events_of_the_ledger(redis: Redis) -> None:
 async def test_no_sale_if_postgres_lacks_too_many_events(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     (seq,) = await stock.head("seq")
-    await stock.scripts.tell_applied(stock.id, int(seq), None)
+    await stock.scripts.set_applied(stock.id, int(seq), None)
     first = await stock.buy(Bid(member(1), key(1)), behind_max=(2, 10**6))
     second = await stock.buy(Bid(member(2), key(1)), behind_max=(2, 10**6))
     assert [told[0].decision for told in (first, second)] == [Decision.SOLD] * 2
@@ -917,7 +917,7 @@ async def test_no_sale_if_postgres_lacks_too_many_events(redis: Redis) -> None:
         Bid(member(1), key(1)), Bid(member(3), key(1)), behind_max=(2, 10**6)
     )
     assert (replayed.decision, refused.decision) == (Decision.REPLAYED, Decision.BEHIND)
-    await stock.scripts.tell_applied(stock.id, int(seq) + 1, await now_ms(redis))
+    await stock.scripts.set_applied(stock.id, int(seq) + 1, await now_ms(redis))
     assert (await stock.buy(Bid(member(3), key(1)), behind_max=(2, 10**6)))[0].decision is (
         Decision.SOLD
     )
@@ -927,7 +927,7 @@ async def test_no_sale_if_postgres_lacks_too_many_events(redis: Redis) -> None:
 async def test_no_sale_if_postgres_is_behind_too_long(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     (seq,) = await stock.head("seq")
-    await stock.scripts.tell_applied(stock.id, int(seq), None)
+    await stock.scripts.set_applied(stock.id, int(seq), None)
     bounds = (10**6, 1_000)
     assert (await stock.buy(Bid(member(1), key(1)), behind_max=bounds))[0].decision is Decision.SOLD
     since = int((await stock.head("behind_since"))[0])
@@ -938,18 +938,18 @@ async def test_no_sale_if_postgres_is_behind_too_long(redis: Redis) -> None:
         0
     ].decision is Decision.BEHIND
     # The writer has carried the first of the two: the other is younger than the bound.
-    await stock.scripts.tell_applied(stock.id, int(seq) + 1, since + 1_000)
+    await stock.scripts.set_applied(stock.id, int(seq) + 1, since + 1_000)
     assert (await stock.buy(Bid(member(3), key(1)), behind_max=bounds))[0].decision is Decision.SOLD
-    await stock.scripts.tell_applied(stock.id, int(seq) + 3, None)
+    await stock.scripts.set_applied(stock.id, int(seq) + 3, None)
     assert await stock.head("behind_since") == [""]
 
 
 async def test_applied_number_above_the_head_is_ignored(redis: Redis) -> None:
     stock = await open_stock(redis, 9)
     (seq,) = await stock.head("seq")
-    told = await stock.scripts.tell_applied(stock.id, int(seq) + 1, None)
+    told = await stock.scripts.set_applied(stock.id, int(seq) + 1, None)
     assert told.reply is CallReply.STALE
-    assert (await stock.scripts.tell_applied("no-such", 1, None)).reply is CallReply.MISSING
+    assert (await stock.scripts.set_applied("no-such", 1, None)).reply is CallReply.MISSING
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])

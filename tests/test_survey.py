@@ -55,10 +55,10 @@ async def test_head_with_a_damaged_number_is_an_error_of_its_own(heads: Redis) -
 async def test_survey_without_fields_gives_whole_hashes(heads: Redis) -> None:
     pipe = heads.pipeline(transaction=False)
     keys = [campaign_keys(each).head for each in IDS]
-    survey.ask(pipe, keys)
+    survey.add_reads(pipe, keys)
     replies = await pipe.execute(raise_on_error=False)
     assert len(replies) == 3
-    told = survey.told(replies, COUNT)
+    told = survey.replies_by_key(replies, COUNT)
     assert (told[5], sorted(told[6])) == ([], [b"6", b"open", b"seq", b"state"])
     assert isinstance(told[70], ResponseError)
 
@@ -66,7 +66,7 @@ async def test_survey_without_fields_gives_whole_hashes(heads: Redis) -> None:
 def test_failed_survey_call_gives_each_key_its_error() -> None:
     lost = RedisConnectionError("lost")
     first = [[b"1"]] * KEYS_A_CALL
-    assert survey.told([first, lost], KEYS_A_CALL + 3) == [*first, lost, lost, lost]
+    assert survey.replies_by_key([first, lost], KEYS_A_CALL + 3) == [*first, lost, lost, lost]
 
 
 async def test_stock_of_wrong_type_does_not_hide_other_campaigns(redis: Redis) -> None:

@@ -32,7 +32,8 @@ from sale.jobs.backoff import Backoff, pause
 from sale.jobs.leadership import Leadership
 from sale.lifetime import cancel_and_wait
 from sale.metrics import StoreMetrics
-from sale.stock.catalogue import Unreadable, read_campaigns
+from sale.stock.catalogue import Unreadable, campaign_ids, read_campaigns
+from sale.stock.dormant import DORMANT, Dormant
 from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
 from sale.stock.troubles import Troubles
@@ -120,6 +121,7 @@ class Scheduler:
         self._faults: list[str] = []
         self._file_trouble = ""
         self._file_due_s = 0.0
+        self._dormant = Dormant[CampaignNow](stores.redis)
         self._rehearsals: dict[str, Campaign] = {}
         self._isolation = Isolation()
         self._troubles = Troubles(stores.redis, "scheduler")
@@ -279,7 +281,13 @@ class Scheduler:
 
     async def _clock(self) -> None:
         unreadable: list[Unreadable] = []
-        campaigns = await read_campaigns(self._stores.redis, unreadable=unreadable)
+        ids = await campaign_ids(self._stores.redis)
+        due = await self._dormant.due(ids)
+        campaigns = await read_campaigns(self._stores.redis, due, unreadable=unreadable)
+        for now in campaigns:
+            if now.recorded in DORMANT and not now.recovering:
+                self._dormant.keep(now.campaign.id, now.seq, now)
+        campaigns += [self._dormant.kept(each) for each in set(ids) - set(due)]
         for now in campaigns:
             self._isolation.note(now.campaign.id, "window", now.window_fault)
             with self._isolation.of(now.campaign.id, "clock"):

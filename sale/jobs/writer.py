@@ -34,6 +34,7 @@ from sale.db.apply import Applied, PositionMoved, apply_entries
 from sale.db.errors import POSTGRES_AWAY, POSTGRES_ERRORS, in_words
 from sale.jobs.backoff import Backoff, pause
 from sale.jobs.leadership import Leadership
+from sale.jobs.outages import Outages
 from sale.jobs.pooling import connected
 from sale.jobs.writer_campaign import LedgerCampaign
 from sale.jobs.writer_lag import LedgerLag
@@ -42,8 +43,7 @@ from sale.jobs.writer_source import LedgerSource, bounded, readable
 from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Position
 from sale.stock.errors import REDIS_AWAY
 from sale.stock.errors import in_words as redis_in_words
-from sale.stock.head import NUMBER
-from sale.stock.keys import campaign_keys
+from sale.stock.head import WRITER
 from sale.stock.scripts import Scripts
 from sale.stock.troubles import Troubles
 
@@ -101,11 +101,11 @@ class LedgerWriter:
             self._source,
             scripts,
             self.metrics,
-            campaigns=lambda: list(self._campaigns.values()),
+            campaigns=lambda: self._campaigns,
             may_write=lambda: self._leadership.sure,
         )
         self._troubles = Troubles(redis, "writer")
-        self._away: dict[str, set[str]] = {}
+        self._outages = Outages()
         self._backoff = Backoff()
         # Whether the last round applied events, and whether it skipped a failing campaign.
         self._applied_some = self._skipped = False
@@ -139,7 +139,7 @@ class LedgerWriter:
     # The lock ---------------------------------------------------------------------------------
 
     def _stand_by(self) -> None:
-        self._back("postgres")
+        self._outages.back("postgres")
         if not self._standing_by:
             self._standing_by = True
             self._campaigns.clear()
@@ -196,14 +196,14 @@ class LedgerWriter:
             try:
                 more = await self._round(conn)
             except redis_errors.RedisError as error:
-                self._lost("redis", redis_in_words(error))
+                self._outages.lost("redis", redis_in_words(error))
                 await pause(self._stop, backoff.next())
                 continue
-            self._back("redis")
+            self._outages.back("redis")
             backoff.reset()
             if self._applied_some or not self._skipped:
                 # Only a write proves it: a read-only or full PostgreSQL still answers reads.
-                self._back("postgres")
+                self._outages.back("postgres")
                 self._backoff.reset()
             idle_rounds = 0 if self._applied_some else idle_rounds + 1
             if not more:
@@ -282,16 +282,16 @@ class LedgerWriter:
         return more
 
     async def _read_heads(self) -> tuple[int, list[tuple[LedgerCampaign, Any]]]:
-        """Read Redis' clock (ms), and the raw event number of each campaign's head."""
-        asked = self._known_ids
-        seen = await self._source.read_heads([campaign_keys(each).head for each in asked], NUMBER)
+        """Read Redis' clock (ms), and each campaign's head, or the error of reading it."""
+        known = self._known_ids
+        seen = await self._source.read_heads(known, WRITER)
         self._known_ids = seen.campaign_ids
-        for campaign_id in {*asked, *seen.campaign_ids}:
+        for campaign_id in {*known, *seen.campaign_ids}:
             if campaign_id not in self._campaigns:
                 begin = Position(0, GENESIS)
                 self._campaigns[campaign_id] = LedgerCampaign(campaign_id, begin, seen.now_ms)
                 self.metrics.conflict_rows.labels(campaign_id).set(0)
-        found = zip(asked, seen.heads, strict=True)
+        found = zip(known, seen.heads, strict=True)
         return seen.now_ms, [(self._campaigns[campaign_id], head) for campaign_id, head in found]
 
     async def _copy_batch(
@@ -345,9 +345,9 @@ class LedgerWriter:
             try:
                 await self._source.trim(campaign.stream, f"{min(passed, head)}-0")
             except redis_errors.ResponseError as error:
-                self._lost("trim", f"{type(error).__name__}: {error}")
+                self._outages.lost("trim", f"{type(error).__name__}: {error}")
             else:
-                self._back("trim")
+                self._outages.back("trim")
 
     async def _pause_for_conflict(
         self, conn: "asyncpg.Connection[Any]", campaign: LedgerCampaign
@@ -382,35 +382,13 @@ class LedgerWriter:
     # Stores that are away ---------------------------------------------------------------------
 
     async def _wait_for_postgres(self, error: Exception) -> None:
-        self._lost("postgres", in_words(error))
+        self._outages.lost("postgres", in_words(error))
         await pause(self._stop, self._backoff.next())
-
-    def _lost(self, what: str, why: str) -> None:
-        """Log that a store is away; log each kind of reason once until it is back."""
-        kinds, kind = self._away.setdefault(what, set()), why.partition(":")[0]
-        if kind not in kinds:
-            kinds.add(kind)
-            log.error(_LOST[what], why=why)
-
-    def _back(self, what: str) -> None:
-        if what in self._away:
-            del self._away[what]
-            log.info(_BACK[what])
 
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-_LOST: Final = {
-    "postgres": "ledger.postgres_lost",
-    "redis": "ledger.redis_lost",
-    "trim": "ledger.trim_failed",
-}
-_BACK: Final = {
-    "postgres": "ledger.postgres_back",
-    "redis": "ledger.redis_back",
-    "trim": "ledger.trim_back",
-}
 _STORE_ERRORS: Final = (*POSTGRES_AWAY, *REDIS_AWAY)
 """Errors that are no single campaign's fault."""

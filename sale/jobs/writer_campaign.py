@@ -16,7 +16,6 @@ class LedgerCampaign:
     def __init__(self, campaign_id: str, position: Position, now_ms: int) -> None:
         self.id = campaign_id
         self.stream = campaign_keys(campaign_id).stream
-        self.head = campaign_keys(campaign_id).head
         self.position = position
         self.stuck: str | None = None
         self.pause_for: str | None = None

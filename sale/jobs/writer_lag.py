@@ -8,7 +8,7 @@ whenever it differs, for any reason: a Redis restored from older files is correc
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final
 
 import structlog
@@ -41,7 +41,7 @@ class LedgerLag:
         scripts: Scripts,
         metrics: LedgerMetrics,
         *,
-        campaigns: Callable[[], Iterable[LedgerCampaign]],
+        campaigns: Callable[[], Mapping[str, LedgerCampaign]],
         may_write: Callable[[], bool],
     ) -> None:
         self._source, self._scripts, self._metrics = source, scripts, metrics
@@ -63,11 +63,11 @@ class LedgerLag:
             await asyncio.sleep(LAG_INTERVAL_S)
 
     async def _round(self) -> None:
-        watched = list(self._campaigns())
+        watched = list(self._campaigns().values())
         if not watched:
             return
-        heads = [campaign.head for campaign in watched]
-        seen = await self._source.read_heads(heads, LAG, lenient=True)
+        ids = [campaign.id for campaign in watched]
+        seen = await self._source.read_heads(ids, LAG, lenient=True)
         for campaign, head in zip(watched, seen.heads, strict=True):
             with contextlib.suppress(redis_errors.ResponseError, CorruptLedger, *DAMAGED):
                 read = readable(head)
@@ -87,13 +87,15 @@ class LedgerLag:
                 since_ms = stored[1]  # the entry cannot be read, so keep the known moment
             else:
                 since_ms = oldest[0].at_ms if oldest else None
-        if not any(campaign is each for each in self._campaigns()):
-            return
+        if self._campaigns().get(campaign.id) is not campaign:
+            return  # the writer has become a standby meanwhile
         age_ms = 0 if since_ms is None else max(now_ms - since_ms, 0)
         self._metrics.lag_events.labels(campaign.id).set(behind)
         self._metrics.lag_seconds.labels(campaign.id).set(age_ms / 1_000)
-        if stored != (applied, since_ms) and self._may_write():
-            await self._store_applied(campaign, applied, since_ms)
+        if stored != (applied, since_ms):
+            self._source.forget_head(campaign.id, LAG)
+            if self._may_write():
+                await self._store_applied(campaign, applied, since_ms)
 
     async def _store_applied(
         self, campaign: LedgerCampaign, applied: int, behind_since_ms: int | None
@@ -103,7 +105,7 @@ class LedgerLag:
         if campaign.sent == sent and time.monotonic() < campaign.send_not_before:
             return
         try:
-            await bounded(self._scripts.tell_applied(campaign.id, *sent))
+            await bounded(self._scripts.set_applied(campaign.id, *sent))
         except REDIS_ERRORS as error:
             if not campaign.send_failed:
                 log.warning("ledger.applied_not_stored", campaign=campaign.id, why=str(error)[:200])

@@ -10,9 +10,10 @@ from redis.asyncio import Redis
 from sale.ledger.chain import CorruptLedger, Entry, parse_entry
 from sale.stock import survey
 from sale.stock.catalogue import ids_of
+from sale.stock.dormant import Dormant
 from sale.stock.errors import REDIS_ERRORS
 from sale.stock.head import Head, Part, parsed
-from sale.stock.keys import CAMPAIGNS
+from sale.stock.keys import CAMPAIGNS, campaign_keys
 
 REDIS_TIMEOUT_S: Final = 5.0
 
@@ -32,28 +33,42 @@ class LedgerSource:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._dormant: dict[Part, Dormant[Head]] = {}
 
-    async def read_heads(self, heads: Sequence[str], part: Part, *, lenient: bool = False) -> Heads:
-        """Read a part of the heads of those keys, in one round trip.
+    def forget_head(self, campaign_id: str, part: Part) -> None:
+        """Read this part of a head again, although the campaign may be dormant."""
+        self._dormant[part].forget(campaign_id)
+
+    async def read_heads(
+        self, campaign_ids: Sequence[str], part: Part, *, lenient: bool = False
+    ) -> Heads:
+        """Read a part of the heads of these campaigns; dormant ones only after a new event.
 
         A head that cannot be read is replaced by its error, a ResponseError or a ValueError: that
         is the campaign's problem alone. Raises all other errors of Redis.
         """
+        dormant = self._dormant.setdefault(part, Dormant(self._redis))
+        due = await bounded(dormant.due(campaign_ids))
         pipe = self._redis.pipeline(transaction=False)
         pipe.time()
         pipe.smembers(CAMPAIGNS)
-        survey.ask(pipe, heads, part.fields)
+        survey.add_reads(pipe, [campaign_keys(each).head for each in due], part.fields)
         clock, members, *replies = await bounded(pipe.execute(raise_on_error=False))
-        found = [parsed(part, r, lenient=lenient) for r in survey.told(replies, len(heads))]
         for reply in (clock, members):
             if isinstance(reply, Exception):
                 raise reply
-        for reply in found:
-            if isinstance(reply, REDIS_ERRORS) and not isinstance(
-                reply, redis_errors.ResponseError
+        found: dict[str, Head | Exception] = {}
+        for campaign_id, reply in zip(due, survey.replies_by_key(replies, len(due)), strict=True):
+            head = found[campaign_id] = parsed(part, reply, lenient=lenient)
+            if isinstance(head, Head):
+                if head.seq is not None and head.dormant:
+                    dormant.keep(campaign_id, head.seq, head)
+            elif isinstance(head, REDIS_ERRORS) and not isinstance(
+                head, redis_errors.ResponseError
             ):
-                raise reply
-        return Heads(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), found)
+                raise head
+        heads = [found[each] if each in found else dormant.kept(each) for each in campaign_ids]
+        return Heads(clock[0] * 1_000 + clock[1] // 1_000, ids_of(members), heads)
 
     async def read(self, stream: str, first: str, last: str, count: int) -> list[Entry]:
         """Read the entries of a stream between two IDs. Raises CorruptLedger."""

@@ -289,12 +289,12 @@ async def read_campaigns(
     keys = [campaign_keys(campaign_id) for campaign_id in ids]
     async with redis.pipeline(transaction=False) as pipe:
         pipe.time()
-        survey.ask(pipe, [each.head for each in keys], SNAPSHOT.fields)
-        survey.ask(pipe, [each.stock for each in keys])
+        survey.add_reads(pipe, [each.head for each in keys], SNAPSHOT.fields)
+        survey.add_reads(pipe, [each.stock for each in keys])
         clock, *replies = await pipe.execute()
     half = len(replies) // 2
-    heads = survey.told(replies[:half], len(keys))
-    stocks = survey.told(replies[half:], len(keys))
+    heads = survey.replies_by_key(replies[:half], len(keys))
+    stocks = survey.replies_by_key(replies[half:], len(keys))
     read = []
     for campaign_id, head, stock in zip(ids, heads, stocks, strict=True):
         errors = [reply for reply in (head, stock) if isinstance(reply, Exception)]

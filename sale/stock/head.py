@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from sale.domain.campaign import Campaign
 from sale.domain.clock import to_ms
 from sale.stock import survey
+from sale.stock.dormant import DORMANT
 from sale.stock.keys import campaign_keys
 
 _INTEGER_MAX: Final = 2**63
@@ -48,6 +49,11 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     roster_load: str = ""
     applied: int = 0
     behind_since: int | None = None
+
+    @property
+    def dormant(self) -> bool:
+        """Whether the campaign changes only by an event (``dormant.py``)."""
+        return self.seq is not None and self.state in DORMANT and not self.recovering
 
     @property
     def identity(self) -> str:
@@ -105,9 +111,9 @@ async def read_heads(
     Gives the error in the place of a head that cannot be read. Raises redis-py's errors.
     """
     async with redis.pipeline(transaction=False) as pipe:
-        survey.ask(pipe, [campaign_keys(each).head for each in campaign_ids], part.fields)
+        survey.add_reads(pipe, [campaign_keys(each).head for each in campaign_ids], part.fields)
         replies = await pipe.execute(raise_on_error=False)
-    return [parsed(part, reply) for reply in survey.told(replies, len(campaign_ids))]
+    return [parsed(part, reply) for reply in survey.replies_by_key(replies, len(campaign_ids))]
 
 
 def parsed(part: Part, reply: Any, *, lenient: bool = False) -> Head | Exception:  # noqa: ANN401
@@ -121,7 +127,7 @@ def parsed(part: Part, reply: Any, *, lenient: bool = False) -> Head | Exception
 
 
 SEQ: Final = "seq"
-NUMBER: Final = Part(SEQ)
+WRITER: Final = Part("seq", "state", "recovering")
 POSITION: Final = Part("seq", "chain")
 TRUST: Final = Part("seq", "epoch", "run_id", "replid", "nonce", "recovering", "applied")
 """Which Redis was verified, and how far the ledger is."""
@@ -134,7 +140,7 @@ EXAMINED: Final = Part(
     "seq", "chain", "epoch", "clock", "recovering", "nonce", "run_id", "replid"
 )  # fmt: skip
 ROSTER: Final = Part("state", "roster_rev")
-LAG: Final = Part("seq", "applied", "behind_since")
+LAG: Final = Part("seq", "state", "recovering", "applied", "behind_since")
 CONFIG: Final = Part("config")
 RULES: Final = Part("rules", "config_seq")
 SNAPSHOT: Final = Part(

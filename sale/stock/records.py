@@ -70,8 +70,8 @@ async def read_member_everywhere(redis: Redis, member_no: int) -> dict[str, list
     """
     ids = await campaign_ids(redis)
     async with redis.pipeline(transaction=False) as pipe:
-        survey.ask(pipe, [campaign_keys(each).members for each in ids], [str(member_no)])
-        values = survey.told(await pipe.execute(), len(ids))
+        survey.add_reads(pipe, [campaign_keys(each).members for each in ids], [str(member_no)])
+        values = survey.replies_by_key(await pipe.execute(), len(ids))
     held: dict[str, list[SaleRecord]] = {}
     for campaign_id, value in zip(ids, values, strict=True):
         if isinstance(value, Exception):

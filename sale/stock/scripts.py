@@ -259,7 +259,7 @@ class Scripts:
             VERIFY, campaign_id, seq, chain, self.nonce, recovering, int(whole)
         )
 
-    async def tell_applied(
+    async def set_applied(
         self, campaign_id: str, applied: int, behind_since_ms: int | None
     ) -> OperationReply:
         """Run ``applied.lua``: how far PostgreSQL is, and since when it lacks something."""

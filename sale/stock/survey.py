@@ -1,7 +1,7 @@
-"""Reads of all campaigns at once, for those who look at each of them some times a second.
+"""Reads the same fields of many hashes in few calls, for jobs that look at all campaigns.
 
-By redis-py a command a campaign costs the client more than everything else that it does with the
-answers; figures in ``lua/survey.lua``.
+With redis-py, one command for each campaign costs the client more than all that it does with the
+replies; ``lua/survey.lua`` has the figures.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ KEYS_A_CALL: Final = 64
 """So that a member's purchase waits for a fraction of a millisecond."""
 
 
-def ask(pipe: Any, keys: Sequence[str], fields: Sequence[str] = ()) -> None:  # noqa: ANN401 - redis-py's pipeline
-    """Put the question into a pipeline: one reply for each ``KEYS_A_CALL`` hashes begun."""
+def add_reads(pipe: Any, keys: Sequence[str], fields: Sequence[str] = ()) -> None:  # noqa: ANN401 - redis-py's pipeline
+    """Add the calls to a pipeline: one for each ``KEYS_A_CALL`` hashes begun."""
     for at in range(0, len(keys), KEYS_A_CALL):
         some = keys[at : at + KEYS_A_CALL]
         pipe.eval(_SCRIPT, len(some), *some, *fields)
 
 
-def told(replies: Sequence[Any], count: int) -> list[Any]:
-    """Give what was told of each of ``count`` keys, by the replies to ``ask``.
+def replies_by_key(replies: Sequence[Any], count: int) -> list[Any]:
+    """Give the reply for each of ``count`` keys, from the replies to the calls of ``add_reads``.
 
-    Where a whole call failed, each of its keys has its error.
+    If a whole call failed, each of its keys has its error.
     """
     found: list[Any] = []
     for reply in replies:
@@ -34,7 +34,7 @@ def told(replies: Sequence[Any], count: int) -> list[Any]:
 
 
 def is_wrong_type(error: object) -> bool:
-    """Whether Redis said that a key is of another type: the trouble of its campaign alone."""
+    """Whether a key is of another type, which is a fault of its campaign alone."""
     return isinstance(error, ResponseError) and "WRONGTYPE" in str(error)
 
 

@@ -18,7 +18,7 @@ import msgspec
 from sale import config
 from sale.config import Settings
 from sale.host.embedded import find
-from sale.host.embedded.servers import launch_command
+from sale.host.embedded.child import launch_command
 
 START_S: Final = 90.0
 STOP_S: Final = 20.0

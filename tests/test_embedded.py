@@ -23,7 +23,7 @@ from waiting import runs, until
 from sale.host import embedded
 from sale.host.embedded import binaries, launch
 from sale.host.embedded.binaries import EmbeddedError, Program
-from sale.host.embedded.servers import launch_command
+from sale.host.embedded.child import launch_command
 
 HOLD = """
 import asyncio, sys

@@ -30,7 +30,7 @@ from waiting import until, until_equal
 
 from sale.db import locks
 from sale.db.migrate import migrate, migrations
-from sale.host.embedded.servers import launch_command
+from sale.host.embedded.child import launch_command
 from sale.jobs.leadership import Leadership, LockLost
 from sale.jobs.pooling import UnfitProxy
 from sale.ledger.chain import GENESIS

@@ -24,7 +24,7 @@ from test_drain import another_api
 from waiting import until, until_equal
 
 from sale.host import embedded
-from sale.host.embedded import EmbeddedError, servers
+from sale.host.embedded import EmbeddedError, server
 from sale.host.supervisor import _Register
 from sale.metrics import PurchaseMetrics
 from sale.stock.batchers import Batchers
@@ -267,9 +267,9 @@ async def test_disk_below_its_bound_is_reported_everywhere(
 async def test_dying_server_is_given_up_unless_its_disk_is_full(
     short_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
-    monkeypatch.setattr(servers, "RESTARTS_MAX", 1)
-    monkeypatch.setattr(servers, "BACKOFF_MAX_S", 0.1)
-    monkeypatch.setattr(servers, "DISK_FULL_BYTES", 2**62 if full else 0)
+    monkeypatch.setattr(server, "RESTARTS_MAX", 1)
+    monkeypatch.setattr(server, "BACKOFF_MAX_S", 0.1)
+    monkeypatch.setattr(server, "DISK_FULL_BYTES", 2**62 if full else 0)
     async with embedded.running(short_path / "d", redis=True, postgres=False) as running:
         watching = asyncio.ensure_future(running.watch())
         try:

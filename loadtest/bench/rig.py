@@ -27,7 +27,7 @@ from sale.config import Settings
 from sale.db.pool import connect
 from sale.domain.campaign_file import parse_campaign_toml
 from sale.host.embedded import EmbeddedServers, running
-from sale.host.embedded.servers import launch_command
+from sale.host.embedded.child import launch_command
 from sale.operators.campaigns import Actor, CampaignDesk
 from sale.stock.keys import campaign_keys
 

@@ -37,7 +37,7 @@ from loadtest.surroundings import describe
 from loadtest.tally import Bounds
 from loadtest.wire import get_request, problem_code
 from sale.config import SettingsError
-from sale.host.embedded.servers import launch_command
+from sale.host.embedded.child import launch_command
 from sale.identity import load_or_create_signing_key
 
 READY_S: Final = 120.0

@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from sale.config import StartError
-from sale.host.embedded.servers import end, launch_command, spawn
+from sale.host.embedded.child import end, launch_command, spawn
 from sale.host.metrics_server import MergedMetrics
 
 BACKOFF_FIRST_S = 0.1

@@ -27,7 +27,7 @@ from sale.db.migrate import MigrationError, pending
 from sale.db.pool import CONNECT_TIMEOUT_S, connect
 from sale.host.children import Child, SupervisorError
 from sale.host.embedded import EmbeddedServers, Endpoints, claimed, running_in
-from sale.host.embedded.servers import end, launch_command
+from sale.host.embedded.child import end, launch_command
 from sale.host.metrics_server import MergedMetrics, serving_metrics
 from sale.lifetime import restart_on_signal, stop_on_signal
 from sale.shared_port import first_address, reserve

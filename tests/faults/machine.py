@@ -16,7 +16,7 @@ from proxy import Proxy
 from service import free_port
 
 from sale.host.embedded import EmbeddedServers
-from sale.host.embedded.servers import launch_command, spawn
+from sale.host.embedded.child import launch_command, spawn
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 START_LIMIT_S: Final = 30.0

@@ -1,13 +1,13 @@
 """Drafts, closed and deleted campaigns cost a job one command a turn, and are seen to change."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from shop import CAMPAIGN, Shop, open_shop, until
-from stock_maker import Stock, campaign, open_stock
+from shop import Shop
+from stock_maker import CAMPAIGN, Stock, campaign, open_stock
+from waiting import until_equal
 
 from sale.jobs.writer_source import LedgerSource
 from sale.stock import dormant
@@ -84,26 +84,18 @@ async def test_stream_of_another_type_makes_all_due(redis: Redis, stocks: dict[s
     assert await found.due(IDS) == IDS
 
 
-@pytest.fixture
-async def shop(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Shop]:
-    async with open_shop(redis_url, database_url) as shop:
-        await shop.start_writer()
-        await shop.create(campaign(5))
-        yield shop
-
-
 async def test_step_on_a_dormant_campaign_reaches_postgres_soon(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dormant, "READ_ALL_S", READ_ALL_S)
+    await shop.create(campaign(5))
     await shop.applied()
     await asyncio.sleep(0.3)  # the writer has read the draft's head several times
 
-    async def applied() -> bool:
-        found = await shop.pool.fetchval(
+    async def applied() -> object:
+        return await shop.pool.fetchval(
             "SELECT applied FROM campaign WHERE campaign_id = $1", CAMPAIGN
         )
-        return bool(found == reply.seq)
 
     reply = await shop.stock.step("open")
-    await until(applied, within_s=0.5)
+    await until_equal(applied, reply.seq, within_s=0.5)

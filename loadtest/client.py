@@ -1,8 +1,7 @@
 """An HTTP client for single requests: raw bytes out, the whole answer back.
 
-Load is offered by `loadtest.generator`. An answer that did not come (timeout, connection lost) is
-an outcome of its own, ``status`` 0: the order may stand or not. Only a repeat under the same key
-can settle it.
+`loadtest.generator` offers load. An answer that did not come (timeout, connection lost) has
+``status`` 0: the order may stand or not, and only a repeat under the same key can settle it.
 """
 
 import asyncio
@@ -87,12 +86,15 @@ class _Connection(asyncio.Protocol):
 class Client:
     """Up to ``connections`` keep-alive connections to one server; one request under way on each.
 
-    ``address`` is ``host:port`` or ``unix:PATH``. Use as ``async with Client(…) as client``, which
-    raises OSError if nobody listens there.
+    ``address`` is ``host:port`` or ``unix:PATH``. ``async with Client(…) as client`` raises OSError
+    if nobody listens there. ``source`` is the address of this machine that it connects from.
     """
 
-    def __init__(self, address: str, connections: int = 1, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, address: str, connections: int = 1, *, timeout_s: float = TIMEOUT_S, source: str = ""
+    ) -> None:
         self.address = address
+        self._source = source
         self._timeout_s = timeout_s
         self._turns = asyncio.Semaphore(connections)
         self._idle: list[_Connection] = []
@@ -105,6 +107,11 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def open(self) -> int:
+        """How many of its connections are open."""
+        return sum(connection.open for connection in self._live)
+
     async def close(self) -> None:
         """Close all connections; what is under way ends as unknown."""
         for connection in self._live:
@@ -116,11 +123,8 @@ class Client:
     async def request(self, raw: bytes) -> Response:
         """Send one request and wait for its answer. Raises ProtocolError, OSError."""
         async with self._turns:
-            connection = None
-            while self._idle and connection is None:
-                kept = self._idle.pop()
-                connection = kept if kept.open else None
-            connection = connection or await self._connect()
+            self._idle = [kept for kept in self._idle if kept.open]
+            connection = self._idle.pop() if self._idle else await self._connect()
             try:
                 return await connection.ask(raw, self._timeout_s)
             finally:
@@ -131,7 +135,7 @@ class Client:
 
     async def _connect(self) -> _Connection:
         async with asyncio.timeout(self._timeout_s):
-            made = await open_connection(self.address, _Connection)
+            made = await open_connection(self.address, _Connection, self._source)
         self._live.add(made)
         return made
 

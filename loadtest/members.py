@@ -1,4 +1,4 @@
-"""Members: their cards and tokens, what they ask for, and tokens that are signed in numbers."""
+"""Members: their numbers and tokens, what they ask for, and tokens that are signed in numbers."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ MINTED_MAX: Final = 90_000_000
 class Member:
     """A member by number, and the token, as ``sale tokens`` writes it."""
 
-    card: str
+    member_no: str
     token: str
     union: str
 
@@ -36,7 +36,7 @@ class Member:
 class Ask:
     """One member's purchase under one key."""
 
-    card: str
+    member_no: str
     key: str
     showing: str
     quantity: int
@@ -84,23 +84,22 @@ class Mint:
         return f"{signed}.{_pad(hmac.digest(self.key, signed.encode(), hashlib.sha256))}"
 
     def requests(
-        self, host: str, campaign: str, showing: str, cards: Iterable[int], *, salt: str = "k"
+        self, host: str, campaign: str, showing: str, numbers: Iterable[int]
     ) -> Iterator[bytes]:
         """Purchases of one ticket by the given members (below MINTED_MAX), all equally long."""
-        for number in cards:
-            card_no = minted_card(number)
-            key = minted_key(number, salt)
-            yield purchase_request(host, campaign, self.token(card_no), key, 1, showing)
+        for number in numbers:
+            token, key = self.token(minted_no(number)), minted_key(number)
+            yield purchase_request(host, campaign, token, key, 1, showing)
 
 
-def minted_card(number: int) -> str:
+def minted_no(number: int) -> str:
     """Member number of a number in `Mint.requests`."""
     return str(MINTED_FROM + number)
 
 
-def minted_key(number: int, salt: str = "k") -> str:
+def minted_key(number: int) -> str:
     """Key under which it asks."""
-    return f"{salt}{number:012d}"
+    return f"k{number:012d}"
 
 
 def _pad(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -27,10 +28,9 @@ class RecordError(ValueError):
 class Second(msgspec.Struct, kw_only=True):
     """One second of a run, by the second of the *intended* send time.
 
-    ``outcomes`` counts the final outcomes of that second's members: ``sold``, ``replayed``, a
-    problem's code, or ``no-answer``. The latencies are of its members' last answers, in
-    milliseconds from the intended send time. ``sent`` and ``answered`` count what was written and
-    what came back within this second, repeats included; ``answered`` is None where it is withheld.
+    ``outcomes`` and latencies (from the intended time) are of the last answers of its members.
+    ``sent`` and ``answered`` count what was written and what came back within this second, repeats
+    included; ``answered`` is None where it is withheld.
     """
 
     t: int
@@ -101,6 +101,11 @@ class Threshold(msgspec.Struct, frozen=True, kw_only=True):
     got: str
     missed: bool
 
+    @property
+    def sign(self) -> str:
+        """Its verdict in a word."""
+        return "missed" if self.missed else "met"
+
 
 class Record(msgspec.Struct, kw_only=True):
     """One run.
@@ -144,6 +149,11 @@ class Record(msgspec.Struct, kw_only=True):
     thresholds: list[Threshold] = msgspec.field(default_factory=list)
 
 
+def latency_ms(points: Iterable[Percentile], share: float) -> float | None:
+    """Milliseconds within which at least ``share`` of the answers came."""
+    return min((point.ms for point in points if point.share >= share - 1e-9), default=None)
+
+
 def withhold(record: Record) -> None:
     """Take out of a record whatever could be read as the server's rate or latency."""
     record.achieved_rate = 0.0
@@ -171,11 +181,14 @@ def decode(raw: bytes) -> Record:
     return record
 
 
-def write(file: Path, record: Record) -> None:
-    """Write the record to a file whole or not at all."""
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_bytes(encode(record))
-    fresh.replace(file)
+    try:
+        fresh.write_bytes(content)
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

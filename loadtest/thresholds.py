@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD, Record, Threshold
+from loadtest.record import NO_ANSWER, NOT_SENT, REPLAYED, SOLD, Record, Threshold, latency_ms
 from loadtest.wire import UNNAMED
 
 ORDERED: Final = (SOLD, REPLAYED)
@@ -34,6 +34,9 @@ RULES_HELP: Final = (
     "the run fails where this holds, as 'p99>200ms' or 'errors>=1%%'; several are allowed;"
     f" figures: {', '.join(NAMES)}"
 )
+_FORMATS: Final = {
+    **dict.fromkeys(_LATENCY, "{:,.1f} ms"), **dict.fromkeys(_SHARES, "{:.3%}"), "sold": "{:,.0f}",
+}  # fmt: skip
 _MS: Final = {"": 1.0, "ms": 1.0, "s": 1e3, "us": 1e-3, "µs": 1e-3}
 _COMPARES: Final[Mapping[str, Callable[[float, float], bool]]] = {
     ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le,
@@ -59,9 +62,11 @@ class Rule:
 
     def judge(self, record: Record) -> Threshold:
         """Give the run's figure, and whether the rule holds."""
-        got = _figure(record, self.name)
+        got, said = _figure(record, self.name), "not measured"
+        if got is not None:
+            said = _FORMATS.get(self.name, "{:,.1f}").format(got)
         missed = got is None or _COMPARES[self.compare](got, self.value)
-        return Threshold(rule=self.text, got=_said(self.name, got), missed=missed)
+        return Threshold(rule=self.text, got=said, missed=missed)
 
 
 def read_rules(texts: Iterable[str]) -> list[Rule]:
@@ -95,12 +100,11 @@ def told_outcome(code: str) -> str:
     return f"{'outcome unknown' if code == 'unavailable' else 'not sold'}: {code}"
 
 
-def by_card(told: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Outcomes of cards, from (card, outcome) of all that they asked for: each card's best one."""
+def by_member(told: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Outcomes of members, from (member, outcome) of all that they asked for: each one's best."""
     best: dict[str, str] = {}
-    for card, code in told:
-        if card not in best or _rank(code) < _rank(best[card]):
-            best[card] = code
+    for member_no, code in told:
+        best[member_no] = min(best.get(member_no, code), code, key=_rank)
     return dict(Counter(best.values()))
 
 
@@ -118,11 +122,8 @@ def not_played(outcomes: Mapping[str, int]) -> str:
     members = sum(outcomes.values())
     if not members:
         return "no member asked for anything"
-    shut = {
-        code: count
-        for code, count in outcomes.items()
-        if code not in DECIDED and not _undecided(code)
-    }
+    open_or_decided = {*DECIDED, *filter(_undecided, outcomes)}
+    shut = {code: count for code, count in outcomes.items() if code not in open_or_decided}
     orders = sum(outcomes.get(code, 0) for code in ORDERED)
     if sum(shut.values()) > MOST * members:
         return f"{sum(shut.values()):,} of {members:,} members could not buy at all ({_told(shut)})"
@@ -171,31 +172,17 @@ def _read(text: str) -> Rule:
 def _figure(record: Record, name: str) -> float | None:
     """Give the run's figure; None where it tells none."""
     if name in _LATENCY:
-        share = _LATENCY[name]
-        return next((each.ms for each in record.latency if each.share >= share), None)
-    if name == "offered/s":
-        return record.offered_rate
-    orders = sum(record.outcomes.get(code, 0) for code in ORDERED)
-    if name == "sold":
-        return orders
+        return latency_ms(record.latency, _LATENCY[name])
+    outcomes = record.outcomes
     if name in _SHARES:
-        members, failed = sum(record.outcomes.values()), (NO_ANSWER, NOT_SENT)
-        counted = sum(
-            count
-            for code, count in record.outcomes.items()
-            if code in failed or (name == "errors" and _undecided(code))
-        )
-        return counted / members if members else None
+        failed = {NO_ANSWER, NOT_SENT}
+        if name == "errors":
+            failed |= {code for code in outcomes if _undecided(code)}
+        members = sum(outcomes.values())
+        return sum(outcomes.get(code, 0) for code in failed) / members if members else None
+    orders = sum(outcomes.get(code, 0) for code in ORDERED)
+    if name in ("sold", "offered/s"):
+        return orders if name == "sold" else record.offered_rate
     if record.bottleneck or not record.duration_s:
         return None
     return orders / record.duration_s if name == "sold/s" else record.achieved_rate
-
-
-def _said(name: str, got: float | None) -> str:
-    if got is None:
-        return "not measured"
-    if name in _LATENCY:
-        return f"{got:,.1f} ms"
-    if name in _SHARES:
-        return f"{got:.3%}"
-    return f"{got:,.0f}" if name == "sold" else f"{got:,.1f}"

@@ -39,17 +39,18 @@ class Unreachable(ConnectionError):  # noqa: N818 - says what it is
     """No connection to the server could be made, or made again, in time."""
 
 
-async def open_connection(address: str, make: Callable[[], Protocol]) -> Protocol:
-    """Connect to ``host:port`` or ``unix:PATH``. Raises OSError."""
+async def open_connection(address: str, make: Callable[[], Protocol], source: str = "") -> Protocol:
+    """Connect to ``host:port`` (from an address ``source``) or ``unix:PATH``. Raises OSError."""
     loop = asyncio.get_running_loop()
     if address.startswith("unix:"):
         return (await loop.create_unix_connection(make, address.removeprefix("unix:")))[1]
     host, _, port = address.rpartition(":")
-    return (await loop.create_connection(make, host.strip("[]"), int(port)))[1]
+    local = (source, 0) if source else None
+    return (await loop.create_connection(make, host.strip("[]"), int(port), local_addr=local))[1]
 
 
 class Response:
-    """One answer. ``latency_s`` counts from the write of the request to the answer's last byte."""
+    """One answer; ``sent_at`` and ``received_at`` are moments of ``time.perf_counter()``."""
 
     __slots__ = ("body", "head", "received_at", "sent_at", "status", "why")
 
@@ -60,11 +61,6 @@ class Response:
         self.why = why
         self.sent_at = 0.0
         self.received_at = 0.0
-
-    @property
-    def latency_s(self) -> float:
-        """Seconds from request to answer."""
-        return self.received_at - self.sent_at
 
     def header(self, name: str) -> str | None:
         """Value of a header, or None. Headers are searched only when asked for."""

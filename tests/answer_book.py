@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from loadtest.books.answers import Answer, Asked, read_answer
-from loadtest.members import Member
+from loadtest.books.answers import Answer, read_answer
+from loadtest.members import Ask, Member
 from loadtest.wire import Response, purchase_request
 
 
@@ -18,9 +18,9 @@ class Attempt:
     quantity: int
 
     @property
-    def card(self) -> str:
-        """Card number of the asker."""
-        return self.member.card
+    def member_no(self) -> str:
+        """Number of the member who asks."""
+        return self.member.member_no
 
     def raw(self, host: str, campaign: str) -> bytes:
         """Bytes of the purchase."""
@@ -33,12 +33,12 @@ class AnswerBook:
     """Every answer of a run. Bodies are kept as they came and read when the run is over."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Asked, int, bytes, bool, float, float]] = []
+        self._rows: list[tuple[Ask | Attempt, int, bytes, bool, float, float]] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def record(self, asked: Asked, response: Response) -> None:
+    def record(self, asked: Ask | Attempt, response: Response) -> None:
         """Take down one answer; quick, so that it may be called in the midst of the load."""
         replayed = response.status == 201 and b"dempotency-" in response.head
         self._rows.append(

@@ -322,7 +322,7 @@ def test_given_records_when_the_command_runs_then_a_page_is_there(
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        records.write(tmp_path / name / "run.json", made_up(name))
+        records.write_whole(tmp_path / name / "run.json", records.encode(made_up(name)))
     assert main([str(tmp_path / "a")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "a" / "run.html")
     assert "<h1>a</h1>" in (tmp_path / "a" / "run.html").read_text("utf-8")
@@ -342,7 +342,7 @@ def test_given_a_bad_file_when_the_command_runs_then_one_line_says_so(
     wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "run.json", tmp_path / "x.html"
-    records.write(file, made_up())
+    records.write_whole(file, records.encode(made_up()))
     if wrong == "missing":
         file.unlink()
     elif wrong == "rubbish":

@@ -2,9 +2,10 @@
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -16,10 +17,11 @@ from test_loadtest import run_program
 
 from loadtest.books.answers import Answer, read_answers, write_answers
 from loadtest.books.ledger import load_books
+from loadtest.books.proof import Where
 from loadtest.crowd import proof, setup
-from loadtest.crowd.desk import BATCH, Booth, Desk, Setting
+from loadtest.crowd.desk import BATCH, LOCAL, Booth, Desk, Setting
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
-from loadtest.crowd.programs import About
+from loadtest.crowd.programs import Errand, program
 from loadtest.crowd.proof import measured
 from loadtest.crowd.shape import Plan, target
 from loadtest.engine import Engine, engine_up
@@ -150,11 +152,9 @@ async def test_missed_threshold_or_release_that_was_none_fails(
         ([answer("k", 100.5, 409, code="closed")], [], 1, "the release did not happen: 1 of 1"),
     ):
         write_answers(told, tmp_path / "answers")
-        about = About("n", "c", started_at=100.0, ended_at=104.0, fail_if=rules)
-        (tmp_path / "about").write_bytes(msgspec.json.encode(about))
-        words = ["--answers", str(tmp_path / "answers"), "--about", str(tmp_path / "about")]
-        options = proof._parser().parse_args(["prove", *words])
-        assert await proof._prove(options) == status
+        answers = str(tmp_path / "answers")
+        errand = errand_of(started_at=100.0, ended_at=104.0, answers=answers, fail_if=rules)
+        assert await proof.prove_run(errand) == status
         assert says in capsys.readouterr().out
 
 
@@ -170,12 +170,27 @@ def test_given_no_scenario_when_time_passes_then_so_many_users_for_so_long() -> 
 # The desk ----------------------------------------------------------------------------------------
 
 
+class OneProcess:
+    """Delivers messages to itself, as Locust's runner does where there is one process.
+
+    Locust itself cannot be imported here: it patches what asyncio needs.
+    """
+
+    def __init__(self) -> None:
+        self.taken: dict[str, Callable[..., None]] = {}
+        self.register_message = self.taken.__setitem__
+
+    def send_message(self, kind: str, data: Any, _: str = LOCAL) -> None:
+        self.taken[kind](msg=SimpleNamespace(data=data, node_id=LOCAL))
+
+
 def opened(folder: Path, cards: int) -> tuple[Desk, Booth]:
-    desk, booth = Desk(), Booth()
-    desk.open([Member(f"6222{n:012d}", "t", "u") for n in range(cards)], folder / "answers")
-    booth.want = lambda number: booth.give(*desk.take(number))
-    booth.send = lambda lines, number: desk.receive("1", lines, number)
-    booth.begin(Setting(1, "c"))
+    runner, desk, booth = OneProcess(), Desk(), Booth()
+    booth.join(runner)
+    events = SimpleNamespace(worker_connect=SimpleNamespace(add_listener=lambda _: None))
+    desk.join(SimpleNamespace(runner=runner, events=events))
+    members = [Member(str(182_850 + n), "t", "u") for n in range(cards)]
+    desk.open(Setting(1, "c"), members, folder / "answers")
     return desk, booth
 
 
@@ -186,7 +201,7 @@ def test_given_two_users_and_a_card_when_they_ask_then_one_goes_without_and_it_i
     users = [gevent.spawn(booth.card) for _ in range(2)]
     gevent.joinall(users, timeout=5)
     assert sorted(user.value is None for user in users) == [False, True]
-    desk.close_account("1", booth.account())
+    booth.account()
     assert [finding.kind for finding in desk.close()] == ["without-card"]
 
 
@@ -194,7 +209,7 @@ def test_given_many_answers_when_the_booth_closes_then_all_lie_in_the_file(tmp_p
     desk, booth = opened(tmp_path, 0)
     for number in range(BATCH * 2 + 1):
         booth.record(answer(f"k{number}", 1.0, 201))
-    desk.close_account("1", booth.account())
+    booth.account()
     assert desk.close() == []
     assert len(read_answers(tmp_path / "answers")) == BATCH * 2 + 1
     assert (tmp_path / "answers").stat().st_mode & 0o077 == 0
@@ -202,9 +217,9 @@ def test_given_many_answers_when_the_booth_closes_then_all_lie_in_the_file(tmp_p
 
 def test_given_answers_that_never_came_when_closed_then_it_is_a_finding(tmp_path: Path) -> None:
     desk, booth = opened(tmp_path, 0)
-    booth.send = lambda lines, number: None
     booth.record(answer("k", 1.0, 201))
-    desk.close_account("1", booth.account())
+    booth.account()
+    desk.received["1"] -= 1
     desk.received["2"] = 7
     assert [finding.kind for finding in desk.close()] == ["answers-missing", "no-account"]
 
@@ -212,9 +227,13 @@ def test_given_answers_that_never_came_when_closed_then_it_is_a_finding(tmp_path
 # The record --------------------------------------------------------------------------------------
 
 
+def errand_of(**fields: Any) -> Errand:
+    return Errand(what="prove", **{"name": "n", "campaign": "c", **fields})
+
+
 def answer(key: str, sent_at: float, status: int, **more: Any) -> Answer:
     received_at = sent_at + 0.25
-    told = {"card": "6222020000000001", "showing": "a", "quantity": 1, "key": key}
+    told = {"member_no": "182850", "showing": "a", "quantity": 1, "key": key}
     return Answer(status=status, sent_at=sent_at, received_at=received_at, **told | more)
 
 
@@ -225,8 +244,7 @@ def test_given_answers_when_measured_then_a_wish_counts_once_from_its_first_try(
         answer("k1", 102.5, 201),
         answer("k3", 102.6, 0),
     ]
-    about = About("n", "c", started_at=100.0, ended_at=104.0, plan={"users": 3})
-    record = measured(answers, about)
+    record = measured(answers, errand_of(started_at=100.0, ended_at=104.0, plan={"users": 3}))
     assert (record.offered, record.sent, record.answered) == (3, 4, 3)
     assert record.outcomes == {"sold": 2, "no-answer": 1}
     assert record.plan["loop"] == "closed"
@@ -366,15 +384,14 @@ async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_
     assert record.samples
     assert (out / "report.html").stat().st_size > 10_000
     # and one answer that says otherwise than the books is found
-    about = tmp_path / "about.json"
-    about.write_bytes(msgspec.json.encode(About("again", record.campaign, 0.0, 1.0)))
     answers = read_answers(out / "answers.jsonl")
     first = next(number for number, each in enumerate(answers) if each.sold)
     answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
     write_answers(answers, tmp_path / "tampered")
-    status, told = await run_program(
-        *("loadtest.crowd.proof", "prove", "--answers", str(tmp_path / "tampered")),
-        *("--about", str(about), "--database-url", engine.database_url()),
+    books = Where(database_url=engine.database_url())
+    errand = errand_of(
+        campaign=record.campaign, where=books, ended_at=1.0, answers=str(tmp_path / "tampered")
     )
+    status, told = await asyncio.to_thread(program, errand, 60.0)
     assert status == 1, told
     assert "lost: order lost.1.000000" in told

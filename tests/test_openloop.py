@@ -147,12 +147,12 @@ def test_given_minted_cards_when_asked_for_then_the_engine_accepts_them(tmp_path
         assert asks.cards == 40
         wishes = [asks.ask(member) for member in range(120)]
         raws = [asks.raw(member) for member in range(120)]
-    assert len({wish.card for wish in wishes}) == 40
+    assert len({wish.member_no for wish in wishes}) == 40
     assert len({wish.key for wish in wishes}) == 120
     assert {(w.quantity, w.showing) for w in wishes} == {(q, s) for q in (1, 2, 3) for s in "ab"}
     for wish, raw in zip(wishes, raws, strict=True):
         token = raw.partition(b"Bearer ")[2].partition(b"\r\n")[0].decode()
-        assert str(MemberTokens(key).verify(token, time.time()).no) == wish.card
+        assert str(MemberTokens(key).verify(token, time.time()).no) == wish.member_no
         assert f"Idempotency-Key: {wish.key}\r\n".encode() in raw
         assert raw.endswith(
             b'{"quantity":%d,"showing":"%s"}' % (wish.quantity, wish.showing.encode())

@@ -71,7 +71,7 @@ def register(data_dir: Path, supervisor: int, **processes: int) -> None:
 
 
 async def test_sample_has_the_figures_of_one_campaign(page: tuple[str, dict[str, str]]) -> None:
-    async with Sampler(page[0], "films", {}, every_s=0.05) as sampler:
+    async with Sampler(page[0], "films", dict, every_s=0.05) as sampler:
         await until(lambda: len(sampler.samples) >= 3)
     for sample in sampler.samples:
         assert sample.stock == {"general": 41, "evening": 7}
@@ -91,7 +91,7 @@ async def test_failing_metrics_address_is_sampled_as_unread(
 ) -> None:
     address, said = page
     said["text"] = 'sale_stock_remaining{campaign="films" 12'
-    async with Sampler(address, "films", {}, every_s=0.05) as sampler:
+    async with Sampler(address, "films", dict, every_s=0.05) as sampler:
         await until(lambda: sampler.samples)
         said["text"] = "nothing_of_ours 1\n"
         await until(lambda: sampler.samples[-1].queue == 0)
@@ -100,7 +100,7 @@ async def test_failing_metrics_address_is_sampled_as_unread(
     assert (last.lag_events, last.connections, last.stock) == (0, 0, {})
     assert "generator-1" in first.processes
 
-    async with Sampler("127.0.0.1:1", "films", {}, every_s=0.05) as sampler:
+    async with Sampler("127.0.0.1:1", "films", dict, every_s=0.05) as sampler:
         await until(lambda: sampler.samples)
     assert sampler.samples[0].connections == UNREAD
 
@@ -142,7 +142,9 @@ async def test_sample_of_a_process_includes_its_children(page: tuple[str, dict[s
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     try:
         await until(children.read_text)
-        async with Sampler(page[0], "films", {"postgresql": parent.pid}, every_s=0.1) as sampler:
+        async with Sampler(
+            page[0], "films", lambda: {"postgresql": parent.pid}, every_s=0.1
+        ) as sampler:
             await until(
                 lambda: sampler.samples and sampler.samples[-1].processes["postgresql"].cpu > 0.1
             )
@@ -152,7 +154,7 @@ async def test_sample_of_a_process_includes_its_children(page: tuple[str, dict[s
 
 
 async def test_full_sampler_drops_every_other_sample(page: tuple[str, dict[str, str]]) -> None:
-    sampler = Sampler(page[0], "films", {}, every_s=0.05)
+    sampler = Sampler(page[0], "films", dict, every_s=0.05)
     sampler.samples += [read_metrics("", "films")] * (SAMPLES_MAX - 1)
     async with sampler:
         await until(lambda: len(sampler.samples) < SAMPLES_MAX - 1)
@@ -166,13 +168,8 @@ def test_metrics_that_are_no_numbers_are_ignored() -> None:
         read_metrics("sale_connections{ 3\n", "x")
 
 
-async def test_no_process_is_found_without_an_engine(
-    page: tuple[str, dict[str, str]], tmp_path: Path
-) -> None:
-    assert discover_processes(tmp_path) == {}
-    assert discover_processes("unix:/nowhere") == {}
-    assert discover_processes("198.51.100.7:9108") == {}
-    assert discover_processes(page[0]) == {}  # this process, which is no engine
+def test_folder_without_an_engine_has_no_processes(tmp_path: Path) -> None:
+    assert discover_processes(tmp_path) == discover_processes(None) == {}
 
 
 # The surroundings ---------------------------------------------------------------------------------

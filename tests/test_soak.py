@@ -57,7 +57,7 @@ def test_seed_always_gives_the_same_schedule() -> None:
 
 
 def _answer(at_s: float, status: int, code: str = "", **more: object) -> Answer:
-    fields = {"card": "622200000001", "key": "k", "showing": "a", "quantity": 1, **more}
+    fields = {"member_no": "182850", "key": "k", "showing": "a", "quantity": 1, **more}
     order_no = "c.5.0000ff" if status == 201 else ""
     return Answer(
         status=status, code=code, order_no=order_no, sent_at=at_s, received_at=at_s + 0.1, **fields

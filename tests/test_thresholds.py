@@ -5,7 +5,7 @@ import re
 import pytest
 
 from loadtest.record import Percentile, Record
-from loadtest.thresholds import RuleError, by_card, judge, missed, not_played, read_rules
+from loadtest.thresholds import RuleError, by_member, judge, missed, not_played, read_rules
 
 
 def run(**changes: object) -> Record:
@@ -110,4 +110,4 @@ def test_rush_that_was_none_is_said_to_be(outcomes: dict[str, int], says: str) -
 def test_card_counts_once_with_its_best_outcome() -> None:
     told = [("a", "rate-limited"), ("a", "sold"), ("a", "closed"), ("b", "paused")]
     told.append(("b", "sold-out"))
-    assert by_card(told) == {"sold": 1, "sold-out": 1}
+    assert by_member(told) == {"sold": 1, "sold-out": 1}

@@ -11,7 +11,7 @@ from loadtest.books.check import check, so_many
 from loadtest.books.ledger import BooksError, load_books
 from loadtest.engine import EngineError
 from loadtest.generator import Generator
-from loadtest.members import Ask, minted_card, minted_key
+from loadtest.members import Ask, minted_key, minted_no
 from loadtest.record import Finding
 from loadtest.rush import arrivals
 from loadtest.tables import CLEAN
@@ -67,4 +67,4 @@ class OpenLoops:
 
 def spool_of(cards: range) -> Spool:
     """Answers to the requests that `Bench.requests` makes for these cards."""
-    return Spool(lambda n: Ask(minted_card(cards[n]), minted_key(cards[n]), SHOWING, 1))
+    return Spool(lambda n: Ask(minted_no(cards[n]), minted_key(cards[n]), SHOWING, 1))

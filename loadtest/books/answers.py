@@ -2,32 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
+from loadtest.members import Ask
 from loadtest.record import NO_ANSWER, REPLAYED, SOLD
 from loadtest.wire import TOO_MANY, UNNAMED
 from sale.files import LARGE_MAX_BYTES, UnreadableFile, parse_json, read_bytes
 
 
-class Asked(Protocol):
-    """A request: its member, its idempotency key, and the tickets it asks for."""
-
-    @property
-    def card(self) -> str: ...  # noqa: D102
-    @property
-    def key(self) -> str: ...  # noqa: D102
-    @property
-    def showing(self) -> str: ...  # noqa: D102
-    @property
-    def quantity(self) -> int: ...  # noqa: D102
-
-
 class Answer(msgspec.Struct, frozen=True):
     """One request and what the client was told. Status 0: nothing."""
 
-    card: str
+    member_no: str
     key: str
     showing: str
     quantity: int
@@ -88,7 +76,7 @@ class Spool:
     ``asked`` gives what arrival ``n`` asked for, when the answers are read.
     """
 
-    def __init__(self, asked: Callable[[int], Asked]) -> None:
+    def __init__(self, asked: Callable[[int], Ask]) -> None:
         self._asked = asked
         self._rows: list[tuple[int, int, bool, bytes]] = []
 
@@ -105,7 +93,7 @@ class Spool:
 
 
 def read_answer(
-    asked: Asked,
+    asked: Ask,
     status: int,
     body: bytes,
     *,
@@ -119,11 +107,7 @@ def read_answer(
     except msgspec.DecodeError:
         told = _Body(code="" if status >= 300 else "unreadable")
     return Answer(
-        card=asked.card,
-        key=asked.key,
-        showing=asked.showing,
-        quantity=asked.quantity,
-        status=status,
+        *(asked.member_no, asked.key, asked.showing, asked.quantity, status),
         code=told.code or (f"{UNNAMED}{status}" if status >= 300 else ""),
         order_no=told.order_no,
         told_showing=told.showing,

@@ -31,7 +31,7 @@ class OrderRow(msgspec.Struct, frozen=True):
     """One order as PostgreSQL has it."""
 
     order_no: str
-    card: str
+    member_no: str
     showing: str
     quantity: int
     price_fen: int
@@ -83,7 +83,7 @@ async def load_books(database_url: str, campaign: str) -> Books:
     orders = tuple(
         OrderRow(
             order_no=order_number(campaign, row["seq"], row["created_at_ms"]),
-            card=str(row["member_no"]),
+            member_no=str(row["member_no"]),
             showing=row["showing_id"] or "",
             quantity=row["quantity"],
             price_fen=row["price_fen"],

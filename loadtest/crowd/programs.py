@@ -4,13 +4,13 @@ import contextlib
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any, Final
 
 import gevent
 import msgspec
 import psutil
 
+from loadtest.books.proof import Where
 from loadtest.record import Finding
 
 WATCH_STOP_S: Final = 10.0
@@ -21,54 +21,74 @@ CANNOT: Final = 3
 _PROOF: Final = (sys.executable, "-m", "loadtest.crowd.proof")
 
 
-class About(msgspec.Struct):
-    """The leading process's state of a run. ``alone``: nobody else bought in this campaign."""
+class Errand(msgspec.Struct, kw_only=True):
+    """A task for `loadtest.crowd.proof`, on its standard input: ``probe``, ``watch`` or ``prove``.
 
-    name: str
-    campaign: str
-    started_at: float
-    ended_at: float
+    ``alone``: nobody else bought in this campaign. ``seen`` is the file of what `watch` saw, and
+    ``out`` the folder for record and report.
+    """
+
+    what: str
+    where: Where = Where()
+    campaign: str = ""
+    within_s: float = 5.0
+    metrics: str = ""
+    seen: str = ""
+    name: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
     alone: bool = False
     plan: dict[str, str | int | float] = {}
     findings: list[Finding] = []
     fail_if: list[str] = []
+    answers: str = ""
+    out: str = ""
+
+    @property
+    def line(self) -> bytes:
+        """It as the program reads it."""
+        return msgspec.json.encode(self) + b"\n"
 
 
-def program(arguments: list[str], within_s: float) -> subprocess.CompletedProcess[str]:
-    """Run ``loadtest.crowd.proof`` to its end; its exit status and what it said."""
-    command = [*_PROOF, *arguments]
+def program(errand: Errand, within_s: float) -> tuple[int, str]:
+    """Run an errand to its end; its exit status and what it said."""
     try:
-        return subprocess.run(  # noqa: S603 - our own program
-            command, capture_output=True, text=True, timeout=within_s, check=False
+        done = subprocess.run(  # noqa: S603 - our own program
+            _PROOF,
+            input=errand.line,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=within_s,
+            check=False,
         )
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, CANNOT, "", f"not done in {within_s:.0f} s\n")
+        return CANNOT, f"not done in {within_s:.0f} s\n"
+    return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
 class Watch:
     """Samples the engine in a process of its own; it ends when we close its input, or die."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self) -> None:
         self._process: Any = None
 
-    def start(self, metrics: str, campaign: str, data_dir: str) -> None:
+    def start(self, errand: Errand) -> None:
         """Begin to sample. Raises OSError."""
-        command = [*_PROOF, "watch", "--metrics", metrics, "--campaign", campaign]
-        command += ["--data-dir", data_dir, "--out", str(self.file)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603
+        self._process = subprocess.Popen(_PROOF, stdin=subprocess.PIPE)  # noqa: S603
+        self._process.stdin.write(errand.line)
+        self._process.stdin.flush()
 
     def end(self) -> None:
         """Have it write down what it saw."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return
-        self._process.stdin.close()
+        process.stdin.close()
         try:
-            self._process.wait(timeout=WATCH_STOP_S)
+            process.wait(timeout=WATCH_STOP_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+            process.kill()
+            process.wait()
 
 
 def end_children() -> None:

@@ -5,7 +5,6 @@ engine while the run goes on, ``prove`` compares every answer with PostgreSQL an
 and the report. Exit status of ``prove``: 0 clean, 1 with findings, 3 where it cannot be checked.
 """
 
-import argparse
 import asyncio
 import contextlib
 import math
@@ -13,7 +12,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -25,18 +24,17 @@ import psutil
 
 from loadtest.books.answers import Answer, read_answers
 from loadtest.books.ledger import BooksError, wait_applied
-from loadtest.books.proof import Where, prove
-from loadtest.crowd.programs import CANNOT, About
+from loadtest.books.proof import prove
+from loadtest.crowd.programs import CANNOT, Errand
 from loadtest.engine import EngineError
 from loadtest.record import REPORT_NAME, Finding, Proof, Record, Sample
 from loadtest.summary import SECONDS_MAX, Member, count_members
-from loadtest.thresholds import by_card, judge, missed, not_played, read_rules
+from loadtest.thresholds import by_member, judge, missed, not_played, read_rules
 from sale.cli.terminal import take_any_character
 from sale.db.pool import connect
 from sale.files import LARGE_MAX_BYTES, read_json
 from sale.host.embedded import EmbeddedError
 
-_LOOP: Final[dict[str, str | int | float]] = {"loop": "closed", "latency": "from the first try"}
 SHOWN_MAX: Final = 20
 CONNECT_S: Final = 10.0
 
@@ -51,48 +49,49 @@ class Seen(msgspec.Struct):
     machine: dict[str, str] = {}
 
 
-def measured(answers: Sequence[Answer], about: About) -> Record:
+def measured(answers: Sequence[Answer], errand: Errand) -> Record:
     """Make the record of what clients saw. Latency counts from a wish's first try to its answer.
 
     The loop is closed: a user who waits for an answer asks for nothing else meanwhile, so the
     latencies leave out what an open loop would have made wait. The record's plan says so.
     """
-    start = about.started_at
-    ordered = sorted(answers, key=lambda answer: (answer.card, answer.key, answer.sent_at))
-    members = []
-    for _, told in groupby(ordered, lambda answer: (answer.card, answer.key)):
-        wish = list(told)
-        first, last = wish[0], wish[-1]
+
+    def wish(answer: Answer) -> tuple[str, str]:
+        return answer.member_no, answer.key
+
+    def second(moment: float) -> int:
+        return min(max(int(moment - start), 0), SECONDS_MAX - 1)
+
+    start, members = errand.started_at, []
+    for _, each in groupby(sorted(answers, key=lambda a: (wish(a), a.sent_at)), wish):
+        tries = list(each)
+        first, last = tries[0], tries[-1]
         latency_s = last.received_at - first.sent_at if last.status else math.nan
         members.append(Member(max(first.sent_at - start, 0.0), latency_s, last.outcome))
-    duration_s = max(about.ended_at - start, 1e-3)
+    duration_s = max(errand.ended_at - start, 1e-3)
+    known = sum(not math.isnan(member.latency_s) for member in members)
     record = Record(
-        name=about.name,
-        campaign=about.campaign,
+        name=errand.name,
+        campaign=errand.campaign,
         started_at=datetime.fromtimestamp(start, UTC).isoformat(timespec="milliseconds"),
         duration_s=round(duration_s, 3),
-        plan=_LOOP | about.plan,
+        plan={"loop": "closed", "latency": "from the first try", **errand.plan},
         offered_rate=round(len(members) / duration_s, 1),
+        achieved_rate=round(known / duration_s, 1),
     )
-    sent = Counter(_second(answer.sent_at - start) for answer in answers)
-    answered = Counter(_second(each.received_at - start) for each in answers if each.status)
+    sent = Counter(second(answer.sent_at) for answer in answers)
+    answered = Counter(second(answer.received_at) for answer in answers if answer.status)
     count_members(record, members, sent, answered)
-    known = sum(not math.isnan(member.latency_s) for member in members)
-    record.achieved_rate = round(known / duration_s, 1)
     return record
 
 
-def _second(offset: float) -> int:
-    return min(max(int(offset), 0), SECONDS_MAX - 1)
-
-
-async def proven(answers: Sequence[Answer], about: About, where: Where) -> Proof:
+async def proven(answers: Sequence[Answer], errand: Errand) -> Proof:
     """Compare the answers with the books, and add what the users found.
 
     Raises BooksError and EngineError where they cannot be compared.
     """
-    proof = await prove(answers, about.campaign, where, alone=about.alone)
-    proof.findings = [*about.findings, *proof.findings]
+    proof = await prove(answers, errand.campaign, errand.where, alone=errand.alone)
+    proof.findings = [*errand.findings, *proof.findings]
     if not any(answer.sold or answer.refused for answer in answers):
         what = f"of {len(answers):,} purchases that were asked for, not one got a sure answer"
         proof.findings.append(Finding("no-answers", what))
@@ -100,29 +99,14 @@ async def proven(answers: Sequence[Answer], about: About, where: Where) -> Proof
     return proof
 
 
-async def _prove(options: argparse.Namespace) -> int:
-    about: About = read_json(options.about, About)
-    answers = read_answers(options.answers)
-    record = measured(answers, about)
-    # By the card, not by the wish: bots ask a thousand times, always under another key.
-    record.not_played = not_played(by_card((each.card, each.outcome) for each in answers))
-    record.thresholds = judge(read_rules(about.fail_if), record)
-    record.proof = await proven(answers, about, _where(options))
-    _tell(record, record.proof)
-    if options.out:
-        _keep(record, options.out, options.seen)
-    return 0 if record.proof.clean and not record.not_played and not missed(record) else 1
-
-
-def _where(options: argparse.Namespace) -> Where:
-    return Where(
-        data_dir=options.data_dir,
-        database_url=options.database_url,
-        redis_url=options.redis_url,
-    )
-
-
-def _tell(record: Record, proof: Proof) -> None:
+async def prove_run(errand: Errand) -> int:
+    """Prove a run, print what came of it, and write record and report; give the exit status."""
+    answers = read_answers(Path(errand.answers))
+    record = measured(answers, errand)
+    # By the member, not by the wish: bots ask a thousand times, always under another key.
+    record.not_played = not_played(by_member((each.member_no, each.outcome) for each in answers))
+    record.thresholds = judge(read_rules(errand.fail_if), record)
+    record.proof = proof = await proven(answers, errand)
     told = ", ".join(f"{name} {number:,}" for name, number in sorted(record.outcomes.items()))
     print(f"outcomes: {told or 'none'}")
     print(f"books: {proof.orders:,} orders, {proof.tickets:,} tickets in PostgreSQL")
@@ -135,15 +119,18 @@ def _tell(record: Record, proof: Proof) -> None:
     if record.not_played:
         print(f"the release did not happen: {record.not_played}")
     for each in record.thresholds:
-        print(f"fail if {each.rule}: {each.got}, {'MISSED' if each.missed else 'met'}")
+        print(f"fail if {each.rule}: {each.got}, {each.sign.replace('missed', 'MISSED')}")
     print("books: clean" if proof.clean else f"books: {len(proof.findings):,} findings")
+    if errand.out:
+        _keep(record, Path(errand.out), Path(errand.seen))
+    return 0 if proof.clean and not record.not_played and not missed(record) else 1
 
 
-def _keep(record: Record, out: Path, seen_file: Path | None) -> None:
+def _keep(record: Record, out: Path, seen_file: Path) -> None:
     """Write ``run.json`` and the report beside the answers. Raises OSError."""
     from loadtest.report.page import keep
 
-    if seen_file is not None and seen_file.exists():
+    if seen_file.is_file():
         seen: Seen = read_json(seen_file, Seen, most=LARGE_MAX_BYTES)
         shift = seen.started_at - datetime.fromisoformat(record.started_at).timestamp()
         record.samples = [
@@ -155,24 +142,24 @@ def _keep(record: Record, out: Path, seen_file: Path | None) -> None:
     print(f"report: {out / REPORT_NAME}")
 
 
-async def _probe(options: argparse.Namespace) -> int:
+async def _probe(errand: Errand) -> int:
     """Whether PostgreSQL answers and, where one is named, knows the campaign."""
-    url = _where(options).books_url()
+    url = errand.where.books_url()
     connection = await connect(url, name="sale loadtest", timeout_s=CONNECT_S)
     await connection.close(timeout=CONNECT_S)
-    if options.campaign:
+    if errand.campaign:
         try:
             # A campaign that was made this moment may still be on its way to PostgreSQL.
-            await wait_applied(url, options.campaign, 1, within_s=options.within)
+            await wait_applied(url, errand.campaign, 1, within_s=errand.within_s)
         except BooksError:
             raise BooksError(
-                f"PostgreSQL does not know campaign {options.campaign!r}: are these the books of"
+                f"PostgreSQL does not know campaign {errand.campaign!r}: are these the books of"
                 " the engine at --host?"
             ) from None
     return 0
 
 
-async def _watch(options: argparse.Namespace) -> int:
+async def _watch(errand: Errand) -> int:
     """Sample until SIGTERM, or until whoever started us has closed our standard input."""
     from loadtest.sampler import Sampler, discover_processes
     from loadtest.surroundings import describe
@@ -182,60 +169,31 @@ async def _watch(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_reader(sys.stdin, stop.set)
-    data_dir = Path(options.data_dir) if options.data_dir else None
-    where = data_dir or options.metrics
-    settings, versions, machine = await describe(data_dir, pids=discover_processes(where))
-    generators = _generators()
-
-    def processes() -> Mapping[str, int]:
-        return discover_processes(where) | generators
-
-    async with Sampler(options.metrics, options.campaign, processes) as sampler:
-        began_at = datetime.now(UTC).timestamp()
-        await stop.wait()
-    seen = Seen(began_at, sampler.samples, settings, versions, machine)
-    options.out.write_bytes(msgspec.json.encode(seen))
-    return 0
-
-
-def _generators() -> dict[str, int]:
-    """Locust's processes here: its workers, or the one that started us; and ourselves."""
+    data_dir = Path(errand.where.data_dir) if errand.where.data_dir else None
+    settings, versions, machine = await describe(data_dir)
+    # Locust's processes here: its workers, or the one that started us; and ourselves.
     parent = psutil.Process(os.getppid())
     workers = [child.pid for child in parent.children() if child.pid != os.getpid()]
     names = {f"locust-{number}": pid for number, pid in enumerate(workers, 1)}
-    return (names or {"locust": parent.pid}) | {"watch": os.getpid()}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    what = parser.add_subparsers(dest="what", required=True)
-    probe = what.add_parser("probe", help="can the books be checked?")
-    probe.add_argument("--campaign", default="", help="that must be in the books")
-    probe.add_argument("--within", type=float, default=5.0, help="seconds")
-    prover = what.add_parser("prove", help="compare answers with PostgreSQL, write the report")
-    prover.add_argument("--answers", type=Path, required=True, help="JSON lines, one an answer")
-    prover.add_argument("--about", type=Path, required=True, help="JSON, what was played")
-    prover.add_argument("--seen", type=Path, help="JSON that `watch` wrote")
-    prover.add_argument("--out", type=Path, help="folder for record and report")
-    watch = what.add_parser("watch", help="sample the engine until standard input is closed")
-    watch.add_argument("--campaign", required=True)
-    watch.add_argument("--metrics", required=True, help="host:port of the engine's metrics")
-    watch.add_argument("--out", type=Path, required=True, help="file for what was seen")
-    for one in (probe, prover, watch):
-        one.add_argument("--data-dir", default="", help="of a running sale up")
-        one.add_argument("--database-url", default="")
-        one.add_argument("--redis-url", default="")
-    return parser
+    ours = (names or {"locust": parent.pid}) | {"watch": os.getpid()}
+    async with Sampler(
+        errand.metrics, errand.campaign, lambda: discover_processes(data_dir) | ours
+    ) as sampler:
+        began_at = datetime.now(UTC).timestamp()
+        await stop.wait()
+    seen = Seen(began_at, sampler.samples, settings, versions, machine)
+    Path(errand.seen).write_bytes(msgspec.json.encode(seen))  # noqa: ASYNC240 - a small local file
+    return 0
 
 
 def main() -> None:
-    """Run one of the three; see the module."""
+    """Run the errand that stands on standard input; see the module."""
     take_any_character()
-    options = _parser().parse_args()
-    work = {"probe": _probe, "prove": _prove, "watch": _watch}[options.what]
+    errand = msgspec.json.decode(sys.stdin.buffer.readline(), type=Errand)
+    work = {"probe": _probe, "prove": prove_run, "watch": _watch}[errand.what]
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            sys.exit(asyncio.run(work(options)))
+            sys.exit(asyncio.run(work(errand)))
     except _ERRORS as error:
         print(f"books: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(CANNOT)

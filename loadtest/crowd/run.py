@@ -1,8 +1,8 @@
 """A run of Locust from its options to its proof, where it is led and in the workers.
 
 The leading process is the master, or the one process there is. It refuses what cannot go well
-before anything starts, makes the campaign, tells the workers (``sale-…`` messages), gathers the
-answers, and has the books checked by a process of its own. Locust itself does the measuring.
+before anything starts, makes the campaign, tells all processes, gathers the answers, and has the
+books checked by a process of its own. Locust itself does the measuring.
 """
 
 import shutil
@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Any, Final
 import gevent
 import msgspec
 from gevent.lock import RLock
-from locust.env import Environment
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.books.proof import books_of
+from loadtest.books.proof import Where, books_of
 from loadtest.crowd import setup
 from loadtest.crowd.desk import Booth, Desk, Setting
-from loadtest.crowd.messages import Workers, give_account, serve_users
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
-from loadtest.crowd.programs import About, Watch, end_children, program
+from loadtest.crowd.programs import CANNOT, Errand, Watch, end_children, program
 from loadtest.crowd.setup import Api, SetupError
 from loadtest.crowd.shape import Plan, target
 from loadtest.sampler import metrics_address
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 
 PROOF_S: Final = 300.0
 ACCOUNTS_S: Final = 30.0
-CANNOT: Final = 3
 REFUSED: Final = 2
 
 
@@ -68,14 +65,13 @@ class Run:
         self._cards: list[Member] = []
         self._made = ""
         self._token = ""
-        self._workers: Workers | None = None
 
     def tick(self) -> tuple[int, float] | None:
         """Users at this moment, for the shape."""
         if self._began is not None:
             return target(self._plan, time.time() - self._began)
         first = target(self._plan, 0.0)
-        if first is None or self._workers is None:
+        if first is None or not isinstance(self._runner, MasterRunner):
             return first
         # Another figure each time: a start that found no worker ready yet is made again.
         self._ticks += 1
@@ -83,11 +79,17 @@ class Run:
 
     # Before -------------------------------------------------------------------------------------
 
-    def prepare(self, environment: Environment) -> None:
+    def prepare(self, environment: Any) -> None:  # noqa: ANN401 - Locust fills it in bit by bit
         """Look at everything once, so that what is wrong is told before the first user."""
-        self._meet(environment)
+        self._environment = environment
+        self._runner = environment.runner
+        self._options = environment.parsed_options
+        if not isinstance(self._runner, MasterRunner):
+            self.booth.join(self._runner)
         if not self.leads:
-            serve_users(environment, self.booth)
+            self._runner.register_message("sale-stop", lambda **_: self._runner.stop())
+            # Registered after the runner's own, which says good-bye, and so called before it.
+            environment.events.quitting.add_listener(lambda **_: self._runner.stop())
             return
         try:
             self._look()
@@ -96,25 +98,16 @@ class Run:
             print(f"loadtest: {error}", file=sys.stderr)
             sys.exit(REFUSED)
         if environment.web_ui is not None:
-            self._environment.web_ui.app.add_url_rule("/proof", "sale_proof", self._show_told)
+            environment.web_ui.app.add_url_rule("/proof", "sale_proof", self._show_told)
         gevent.get_hub().NOT_ERROR += (StopTest,)  # it is told in one line, not by a traceback
         # Locust takes up SIGTERM only when a shape is through: till then it would just die.
         gevent.signal_handler(signal.SIGTERM, self._runner.quit)
-        if isinstance(environment.runner, MasterRunner):
-            self._workers = Workers(environment, self.desk)
-        else:
-            self.booth.want = lambda number: self.booth.give(*self.desk.take(number))
-            self.booth.send = lambda lines, number: self.desk.receive("1", lines, number)
+        self.desk.join(environment)
 
     @property
     def leads(self) -> bool:
         """Whether this process leads the test: the master, or the one process there is."""
         return not isinstance(self._runner, WorkerRunner)
-
-    def _meet(self, environment: Any) -> None:  # noqa: ANN401 - Locust fills it in bit by bit
-        self._environment = environment
-        self._runner = environment.runner
-        self._options = environment.parsed_options
 
     def _show_told(self) -> tuple[str, dict[str, str]]:
         return self.told, {"Content-Type": "text/plain; charset=utf-8"}
@@ -162,13 +155,15 @@ class Run:
         told = self._options
         try:
             read_rules(told.fail_if)
-            where = books_of(told.data_dir, told.database_url, told.redis_url)
+            found = books_of(told.data_dir, told.database_url, told.redis_url)
         except ValueError as error:
             raise SetupError(str(error)) from None
-        if not where.known:
+        if not found.known:
             raise SetupError("the books must be checked: give --data-dir, or --database-url")
-        told.data_dir, told.database_url = where.data_dir, where.database_url
-        told.redis_url = where.redis_url
+        told.data_dir = found.data_dir
+        self._where = Where(
+            data_dir=found.data_dir, database_url=found.database_url, redis_url=found.redis_url
+        )
 
     def _planned(self, campaign: dict[str, Any] | None) -> Plan:
         told = self._options
@@ -192,16 +187,10 @@ class Run:
             )
 
     def _probe(self, campaign: str) -> None:
-        more = ["--campaign", campaign] if campaign else []
-        done = program(["probe", *self._where(), *more], within_s=60.0)
-        if done.returncode:
-            raise SetupError(done.stderr.strip() or "the books cannot be reached")
-
-    def _where(self) -> list[str]:
-        told = self._options
-        named = ("data-dir", told.data_dir), ("database-url", told.database_url)
-        where = (*named, ("redis-url", told.redis_url))
-        return [word for name, value in where if value for word in (f"--{name}", value)]
+        errand = Errand(what="probe", where=self._where, campaign=campaign)
+        status, said = program(errand, within_s=60.0)
+        if status:
+            raise SetupError(said.strip() or "the books cannot be reached")
 
     # The run ------------------------------------------------------------------------------------
 
@@ -211,16 +200,13 @@ class Run:
             return
         try:
             setting = self._open()
+            self.desk.open(setting, self._cards, self._answers)
         except (SetupError, ScenarioError, OSError) as error:
             self._close_campaign()
             self.told = f"loadtest: {error}\n"
             print(f"loadtest: {error}", file=sys.stderr)
             self._environment.process_exit_code = REFUSED
             raise StopTest(str(error)) from None
-        if self._workers is not None:
-            self._workers.begin(setting)
-        else:
-            self.booth.begin(setting)
         self._began = time.time()
         # Until the books have been read nothing is proven, however this process may end.
         self._environment.process_exit_code = CANNOT
@@ -240,12 +226,20 @@ class Run:
         if told.out:
             Path(told.out).mkdir(parents=True, exist_ok=True)
         self._answers = Path(told.out or self._folder) / "answers.jsonl"
-        self.desk.open(self._cards, self._answers)
         folder = Path(told.data_dir) if told.data_dir else None
         metrics = told.metrics or metrics_address(folder)
-        self._watch = Watch(self._folder / "seen.json")
+        self._errand = Errand(
+            what="watch",
+            where=self._where,
+            campaign=table["id"],
+            metrics=metrics,
+            seen=str(self._folder / "seen.json"),
+            answers=str(self._answers),
+            out=told.out,
+        )
+        self._watch = Watch()
         if told.out and metrics:
-            self._watch.start(metrics, table["id"], told.data_dir)
+            self._watch.start(self._errand)
         self._number += 1
         return self._setting_of(table)
 
@@ -289,16 +283,16 @@ class Run:
 
     def finish(self) -> None:
         """Gather what is still out, check the books, and say so by the exit status."""
-        if not self.leads:
-            give_account(self._environment, self.booth)
-            return
-        self._conclude(self._environment.stop_timeout + ACCOUNTS_S)
+        if not isinstance(self._runner, MasterRunner):
+            self.booth.account()
+        if self.leads:
+            self._conclude(self._environment.stop_timeout + ACCOUNTS_S)
 
     def _conclude(self, patience_s: float) -> None:
         with self._finishing:
             if self._began is not None:
                 ended = time.time()
-                self._gather(patience_s)
+                self.desk.gather(patience_s)
                 self._close(self._began, ended)
                 self._began = None
 
@@ -306,9 +300,10 @@ class Run:
         self._watch.end()
         self._close_campaign()
         findings = self.desk.close()
-        about = About(
+        errand = msgspec.structs.replace(
+            self._errand,
+            what="prove",
             name=self._options.scenario or "locust",
-            campaign=self._campaign["id"],
             started_at=began,
             ended_at=ended,
             alone=self._alone,
@@ -316,7 +311,10 @@ class Run:
             findings=findings,
             fail_if=self._options.fail_if,
         )
-        status = self._prove(about)
+        done, self.told = program(errand, within_s=PROOF_S)
+        print(self.told, end="", flush=True)
+        print(f"loadtest: {self.desk.answers:,} answers compared, exit {done}")
+        status = done if done in (0, 1) else CANNOT
         shutil.rmtree(self._folder, ignore_errors=True)
         if status == 0 and self._runner.exceptions:
             status = 1  # a user of ours broke: what it should have asked was not asked
@@ -330,12 +328,6 @@ class Run:
             self._conclude(0.0)  # nobody listens to the workers any more
         if self.leads:
             self._close_campaign()
-
-    def _gather(self, patience_s: float) -> None:
-        if self._workers is not None:
-            self._workers.gather(patience_s)
-        else:
-            self.desk.close_account("1", self.booth.account())
 
     def _close_campaign(self) -> None:
         made, self._made = self._made, ""
@@ -358,18 +350,6 @@ class Run:
         if plan.phases is not None:
             told |= msgspec.to_builtins(plan.phases)
         return told
-
-    def _prove(self, about: About) -> int:
-        file = self._folder / "about.json"
-        file.write_bytes(msgspec.json.encode(about))
-        command = ["prove", *self._where(), "--answers", str(self._answers), "--about", str(file)]
-        if self._options.out:
-            command += ["--out", self._options.out, "--seen", str(self._watch.file)]
-        done = program(command, within_s=PROOF_S)
-        self.told = done.stdout + done.stderr
-        print(self.told, end="", flush=True)
-        print(f"loadtest: {self.desk.answers:,} answers compared, exit {done.returncode}")
-        return done.returncode if done.returncode in (0, 1) else CANNOT
 
 
 RUN: Final = Run()

@@ -160,7 +160,7 @@ def find_cards(
             raise SetupError("give --tokens FILE (of `sale tokens`), or --data-dir")
     except ValueError as error:
         raise SetupError(str(error)) from None
-    distinct = list({member.card: member for member in members}.values())
+    distinct = list({member.member_no: member for member in members}.values())
     if len(distinct) < number:
         more = f"sale tokens --cards {number} --out FILE" if tokens else "import more cards"
         raise SetupError(

@@ -14,6 +14,7 @@ from locust.user.task import LOCUST_STATE_STOPPING
 
 from loadtest.books.answers import Answer, read_answer
 from loadtest.crowd.run import RUN
+from loadtest.members import Ask
 from loadtest.wire import TOO_MANY, asks_again
 
 LOOKS_MAX: Final = 20
@@ -35,17 +36,7 @@ GATEWAY: Final = frozenset({502, 504})
 AGAIN_CODES: Final = frozenset({"not-open", "paused"})
 
 ORDERS_SEEN: Final[deque[tuple[str, str]]] = deque(maxlen=200)
-"""Card and order number of members of this process, to try whether others may see them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A member's purchase, under one key."""
-
-    card: str
-    key: str
-    showing: str
-    quantity: int
+"""Member and order number of orders of this process, to try whether others may see them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +82,7 @@ class SaleUser(FastHttpUser):
             RUN.booth.find("server-error", f"{method} {name or path}: {response.status_code}")
         return Told(response.status_code, response.headers or {}, _json(response.content))
 
-    def ask(self, wish: Wish, token: str) -> tuple[Answer, Any]:
+    def ask(self, wish: Ask, token: str) -> tuple[Answer, Any]:
         """Ask for tickets; the answer is taken down, whatever becomes of it."""
         sent_at, answer = time.time(), None
         headers: Any = {}
@@ -122,15 +113,11 @@ class SaleUser(FastHttpUser):
             RUN.booth.record(answer)
         return answer, headers
 
-    def wish(self, card: str) -> Wish:
+    def wish(self, member_no: str) -> Ask:
         """Make up what to ask for, under a new key."""
         setting = RUN.booth.setting
-        return Wish(
-            card=card,
-            key=f"{random.getrandbits(80):020x}",
-            showing=random.choice(setting.showings),
-            quantity=random.randint(1, setting.order_max),
-        )
+        showing, quantity = random.choice(setting.showings), random.randint(1, setting.order_max)
+        return Ask(member_no, f"{random.getrandbits(80):020x}", showing, quantity)
 
 
 class CardHolder(SaleUser):
@@ -164,7 +151,7 @@ class MemberUser(CardHolder):
             return
         self.served = True
         self._wait_for_opening(campaign)
-        answer = self._grab(self.wish(self.card.card))
+        answer = self._grab(self.wish(self.card.member_no))
         if answer is not None and answer.sold:
             self._check_order(answer)
 
@@ -185,7 +172,7 @@ class MemberUser(CardHolder):
         """Wait by the server's clock, not by the phone's. A few press too early, some come late."""
         left_s = self._left_s(campaign) if campaign["state"] == "scheduled" else 0.0
         if left_s > 1.0 and random.random() < EARLY_SHARE:
-            self.ask(self.wish(self.card.card), self.token)
+            self.ask(self.wish(self.card.member_no), self.token)
         moment = time.monotonic() + left_s
         late_s = random.expovariate(1 / REACTION_S)
         if random.random() < LATE_SHARE:
@@ -210,7 +197,7 @@ class MemberUser(CardHolder):
                 break
         return max(min(looks)[1] - time.monotonic(), 0.0) if looks else 0.0
 
-    def _grab(self, wish: Wish) -> Answer | None:
+    def _grab(self, wish: Ask) -> Answer | None:
         """Ask until the outcome is known, always under the same key."""
         for number in range(TRIES_MAX):
             answer, headers = self.ask(wish, self.token)
@@ -222,7 +209,7 @@ class MemberUser(CardHolder):
     def _check_order(self, answer: Answer) -> None:
         """See that the order stands as it was told, is ours, and that another's is not shown."""
         told = self.call("GET", f"/api/v1/orders/{answer.order_no}", "/api/v1/orders/[order]")
-        who = f"order {answer.order_no} of member {self.card.card}"
+        who = f"order {answer.order_no} of member {self.card.member_no}"
         if told.status == 200:
             codes = tuple(ticket["code"] for ticket in told.body.get("tickets", ()))
             shown = (told.body.get("order_no"), told.body.get("quantity"), codes)
@@ -230,10 +217,10 @@ class MemberUser(CardHolder):
                 RUN.booth.find("order-differs", f"{who}: is shown otherwise than it was told")
         elif not asks_again(told.status):
             RUN.booth.find("order-not-shown", f"{who}: {told.status} right after the 201")
-        others = [order_no for card, order_no in ORDERS_SEEN if card != self.card.card]
+        others = [order_no for no, order_no in ORDERS_SEEN if no != self.card.member_no]
         if others and random.random() < NOSE_SHARE:
             self._try_anothers(random.choice(others))
-        ORDERS_SEEN.append((self.card.card, answer.order_no))
+        ORDERS_SEEN.append((self.card.member_no, answer.order_no))
 
     def _try_anothers(self, order_no: str) -> None:
         with self.client.get(
@@ -243,7 +230,7 @@ class MemberUser(CardHolder):
             catch_response=True,
         ) as response:
             if response.status_code == 200:
-                what = f"order {order_no} was shown to member {self.card.card}"
+                what = f"order {order_no} was shown to member {self.card.member_no}"
                 RUN.booth.find("anothers-order", what)
             elif response.status_code in (403, 404):
                 response.success()
@@ -276,9 +263,9 @@ class BotUser(CardHolder):
         """Ask, and ask again."""
         forged = random.random() < BAD_TOKEN_SHARE
         token = _forged(self.card.token) if forged else self.card.token
-        answer, _ = self.ask(self.wish(self.card.card), token)
+        answer, _ = self.ask(self.wish(self.card.member_no), token)
         if forged and answer.sold:
-            what = f"member {self.card.card} bought with a forged token"
+            what = f"member {self.card.member_no} bought with a forged token"
             RUN.booth.find("forged-token", what)
         if answer.status == 0:
             self.pause(BACKOFF_S)  # nobody is there: even a script would only spin

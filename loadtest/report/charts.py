@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-from loadtest.record import ProcessSample, Record, Sample
+from loadtest.record import ProcessSample, Record
 from loadtest.report.runs import Run, runs_of
 
 OUTCOME_COLOURS: Final = {
@@ -44,6 +44,7 @@ Line = tuple[str, str, Sequence[float | None], str]
 """Name, colour, values, dash."""
 
 Lines = Callable[[Run], list[Line]]
+Figure = dict[str, Any]
 
 
 class Chart(NamedTuple):
@@ -52,17 +53,17 @@ class Chart(NamedTuple):
     id: str
     title: str
     about: str
-    figures: list[dict[str, Any]]
-    shares_time: bool
+    figures: list[Figure]
+    shares_time: bool = True
     wide: bool = False
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
     """All charts of one run, or of two side by side with the same axes."""
     runs = runs_of(records)
-    first, second = (_over_time(runs, *each) for each in _BY_SECOND)
-    sampled = [_over_time(runs, *each) for each in _SAMPLED]
-    return [first, second, _outcomes(runs), _percentiles(runs), *sampled]
+    seconds = [_over_time(runs, *each, by_second=True) for each in _BY_SECOND]
+    sampled = [_over_time(runs, *each, by_second=False) for each in _SAMPLED]
+    return [*seconds, _outcomes(runs), _percentiles(runs), *sampled]
 
 
 def colour_of(outcome: str) -> str:
@@ -89,61 +90,61 @@ def all_outcomes(record: Record) -> list[str]:
 
 
 def _throughput(run: Run) -> list[Line]:
-    def rate(name: str) -> list[float | None]:
-        counts = (getattr(second, name) for second in run.seconds)
-        return [None if count is None else count / run.width_s for count in counts]
-
-    return [
-        ("offered", "#8a8a8a", rate("offered"), "dash"),
-        ("sent", "#e69f00", rate("sent"), "dot"),
-        ("answered", "#0072b2", rate("answered"), "solid"),
-    ]
+    styles = {
+        "offered": ("#8a8a8a", "dash"),
+        "sent": ("#e69f00", "dot"),
+        "answered": ("#0072b2", "solid"),
+    }
+    lines: list[Line] = []
+    for name, (colour, dash) in styles.items():
+        counts = [getattr(second, name) for second in run.seconds]
+        rates = [None if count is None else count / run.width_s for count in counts]
+        lines.append((name, colour, rates, dash))
+    return lines
 
 
 def _latency(run: Run) -> list[Line]:
-    styles = (
-        ("p50_ms", "p50", "#0072b2", "solid"),
-        ("p95_ms", "p95", "#009e73", "dash"),
-        ("p99_ms", "p99", "#d55e00", "solid"),
-        ("max_ms", "max", "#8a8a8a", "dot"),
-    )
+    styles = {
+        "p50": ("#0072b2", "solid"), "p95": ("#009e73", "dash"), "p99": ("#d55e00", "solid"),
+        "max": ("#8a8a8a", "dot"),
+    }  # fmt: skip
     return [
-        (name, colour, [getattr(second, field) or None for second in run.seconds], dash)
-        for field, name, colour, dash in styles
+        (name, colour, [getattr(second, f"{name}_ms") or None for second in run.seconds], dash)
+        for name, (colour, dash) in styles.items()
     ]
+
+
+def _sampled(field: str, name: str, number: int) -> Lines:
+    """One line of a figure of the samples, in the colour of that number."""
+    return lambda run: [_line(name, number, [getattr(sample, field) for sample in run.samples])]
 
 
 def _stock(run: Run) -> list[Line]:
     return [
-        _sampled(run, showing, number, lambda sample, of=showing: sample.stock.get(of))  # type: ignore[misc]
-        for number, showing in enumerate(run.showings)
+        _line(showing, n, [sample.stock.get(showing) for sample in run.samples])
+        for n, showing in enumerate(run.showings)
     ]
 
 
-def _by_process(run: Run, figure: Callable[[ProcessSample], float]) -> list[Line]:
-    def of(sample: Sample, name: str) -> float | None:
-        found = sample.processes.get(name)
-        return None if found is None else figure(found)
+def _by_process(figure: Callable[[ProcessSample], float]) -> Lines:
+    def lines(run: Run) -> list[Line]:
+        told = []
+        for n, name in enumerate(run.processes):
+            found = [sample.processes.get(name) for sample in run.samples]
+            told.append(_line(name, n, [None if each is None else figure(each) for each in found]))
+        return told
 
-    return [
-        _sampled(run, name, number, lambda sample, of_name=name: of(sample, of_name))  # type: ignore[misc]
-        for number, name in enumerate(run.processes)
-    ]
+    return lines
 
 
-def _sampled(run: Run, name: str, number: int, figure: Callable[[Sample], float | None]) -> Line:
+def _line(name: str, number: int, values: Sequence[float | None]) -> Line:
     """One line of the samples; what was not read is below 0 and left out."""
-    values = [figure(sample) for sample in run.samples]
     shown = [None if value is None or value < 0 else value for value in values]
-    colour = _LINE_COLOURS[number % len(_LINE_COLOURS)]
-    return name, colour, shown, _DASHES[number // len(_LINE_COLOURS) % len(_DASHES)]
+    row, column = divmod(number, len(_LINE_COLOURS))
+    return name, _LINE_COLOURS[column], shown, _DASHES[row % len(_DASHES)]
 
 
-def _line(name: str, number: int, figure: Callable[[Sample], float | None]) -> Lines:
-    return lambda run: [_sampled(run, name, number, figure)]
-
-
-_BY_SECOND: Final[tuple[tuple[str, str, str, Lines, bool], ...]] = (
+_BY_SECOND: Final[tuple[tuple[str, str, str, Lines], ...]] = (
     (
         "throughput",
         "Throughput",
@@ -152,14 +153,12 @@ _BY_SECOND: Final[tuple[tuple[str, str, str, Lines, bool], ...]] = (
             "is a queue that grows. Where the generator was the limit, answers are not told."
         ),
         _throughput,
-        True,
     ),
     (
         "latency",
         "Latency over time",
         "Milliseconds from the intended send time, by the second of that time; log scale.",
         _latency,
-        True,
     ),
 )
 _SAMPLED: Final[tuple[tuple[str, str, str, Lines], ...]] = (
@@ -168,58 +167,46 @@ _SAMPLED: Final[tuple[tuple[str, str, str, Lines], ...]] = (
         "lag",
         "Ledger lag",
         "Events that PostgreSQL did not have yet.",
-        _line("events", 4, lambda sample: sample.lag_events),
+        _sampled("lag_events", "events", 4),
     ),
     (
         "lag-age",
         "Age of the ledger lag",
         "Seconds since the oldest of these events.",
-        _line("seconds", 3, lambda sample: sample.lag_s),
+        _sampled("lag_s", "seconds", 3),
     ),
-    (
-        "queue",
-        "Queue depth",
-        "Purchases that waited for a batch.",
-        _line("waiting", 1, lambda sample: sample.queue),
-    ),
+    ("queue", "Queue depth", "Purchases that waited for a batch.", _sampled("queue", "waiting", 1)),
     (
         "connections",
         "Connections",
         "Open connections to the API.",
-        _line("connections", 0, lambda sample: sample.connections),
+        _sampled("connections", "connections", 0),
     ),
     (
         "cpu",
         "CPU of each process",
         "Per cent of one core, children counted. A process at 100 is a limit.",
-        lambda run: _by_process(run, lambda process: process.cpu * 100),
+        _by_process(lambda process: process.cpu * 100),
     ),
     (
         "memory",
         "Memory of each process",
         "MiB in memory, children counted, shared pages once.",
-        lambda run: _by_process(run, lambda process: process.rss_bytes / 2**20),
+        _by_process(lambda process: process.rss_bytes / 2**20),
     ),
 )
-"""Id, title, how to read it, the lines of a run, and whether they are by the second."""
+"""Id, title, how to read it, the lines of a run."""
 
 
 # Figures ------------------------------------------------------------------------------------------
 
 
 def _over_time(
-    runs: Sequence[Run],
-    identifier: str,
-    title: str,
-    about: str,
-    lines: Lines,
-    by_second: bool = False,  # noqa: FBT001, FBT002 - a row of the tables above
+    runs: Sequence[Run], identifier: str, title: str, about: str, lines: Lines, *, by_second: bool
 ) -> Chart:
-    log, drawn = lines is _latency, [lines(run) for run in runs]
+    drawn = [lines(run) for run in runs]
     values = [v for each in drawn for line in each for v in line[2] if v and _rounded(v)]
-    if by_second:
-        about += _merging(runs)
-    figures = []
+    upright, figures = _vertical(values, log=lines is _latency), []
     for run, of_run in zip(runs, drawn, strict=True):
         times = [point.t for point in (run.seconds if by_second else run.samples)]
         traces = [
@@ -235,8 +222,8 @@ def _over_time(
             }
             for name, colour, shown, dash in of_run
         ]
-        figures.append(_figure(traces, _times(runs), _vertical(values, log=log)))
-    return Chart(identifier, title, about, figures, shares_time=True)
+        figures.append(_figure(traces, _times(runs), upright))
+    return Chart(identifier, title, about + _merging(runs) * by_second, figures)
 
 
 def _outcomes(runs: Sequence[Run]) -> Chart:
@@ -262,22 +249,19 @@ def _outcomes(runs: Sequence[Run]) -> Chart:
         ]
         figures.append(_figure(traces, _times(runs), _vertical(tops, log=False)))
     about = "Final outcomes a second, by the second of the intended send time." + _merging(runs)
-    return Chart("outcomes", "Outcomes by second", about, figures, shares_time=True, wide=True)
+    return Chart("outcomes", "Outcomes by second", about, figures, wide=True)
 
 
 def _percentiles(runs: Sequence[Run]) -> Chart:
     """One figure for all runs: lines that lie on each other compare best."""
-    traces = []
-    values: list[float] = []
-    shares: list[float] = []
+    traces, every = [], []
     for number, run in enumerate(runs):
         for name, colour, points in (
             ("all answers", "#0072b2", run.record.latency),
             ("sold", "#009e73", run.record.latency_sold),
         ):
             known = [point for point in points if 0 <= point.share < 1 and 0 < point.ms < math.inf]
-            values += [point.ms for point in known]
-            shares += [point.share for point in known]
+            every += known
             traces.append(
                 {
                     "type": "scatter",
@@ -291,7 +275,7 @@ def _percentiles(runs: Sequence[Run]) -> Chart:
                     "hovertemplate": "%{customdata}: %{y:,.4~g} ms",
                 }
             )
-    most = 1 / (1 - max(shares, default=0.99))
+    most = 1 / (1 - max((point.share for point in every), default=0.99))
     ticks = [share for share in _SHARES_TOLD if 1 / (1 - share) <= most * 1.05]
     across = {
         "type": "log",
@@ -303,8 +287,8 @@ def _percentiles(runs: Sequence[Run]) -> Chart:
         "Share of the answers that came within so many milliseconds of their intended send time. "
         "Each nine of the share has the same width; both scales are logarithmic."
     )
-    figures = [_figure(traces, across, _vertical(values, log=True))]
-    return Chart("percentiles", "Latency percentiles", about, figures, shares_time=False)
+    figure = _figure(traces, across, _vertical([point.ms for point in every], log=True))
+    return Chart("percentiles", "Latency percentiles", about, [figure], shares_time=False)
 
 
 def _rounded(value: float | None) -> float | None:
@@ -322,7 +306,7 @@ def _merging(runs: Sequence[Run]) -> str:
     return f" A point stands for {width_s} s: of rates it is the mean, of latencies the highest."
 
 
-def _times(runs: Sequence[Run]) -> dict[str, Any]:
+def _times(runs: Sequence[Run]) -> Figure:
     """Options of the time axis: first to last second of all runs, so that they have the same.
 
     Of what was sampled before anybody asked, only the last moment is shown.
@@ -337,37 +321,25 @@ def _times(runs: Sequence[Run]) -> dict[str, Any]:
     return {"range": span, "ticksuffix": " s", "hoverformat": ".1f"}
 
 
-def _vertical(values: Sequence[float], *, log: bool) -> dict[str, Any]:
+def _vertical(values: Sequence[float], *, log: bool) -> Figure:
     """Options of the upright axis, the same for both runs; a log scale shows whole decades."""
     top = max(values, default=1.0) or 1.0
     if not log:
         return {"range": [0, top * 1.06]}
     low = math.floor(math.log10(min(values, default=1.0)))
-    high = math.ceil(math.log10(top) + 0.02)
-    ticks = [10.0**power for power in range(low, max(high, low + 1) + 1)]
-    return {
-        "type": "log",
-        "range": [low, max(high, low + 1)],
-        "tickvals": ticks,
-        "ticktext": [f"{tick:,.10g} ms" for tick in ticks],
-    }
+    high = max(math.ceil(math.log10(top) + 0.02), low + 1)
+    ticks = [10.0**power for power in range(low, high + 1)]
+    text = [f"{tick:,.10g} ms" for tick in ticks]
+    return {"type": "log", "range": [low, high], "tickvals": ticks, "ticktext": text}
 
 
-def _figure(
-    traces: list[dict[str, Any]], across: dict[str, Any], upright: dict[str, Any]
-) -> dict[str, Any]:
+def _figure(traces: list[Figure], across: Figure, upright: Figure) -> Figure:
     """Traces with what all figures have in common; colours of ground and text are the page's."""
     empty = all(value is None for trace in traces for value in trace["y"])
-    layout: dict[str, Any] = {
+    bottom = {"yref": "container", "y": 0, "yanchor": "bottom", "x": 0}
+    layout: Figure = {
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
-        "legend": {
-            "orientation": "h",
-            "traceorder": "normal",
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "x": 0,
-        },
+        "legend": {"orientation": "h", "traceorder": "normal", **bottom},
         "barmode": "stack",
         "hovermode": "x unified" if "ticksuffix" in across else "closest",
         "dragmode": "zoom",

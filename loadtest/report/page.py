@@ -10,7 +10,6 @@ are not used here; the page's Content-Security-Policy forbids the browser to ask
 
 import functools
 import importlib.resources
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,47 +19,31 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from loadtest import record as records
-from loadtest.record import Finding, Record
+from loadtest.record import Record, latency_ms
 from loadtest.report.charts import Chart, charts
-from loadtest.report.tables import NONE, at_share, count, figure_groups, measure, told_tables
+from loadtest.report.tables import NONE, count, figure_groups, measure, told_tables
 
 FINDINGS_SHOWN: Final = 20
 _LETTERS: Final = "AB"
 
 
 class Verdict(NamedTuple):
-    """Whether the books balance: in one line, and why."""
+    """Whether the books balance, in one line."""
 
     tone: str
     sign: str
     says: str
-    why: str
-    findings: list[Finding]
-    unlisted: int
-
-
-class Fact(NamedTuple):
-    """A figure of the head."""
-
-    name: str
-    value: str
-    note: str
 
 
 def keep(folder: Path, record: Record) -> None:
     """Write a run's record and its report. Raises OSError."""
-    records.write(folder / records.RECORD_NAME, record)
+    records.write_whole(folder / records.RECORD_NAME, records.encode(record))
     write_report(folder / records.REPORT_NAME, record)
 
 
 def write_report(file: Path, record: Record, other: Record | None = None) -> None:
     """Write the report of a run, or of two, whole or not at all. Raises OSError."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        fresh.write_text(render(record, other), "utf-8")
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
+    records.write_whole(file, render(record, other).encode())
 
 
 def render(record: Record, other: Record | None = None) -> str:
@@ -70,8 +53,8 @@ def render(record: Record, other: Record | None = None) -> str:
     return _page().render(
         title=" and ".join(dict.fromkeys(run.name for run in runs)),
         pair=other is not None,
-        heads=[_head(run, letter) for run, letter in zip(runs, _LETTERS, strict=False)],
-        charts=[_section(chart, runs) for chart in drawn],
+        runs=list(zip(_LETTERS, runs, strict=False)),
+        charts=[(chart, _panels(chart, runs)) for chart in drawn],
         groups=figure_groups(runs),
         tables=told_tables(runs),
         figures={
@@ -79,7 +62,7 @@ def render(record: Record, other: Record | None = None) -> str:
             for chart in drawn
             for number, figure in enumerate(chart.figures)
         },
-        footer="Latencies count from the intended send time, so waiting in the generator counts.",
+        findings_shown=FINDINGS_SHOWN,
         style=_asset("report.css"),
         script=_asset("report.js"),
         library=_library(),
@@ -91,6 +74,9 @@ def _page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {
+        "count": count, "facts": _facts, "measure": measure, "moment": _moment, "verdict": _verdict,
+    }  # fmt: skip
     return environment.from_string(_asset("report.html"))
 
 
@@ -105,26 +91,8 @@ def _asset(name: str) -> str:
     return importlib.resources.files("loadtest.report").joinpath("web", name).read_text("utf-8")
 
 
-def _head(run: Record, letter: str) -> dict[str, Any]:
-    return {
-        "letter": letter,
-        "name": run.name,
-        "campaign": run.campaign,
-        "started_at": _moment(run.started_at),
-        "duration": f"{measure(run.duration_s)} s",
-        "bottleneck": run.bottleneck,
-        "not_played": run.not_played,
-        "thresholds": run.thresholds,
-        "notes": run.notes,
-        "verdict": _verdict(run),
-        "facts": _facts(run),
-    }
-
-
 def _moment(iso: str) -> str:
     """A moment as people write it, to the second; what is none is shown as it stands."""
-    if "T" not in iso:
-        return iso
     try:
         return datetime.fromisoformat(iso).strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     except ValueError:
@@ -134,60 +102,44 @@ def _moment(iso: str) -> str:
 def _verdict(run: Record) -> Verdict:
     proof = run.proof
     if proof is None:
-        why = "not looked at" if run.plan.get("proof") == 0 else "not checked"
-        why = run.not_proved or f"The books were {why}."
-        return Verdict("warn", "!", "Not proved.", why, [], 0)
-    why = f"{count(proof.orders)} orders in the campaign, {count(proof.tickets)} tickets. "
-    why += {
-        None: "The engine’s audit was not run.",
-        True: "The engine’s audit is clean.",
-        False: "The engine’s audit found breaches.",
-    }[proof.audit_clean]
-    told, unlisted = proof.findings[:FINDINGS_SHOWN], len(proof.findings[FINDINGS_SHOWN:])
+        return Verdict("warn", "!", "Not proved.")
     if not proof.clean or proof.audit_clean is False:
-        return Verdict("bad", "✗", "The books do NOT balance.", why, told, unlisted)
+        return Verdict("bad", "✗", "The books do NOT balance.")
     if proof.audit_clean is None:
-        return Verdict("warn", "✓", "The books balance; not audited.", why, told, unlisted)
-    return Verdict("good", "✓", "The books balance.", why, told, unlisted)
+        return Verdict("warn", "✓", "The books balance; not audited.")
+    return Verdict("good", "✓", "The books balance.")
 
 
-def _facts(run: Record) -> list[Fact]:
-    def latency(name: str, share: float) -> Fact:
-        ms = at_share(run.latency, share)
-        return Fact(name, NONE if ms is None else f"{measure(ms)} ms", "all answers")
-
-    sold = run.outcomes.get("sold", 0)
-    share = f"{sold / run.offered:.1%} of offered" if run.offered else ""
+def _facts(run: Record) -> list[tuple[str, str, str]]:
+    """The figures of the head: name, value, note. Achieved is a share of those offered in the same
+    time, which are all, where the last answer came before the planned time was over.
+    """
+    sold, due = run.outcomes.get("sold", 0), max(run.offered, run.offered_rate * run.duration_s)
+    achieved = f"{measure(run.achieved_rate)}/s"
+    of_due = f"{run.achieved_rate * run.duration_s / due:.0%} of offered" if due else ""
+    if run.bottleneck:
+        achieved, of_due = NONE, "the generator was the limit"
+    told = {name: latency_ms(run.latency, s) for name, s in (("p50", 0.5), ("p99", 0.99))}
+    told["p99.9"] = latency_ms(run.latency, 0.999)
     return [
-        Fact("Offered", count(run.offered), f"{measure(run.offered_rate)} a second"),
-        Fact("Sent", count(run.sent), "with repeats"),
-        Fact("Answered", count(run.answered), "with repeats"),
-        _achieved(run),
-        Fact("Sold", count(sold), share),
-        latency("p50", 0.5),
-        latency("p99", 0.99),
-        latency("p99.9", 0.999),
+        ("Offered", count(run.offered), f"{measure(run.offered_rate)} a second"),
+        ("Sent", count(run.sent), "with repeats"),
+        ("Answered", count(run.answered), "with repeats"),
+        ("Achieved", achieved, of_due),
+        ("Sold", count(sold), f"{sold / run.offered:.1%} of offered" if run.offered else ""),
+        *(
+            (name, NONE if ms is None else f"{measure(ms)} ms", "all answers")
+            for name, ms in told.items()
+        ),
     ]
 
 
-def _achieved(run: Record) -> Fact:
-    """Members settled a second, and as a share of those offered in the same time.
-
-    Offered are all, where the last answer came before the planned time was over.
-    """
-    if run.bottleneck:
-        return Fact("Achieved", NONE, "the generator was the limit")
-    due = max(run.offered, run.offered_rate * run.duration_s)
-    share = f"{run.achieved_rate * run.duration_s / due:.0%} of offered" if due else ""
-    return Fact("Achieved", f"{measure(run.achieved_rate)}/s", share)
-
-
-def _section(chart: Chart, runs: Sequence[Record]) -> dict[str, Any]:
-    """A chart as the page wants it; a figure of a run that its generator limited says so."""
+def _panels(chart: Chart, runs: Sequence[Record]) -> list[dict[str, Any]]:
+    """A chart's figures as the page wants them; one of a run that its generator limited says so."""
     panels = []
+    own = len(chart.figures) == len(runs)
     for number in range(len(chart.figures)):
-        own = len(chart.figures) == len(runs)
-        shown = [runs[number]] if own else list(runs)
+        shown = [runs[number]] if own else runs
         bound = [_LETTERS[runs.index(run)] for run in shown if run.bottleneck]
         which = "" if own or len(runs) == 1 else ": " + ", ".join(bound)
         panels.append(
@@ -198,9 +150,4 @@ def _section(chart: Chart, runs: Sequence[Record]) -> dict[str, Any]:
                 "limited": f"limited by the generator{which}" if bound else "",
             }
         )
-    return {
-        "title": chart.title,
-        "about": chart.about,
-        "panels": panels,
-        "place": "drawn wide" if chart.wide else "drawn",
-    }
+    return panels

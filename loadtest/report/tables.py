@@ -4,45 +4,32 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from loadtest.record import Percentile, Record, Sample
+from loadtest.record import Percentile, ProcessSample, Record, latency_ms
 from loadtest.report.charts import all_outcomes, colour_of, in_order
 
 NONE: Final = "–"
 _SHARES: Final = (0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0)
 
-Format = Callable[[float], str]
-
 
 class Row(NamedTuple):
-    """A name, a cell for each column, and a colour where the charts have one for it."""
+    """A name, a cell for each column, and a colour where the charts have one for it.
+
+    ``differs``: the runs were not told the same.
+    """
 
     name: str
     cells: list[str]
     colour: str = ""
+    differs: bool = False
 
 
 class Group(NamedTuple):
-    """A table of figures: one run has one column, two have A, B, B − A and B ÷ A."""
+    """A table. Of figures one run has one column, two have A, B, B − A and B ÷ A."""
 
     title: str
     what: str
     columns: list[str]
     rows: list[Row]
-
-
-class Told(NamedTuple):
-    """A row of what was told about the runs; ``differs`` where they are not the same."""
-
-    name: str
-    cells: list[str]
-    differs: bool
-
-
-class Table(NamedTuple):
-    """A titled table."""
-
-    title: str
-    rows: list[Told]
 
 
 def figure_groups(records: Sequence[Record]) -> list[Group]:
@@ -52,22 +39,30 @@ def figure_groups(records: Sequence[Record]) -> list[Group]:
         ("Outcomes", "final outcome", _outcomes(records)),
         ("Latency of all answers, ms", "share", _latency([run.latency for run in records])),
         ("Latency of what was sold, ms", "share", _latency([run.latency_sold for run in records])),
-        ("Peaks", "", _peaks([run.samples for run in records])),
-        ("CPU, % of a core: mean", "process", _cpu([run.samples for run in records])),
-        ("Memory, MiB: most", "process", _memory([run.samples for run in records])),
+        ("Peaks", "", _peaks(records)),
+        ("CPU, % of a core: mean", "process", _by_process(records, _mean_cpu)),
+        ("Memory, MiB: most", "process", _by_process(records, _most_mib)),
     ]
     columns = ["A", "B", "B − A", "B ÷ A"] if len(records) > 1 else [""]
     return [Group(title, what, columns, rows) for title, what, rows in groups if rows]
 
 
-def told_tables(records: Sequence[Record]) -> list[Table]:
+def told_tables(records: Sequence[Record]) -> list[Group]:
     """Plan, settings, versions and machine."""
-    return [
-        _told("Plan", [{key: str(value) for key, value in run.plan.items()} for run in records]),
-        _told("Settings of the engine", [run.settings for run in records]),
-        _told("Versions", [run.versions for run in records]),
-        _told("Machine", [run.machine for run in records]),
-    ]
+    titles = {
+        "plan": "Plan",
+        "settings": "Settings of the engine",
+        "versions": "Versions",
+        "machine": "Machine",
+    }
+    tables = []
+    for field, title in titles.items():
+        told = [getattr(run, field) for run in records]
+        names = dict.fromkeys(name for table in told for name in table)
+        every = [(name, [str(table.get(name, NONE)) for table in told]) for name in names]
+        rows = [Row(name, cells, differs=len(set(cells)) > 1) for name, cells in every]
+        tables.append(Group(title, "", ["A", "B"][: len(records)], rows))
+    return tables
 
 
 def count(value: float) -> str:
@@ -83,101 +78,81 @@ def measure(value: float) -> str:
     return f"{round(value, digits) or 0.0:,.{digits}f}"
 
 
-def at_share(points: Sequence[Percentile], share: float) -> float | None:
-    """Milliseconds within which at least ``share`` of the answers came."""
-    return min((point.ms for point in points if point.share >= share - 1e-9), default=None)
-
-
 def _totals(records: Sequence[Record]) -> list[Row]:
-    rows: list[tuple[str, list[float | None], Format]] = [
-        ("offered", [run.offered for run in records], count),
-        ("sent, with repeats", [run.sent for run in records], count),
-        ("answered, with repeats", [run.answered for run in records], count),
-        ("offered a second", [run.offered_rate for run in records], measure),
-        (
-            "achieved a second",
-            [None if run.bottleneck else run.achieved_rate for run in records],
-            measure,
-        ),
-        ("duration, s", [run.duration_s for run in records], measure),
-        (
-            "orders in the books",
-            [run.proof.orders if run.proof else None for run in records],
-            count,
-        ),
-        (
-            "tickets in the books",
-            [run.proof.tickets if run.proof else None for run in records],
-            count,
-        ),
-    ]
-    return [_row(name, values, form) for name, values, form in rows]
+    rows: tuple[tuple[str, Callable[[Record], float | None], Callable[[float], str]], ...] = (
+        ("offered", lambda run: run.offered, count),
+        ("sent, with repeats", lambda run: run.sent, count),
+        ("answered, with repeats", lambda run: run.answered, count),
+        ("offered a second", lambda run: run.offered_rate, measure),
+        ("achieved a second", lambda run: None if run.bottleneck else run.achieved_rate, measure),
+        ("duration, s", lambda run: run.duration_s, measure),
+        ("orders in the books", lambda run: run.proof.orders if run.proof else None, count),
+        ("tickets in the books", lambda run: run.proof.tickets if run.proof else None, count),
+    )
+    return [_row(name, [figure(run) for run in records], form) for name, figure, form in rows]
 
 
 def _outcomes(records: Sequence[Record]) -> list[Row]:
     names = in_order(name for run in records for name in all_outcomes(run))
-    rows = []
-    for name in names:
-        row = _row(name, [run.outcomes.get(name, 0) for run in records], count)
-        rows.append(row._replace(colour=colour_of(name)))
-    return rows
-
-
-def _latency(runs: Sequence[Sequence[Percentile]]) -> list[Row]:
-    if not any(runs):
-        return []
     return [
-        _row(
-            "most" if share == 1 else f"{share * 100:.10g} %",
-            [at_share(points, share) for points in runs],
-            measure,
-        )
-        for share in _SHARES
+        _row(name, [run.outcomes.get(name, 0) for run in records], count, colour_of(name))
+        for name in names
     ]
 
 
-def _peaks(runs: Sequence[Sequence[Sample]]) -> list[Row]:
-    if not any(runs):
-        return []
-    figures: tuple[tuple[str, Callable[[Sample], float], Format], ...] = (
-        ("ledger lag, events", lambda sample: sample.lag_events, count),
-        ("ledger lag, s", lambda sample: sample.lag_s, measure),
-        ("queue depth", lambda sample: sample.queue, count),
-        ("connections", lambda sample: sample.connections, count),
+def _latency(runs: Sequence[Sequence[Percentile]]) -> list[Row]:
+    names = {share: "most" if share == 1 else f"{share * 100:.10g} %" for share in _SHARES}
+    return [
+        _row(name, [latency_ms(points, share) for points in runs])
+        for share, name in names.items()
+        if any(runs)
+    ]
+
+
+def _peaks(records: Sequence[Record]) -> list[Row]:
+    def most(run: Record, field: str) -> float | None:
+        read = (getattr(sample, field) for sample in run.samples)
+        return max((value for value in read if value >= 0), default=None)
+
+    figures = (
+        ("ledger lag, events", "lag_events", count),
+        ("ledger lag, s", "lag_s", measure),
+        ("queue depth", "queue", count),
+        ("connections", "connections", count),
     )
-    rows = []
-    for name, figure, form in figures:
-        read = [[figure(sample) for sample in samples] for samples in runs]
-        most = [max((value for value in each if value >= 0), default=None) for each in read]
-        rows.append(_row(name, most, form))
-    return rows
+    sampled = any(run.samples for run in records)
+    return [
+        _row(name, [most(run, field) for run in records], form)
+        for name, field, form in figures
+        if sampled
+    ]
 
 
-def _cpu(runs: Sequence[Sequence[Sample]]) -> list[Row]:
-    def mean(samples: Sequence[Sample], name: str) -> float | None:
-        seen = [each.processes[name].cpu for each in samples if name in each.processes]
-        return sum(seen) / len(seen) * 100 if seen else None
-
-    return _by_process(runs, mean)
+def _mean_cpu(seen: Sequence[ProcessSample]) -> float:
+    return sum(each.cpu for each in seen) / len(seen) * 100
 
 
-def _memory(runs: Sequence[Sequence[Sample]]) -> list[Row]:
-    def most(samples: Sequence[Sample], name: str) -> float | None:
-        seen = (each.processes[name].rss_bytes for each in samples if name in each.processes)
-        found = max(seen, default=None)
-        return None if found is None else found / 2**20
-
-    return _by_process(runs, most)
+def _most_mib(seen: Sequence[ProcessSample]) -> float:
+    return max(each.rss_bytes for each in seen) / 2**20
 
 
 def _by_process(
-    runs: Sequence[Sequence[Sample]], figure: Callable[[Sequence[Sample], str], float | None]
+    records: Sequence[Record], figure: Callable[[Sequence[ProcessSample]], float]
 ) -> list[Row]:
-    names = sorted({name for samples in runs for each in samples for name in each.processes})
-    return [_row(name, [figure(samples, name) for samples in runs], measure) for name in names]
+    names = sorted({name for run in records for each in run.samples for name in each.processes})
+    rows = []
+    for name in names:
+        seen = [[s.processes[name] for s in run.samples if name in s.processes] for run in records]
+        rows.append(_row(name, [figure(each) if each else None for each in seen]))
+    return rows
 
 
-def _row(name: str, values: Sequence[float | None], form: Format) -> Row:
+def _row(
+    name: str,
+    values: Sequence[float | None],
+    form: Callable[[float], str] = measure,
+    colour: str = "",
+) -> Row:
     cells = [NONE if value is None else form(value) for value in values]
     if len(values) == 2:
         first, second = values
@@ -187,13 +162,4 @@ def _row(name: str, values: Sequence[float | None], form: Format) -> Row:
             change = form(second - first)
             cells.append(f"+{change}" if second > first and change.strip("0.") else change)
             cells.append(f"{second / first:.2f} ×" if first else NONE)
-    return Row(name, cells)
-
-
-def _told(title: str, tables: Sequence[dict[str, str]]) -> Table:
-    names = dict.fromkeys(name for table in tables for name in table)
-    rows = []
-    for name in names:
-        cells = [table.get(name, NONE) for table in tables]
-        rows.append(Told(name, cells, len(set(cells)) > 1))
-    return Table(title, rows)
+    return Row(name, cells, colour)

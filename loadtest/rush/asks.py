@@ -8,14 +8,14 @@ when the answers are compared with PostgreSQL.
 import mmap
 import random
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 
-from loadtest.members import QUANTITY_SHARES, Ask, Mint, member_of, minted_card
+from loadtest.members import QUANTITY_SHARES, Ask, Mint, member_of, minted_no
 from loadtest.rush import arrivals
+from loadtest.wire import purchase_request
 from sale.files import UnreadableFile, opened_regular
 from sale.identity import SigningKey
 
@@ -24,6 +24,7 @@ MIXED: Final = 0
 
 DUPLICATE_WITHIN: Final = 50
 _MIX: Final = 2_654_435_761
+_PRIME: Final = 4_294_967_291
 _SLOTS: Final = 20
 
 
@@ -70,6 +71,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
                 new += 1
         return made
 
+    def wishes(self) -> list[tuple[int, str]]:
+        """Quantities and showings that members ask for, each as often as it is wanted."""
+        if self.quantity != MIXED:
+            return [(self.quantity, showing) for showing in self.showings]
+        sizes = [size for size in QUANTITY_SHARES if size <= self.order_max]
+        slots = [size for size in sizes for _ in range(round(QUANTITY_SHARES[size] * _SLOTS))]
+        return [(size, showing) for size in slots for showing in self.showings]
+
 
 class Asks:
     """Requests by the member's number. Member ``n`` has card ``n % cards``; keys are its own."""
@@ -90,12 +99,9 @@ class Asks:
                 f"tokens file {load.tokens}: {self.cards:,} cards, {load.cards:,} are wanted"
             )
         self._decode = msgspec.json.Decoder(_Line).decode
-        self._wishes = _wishes(load.showings, load.quantity, load.order_max)
-        head = f"POST /api/v1/campaigns/{load.campaign}/orders HTTP/1.1\r\nHost: {load.address}\r\n"
-        self._head = f"{head}Authorization: Bearer "
-        self._tails = [_tail(quantity, showing) for quantity, showing in self._wishes]
-        self._line(0)
-        self._line(self.cards - 1)
+        self._wishes = load.wishes()
+        self.token(0)
+        self.token(self.cards - 1)
 
     def __enter__(self) -> Self:
         return self
@@ -105,27 +111,25 @@ class Asks:
 
     def raw(self, member: int) -> bytes:
         """Bytes of a member's purchase."""
-        starts, card = self._starts, member % self.cards
+        load, starts, card = self._load, self._starts, member % self.cards
         token = self._decode(self._lines[starts[card] : starts[card + 1]]).token
-        tail = self._tails[member * _MIX % 4_294_967_291 % len(self._tails)]
-        head = f"{self._head}{token}\r\nIdempotency-Key: {self._load.salt}-{member:x}"
-        return f"{head}{tail}".encode("ascii")
+        quantity, showing = self._wishes[member * _MIX % _PRIME % len(self._wishes)]
+        key = f"{load.salt}-{member:x}"
+        return purchase_request(load.address, load.campaign, token, key, quantity, showing)
 
     def token(self, member: int) -> str:
-        """A member's token."""
-        return self._line(member % self.cards).token
+        """A member's token. Raises AsksError."""
+        card = member % self.cards
+        try:
+            return self._decode(self._lines[self._starts[card] : self._starts[card + 1]]).token
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise AsksError(f"tokens file {self._load.tokens}, line {card + 1}: {error}") from None
 
     def ask(self, member: int) -> Ask:
         """The same purchase, as it is compared with the books."""
-        quantity, showing = self._wishes[member * _MIX % 4_294_967_291 % len(self._wishes)]
-        card = member_of(self._line(member % self.cards).token)
-        return Ask(card, f"{self._load.salt}-{member:x}", showing, quantity)
-
-    def _line(self, card: int) -> _Line:
-        try:
-            return self._decode(self._lines[self._starts[card] : self._starts[card + 1]])
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise AsksError(f"tokens file {self._load.tokens}, line {card + 1}: {error}") from None
+        quantity, showing = self._wishes[member * _MIX % _PRIME % len(self._wishes)]
+        key = f"{self._load.salt}-{member:x}"
+        return Ask(member_of(self.token(member)), key, showing, quantity)
 
 
 def write_minted(file: Path, key: SigningKey, *, first: int, count: int) -> None:
@@ -134,9 +138,9 @@ def write_minted(file: Path, key: SigningKey, *, first: int, count: int) -> None
     file.touch(mode=0o600)
     with file.open("w", encoding="ascii", buffering=1 << 20) as stream:
         for number in range(first, first + count):
-            card = minted_card(number)
-            token = mint.token(card)
-            stream.write(f'{{"card_no":"{card}","token":"{token}","union":"district"}}\n')
+            member_no = minted_no(number)
+            token = mint.token(member_no)
+            stream.write(f'{{"card_no":"{member_no}","token":"{token}","union":"district"}}\n')
 
 
 def _line_starts(lines: mmap.mmap, most: int) -> "array[int]":
@@ -146,17 +150,3 @@ def _line_starts(lines: mmap.mmap, most: int) -> "array[int]":
         at = end if found < 0 else found + 1
         starts.append(at)
     return starts
-
-
-def _wishes(showings: Sequence[str], quantity: int, order_max: int) -> list[tuple[int, str]]:
-    if quantity != MIXED:
-        return [(quantity, showing) for showing in showings]
-    sizes = [size for size in QUANTITY_SHARES if size <= order_max]
-    slots = [size for size in sizes for _ in range(round(QUANTITY_SHARES[size] * _SLOTS))]
-    return [(size, showing) for size in slots for showing in showings]
-
-
-def _tail(quantity: int, showing: str) -> str:
-    content = f'{{"quantity":{quantity},"showing":"{showing}"}}'
-    headers = f"Content-Type: application/json\r\nContent-Length: {len(content)}"
-    return f"\r\n{headers}\r\n\r\n{content}"

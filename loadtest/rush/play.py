@@ -10,12 +10,10 @@ import contextlib
 import ipaddress
 import secrets
 import socket
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -25,19 +23,18 @@ import msgspec
 from loadtest.books.ledger import BooksError, count_orders, highest, wait_applied
 from loadtest.books.proof import PROBLEMS, prove
 from loadtest.client import Client, read_json
-from loadtest.engine import engine_settings, environment, stop
+from loadtest.engine import engine_settings
 from loadtest.record import Record
 from loadtest.rush.arrivals import AT_ONCE
 from loadtest.rush.asks import MIXED, Asks, Load, write_minted
 from loadtest.rush.plan import Plan, RushError, Stopped
-from loadtest.rush.worker import Job, Line
+from loadtest.rush.worker import Job, Progress, Worker
 from loadtest.sampler import Sampler, discover_processes, metrics_address
 from loadtest.summary import fill
 from loadtest.surroundings import describe
-from loadtest.tally import Bounds
+from loadtest.tally import Bounds, Tally
 from loadtest.wire import get_request, problem_code
 from sale.config import SettingsError
-from sale.host.embedded.child import launch_command
 from sale.identity import load_or_create_signing_key
 
 READY_S: Final = 120.0
@@ -48,38 +45,6 @@ SUM_UP_S: Final = 120.0
 PROCESSES_MAX: Final = 64
 WARM_LEAST: Final = 16
 BOOKS_WITHIN_S: Final = 5.0
-
-
-@dataclass(slots=True)
-class _Worker:
-    """One generating process."""
-
-    job: Job
-    process: asyncio.subprocess.Process
-    last: Line = field(default_factory=Line)
-
-    async def line(self, within_s: float) -> Line:
-        """Its next word. Raises RushError."""
-        if self.process.stdout is None:
-            raise RushError("a generator has no stdout")
-        try:
-            async with asyncio.timeout(within_s):
-                raw = await self.process.stdout.readline()
-        except TimeoutError:
-            raise RushError(f"generator {self.job.index + 1} is silent") from None
-        if not raw:
-            raise RushError(f"generator {self.job.index + 1} ended before it was done")
-        self.last = msgspec.json.decode(raw, type=Line)
-        if self.last.error:
-            raise RushError(self.last.error)
-        return self.last
-
-    async def until_done(self, within_s: float) -> None:
-        """Read its progress to the end. Raises RushError."""
-        async with asyncio.timeout(within_s):
-            while not self.last.done:
-                await self.line(within_s)
-
 
 Note = Callable[[str], None]
 
@@ -111,16 +76,12 @@ async def play(plan: Plan, note: Note | None = None) -> Record:
         warm = plan.warm or max(Counter(int(offset * 10) for offset in offsets).values())
         plan = msgspec.structs.replace(plan, warm=min(max(warm, WARM_LEAST), plan.connections))
         jobs = [_job(plan, load, index, folder) for index in range(plan.processes)]
-        record = await _play(plan, jobs, campaign, offsets[-1], note)
+        record, tallies = await _play(plan, jobs, campaign, offsets[-1], note)
         ended = time.monotonic()
         try:
-            tallies = [job.tally() for job in jobs]
             await asyncio.to_thread(fill, record, tallies, plan.fail_if)
-            planned_s = load.seconds
-            if load.arrivals == AT_ONCE:
-                planned_s = record.duration_s
-            elif load.arrivals.startswith("file:"):
-                planned_s = offsets[-1]
+            planned_s = record.duration_s if load.arrivals == AT_ONCE else load.seconds
+            planned_s = offsets[-1] if load.arrivals.startswith("file:") else planned_s
             record.offered_rate = len(offsets) / max(planned_s, 1.0)
             if plan.proof and plan.books.known:
                 note("the ledger, and every answer compared with PostgreSQL")
@@ -189,9 +150,9 @@ async def _try_token(plan: Plan, load: Load) -> None:
 
 async def _campaign(plan: Plan) -> dict[str, Any]:
     """The campaign as its members see it. Raises RushError and AnswerError."""
+    path = f"/api/v1/campaigns/{plan.campaign}"
     try:
         async with Client(plan.target) as client:
-            path = f"/api/v1/campaigns/{plan.campaign}"
             answer = await client.request(get_request(plan.target, path))
             if answer.status == 404 and problem_code(404, answer.body) == "not-found":
                 raise RushError(f"no campaign {plan.campaign} at {plan.target}")
@@ -220,38 +181,31 @@ def only_loopback(target: str) -> str:
 
 def _load(plan: Plan, campaign: dict[str, Any], folder: Path, note: Note) -> Load:
     """Make what all processes share; mint tokens where there is no file."""
-    showings = [showing["id"] for showing in campaign["showings"]]
+    showings = tuple(showing["id"] for showing in campaign["showings"])
     if plan.showing and plan.showing not in showings:
         raise RushError(f"campaign {plan.campaign}: no showing {plan.showing}")
     order_max = int(campaign["order_max"])
     if plan.quantity != MIXED and not 1 <= plan.quantity <= order_max:
         raise RushError(f"quantity {plan.quantity}: 1 to {order_max}, or 0 for a mixture")
+    same = ("campaign", "arrivals", "rate", "seconds", "seed", "cards", "quantity")
     load = Load(
+        **{name: getattr(plan, name) for name in (*same, "duplicate_share")},
         address=plan.target,
-        campaign=plan.campaign,
         tokens=plan.tokens or str(folder / "tokens"),
         salt=f"r{secrets.token_hex(4)}",
-        showings=(plan.showing,) if plan.showing else tuple(showings),
+        showings=(plan.showing,) if plan.showing else showings,
         order_max=min(order_max, int(campaign["card_limit"])),
-        arrivals=plan.arrivals,
-        rate=plan.rate,
-        seconds=plan.seconds,
-        seed=plan.seed,
-        cards=plan.cards,
-        quantity=plan.quantity,
-        duplicate_share=plan.duplicate_share,
     )
     if plan.tokens:
         return load
     cards = plan.cards or len(load.offsets())
     try:
-        key = load_or_create_signing_key(
-            engine_settings(
-                Path(plan.config) if plan.config else None,
-                data_dir=plan.books.data_dir,
-                signing_key_file=plan.signing_key_file,
-            )
+        settings = engine_settings(
+            Path(plan.config) if plan.config else None,
+            data_dir=plan.books.data_dir,
+            signing_key_file=plan.signing_key_file,
         )
+        key = load_or_create_signing_key(settings)
     except SettingsError as error:
         raise RushError(
             f"no tokens: {error}; or give --tokens, --signing-key-file or --data-dir"
@@ -265,10 +219,9 @@ def _job(plan: Plan, load: Load, index: int, folder: Path) -> Job:
     def share(total: int) -> int:
         return max(total // plan.processes, 1)
 
-    connections = share(plan.connections)
     bounds = Bounds(
-        connections=connections,
-        warm=min(connections, share(plan.warm)),
+        connections=share(plan.connections),
+        warm=share(min(plan.warm, plan.connections)),
         queue=share(plan.queue),
         timeout_s=plan.timeout_s,
         retries=plan.retries,
@@ -281,37 +234,46 @@ def _job(plan: Plan, load: Load, index: int, folder: Path) -> Job:
 
 async def _play(
     plan: Plan, jobs: list[Job], campaign: dict[str, Any], last_s: float, note: Note
-) -> Record:
-    """Start the processes, let them play; what they counted lies in the folder then."""
+) -> tuple[Record, list[Tally]]:
+    """Start the processes and let them play; their answers lie in the folder then."""
     data_dir = Path(plan.books.data_dir) if plan.books.data_dir else None
     settings, versions, machine = await describe(data_dir)
     async with contextlib.AsyncExitStack() as stack:
-        workers = [await stack.enter_async_context(_started(job)) for job in jobs]
-        await asyncio.gather(*(worker.line(READY_S) for worker in workers))
+        workers: list[Worker] = []
+        for job in jobs:
+            workers.append(Worker(job))
+            stack.push_async_callback(workers[-1].stop)
+        await asyncio.gather(*(worker.hear(READY_S) for worker in workers))
         start, started_at = await _start_moment(plan, campaign, note)
-        sampler = await _sampling(plan, data_dir, workers, stack)
+        sampler = None
+        if metrics := plan.metrics or metrics_address(data_dir):
+            generators = {worker.name: worker.pid for worker in workers}
+            sampler = Sampler(
+                metrics, plan.campaign, lambda: discover_processes(data_dir) | generators
+            )
+            await stack.enter_async_context(sampler)
         for worker in workers:
-            if worker.process.stdin is not None:
-                worker.process.stdin.write(f"{start!r}\n".encode())
+            worker.start(start)
         patience_s = last_s + plan.give_up_s + 2 * plan.timeout_s + SUM_UP_S
         within_s = max(start - time.monotonic(), 0) + patience_s
         watch = asyncio.create_task(_tell_progress(workers, note))
         stack.callback(watch.cancel)
         try:
-            await _all_done(workers, within_s)
+            tallies = await _all_done(workers, within_s)
         except asyncio.CancelledError:
             if time.monotonic() < start:
                 raise
-            raise Stopped(_sum(workers, "offered"), _sum(workers, "answered")) from None
+            so_far = _sum(workers)
+            raise Stopped(so_far.offered, so_far.answered) from None
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
-    return Record(
+    record = Record(
         name=plan.name,
         campaign=plan.campaign,
         started_at=started_at.isoformat(timespec="milliseconds"),
         duration_s=0.0,
-        offered=_sum(workers, "offered"),
-        answered=_sum(workers, "answered"),
+        offered=_sum(workers).offered,
+        answered=_sum(workers).answered,
         plan=plan.told(),
         # perf_counter, which the sampler counts by, and monotonic are one clock on Linux.
         samples=sampler.since(start) if sampler is not None else [],
@@ -319,47 +281,17 @@ async def _play(
         versions=versions,
         machine=machine,
     )
+    return record, tallies
 
 
-async def _all_done(workers: list[_Worker], within_s: float) -> None:
+async def _all_done(workers: list[Worker], within_s: float) -> list[Tally]:
     try:
         async with asyncio.TaskGroup() as group:
-            for worker in workers:
-                group.create_task(worker.until_done(within_s))
+            done = [group.create_task(worker.done(within_s)) for worker in workers]
     except* (RushError, TimeoutError) as problems:
         first = problems.exceptions[0]
         raise RushError(str(first) or "the generators are not done in time") from None
-
-
-@contextlib.asynccontextmanager
-async def _started(job: Job) -> AsyncIterator[_Worker]:
-    program = [sys.executable, "-m", "loadtest.rush.worker"]
-    process = await asyncio.create_subprocess_exec(
-        *launch_command("TERM", program=program),
-        env=environment(),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        if process.stdin is not None:
-            process.stdin.write(msgspec.json.encode(job) + b"\n")
-        yield _Worker(job, process)
-    finally:
-        await stop(process)
-
-
-async def _sampling(
-    plan: Plan, data_dir: Path | None, workers: list[_Worker], stack: contextlib.AsyncExitStack
-) -> Sampler | None:
-    metrics = plan.metrics or metrics_address(data_dir)
-    if not metrics:
-        return None
-    generators = {f"generator-{w.job.index + 1}": w.process.pid for w in workers}
-
-    def pids() -> dict[str, int]:
-        return discover_processes(data_dir or metrics) | generators
-
-    return await stack.enter_async_context(Sampler(metrics, plan.campaign, pids))
+    return [each.result() for each in done]
 
 
 async def _start_moment(plan: Plan, campaign: dict[str, Any], note: Note) -> tuple[float, datetime]:
@@ -370,29 +302,30 @@ async def _start_moment(plan: Plan, campaign: dict[str, Any], note: Note) -> tup
     if campaign["opens_at"] is None:
         raise RushError(f"campaign {plan.campaign} has no opening to wait for")
     opens_at = datetime.fromisoformat(campaign["opens_at"])
-    best: tuple[float, float] | None = None
+    looks: list[tuple[float, float]] = []
     async with Client(plan.target) as client:
         for _ in range(CLOCK_LOOKS):
             asked = time.monotonic()
             told = datetime.fromisoformat((await read_json(client, "/api/v1/time"))["now"])
             took_s = time.monotonic() - asked
-            moment = asked + took_s / 2 + (opens_at - told).total_seconds()
-            if best is None or took_s < best[0]:
-                best = took_s, moment
-    if best is None or not START_IN_S <= best[1] - time.monotonic() <= OPENING_MAX_S:
+            looks.append((took_s, asked + took_s / 2 + (opens_at - told).total_seconds()))
+    _, moment = min(looks)  # the quickest answer tells the clock best
+    left_s = moment - time.monotonic()
+    if not START_IN_S <= left_s <= OPENING_MAX_S:
         raise RushError(f"campaign {plan.campaign} opens at {opens_at}: no opening to wait for")
-    note(f"waiting for the opening, {best[1] - time.monotonic():.1f} s")
-    return best[1], opens_at
+    note(f"waiting for the opening, {left_s:.1f} s")
+    return moment, opens_at
 
 
-async def _tell_progress(workers: list[_Worker], note: Note) -> None:
+async def _tell_progress(workers: list[Worker], note: Note) -> None:
     while True:
         await asyncio.sleep(1.0)
-        offered, sent, answered = (_sum(workers, name) for name in ("offered", "sent", "answered"))
-        if offered:
-            note(f"offered {offered:,}, sent {sent:,}, answered {answered:,}")
+        so_far = _sum(workers)
+        if so_far.offered:
+            note("offered {:,}, sent {:,}, answered {:,}".format(*so_far))
 
 
-def _sum(workers: list[_Worker], name: str) -> int:
-    """Sum a figure over the last reports of all processes."""
-    return sum(getattr(worker.last, name) for worker in workers)
+def _sum(workers: list[Worker]) -> Progress:
+    """Sum the last reports of all processes."""
+    each = zip(*(worker.progress for worker in workers), strict=True)
+    return Progress(*map(sum, each))

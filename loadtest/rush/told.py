@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from loadtest.books.check import so_many
-from loadtest.record import Percentile, Record
+from loadtest.record import Record, latency_ms
 from loadtest.rush.arrivals import AT_ONCE
 from loadtest.summary import TOLD_SHARES
 from loadtest.tables import CLEAN, coloured, facts
@@ -48,35 +48,34 @@ def remarks(record: Record) -> list[str]:
 
 def table(record: Record) -> Table:
     """The run for people. Latencies are left out where they are not the server's."""
+    settled = ("members settled a second", f"{record.achieved_rate:,.0f}")
     counts = [
         ("members offered", f"{record.offered:,} ({record.offered_rate:,.0f}/s)"),
         ("requests sent, with repeats", f"{record.sent:,}"),
         ("answers", f"{record.answered:,}"),
+        *([] if record.bottleneck else [settled]),
+        ("from the start to the last answer", f"{record.duration_s:.2f} s"),
     ]
-    if not record.bottleneck:
-        counts.append(("members settled a second", f"{record.achieved_rate:,.0f}"))
-    counts.append(("from the start to the last answer", f"{record.duration_s:.2f} s"))
     ordered = sorted(record.outcomes.items(), key=lambda item: -item[1])
-    outcomes = [(told_outcome(code), f"{count:,}") for code, count in ordered]
-    latencies = []
     closed = record.plan.get("arrivals") == AT_ONCE
     since = "sending" if closed else "the intended time"
-    for title, latency in (("all", record.latency), ("sold", record.latency_sold)):
-        shown = "  ".join(f"p{share * 100:g} {at(latency, share):.1f}" for share in TOLD_SHARES)
-        latencies += [(f"ms from {since}, {title}", shown)] * bool(latency)
+    latencies = []
+    for title, told in (("all", record.latency), ("sold", record.latency_sold)):
+        shown = (f"p{share * 100:g} {latency_ms(told, share) or 0:.1f}" for share in TOLD_SHARES)
+        latencies += [(f"ms from {since}, {title}", "  ".join(shown))] * bool(told)
     figures = [
         (name, f"{value:,}" if isinstance(value, int) else f"{value}")
         for name, value in record.plan.items()
         if " " in name
     ]
-    lags = [sample for sample in record.samples if sample.lag_events > 0]
-    most = f"{max(each.lag_events for each in lags):,} events" if lags else "none seen"
+    lag = max((sample.lag_events for sample in record.samples), default=0)
+    most = f"{lag:,} events" if lag > 0 else "none seen"
     figures += [("ledger lag, most seen", most)] * bool(record.samples)
     rules = [
-        (f"fail if {each.rule}", f"{each.got}, {coloured(sign, good=not each.missed)}")
+        (f"fail if {each.rule}", f"{each.got}, {coloured(each.sign, good=not each.missed)}")
         for each in record.thresholds
-        for sign in ["missed" if each.missed else "met"]
     ]
+    outcomes = [(told_outcome(code), f"{count:,}") for code, count in ordered]
     name = f"{record.name}: {record.campaign}"
     return facts(name, counts, outcomes, latencies, figures, rules, _books(record))
 
@@ -95,8 +94,3 @@ def _books(record: Record) -> list[tuple[str, str]]:
         ("sale audit", audit[proof.audit_clean]),
         *((f"[red]{each.kind}[/]", escape(each.what)) for each in proof.findings[:FINDINGS_SHOWN]),
     ]
-
-
-def at(latency: list[Percentile], share: float) -> float:
-    """Milliseconds that at least a share of the answers stayed within."""
-    return next((each.ms for each in latency if each.share >= share), 0.0)

@@ -1,23 +1,21 @@
-"""One generating process of a run, and what it leaves for the process that leads.
+"""A generating process of a run: its share of the arrivals, its counts, and every answer.
 
-It reads its `Job` (JSON, one line) on stdin, answers ``{"ready":true}``, reads the start time
-(``time.monotonic()``, the same clock in all processes of a host), plays its share of the arrivals,
-and leaves two files in the job's folder: its tally, and every answer. Progress goes to stdout, a
-JSON line a second.
+The leading process has a `Worker` for each. They talk over a pipe: the process says that it is
+ready, gets the start (``time.monotonic()``, one clock for all processes of a host), tells its
+progress each second, and sends its tally. Its answers lie in a file of the job's folder.
 """
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import resource
+import signal
 import struct
-import sys
-from array import array
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 import uvloop
@@ -25,15 +23,18 @@ import uvloop
 from loadtest.books.answers import Answer, read_answer
 from loadtest.generator import Generator
 from loadtest.rush.asks import Asks, Load
+from loadtest.rush.plan import RushError
 from loadtest.tally import Bounds, Tally
 from loadtest.wire import ProtocolError
 
+if TYPE_CHECKING:
+    from array import array
+
 PROGRESS_S: Final = 1.0
 SPARE_FILES: Final = 200
+STOP_S: Final = 20.0
 _ROW: Final = struct.Struct("<IHBI")
-_ARRAYS: Final = {
-    "offsets": "d", "done_at": "d", "sent_at": "d", "outcome": "B", "late": "f", "lags": "f",
-}  # fmt: skip
+_SPAWN: Final = multiprocessing.get_context("spawn")
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,18 +46,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     processes: int
     folder: str
 
-    def tally(self) -> Tally:
-        """Counts of the process."""
-        told = msgspec.msgpack.decode((Path(self.folder) / f"tally-{self.index}").read_bytes())
-        for name, kind in _ARRAYS.items():
-            told[name] = array(kind, told[name])
-        for name in ("sent", "answered", "told_to_wait"):
-            told[name] = Counter(told[name])
-        return Tally(**told)
+    def arrivals(self) -> tuple["array[float]", "array[int]"]:
+        """Offsets and members of its part."""
+        offsets, part = self.load.offsets(), slice(self.index, None, self.processes)
+        return offsets[part], self.load.members(len(offsets))[part]
 
     def answers(self) -> Iterator[Answer]:
         """Every answer that the process got, in the order in which they came."""
-        members = self.load.members(len(self.load.offsets()))[self.index :: self.processes]
+        _, members = self.arrivals()
         with Asks(self.load) as asks, self.spool.open("rb", buffering=1 << 20) as stream:
             while row := stream.read(_ROW.size):
                 number, status, replayed, size = _ROW.unpack(row)
@@ -69,21 +66,85 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return Path(self.folder) / f"answers-{self.index}"
 
 
-class Line(msgspec.Struct, omit_defaults=True):
-    """The report that a process writes to stdout."""
+class Progress(NamedTuple):
+    """How far a process is."""
 
-    ready: bool = False
-    done: bool = False
-    error: str = ""
     offered: int = 0
     sent: int = 0
     answered: int = 0
 
 
-async def work(job: Job) -> None:
-    """Play one job; the start time comes on stdin. Raises what `Generator.run` does."""
-    offsets = job.load.offsets()
-    members = job.load.members(len(offsets))[job.index :: job.processes]
+class Worker:
+    """A generating process, as the leading one sees it. ``tally`` is set when it is done."""
+
+    def __init__(self, job: Job) -> None:
+        self.name = f"generator-{job.index + 1}"
+        self.progress = Progress()
+        self.tally: Tally | None = None
+        self._pipe, theirs = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_generate, args=(job, theirs), daemon=True)
+        with theirs:
+            self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Process number."""
+        return self._process.pid or 0
+
+    def start(self, moment: float) -> None:
+        """Tell it the moment of offset 0."""
+        self._pipe.send(moment)
+
+    async def hear(self, within_s: float) -> None:
+        """Take in its next word. Raises RushError."""
+        loop, come = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._pipe.fileno(), come.set)
+        try:
+            async with asyncio.timeout(within_s):
+                await come.wait()
+            word = self._pipe.recv()
+        except TimeoutError:
+            raise RushError(f"{self.name} is silent") from None
+        except (EOFError, OSError):
+            raise RushError(f"{self.name} ended before it was done") from None
+        finally:
+            loop.remove_reader(self._pipe.fileno())
+        match word:
+            case str():
+                raise RushError(word)
+            case Progress():
+                self.progress = word
+            case Tally():
+                self.tally = word
+
+    async def done(self, within_s: float) -> Tally:
+        """Take in its words up to the last, the tally. Raises RushError, TimeoutError."""
+        async with asyncio.timeout(within_s):
+            while self.tally is None:
+                await self.hear(within_s)
+        return self.tally
+
+    async def stop(self) -> None:
+        """End it: SIGTERM, a bounded wait, then SIGKILL."""
+        self._process.terminate()
+        await asyncio.to_thread(self._process.join, STOP_S)
+        self._process.kill()
+        self._pipe.close()
+
+
+def _generate(job: Job, pipe: Connection) -> None:
+    """Play a job in a process of its own. The leading process ends it, not Ctrl-C."""
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, ConnectionError):  # the leading process is gone
+        try:
+            pipe.send(uvloop.run(_play(job, pipe)))
+        except (OSError, ProtocolError, ValueError, TimeoutError) as error:
+            pipe.send(str(error) or type(error).__name__)
+
+
+async def _play(job: Job, pipe: Connection) -> Tally:
+    offsets, members = job.arrivals()
     _allow_files(job.bounds.connections)
     with Asks(job.load) as asks, job.spool.open("wb", buffering=1 << 20) as stream:
         write, pack, raw = stream.write, _ROW.pack, asks.raw
@@ -92,22 +153,30 @@ async def work(job: Job) -> None:
             write(pack(number, status, replayed, len(body)) + body)
 
         generator = Generator(
-            job.load.address, offsets[job.index :: job.processes],
-            lambda number: raw(members[number]), spool, job.bounds,
-        )  # fmt: skip
-        _tell(Line(ready=True))
-        start = float(sys.stdin.buffer.readline())
-        progress = asyncio.create_task(_progress(generator))
+            job.load.address, offsets, lambda number: raw(members[number]), spool, job.bounds
+        )
+        pipe.send(True)  # noqa: FBT003 - ready
+        start = pipe.recv()
+        progress = asyncio.create_task(_tell_progress(generator, pipe))
         try:
             tally = await generator.run(start)
         finally:
             progress.cancel()
             await asyncio.gather(progress, return_exceptions=True)
     tally.rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    told = {each.name: getattr(tally, each.name) for each in fields(tally)}
-    packed = msgspec.msgpack.encode(told, enc_hook=bytes)
-    (Path(job.folder) / f"tally-{job.index}").write_bytes(packed)
-    _tell(_line(generator, done=True))
+    pipe.send(_progress(generator))
+    return tally
+
+
+def _progress(generator: Generator) -> Progress:
+    tally = generator.tally
+    return Progress(generator.offered, tally.sent.total(), tally.answered.total())
+
+
+async def _tell_progress(generator: Generator, pipe: Connection) -> None:
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        pipe.send(_progress(generator))
 
 
 def _allow_files(connections: int) -> None:
@@ -121,36 +190,3 @@ def _allow_files(connections: int) -> None:
                 " fewer --connections, or more --processes"
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _line(generator: Generator, *, done: bool = False) -> Line:
-    sent, answered = generator.tally.sent.total(), generator.tally.answered.total()
-    return Line(done=done, offered=generator.offered, sent=sent, answered=answered)
-
-
-async def _progress(generator: Generator) -> None:
-    while True:
-        await asyncio.sleep(PROGRESS_S)
-        _tell(_line(generator))
-
-
-def _tell(line: Line) -> None:
-    os.write(1, msgspec.json.encode(line) + b"\n")
-
-
-def main() -> None:
-    """Run one job from stdin; exit status 0 done, 1 with an ``error`` line."""
-    os.umask(0o077)
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
-    try:
-        uvloop.run(work(job))
-    except (OSError, ProtocolError, ValueError, TimeoutError) as error:
-        _tell(Line(error=str(error) or type(error).__name__))
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()

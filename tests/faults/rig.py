@@ -322,7 +322,7 @@ class Rig(Machine):
             assert ran.status == 0, (words, ran)
         self.admin_token = (await self.sale("operator", "token", "rig", "--json")).json()["token"]
         self._crowd = read_members(self.data_dir / "tokens.jsonl")
-        self.members = [(member.card, member.token) for member in self._crowd]
+        self.members = [(member.member_no, member.token) for member in self._crowd]
         lines = (self.data_dir / "tokens.jsonl").read_text("utf-8").splitlines()
         numbers = [json.loads(line)["card_no"] for line in lines]
         self.card_numbers = dict(zip((no for no, _ in self.members), numbers, strict=True))

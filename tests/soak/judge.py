@@ -134,7 +134,7 @@ def _replays(answers: Iterable[Answer], lost: Lost | None) -> Iterator[_Row]:
     """After a 201, each answer to the same key is the same (INV-4)."""
     by_key: dict[tuple[str, str], list[Answer]] = defaultdict(list)
     for answer in answers:
-        by_key[answer.card, answer.key].append(answer)
+        by_key[answer.member_no, answer.key].append(answer)
     for told in by_key.values():
         sold = [each for each in told if each.sold]
         if not sold or (lost and any(lost.lists(each) for each in sold)):

@@ -8,21 +8,11 @@ from dataclasses import dataclass, field
 from answer_book import AnswerBook
 
 from loadtest.client import Client
-from loadtest.members import Member
+from loadtest.members import Ask, Member
 from loadtest.wire import UNKNOWN, ProtocolError, Response, purchase_request
 
 ASK_S = 3.0
 UNCERTAIN = frozenset({UNKNOWN, 429, 503})
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A sent purchase."""
-
-    card: str
-    key: str
-    showing: str
-    quantity: int
 
 
 @dataclass
@@ -48,7 +38,7 @@ async def ask(address: str, raw: bytes, within_s: float = ASK_S) -> Response:
         return lost
 
 
-async def buy(address: str, stall: Stall, member: Member, asked: Asked) -> Response:
+async def buy(address: str, stall: Stall, member: Member, asked: Ask) -> Response:
     """Send a purchase and record its answer, even if the caller was cancelled."""
     raw = purchase_request(
         address, stall.campaign, member.token, asked.key, asked.quantity, asked.showing

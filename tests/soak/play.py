@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loadtest.members import Member
+from loadtest.members import Ask, Member
 from loadtest.wire import ProtocolError, Response
-from soak.members import UNCERTAIN, Asked, Stall, buy, outcome, post
+from soak.members import UNCERTAIN, Stall, buy, outcome, post
 from soak.schedule import Act, Fault, Offer, Schedule
 from soak.timeline import Timeline
 from soak.trouble import Trouble
@@ -65,7 +65,7 @@ class Player:
         self.after_faults = after_faults
         self.acts: list[ActTold] = []
         self.problems: list[str] = []
-        self._unsettled: list[tuple[Stall, Member, Asked]] = []
+        self._unsettled: list[tuple[Stall, Member, Ask]] = []
 
     async def play(self) -> None:
         """Run it to its end, with a time limit; then end all faults."""
@@ -102,7 +102,7 @@ class Player:
         for stall in self.stalls:
             member = self.members[-1 - self.stalls.index(stall)]
             key = f"probe-{self.schedule.seed}"
-            pending.append((stall, member, Asked(member.card, key, stall.showings[0], 1)))
+            pending.append((stall, member, Ask(member.member_no, key, stall.showings[0], 1)))
         while pending and time.perf_counter() - since < SETTLE_S:
             told = await asyncio.gather(*(self._buy(*each) for each in pending[:64]))
             pending = [
@@ -133,7 +133,7 @@ class Player:
 
     async def _offer(self, offer: Offer) -> None:
         stall, member = self.stalls[offer.sale], self.members[offer.member]
-        asked = Asked(member.card, offer.key, stall.showings[offer.showing], offer.quantity)
+        asked = Ask(member.member_no, offer.key, stall.showings[offer.showing], offer.quantity)
         answer = Response(0, b"", b"")
         for attempt in range(offer.tries):
             if attempt:
@@ -148,10 +148,10 @@ class Player:
         if answer.status == 201:
             for later_s, quantity in offer.again:
                 await asyncio.sleep(later_s)
-                again = Asked(asked.card, asked.key, asked.showing, quantity)
+                again = Ask(asked.member_no, asked.key, asked.showing, quantity)
                 await self._buy(stall, member, again)
 
-    async def _buy(self, stall: Stall, member: Member, asked: Asked) -> Response:
+    async def _buy(self, stall: Stall, member: Member, asked: Ask) -> Response:
         try:
             answer = await buy(self.rig.address, stall, member, asked)
         except ProtocolError as error:
@@ -192,7 +192,7 @@ class Player:
         """Do it by the command line: done (200) or unknown (0)."""
         words: tuple[str, ...]
         if act.what in {"revoke", "restore"}:
-            words = ("cards", act.what, self.rig.card_numbers[self.members[act.member].card])
+            words = ("cards", act.what, self.rig.card_numbers[self.members[act.member].member_no])
         elif act.what == "stock":
             showing = stall.showings[act.showing]
             words = ("campaign", "add-stock", stall.campaign, showing, str(act.add))

@@ -149,7 +149,7 @@ async def run_seed(rig: Any, schedule: Schedule, spent: set[str], home: Path) ->
     await asyncio.sleep((begins - datetime.now(UTC)).total_seconds())
     await player.play()
     await player.settle()
-    spent.update(members[act.member].card for act in schedule.acts if act.what == "revoke")
+    spent.update(members[act.member].member_no for act in schedule.acts if act.what == "revoke")
     for stall in told.stalls:
         told.wrong += await _judge(rig, stall, player, told)
     told.wrong += [Wrong("", "problem", each) for each in (*player.problems, *trouble.problems)]

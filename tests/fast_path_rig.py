@@ -271,8 +271,7 @@ def world_on(
 
 async def make_campaigns(service: Service) -> dict[str, str]:
     """Campaigns in every state, by what they are."""
-    client = Client(service)
-    try:
+    async with Client(service) as client:
         made = {
             "open": await client.campaign(tickets=1_000_000),
             "sold-out": await client.campaign(tickets=0),
@@ -286,8 +285,6 @@ async def make_campaigns(service: Service) -> dict[str, str]:
         for each in ("paused", "closed"):
             await client.step(made[each], "pause" if each == "paused" else "close")
         return made
-    finally:
-        await client.close()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 import psutil
 from service import Service, free_port
+from waiting import until
 
 from loadtest.bench.rig import ready, spawn
 from loadtest.engine import stop
@@ -26,7 +28,12 @@ class OwnApi:
 
     service: Service
     address: str
-    pid: int
+    process: asyncio.subprocess.Process
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
 
     def purchases(self, campaign: str, count: int) -> list[bytes]:
         """Make requests for one ticket each."""
@@ -37,7 +44,18 @@ class OwnApi:
     @property
     def rss(self) -> int:
         """Its resident memory in bytes."""
-        return int(psutil.Process(self.pid).memory_info().rss)
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
+    async def said(self, action: str, within_s: float = 20) -> None:
+        """Wait until an action is in its log."""
+        await until(lambda: f'"{action}"' in self.log.read_text("utf-8"), within_s)
+
+    async def ready(self) -> None:
+        """Wait until it may sell."""
+        await ready(self.process, self.log, self.address, "/readyz", 200)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
 
 
 @contextlib.asynccontextmanager
@@ -54,9 +72,7 @@ async def own_api(
             command = [*module, str(listen), target, str(redis_late_ms)]
             relay = await spawn(command, folder / "far.log", cores)
             stack.push_async_callback(stop, relay)
-            async with asyncio.timeout(10):
-                while not listen.exists():  # noqa: ASYNC110 - another process makes it
-                    await asyncio.sleep(0.02)
+            await until(listen.exists)
             redis_url = f"unix://{listen}"
         address = f"127.0.0.1:{free_port()}"
         given = {
@@ -65,9 +81,13 @@ async def own_api(
             "SALE_DATA_DIR": str(service.data_dir),
             "SALE_LISTEN": address,
         }
-        command = [sys.executable, "-m", "sale", "serve"]
-        command += ["--metrics-listen", f"unix:{folder}/metrics"]
-        process = await spawn(command, folder / "serve.log", cores, **(given | settings))
-        stack.push_async_callback(stop, process)
-        await ready(process, folder / "serve.log", address, "/readyz", 200)
-        yield OwnApi(service, address, process.pid)
+        command = [sys.executable, "-m", "sale", "serve", "--metrics-listen", f"unix:{folder}/m"]
+        api = OwnApi(
+            service,
+            address,
+            await spawn(command, folder / "serve.log", cores, **(given | settings)),
+            folder / "serve.log",
+        )
+        stack.push_async_callback(stop, api.process)
+        await api.said("api.listening")
+        yield api

@@ -23,9 +23,10 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import aiohttp
+import asyncpg
 import pytest
 import redis.asyncio
 import structlog
@@ -196,21 +197,30 @@ class Service:
 
     async def purchases_by_worker(self, campaign: str) -> list[float]:
         """Give how many purchases of a campaign each API process has answered."""
-        counts = []
-        for path in sorted((self.data_dir / "run").glob("m-serve-*")):
-            async with (
-                aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
-                session.get("http://worker/metrics") as answer,
-            ):
-                counts.append(metric(await answer.text(), "sale_purchases_total", campaign))
-        assert len(counts) == WORKERS
-        return counts
+        texts = [
+            await read_metrics(path) for path in sorted((self.data_dir / "run").glob("m-serve-*"))
+        ]
+        assert len(texts) == WORKERS
+        return [metric(text, "sale_purchases_total", campaign) for text in texts]
+
+    async def metrics(self) -> str:
+        """Give the metrics of all processes together."""
+        return await read_metrics(self.told()["metrics_listen"])
 
     @contextlib.asynccontextmanager
     async def redis(self) -> AsyncIterator["redis.asyncio.Redis"]:
         """Give a client of the system's Redis."""
         async with redis.asyncio.from_url(self.redis_url) as client:
             yield client
+
+    @contextlib.asynccontextmanager
+    async def database(self) -> AsyncIterator[Any]:
+        """Give a connection to the system's PostgreSQL."""
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            yield connection
+        finally:
+            await connection.close()
 
 
 class Described:
@@ -271,6 +281,12 @@ class Client:
         )
         self._described = Described.of(service.url)
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
     async def close(self) -> None:
         await self._session.close()
 
@@ -321,6 +337,19 @@ class Client:
         made = await self.ask("POST", ADMIN, self.service.admin_token, json=table)
         assert made.status == 201, made
         return str(table["id"])
+
+    async def pages(self, path: str, token: str | None = None) -> list[list[dict[str, Any]]]:
+        """Give the items of each page of a list; ``path`` has a query."""
+        pages, cursor = [], ""
+        while True:
+            seen = await self.get(path + cursor, token)
+            assert seen.status == 200, seen
+            page = seen.json()
+            pages.append(page["items"])
+            if page["next"] is None:
+                return pages
+            assert len(pages) < 1_000, "no end"
+            cursor = f"&cursor={page['next']}"
 
     async def all_applied(self, campaign: str) -> bool:
         """Tell whether PostgreSQL has all of a campaign's events."""
@@ -376,6 +405,18 @@ def metric(text: str, name: str, *labels: str) -> float:
         for line in text.splitlines()
         if re.match(rf"{name}(\{{|\s)", line) and all(f'="{label}"' in line for label in labels)
     )
+
+
+async def read_metrics(place: str | Path) -> str:
+    """Read the metrics at an address, or at a socket."""
+    connector = aiohttp.UnixConnector(str(place)) if isinstance(place, Path) else None
+    address = "part" if connector else place
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get(f"http://{address}/metrics") as answer,
+    ):
+        assert (answer.status, answer.content_type) == (200, "text/plain")
+        return await answer.text()
 
 
 def free_port() -> int:
@@ -451,14 +492,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 async def client(service: Service) -> AsyncIterator[Client]:
-    client = Client(service)
-    yield client
-    await client.close()
+    async with Client(service) as client:
+        yield client
 
 
 @pytest.fixture
 async def spread(service: Service) -> AsyncIterator[Client]:
     """A client whose requests spread over all workers, each on a new connection."""
-    client = Client(service, spread=True)
-    yield client
-    await client.close()
+    async with Client(service, spread=True) as client:
+        yield client

@@ -7,10 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import aiohttp
-import asyncpg
 import psutil
 from redis.asyncio import Redis
 from service import ORDERS, Client, Service, new_key
@@ -53,10 +50,9 @@ async def values_of(redis: Redis, key: bytes) -> object:
             raise AssertionError(f"{key!r}: a {kind!r} is not searched")
 
 
-async def tables(database_url: str) -> dict[str, bytes]:
+async def tables(service: Service) -> dict[str, bytes]:
     """Every row of every table but ``card``, as text."""
-    connection: Any = await asyncpg.connect(database_url)
-    try:
+    async with service.database() as connection:
         rows = await connection.fetch(
             "SELECT relname FROM pg_class WHERE relkind = 'r' AND relname <> 'card'"
             " AND relnamespace = 'public'::regnamespace"
@@ -69,8 +65,6 @@ async def tables(database_url: str) -> dict[str, bytes]:
             ).encode()
             for name in names
         }
-    finally:
-        await connection.close()
 
 
 def files(*folders: Path) -> Iterator[Path]:
@@ -97,13 +91,9 @@ async def all_places(service: Service, redis: Redis, *processes: int) -> dict[st
     found = {f"file {path.name}": path.read_bytes() for path in (*append_only, *logs)}
     async for key in redis.scan_iter(count=1_000):
         found[f"key {key.decode()}"] = key + repr(await values_of(redis, key)).encode()
-    async with aiohttp.ClientSession() as session:
-        url = f"http://{service.told()['metrics_listen']}/metrics"
-        async with session.get(url) as answer:
-            assert answer.status == 200
-            found["metrics"] = await answer.read()
+    found["metrics"] = (await service.metrics()).encode()
     found["process list"] = command_lines(service.process.pid, *processes)
-    return found | await tables(service.database_url)
+    return found | await tables(service)
 
 
 async def rush(service: Service, client: Client, spread: Client) -> str:
@@ -134,21 +124,13 @@ async def rush(service: Service, client: Client, spread: Client) -> str:
     return campaign
 
 
-async def roster_numbers(database_url: str) -> set[bytes]:
-    connection: Any = await asyncpg.connect(database_url)
-    try:
-        return {
-            row["no"].encode() for row in await connection.fetch("SELECT card_no AS no FROM card")
-        }
-    finally:
-        await connection.close()
-
-
 async def test_played_rush_leaves_no_card_number_outside_the_roster(
     service: Service, client: Client, spread: Client
 ) -> None:
     await rush(service, client, spread)
-    numbers = await roster_numbers(service.database_url)
+    async with service.database() as connection:
+        rows = await connection.fetch("SELECT card_no FROM card")
+    numbers = {row["card_no"].encode() for row in rows}
     assert len(numbers) > BUYERS
 
     async with service.redis() as redis:
@@ -173,18 +155,16 @@ async def test_search_finds_a_number_wherever_it_is_planted(
     campaign, number = await client.campaign(), {PLANTED.encode()}
     log = service.data_dir / "logs" / "planted.log"
     log.write_text(f"bought by 1{PLANTED}\n")
-    connection: Any = await asyncpg.connect(service.database_url)
-    with waiting_process(PLANTED) as process:
-        try:
-            await connection.execute("CREATE TABLE planted AS SELECT $1::text AS what", PLANTED)
-            async with service.redis() as redis:
+    async with service.database() as connection, service.redis() as redis:
+        with waiting_process(PLANTED) as process:
+            try:
+                await connection.execute("CREATE TABLE planted AS SELECT $1::text AS what", PLANTED)
                 await redis.hset("sale:planted", f"card-{PLANTED}", 1)
                 places = await all_places(service, redis, process)
+            finally:
                 await redis.delete("sale:planted")
-        finally:
-            await connection.execute("DROP TABLE IF EXISTS planted")
-            await connection.close()
-            log.unlink()
+                await connection.execute("DROP TABLE IF EXISTS planted")
+                log.unlink()
     places["metrics"] += f'sale_purchases_total{{card="{PLANTED}"}} 1'.encode()
 
     found = leaking(places, number)

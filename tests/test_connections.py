@@ -90,6 +90,7 @@ async def test_idle_and_half_sent_requests_do_not_stop_sales(
         for name in ("alone", "beside"):
             (tmp_path / name).mkdir()
             apis.append(await stack.enter_async_context(own_api(service, tmp_path / name)))
+            await apis[-1].ready()
             await _crowd_s(apis[-1], campaign)
         api = apis[-1]
         raws = api.purchases(campaign, 2 * IDLE)

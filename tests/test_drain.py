@@ -5,15 +5,13 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from answer_book import Attempt
-from service import Client, Service, free_port, new_key
+from own_api import own_api
+from service import Client, Service, new_key
 from waiting import until
 
 from loadtest.books.answers import Spool
@@ -27,49 +25,6 @@ from loadtest.wire import UNKNOWN, get_request, purchase_request
 CONNECTIONS = 16
 REQUESTS_MAX = 60_000
 EXIT_SPARE_S = 4.0  # from the signal to the exit, on two busy cores
-
-
-class Api(NamedTuple):
-    """An additional API process on an address of its own."""
-
-    process: asyncio.subprocess.Process
-    address: str
-    log: list[str]
-
-    async def said(self, action: str, within_s: float = 20) -> None:
-        await until(lambda: any(f'"{action}"' in line for line in self.log), within_s)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-
-
-@contextlib.asynccontextmanager
-async def another_api(service: Service, folder: Path, **settings: str) -> AsyncIterator[Api]:
-    address = f"127.0.0.1:{free_port()}"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sale", "--data-dir", str(service.data_dir), "serve"),
-        *("--listen", address, "--metrics-listen", f"unix:{folder}/m"),
-        env={**os.environ, **settings},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    log: list[str] = []
-    assert process.stderr is not None
-    stderr = process.stderr
-
-    async def read() -> None:
-        while line := await stderr.readline():
-            log.append(line.decode())
-
-    reading = asyncio.create_task(read())
-    api = Api(process, address, log)
-    try:
-        await api.said("api.listening")
-        yield api
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        await reading
 
 
 def bid(service: Service, address: str, campaign: str, key: str | None = None) -> bytes:
@@ -167,7 +122,7 @@ async def test_stop_closes_kept_connections(
     service: Service, client: Client, short_path: Path
 ) -> None:
     campaign = await client.campaign()
-    async with another_api(service, short_path) as api:
+    async with own_api(service, short_path) as api:
         buying, probing, idle = connect(api.address), connect(api.address), connect(api.address)
         loop = asyncio.get_running_loop()
         with buying, probing, idle:
@@ -199,7 +154,7 @@ async def test_stop_answers_connections_not_yet_accepted(
     service: Service, client: Client, short_path: Path
 ) -> None:
     campaign = await client.campaign()
-    async with another_api(service, short_path) as api:
+    async with own_api(service, short_path) as api:
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
             api.process.send_signal(signal.SIGSTOP)
@@ -222,7 +177,7 @@ async def test_stop_answers_a_purchase_under_way(
     campaign = await client.campaign()
     deadline_s = 1.5
     settings = {"SALE_PURCHASE_DEADLINE_MS": str(int(deadline_s * 1_000))}
-    async with another_api(service, short_path, **settings) as api:
+    async with own_api(service, short_path, **settings) as api:
         loop = asyncio.get_running_loop()
         with connect(api.address) as buying:
             first = bid(service, api.address, campaign)

@@ -9,10 +9,9 @@ import time
 from collections import Counter
 from typing import Any
 
-import asyncpg
 import pytest
 from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key
-from waiting import until
+from waiting import until, until_equal
 
 
 def sold(seen: list[Seen]) -> list[Seen]:
@@ -67,18 +66,9 @@ async def test_row_04_retry_under_the_same_key_finds_a_readable_order(
     assert (first.status, again.status, read.status) == (201, 201, 200)
     assert again.json() == first.json() == read.json()
 
-    connection = await asyncpg.connect(service.database_url)
-    try:
-
-        async def written() -> bool:
-            count = await connection.fetchval(
-                "SELECT count(*) FROM orders WHERE campaign_id = $1", campaign
-            )
-            return bool(count == 1)
-
-        await until(written, within_s=10)
-    finally:
-        await connection.close()
+    async with service.database() as connection:
+        orders = "SELECT count(*) FROM orders WHERE campaign_id = $1"
+        await until_equal(lambda: connection.fetchval(orders, campaign), 1)
     assert (await spread.get(first.headers["Location"], card.token)).json() == first.json()
 
 

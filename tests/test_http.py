@@ -62,19 +62,6 @@ def unverified(header: dict[str, Any], claims: dict[str, Any], signature: str = 
     return ".".join([*(part.decode().rstrip("=") for part in parts), signature])
 
 
-async def all_pages(client: Client, path: str, token: str | None = None) -> list[Any]:
-    """The items of each page of a list."""
-    pages: list[Any] = []
-    cursor = ""
-    while len(pages) < 1_000:
-        page = (await client.get(path + cursor, token)).json()
-        pages.append(page["items"])
-        if page["next"] is None:
-            return pages
-        cursor = f"&cursor={page['next']}"
-    raise AssertionError("no end")
-
-
 # The purchase.
 
 
@@ -384,7 +371,7 @@ async def test_order_pages_have_each_order_once_newest_first(
         bought.append((await client.buy(campaign, card.token)).json()["order_no"])
         await asyncio.sleep(0.002)
 
-    pages = await all_pages(client, f"{ORDERS}?limit=2", card.token)
+    pages = await client.pages(f"{ORDERS}?limit=2", card.token)
 
     assert [len(page) for page in pages] == [2, 2, 2]
     assert [order["order_no"] for page in pages for order in page] == bought[::-1]
@@ -440,7 +427,7 @@ async def test_campaign_list_has_all_but_drafts_once(client: Client) -> None:
     made = {await client.campaign() for _ in range(3)}
     draft = await client.campaign(draft=True)
     await asyncio.sleep(1)  # a list is at most a second old
-    pages = await all_pages(client, f"{CAMPAIGNS}?limit=2")
+    pages = await client.pages(f"{CAMPAIGNS}?limit=2")
     found = [each["id"] for page in pages for each in page]
     assert made <= set(found)
     assert draft not in found
@@ -576,11 +563,10 @@ async def test_clock_is_shared_by_all_who_ask_at_once(service: Service, client: 
 @pytest.fixture(scope="module")
 async def open_campaign(service: Service) -> AsyncIterator[str]:
     """A campaign in which nothing of the tests below may sell."""
-    client = Client(service)
-    campaign = await client.campaign(tickets=10)
-    yield campaign
-    assert await client.remaining(campaign) == [10]
-    await client.close()
+    async with Client(service) as client:
+        campaign = await client.campaign(tickets=10)
+        yield campaign
+        assert await client.remaining(campaign) == [10]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,14 @@ import json
 import os
 import platform
 import re
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import aiohttp
 import pytest
 from redis.asyncio import Redis
-from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key
+from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, metric, new_key, read_metrics
 from waiting import until
 
 from sale import __version__
@@ -36,26 +34,15 @@ NAMES = {
 }
 
 
-async def metrics(service: Service) -> str:
-    def read() -> str:
-        url = f"http://{service.told()['metrics_listen']}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            assert answer.headers["Content-Type"].startswith("text/plain")
-            text: str = answer.read().decode()
-            return text
-
-    return await asyncio.to_thread(read)
-
-
 async def test_each_metric_of_the_contract_is_exposed(service: Service, client: Client) -> None:
     campaign = await client.campaign(tickets=5)
     await client.buy(campaign, service.card().token)
 
     async def seen() -> bool:
-        return f'sale_stock_remaining{{campaign="{campaign}"' in await metrics(service)
+        return f'sale_stock_remaining{{campaign="{campaign}"' in await service.metrics()
 
     await until(seen)
-    text = await metrics(service)
+    text = await service.metrics()
     for name, kind in NAMES.items():
         if name == "sale_audit_findings":  # exposed after the first audit
             continue
@@ -79,7 +66,7 @@ async def test_each_metric_of_the_contract_is_exposed(service: Service, client: 
 
 
 async def test_each_part_exposes_its_build_and_process(service: Service) -> None:
-    text = await metrics(service)
+    text = await service.metrics()
     versions = f'python="{platform.python_version()}"', f'version="{__version__}"'
     for role in ("serve", "writer", "scheduler"):
         (line,) = re.findall(rf'^sale_build_info{{(.*role="{role}".*)}} 1\.0$', text, re.MULTILINE)
@@ -98,11 +85,7 @@ async def test_each_part_exposes_its_build_and_process(service: Service) -> None
 async def test_each_part_exposes_whether_it_reaches_the_stores(service: Service) -> None:
     found = set()
     for path in sorted((service.data_dir / "run").glob("m-*")):
-        async with (
-            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
-            session.get("http://part/metrics") as answer,
-        ):
-            text = await answer.text()
+        text = await read_metrics(path)
         assert metric(text, "sale_redis_up") == metric(text, "sale_postgres_up") == 1, path
         found.add(path.name.split("-")[1])
     assert found == {"serve", "writer", "scheduler"}
@@ -111,7 +94,7 @@ async def test_each_part_exposes_whether_it_reaches_the_stores(service: Service)
 async def test_counts_of_two_workers_add_up(
     service: Service, client: Client, spread: Client
 ) -> None:
-    before = await metrics(service)
+    before = await service.metrics()
     campaign = await client.campaign(tickets=30, card_limit=1)
     cards = service.cards(50)
     keys = [new_key() for _ in cards]
@@ -127,7 +110,7 @@ async def test_counts_of_two_workers_add_up(
     await client.step(campaign, "pause")
     assert (await spread.buy(campaign, holder.token)).code == "paused"
 
-    text = await metrics(service)
+    text = await service.metrics()
 
     by_outcome = {
         outcome: metric(text, "sale_purchases_total", campaign, outcome)
@@ -153,18 +136,18 @@ async def test_stock_and_ledger_lag_are_exposed(service: Service, client: Client
     await client.buy(campaign, service.card().token, 3)
 
     async def told() -> bool:
-        text = await metrics(service)
+        text = await service.metrics()
         return (
             f'sale_stock_remaining{{campaign="{campaign}",showing="general"}} 7' in text
             and f'sale_ledger_lag_events{{campaign="{campaign}"}} 0' in text
         )
 
     await until(told)
-    written = metric(await metrics(service), "sale_ledger_written_total")
+    written = metric(await service.metrics(), "sale_ledger_written_total")
     await client.buy(campaign, service.card().token)
 
     async def more() -> bool:
-        return metric(await metrics(service), "sale_ledger_written_total") > written
+        return metric(await service.metrics(), "sale_ledger_written_total") > written
 
     await until(more)
 

@@ -32,6 +32,7 @@ async def api(
         "SALE_FAST_PATH": str(request.param).lower(),
     }
     async with own_api(service, tmp_path, redis_late_ms=LATE_MS, **settings) as api:
+        await api.ready()
         yield api
 
 
@@ -99,6 +100,7 @@ async def test_aiohttp_refusals_leave_time_for_sales(
     campaign = await client.campaign(tickets=200_000)
     settings = {"SALE_WAIT_MAX_MS": "250", "SALE_FAST_PATH": "false"}
     async with own_api(service, tmp_path, **settings) as api:
+        await api.ready()
         await _closed_loop(api, campaign, 1_000, 128)
         capacity, shares = await _closed_loop(api, campaign, 3_000, 128), [0.0]
         while len(shares) < 4 and shares[-1] < 1 / 3:

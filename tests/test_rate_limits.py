@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -353,7 +352,7 @@ async def test_card_over_its_rate_costs_others_nothing(
         await asyncio.gather(*tasks, return_exceptions=True)
     assert told.count(429) > 2 * WINDOWS
     assert statistics.median(noisy) < 2 * statistics.median(quiet)
-    text = await asyncio.to_thread(_metrics, service)
+    text = await service.metrics()
     assert metric(text, "sale_rate_limited_total", "card-campaign") >= told.count(429)
     assert metric(text, "sale_rate_limited_total", "address") == 0
     assert metric(text, "sale_connections") >= 4
@@ -379,11 +378,6 @@ def test_refusals_create_no_garbage_for_the_collector() -> None:
     for _ in range(100):
         _raised_and_told()
     assert gc.collect() < 100
-
-
-def _metrics(service: Service) -> str:
-    with urllib.request.urlopen(f"http://{service.told()['metrics_listen']}/metrics") as answer:
-        return str(answer.read(), "utf-8")
 
 
 async def test_repeated_purchase_over_the_rate_is_replayed(

@@ -14,7 +14,17 @@ from pathlib import Path
 import aiohttp
 import pytest
 from redis.asyncio import Redis
-from service import ADMIN, Card, Client, Service, campaign_table, free_port, metric, running_service
+from service import (
+    ADMIN,
+    Card,
+    Client,
+    Service,
+    campaign_table,
+    free_port,
+    metric,
+    read_metrics,
+    running_service,
+)
 from shop import Shop
 from stock_maker import CAMPAIGN
 from test_durability import Server, server, whole
@@ -60,25 +70,19 @@ def test_system_sells_once_ready_after_kill_of_everything(short_path: Path) -> N
 
 
 async def open_and_sell(service: Service, campaign: str, cards: list[Card]) -> None:
-    client = Client(service)
-    try:
+    async with Client(service) as client:
         table = campaign_table(campaign, 1_000)
         made = await client.ask("POST", ADMIN, service.admin_token, json=table)
         assert made.status == 201, made
         for card in cards:
             assert (await client.buy(campaign, card.token)).status == 201
-    finally:
-        await client.close()
 
 
 async def sell(service: Service, campaign: str, cards: list[Card]) -> None:
-    client = Client(service, spread=True)
-    try:
+    async with Client(service, spread=True) as client:
         for card in cards[:10]:
             assert (await client.buy(campaign, card.token)).status == 201
         assert (await client.get("/readyz")).json()["status"] == "ok"
-    finally:
-        await client.close()
 
 
 def kill_everything(service: Service) -> None:
@@ -99,7 +103,7 @@ async def test_process_serves_metrics_once_nothing_halts_it(
             assert not (short_path / "m").exists()
             await weak.redis.config_set("appendfsync", "always")
             await until(lambda: exists(short_path / "m"))
-            halted = metric(await text(short_path / "m"), "sale_halted")
+            halted = metric(await read_metrics(short_path / "m"), "sale_halted")
             assert halted == 0
 
 
@@ -149,14 +153,6 @@ async def says(url: str, word: str) -> bool:
 
 async def exists(path: Path) -> bool:
     return path.exists()  # noqa: ASYNC240 - a local socket
-
-
-async def text(path: Path) -> str:
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
-        session.get("http://part/metrics") as answer,
-    ):
-        return await answer.text()
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import aiohttp
 import pytest
+from own_api import own_api
 from redis.asyncio import Redis
-from service import CAMPAIGNS, ORDERS, Client, Seen, Service, new_key
+from service import CAMPAIGNS, ORDERS, Client, Seen, Service, metric, new_key, read_metrics
 from shop import Shop
-from test_drain import another_api
 from waiting import until, until_equal
 
 from sale.host import embedded
@@ -107,34 +106,31 @@ async def test_stopped_redis_is_answered_in_time_and_sales_resume(
 ) -> None:
     known, unknown = await client.campaign(), await client.campaign()
     settings = {"SALE_PURCHASE_DEADLINE_MS": str(int(DEADLINE_S * 1_000))}
-    async with another_api(service, short_path, **settings) as api:
-        here = Client(SimpleNamespace(url=f"http://{api.address}"), spread=True)  # type: ignore[arg-type]
-        try:
-            assert (await here.buy(known, service.card().token)).status == 201
-            wishes = [
-                (campaign, service.card().token, new_key())
-                for campaign in (known, unknown)
-                for _ in range(20)
-            ]
-            with service.stopped("redis"):
-                asked = asyncio.gather(*(_timed(here, *wish) for wish in wishes))
-                ready = await here.get("/readyz")
-                assert ready.status == 503
-                assert "redis: not reached" in ready.body.decode()
-                answers = await asked
-            assert {seen.code for seen, _ in answers} == {"unavailable"}
-            assert max(took for _, took in answers) < DEADLINE_S + ANSWER_SPARE_S
+    async with (
+        own_api(service, short_path, **settings) as api,
+        Client(api, spread=True) as here,
+    ):
+        assert (await here.buy(known, service.card().token)).status == 201
+        wishes = [
+            (campaign, service.card().token, new_key())
+            for campaign in (known, unknown)
+            for _ in range(20)
+        ]
+        with service.stopped("redis"):
+            asked = asyncio.gather(*(_timed(here, *wish) for wish in wishes))
+            ready = await here.get("/readyz")
+            assert ready.status == 503
+            assert "redis: not reached" in ready.body.decode()
+            answers = await asked
+        assert {seen.code for seen, _ in answers} == {"unavailable"}
+        assert max(took for _, took in answers) < DEADLINE_S + ANSWER_SPARE_S
 
-            for campaign, token, key in wishes:
+        for campaign, token, key in wishes:
 
-                async def settled(
-                    campaign: str = campaign, token: str = token, key: str = key
-                ) -> bool:
-                    return (await here.buy(campaign, token, key=key)).status == 201
+            async def settled(campaign: str = campaign, token: str = token, key: str = key) -> bool:
+                return (await here.buy(campaign, token, key=key)).status == 201
 
-                await until(settled)
-        finally:
-            await here.close()
+            await until(settled)
     assert await client.remaining(known) == [79]
     assert await client.remaining(unknown) == [80]
 
@@ -236,24 +232,16 @@ async def test_disk_below_its_bound_is_reported_everywhere(
 ) -> None:
     campaign = await client.campaign()
     bound = {"SALE_DISK_FREE_MIN_MB": "1000000000"}
-    async with another_api(service, short_path, **bound) as api:
+    async with own_api(service, short_path, **bound) as api:
         await api.said("disk.short")
-        here = Client(SimpleNamespace(url=f"http://{api.address}"))  # type: ignore[arg-type]
-        try:
+        async with Client(api) as here:
             refused = await here.buy(campaign, service.card().token)
             assert (refused.status, refused.code) == (503, "unavailable")
             ready = await here.get("/readyz")
             assert ready.status == 503
             assert "disk" in str(ready.json()["reasons"])
             assert (await here.get(f"{CAMPAIGNS}/{campaign}")).status == 200
-        finally:
-            await here.close()
-        connector = aiohttp.UnixConnector(str(short_path / "m"))
-        async with (
-            aiohttp.ClientSession(connector=connector) as session,
-            session.get("http://serve/metrics") as answer,
-        ):
-            assert "\nsale_halted 1.0" in await answer.text()
+        assert metric(await read_metrics(short_path / "m"), "sale_halted") == 1
     assert await client.remaining(campaign) == [100]
     monkeypatch.setenv("SALE_DISK_FREE_MIN_MB", bound["SALE_DISK_FREE_MIN_MB"])
     told = await service.asale("doctor")

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-import asyncpg
 import pytest
 from redis.asyncio import Redis
 from service import ADMIN, CAMPAIGNS, ORDERS, Client, Service, in_s, metric
@@ -51,9 +50,8 @@ async def add_entry(redis_: Redis, campaign: str, payload: bytes) -> None:
 @pytest.fixture
 async def planted(service: Service, client: Client) -> AsyncIterator[Planted]:
     """One campaign of each kind, planted past today's checks; all are sound again at the end."""
-    connection = await asyncpg.connect(service.database_url)
-    nonce, _ = await deployment.read(connection)
-    await connection.close()
+    async with service.database() as connection:
+        nonce, _ = await deployment.read(connection)
     ids = {kind: await client.campaign(opens_at=None) for kind in FAR}
     ids |= {kind: await client.campaign() for kind in (*BROKEN, "sound")}
     token = service.card().token
@@ -84,15 +82,8 @@ async def test_readers_go_on_beside_broken_campaigns(
 
     # Lists leave out what cannot be read, and word what is far.
     for path, token in ((CAMPAIGNS, None), (ADMIN, service.admin_token)):
-        listed: set[str] = set()
-        cursor = ""
-        while True:
-            seen = await client.get(f"{path}?limit=200{cursor}", token)
-            assert seen.status == 200, seen
-            listed |= {item["id"] for item in seen.json()["items"]}
-            if not seen.json()["next"]:
-                break
-            cursor = f"&cursor={seen.json()['next']}"
+        pages = await client.pages(f"{path}?limit=200", token)
+        listed = {item["id"] for page in pages for item in page}
         assert others <= listed
         assert ids["torn"] not in listed
     for kind in FAR:
@@ -161,9 +152,7 @@ async def test_processes_go_on_beside_broken_campaigns(
         return seen.status == 200 and all(each in said for each in planted.of("far", *BROKEN))
 
     await until(named)
-    address = service.told()["metrics_listen"]
-    async with client._session.get(f"http://{address}/metrics") as answer:
-        text = await answer.text()
+    text = await service.metrics()
     for kind in ("far", "huge", "torn"):
         assert metric(text, "sale_campaign_troubled", ids[kind]) == 1
     for kind in ("garbled", "newer"):

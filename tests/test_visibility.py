@@ -45,18 +45,6 @@ async def alike(client: Client, method: str, path: str, campaign: str, **how: An
     return seen
 
 
-async def ids(client: Client, token: str, query: str = "") -> set[str]:
-    """IDs of all campaigns that an account is told of."""
-    found: set[str] = set()
-    cursor = ""
-    while True:
-        page = (await client.get(f"{ADMIN}?limit=200{query}{cursor}", token)).json()
-        found |= {each["id"] for each in page["items"]}
-        if page["next"] is None:
-            return found
-        cursor = f"&cursor={page['next']}"
-
-
 async def log_of(client: Client, token: str, campaign: str | None = None) -> list[dict[str, Any]]:
     query = "?limit=200" if campaign is None else f"?campaign={campaign}"
     seen = await client.get(AUDIT_LOG + query, token)
@@ -183,7 +171,8 @@ async def test_rehearsal_of_other_union_is_hidden(service: Service, client: Clie
         copy = begun.campaign.id
         for union in (OWNER, "longtan"):
             _, token = await asyncio.to_thread(service.operator, "auditor", union)
-            listed = await ids(client, token, "&rehearsals=true")
+            pages = await client.pages(f"{ADMIN}?limit=200&rehearsals=true", token)
+            listed = {each["id"] for page in pages for each in page}
             assert (copy in listed) is (union == OWNER)
             seen = await client.get(f"{ADMIN}/{copy}", token)
             assert seen.status == (200 if union == OWNER else 404)

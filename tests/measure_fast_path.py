@@ -40,7 +40,8 @@ from sale.members.purchase import Placed, PurchaseDesk
 from sale.members.rate import Rate, RateLimits
 from sale.metrics import PurchaseMetrics
 from sale.stock.batch_codec import pack_batch
-from sale.stock.batcher import Answer, Batcher, Mark, Purchase
+from sale.stock.batcher import Answer, Batcher, Purchase
+from sale.stock.mark import Mark
 from sale.stock.scripts import Decision
 
 BATCH: Final = 256
@@ -160,7 +161,7 @@ class Parts:
                 [p.key_hash for p in batch],
             )
         )
-        reply = [0, NOW_MS, start + BATCH, 1, 500, start, 1] + [2] * BATCH
+        reply = [0, NOW_MS, start + BATCH, b"0" * 40, 1, 500, start, 1] + [2] * BATCH
         batcher._answer(batch, bids, reply)
 
     def _single_parts(self) -> None:
@@ -215,7 +216,7 @@ def _batcher() -> Batcher:
         CAMPAIGN, cast("Any", None), NAME, PurchaseMetrics(), batch_max=BATCH, queue_max=BATCH,
         deadline_s=1e9, behind_max=(1, 1), next_call=lambda: 1,
     )  # fmt: skip
-    batcher.mark = Mark("run:repl:1", 1)
+    batcher.mark = Mark("run:repl:1", 1, "0" * 40)
     return batcher
 
 

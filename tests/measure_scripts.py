@@ -44,7 +44,7 @@ Columns = tuple[list[str], list[str], list[int], list[int], list[str]]
 _READS: Final = (
     "local members, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))\n"
 )
-_ANSWERS: Final = "reply[3] = head.seq\nreturn reply\n"
+_ANSWERS: Final = "reply[3], reply[4] = head.seq, head.chain\nreturn reply\n"
 _FROM_ROWS: Final = """local members, unions, showings, quantities, keys = {}, {}, {}, {}, {}
 for i, row in ipairs(cmsgpack.unpack(ARGV[8])) do
   members[i], unions[i], showings[i], quantities[i], keys[i] = unpack(row)
@@ -57,8 +57,8 @@ for i = 1, (#ARGV - 7) / 5 do
   showings[i], quantities[i] = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
 end
 """
-_AN_ANSWER_EACH: Final = """reply[3] = head.seq
-local each, number = { OK, head.now, head.seq, head.epoch, rules.price_fen }, reply[6]
+_AN_ANSWER_EACH: Final = """reply[3], reply[4] = head.seq, head.chain
+local each, number = { OK, head.now, head.seq, head.epoch, rules.price_fen }, reply[7]
 for i = 1, purchases do
   local told = reply[RESULTS + i]
   if told >= 0 then

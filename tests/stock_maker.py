@@ -14,6 +14,7 @@ from sale.ledger.fold import CampaignState, SaleRecord
 from sale.stock import head
 from sale.stock.batch_codec import pack_batch
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
+from sale.stock.mark import Mark
 from sale.stock.process_reports import read_identity
 from sale.stock.records import parse_records
 from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, Peek, Scripts
@@ -127,12 +128,12 @@ class Stock:
         epoch: int | None = None,
         seen: int | None = None,
         behind_max: tuple[int, int] = BEHIND_MAX,
-    ) -> list[int]:
+    ) -> list[Any]:
         """Run purchase.lua once with the next call number; give the raw reply."""
         if call is None:
             self.calls += 1
             call = self.calls
-        mark = (await self.incarnation(epoch), self.seen if seen is None else seen)
+        mark = Mark(await self.incarnation(epoch), self.seen if seen is None else seen, "")
         return await self.scripts.purchase(self.keys, process, call, mark, behind_max, packed(bids))
 
     async def incarnation(self, epoch: int | None = None) -> str:
@@ -143,7 +144,8 @@ class Stock:
         return f"{identity}:{epoch or (await self.head('epoch'))[0]}"
 
     async def peek(self, showings: int = 1, epoch: int | None = None, seen: int = 0) -> Peek:
-        return await self.scripts.peek(self.keys, (await self.incarnation(epoch), seen), showings)
+        mark = Mark(await self.incarnation(epoch), seen, "")
+        return await self.scripts.peek(self.keys, mark, showings)
 
     async def buy(self, *bids: Bid, **how: Any) -> list[Told]:
         """Run purchase.lua once, which must succeed; give the result of each purchase."""
@@ -226,10 +228,10 @@ def packed(bids: Sequence[Bid]) -> bytes:
     )
 
 
-def told(reply: list[int], count: int) -> list[Told]:
+def told(reply: list[Any], count: int) -> list[Told]:
     """Parse a reply for ``count`` purchases; see the header of ``purchase.lua``."""
-    number, answers = reply[5], []
-    for result in reply[7 : 7 + count]:
+    number, answers = reply[6], []
+    for result in reply[8 : 8 + count]:
         if result >= 0:
             number += 1
             answers.append(Told(Decision.SOLD, number, result, 0))

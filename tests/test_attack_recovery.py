@@ -1,7 +1,6 @@
 """Attacks on the recovery: slow and dead witnesses, damaged data, and early recoveries."""
 
 import asyncio
-from typing import Any
 
 import pytest
 from shop import Shop
@@ -15,10 +14,11 @@ from sale.db import claims, read
 from sale.db.apply import apply_entries
 from sale.ledger.chain import parse_entry
 from sale.stock import process_reports
+from sale.stock.batcher import Batcher
 from sale.stock.keys import REPORTS
+from sale.stock.mark import Found
 from sale.stock.scripts import Decision
 from sale.stock.stream import stream_rows
-from sale.stock.unapplied import Unapplied
 from sale.trust.heal import AutoRecovery
 from sale.trust.stalled_ledgers import StalledLedgers
 from sale.trust.verify import verify_all
@@ -28,25 +28,25 @@ shop, apis = the_shop, the_apis
 
 @pytest.fixture
 def slow_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the check of unapplied sales as slow as for some hundred thousand of them."""
-    count = Unapplied.count_missing
+    """Make each look-up of a mark slower than a process waits for it before it reports."""
+    look_up = Batcher.look_up
 
-    async def slow(self: Unapplied, *where: Any) -> int:
-        if len(self):
-            await asyncio.sleep(2.5)
-        return await count(self, *where)
+    async def slow(self: Batcher) -> Found:
+        if self.mark.seq:
+            await asyncio.sleep(1.8)
+        return await look_up(self)
 
-    monkeypatch.setattr(Unapplied, "count_missing", slow)
+    monkeypatch.setattr(Batcher, "look_up", slow)
 
 
 @pytest.mark.usefixtures("slow_look")
-async def test_old_copy_stays_shut_until_many_orders_are_compared(shop: Shop, apis: list[Api]):
+async def test_old_copy_stays_shut_while_look_ups_are_slow(shop: Shop, apis: list[Api]):
     a, b = apis
     async with going_back(shop):
         told = seqs(await a.buy(*range(1, 21)))
     await a.check_acknowledged()
     await b.check_acknowledged()
-    # The check takes longer than COLLECT_MAX_S: the old copy must not pass as a sound one.
+    # The look-up takes longer than COLLECT_MAX_S: the old copy must not pass as a sound one.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     auto_recovery = AutoRecovery(shop.redis, shop.scripts, shop.pool, allowed=True)
 
@@ -64,7 +64,7 @@ async def test_old_copy_stays_shut_until_many_orders_are_compared(shop: Shop, ap
 @pytest.mark.usefixtures("slow_look")
 async def test_process_sells_again_after_a_slow_check(shop: Shop, apis: list[Api]):
     a = apis[0]
-    a.batcher._call_timeout_s = 0.5
+    a.batcher._call_timeout_s = 2.5
     seqs(await a.buy(1, 2))
     a.batcher.mark = a.batcher.mark._replace(incarnation="0:0:1")
     await a.check_acknowledged()
@@ -97,17 +97,17 @@ async def test_process_reports_in_spite_of_a_damaged_head(shop: Shop, apis: list
     await shop.redis.hset(head, "seq", seq)
 
     async def reports() -> bool:
-        attended = (await process_reports.read_reports(shop.redis)).get("a")
-        return attended is not None and a.batcher.mark.incarnation.startswith(attended.identity)
+        told = (await process_reports.read_reports(shop.redis)).get("a")
+        return told is not None and a.batcher.mark.incarnation.startswith(told.identity)
 
     await until(reports)
 
 
 async def test_report_of_a_long_dead_process_stops_no_sale(shop: Shop, apis: list[Api]):
     identity = await process_reports.read_identity(shop.redis)
-    missing = {CAMPAIGN: process_reports.CampaignReport(1, 2, 3, handed=False)}
-    attended = process_reports.ProcessReport(identity.now_ms - 10_000, str(identity), missing)
-    await process_reports.report(shop.redis, "dead", attended)
+    lacking = {CAMPAIGN: process_reports.CampaignReport(1, 2, lacks=True, handed=False)}
+    old = process_reports.ProcessReport(identity.now_ms - 10_000, str(identity), lacking)
+    await process_reports.report(shop.redis, "dead", old)
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
     seqs(await apis[0].buy(1))
 

@@ -16,6 +16,7 @@ from sale.domain.problem import Problem, Refused
 from sale.ledger.chain import GENESIS, Event
 from sale.ledger.fold import CampaignState
 from sale.stock.keys import CAMPAIGNS, rebuilt_keys
+from sale.stock.mark import NOT_CHECKED
 from sale.stock.rebuild import freeze
 from sale.stock.records import read_member
 from sale.stock.scripts import CallReply, Decision, Scripts
@@ -144,7 +145,7 @@ async def test_recovery_repairs_each_kind_of_damage(
     assert await shop.redis.sismember(CAMPAIGNS, CAMPAIGN)
     assert await shop.redis.exists(*rebuilt_keys(CAMPAIGN)) == 0
 
-    assert await shop.stock.call(Bid(member(5), key(1)), epoch=1) == [CallReply.UNATTENDED]
+    assert await shop.stock.call(Bid(member(5), key(1)), epoch=1) == [CallReply.UNCHECKED]
     # It sells on, within the limits, and remembers its keys; who has not looked at it is refused.
     replayed, over, sold, revoked = await shop.stock.buy(
         Bid(member(1), key(2)), Bid(member(1), key(3)),
@@ -355,7 +356,7 @@ async def test_recovery_keeps_a_paused_or_deleted_state(shop: Shop):
 async def test_redis_of_another_deployment_is_not_trusted(shop: Shop):
     other = Scripts(shop.redis, "another")
     reply = await other.purchase(
-        shop.stock.keys, "p9", 1, ("", 0), BEHIND_MAX, packed([Bid(member(5), key(1))])
+        shop.stock.keys, "p9", 1, NOT_CHECKED, BEHIND_MAX, packed([Bid(member(5), key(1))])
     )
     assert reply[0] == CallReply.UNVERIFIED
 

@@ -429,8 +429,8 @@ async def test_head_behind_what_a_process_has_seen_is_stale(redis: Redis) -> Non
         await stock.peek(1, seen=seq + 1)
     assert await stock.buy(Bid(member(1), key(1)), seen=seq)
     assert await stock.buy(Bid(member(2), key(1)), seen=seq + 1)
-    await refused_as(stock, CallReply.UNATTENDED, epoch=epoch + 1)
-    with pytest.raises(Untrusted, match="unattended"):
+    await refused_as(stock, CallReply.UNCHECKED, epoch=epoch + 1)
+    with pytest.raises(Untrusted, match="unchecked"):
         await stock.peek(1, epoch=epoch + 1)
 
 
@@ -528,12 +528,12 @@ async def test_whole_batch_is_one_entry_and_each_is_answered(redis: Redis) -> No
     stock = await open_stock(redis, 300, 10)
     reply = await stock.call(*(Bid(member(n), key(n), 1, n % 2) for n in range(256)))
     decisions = [answer.decision for answer in told(reply, 256)]
-    assert len(reply) == 7 + 256 + 4  # who gets none is told so in one place
+    assert len(reply) == 8 + 256 + 4  # who gets none is told so in one place
     assert decisions.count(Decision.SOLD) == 128 + 10
     assert decisions.count(Decision.SOLD_OUT) == 128 - 10
     entry = (await stock.entries())[-1]
     assert (entry.first, entry.last) == (3, 2 + 138)
-    assert reply[1:5] == [entry.at_ms, entry.last, 1, 500]
+    assert reply[1:6] == [entry.at_ms, entry.last, entry.chain.encode(), 1, 500]
     await stock.check_books()
 
 

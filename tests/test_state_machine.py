@@ -34,6 +34,7 @@ from sale.stock.batcher import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis
+from sale.stock.mark import NOT_CHECKED
 from sale.stock.process_reports import collect_report
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.trust import verify
@@ -64,7 +65,7 @@ class UnreliableScripts(Scripts):
     lose = 0
     last: tuple[Any, ...] = ()
 
-    async def purchase(self, *args: Any) -> list[int]:
+    async def purchase(self, *args: Any) -> list[Any]:
         self.last = args[:-1]  # without the line, which may be closed when it is sent again
         reply = await super().purchase(*args)
         if self.lose:
@@ -360,7 +361,7 @@ class Sale(RuleBasedStateMachine):
     def redis_gets_another_identity(self) -> None:
         self.run(self.rig.redis.hset(self.stock.keys.head, "run_id", "f" * 40))
         bid = packed([Bid(member(0), key(9), union=UNIONS[0])])
-        call = (self.stock.keys, "stranger", self.model.seq, ("", 0), BEHIND_MAX, bid)
+        call = (self.stock.keys, "stranger", self.model.seq, NOT_CHECKED, BEHIND_MAX, bid)
         assert self.run(Scripts.purchase(self.scripts, *call)) == [CallReply.UNVERIFIED]
         by = operation()
         reply = self.run(self.scripts.transition(self.id, "close", by))

@@ -91,6 +91,11 @@ async def going_back(shop: Shop) -> AsyncIterator[None]:
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
 
 
+def earlier_incarnation(api: Api) -> None:
+    """Let a process have checked another Redis than this one, in the same epoch."""
+    api.batcher.mark = api.batcher.mark._replace(incarnation="0:0:1")
+
+
 def seqs(answers: list[Answer]) -> list[int]:
     assert {answer.decision for answer in answers} == {Decision.SOLD}
     return [answer.value for answer in answers]
@@ -269,6 +274,50 @@ async def test_redis_behind_the_report_of_the_dead_is_not_trusted(shop: Shop, ap
     # When and then: its last report counts, although the process is dead.
     assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
     assert (await shop.recover()).voided == [(told[0], told[-1])]
+
+
+async def test_other_content_under_the_same_numbers_is_found(shop: Shop, apis: list[Api]):
+    # Given: a process answered an operator's steps and no order, Redis lost them, and
+    # another process sold under the same numbers before the first one reported.
+    a, b = apis
+    assert (await a.buy(1, key_no=9))[0].decision is Decision.SOLD
+    await b.buy(2)
+    async with going_back(shop):
+        for action in ("pause", "resume"):
+            step = await shop.stock.step(action)
+            a.batchers.on_step(CAMPAIGN, step.seq, step.chain)
+    await shop.redis.delete(REPORTS)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    assert seqs(await b.buy(3, 4)) == [step.seq - 1, step.seq]
+    # When and then: Redis has each of its orders, and not the steps.
+    earlier_incarnation(a)
+    assert (await a.buy(5))[0].decision is None
+    await a.witness.beat()
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == [CAMPAIGN]
+    assert "API process a" in (await shop.stock.head("recovering"))[0]
+
+
+async def test_process_hands_in_its_orders_if_its_mark_was_trimmed(shop: Shop, apis: list[Api]):
+    # Given: a process was suspended until the stream was trimmed beyond what it had seen.
+    a, b = apis
+    told = seqs(await a.buy(1, 2))
+    seqs(await b.buy(3))
+    await shop.start_writer()
+    await shop.applied()
+    await shop.redis.xtrim(shop.stock.keys.stream, minid=f"{told[-1] + 1}-0", approximate=False)
+    await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    # When
+    earlier_incarnation(a)
+    await a.witness.beat()
+    # Then: PostgreSQL knows that its orders stand, and it sells without a recovery.
+    async with shop.pool.acquire() as connection:
+        assert [each.settled for each in await claims.settle(connection)] == ["stands"] * 2
+    assert await verify_all(shop.redis, shop.scripts, shop.pool) == []
+    assert await shop.stock.head("epoch") == ["1"]
+    seqs(await a.buy(4))
+    await shop.applied()
+    assert (await shop.audit()).clean
 
 
 async def test_orders_of_a_stopped_process_are_filled_in(shop: Shop, apis: list[Api]):

@@ -71,9 +71,9 @@ class CampaignDesk:
         redis: Redis,
         scripts: Scripts,
         pool: asyncpg.Pool,
-        on_step: Callable[[str, int], None] | None = None,
+        on_step: Callable[[str, int, str], None] | None = None,
     ) -> None:
-        """``on_step(campaign_id, seq)`` is called after each step."""
+        """``on_step(campaign_id, seq, chain)`` is called after each step: the ledger's end then."""
         self._on_step = on_step
         self._redis = redis
         self._scripts = scripts
@@ -158,8 +158,8 @@ class CampaignDesk:
         return await self._confirmed(campaign_id, actor, reply.seq)
 
     def _taken(self, campaign_id: str, reply: OperationReply) -> None:
-        if self._on_step is not None:
-            self._on_step(campaign_id, reply.seq)
+        if self._on_step is not None and reply.reply is CallReply.OK:
+            self._on_step(campaign_id, reply.seq, reply.chain)
 
     async def pause_for(self, campaign_id: str, reason: str) -> None:
         """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8).

@@ -26,7 +26,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -42,6 +42,7 @@ from sale.stock.buyer_filter import BuyerFilter
 from sale.stock.errors import REDIS_ERRORS
 from sale.stock.head import TRUST
 from sale.stock.keys import campaign_keys
+from sale.stock.mark import NOT_CHECKED, Found, Mark, look_up
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
 from sale.stock.unapplied import Sale, Unapplied
@@ -77,23 +78,6 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 UNKNOWN: Final = Answer(None)
 
 
-class Mark(NamedTuple):
-    """How far this process has seen a campaign.
-
-    ``incarnation`` is ``run_id:replid:epoch`` of the Redis in which this process found every order
-    that it acknowledged; ``seq`` is the highest event number that it has seen.
-    """
-
-    incarnation: str
-    seq: int
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the incarnation; 0 if none was checked."""
-        return int(self.incarnation.rpartition(":")[2] or 0)
-
-
-NOT_CHECKED: Final = Mark("", 0)
 OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.SOLD: "sold",
     Decision.REPLAYED: "replayed",
@@ -115,10 +99,10 @@ _BY_PEEK: Final = frozenset(
     {Decision.SOLD_OUT, Decision.NOT_OPEN, Decision.PAUSED, Decision.CLOSED, Decision.CARD_REVOKED}
 )
 _PASSING: Final = frozenset(
-    {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNATTENDED}
+    {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNCHECKED}
 )
 """Replies that may change within UNTRUSTED_PATIENCE_S, so that the call is repeated."""
-_RESULTS_AT: Final = 7
+_RESULTS_AT: Final = 8
 """Index of the first result in a reply of ``purchase.lua``."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
@@ -213,7 +197,6 @@ class Batcher:
         self._queue: deque[Purchase] = deque()
         self._task: asyncio.Task[None] | None = None
         self._buyer_filter: BuyerFilter | None = None
-        self._witness: asyncio.Task[bool] | None = None
         self._all_refused = False
         self._warned = ""
         self._store_failing = self._store_rejects = False
@@ -222,9 +205,9 @@ class Batcher:
         self._asking: list[Purchase] = []
         self._settled = 0
         self.mark = NOT_CHECKED
-        """A head with a lower number has lost events that members were told (INV-8)."""
+        """A ledger that does not pass through it lacks events that this process saw (INV-8)."""
         self.unapplied = Unapplied()
-        """Orders that this process acknowledged and PostgreSQL may not have yet (INV-3)."""
+        """Sales that this process acknowledged and PostgreSQL may not have yet (INV-3)."""
 
     @property
     def campaign_id(self) -> str:
@@ -265,9 +248,9 @@ class Batcher:
 
     async def close(self) -> None:
         """Answer the queued purchases, at most until the deadline, then stop."""
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=self._deadline_s)
-        await cancel_and_wait([task for task in (self._task, self._witness) if task is not None])
+        if (task := self._task) is not None:
+            await asyncio.wait([task], timeout=self._deadline_s)
+            await cancel_and_wait([task])
         if self._buyer_filter is not None:
             await self._buyer_filter.close()
         self._give_up(self._asking + self._take(len(self._queue)))
@@ -356,7 +339,7 @@ class Batcher:
                     self._answer(batch, packed, reply)
                     return
                 if (
-                    reply[0] == CallReply.UNATTENDED
+                    reply[0] == CallReply.UNCHECKED
                     and await self.check_acknowledged()
                     and attempt == 0
                 ):
@@ -374,44 +357,45 @@ class Batcher:
         self._give_up(batch)
 
     async def check_acknowledged(self) -> bool:
-        """Check that this Redis has every order that this process acknowledged, and mark it so.
+        """Check that this Redis holds everything that this process acknowledged, and mark it so.
 
-        False if an order is missing or Redis cannot be read. Then this process sells nothing until
-        the campaign is recovered and its unapplied orders are handed in (``trust/witness.py``).
+        False if something is missing or Redis cannot be read. Then this process sells nothing until
+        the campaign is recovered and its unapplied sales are handed in (``trust/witness.py``).
         """
-        # All callers share one check: with many orders it takes longer than a caller may wait.
-        if self._witness is None or self._witness.done():
-            self._witness = self._loop.create_task(self._check_acknowledged())
-        await asyncio.wait([self._witness], timeout=self._call_timeout_s)
-        check = self._witness
-        return check.done() and not check.cancelled() and check.result()
-
-    async def _check_acknowledged(self) -> bool:
-        redis, keys = self._scripts.redis, self._keys
+        mark = self.mark
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 if self._check_redis is not None and (why := await self._check_redis()):
                     self._warn_store("purchase.not_durable", why)
                     return False
-                head = await TRUST.read(redis, self._campaign.id)
-            if head.seq is None or not (head.run_id and head.replid and head.epoch):
-                return False
-            total = self.unapplied.total
-            behind = head.epoch <= self.mark.epoch and head.seq < self.mark.seq
-            if (
-                head.epoch < self.mark.epoch
-                or behind
-                or await self.unapplied.count_missing(redis, keys)
-            ):
-                self._warn_store("campaign.lacks_orders", f"epoch {head.epoch}, event {head.seq}")
-                return False
+                head = await TRUST.read(self._scripts.redis, self._campaign.id)
+                if head.seq is None or not (head.run_id and head.replid and head.epoch):
+                    return False
+                found = await self.look_up()
         except (*REDIS_ERRORS, ValueError) as error:
             self._warn_store("purchase.unknown", type(error).__name__)
             return False
-        if self.unapplied.total != total:
+        if found is not Found.HELD:
+            self._warn_store("campaign.lacks_orders", f"epoch {head.epoch}, event {head.seq}")
+            return False
+        if self.mark != mark:
             return False  # a reply of the earlier incarnation came meanwhile and was not checked
-        self.mark = Mark(head.incarnation, head.seq)
+        self.mark = Mark(head.incarnation, head.seq, head.chain)
         return True
+
+    async def look_up(self) -> Found:
+        """Look for the mark in this Redis, whether or not it was verified. Raises its errors."""
+        return await look_up(self._scripts.redis, self._keys, self.mark)
+
+    def advance(self, seq: int, chain: str) -> None:
+        """Take over what a reply of the same incarnation says of the end of the ledger."""
+        if seq > self.mark.seq:
+            self.mark = Mark(self.mark.incarnation, seq, chain)
+
+    def begin_anew(self) -> None:
+        """Drop the mark and the unapplied sales, all of which were handed in."""
+        self.mark = NOT_CHECKED
+        self.unapplied.clear()
 
     def take_config(self, config_seq: int) -> None:
         """Use the campaign's configuration of this number, if the catalogue knows it."""
@@ -430,11 +414,11 @@ class Batcher:
     def _give_up(self, purchases: list[Purchase]) -> None:
         self._settle(purchases, [UNKNOWN] * len(purchases))
 
-    def _answer(self, batch: list[Purchase], packed: bytes, reply: list[int]) -> None:
+    def _answer(self, batch: list[Purchase], packed: bytes, reply: list[Any]) -> None:
         """Keep the sold orders, then settle all purchases. For the reply see ``purchase.lua``."""
-        now_ms, seq, epoch, price_fen, number, config_seq = reply[1:_RESULTS_AT]
+        now_ms, seq, chain, epoch, price_fen, number, config_seq = reply[1:_RESULTS_AT]
         self.take_config(config_seq)
-        self.mark = Mark(self.mark.incarnation, max(self.mark.seq, seq))
+        self.advance(seq, chain.decode())
         self._metrics.batch_size.observe(len(batch))
         if len(reply) == _RESULTS_AT + len(batch):
             # The usual case of a rush: each purchase was sold, so the results need no inspection.
@@ -456,9 +440,9 @@ class Batcher:
         self._settled += len(batch)
         self._loop.call_soon(self._settle_each, batch, answers)
 
-    def _answers_of(self, batch: list[Purchase], reply: list[int]) -> list[Answer]:
+    def _answers_of(self, batch: list[Purchase], reply: list[Any]) -> list[Answer]:
         """Read a reply with refusals or replays, and keep the sold orders."""
-        now_ms, _, epoch, price_fen, number, _ = reply[1:_RESULTS_AT]
+        now_ms, _, _, epoch, price_fen, number, _ = reply[1:_RESULTS_AT]
         applied = self.unapplied.applied
         shared: dict[int, Answer] = {}
         answers: list[Answer] = []
@@ -547,7 +531,7 @@ class Batcher:
             return self._take(self._batch_max)
         peek, buyer_filter = seen
         self.take_config(peek.config_seq)
-        self.mark = Mark(self.mark.incarnation, max(self.mark.seq, peek.seq))
+        self.advance(peek.seq, peek.chain)
         self._peeked = True
         if not self._store_rejects:  # otherwise Redis answers reads and still refuses writes
             self._warned, self._store_failing = "", False

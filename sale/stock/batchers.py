@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable
 
 from sale.domain.campaign import Campaign
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import NOT_CHECKED, Batcher, Mark, unknown
+from sale.stock.batcher import Batcher, unknown
+from sale.stock.mark import NOT_CHECKED
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import Scripts
 
@@ -74,11 +75,11 @@ class Batchers:
         self.halted = next(filter(None, self._halts.values()), "")
         self._metrics.halted = bool(self.halted)
 
-    def on_step(self, campaign_id: str, seq: int) -> None:
+    def on_step(self, campaign_id: str, seq: int, chain: str) -> None:
         """Record the event of an operator's step that this process has answered."""
         batcher = self._by_campaign.get(campaign_id)
         if batcher is not None and batcher.mark is not NOT_CHECKED:
-            batcher.mark = Mark(batcher.mark.incarnation, max(batcher.mark.seq, seq))
+            batcher.advance(seq, chain)
 
     def forget(self, campaign_id: str) -> None:
         """Drop the batcher of a deleted campaign, unless a purchase waits in it."""

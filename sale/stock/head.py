@@ -129,10 +129,12 @@ def parsed(part: Part, reply: Any, *, lenient: bool = False) -> Head | Exception
 SEQ: Final = "seq"
 WRITER: Final = Part("seq", "state", "recovering")
 POSITION: Final = Part("seq", "chain")
-TRUST: Final = Part("seq", "epoch", "run_id", "replid", "nonce", "recovering", "applied")
+TRUST: Final = Part(
+    "seq", "chain", "epoch", "run_id", "replid", "nonce", "recovering", "applied"
+)  # fmt: skip
 """Which Redis was verified, and how far the ledger is."""
 REPORTED: Final = Part(
-    "seq", "epoch", "run_id", "replid", "recovering", "applied", "config_seq"
+    "seq", "chain", "epoch", "run_id", "replid", "recovering", "applied", "config_seq"
 )  # fmt: skip
 """Fields that an API process reads some times a second."""
 MARK: Final = Part("seq", "chain", "epoch", "recovering", "recovering_by")

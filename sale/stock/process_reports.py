@@ -28,20 +28,18 @@ POLL_S: Final = 0.05
 RECENT_MS: Final = 5_000
 """A process whose last report is older than the newest one by more than this is not awaited."""
 FORGET_AFTER_MS: Final = 600_000
-NOT_COUNTED: Final = -1
-"""In place of a number of missing orders: the process has not counted them yet."""
 
 
 class CampaignReport(msgspec.Struct, frozen=True, array_like=True):
     """A process's report on one campaign: the epoch and event number that it has seen.
 
-    ``lacks`` is how many of its acknowledged orders this Redis lacks, or NOT_COUNTED. ``handed``:
-    the lacking orders are in PostgreSQL's table ``handed_in``.
+    ``lacks``: this Redis lacks something that the process acknowledged, or the process has not
+    checked it yet. ``handed``: its unapplied sales are in PostgreSQL's table ``handed_in``.
     """
 
     epoch: int
     seq: int
-    lacks: int
+    lacks: bool
     handed: bool
 
 

@@ -20,6 +20,7 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from sale.domain.campaign import STOCK_MAX
 from sale.stock.keys import AWAITED, CampaignKeys, campaign_keys
+from sale.stock.mark import Mark
 from sale.stock.script_connection import ScriptConnection, pack
 
 
@@ -37,7 +38,7 @@ class CallReply(IntEnum):
     MISMATCH = -8
     REPLAYED = -9
     INVALID = -10
-    UNATTENDED = -11
+    UNCHECKED = -11
 
 
 class Decision(IntEnum):
@@ -64,6 +65,7 @@ class Peek(msgspec.Struct, frozen=True):
 
     now_ms: int
     seq: int
+    chain: str
     epoch: int
     state: str
     opens_at_ms: int
@@ -82,11 +84,12 @@ class Operation(msgspec.Struct, frozen=True):
 
 
 class OperationReply(msgspec.Struct, frozen=True):
-    """How an operator's call went."""
+    """The outcome of an operator's call; if it was done, ``chain`` is the hash after ``seq``."""
 
     reply: CallReply
     seq: int = 0
     state: str = ""
+    chain: str = ""
     tickets: int = 0
     remaining: int = 0
 
@@ -146,20 +149,19 @@ class Scripts:
         keys: CampaignKeys,
         process: str,
         call: int,
-        mark: tuple[str, int],
+        mark: Mark,
         behind_max: tuple[int, int],
-        bids: bytes,
+        packed: bytes,
         line: ScriptConnection | None = None,
-    ) -> list[int]:
+    ) -> list[Any]:
         """Run ``purchase.lua`` for what ``pack_batch`` packed; the reply is raw.
 
-        ``mark`` is the incarnation that this process has attended, and the number it has seen;
-        ``behind_max`` is how far PostgreSQL may be behind, in events and in ms. It goes on
-        ``line`` where one is given and no replica is waited for.
+        ``behind_max`` is how far PostgreSQL may be behind, in events and in ms. The call goes on
+        ``line`` if one is given and no replica is waited for.
         """
-        reply: list[int] = await _by_hash(
-            partial(self._send, line), PURCHASE, keys, process, call, *mark, self.nonce,
-            *behind_max, bids,
+        reply: list[Any] = await _by_hash(
+            partial(self._send, line), PURCHASE, keys, process, call, mark.incarnation, mark.seq,
+            self.nonce, *behind_max, packed,
         )  # fmt: skip
         return reply
 
@@ -186,12 +188,12 @@ class Scripts:
     async def peek(
         self,
         keys: CampaignKeys,
-        mark: tuple[str, int],
+        mark: Mark,
         showings: int,
         line: ScriptConnection | None = None,
     ) -> Peek:
-        """Run ``peek.lua``, on ``line`` where one is given. Raises Untrusted."""
-        arguments = (*mark, self.nonce, *range(showings))
+        """Run ``peek.lua``, on ``line`` if one is given. Raises Untrusted."""
+        arguments = (mark.incarnation, mark.seq, self.nonce, *range(showings))
         execute = self._execute if line is None else partial(_on, line)
         reply = await _by_hash(execute, PEEK, keys, *arguments)
         if reply[0] != CallReply.OK:
@@ -199,12 +201,13 @@ class Scripts:
         return Peek(
             now_ms=reply[1],
             seq=reply[2],
-            epoch=reply[3],
-            state=reply[4].decode(),
-            opens_at_ms=reply[5],
-            roster_rev=reply[6],
-            config_seq=reply[7],
-            remaining=tuple(reply[8:]),
+            chain=reply[3].decode(),
+            epoch=reply[4],
+            state=reply[5].decode(),
+            opens_at_ms=reply[6],
+            roster_rev=reply[7],
+            config_seq=reply[8],
+            remaining=tuple(reply[9:]),
         )
 
     async def create(

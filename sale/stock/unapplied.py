@@ -7,23 +7,13 @@ script's argument itself, so keeping it costs nothing. The number of sales is bo
 ``ledger_behind_max_events``: the scripts sell nothing when PostgreSQL is further behind.
 """
 
-import asyncio
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
-from redis.asyncio import Redis
 
-from sale.ledger.fold import SaleRecord
 from sale.stock.batch_codec import unpack_batch
-from sale.stock.keys import CampaignKeys
-from sale.stock.records import parse_records
-
-CHECK_CHUNK: Final = 1_000
-CHECK_TIMEOUT_S: Final = 2.0
-"""For one chunk; the whole check takes longer if many sales are kept."""
 
 Sale: TypeAlias = tuple[int, int, int, int, int, str]
 """Event number, sold at (ms), member, showing number, quantity, key hash."""
@@ -103,24 +93,6 @@ class Unapplied:
         for batch in list(self._batches):
             for sale in batch.sales():
                 yield AcknowledgedSale(batch.epoch, batch.price_fen, *sale)
-
-    async def count_missing(self, redis: Redis, keys: CampaignKeys) -> int:
-        """Count the sales that this Redis does not have. Raises redis-py's errors."""
-        missing = 0
-        sales = self.sales()
-        while chunk := list(islice(sales, CHECK_CHUNK)):
-            async with asyncio.timeout(CHECK_TIMEOUT_S):
-                members = [str(sale.member_no) for sale in chunk]
-                values: list[Any] = await redis.hmget(keys.members, members)
-            for sale, value in zip(chunk, values, strict=True):
-                record = SaleRecord(
-                    sale.seq, sale.at_ms, sale.showing, sale.quantity, sale.key_hash
-                )
-                try:
-                    missing += record not in parse_records(value or b"")
-                except ValueError:
-                    missing += 1  # a damaged record: the recovery builds it again
-        return missing
 
 
 class _Batch(NamedTuple):

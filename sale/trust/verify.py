@@ -28,7 +28,6 @@ from sale.stock.catalogue import campaign_ids
 from sale.stock.head import MARK, TRUST, Head, read_heads
 from sale.stock.keys import VERIFIED
 from sale.stock.process_reports import (
-    NOT_COUNTED,
     Identity,
     Reports,
     collect_report,
@@ -204,10 +203,8 @@ def what_lacks(reports: Reports, campaign_id: str, epoch: int, seq: int) -> str:
             return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
         if told.epoch == epoch and told.seq > seq:
             return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
-        if told.epoch == epoch and told.lacks == NOT_COUNTED:
-            return f"API process {process} is still checking whether Redis has what it acknowledged"
         if told.epoch == epoch and told.lacks:
-            return f"API process {process} has acknowledged {told.lacks} orders that Redis lacks"
+            return f"API process {process} has not found in Redis what it acknowledged"
     if (seen := reports.highest(campaign_id, epoch)) > seq:
         return f"API processes that no longer answer had seen event {seen}, Redis is at {seq}"
     return ""

@@ -1,28 +1,28 @@
--- _ledger.lua: put before every script that reads or writes a campaign (see scripts.py).
+-- _ledger.lua: prepended to every script that reads or writes a campaign (see scripts.py).
 --
--- Guarantee: what is decided is decided on a Redis that was verified (INV-8), by one clock that
--- never goes back (INV-7), and everything that changes is one more link of the chain (INV-5).
+-- Guarantee: each script decides on a Redis that was verified (INV-8) and by one clock that never
+-- goes back (INV-7), and appends each change as one more link of the chain (INV-5).
 -- Lua does not roll back, so a script reads and decides everything first and then writes in one
--- block, stream first: XADD refuses a number that is not new, before anything else has changed. The
--- head comes last: where it does not agree with the stream, the block was not whole.
+-- block. It writes the stream first: XADD refuses a number that is not new, before anything else has
+-- changed. It writes the head last: if head and stream differ, the block was not written completely.
 --
 -- KEYS of every script: head stream stock members revoked calls operations (one hash slot).
 --
 -- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · config (JSON) rules
 --       (MessagePack: the settings that scripts decide by, by their names in domain/campaign.py)
 --       config_seq (number of the event that gave it both) · nonce run_id replid (the Redis that was
---       last verified) ·
---       roster_rev (how far `revoked` follows the roster) roster_load (its first load) ·
---       applied (how far the writer says that PostgreSQL is) behind_since (clock of the oldest event
---       that it may lack; '' where it lacks none) · made (number of its `created` event: an ID may
---       be used again once its draft is deleted). Absent moments are ''.
+--       last verified) · roster_rev (the roster's revision that `revoked` is at) roster_load (name of
+--       its first load) · applied (number of the last event that the writer applied to PostgreSQL)
+--       behind_since (clock of the oldest event that PostgreSQL may lack; '' if it lacks none) ·
+--       made (number of its `created` event: an ID may be used again after its draft was deleted).
+--       Absent moments are ''.
 
 local HEAD, STREAM, STOCK, MEMBERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]
 
--- Replies for a whole call; positive codes of single answers stand in the scripts. The same
--- numbers stand in scripts.py.
-local OK, MISSING, UNVERIFIED, STALE, BROKEN, LATE, EXISTS, WRONG_STATE, MISMATCH, REPLAYED, INVALID, UNATTENDED =
+-- Replies for a whole call; each script lists the codes of its single answers. scripts.py has the
+-- same numbers.
+local OK, MISSING, UNVERIFIED, STALE, BROKEN, LATE, EXISTS, WRONG_STATE, MISMATCH, REPLAYED, INVALID, UNCHECKED =
   0, -1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11
 
 local function read_head()
@@ -46,28 +46,28 @@ local function read_head()
   }
 end
 
--- The identity of this very Redis process and data set.
+-- The identity of this Redis process and of its data set.
 local function identity()
   local run_id = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
   local replid = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
   return run_id, replid
 end
 
--- nil where the head may be believed, else the reply that says why not. `attended` and `seen` are
--- the marks of a process that answers members: the incarnation (run_id:replid:epoch) in which it
--- has looked whether all that it acknowledged is there, and the highest number that it has seen
--- since. A head behind that has lost what somebody was told (INV-8). nil: who has told nobody.
-local function check_trusted(head, nonce, attended, seen)
-  -- What INFO says is searched for the very ID (40 hex digits): taking it out by a pattern cost
-  -- 36,000 of a call's 395,000 instructions: a pattern is tried at every place of the text.
+-- Gives nil if the head can be trusted, else the reply that says why not. `checked` and `seen` are the
+-- mark of a process that answers members (nil for any other caller): the incarnation
+-- (run_id:replid:epoch) in which it checked that everything that it acknowledged is there, and the
+-- highest number that it has seen. A head with a lower number has lost events (INV-8).
+local function check_trusted(head, nonce, checked, seen)
+  -- Searches INFO for the ID itself. A pattern is tried at every place of the text: it cost 36,000 of
+  -- a call's 395,000 instructions.
   if head.nonce ~= nonce or not head.run_id or not head.replid
     or not string.find(redis.call('INFO', 'server'), 'run_id:' .. head.run_id .. '\r', 1, true)
     or not string.find(redis.call('INFO', 'replication'),
       'master_replid:' .. head.replid .. '\r', 1, true) then
     return UNVERIFIED
   end
-  if attended and attended ~= head.run_id .. ':' .. head.replid .. ':' .. head.epoch_text then
-    return UNATTENDED
+  if checked and checked ~= head.run_id .. ':' .. head.replid .. ':' .. head.epoch_text then
+    return UNCHECKED
   end
   if seen and head.seq < seen then
     return STALE
@@ -83,7 +83,7 @@ local function json_ms(moment)
   return moment and string.format('%.0f', moment) or 'null'
 end
 
--- What the clock alone has changed since the last call: the events, in order, and the new state.
+-- Applies what the clock alone has changed since the last call: adds the events, sets the state.
 local function apply_clock(head, events)
   if head.recovering then
     return
@@ -100,10 +100,10 @@ local function apply_clock(head, events)
 end
 
 -- Appends a JSON array of `count` events as one entry: the first write of every script. `advance` is
--- the last.
+-- the last. Scripts return the new number and chain hash: the caller's mark (sale/stock/mark.py).
 local function append_text(head, count, payload)
   head.caught_up = (head.applied or 0) >= head.seq
-  -- Written out once each: a number costs 2,000 to 3,000 instructions whenever it becomes text.
+  -- Each number is converted once: a conversion to text costs 2,000 to 3,000 instructions.
   head.clock, head.last = string.format('%.0f', head.now), string.format('%.0f', head.seq + count)
   local epoch = head.epoch_text or head.epoch
   head.chain = redis.sha1hex(table.concat({ head.chain, head.seq + 1, head.clock, epoch, payload }, '|'))
@@ -116,8 +116,8 @@ local function append(head, events)
   append_text(head, #events, '[' .. table.concat(events, ',') .. ']')
 end
 
--- Moves the head to what was appended: the last write of every script that appends. If a file that was
--- torn or mended by hand ever carries out a part of a script, then stream and head do not agree, and
+-- Moves the head to the appended entry: the last write of every script that appends. If Redis loads a
+-- torn or hand-edited file that holds only a part of a script's writes, stream and head differ, and
 -- nothing is sold.
 local function advance(head)
   if head.caught_up then
@@ -129,7 +129,7 @@ local function advance(head)
     'closes_at', head.closes_at and string.format('%.0f', head.closes_at) or '')
 end
 
--- The answer to an operator's call that was done before, or nil. INV-4 for operators.
+-- Gives the answer to an operator's call that was done before, else nil. INV-4 for operators.
 local function replay(op, content)
   local done = redis.call('HGET', OPERATIONS, op)
   if not done then

@@ -5,8 +5,8 @@
 --
 -- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
 --        showing number · tickets to add · most that a showing may have
--- Reply  {0, event number, state, tickets, left} · {INVALID} (showing or total) ·
---        {WRONG_STATE, event number, state} · {REPLAYED or MISMATCH, event number, state, tickets, left} ·
+-- Reply  {0, event number, state, chain hash, tickets, left} · {INVALID} (showing or total) ·
+--        {WRONG_STATE, event number, state} · {REPLAYED or MISMATCH, event number, state, '', tickets, left} ·
 --        {MISSING} {UNVERIFIED} {BROKEN}
 -- Idempotency  by op. Cost: constant.
 
@@ -22,7 +22,8 @@ local showing, add = ARGV[6], tonumber(ARGV[7])
 local stock = redis.call('HMGET', STOCK, 't' .. showing, 'r' .. showing)
 local done = replay(ARGV[1], ARGV[2])
 if done then
-  done[3], done[4], done[5] = head.state, tonumber(stock[1]) or 0, tonumber(stock[2]) or 0
+  done[3], done[4] = head.state, ''
+  done[5], done[6] = tonumber(stock[1]) or 0, tonumber(stock[2]) or 0
   return done
 end
 local events = {}
@@ -42,4 +43,4 @@ local tickets = redis.call('HINCRBY', STOCK, 't' .. showing, add)
 local left = redis.call('HINCRBY', STOCK, 'r' .. showing, add)
 redis.call('HSET', OPERATIONS, ARGV[1], head.seq .. ':' .. ARGV[2])
 advance(head)
-return { OK, head.seq, head.state, tickets, left }
+return { OK, head.seq, head.state, head.chain, tickets, left }

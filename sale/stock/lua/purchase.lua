@@ -4,15 +4,15 @@
 -- INV-7 (the window, to the millisecond), INV-9 (revoked members and unions), each decided here and
 -- nowhere else. Order of refusals: revoked, union, same key, state, limit, stock.
 --
--- ARGV   process · call number · incarnation that this process has attended and event number that
---        it has seen since · nonce · how many events and how many ms PostgreSQL may be behind ·
---        the purchases (MessagePack): {members (their numbers as
---        text: a number costs whenever it becomes text), unions, showing numbers, quantities,
+-- ARGV   process · call number · incarnation in which this process checked what it acknowledged ·
+--        event number that it has seen · nonce · how many events and how many ms PostgreSQL may be
+--        behind · the purchases (MessagePack): {members (their numbers as text, because each
+--        conversion of a number to text costs time), unions, showing numbers, quantities,
 --        key hashes (16 hex)}
--- Reply  {0, now ms, seq, epoch, price_fen, event number before the first sale, number of the event
---         that gave the configuration,
---         then one integer a purchase: not negative: sold, under the next number; it is how many
---         tickets the member may still buy; negative: minus the place (from 0) in this reply of
+-- Reply  {0, now ms, seq, chain hash, epoch, price_fen, event number before the first sale, number of
+--         the event that gave the configuration,
+--         then one integer a purchase: not negative: sold, under the next number, and this many
+--         tickets are left to the member; negative: minus the place (from 0) in this reply of
 --         code, a, b, c}
 --          2 replayed      a = event number  b = tickets the member may still buy  c = sold at, ms
 --         -1 member revoked  -2 union not eligible  -3 same key, other content
@@ -20,11 +20,11 @@
 --         -9 over the limit (a = tickets the member may still buy)
 --        -10 not enough left (a = tickets left)  -11 no such quantity
 --        -12 PostgreSQL is too far behind
---        or {code} for the whole call: MISSING UNVERIFIED UNATTENDED STALE BROKEN LATE
+--        or {code} for the whole call: MISSING UNVERIFIED UNCHECKED STALE BROKEN LATE
 -- Idempotency  a call number that is not above the process's last one is refused (LATE), so a
---        delayed first attempt cannot sell after its retry was answered; the same purchase in a
---        later call is found by its key.
--- Cost   does not grow with what is already sold.
+--        delayed first attempt cannot sell after its retry was answered; the script finds the same
+--        purchase in a later call by its key.
+-- Cost   does not grow with the number of tickets sold.
 -- Shape  µs a purchase, Redis + client, at 1, 32 and 256 a call (the least of 12 rounds on a shared
 --        machine, where tenths are noise; python tests/measure_scripts.py):
 --          MessagePack columns, an integer a sale (this)  58.5 + 5.9   5.3 + 0.3   3.2 + 0.1
@@ -33,7 +33,8 @@
 --          five arguments a purchase                      66.7 + 8.0   6.6 + 1.1   3.7 + 0.8
 --          an array an answer                             64.3 + 6.2   7.2 + 0.5   5.1 + 0.3
 --          all answers as MessagePack                     71.6 + 5.8   5.2 + 0.4   4.9 + 0.2
---        Arguments one by one cost the client most, answers as arrays Redis; JSON is as good as this.
+--        Single arguments cost the client most, and answers as arrays cost Redis most. JSON is as
+--        fast as this.
 -- A member's value is one record of 31 bytes an order: key hash (16), event number (5), sold at, ms
 -- (6), showing number (2), quantity (2).
 
@@ -56,7 +57,7 @@ end
 
 local RECORD, FIELDS = 31, '>I5I6I2I2'
 local PROCESSES_MAX = 1000
-local RESULTS = 7 -- integers of the reply before the results
+local RESULTS = 8 -- values of the reply before the results
 local SOLD, REPLAYED_ORDER = 1, 2
 local pack, sub = struct.pack, string.sub
 
@@ -64,7 +65,7 @@ local members, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[
 local purchases = #members
 local records = redis.call('HMGET', MEMBERS, unpack(members))
 local revoked = redis.call('SMISMEMBER', REVOKED, unpack(members))
-local first_of = {} -- where a member comes first: its record stands there, also for what follows
+local first_of = {} -- a member's first place in the batch: its record is kept there
 
 local remaining = {}
 local function left(showing)
@@ -92,11 +93,11 @@ end
 local rules = cmsgpack.unpack(head.rules)
 local everyone, limit, order_max = rules.unions == '*', rules.card_limit, rules.order_max
 local before, after = '["sold",', '",' .. rules.price_fen .. ']'
--- What a showing and quantity add to each event and to each record.
+-- The part of an event and of a record that depends on showing and quantity, by both.
 local in_event, in_record = {}, {}
 local sales, fields, changed_stock = {}, {}, {}
 local number, sold = head.seq + #crossed, 0
-local reply = { OK, head.now, 0, head.epoch, rules.price_fen, number, head.config_seq }
+local reply = { OK, head.now, 0, '', head.epoch, rules.price_fen, number, head.config_seq }
 local said = RESULTS + purchases
 local told_code, told_a, told_at
 
@@ -150,7 +151,7 @@ for i = 1, purchases do
         sales[sold] = member .. in_event[terms] .. key
         local record = orders .. key .. pack('>I5', number) .. in_record[terms]
         records[first] = record
-        fields[2 * sold - 1], fields[2 * sold] = member, record -- twice in a call: the last one stands
+        fields[2 * sold - 1], fields[2 * sold] = member, record -- of a member's two records the last one is written
         remaining[showing] = stock - quantity
         changed_stock[showing] = true
         code, b = SOLD, limit - live - quantity
@@ -160,7 +161,7 @@ for i = 1, purchases do
   if code == SOLD then
     reply[RESULTS + i] = b
   else
-    -- A crowd is refused for the same reason: said once.
+    -- In a rush, neighbours are refused for the same reason: the reply holds it once.
     if code ~= told_code or a ~= told_a or code == REPLAYED_ORDER then
       told_code, told_a, told_at = code, a, said
       reply[said + 1], reply[said + 2], reply[said + 3], reply[said + 4] = code, a, b, c
@@ -186,7 +187,7 @@ if count > 0 then
 end
 redis.call('HSET', CALLS, ARGV[1], call)
 if not last_call and redis.call('HLEN', CALLS) > PROCESSES_MAX then
-  -- Names begin with the moment of the process's start, in hex: the oldest go.
+  -- A name begins with the moment of the process's start, in hex. Drop the oldest half.
   local processes = redis.call('HKEYS', CALLS)
   table.sort(processes)
   for i = 1, #processes - PROCESSES_MAX / 2 do
@@ -196,5 +197,5 @@ end
 if count > 0 then
   advance(head)
 end
-reply[3] = head.seq
+reply[3], reply[4] = head.seq, head.chain
 return reply

@@ -1,7 +1,7 @@
 -- tick.lua: records an opening or closing that nobody's call has crossed yet.
 --
 -- ARGV   nonce
--- Reply  {0, event number, state, events recorded} · {MISSING} {UNVERIFIED} {BROKEN}
+-- Reply  {0, event number, state, chain hash, events recorded} · {MISSING} {UNVERIFIED} {BROKEN}
 -- Idempotency  a moment is crossed once. Cost: constant.
 
 local head = read_head()
@@ -18,4 +18,4 @@ if #events > 0 then
   append(head, events)
   advance(head)
 end
-return { OK, head.seq, head.recovering and 'recovering' or head.state, #events }
+return { OK, head.seq, head.recovering and 'recovering' or head.state, head.chain, #events }

@@ -5,7 +5,7 @@
 --
 -- ARGV   action (schedule open pause resume close reopen delete) · op · content hash ·
 --        actor (JSON string) · reason (JSON string or null) · nonce · opens_at for schedule (ms or '')
--- Reply  {0, event number, state} · {WRONG_STATE, event number, state} ·
+-- Reply  {0, event number, state, chain hash} · {WRONG_STATE, event number, state} ·
 --        {INVALID} (schedule without a moment) · {REPLAYED or MISMATCH, event number} ·
 --        {MISSING} {UNVERIFIED} {BROKEN}
 -- Idempotency  by op. Cost: constant.
@@ -68,4 +68,4 @@ events[#events + 1] = '["' .. KIND[action] .. '",{"actor":' .. ARGV[4] .. ',"rea
 append(head, events)
 redis.call('HSET', OPERATIONS, ARGV[2], head.seq .. ':' .. ARGV[3])
 advance(head)
-return { OK, head.seq, head.state }
+return { OK, head.seq, head.state, head.chain }

@@ -213,6 +213,7 @@ def test_routes_of_alerts_lead_to_receivers() -> None:
     alerts = (ROOT / "config/deploy/alerts.yml").read_text("utf-8")
     rules = [rule for group in yaml.safe_load(alerts)["groups"] for rule in group["rules"]]
     named = set(re.findall(r"\b[A-Z]\w+[a-z]\w*", str(told["inhibit_rules"])))
+    assert named
     assert named <= {rule["alert"] for rule in rules}
 
 

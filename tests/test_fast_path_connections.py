@@ -72,11 +72,8 @@ def test_client_that_reads_nothing_loses_nothing_and_is_bounded(world: World, mi
             assert connection._transport.get_write_buffer_size() < READ_MAX
             wire.transport.resume_reading()
             told = await wire.answers(count)
-            numbers = [
-                re.search(r"`n(\d+)`", each.body["detail_en"].replace("'", "`"))
-                for each in told.answers
-            ]
-            assert [int(each[1]) for each in numbers if each] == list(range(count))
+            numbers = [int(each.body["field"].removeprefix("n")) for each in told.answers]
+            assert numbers == list(range(count))
 
     world.run(judge())
 
@@ -380,7 +377,8 @@ def test_drain_answers_requests_and_closes_kept_connections(world: World, fast_p
     for name, each in told.items():
         if each.answers:
             assert dict(each.answers[-1].headers).get("Connection") == "close", name
-    assert all(not told[name].answers for name in told if name == "idle")
+    if fast_path:
+        assert not told["idle"].answers
 
 
 @pytest.mark.parametrize("fast_path", [True, False])

@@ -58,6 +58,14 @@ def grid(
     return table
 
 
+def figures(
+    title: str, columns: dict[str, str], things: Iterable[object], caption: str = ""
+) -> Table:
+    """A table of things: each column's heading, and how its cell is worded ("{.rate:,.0f}")."""
+    rows = ([words.format(thing) for words in columns.values()] for thing in things)
+    return grid(title, "|".join(columns), rows, caption)
+
+
 def facts(title: str, *sections: Iterable[tuple[str, str]]) -> Table:
     """Names and figures, in sections."""
     table = Table(title=title or None, title_style="bold", show_header=False)
@@ -69,7 +77,7 @@ def facts(title: str, *sections: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def goals(all_goals: Iterable[Goal]) -> Table:
+def goals_table(all_goals: Iterable[Goal]) -> Table:
     """Targets, and what this run reached of them."""
     return grid("goals", "|goal|this run|", (goal.row for goal in all_goals))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from service import Ran, Service, command
 
-from loadtest.bench.plots import Comparison
+from loadtest.bench.compare import Comparison
 from loadtest.crowd.setup import SetupError, operator_token
 from loadtest.members import read_members
 from loadtest.record import RecordError

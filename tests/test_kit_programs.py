@@ -91,7 +91,7 @@ def side(p50_ms: float, p99_ms: float, bottleneck: str = "") -> Side:
 
 
 def half_of(*rounds: Round) -> Half:
-    return Half(10_000.0, 5_000.0, list(rounds), 7, CLEAN)
+    return Half(capacity=10_000.0, rate=5_000.0, rounds=list(rounds), compared=7, audit=CLEAN)
 
 
 def shown(result: Half) -> str:

@@ -125,7 +125,7 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan,
     words = "orders in PostgreSQL, all cores for all"
     kind.add_argument("--durable", type=int, metavar="SECONDS", help=words)
     add("--workers", type=int, choices=(1, 2), default=1, help="API processes of --durable")
-    add("--plots", type=Path, metavar="DIR", help="draw --compare there, as PNG and SVG")
+    add("--plots", type=Path, metavar="DIR", help="draw --compare there, as PNG")
     add("--cache", type=Path, default=CACHE, help="where the Node peer is kept (%(default)s)")
     options = parser.parse_args(arguments)
     if options.plots and not options.compare:

@@ -97,19 +97,19 @@ class Bench:
         await self.rig.trimmed("bench")
         memory_before = await self.rig.used_memory()
         growth = await self._growth()
-        bytes_an_order, entries_left = await self._bytes_an_order(memory_before)
+        await self.rig.written("bench-growth")
+        entries_left = await self.rig.trimmed("bench-growth")
+        memory = await self.rig.used_memory() - memory_before
         self.note("the writer's backlog")
-        rows_a_second = await self._writer()
-        audit = await self.audit()
         return Result(
             client=self.client,
             connections=self.plan.connections,
             cases=cases,
             growth=growth,
-            redis_bytes_an_order=bytes_an_order,
+            redis_bytes_an_order=memory / (growth[-1].sold + _probe(growth[-1].sold)),
             stream_entries_left=entries_left,
-            writer_rows_a_second=rows_a_second,
-            audit=audit,
+            writer_rows_a_second=await self._writer(),
+            audit=await self.audit(),
         )
 
     @property
@@ -118,42 +118,31 @@ class Bench:
         return f"wrk ({self.program})" if self.program else "our own client"
 
     async def prepare(self) -> None:
-        """Make the campaigns and what is offered again and again; start the constant peer."""
-        await self.prepare_constant()
-        await self.prepare_replays()
-        await self._prepare_refusals()
+        """Make the campaigns and what is offered again and again; start the constant peer.
 
-    async def prepare_constant(self) -> None:
-        """Make the campaign of purchases, and start the constant peer with answers of that size."""
+        The constant peer answers with as many bytes as the engine, and is asked what the engine
+        has sold already.
+        """
         self.note("campaigns and requests")
-        await self.rig.campaign("bench", STOCK)
+        rig, again = self.rig, self.plan.cards
+        await rig.campaign("bench", STOCK)
         self.answer_bytes = await self._answer_bytes()
-        await self.rig.start_constant(self.answer_bytes)
-
-    async def prepare_replays(self) -> None:
-        """Sell what is asked for again and again, of the constant peer as well."""
-        replayed = self.feed(
-            "bench", range(REPLAYED_FROM, REPLAYED_FROM + self.plan.cards), cycle=True
-        )
-        await self._play(list(read_feed(replayed)))
-        self.replays = replayed
-
-    async def _prepare_refusals(self) -> None:
-        rig = self.rig
+        await rig.start_constant(self.answer_bytes)
+        replayed = range(REPLAYED_FROM, REPLAYED_FROM + again)
+        self.replays = self.feed("bench", replayed, cycle=True)
+        await self._play(list(read_feed(self.replays)))
         await rig.campaign("bench-sold-out", SOLD_OUT_TICKETS)
         await rig.campaign("bench-not-open", STOCK, datetime.now(UTC) + timedelta(days=365))
         await self._sell("bench-sold-out", SOLD_OUT_TICKETS)
-        self.reads = {
-            kind.path: write_feed(
-                rig.folder / f"{name}.requests", [get_request(rig.address, kind.path)], cycle=True
-            )
-            for name, kind in KINDS.items()
-            if kind.path
-        }
-        self.refused = {
-            name: self.feed(name, range(REFUSED_FROM, REFUSED_FROM + self.plan.cards), cycle=True)
-            for name in filter(None, (kind.of for kind in KINDS.values()))
-        }
+        refused = range(REFUSED_FROM, REFUSED_FROM + again)
+        self.refused: dict[str, Feed] = {}
+        self.reads: dict[str, Feed] = {}
+        for name, kind in KINDS.items():
+            if kind.of and kind.of not in self.refused:
+                self.refused[kind.of] = self.feed(kind.of, refused, cycle=True)
+            if kind.path:
+                file, raw = rig.folder / f"{name}.requests", get_request(rig.address, kind.path)
+                self.reads[kind.path] = write_feed(file, [raw], cycle=True)
 
     async def _answer_bytes(self) -> int:
         """Size of the body that a purchase is answered with."""
@@ -167,13 +156,11 @@ class Bench:
     async def _cases(self) -> list[Case]:
         await self.warm_up()
         rounds = [
-            await self.round(f"round {number + 1} of {self.plan.rounds}")
-            for number in range(self.plan.rounds)
+            await self.round(f"round {number} of {self.plan.rounds}")
+            for number in range(1, self.plan.rounds + 1)
         ]
-        return [
-            middle([cases["constant"] for cases in rounds]),
-            *(median([cases[name] for cases in rounds]) for name in OURS),
-        ]
+        constants = [cases["constant"] for cases in rounds]
+        return [middle(constants), *(median([cases[name] for cases in rounds]) for name in OURS)]
 
     async def round(self, title: str) -> dict[str, Case]:
         """Measure each kind of request between two measurements of the constant peer.
@@ -307,7 +294,7 @@ class Bench:
                 sold += count
                 self.note(f"growth: {sold:,} sold")
             await self.rig.written("bench-growth")
-            probe = min(goal, PROBE_MAX)
+            probe = _probe(goal)
             raws = list(self.requests("bench-growth", self.cards(probe)))
             before, start = self._cpu(self.ours), time.perf_counter()
             await self._play(raws)
@@ -315,14 +302,7 @@ class Bench:
             api_s, redis_s, _ = self._used(self.ours, before)
             rows.append(Growth(sold, probe / took_s, api_s / probe * 1e6, redis_s / probe * 1e6))
             sold += probe
-        self.grown = sold
         return rows
-
-    async def _bytes_an_order(self, before: int) -> tuple[float, int]:
-        """Redis memory of what growth has sold, after the stream was trimmed."""
-        await self.rig.written("bench-growth")
-        left = await self.rig.trimmed("bench-growth")
-        return (await self.rig.used_memory() - before) / self.grown, left
 
     async def _writer(self) -> float:
         """Stop the writer, sell, let it go on: events a second that it writes.
@@ -380,6 +360,10 @@ class Bench:
         """Write such purchases to a file."""
         file = self.rig.folder / f"{campaign}-{cards.start}.requests"
         return write_feed(file, self.requests(campaign, cards), cycle=cycle)
+
+
+def _probe(goal: int) -> int:
+    return min(goal, PROBE_MAX)
 
 
 def middle(cases: list[Case]) -> Case:

@@ -3,7 +3,7 @@
 In each round everybody is offered the same bytes for as long: the engine's cases, the constant
 before and after each of them, then purchases and sold-out refusals of each peer. Ratios are taken
 within a round, and the median of them is told. A peer that sells wrongly is told so beside its
-figures, as a fast lie is none.
+figures: rates of wrong answers mean nothing.
 """
 
 import contextlib
@@ -16,26 +16,22 @@ from typing import Final
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from loadtest.bench.cases import CONNECTIONS, SOLD_OUT_TICKETS, STOCK, Bench, Target, median, middle
-from loadtest.bench.figures import BUSY, CASE_HEADINGS, KINDS, OURS, Case
+from loadtest.bench.figures import BUSY, CASE_COLUMNS, KINDS, OURS, Case
 from loadtest.bench.offer import OfferError
 from loadtest.bench.peers import GO, NAIVE, NODE, PEERS, Peer, RunningPeer, peers_up
 from loadtest.engine import EngineError
 from loadtest.generator import closed
 from loadtest.record import SOLD
-from loadtest.tables import CLEAN, Goal, grid, other_core, verdict
-from loadtest.tables import goals as goal_table
+from loadtest.tables import CLEAN, Goal, figures, goals_table, grid, other_core, verdict
 from loadtest.wire import ProtocolError
 
 FULL_CONNECTIONS: Final = 768
 """Enough that a batch is full when the one before it comes back."""
 
 SELLS_NOTHING: Final = "sells nothing"
-CONSTANT: Final = "a aiohttp, constant"
 TOO_MANY: Final = 2 * CONNECTIONS
-BATCH_FIELDS: Final = ("sale_batch_size_sum", "sale_batch_size_count")
 FAILURES: Final = (OfferError, EngineError, ProtocolError, OSError)
 
 
@@ -57,9 +53,28 @@ class PeerResult(msgspec.Struct, frozen=True):
     ours_refused: float | None = None
 
     @property
-    def sound(self) -> bool:
-        """Whether it sold rightly, or nothing."""
-        return self.check in {CLEAN, SELLS_NOTHING}
+    def row(self) -> list[str]:
+        """It as a row of the table of all."""
+        books = self.check if self.check in {CLEAN, SELLS_NOTHING} else "[red]WRONG[/]"
+        cells, bought, refused = [""] * 7, self.purchases, self.sold_out
+        if bought is not None:
+            cells[:2] = [f"{bought.rate:,.0f}", f"{bought.ratio:.2f}"]
+            cells[3:5] = [f"{bought.api_us:.1f}", f"{bought.redis_us:.1f}"]
+        if self.ours is not None:
+            cells[2] = f"{self.ours:.2f}"
+        if refused is not None:
+            cells[5:] = [f"{refused.rate:,.0f}", f"{refused.ratio:.2f}"]
+        return [self.title, *cells, "[yellow]not here[/]" if self.why_not else books]
+
+    @property
+    def left_out(self) -> str:
+        """What it leaves out, and why it has no figures."""
+        words = [self.leaves_out]
+        if self.why_not:
+            words.append(f"[yellow]not measured: {self.why_not}[/]")
+        elif self.check not in {CLEAN, SELLS_NOTHING}:
+            words.append(f"[red]{self.check}[/]")
+        return "\n".join(words)
 
 
 class FullBatches(msgspec.Struct, frozen=True):
@@ -89,6 +104,17 @@ class Comparison(msgspec.Struct, frozen=True):
     goals: list[Goal]
     audit: str
 
+    @property
+    def all_peers(self) -> list[PeerResult]:
+        """The constant and the peers, with the letters by which the documents call them."""
+        first = PeerResult("constant", "aiohttp, constant", "everything", check=SELLS_NOTHING)
+        ratio = next(case.ratio for case in self.ours if case.name == "purchases")
+        first = msgspec.structs.replace(first, purchases=self.constant, ours=ratio)
+        return [
+            msgspec.structs.replace(peer, title=f"{letter} {peer.title}")
+            for letter, peer in zip("abcdefgh", (first, *self.peers), strict=False)
+        ]
+
     def show(self, console: Console) -> None:
         """Print the tables."""
         console.print(
@@ -97,39 +123,8 @@ class Comparison(msgspec.Struct, frozen=True):
             f"its Redis on one core, client (and the engine's PostgreSQL and writer) on "
             f"{other_core()}."
         )
-        console.print(self._beside(), self._left_out(), sep="\n")
-        theirs = [case for peer in self.peers for case in (peer.purchases, peer.sold_out) if case]
-        everybody = [self.constant, *self.ours, *theirs]
-        if min(case.server_busy for case in everybody) < BUSY:
-            console.print(
-                "[red]In some row the server's core was not full: another program used it, or the "
-                "client was the bottleneck. Run it again on a quiet machine.[/]"
-            )
-        rows = (case.row for case in (self.constant, *self.ours))
-        console.print(grid("The engine's cases and the constant", CASE_HEADINGS, rows))
-        console.print(goal_table(self.goals))
-        full = self.full
-        console.print(
-            f"Full batches ({full.connections} connections, {full.mean:.0f} purchases a call): API "
-            f"{full.case.api_us:.1f} µs and Redis {full.case.redis_us:.1f} µs a purchase, so one "
-            f"core of Redis feeds {full.api_cores:.1f} API cores."
-        )
-        console.print(f"Audit of all that the engine sold: {verdict(self.audit)}")
-
-    def _beside(self) -> Table:
         ours = {case.name: case for case in self.ours}
-        purchases, sold_out = ours["purchases"], ours["sold_out"]
-        rows = [
-            ["ours", *_figures(purchases, None), *_refused(sold_out), self.audit],
-            [
-                CONSTANT, *_figures(self.constant, purchases.ratio), *_refused(None), SELLS_NOTHING,
-            ],
-        ]  # fmt: skip
-        for letter, peer in zip("bcdefgh", self.peers, strict=False):
-            books = peer.check if peer.sound else "[red]WRONG[/]"
-            books = "[yellow]not here[/]" if peer.why_not else books
-            figures = (*_figures(peer.purchases, peer.ours), *_refused(peer.sold_out))
-            rows.append([f"{letter} {peer.title}", *figures, books])
+        engine = PeerResult("ours", "ours", "", "", self.audit, ours["purchases"], ours["sold_out"])
         caption = (
             "purchases/s of constants: answers. ours ×: the engine's purchases as a multiple. µs: "
             "CPU time a purchase. books: whether what it answered is what its Redis holds, never "
@@ -137,18 +132,25 @@ class Comparison(msgspec.Struct, frozen=True):
         )
         headings = "|purchases/s|× a|ours ×|API µs|Redis µs|sold-out/s|× a|books"
         title = "The engine beside its peers: one core for API and Redis"
-        return grid(title, headings, rows, caption, left="books")
-
-    def _left_out(self) -> Table:
-        rows = [[CONSTANT, "everything"]]
-        for letter, peer in zip("bcdefgh", self.peers, strict=False):
-            words = [peer.leaves_out]
-            if peer.why_not:
-                words.append(f"[yellow]not measured: {peer.why_not}[/]")
-            elif not peer.sound:
-                words.append(f"[red]{peer.check}[/]")
-            rows.append([f"{letter} {peer.title}", "\n".join(words)])
-        return grid("What each leaves out", "|what", rows, left="what")
+        rows = [each.row for each in (engine, *self.all_peers)]
+        console.print(grid(title, headings, rows, caption, left="books"))
+        left_out = [(peer.title, peer.left_out) for peer in self.all_peers]
+        console.print(grid("What each leaves out", "|what", left_out, left="what"))
+        theirs = [case for peer in self.peers for case in (peer.purchases, peer.sold_out) if case]
+        if min(case.server_busy for case in (self.constant, *self.ours, *theirs)) < BUSY:
+            console.print(
+                "[red]In some row the server's core was not full: another program used it, or the "
+                "client was the bottleneck. Run it again on a quiet machine.[/]"
+            )
+        cases, full = [self.constant, *self.ours], self.full
+        console.print(figures("The engine's cases and the constant", CASE_COLUMNS, cases))
+        console.print(goals_table(self.goals))
+        console.print(
+            f"Full batches ({full.connections} connections, {full.mean:.0f} purchases a call): API "
+            f"{full.case.api_us:.1f} µs and Redis {full.case.redis_us:.1f} µs a purchase, so one "
+            f"core of Redis feeds {full.api_cores:.1f} API cores."
+        )
+        console.print(f"Audit of all that the engine sold: {verdict(self.audit)}")
 
 
 class Comparing:
@@ -164,17 +166,14 @@ class Comparing:
 
     async def run(self) -> Comparison:
         """Measure everybody. Raises EngineError, OfferError where it is the engine that fails."""
-        bench = self.bench
+        bench, rig = self.bench, self.bench.rig
         await bench.prepare()
-        bench.rig.books_stand_back()
+        rig.books_stand_back()
         async with contextlib.AsyncExitStack() as stack:
             bench.note("the peers (the first time, npm installs one of them)")
+            folder = rig.folder / "peers"
             up, missing = await peers_up(
-                stack,
-                bench.rig.folder / "peers",
-                bench.rig.server_cores,
-                bench.answer_bytes,
-                self.cache,
+                stack, folder, rig.server_cores, bench.answer_bytes, self.cache
             )
             await bench.warm_up()
             for running in up:
@@ -190,7 +189,8 @@ class Comparing:
                     await self._try(running, self._round)
             for running in up:
                 await self._try(running, self._check)
-        return self._result(missing, full, await bench.audit())
+        full.sort(key=lambda each: each.case.redis_us)
+        return self._result(missing, full[(len(full) - 1) // 2], await bench.audit())
 
     async def _try(
         self, running: RunningPeer, step: Callable[[RunningPeer], Awaitable[None]]
@@ -222,14 +222,14 @@ class Comparing:
         await self._purchases(running)
 
     async def _round(self, running: RunningPeer) -> None:
-        name, bench = running.peer.name, self.bench
+        name, bench, target = running.peer.name, self.bench, _target(running)
         if not running.peer.sells:
-            case = await bench.measure("constant", bench.replays, _target(running))
+            case = await bench.measure("constant", bench.replays, target)
             self.rounds[name, "purchases"].append(case)
             return
         self.rounds[name, "purchases"].append(await self._purchases(running))
-        refused = bench.refused["bench-sold-out"]
-        case = await bench.measure("sold_out", refused, _target(running), refuses=True)
+        feed = bench.refused["bench-sold-out"]
+        case = await bench.measure("sold_out", feed, target, refuses=True)
         self.rounds[name, "sold_out"].append(case)
 
     async def _purchases(self, running: RunningPeer) -> Case:
@@ -259,50 +259,58 @@ class Comparing:
             self.wrong[running.peer.name] = words
 
     async def _full(self) -> FullBatches:
-        bench = self.bench
-        feed = bench.purchases("purchases")
+        bench, feed = self.bench, self.bench.purchases("purchases")
         before = await bench.rig.metrics()
         case = await bench.measure("full", feed, bench.ours, connections=FULL_CONNECTIONS)
         now = await bench.rig.metrics()
-        sold, calls = (now[field] - before[field] for field in BATCH_FIELDS)
+        sold, calls = (
+            now[name] - before[name] for name in ("sale_batch_size_sum", "sale_batch_size_count")
+        )
         feed.file.unlink()
         await bench.rig.written("bench")
         return FullBatches(FULL_CONNECTIONS, sold / max(calls, 1.0), case)
 
-    def _result(self, missing: dict[str, str], full: list[FullBatches], audit: str) -> Comparison:
-        constants = self.rounds["ours", "constant"]
-        ours = [median(self.rounds["ours", name]) for name in OURS]
-        peers = [self._peer(peer, missing.get(peer.name, ""), constants) for peer in PEERS]
-        by_redis = sorted(full, key=lambda each: each.case.redis_us)
-        middle_full = by_redis[(len(by_redis) - 1) // 2]
+    def _result(self, missing: dict[str, str], full: FullBatches, audit: str) -> Comparison:
+        plan, ours = self.bench.plan, [median(self.rounds["ours", name]) for name in OURS]
+        peers = [self._peer(peer, missing.get(peer.name, "")) for peer in PEERS]
         return Comparison(
             client=self.bench.client,
-            connections=self.bench.plan.connections,
-            rounds=self.bench.plan.rounds,
-            seconds=self.bench.plan.seconds,
-            constant=middle(constants),
+            connections=plan.connections,
+            rounds=plan.rounds,
+            seconds=plan.seconds,
+            constant=middle(self.rounds["ours", "constant"]),
             ours=ours,
             peers=peers,
-            full=middle_full,
-            goals=goals(ours, peers, middle_full),
+            full=full,
+            goals=goals(ours, peers, full),
             audit=audit,
         )
 
-    def _peer(self, peer: Peer, why_not: str, constants: list[Case]) -> PeerResult:
-        purchases = self.rounds[peer.name, "purchases"]
-        sold_out = self.rounds[peer.name, "sold_out"]
-        wrong = self.wrong.get(peer.name, "")
+    def _peer(self, peer: Peer, why_not: str) -> PeerResult:
+        clean = CLEAN if peer.sells else SELLS_NOTHING
         return PeerResult(
             name=peer.name,
             title=peer.title,
             leaves_out=peer.leaves_out,
             why_not=why_not,
-            check="" if why_not else wrong or (CLEAN if peer.sells else SELLS_NOTHING),
-            purchases=_median_of(purchases, constants),
-            sold_out=_median_of(sold_out, constants),
-            ours=_multiple(self.rounds["ours", "purchases"], purchases),
-            ours_refused=_multiple(self.rounds["ours", "sold_out"], sold_out),
+            check="" if why_not else self.wrong.get(peer.name) or clean,
+            purchases=self._median(peer, "purchases"),
+            sold_out=self._median(peer, "sold_out"),
+            ours=self._multiple(peer, "purchases"),
+            ours_refused=self._multiple(peer, "sold_out"),
         )
+
+    def _median(self, peer: Peer, what: str) -> Case | None:
+        """A peer's median, as a share of its rounds' constants; None where it has failed."""
+        pairs = zip(self.rounds[peer.name, what], self.rounds["ours", "constant"], strict=False)
+        shares = [case.beside(constant) for case, constant in pairs]
+        return median(shares) if shares else None
+
+    def _multiple(self, peer: Peer, what: str) -> float | None:
+        """The engine's rate as a multiple of a peer's: the median of the rounds."""
+        pairs = zip(self.rounds["ours", what], self.rounds[peer.name, what], strict=False)
+        each = [mine.rate / other.rate for mine, other in pairs]
+        return statistics.median_low(each) if each else None
 
 
 def goals(ours: list[Case], peers: list[PeerResult], full: FullBatches) -> list[Goal]:
@@ -329,29 +337,5 @@ def goals(ours: list[Case], peers: list[PeerResult], full: FullBatches) -> list[
     ]
 
 
-def _multiple(ours: list[Case], theirs: list[Case]) -> float | None:
-    """The engine's rate as a multiple of a peer's: the median of the rounds."""
-    each = [mine.rate / other.rate for mine, other in zip(ours, theirs, strict=False)]
-    return statistics.median_low(each) if each else None
-
-
-def _median_of(cases: list[Case], constants: list[Case]) -> Case | None:
-    """A peer's median, as a share of its rounds' constants; None where it has failed."""
-    shares = [case.beside(base) for case, base in zip(cases, constants, strict=False)]
-    return median(shares) if shares else None
-
-
 def _target(running: RunningPeer) -> Target:
     return Target(running.peer.name, running.address, running.pid, running.redis_pid)
-
-
-def _figures(case: Case | None, ours: float | None) -> list[str]:
-    if case is None:
-        return [""] * 5
-    multiple = "" if ours is None else f"{ours:.2f}"
-    us = [f"{case.api_us:.1f}", f"{case.redis_us:.1f}"]
-    return [f"{case.rate:,.0f}", f"{case.ratio:.2f}", multiple, *us]
-
-
-def _refused(case: Case | None) -> list[str]:
-    return ["", ""] if case is None else [f"{case.rate:,.0f}", f"{case.ratio:.2f}"]

@@ -19,7 +19,7 @@ from loadtest.bench.figures import Case
 from loadtest.bench.offer import Offer, OfferError, offer
 from loadtest.bench.rig import busy_s, tree_cpu_s
 from loadtest.engine import EngineError
-from loadtest.tables import CLEAN, Goal, facts, goals
+from loadtest.tables import CLEAN, Goal, facts, goals_table
 
 CAMPAIGN: Final = "bench-durable"
 GOAL: Final = 0.3
@@ -83,7 +83,7 @@ class Durable(msgspec.Struct, frozen=True):
         console.print(facts("", rows), facts("CPU, share of one core", cpu), sep="\n")
         console.print(f"The limit: {self.limit}")
         goal = Goal("durable orders end to end × (a)", GOAL, self.ratio)
-        console.print(goals([goal]))
+        console.print(goals_table([goal]))
 
 
 class _Moment(msgspec.Struct, frozen=True):
@@ -107,8 +107,7 @@ class Lasting:
     async def run(self) -> Durable:
         """Measure. Raises EngineError, OfferError …"""
         bench, rig = self.bench, self.rig
-        await bench.prepare_constant()
-        await bench.prepare_replays()
+        await bench.prepare()
         await rig.campaign(CAMPAIGN, STOCK)
         before = await self._constant()
         rig.repin(apart=False)

@@ -10,11 +10,22 @@ from typing import Final
 import msgspec
 from rich.console import Console
 
-from loadtest.tables import coloured, facts, grid, other_core
+from loadtest.tables import coloured, facts, figures, other_core, verdict
 
 BUSY: Final = 0.9
 BYTES_GOAL: Final = 300
-CASE_HEADINGS: Final = "|a second|× a|p50 ms|p99 ms|API µs|Redis µs|server|client|books"
+CASE_COLUMNS: Final = {
+    "": "{.title}",
+    "a second": "{.rate:,.0f}",
+    "× a": "{.ratio:.2f}",
+    "p50 ms": "{.latency_ms[0]:.1f}",
+    "p99 ms": "{.latency_ms[2]:.1f}",
+    "API µs": "{.api_us:.1f}",
+    "Redis µs": "{.redis_us:.1f}",
+    "server": "{.server_busy:.0%}",
+    "client": "{.client_busy:.0%}",
+    "books": "{.books_busy:.0%}",
+}
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -65,30 +76,24 @@ class Case(msgspec.Struct, frozen=True):
     requests: int = 0
 
     @property
-    def server_us(self) -> float:
-        """CPU microseconds a request, API and Redis."""
-        return self.api_us + self.redis_us
+    def title(self) -> str:
+        """Its name, with the letter by which the documents call it."""
+        known = ("constant", *OURS)
+        letter = "abcdefghi"[known.index(self.name)] if self.name in known else ""
+        return f"{letter} {self.name.replace('_', ' ')}".strip()
 
     @property
-    def row(self) -> list[str]:
-        """It as a row of `CASE_HEADINGS`."""
-        busy = (self.server_busy, self.client_busy, self.books_busy)
-        measured = (self.latency_ms[0], self.latency_ms[2], self.api_us, self.redis_us)
-        return [
-            self.name.replace("_", " "),
-            f"{self.rate:,.0f}",
-            f"{self.ratio:.2f}",
-            *(f"{each:.1f}" for each in measured),
-            *(f"{each:.0%}" for each in busy),
-        ]
+    def goal(self) -> str:
+        """Markup of the goal, where it has one."""
+        goal = KINDS[self.name].goal if self.name in KINDS else None
+        return "" if goal is None else coloured(f"≥ {goal}", good=self.ratio >= goal)
 
     def beside(self, *constants: "Case") -> "Case":
         """Give this case with its shares of the constant peer, as measured close to it."""
         rate = statistics.fmean(each.rate for each in constants)
-        server_us = statistics.fmean(each.server_us for each in constants)
-        return msgspec.structs.replace(
-            self, ratio=self.rate / rate, cpu_ratio=server_us / self.server_us
-        )
+        server_us = statistics.fmean(each.api_us + each.redis_us for each in constants)
+        cpu_ratio = server_us / (self.api_us + self.redis_us)
+        return msgspec.structs.replace(self, ratio=self.rate / rate, cpu_ratio=cpu_ratio)
 
 
 class Growth(msgspec.Struct, frozen=True):
@@ -112,11 +117,6 @@ class Result(msgspec.Struct, frozen=True):
     writer_rows_a_second: float
     audit: str
 
-    @property
-    def disturbed(self) -> bool:
-        """Whether something else used the server's core, so that the rates mean little."""
-        return min(case.server_busy for case in self.cases) < BUSY
-
     def show(self, console: Console) -> None:
         """Print the tables."""
         console.print(
@@ -124,36 +124,31 @@ class Result(msgspec.Struct, frozen=True):
             f"{platform.python_version()}. API and Redis on one core, client, PostgreSQL and "
             f"writer on {other_core()}."
         )
-        rows = []
-        for letter, case in zip("abcdefghijkl", self.cases, strict=False):
-            kind, row = KINDS.get(case.name), case.row
-            good = kind is not None and case.ratio >= kind.goal
-            goal = "" if kind is None else coloured(f"≥ {kind.goal}", good=good)
-            rows.append([f"{letter} {row[0]}", *row[1:3], goal, f"{case.cpu_ratio:.2f}", *row[3:]])
-        headings = CASE_HEADINGS.replace("|p50", "|goal|CPU × a|p50", 1)
         caption = (
             "server: API and Redis on their core; books: PostgreSQL and writer, on the client's "
             "core. While server is near 100 % and client and books together are not, the client is "
             "no bottleneck. CPU × a: the same ratio by CPU time."
         )
-        console.print(grid("One core: API and Redis", headings, rows, caption))
-        if self.disturbed:
+        columns = {**CASE_COLUMNS, "goal": "{.goal}", "CPU × a": "{.cpu_ratio:.2f}"}
+        console.print(figures("One core: API and Redis", columns, self.cases, caption))
+        if min(case.server_busy for case in self.cases) < BUSY:
             console.print(
                 "[red]The server's core was not full: another program used it, or the client was "
                 "the bottleneck. Go by CPU × a, or run it again on a quiet machine.[/]"
             )
-        growth = (
-            (f"{g.sold:,}", f"{g.rate:,.0f}", f"{g.api_us:.1f}", f"{g.redis_us:.1f}")
-            for g in self.growth
-        )
-        headings = "sold before|purchases a second|API µs|Redis µs"
-        console.print(grid("Growth: one campaign, our own client", headings, growth))
+        columns = {
+            "sold before": "{.sold:,}",
+            "purchases a second": "{.rate:,.0f}",
+            "API µs": "{.api_us:.1f}",
+            "Redis µs": "{.redis_us:.1f}",
+        }
+        console.print(figures("Growth: one campaign, our own client", columns, self.growth))
         each = self.redis_bytes_an_order
         left = f"({self.stream_entries_left} stream entries left)"
         figure = f"{coloured(f'{each:.0f}', good=each <= BYTES_GOAL)} (≤ {BYTES_GOAL})"
         rest = [
             (f"Redis bytes an order of one ticket {left}", figure),
             ("writer, rows a second", f"{self.writer_rows_a_second:,.0f}"),
-            ("audit of all that was sold", self.audit),
+            ("audit of all that was sold", verdict(self.audit)),
         ]
         console.print(facts("", rest))

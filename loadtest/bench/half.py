@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 
 from loadtest.bench.cases import Bench
-from loadtest.bench.open_loop import OpenLoops
+from loadtest.bench.open_loop import Checked, OpenLoops
 from loadtest.record import SOLD
 from loadtest.summary import at_share, judged
 from loadtest.tables import Goal, coloured, grid
@@ -37,6 +37,12 @@ class Side(msgspec.Struct, frozen=True):
     bottleneck: str
     notes: list[str] = []
 
+    @property
+    def remarks(self) -> list[str]:
+        """What must be said of it, a line each."""
+        limit = [f"the generator's limit: {self.bottleneck}"] * bool(self.bottleneck)
+        return [*limit, *self.notes, *[f"{self.unsold:,} were not sold"] * bool(self.unsold)]
+
 
 class Round(msgspec.Struct, frozen=True):
     """The constant and the engine, one after the other, at the same rate."""
@@ -45,24 +51,20 @@ class Round(msgspec.Struct, frozen=True):
     purchases: Side
 
 
-class Half(msgspec.Struct, frozen=True):
-    """All of it; rates a second. ``compared`` and ``audit`` as in `loadtest.bench.overload`."""
+class Half(Checked, frozen=True, kw_only=True):
+    """All of it; rates a second."""
 
     capacity: float
     rate: float
     rounds: list[Round]
-    compared: int
-    audit: str
-
-    @property
-    def constant_p50_ms(self) -> float | None:
-        """The constant's least median: a disturbed one would flatter the engine."""
-        sound = [each.constant for each in self.rounds if not each.constant.bottleneck]
-        return min((side.p50_ms for side in sound if side.p50_ms), default=None)
 
     def ratio(self, each: Round) -> float | None:
-        """p99 as a multiple of the constant's median; None if it is not the servers' figure."""
-        base_ms = self.constant_p50_ms
+        """p99 as a multiple of the constant's median; None if it is not the servers' figure.
+
+        Of the constant's medians the least counts: a disturbed one would flatter the engine.
+        """
+        sound = [r.constant.p50_ms for r in self.rounds if not r.constant.bottleneck]
+        base_ms = min(filter(None, sound), default=None)
         limited = each.constant.bottleneck or each.purchases.bottleneck
         if base_ms is None or limited or not each.purchases.p99_ms:
             return None
@@ -82,24 +84,20 @@ class Half(msgspec.Struct, frozen=True):
 
     def show(self, console: Console) -> None:
         """Print the table."""
-        rows = []
+        rows, remarks = [], []
         for number, each in enumerate(self.rounds, start=1):
             ratio, sides = self.ratio(each), (each.constant, each.purchases)
             figures = [f"{ms:.2f}" for side in sides for ms in (side.p50_ms, side.p99_ms)]
             rows.append([str(number), *figures, "–" if ratio is None else f"{ratio:.1f}"])
+            for name, side in zip(("(a)", "purchases"), sides, strict=True):
+                remarks += [f"[yellow]{number}, {name}: {line}" for line in side.remarks]
         title = f"Half of {self.capacity:,.0f} purchases a second, open loop: {self.rate:,.0f}/s"
         caption = (
             "ms from the intended time; (a): aiohttp's constant answer at the same rate. "
             "–: the generator was the limit, and the round does not count."
         )
         headings = "round|(a) p50 ms|(a) p99 ms|p50 ms|p99 ms|p99 / least (a) p50"
-        console.print(grid(title, headings, rows, caption))
-        for number, each in enumerate(self.rounds, start=1):
-            for name, side in (("(a)", each.constant), ("purchases", each.purchases)):
-                limit = [f"the generator's limit: {side.bottleneck}"] * bool(side.bottleneck)
-                unsold = [f"{side.unsold:,} were not sold"] * bool(side.unsold)
-                for line in (*limit, *side.notes, *unsold):
-                    console.print(f"[yellow]{number}, {name}: {line}")
+        console.print(grid(title, headings, rows, caption), *remarks, sep="\n")
         goal, got = self.goal, "[yellow]not measured[/]"
         if goal.got is not None:
             met = "met" if goal.met else "not met"
@@ -109,7 +107,7 @@ class Half(msgspec.Struct, frozen=True):
 
 async def half(bench: Bench, seconds: float, rounds: int) -> Half:
     """Measure. Raises EngineError, OfferError …"""
-    await bench.prepare_constant()
+    await bench.prepare()
     bench.rig.books_stand_back()
     await bench.warm_up()
     bench.note("capacity, closed loop")
@@ -123,7 +121,7 @@ async def half(bench: Bench, seconds: float, rounds: int) -> Half:
         await loops.compare(CAMPAIGN, spool)
         done.append(Round(_side(constant), _side(purchases)))
     audit = await loops.verdict()
-    return Half(capacity, rate, done, loops.answers, audit)
+    return Half(capacity=capacity, rate=rate, rounds=done, compared=loops.answers, audit=audit)
 
 
 def _side(tally: Tally) -> Side:

@@ -12,20 +12,20 @@ loopback as they need.
 
 import asyncio
 import time
-from typing import Final, cast
+from typing import Final
 
 import msgspec
 import psutil
 from rich.console import Console
 
 from loadtest.bench.cases import STOCK, Bench
-from loadtest.bench.open_loop import OpenLoops, spool_of
-from loadtest.client import AnswerError
+from loadtest.bench.open_loop import Checked, OpenLoops, spool_of
+from loadtest.client import AnswerError, Client
 from loadtest.record import SOLD
 from loadtest.summary import at_share, judged
-from loadtest.tables import grid
+from loadtest.tables import figures
 from loadtest.tally import Bounds
-from loadtest.wire import Response, ResponseParser, get_request
+from loadtest.wire import get_request
 from sale.http.overload import files_allow
 
 CAMPAIGN: Final = "idle"
@@ -66,11 +66,10 @@ class Window(msgspec.Struct, frozen=True):
     bottleneck: str
 
 
-class Idle(msgspec.Struct, frozen=True):
+class Idle(Checked, frozen=True, kw_only=True):
     """All of it. ``connections``: as many as the files allow of those that were ``asked`` for.
 
-    ``rss`` and ``uss`` are the process' bytes without them. ``compared`` and ``audit`` as in
-    `loadtest.bench.overload`.
+    ``rss`` and ``uss`` are the process' bytes without them.
     """
 
     asked: int
@@ -80,9 +79,6 @@ class Idle(msgspec.Struct, frozen=True):
     uss: int
     kinds: list[Kind]
     windows: list[Window]
-    compared: int
-    audit: str
-    measured: bool = True
 
     def show(self, console: Console) -> None:
         """Print the tables."""
@@ -91,23 +87,27 @@ class Idle(msgspec.Struct, frozen=True):
                 f"[yellow]{self.connections:,} connections, not {self.asked:,}: so many files may "
                 "be open (ulimit -n)"
             )
+        columns = {
+            "": "{.kind}",
+            "connections": "{.connections:,}",
+            "resident, bytes each": "{.rss:,.0f}",
+            "unique, bytes each": "{.uss:,.0f}",
+        }
         caption = (
             f"Without them {self.rss / 1e6:,.1f} MB resident, {self.uss / 1e6:,.1f} MB unique. The "
             "kernel's own memory is not in it."
         )
-        kinds = (
-            (each.kind, f"{each.connections:,}", f"{each.rss:,.0f}", f"{each.uss:,.0f}")
-            for each in self.kinds
-        )
-        headings = "|connections|resident, bytes each|unique, bytes each"
         title = f"{self.connections:,} idle connections, one API process"
-        console.print(grid(title, headings, kinds, caption))
-        windows = (
-            (w.when, f"{w.idle:,}", f"{w.p50_ms:.2f}", f"{w.p99_ms:.2f}", f"{w.unsold:,}")
-            for w in self.windows
-        )
+        console.print(figures(title, columns, self.kinds, caption))
+        columns = {
+            "": "{.when}",
+            "idle beside": "{.idle:,}",
+            "p50 ms": "{.p50_ms:.2f}",
+            "p99 ms": "{.p99_ms:.2f}",
+            "unsold": "{.unsold:,}",
+        }
         title = f"{self.rate:,.0f} purchases a second of another client, open loop"
-        console.print(grid(title, "|idle beside|p50 ms|p99 ms|unsold", windows))
+        console.print(figures(title, columns, self.windows))
         for window in self.windows:
             if window.bottleneck:
                 console.print(f"[yellow]{window.when}: the generator's limit: {window.bottleneck}")
@@ -137,7 +137,7 @@ class _Idling:
         self._seconds = seconds
         self._loops = OpenLoops(bench)
         self._process = psutil.Process(bench.rig.pid("serve"))
-        self._stand: list[_Standing] = []
+        self._clients: list[Client] = []
 
     async def run(self, asked: int) -> Idle:
         """Measure everything."""
@@ -149,13 +149,19 @@ class _Idling:
             ]
             windows.append(await self._window("beside"))
         finally:
-            for each in self._stand:
-                each.transport.abort()
+            await asyncio.gather(*(client.close() for client in self._clients))
         await asyncio.sleep(ENDED_S)
         windows.append(await self._window("after"))
-        audit = await self._loops.verdict()
         return Idle(
-            asked, self._connections, RATE, rss, uss, kinds, windows, self._loops.answers, audit
+            asked=asked,
+            connections=self._connections,
+            rate=RATE,
+            rss=rss,
+            uss=uss,
+            kinds=kinds,
+            windows=windows,
+            audit=await self._loops.verdict(),
+            compared=self._loops.answers,
         )
 
     def _memory(self) -> tuple[int, int]:
@@ -163,53 +169,43 @@ class _Idling:
         return int(told.rss), int(told.uss)
 
     async def _opened(self, kind: str, count: int) -> Kind:
-        """Open all of a kind, and see what they have taken."""
+        """Open all of a kind, at a pace, and see what they have taken."""
         self._bench.note(f"{count:,} connections: {kind}")
         if not count:
             return Kind(kind, 0, 0.0, 0.0)
-        cards = self._bench.cards(count)
+        address, cards = self._bench.rig.address, self._bench.cards(count)
         raws, wanted = [b""] * count, 0
         if kind == LOOKED:
-            raws, wanted = [get_request(self._bench.rig.address, ASKED)] * count, 200
+            raws, wanted = [get_request(address, ASKED)] * count, 200
         elif kind == BOUGHT:
             raws, wanted = list(self._bench.requests(CAMPAIGN, cards)), 201
-        before, first, spool = self._memory(), len(self._stand), spool_of(cards)
-        await self._open(raws)
-        if wanted:
-            async with asyncio.timeout(ANSWERED_WITHIN_S):
-                answers = [await each.answer for each in self._stand[first:]]
-            for number, answer in enumerate(answers):
+        before, spool, began = self._memory(), spool_of(cards), time.monotonic()
+
+        async def one(number: int) -> None:
+            source = f"127.0.0.{2 + len(self._clients) // PORTS}"
+            client = Client(address, timeout_s=ANSWERED_WITHIN_S, source=source)
+            self._clients.append(client)
+            await client.__aenter__()
+            if wanted:
+                answer = await client.request(raws[number])
                 if answer.status != wanted:
                     raise AnswerError(f"{kind}: {answer.status} {answer.body[:200]!r} {answer.why}")
                 spool(number, answer.status, False, answer.body)  # noqa: FBT003
+
+        for at in range(0, count, OPENING_MAX):
+            await asyncio.gather(*map(one, range(at, min(at + OPENING_MAX, count))))
+            await asyncio.sleep(max(at / OPENED_PER_S - (time.monotonic() - began), 0))
         if kind == BOUGHT:
             await self._loops.compare(CAMPAIGN, spool)
         await asyncio.sleep(SETTLE_S)
         rss, uss = self._memory()
         return Kind(kind, count, (rss - before[0]) / count, (uss - before[1]) / count)
 
-    async def _open(self, raws: list[bytes]) -> None:
-        """Open a connection for each request, at a pace, and send it."""
-        began = time.monotonic()
-        for at in range(0, len(raws), OPENING_MAX):
-            await asyncio.gather(*(self._one(raw) for raw in raws[at : at + OPENING_MAX]))
-            ahead_s = at / OPENED_PER_S - (time.monotonic() - began)
-            await asyncio.sleep(max(ahead_s, 0))
-
-    async def _one(self, raw: bytes) -> None:
-        host, _, port = self._bench.rig.address.rpartition(":")
-        source = (f"127.0.0.{2 + len(self._stand) // PORTS}", 0)
-        _, standing = await asyncio.get_running_loop().create_connection(
-            _Standing, host, int(port), local_addr=source
-        )
-        self._stand.append(standing)
-        standing.transport.write(raw)
-
     async def _window(self, when: str) -> Window:
         """Let another client buy for a while."""
         self._bench.note(f"purchases of another client, {when}")
         tally, spool = await self._loops.offer(CAMPAIGN, RATE, self._seconds, BOUNDS)
-        still = sum(each.open for each in self._stand)
+        still = sum(client.open for client in self._clients)
         await self._loops.compare(CAMPAIGN, spool)
         took_ms = tally.took_ms(SOLD)
         return Window(
@@ -220,27 +216,3 @@ class _Idling:
             unsold=len(tally.offsets) - len(took_ms),
             bottleneck=judged(tally).bottleneck,
         )
-
-
-class _Standing(asyncio.Protocol):
-    """A connection of which one answer is awaited, or none."""
-
-    def __init__(self) -> None:
-        self.open = False
-        self.transport: asyncio.Transport
-        self.answer: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self._parser = ResponseParser()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        self.open = True
-
-    def data_received(self, data: bytes) -> None:
-        for answer in self._parser.feed(data, most=1):
-            if not self.answer.done():
-                self.answer.set_result(answer)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.open = False
-        if not self.answer.done():
-            self.answer.set_result(Response(0, b"", b"", f"connection lost: {error}"))

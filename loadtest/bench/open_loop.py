@@ -4,6 +4,8 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
+import msgspec
+
 from loadtest.bench.cases import Bench
 from loadtest.bench.rig import SHOWING
 from loadtest.books.answers import Spool
@@ -16,6 +18,21 @@ from loadtest.record import Finding
 from loadtest.rush import arrivals
 from loadtest.tables import CLEAN
 from loadtest.tally import Bounds, Tally
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """The check of what open loops were told: ``compared`` answers were compared with PostgreSQL.
+
+    ``audit`` is ``clean``, or what that or the audit of all that was sold has found.
+    """
+
+    compared: int
+    audit: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a figure."""
+        return True
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -30,13 +30,13 @@ from loadtest.bench.__main__ import bench_up, measured_by
 from loadtest.bench.cases import STOCK, TINY, Bench
 from loadtest.bench.half import Half, half
 from loadtest.bench.idle import OPENED_PER_S, SETTLE_S, Idle, idle
-from loadtest.bench.offer import offer, wrk
-from loadtest.bench.open_loop import OpenLoops
+from loadtest.bench.offer import Feed, Offer, offer, wrk
+from loadtest.bench.open_loop import Checked, OpenLoops
 from loadtest.bench.rig import cpu_s, spawn, tree_cpu_s
 from loadtest.engine import EngineError, stop
 from loadtest.record import SOLD
 from loadtest.summary import at_share, judged
-from loadtest.tables import CLEAN, coloured, grid, verdict
+from loadtest.tables import CLEAN, coloured, figures, grid, verdict
 from loadtest.tally import Bounds, Tally
 from sale.http.overload import files_allow
 
@@ -46,7 +46,6 @@ SECONDS_MIN: Final = 1.0
 PROBE_S: Final = 2
 PROBE_CONNECTIONS: Final = 256
 FIRST_RATE: Final = 30_000
-REFUSED_S: Final = 2
 REFUSED_LEAST: Final = 0.95
 REFUSED_CARDS: Final = 20_000
 TIMEOUT_S: Final = 10.0
@@ -79,7 +78,7 @@ class Step(msgspec.Struct, frozen=True):
     Latencies (ms) are of the sold: from sending, and from the intended time, which counts the
     wait for one of the generator's connections as well. ``sold_per_cpu_s``: of API and Redis.
     ``told_to_wait``: how many were told which Retry-After (s). ``bottleneck``: why the generator
-    was the limit, or ''.
+    was the limit, or ''. ``share``: what it sold of the most that any step of its scene sold.
     """
 
     times: float
@@ -95,23 +94,19 @@ class Step(msgspec.Struct, frozen=True):
     sold_per_cpu_s: float
     told_to_wait: dict[int, int]
     bottleneck: str
+    share: float = 0.0
 
-    def row(self, share: float) -> list[str]:
-        """It as a row; ``share``: what it sold of the most that any step sold."""
-        rates = (self.offered, self.sent, self.sold)
-        latencies = (self.p50_ms, self.p99_ms, self.intended_p99_ms, self.refused_p99_ms)
-        told, spread = self.told_to_wait, ""
-        if told:
-            most = max(told.values()) / sum(told.values())
-            spread = f"{min(told)}-{max(told)} s, {most:.0%}"
-        return [
-            f"{self.times:g}",
-            *(f"{rate:,.0f}" for rate in rates),
-            coloured(f"{share:.2f}", good=share >= SHARE_GOAL),
-            *(f"{rate:,.0f}" for rate in (self.sold_per_cpu_s, self.refused)),
-            *(f"{ms:.0f}" for ms in latencies),
-            spread,
-        ]
+    @property
+    def of_peak(self) -> str:
+        """Markup of its share."""
+        return coloured(f"{self.share:.2f}", good=self.share >= SHARE_GOAL)
+
+    @property
+    def retry_after(self) -> str:
+        """The least and the most told, and the share of the one told most."""
+        if not (told := self.told_to_wait):
+            return ""
+        return f"{min(told)}-{max(told)} s, {max(told.values()) / sum(told.values()):.0%}"
 
 
 class Scene(msgspec.Struct, frozen=True):
@@ -124,16 +119,27 @@ class Scene(msgspec.Struct, frozen=True):
 
     def show(self, console: Console) -> None:
         """Print the table."""
-        peak = max(each.sold for each in self.steps) or 1.0
-        title = f"{self.name}: {self.how}; capacity {self.capacity:,.0f}/s"
-        headings = "×|offered|sent|sold|of peak|per CPU s|refused|p50|p99|intended|refused|"
+        columns = {
+            "×": "{.times:g}",
+            "offered": "{.offered:,.0f}",
+            "sent": "{.sent:,.0f}",
+            "sold": "{.sold:,.0f}",
+            "of peak": "{.of_peak}",
+            "per CPU s": "{.sold_per_cpu_s:,.0f}",
+            "refused": "{.refused:,.0f}",
+            "p50 ms": "{.p50_ms:.0f}",
+            "p99": "{.p99_ms:.0f}",
+            "intended": "{.intended_p99_ms:.0f}",
+            "of refused": "{.refused_p99_ms:.0f}",
+            "Retry-After": "{.retry_after}",
+        }
         caption = (
             "All a second, in answers; per CPU s: sold a CPU second of API and Redis. Then ms: p50 "
             "and p99 of the sold, from sending; their p99 from the intended time; p99 of the "
             "refused. Retry-After: the least and the most told, and the share of the one told most."
         )
-        rows = (step.row(step.sold / peak) for step in self.steps)
-        console.print(grid(title, headings + "Retry-After", rows, caption))
+        title = f"{self.name}: {self.how}; capacity {self.capacity:,.0f}/s"
+        console.print(figures(title, columns, self.steps, caption))
         for step in self.steps:
             if step.other:
                 other = ", ".join(f"{count:,} {code}" for code, count in step.other.items())
@@ -142,21 +148,14 @@ class Scene(msgspec.Struct, frozen=True):
                 console.print(f"[yellow]{step.times:g} ×: the generator's limit: {step.bottleneck}")
 
 
-class Overload(msgspec.Struct, frozen=True):
-    """All of it. ``purchase_us`` is CPU time by process; ``refusal_us`` that of the API alone.
-
-    ``compared`` answers were compared with PostgreSQL; ``audit`` is ``clean``, or what that or the
-    audit of all that was sold has found.
-    """
+class Overload(Checked, frozen=True, kw_only=True):
+    """All of it. ``purchase_us`` is CPU time by process; ``refusal_us`` that of the API alone."""
 
     client: str
     connections: int
     purchase_us: dict[str, float]
     refusal_us: float
     scenes: list[Scene]
-    compared: int
-    audit: str
-    measured: bool = True
 
     def show(self, console: Console) -> None:
         """Print the tables."""
@@ -173,9 +172,8 @@ class Overload(msgspec.Struct, frozen=True):
         refusal, others = f"{self.refusal_us:.1f}", [""] * (len(used) - 1)
         cost = coloured(f"{ratio:.2f}", good=ratio < COST_GOAL)
         rows = [["a purchase", *purchase, ""], ["a refusal", refusal, *others, refusal, cost]]
-        console.print(
-            grid("CPU µs", "|".join(("", *used, "all", f"{OVERLOADED} / purchase")), rows)
-        )
+        headings = "|".join(("", *used, "all", f"{OVERLOADED} / purchase"))
+        console.print(grid("CPU µs", headings, rows))
 
 
 class Overloading:
@@ -204,8 +202,8 @@ class Overloading:
             purchase_us=purchase_us,
             refusal_us=await self._refusal_us(),
             scenes=scenes,
-            compared=self.loops.answers,
             audit=await self.loops.verdict(),
+            compared=self.loops.answers,
         )
 
     async def _far(self) -> Scene:
@@ -231,11 +229,10 @@ class Overloading:
 
     async def _capacity(self, rate_most: int) -> tuple[dict[str, float], float]:
         """Sell in a closed loop: CPU µs a purchase by process, and purchases a second."""
-        bench = self.bench
-        bench.note("capacity, closed loop")
-        feed = bench.feed(CAMPAIGN, bench.cards(rate_most * PROBE_S))
+        self.bench.note("capacity, closed loop")
+        feed = self.bench.feed(CAMPAIGN, self.bench.cards(rate_most * PROBE_S))
         before = self._cpu()
-        got = await offer(feed, self.rig.address, PROBE_S, PROBE_CONNECTIONS, program=bench.program)
+        got = await self._offer(feed)
         feed.file.unlink()
         await self.rig.written(CAMPAIGN)
         after = self._cpu()
@@ -245,23 +242,27 @@ class Overloading:
 
     async def _refusal_us(self) -> float:
         """CPU µs of the API a refusal, where nearly all are refused. Raises EngineError."""
-        bench, rig = self.bench, self.rig
-        bench.note("the cost of a refusal")
-        await rig.serve_anew(SALE_WAITING_MAX="1", SALE_BATCH_MAX="1")
-        feed = bench.feed(CAMPAIGN, bench.cards(REFUSED_CARDS), cycle=True)
-        before = cpu_s(rig.pid("serve"))
-        got = await offer(feed, rig.address, REFUSED_S, PROBE_CONNECTIONS, program=bench.program)
-        used_s = cpu_s(rig.pid("serve")) - before
+        self.bench.note("the cost of a refusal")
+        await self.rig.serve_anew(SALE_WAITING_MAX="1", SALE_BATCH_MAX="1")
+        feed = self.bench.feed(CAMPAIGN, self.bench.cards(REFUSED_CARDS), cycle=True)
+        before = self._cpu()["serve"]
+        got = await self._offer(feed)
+        used_s = self._cpu()["serve"] - before
         if got.refused < REFUSED_LEAST * got.requests:
             raise EngineError(f"the cost of a refusal: {got.refused} refused of {got.requests}")
         return used_s / got.requests * 1e6
+
+    async def _offer(self, feed: Feed) -> Offer:
+        program = self.bench.program
+        return await offer(feed, self.rig.address, PROBE_S, PROBE_CONNECTIONS, program=program)
 
     async def _steps(self, capacity: float, multiples: tuple[float, ...]) -> list[Step]:
         steps = []
         for times in multiples:
             self.bench.note(f"{times:g} × {capacity:,.0f} a second")
             steps.append(await self._step(capacity, times))
-        return steps
+        peak = max(step.sold for step in steps) or 1.0
+        return [msgspec.structs.replace(step, share=step.sold / peak) for step in steps]
 
     async def _step(self, capacity: float, times: float) -> Step:
         plan, rate = self.plan, capacity * times
@@ -325,28 +326,14 @@ def _step_of(times: float, tally: Tally, seconds: float, server_s: float) -> Ste
     )
 
 
-async def _measured(
-    options: argparse.Namespace, plan: Plan, console: Console | None
-) -> Overload | Half | Idle:
-    """Measure a plan on an engine of its own. Raises EngineError, OfferError …"""
-    async with bench_up(TINY, program=wrk(), console=console) as bench:
-        if options.half:
-            return await half(bench, plan.seconds, options.half)
-        if options.idle:
-            return await idle(bench, options.idle, plan.seconds)
-        return await Overloading(bench, plan).run()
-
-
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     parser = argparse.ArgumentParser(prog="overload", description=__doc__.splitlines()[0])
     default = Plan()
     parser.add_argument("--seconds", type=float, default=default.seconds, help="of each multiple")
     for scene, what in (("far", "Redis answers late"), ("near", "nothing is slowed")):
         words = f"multiples of the capacity where {what}; none: not at all"
-        usual = getattr(default, scene)
-        parser.add_argument(
-            f"--{scene}", type=float, nargs="*", metavar="TIMES", default=usual, help=words
-        )
+        how: dict[str, Any] = {"type": float, "nargs": "*", "metavar": "TIMES", "help": words}
+        parser.add_argument(f"--{scene}", default=getattr(default, scene), **how)
     instead = parser.add_mutually_exclusive_group()
     for name, metavar, what in (
         ("half", "ROUNDS", "latency at half of the capacity, beside the constant's"),
@@ -358,10 +345,8 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]
     options = parser.parse_args(arguments)
     if options.seconds < SECONDS_MIN:
         parser.error(f"--seconds: at least {SECONDS_MIN:g}")
-    for name, what in (("half", "round"), ("idle", "connection")):
-        given = getattr(options, name)
-        if given is not None and given < 1:
-            parser.error(f"--{name}: at least 1 {what}")
+    if min(1 if given is None else given for given in (options.half, options.idle)) < 1:
+        parser.error("--half and --idle: at least 1")
     if not (options.far or options.near or options.half or options.idle):
         parser.error("--far and --near: no multiple of either, so there is nothing to measure")
     if min((*options.far, *options.near), default=1.0) <= 0 or options.connections < 1:
@@ -374,6 +359,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     options, plan = _options(arguments)
 
+    async def measured(console: Console | None) -> Overload | Half | Idle:
+        async with bench_up(TINY, program=wrk(), console=console) as bench:
+            if options.half:
+                return await half(bench, plan.seconds, options.half)
+            if options.idle:
+                return await idle(bench, options.idle, plan.seconds)
+            return await Overloading(bench, plan).run()
+
     def show(result: Overload | Half | Idle, console: Console) -> None:
         result.show(console)
         console.print(
@@ -381,9 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             + verdict(result.audit)
         )
 
-    result = measured_by(
-        "overload", lambda console: _measured(options, plan, console), show, as_json=options.json
-    )
+    result = measured_by("overload", measured, show, as_json=options.json)
     sys.exit(0 if result.measured and result.audit == CLEAN else 1)
 
 

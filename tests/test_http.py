@@ -216,7 +216,8 @@ async def test_card_on_many_phones_gets_its_limit_and_no_more(
 async def test_sale_opens_on_time_and_not_before(
     service: Service, client: Client, spread: Client
 ) -> None:
-    campaign = await client.campaign(tickets=40, opens_at=in_s(1.5))
+    # The campaign must be made before it opens, which takes a second or more on a busy machine.
+    campaign = await client.campaign(tickets=40, opens_at=in_s(4))
     opens_at = datetime.fromisoformat(
         (await client.get(f"{CAMPAIGNS}/{campaign}")).json()["opens_at"]
     )
@@ -229,7 +230,8 @@ async def test_sale_opens_on_time_and_not_before(
             if seen.code != "not-open":
                 return seen
             refused.append(seen)
-            await asyncio.sleep(0.02)
+            # 60 members who ask ten times a second: more would be this process's load, not theirs.
+            await asyncio.sleep(0.1)
         raise AssertionError("it does not open")
 
     seen = await asyncio.gather(*(hasty(card) for card in service.cards(60)))
@@ -244,7 +246,7 @@ async def test_sale_opens_on_time_and_not_before(
     assert len(refused) > 60
     for one in refused:
         assert datetime.fromisoformat(one.json()["opens_at"]) == opens_at
-        assert 1 <= int(one.headers["Retry-After"]) <= 2
+        assert 1 <= int(one.headers["Retry-After"]) <= 4
 
 
 async def test_nothing_is_sold_after_the_closing_moment(

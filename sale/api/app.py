@@ -1,10 +1,11 @@
 """The HTTP application, as a list of its parts, and the process that serves it.
 
-Told to stop, a process drains (``Api.drain``): it takes what already waits at its listener and
-closes that, sells nothing more, answers what is under way, ends kept connections by their next
-answer, and is gone within the purchase deadline and a little. Other processes share the address by
-SO_REUSEPORT and take what comes from then on. Closing kept connections at once was rejected: a
-request that crosses the close sees a reset, which a client cannot tell from a lost answer.
+A process that is to stop drains (``Api.drain``): it accepts the connections that wait at its
+listener and closes the listener, sells nothing more, answers the requests under way, ends kept
+connections with their next answer, and ends within the purchase deadline and a little. Other
+processes share the address by SO_REUSEPORT and accept later connections. Closing kept connections
+at once was rejected: a request that crosses the close sees a reset, which a client cannot tell from
+a lost answer.
 """
 
 import asyncio
@@ -36,7 +37,7 @@ from sale.shared_port import claim, first_address
 
 BACKLOG: Final = 4_096
 KEPT_GRACE_S: Final = 0.5
-"""How long kept connections may still bring a request, to be told to go elsewhere."""
+"""Longest time that a kept connection may still bring a request, whose answer closes it."""
 
 DRAIN_POLL_S: Final = 0.01
 CANCEL_TIMEOUT_S: Final = 0.25  # aiohttp waits this long twice for a handler that is past its time
@@ -104,7 +105,7 @@ class Api:
         self._server = await self._loop.create_server(
             self._connection, sock=self._listener, backlog=BACKLOG
         )
-        log.info("api.listening", address=said_address(listener))
+        log.info("api.listening", address=bound_address(listener))
 
     async def drain(self) -> None:
         """Stop as the module says; once, however often it is called."""
@@ -118,7 +119,7 @@ class Api:
         log.info("api.stopping", connections=len(self._connections))
         waiting = self._close_listener()
         for each in waiting:
-            # A client that has gone already is no matter.
+            # The client may have gone already.
             with contextlib.suppress(OSError):
                 await self._loop.connect_accepted_socket(self._connection, each)
         started = time.monotonic()
@@ -129,20 +130,20 @@ class Api:
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def close(self) -> None:
-        """Call nobody from the waiting line any more, and close the fast path's connections.
+        """Call no more waiters, and close the fast path's connections.
 
-        aiohttp's runner closes those that are its own.
+        aiohttp's runner closes its own connections.
         """
         self._waiting_line.close()
         if self._fast_path is not None:
             await self._fast_path.close()
 
     def _close_listener(self) -> list[socket.socket]:
-        """Close the listener at a moment when nobody waits at it; give who waited until then."""
+        """Accept the connections that wait at the listener, give them, and close it."""
         waiting: list[socket.socket] = []
         if self._listener is None:
             return waiting
-        with contextlib.suppress(OSError):  # BlockingIOError: nobody is left
+        with contextlib.suppress(OSError):  # BlockingIOError: none is left
             while self._server is not None and len(waiting) < BACKLOG:
                 waiting.append(self._listener.accept()[0])
         if self._server is not None:
@@ -174,19 +175,19 @@ class Api:
 
 
 def spare_collector() -> None:
-    """Let the garbage collector look less often, and never at what lives as long as the process.
+    """Make garbage collections rare, and exclude objects that live as long as the process.
 
-    Requests that wait for their batch are thousands of live objects; the default thresholds walk
-    them again and again. Turning the collector off altogether was no faster than this. Memory stays
-    bounded: collections still come, only further apart.
+    Requests that wait for their batch are thousands of live objects, and the default thresholds
+    walk them again and again. Turning the collector off was no faster. Memory stays bounded,
+    because collections still come.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
 
 
-def said_address(listener: socket.socket) -> str:
-    """Say where a socket is bound: the real port, where 0 was asked for."""
+def bound_address(listener: socket.socket) -> str:
+    """Give the address to which a socket is bound, with the real port if 0 was requested."""
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

@@ -25,11 +25,13 @@ def member_of(request: web.Request) -> Member:
 
 
 async def actor_of(request: web.Request, access: Access) -> Actor:
-    """Give which operator this is. Raises Refused: 401 for nobody, 403 for a member, and for a
-    role that may not."""
+    """Give the operator of a request.
+
+    Raises Refused: 401 without a valid token, 403 for a member's token or a role that may not.
+    """
     engine = request.app[ENGINE]
     token = bearer(request) or ""
-    if _is_member(request, token):  # told without a look at PostgreSQL
+    if _is_member(request, token):  # known without reading PostgreSQL
         raise Refused(Problem.FORBIDDEN, "a member's token does not open this")
     refuse_guessers(request, token)
     try:
@@ -43,7 +45,7 @@ async def actor_of(request: web.Request, access: Access) -> Actor:
             Problem.FORBIDDEN,
             f"the role {operator.role!r} may not do this; it is for {_in_words(access)}",
         )
-    # An account may be called "clock" or "cli:root": the log tells where a name is from (INV-10).
+    # An account may be named "clock" or "cli:root": the prefix says where a name is from (INV-10).
     return Actor(f"operator:{operator.name}", operator.role, operator.union_code)
 
 

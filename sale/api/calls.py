@@ -1,5 +1,4 @@
-"""The argument of a handler: the request, the parts of it that the dispatcher has checked, and who
-sent it."""
+"""The argument of a handler: the request, its checked parts, and its sender."""
 
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar, cast

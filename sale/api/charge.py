@@ -1,7 +1,7 @@
-"""Turning requests away before work is done for them, and charging those that went wrong.
+"""Refuses requests before work is done for them, and charges those that are faulty.
 
-The dispatcher (``dispatch.py``) does both for every route; the fast path charges by the same rule,
-and has its own way of turning away.
+The dispatcher (``dispatch.py``) does both for every route. The fast path charges by the same rule
+and refuses by itself.
 """
 
 import time
@@ -42,9 +42,9 @@ def admit(engine: Engine) -> None:
 def charge(
     engine: Engine, problem: Problem, token: str | None, peer: str, forwarded_for: str | None
 ) -> Limited | None:
-    """Charge what went wrong to the member whose valid ``token`` came with it, else to the address.
+    """Charge a faulty request to the member of its valid ``token``, else to its address.
 
-    None where the refusal stands as it is, else what is told instead. Never raises.
+    Gives the limit that is passed, which is answered instead, or None. Never raises.
     """
     if problem not in CHARGED:
         return None
@@ -61,7 +61,7 @@ def charge(
 
 
 def charged(engine: Engine, request: web.BaseRequest, refused: Refused) -> Refused:
-    """Give the refusal that is told: this one, or that it was one too many."""
+    """Charge a refusal; give it, or the refusal for a limit that is passed."""
     if refused.problem not in CHARGED:
         return refused
     limited = charge(
@@ -71,9 +71,10 @@ def charged(engine: Engine, request: web.BaseRequest, refused: Refused) -> Refus
 
 
 def refuse_guessers(request: web.Request, token: str) -> None:
-    """Spare PostgreSQL the tokens of an address that sent too many wrong ones. Raises TooFast.
+    """Refuse unknown tokens of an address that sent too many wrong ones. Raises TooFast.
 
-    A token that was good before passes: operators are not shut out by who shares their address.
+    PostgreSQL is not read for them. A token that was valid before passes, so that others at the
+    same address do not shut operators out.
     """
     engine = request.app[ENGINE]
     if engine.limits.remembers(operator_token_hash(token)):
@@ -85,9 +86,9 @@ def refuse_guessers(request: web.Request, token: str) -> None:
 
 
 def refuse_exhausted(request: web.Request) -> None:
-    """Spare the stores what a member or an address asks that has nothing left. Raises TooFast.
+    """Refuse a member or an address whose limit is used up, before a store is read. Raises TooFast.
 
-    For what is read before it is known whether it goes wrong, and is charged only then.
+    For requests that are charged only if they turn out to be faulty.
     """
     engine, now = request.app[ENGINE], time.monotonic()
     try:

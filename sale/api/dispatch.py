@@ -1,8 +1,8 @@
 """Serves a request by its entry in the table of routes.
 
 All checks that an entry declares come before its handler, in the contract's order: the request's
-parameters, the token and what it may do, the body. Whatever goes wrong, here or in the handler, is
-answered as a problem document. A middleware would do the same, with two more coroutines a request.
+parameters, the token and its role, the body. An error here or in the handler is answered as a
+problem document. A middleware would do the same, with two more coroutines a request.
 """
 
 from collections.abc import Hashable, Iterable
@@ -47,10 +47,10 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
         if engine is not None and (route is None or route.load is Load.ADMITTED):
             admit(engine)
         if route is None:
-            raise _no_route(found)  # noqa: TRY301 - answered like whatever else goes wrong
+            raise _no_route(found)  # noqa: TRY301 - answered below like all other errors
         call = await _prepared(request, route, found)
         return _answered(call, await route.handler(call))
-    except Exception as error:  # noqa: BLE001 - told by what it is
+    except Exception as error:  # noqa: BLE001 - every error is answered
         return failed(request, error)
 
 
@@ -70,7 +70,7 @@ async def _prepared(request: web.Request, route: Route, found: Found) -> Call[An
 
 
 async def _identified(request: web.Request, route: Route, found: Found) -> Call[Any]:
-    """Make the call of whoever sent the request. Raises Refused."""
+    """Make the call with the identity of its sender. Raises Refused."""
     match route.access.scheme:
         case "member":
             by_member: MemberCall[Any] = MemberCall(request, route, found.parameters)
@@ -84,21 +84,21 @@ async def _identified(request: web.Request, route: Route, found: Found) -> Call[
             return Call(request, route, found.parameters)
 
 
-def _answered(call: Call[Any], told: object) -> web.StreamResponse:
+def _answered(call: Call[Any], given: object) -> web.StreamResponse:
     """Make the response of what a handler has given."""
-    if isinstance(told, web.StreamResponse):
-        return told
+    if isinstance(given, web.StreamResponse):
+        return given
     route, status, headers = call.route, call.route.status, NO_STORE
-    if isinstance(told, Reply):
-        status, headers = told.status or status, {**NO_STORE, **told.headers}
-        told = told.body
-    if told is None:
+    if isinstance(given, Reply):
+        status, headers = given.status or status, {**NO_STORE, **given.headers}
+        given = given.body
+    if given is None:
         return web.Response(status=status, headers=headers)
     if route.cached_s is not None:
-        return tagged_response(call.request, told, max_age_s=route.cached_s)
+        return tagged_response(call.request, given, max_age_s=route.cached_s)
     return web.Response(
         status=status,
-        body=ENCODER.encode(told),
+        body=ENCODER.encode(given),
         content_type="application/json",
         headers=headers,
     )
@@ -117,7 +117,7 @@ def failed(request: web.Request, error: Exception) -> web.StreamResponse:
 
 
 def refused_by(error: Exception, path: str, request_id: str) -> Refused:
-    """Give the refusal that an error is told as; what is a fault of ours is logged."""
+    """Give the refusal that answers an error; a fault of the engine is logged."""
     if isinstance(error, Refused):
         # Its traceback leads to the frame that keeps it: a cycle for each refusal, and for some
         # thousands of them a collection for which everybody waits.

@@ -57,7 +57,7 @@ class FastPurchases(FastBodyHandler):
             checked = desk.check(found, wish.quantity, wish.showing, key, token, now)
             purchase = FastPurchase(self, exchange, found, checked, asked_at)
             desk.submit(found, purchase)
-        except Exception as error:  # noqa: BLE001 - told by what it is
+        except Exception as error:  # noqa: BLE001 - every error is answered
             path = f"/api/v1/campaigns/{found.id}/orders"
             refused = refused_by(error, path, exchange.request_id)
             return self._refusal(exchange, found, head, refused)
@@ -93,24 +93,24 @@ class FastPurchases(FastBodyHandler):
         return rendered(*problem_answer(refused), last=last or exchange.last)
 
     def wire(self, purchase: "FastPurchase", answer: Answer) -> bytes:
-        """Give the bytes that tell an answer; purchases that one peek refuses share them."""
+        """Give the bytes of an answer; purchases that one peek refuses share them."""
         same = self._same
         if same is not None and same[0] is answer and same[1] is purchase.campaign:
             return same[2]
         exchange = purchase.exchange
         last = exchange.last
         try:
-            told = self._desk.word(purchase.campaign, purchase, answer)
-            wire = rendered(*order_answer(told), last=last)
+            outcome = self._desk.word(purchase.campaign, purchase, answer)
+            wire = rendered(*order_answer(outcome), last=last)
         except Exception:
-            # The order stands although its answer failed; its key finds it.
+            # The order exists although its answer failed; a retry with its key finds it.
             log.exception(
                 "purchase.not_worded",
                 campaign=purchase.campaign.id,
                 request_id=exchange.request_id,
             )
             return rendered(*problem_answer(Refused(Problem.UNAVAILABLE)), last=last)
-        if isinstance(told, Refused) and answer.decision is not None and not last:
+        if isinstance(outcome, Refused) and answer.decision is not None and not last:
             self._same = (answer, purchase.campaign, wire)
         return wire
 
@@ -136,7 +136,7 @@ class FastPurchase(Purchase):
 
     @property
     def key_hash(self) -> str:  # type: ignore[override]
-        """The key as the script knows it, made when it is asked for: most are refused by a peek."""
+        """The hash of the key, made on demand: a peek refuses most purchases without it."""
         return key_hash(self._key)
 
     def settle(self, answer: Answer) -> None:

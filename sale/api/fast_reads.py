@@ -1,8 +1,8 @@
 """Reads of one campaign on the fast path, answered from memory.
 
-A crowd reloads these at an opening. What the catalogue has in memory is worded once for all clients
-that ask before it is read anew; an answer is then bytes that exist, with the request's name put in.
-A campaign that memory does not have, or has too old, is aiohttp's (``public.py``).
+Many members reload these at an opening. A campaign in the catalogue's memory is encoded once for
+all requests before it is read again; an answer is then existing bytes with the request ID put in.
+aiohttp serves a campaign that is not in memory, or too old there (``public.py``).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""The routes of the fast path: those that a crowd asks again and again at an opening.
+"""The routes of the fast path: those that many members request again and again at an opening.
 
 They are entries of the table of routes (``routes.py``), which has their methods and paths, and how
-long an answer may be kept; here stands how each is answered without aiohttp.
+long an answer may be kept. This module says how each is answered without aiohttp.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Calls of members: buy, read their orders, ask what they may still buy.
+"""Calls of members: buy, read their orders, read their allowance.
 
 The purchase starts here where the fast path does not serve it.
 """
@@ -37,7 +37,7 @@ async def place_order(call: Call[None]) -> web.StreamResponse:
     try:
         waited_s = await _let_in(request)
         wish = await read_body(request, ORDER_REQUEST)
-        told = await desk.purchase(
+        outcome = await desk.purchase(
             campaign_id,
             wish.quantity,
             wish.showing,
@@ -49,7 +49,7 @@ async def place_order(call: Call[None]) -> web.StreamResponse:
         problem = error.problem if isinstance(error, Refused) else Problem.UNAVAILABLE
         desk.count_refused(campaign_id, problem)
         raise
-    status, body, headers = order_answer(told)
+    status, body, headers = order_answer(outcome)
     return web.Response(status=status, body=body, headers=headers)
 
 
@@ -69,18 +69,18 @@ async def _let_in(request: web.Request) -> float:
     return time.monotonic() - now
 
 
-def order_answer(told: Placed | Refused) -> Worded:
+def order_answer(outcome: Placed | Refused) -> Worded:
     """Word what became of a purchase: status, body, headers. Both paths send this."""
-    if isinstance(told, Refused):
-        return problem_answer(told)
+    if isinstance(outcome, Refused):
+        return problem_answer(outcome)
     headers: dict[str, str] = {
-        hdrs.LOCATION: f"{ORDERS}/{told.order.order_no}",
+        hdrs.LOCATION: f"{ORDERS}/{outcome.order.order_no}",
         hdrs.CACHE_CONTROL: "no-store",
         hdrs.CONTENT_TYPE: "application/json",
     }
-    if told.replayed:
+    if outcome.replayed:
         headers["Idempotency-Replayed"] = "true"
-    return 201, ENCODER.encode(told.order), headers
+    return 201, ENCODER.encode(outcome.order), headers
 
 
 async def show_allowance(call: MemberCall[None]) -> Allowance:

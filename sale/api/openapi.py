@@ -19,8 +19,8 @@ EVERY: Final = (
     Problem.OVERLOADED,
     Problem.UNAVAILABLE,
 )
-"""What any call but the health checks may be answered: the request itself is wrong, its sender is
-beyond a limit, or the host or a store is at its end."""
+"""Problems that any call except the health checks may answer: the request is wrong, its sender is
+beyond a limit, or the host or a store is overloaded or away."""
 
 
 def build_document(routes: Iterable[Route]) -> bytes:

@@ -22,7 +22,7 @@ ADMIN: Final = "/api/v1/admin"
 CAMPAIGNS: Final = f"{ADMIN}/campaigns"
 CAMPAIGN: Final = f"{CAMPAIGNS}/{{id}}"
 READERS: Final = Access(OPERATOR, frozenset(ROLES))
-"""Every role reads campaigns: those of its union, and what members are told of."""
+"""Every role reads campaigns: those of its union, and those that members see."""
 
 AUDIT_READERS: Final = Access(OPERATOR, frozenset({"admin", "auditor", "operator"}))
 _TOKEN: Final = (Problem.UNAUTHENTICATED, Problem.FORBIDDEN)

@@ -1,7 +1,7 @@
 """The answer of each refusal: status, words in Chinese and English, when to retry (RFC 9457).
 
-Members read these on a phone in the middle of a rush, many of them older: one short sentence says
-what happened, a second says what to do next. Chinese stands in ``title`` and ``detail``, English in
+Members, many of them older, read these on a phone in the middle of a rush: one short sentence says
+what happened, a second one what to do next. Chinese is in ``title`` and ``detail``, English in
 ``title_en`` and ``detail_en``. Figures come from the members of the refusal ("仅剩 1 张"). Codes
 that only developers and operators meet add the text given where they were raised.
 
@@ -26,13 +26,13 @@ from sale.members.rate import TooFast
 
 CONTENT_TYPE: Final = "application/problem+json"
 RETRY_AFTER_MAX_S: Final = 86_400
-"""Someone who comes days too early is told to come back tomorrow, when plans may have changed."""
+"""A member who comes days too early comes back after a day, because plans may have changed."""
 
 _MEMO_BODIES: Final = 2_048
 
 
 class Wording(NamedTuple):
-    """How one problem is told: ``happened``, then ``next_step``; ``retry_after_s`` if it passes."""
+    """The words of one problem; ``retry_after_s`` if it passes by itself."""
 
     status: int
     title: Text
@@ -225,7 +225,7 @@ MEMBER_FACING: Final = frozenset(
         Problem.UNAVAILABLE,
     }
 )
-"""Codes that members read: the words above are shown, whatever detail the engine gave."""
+"""Codes that members read: the words above are shown, and not the detail that the engine gave."""
 
 
 def problem_body(
@@ -265,11 +265,11 @@ def problem_answer(refused: Refused) -> Worded:
     """
     problem = refused.problem
     if problem in MEMBER_FACING:
-        told = _member_answer(problem, retry_after_s(refused), tuple(refused.members.items()))
+        answer = _member_answer(problem, retry_after_s(refused), tuple(refused.members.items()))
         if isinstance(refused, TooFast):
-            status, body, headers = told
+            status, body, headers = answer
             return status, body, {**headers, **dict(refused.limited.headers())}
-        return told
+        return answer
     members = {name: value for name, value in refused.members.items() if name != "allow"}
     body = problem_body(problem, refused.detail, refused.detail_zh, **members)
     return WORDINGS[problem].status, body, problem_headers(refused)
@@ -334,7 +334,7 @@ def _encode(problem: Problem, detail: Text, members: Mapping[str, object]) -> by
         "title_en": wording.title.en,
         "detail_en": detail.en,
     }
-    # Twice, so that it stands first and no member overrides it.
+    # Twice, so that the standard fields come first and no member overrides them.
     return msgspec.json.encode({**document, **members, **document})
 
 
@@ -347,7 +347,7 @@ def _default(problem: Problem) -> Text:
 
 
 def _in_figures(problem: Problem, members: Mapping[str, object]) -> Text | None:
-    """The sentence with the figures of this refusal, or None where it has none to tell."""
+    """Give the sentence with the figures of this refusal, or None if it has none."""
     if problem is Problem.SOLD_OUT:
         return _only_so_many_left(members.get("remaining"))
     if problem is Problem.LIMIT_EXCEEDED:

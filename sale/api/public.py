@@ -18,12 +18,12 @@ CAMPAIGN: Final = f"{CAMPAIGNS}/{{id}}"
 CAMPAIGN_MAX_AGE_S: Final = 1
 
 
-async def tell_health(_: Call[None]) -> HealthView:
+async def show_health(_: Call[None]) -> HealthView:
     """GET /healthz: the process runs."""
     return HealthView("ok")
 
 
-async def tell_readiness(call: Call[None]) -> Reply:
+async def show_readiness(call: Call[None]) -> Reply:
     """GET /readyz: it can sell, or the reasons why it cannot."""
     engine = call.engine
     reasons = await engine.readiness.reasons()
@@ -33,7 +33,7 @@ async def tell_readiness(call: Call[None]) -> Reply:
     return Reply(view, {"Retry-After": "1"}, 503) if reasons else Reply(view)
 
 
-async def tell_time(call: Call[None]) -> TimeView:
+async def show_time(call: Call[None]) -> TimeView:
     """GET /api/v1/time."""
     return TimeView(now=rfc3339(await call.engine.public_campaigns.now_ms()))
 
@@ -65,7 +65,7 @@ ROUTES: Final = (
     Route(
         method="GET",
         path="/healthz",
-        handler=tell_health,
+        handler=show_health,
         summary="Whether this process runs",
         load=Load.EXEMPT,
         answer=HealthView,
@@ -73,7 +73,7 @@ ROUTES: Final = (
     Route(
         method="GET",
         path="/readyz",
-        handler=tell_readiness,
+        handler=show_readiness,
         summary="Whether this host can sell",
         load=Load.EXEMPT,
         answer=HealthView,
@@ -82,7 +82,7 @@ ROUTES: Final = (
     Route(
         method="GET",
         path="/api/v1/time",
-        handler=tell_time,
+        handler=show_time,
         summary="The clock that decides openings",
         answer=TimeView,
     ),

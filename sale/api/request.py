@@ -1,7 +1,7 @@
 """Shared by all handlers: reading a request, wording an answer.
 
-On the way of a purchase a header is looked up by an ``istr``, whose folding is done once, and a
-body that has arrived whole is taken as it is: aiohttp's ``read`` waits for its end twice.
+For purchases, headers are looked up by an ``istr``, which is folded once, and a body that has
+arrived is taken without aiohttp's ``read``, which waits for its end twice.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class LastAnswer(Refused):
 
 
 class BodyLate(LastAnswer):
-    """The body did not come in time; the rest of it would be in the way of what follows."""
+    """The body did not come in time. Its rest would be read as the next request."""
 
     def __init__(self) -> None:
         super().__init__(Problem.INVALID_REQUEST, "the body did not arrive in time", field="body")
@@ -70,7 +70,7 @@ async def read_body(
     if absent_is_empty and not request.can_read_body:
         return decode_body(b"{}", decoder)
     check_media_type(request.headers.get(hdrs.CONTENT_TYPE, ""))
-    if not is_plain(request):  # unpacking is work that a stranger could ask for
+    if not is_plain(request):  # unpacking is work that any client could cause
         raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send the body without Content-Encoding")
     try:
         if request.content.is_eof():

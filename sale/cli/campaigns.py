@@ -120,7 +120,7 @@ for _each in STEPS.values():
 
 
 def _say_past(now: CampaignNow) -> None:
-    """Say what a moment that is past already has brought about."""
+    """Note that the campaign is open or closed already, because the moment is past."""
     if now.state is State.OPEN:
         note("its opening is past: it sells already")
     elif now.state is State.CLOSED:

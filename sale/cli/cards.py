@@ -42,7 +42,7 @@ from sale.operators.roster_import import (
 from sale.operators.sample_roster import SAMPLE_MAX, sample
 
 PROGRESS_ROWS: Final = 1_000
-LINES_TOLD: Final = 5
+LINES_SHOWN_MAX: Final = 5
 COUNT: Final = WholeNumber(1, SAMPLE_MAX)
 OUT: Final = click.Path(dir_okay=False, path_type=Path)
 
@@ -62,10 +62,10 @@ def cards() -> None:
 )
 @command_context
 def import_(context: CommandContext, file: Path, *, dry_run: bool, numbers_checked: bool) -> None:
-    """Take a roster file in, all of it or nothing.
+    """Import a roster file, all of it or nothing.
 
     FILE is CSV in UTF-8 with the header card_no,name,union,phone,pin,status; - reads it from stdin.
-    Exit status 1 where a line is bad; then nothing has changed. A card that was revoked with `sale
+    Exit status 1 if a line is bad; then nothing has changed. A card that was revoked with `sale
     cards revoke` stays cancelled, whatever the file says. 182,850 cards take about ten seconds.
     """
     unions = frozenset(load_unions(default_unions_path()))
@@ -113,8 +113,8 @@ def revoke(context: CommandContext, card_no: str, reason: str) -> None:
     _change(
         context,
         "the card is revoked",
-        lambda pool, tell: roster.revoke(
-            pool, card_no, actor=context.actor, reason=reason, after_change=tell
+        lambda pool, after_change: roster.revoke(
+            pool, card_no, actor=context.actor, reason=reason, after_change=after_change
         ),
     )
 
@@ -131,8 +131,8 @@ def restore(context: CommandContext, card_no: str, reason: str) -> None:
     _change(
         context,
         "the card is active again",
-        lambda pool, tell: roster.restore(
-            pool, card_no, actor=context.actor, reason=reason, after_change=tell
+        lambda pool, after_change: roster.restore(
+            pool, card_no, actor=context.actor, reason=reason, after_change=after_change
         ),
     )
 
@@ -151,8 +151,8 @@ def replace(context: CommandContext, old: str, new: str, reason: str) -> None:
     _change(
         context,
         "the card is replaced",
-        lambda pool, tell: roster.replace(
-            pool, old, new, actor=context.actor, reason=reason, after_change=tell
+        lambda pool, after_change: roster.replace(
+            pool, old, new, actor=context.actor, reason=reason, after_change=after_change
         ),
     )
 
@@ -185,7 +185,7 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
     with _text_out(out) as file, progress("writing cards") as move:
         file.write(",".join(HEADER) + "\n")
         for number, card in enumerate(sample(count, seed, unions)):
-            # No field of a sample holds a comma or a quote, so joining is all that CSV asks for.
+            # No field of a sample holds a comma or a quote, so CSV needs no quoting.
             file.write(",".join(card) + "\n")
             if number % PROGRESS_ROWS == 0:
                 move(number, count, "")
@@ -207,8 +207,8 @@ def sample_(context: CommandContext, count: int, seed: int, out: Path | None) ->
 def tokens(context: CommandContext, count: int, status: str, out: Path | None) -> None:
     """Print member tokens for load tests.
 
-    A JSON object a line: card_no, token, union. They are as good as the cards themselves for
-    thirty days: keep them where nobody else reads.
+    A JSON object a line: card_no, token, union. For thirty days a token has all the rights of its
+    card: keep the file where nobody else can read it.
     """
     key = context.signing_key()
 
@@ -243,7 +243,7 @@ def _change(
     done: str,
     change: Callable[[Any, roster.AfterChange], Awaitable[Card]],
 ) -> None:
-    """Do a change of one card and show what came of it."""
+    """Change one card, and show it afterwards."""
 
     async def work() -> Card:
         async with context.pool() as pool:
@@ -253,23 +253,24 @@ def _change(
 
 
 def _after_change(context: CommandContext, pool: Any, done: str) -> roster.AfterChange:  # noqa: ANN401
-    """Tell Redis at once; should that fail, the scheduler does it within a second (INV-9).
+    """Make the function that copies a change of the roster to Redis at once (INV-9).
 
-    ``done`` is what PostgreSQL has by then, so that a failure here is told but is none.
+    If it fails, the scheduler does the same within a second. PostgreSQL has the change by then, so
+    a failure is a note that begins with ``done``, and not an error.
     """
 
-    async def tell() -> None:
+    async def copy_or_note() -> None:
         from sale.bootstrap import STORE_ERRORS
 
         try:
-            await follow()
+            await copy()
         except (*STORE_ERRORS, SettingsError) as error:
             note(
                 f"{done}; running campaigns follow within a second once Redis is back "
                 f"({one_line(error)})"
             )
 
-    async def follow() -> None:
+    async def copy() -> None:
         from sale.bootstrap import store_urls
         from sale.db import deployment
         from sale.stock.connection import open_redis
@@ -283,7 +284,7 @@ def _after_change(context: CommandContext, pool: Any, done: str) -> roster.After
         finally:
             await redis.aclose()
 
-    return tell
+    return copy_or_note
 
 
 def _show_card(context: CommandContext, card: Card) -> None:
@@ -348,9 +349,9 @@ def _show_report(report: ImportReport) -> None:
 
 
 def _lines(total: int, lines: Sequence[NamedLine]) -> str:
-    first = lines[:LINES_TOLD]
-    told = ", ".join(f"line {each.line} (…{each.card_tail})" for each in first)
-    return told + (f" and {total - len(first)} more" if total > len(first) else "")
+    first = lines[:LINES_SHOWN_MAX]
+    listed = ", ".join(f"line {each.line} (…{each.card_tail})" for each in first)
+    return listed + (f" and {total - len(first)} more" if total > len(first) else "")
 
 
 @contextmanager
@@ -374,7 +375,7 @@ def _text_out(path: Path | None) -> Iterator[IO[str]]:
     except OSError as error:
         if str(error.filename) != str(draft):
             raise
-        # People know the name that they gave, not the draft's.
+        # Name the file that the user gave, not the draft.
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         draft.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`sale audit` and `sale doctor`: is everything as it should be?"""
+"""`sale audit` and `sale doctor`: checks of the whole deployment."""
 
 import contextlib
 import sys
@@ -39,7 +39,7 @@ def audit(context: CommandContext, campaign_id: str | None) -> int:
     """Check every invariant, in both stores.
 
     Exit status: 0 clean, 1 a finding, 2 no such campaign, 3 could not check. 20,000 orders take
-    about five seconds; progress is told on stderr.
+    about five seconds; progress is shown on stderr.
     """
     from sale.bootstrap import STORE_ERRORS, open_stores
     from sale.config import SettingsError

@@ -30,7 +30,7 @@ COMMANDS: Final = {
     "up": "processes",
     "writer": "processes",
 }
-"""The module of ``sale.cli`` in which each command stands, under its own name."""
+"""The module of ``sale.cli`` that defines each command, under the command's name."""
 
 
 class LazyGroup(click.Group):

@@ -22,7 +22,7 @@ HELD = click.option(
 )
 RELEASED_POLL_S: Final = 0.02
 RELEASED_WITHIN_S: Final = 10.0
-"""Longest that an API process waits for a weak Redis before it may be looked at."""
+"""Longest time that an API process waits for a weak Redis before it serves its metrics."""
 
 
 @click.command()
@@ -35,7 +35,7 @@ def up(context: CommandContext) -> None:
     from sale.host import supervisor
 
     _log(context.settings)
-    run(supervisor.run(context.settings, on_ready=_tell_ready))
+    run(supervisor.run(context.settings, on_ready=_print_ready))
 
 
 @click.command()
@@ -58,8 +58,8 @@ def serve(context: CommandContext, *, held: bool) -> None:
                 open_engine(settings) as engine,
                 listening(engine, listener) as api,
             ):
-                # A part whose metrics can be read takes purchases (``supervisor.py``). A Redis that
-                # has its file written anew at its start sells a moment later in each API process.
+                # ``supervisor.py`` takes a part as ready when its metrics can be read. A Redis that
+                # rewrites its file at the start sells a moment later in each API process.
                 await _released(engine.batchers, stop)
                 async with serving_metrics(metrics, engine.registry):
                     await stop.wait()
@@ -139,7 +139,7 @@ def scheduler(context: CommandContext, *, held: bool) -> None:
 @click.option(
     "--metrics-listen",
     metavar="H:P",
-    help="Taken as by the other parts; nothing is served there, as this one ends at once.",
+    help="Accepted as by the other parts; nothing is served, because this command ends at once.",
 )
 @overriding("metrics_listen")
 def migrate(context: CommandContext) -> None:
@@ -164,10 +164,10 @@ async def _released(batchers: "Batchers", stop: asyncio.Event) -> None:
         await pause(stop, RELEASED_POLL_S)
 
 
-def _tell_ready(address: str) -> None:
+def _print_ready(address: str) -> None:
     try:
         click.echo(f"ready {address}")
-    except OSError as error:  # a full disk, say: the system runs all the same
+    except OSError as error:  # for example a full disk; the system runs in spite of it
         with contextlib.suppress(OSError):
             note(f"sale: ready {address}, and stdout cannot be written: {error.strerror}")
 
@@ -185,7 +185,7 @@ def _run_part(
             await run_until_stopped(work(settings, stop), stop, settings.drain_limit_s)
 
     _log(settings)
-    # `sale up` starts a part before its stores, so that they come up while it is imported.
+    # `sale up` starts a part before its stores, so that it is imported while they start.
     if not held or sys.stdin.buffer.readline():
         run(part())
 

@@ -1,4 +1,4 @@
-"""`sale recover` and `sale losses`: what Redis lost, filled in again or listed."""
+"""`sale recover` rebuilds a campaign that Redis lost; `sale losses` lists what is missing."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -21,8 +21,8 @@ SHOWN_MAX: Final = 100
 def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None:
     """Rebuild a campaign in Redis from the ledger, if needed.
 
-    Does nothing and exits 0 where nothing is wrong. A campaign of 20,000 orders takes some seconds;
-    progress is told on stderr.
+    Does nothing and exits 0 if nothing is wrong. A campaign of 20,000 orders takes some seconds;
+    progress is shown on stderr.
     """
     from sale.bootstrap import open_stores
     from sale.trust.recover import recover as rebuild

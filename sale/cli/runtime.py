@@ -1,7 +1,7 @@
 """Shared by all commands: options, output, the database, and errors as one clear line.
 
-``--data-dir``, ``--config``, ``--as`` and ``--json`` are taken by the root command and by each
-subcommand, so people may write them where they come to mind; the later one counts.
+The root command and each subcommand take ``--data-dir``, ``--config``, ``--as`` and ``--json``, so
+people may write them before or after the subcommand; the later one counts.
 """
 
 import getpass
@@ -82,7 +82,7 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
     def database_url(self) -> str:
         """The database of the settings, or of the engine that runs on the data directory.
 
-        Raises click.ClickException where neither is there.
+        Raises click.ClickException if there is neither.
         """
         if self.settings.database_url is not None:
             return self.settings.database_url
@@ -97,8 +97,8 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
         return endpoints.database_url
 
     def signing_key(self) -> SigningKey:
-        """The deployment's key. That no engine runs is told first: then there is no key either."""
-        self.database_url()
+        """Give the deployment's key. Raises click.ClickException if no engine is running."""
+        self.database_url()  # first, because without an engine the key is missing too
         return load_or_create_signing_key(self.settings)
 
     @asynccontextmanager
@@ -125,7 +125,7 @@ class CommandContext(msgspec.Struct, frozen=True, kw_only=True):
 def card_number(_context: click.Context, _param: click.Parameter, value: str) -> str:
     """Check a card number given on the command line (a callback of click).
 
-    A wrong one is not repeated in the complaint: it may be a real one mistyped.
+    The message does not repeat a wrong number, because it may be a real one with a typing error.
     """
     if not CARD_NO.fullmatch(value):
         raise click.BadParameter("a card number is 12 to 19 digits")
@@ -160,8 +160,8 @@ def command_context(
 ) -> Callable[..., T]:
     """For a subcommand: take the shared options, read the settings, pass a CommandContext first.
 
-    Options that are settings too (``data_dir``, ``listen``, ``metrics_listen``, ``workers``) reach
-    the settings where a command names them in ``overriding``.
+    An option that is also a setting (``listen``, ``metrics_listen``, ``workers``) overrides it if
+    the command names it in ``overriding``.
     """
     return overriding()(function)
 
@@ -246,7 +246,7 @@ def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -
     take_any_character()
     # Stdout is for results alone. Services set their own logging up when they start.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    # A future of asyncpg's that fails beside the call, awaited by nobody, is no news to people.
+    # asyncpg leaves failed futures that nobody awaits; asyncio would log them.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         status = command.main(
@@ -271,7 +271,7 @@ def main_entry(command: click.Command, arguments: Sequence[str] | None = None) -
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (`| head`); Python would complain once more at the last flush.
+        # The reader has gone (`| head`); Python would report it again at the last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:

@@ -1,8 +1,8 @@
-"""The three streams of a command: all of them there, and no harm done where nobody reads.
+"""The three streams of a command: each one is open, and a reader that goes away is no error.
 
-A step that was done must not fail because its result cannot be told, and ``sale up`` must not end
-because the process that waited for its ``ready`` has gone. So a reader that goes away (``| head``)
-is no error. Any other failure to write still is one, such as a full disk under ``> file``.
+A step must not fail after it was done because its result cannot be printed, and ``sale up`` must
+not end because the process that waited for its ``ready`` has ended. So a lost reader (``| head``)
+is ignored. Any other failure to write is an error, such as a full disk under ``> file``.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class _Forgiving(io.FileIO):
 
 
 def keep_streams() -> None:
-    """Open what the caller has closed, before a socket takes its number; once, at the start."""
+    """Open the streams that the caller closed, before a socket takes their numbers."""
     for number in _STREAMS:
         try:
             os.fstat(number)
@@ -38,7 +38,7 @@ def keep_streams() -> None:
 
 
 def last_words(status: int) -> int:
-    """Write what still waits; give the exit status, which tells of a result that is not written."""
+    """Flush stdout; give the exit status, which is not 0 if the result could not be written."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Output for people: tables that cut nothing, progress, and text that no character makes fail.
+"""Output for people: tables, progress, and text in any encoding.
 
-An ID or a moment that is cut at the edge of a terminal is of no use to anybody, so a table grows
-beyond 80 columns rather than lose one; only running text is wrapped. Progress is a bar at a
-terminal, and elsewhere a plain line every few seconds, on stderr like everything that is no result.
+A table does not cut IDs and times: it becomes wider than 80 columns instead, and wraps running text
+only. Progress is a bar at a terminal, and elsewhere a line every few seconds. It goes to stderr,
+as all output that is not the result.
 """
 
 import contextlib
@@ -35,20 +35,20 @@ def take_any_character() -> None:
 
 
 def as_utf8() -> None:
-    """Let stdout carry data for another program: UTF-8, whatever the terminal's encoding is."""
+    """Make stdout UTF-8 for data that another program reads, whatever the terminal's encoding."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
 
 
 def nobody_reads() -> bool:
-    """Whether stdout is a pipe whose reader has gone, so that more data are of no use."""
+    """Whether stdout is a pipe whose reader has gone."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & (select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
 
 
 def note(text: str) -> None:
-    """Tell people something beside the result, on stderr; it is lost where nobody reads."""
+    """Print a message beside the result, on stderr; a failure to write is ignored."""
     with contextlib.suppress(OSError):
         click.echo(text, err=True)
 
@@ -102,15 +102,17 @@ def progress(
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
             console=console,
         ) as bar:
-            task = bar.add_task(what, total=None, told="")
+            task = bar.add_task(what, total=None, amount="")
 
             def move(done: int, total: int, step: str = "") -> None:
-                told = f"{amount(done)} of {amount(total)}"
-                bar.update(task, description=step or what, completed=done, total=total, told=told)
+                shown = f"{amount(done)} of {amount(total)}"
+                bar.update(
+                    task, description=step or what, completed=done, total=total, amount=shown
+                )
 
             yield move
         return
@@ -119,21 +121,21 @@ def progress(
     def keep(done: int, total: int, step: str = "") -> None:
         state[0] = f"{step + ', ' if step else ''}{amount(done)} of {amount(total)}"
 
-    def tell() -> None:
+    def report() -> None:
         while not ended.wait(every_s):
             note(f"{what}: {state[0]}, {time.monotonic() - began:.0f} s")
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
     try:
         yield keep
     finally:
         ended.set()
-        teller.join()
+        reporter.join()
 
 
 def megabytes(count: int) -> str:
-    """Say a number of bytes."""
+    """Word a number of bytes."""
     return f"{count / 1e6:,.1f} MB"
 
 

@@ -2,9 +2,9 @@
 
 A batch is one transaction. Its first statement is a compare-and-set on the campaign's applied
 number and chain hash, so however many writers there are, each event is applied once and in order
-(INV-5). The events go in by COPY. What follows from them is done by the statements that each kind
-names, a run of events of one kind at a time, in the order of the ledger: a constraint that holds
-after ``stock_added`` need not hold before it.
+(INV-5). The events go in by COPY. Their effects are made by the statements that each kind names, a
+run of events of one kind at a time, in the order of the ledger: a constraint that holds after
+``stock_added`` need not hold before it.
 
 Where the constraints refuse an event, the batch is done again with savepoints: runs are halved
 until the offender is alone. It stays in ``event``, which is the truth about what was answered, and
@@ -78,7 +78,7 @@ async def apply_entries(
 
 
 async def conflicts_to_pause(conn: Connection) -> dict[str, str]:
-    """Campaigns with a conflict that nobody has paused them for yet: ID to reason."""
+    """Campaigns that are not paused yet for a conflict: ID to reason."""
     rows = await conn.fetch(_SQL["conflicts_to_pause"])
     return {row["campaign_id"]: row["why"] for row in rows}
 
@@ -107,9 +107,9 @@ _REFUSED: Final = (
     asyncpg.DataError,
     asyncpg.ProgramLimitExceededError,  # a text that is too long for an index
 )
-"""What PostgreSQL (or asyncpg, for a value of the wrong type) says to an impossible event."""
+"""Errors of PostgreSQL (or asyncpg, for a value of the wrong type) for an impossible event."""
 _IMPOSSIBLE: Final = (*_REFUSED, *DAMAGED)
-"""The same, and what Python says to a payload that lacks what it needs."""
+"""The same, and errors of Python for a payload that lacks a field."""
 
 
 class _Refusal(Exception):  # noqa: N818 - says what it is

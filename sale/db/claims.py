@@ -1,8 +1,8 @@
 """Acknowledged sales that the ledger may lack: handed in, settled, or kept as a conflict.
 
-Nothing of this is on a member's path. An API process hands in what it acknowledged when Redis has
-lost it; the recovery fills the lost numbers from there; what was handed in is settled once the
-ledger has been applied that far. What then does not stand goes to ``conflict`` and stays there.
+No member waits for this. An API process hands in the sales that it acknowledged and Redis has lost,
+and the recovery fills the lost numbers from them. A sale that was handed in is settled once the
+ledger has been applied that far; if the ledger does not have it then, it goes to ``conflict``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ ROWS_MAX: Final = 10_000
 
 
 class Claim(NamedTuple):
-    """An acknowledged sale, as an API process tells it; ``at_ms`` of the campaign's clock."""
+    """An acknowledged sale as an API process reports it; ``at_ms`` of the campaign's clock."""
 
     seq: int
     epoch: int
@@ -51,7 +51,7 @@ class Settled(NamedTuple):
 async def hand_in(
     conn: Connection, campaign_id: str, process: str, claims: Sequence[Claim]
 ) -> None:
-    """Note what a process acknowledged. Repeats are one row."""
+    """Store the sales that a process acknowledged. Repeats are one row."""
     for at in range(0, len(claims), ROWS_MAX):
         chunk = claims[at : at + ROWS_MAX]
         columns: list[list[Any]] = [list(column) for column in zip(*chunk, strict=True)]
@@ -81,14 +81,14 @@ async def highest(conn: Connection, campaign_id: str) -> int:
 
 
 async def settle(conn: Connection) -> list[Settled]:
-    """Settle what the ledger has reached, at most ROWS_MAX of it."""
+    """Settle the sales up to the applied number, at most ROWS_MAX of them."""
     return [Settled(*row.values()) for row in await conn.fetch(_SQL["settle"], ROWS_MAX)]
 
 
 async def record_forked(
     conn: Connection, campaign_id: str, strays: Sequence[tuple[Event, str]]
 ) -> None:
-    """Keep what a Redis told and the ledger does not have, each with why. Repeats are one row."""
+    """Keep events of a Redis that the ledger lacks, with the reasons. Repeats are one row."""
     for at in range(0, len(strays), ROWS_MAX):
         chunk = strays[at : at + ROWS_MAX]
         await conn.execute(

@@ -1,7 +1,7 @@
-"""When PostgreSQL is away: not reached, or reached and unable to write, for whatever reason.
+"""Errors of a PostgreSQL that is away: not reached, or unable to write for any reason.
 
-Away is what passes by itself or by somebody's hand on the server, and what is tried again for ever.
-What PostgreSQL says to one campaign's events alone is that campaign's trouble and not here.
+Such a state passes by itself or by work on the server, so callers retry without limit. Errors that
+concern one campaign's events alone are that campaign's fault and not listed here.
 """
 
 from typing import Final

@@ -1,4 +1,4 @@
-"""PostgreSQL's advisory locks: every number, and which process leads where several stand by.
+"""PostgreSQL's advisory locks: their numbers, and the processes that hold or await them.
 
 A leader lock's holder and waiters are found in PostgreSQL's own lists, where the connection of each
 is named after the lock, the host and the process.
@@ -39,11 +39,11 @@ ROSTER_IMPORT: Final = 0x53414C45_0003
 WRITER: Final = LeaderLock(0x53414C45_0004, "sale-writer")
 SCHEDULER: Final = LeaderLock(0x53414C45_0005, "sale-scheduler")
 REHEARSAL: Final = 0x53414C45_0010
-"""Whoever plays or removes a rehearsal."""
+"""Held while a rehearsal is played or removed."""
 RECOVERY_CLASS: Final = 0x53414C45
-"""First of two numbers, the second one a campaign's hash: whoever recovers that campaign."""
+"""First of two numbers, the second one a campaign's hash: held while that campaign is recovered."""
 ROSTER_LOAD_CLASS: Final = 0x53414C46
-"""Likewise: whoever loads the roster into that campaign for the first time."""
+"""Likewise: held during the first load of the roster into that campaign."""
 
 WRITER_APPLIES: Final = "sale-writer-apply"
 """Name of the connection on which the active writer writes."""

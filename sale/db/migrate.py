@@ -4,8 +4,8 @@ A migration that was released is immutable: its SHA-256 is recorded, and a datab
 another text under the same name is refused. Migrators may start together (every host of a
 deployment does): one holds an advisory lock and the others wait, then find nothing to do. Each
 file runs in a transaction together with its record, so a crash leaves either all of it or nothing.
-The transaction holds the lock and its settings too: nothing is asked of the session, which may
-belong to a pooler. There is no way down: a schema is mended by the next migration.
+The transaction holds the lock and its settings too, because the session may belong to a pooler.
+There is no downgrade: the next migration mends a schema.
 """
 
 import functools
@@ -37,7 +37,7 @@ class DatabaseNewer(MigrationError):  # noqa: N818 - reads as a sentence where i
 
 
 class DatabaseOlder(MigrationError):  # noqa: N818 - reads as a sentence where it is raised
-    """The database was made by version 0.1, from which no way leads here."""
+    """The database was made by version 0.1, which cannot be upgraded."""
 
 
 class MigrationChanged(MigrationError):  # noqa: N818 - reads as a sentence where it is raised
@@ -56,8 +56,8 @@ class Migration(msgspec.Struct, frozen=True):
 def migrations() -> tuple[Migration, ...]:
     """All migrations of this version, in order. Raises MigrationError for a badly named file.
 
-    Read once: a running process would find those of a newer version installed over it, and tell
-    /readyz that it lacks them.
+    Read once: a running process would find the files of a newer version that is installed over it,
+    and report them as missing.
     """
     folder = resources.files("sale.db").joinpath("migrations")
     files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)

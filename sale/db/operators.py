@@ -13,7 +13,7 @@ from sale.db.queries import load
 
 
 class Operator(msgspec.Struct, frozen=True, kw_only=True):
-    """An account. Its token is known to nobody but its holder."""
+    """An account. Only the hash of its token is stored."""
 
     name: str
     role: str
@@ -62,7 +62,7 @@ async def write_audit(
     reason: str | None = None,
     data: Mapping[str, object] | None = None,
 ) -> None:
-    """One line of the audit log, in the transaction of what it tells."""
+    """Write one row of the audit log, in the transaction of the action."""
     encoded = msgspec.json.encode(data or {}).decode()
     await connection.execute(_SQL["write_audit"], actor, action, target, reason, encoded)
 

@@ -1,8 +1,8 @@
 """Connections to PostgreSQL, with a bound on every wait.
 
-Each is told all of its arguments (``store_urls.py``), and which schema its names mean: a
-``search_path`` of the role or the database would make a second, empty set of tables. That is said
-after connecting, because poolers refuse settings in the startup packet.
+Each connection gets all of its arguments from the URL (``store_urls.py``), and sets the schema of
+its names: a ``search_path`` of the role or the database would make a second, empty set of tables.
+It is set after connecting, because poolers refuse settings in the startup packet.
 """
 
 import asyncio
@@ -86,11 +86,11 @@ async def open_pool(
     cannot be reached.
     """
 
-    async def connect_as_told(_dsn: None, **options: Any) -> "asyncpg.Connection[Any]":  # noqa: ANN401
+    async def connect_by_url(_dsn: None, **options: Any) -> "asyncpg.Connection[Any]":  # noqa: ANN401
         return await connect(database_url, name="sale", timeout_s=connect_timeout_s, **options)
 
     pool = await asyncpg.create_pool(
-        connect=connect_as_told,
+        connect=connect_by_url,
         connection_class=_Connection,
         min_size=0,
         max_size=max_size,
@@ -108,7 +108,7 @@ async def open_pool(
 
 
 async def close_pool(pool: "asyncpg.Pool[Any]") -> None:
-    """Close a pool, gently first: a server that does not answer holds nobody up."""
+    """Close a pool, by force if the server does not answer in time."""
     try:
         await asyncio.wait_for(pool.close(), CLOSE_TIMEOUT_S)
     except TimeoutError:
@@ -116,5 +116,5 @@ async def close_pool(pool: "asyncpg.Pool[Any]") -> None:
 
 
 def place(database_url: str) -> str:
-    """Where a URL leads to, without what it says of users and passwords."""
+    """Give the place of a URL, without user and password."""
     return PostgresUrl.read(database_url).place

@@ -1,8 +1,7 @@
-"""Named SQL: statements stand in ``sql/*.sql``, each under a line that names and describes it.
+"""Named SQL: ``sql/*.sql`` holds the statements, each under a line that names and describes it.
 
-``-- name: find_card -- One card by its number.`` opens a block that runs to the next such line.
-SQL in its own files is read by people and tools that know SQL; the alternative, strings between
-Python lines, hides it from both.
+``-- name: find_card -- One card by its number.`` opens a block that ends before the next such line.
+People and tools that know SQL can read these files; strings between Python lines hide it from both.
 """
 
 import re
@@ -17,8 +16,8 @@ from typing import Final
 def load(topic: str) -> Mapping[str, str]:
     """Read ``sql/<topic>.sql``: statement by name.
 
-    Raises ValueError where a block has no name, no description or no statement, or where a name
-    stands twice; so a broken file fails at import and not in the middle of a sale.
+    Raises ValueError if a block has no name, no description or no statement, or if a name occurs
+    twice, so that a broken file fails at import and not in the middle of a sale.
     """
     text = resources.files("sale.db").joinpath("sql", f"{topic}.sql").read_text("utf-8")
     head, *blocks = _BLOCK.split(text)

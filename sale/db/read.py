@@ -1,4 +1,4 @@
-"""What PostgreSQL has of campaigns: positions, events, orders, the audit log."""
+"""Reads campaigns in PostgreSQL: positions, events, orders, the audit log."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -102,7 +102,7 @@ async def positions(conn: Connection) -> dict[str, Position]:
 async def state(conn: Connection, campaign_id: str) -> str | None:
     """A campaign's state as far as it is applied, or None where there is none."""
     if not CAMPAIGN_ID.fullmatch(campaign_id):
-        return None  # not asked: anybody's text may hold what PostgreSQL takes for a fault (NUL)
+        return None  # a client's text may hold a character that PostgreSQL refuses (NUL)
     found: str | None = await conn.fetchval(_SQL["state"], campaign_id)
     return found
 
@@ -123,7 +123,7 @@ async def orders_of_member(
 
 
 async def order(conn: Connection, campaign_id: str, seq: int) -> OrderRow | None:
-    """The order that event ``seq`` made, or None. Whose it is, the caller checks."""
+    """The order that event ``seq`` made, or None. The caller checks its member."""
     row = await conn.fetchrow(_SQL["one_order"], campaign_id, seq)
     return None if row is None else _order(row)
 

@@ -1,9 +1,9 @@
 """Rehearsals in PostgreSQL: which are left, and how one goes away.
 
-A rehearsal is struck off first, in one transaction with the row of the audit log that says so: from
-then on nobody audits, recovers or misses it. Then its rows are removed, some thousand at a time, so
-that a purge that dies goes on where it was. What may be removed is decided by the schema's triggers
-(``migrations/0007_rehearsals.sql``), not here. Its row in ``campaign`` stays.
+A rehearsal is struck off first, in one transaction with its row of the audit log: from then on it
+is not audited, recovered, or counted as missing. Then its rows are removed, some thousand at a
+time, so that a purge that dies can continue. The schema's triggers decide which rows may be removed
+(``migrations/0001_ledger.sql``), not this module. Its row in ``campaign`` stays.
 """
 
 from typing import Final
@@ -54,9 +54,9 @@ async def is_purged(conn: Connection, campaign_id: str) -> bool:
 async def strike_off(
     conn: Connection, campaign_id: str, applied: int, *, actor: str, reason: str
 ) -> Removed | None:
-    """Strike a rehearsal off that stands at event ``applied``, and say so in the audit log.
+    """Strike off a rehearsal whose last event is ``applied``, with a row in the audit log.
 
-    None where it is not at that event, is struck off already, or is no rehearsal.
+    None if it is not at that event, is struck off already, or is no rehearsal.
     """
     async with conn.transaction():
         sold = await conn.fetchrow(_SQL["sold"], campaign_id, timeout=CHUNK_TIMEOUT_S)
@@ -64,8 +64,8 @@ async def strike_off(
         if row is None:
             return None
         data = {**sold, "rehearsal_of": row["rehearsal_of"], "events": applied}
-        told = msgspec.json.encode({**data, "chain": row["chain"]}).decode()
-        await conn.execute(_SQL["log"], actor, campaign_id, reason, told)
+        details = msgspec.json.encode({**data, "chain": row["chain"]}).decode()
+        await conn.execute(_SQL["log"], actor, campaign_id, reason, details)
         for table in ("conflict", "handed_in"):
             await conn.execute(_SQL[f"remove_{table}"], campaign_id, timeout=CHUNK_TIMEOUT_S)
     return Removed(**sold)

@@ -101,9 +101,9 @@ class Leadership:
         self, conn: "asyncpg.Connection[Any]", stop: asyncio.Event, stand_by: Callable[[], None]
     ) -> bool:
         while not stop.is_set():
-            asked_s = time.monotonic()
+            sent_s = time.monotonic()
             if await locks.try_lock(conn, self._leader_lock):
-                self._beat_at_s = asked_s
+                self._beat_at_s = sent_s
                 return True
             stand_by()
             await pause(stop, POLL_S)
@@ -138,14 +138,14 @@ class Leadership:
         conn.add_termination_listener(lambda _: lost.set())
         while True:
             await pause(lost, HEARTBEAT_S)
-            asked_s = time.monotonic()
+            sent_s = time.monotonic()
             try:
                 found = await conn.execute(f"SELECT WHERE pg_backend_pid() = {backend}")
             except POSTGRES_ERRORS as error:
                 raise LockLost(f"and the lock with it ({in_words(error)})") from error
             if found != "SELECT 1":
                 raise pools_transactions(self._database_url)
-            self._beat_at_s = asked_s
+            self._beat_at_s = sent_s
 
 
 async def refuse_unfit_proxy(database_url: str, leader_lock: LeaderLock) -> None:

@@ -29,7 +29,7 @@ PROBE_TIMEOUT_S: Final = 2.0
 
 
 class UnfitProxy(StartError):  # noqa: N818 - says what is there
-    """No lock can be held through the proxy before PostgreSQL; one line for people."""
+    """No lock can be held through the proxy before PostgreSQL. The message is one line."""
 
 
 @contextlib.asynccontextmanager
@@ -107,7 +107,7 @@ async def _backend_changes(
                         )
                     )  # fmt: skip
                     await other.execute("BEGIN")
-                    others = await _ask(other)
+                    others = await _backend_of_statement(other)
             except TimeoutError:
                 return False
             if others == backend or await _backend(conn) != backend:
@@ -116,12 +116,12 @@ async def _backend_changes(
 
 
 async def _backend(conn: "asyncpg.Connection[Any]") -> int:
-    """Ask within a transaction, which a proxy cannot spread over two backends."""
+    """Read it within a transaction, which a proxy cannot spread over two backends."""
     async with conn.transaction():
-        return await _ask(conn)
+        return await _backend_of_statement(conn)
 
 
-async def _ask(conn: "asyncpg.Connection[Any]") -> int:
+async def _backend_of_statement(conn: "asyncpg.Connection[Any]") -> int:
     backend: int = await conn.fetchval("SELECT pg_backend_pid()")
     return backend
 

@@ -147,7 +147,7 @@ class Scheduler:
         ]
         stores = self._stores
         auditing = asyncio.create_task(keep_running(lambda: self._audit_repeatedly(stop)))
-        asking = asyncio.create_task(
+        watching = asyncio.create_task(
             keep_running(StoreWatch(stores.redis, stores.pool, self._metrics.stores).run)
         )
         patience = asyncio.create_task(_patience(stop))
@@ -157,7 +157,7 @@ class Scheduler:
             if rounds.done():
                 rounds.result()
         finally:
-            await cancel_and_wait([*working, rounds, auditing, asking, patience])
+            await cancel_and_wait([*working, rounds, auditing, watching, patience])
             self._metrics.active.set(0)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import asyncpg
 
 PauseCampaign: TypeAlias = Callable[[str, str], Awaitable[object]]
-"""``pause_campaign(campaign_id, reason)``; the writer retries it whatever it raises."""
+"""``pause_campaign(campaign_id, reason)``; the writer retries it after any exception."""
 
 IDLE_TRANSACTION_TIMEOUT: Final = "2s"
 ROW_LOCK_TIMEOUT: Final = "2s"

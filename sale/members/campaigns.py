@@ -38,11 +38,11 @@ class PublicCampaigns:
         return await self._catalogue.clock_ms()
 
     def is_cached(self, campaign_id: str) -> bool:
-        """Whether a campaign can be answered without a look at Redis for what it is."""
+        """Whether the configuration of a campaign is in memory."""
         return self._catalogue.known(campaign_id) is not None
 
     async def listed(self) -> list[CampaignNow]:
-        """Give the campaigns that members are told of unasked, latest opening first."""
+        """Give the campaigns of the members' list, latest opening first."""
         return [now for now in await self._catalogue.all() if now.listed]
 
     async def one(self, campaign_id: str) -> CampaignNow:

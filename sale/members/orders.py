@@ -1,7 +1,7 @@
-"""Orders: how one is worded, and how a member reads the own ones.
+"""Makes the documents of orders, and reads a member's own orders.
 
-An order is readable from the moment of its 201: what the writer has not applied yet is read from
-the member's record in Redis, everything else from PostgreSQL.
+An order is readable from the moment of its 201: until the writer has applied it, it is read from
+the member's record in Redis, and then from PostgreSQL.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ def live_tickets(records: Sequence[SaleRecord]) -> int:
 
 
 class OwnOrders:
-    """A member's own orders; other people's do not exist for the member."""
+    """A member's own orders; those of others are not found."""
 
     def __init__(
         self, catalogue: Catalogue, redis: Redis, pool: asyncpg.Pool, codes: TicketCodes
@@ -74,7 +74,7 @@ class OwnOrders:
         self._codes = codes
 
     async def one(self, member_no: int, order_no: str) -> Order:
-        """Give one order. Raises Refused (not-found) for anybody else's, like for none."""
+        """Give one order. Raises Refused (not-found), also for another member's order."""
         place = parse_order_number(order_no)
         if place is None:
             raise Refused(Problem.NOT_FOUND, "no such order")
@@ -96,7 +96,7 @@ class OwnOrders:
     ) -> tuple[list[Order], OrderCursor | None]:
         """Give up to ``limit`` orders, newest first, and where to go on.
 
-        With PostgreSQL away, those of the campaigns in Redis, which are all that a rush is about.
+        If PostgreSQL is away, gives the orders of the campaigns in Redis.
         """
         found: dict[OrderCursor, Order] = {}
         try:
@@ -122,8 +122,8 @@ class OwnOrders:
     async def _campaign(self, campaign_id: str) -> Campaign | None:
         """Give a campaign that may have orders.
 
-        What was kept a moment ago does not do where it says that there is none: a campaign may be
-        younger than that, and its orders are readable at once.
+        If the catalogue has none, Redis is read again: the campaign may be younger than the
+        catalogue's last read, and its orders are readable at once.
         """
         campaign = await self._catalogue.for_sale(campaign_id)
         if campaign is None:

@@ -169,7 +169,7 @@ class PurchaseDesk:
         return _refusal(answer, campaign.card_limit)
 
     async def _no_campaign(self, campaign_id: str) -> Refused:
-        """Tell a campaign that Redis has lost, which may be had again, from one that never was."""
+        """Give the refusal for a campaign that Redis has lost, or that never was."""
         asked_at, refused = self._absent.get(campaign_id, (0.0, None))
         if refused is not None and time.monotonic() - asked_at < ABSENT_S:
             return refused
@@ -227,7 +227,7 @@ def _check_request(campaign: Campaign, quantity: int, showing_id: str | None) ->
 
 @lru_cache(maxsize=1_024)
 def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one branch a decision
-    """Put a decision into the problem that the member is told; a batch shares one."""
+    """Give the refusal for a decision; a batch shares one."""
     match answer.decision:
         case Decision.SOLD_OUT:
             return Refused(Problem.SOLD_OUT, remaining=answer.value)

@@ -2,21 +2,20 @@
 
 A bucket is a GCRA: one number a key, the moment at which the bucket will be full again (its
 "theoretical arrival time"). A request that finds that moment too far ahead is refused and changes
-nothing, so who hammers still gets through at the bucket's own pace, and nobody else pays for it
-(HOLES.md row 22). A full bucket and an unknown key are the same thing; so keys stand in two
+nothing, so a client that sends too fast still gets through at the bucket's own pace, and costs the
+others nothing (HOLES.md row 22). A full bucket equals an unknown key; so keys are in two
 generations of dictionaries that change places once every bucket of the older one is full again.
-Nothing sweeps, and what is forgotten was worth nothing, except past ``KEYS_MAX`` keys in one
-generation: then the generations change places early, and some get a full bucket too soon.
+There is no sweep. Only beyond ``KEYS_MAX`` keys in one generation do the generations change places
+early; then some keys get a full bucket too soon.
 
-**An address is charged only with what no valid card answers for**: bad or missing tokens, wrong
-operator tokens, malformed requests, addresses that lead nowhere. Hundreds of members of a company
-stand behind one address, and each of them is governed by the own card. What anybody may read (the
-page, the campaigns, what is left) is charged to nobody: at an opening a whole office reloads it,
-it is answered from memory, and where that is too much, ``admission`` refuses it.
+**An address is charged only for faulty requests without a valid card**: bad or missing tokens,
+wrong operator tokens, malformed requests, unknown paths. Hundreds of members of a company share one
+address, and each of them is limited by their own card. Public reads (the page, the campaigns, the
+remaining tickets) are not charged: at an opening a whole office reloads them, they are answered
+from memory, and ``http/overload.py`` refuses them beyond capacity.
 
-The limits hold for a process: a card whose connections reach several API processes may have as much
-in each. Counting in Redis was rejected: a call for each request that hammers is what hammering
-wants.
+The limits hold for one process: a card whose connections reach several API processes has the same
+limit in each. Counting in Redis was rejected, because each excess request would cost a call.
 """
 
 import math
@@ -122,7 +121,7 @@ class RateLimits:
         return self._spend(CARD, self._cards, member_no, now)
 
     def spend_address(self, address: str, now: float) -> Limited | None:
-        """Charge an address with what no valid card answers for."""
+        """Charge an address for a faulty request without a valid card."""
         return self._spend(ADDRESS, self._addresses, address, now)
 
     def address_is_out(self, address: str, now: float) -> Limited | None:
@@ -134,9 +133,9 @@ class RateLimits:
         return self._spend(CARD, self._cards, member_no, now, look_only=True)
 
     def remember(self, token_hash: bytes, now: float) -> None:
-        """Note an operator's token that was good: a guesser at the same address shuts nobody out.
+        """Note a valid operator's token, so that a guesser at its address does not shut it out.
 
-        It opens nothing: the token itself is looked up each time.
+        The token itself is looked up each time.
         """
         self._known.pop(token_hash, None)
         self._known[token_hash] = now
@@ -144,7 +143,7 @@ class RateLimits:
             del self._known[next(iter(self._known))]
 
     def forget(self, token_hash: bytes) -> None:
-        """Note that a token is good no longer: its account was disabled, or has a new one."""
+        """Note that a token is not valid any more."""
         self._known.pop(token_hash, None)
 
     def remembers(self, token_hash: bytes) -> bool:
@@ -216,7 +215,7 @@ class _Buckets:
         """
         self.old, self.young = self.young, {}
         if now >= self.change_at + self._fills_s:
-            self.old = {}  # nobody came for that long: these are full as well
+            self.old = {}  # no request for that long: these are full as well
         self.change_at = now + self._fills_s
 
 

@@ -1,4 +1,4 @@
-"""Operators' accounts: add, list, disable, give a token, and tell who a token is.
+"""Operators' accounts: add, list, disable, give a token, and find the account of a token.
 
 A token is shown once and stored as a hash. A new one ends the one before; a disabled account has
 none. Accounts are never deleted, because the audit log names them.
@@ -100,7 +100,7 @@ async def authenticate_operator(pool: Any, token: str) -> Operator:  # noqa: ANN
 
 
 async def _locked(connection: Any, name: str) -> Operator:  # noqa: ANN401
-    """Give an account, also one from before names had one way of writing. Raises Refused."""
+    """Lock an account, whose name may be older than the rules for names. Raises Refused."""
     names = [name] if name.isprintable() else []
     with contextlib.suppress(ValueError):
         names.append(account_name(name))

@@ -1,8 +1,8 @@
 """Operators' work on campaigns. Each step is one script, one event, one audit-log row.
 
 The steps are entries of ``steps.py``. The script decides whether a step is allowed in the
-campaign's state; here it is checked who asks, and a refusal gets its words. The writer turns the
-event into the row of the audit log (INV-10), so an action that happened cannot be missing there.
+campaign's state; this module checks the account, and words a refusal. The writer turns the event
+into the row of the audit log (INV-10), so that an action cannot be missing there.
 """
 
 import contextlib
@@ -88,9 +88,9 @@ class CampaignDesk:
         config = msgspec.json.encode(campaign)
         operation = _operation(actor, reason, key, "create", config.decode())
         before = await read_campaign(self._redis, campaign.id)
-        again = await self._repeat(campaign.id, operation, key)
+        again = await self._find_repeat(campaign.id, operation, key)
         if again is not None:
-            return await self._told_again(campaign.id, actor, again)
+            return await self._repeated(campaign.id, actor, again)
         await self._check_free(campaign.id, before, actor)
         scheduled = campaign.opens_at is not None and not campaign.draft
         # Registered first: an ID without a head is passed over, a head without its ID is not seen.
@@ -104,7 +104,7 @@ class CampaignDesk:
         if reply.reply is CallReply.EXISTS:
             raise _taken(campaign.id, await read_campaign(self._redis, campaign.id), actor)
         _check_reply(reply, "create")
-        # It is made; where PostgreSQL cannot be asked now, the scheduler loads the cards later.
+        # It is made. If PostgreSQL is away, the scheduler loads the revoked members later.
         with contextlib.suppress(*POSTGRES_ERRORS):
             await sync_campaign(self._redis, self._scripts, self._pool, campaign.id)
         return await self._confirmed(campaign.id, actor, reply.seq)
@@ -141,9 +141,9 @@ class CampaignDesk:
         reason = None if request.reason is None else checked_reason(request.reason)
         operation = _operation(actor, reason, key, step.name, f"{campaign_id}|{request.content()}")
         before = await read_campaign(self._redis, campaign_id)
-        again = await self._repeat(campaign_id, operation, key)
+        again = await self._find_repeat(campaign_id, operation, key)
         if again is not None:
-            return None if step.removes else await self._told_again(campaign_id, actor, again)
+            return None if step.removes else await self._repeated(campaign_id, actor, again)
         now = _seen(campaign_id, before, actor)
         _check_may(actor, step.roles, now.campaign.owner)
         reply = await step.script(StepCall(step, self._scripts, now, operation, request))
@@ -164,8 +164,8 @@ class CampaignDesk:
     async def pause_for(self, campaign_id: str, reason: str) -> None:
         """Pause a campaign on the engine's own behalf (a conflict in the ledger, INV-8).
 
-        Done, too, where it does not sell in any case. Raises Refused where that is not certain:
-        a recovering one may be put back into the state it was in, and go on selling.
+        A campaign that sells nothing needs no pause. Raises Refused for all others that cannot be
+        paused now: a recovery may put a campaign back into its state before, in which it sells.
         """
         operation = _operation(Actor("engine"), reason, None, "pause", campaign_id)
         reply = await self._scripts.transition(campaign_id, "pause", operation)
@@ -190,13 +190,13 @@ class CampaignDesk:
                 f"{campaign_id!r} is in PostgreSQL but not in Redis: recover it first",
             )
 
-    async def _repeat(
+    async def _find_repeat(
         self, campaign_id: str, operation: Operation, key: str | None
     ) -> Repeat | None:
-        """Tell whether this was done before under this key. Raises Refused.
+        """Give the step that was taken before under this key, or None. Raises Refused.
 
-        Asked after the campaign was read, and before what is read decides anything: whatever has
-        become of the campaign since, a repeat is answered as the first time.
+        This comes after the campaign was read and before its state decides anything, so that a
+        repeat gets the first answer, however the campaign has changed since.
         """
         if key is None:
             return None
@@ -205,10 +205,10 @@ class CampaignDesk:
             _check_reply(OperationReply(reply), "repeat")
         return repeat
 
-    async def _told_again(self, campaign_id: str, actor: Actor, again: Repeat) -> CampaignNow:
+    async def _repeated(self, campaign_id: str, actor: Actor, again: Repeat) -> CampaignNow:
         """Give the campaign of a step that was taken before, as it is now. Raises Refused.
 
-        A draft that is gone is told as it was when it went: under its ID there may be another's.
+        A deleted draft is shown as it was at its end: its ID may belong to another campaign now.
         """
         if not again.gone:
             return await self._confirmed(campaign_id, actor, again.seq)
@@ -216,13 +216,13 @@ class CampaignDesk:
         async with self._pool.acquire() as connection:
             draft = await read.gone_draft(connection, campaign_id, again.seq)
         if draft is None:
-            raise Refused(Problem.UNAVAILABLE, "PostgreSQL has not heard of its end yet; try again")
+            raise Refused(Problem.UNAVAILABLE, "PostgreSQL has not seen its end yet; try again")
         return _gone(draft)
 
     async def _confirmed(self, campaign_id: str, actor: Actor, seq: int) -> CampaignNow:
-        """Give the campaign as it is after a step. Raises Refused where Redis lacks that step now.
+        """Give the campaign as it is after a step. Raises Refused if Redis has lost the step since.
 
-        A Redis that has gone back meanwhile must not make us tell of what it has lost (INV-8).
+        The answer must not confirm a step that a restored Redis no longer has (INV-8).
         """
         await self._applied(campaign_id, seq)
         now = await self.show(campaign_id, actor)
@@ -234,7 +234,7 @@ class CampaignDesk:
         return now
 
     async def _applied(self, campaign_id: str, seq: int) -> None:
-        """Wait a moment for the writer, so that what was done can be read in the audit log."""
+        """Wait a moment for the writer, so that the audit log shows the step."""
 
         async def applied_now() -> int:
             async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
@@ -265,14 +265,14 @@ def _operation(
 
 
 def _seen(campaign_id: str, now: CampaignNow | None, actor: Actor) -> CampaignNow:
-    """Give a campaign that exists for this actor. Raises Refused: the same for none and hidden."""
+    """Give a campaign that this actor may see. Raises Refused, the same for missing and hidden."""
     if now is None or not actor.may_see(now):
         raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
     return now
 
 
 def _taken(campaign_id: str, now: CampaignNow | None, actor: Actor) -> Refused:
-    """Say that an ID is not free; to whom its campaign is hidden, without why or whose it is."""
+    """Say that an ID is not free; if its campaign is hidden from the actor, without the reason."""
     if now is not None and actor.may_see(now):
         return Refused(Problem.WRONG_STATE, f"there is a campaign {campaign_id!r} already")
     return Refused(
@@ -316,14 +316,12 @@ def _check_may(actor: Actor, roles: frozenset[str], owner: str) -> None:
 def _check_reply(
     reply: OperationReply, action: str, instead: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Raise Refused for everything but done and done before."""
+    """Raise Refused unless the step was done, now or before."""
     match reply.reply:
         case CallReply.OK | CallReply.REPLAYED:
             return
         case CallReply.MISMATCH:
-            raise Refused(
-                Problem.IDEMPOTENCY_MISMATCH, "this key was used for something else before"
-            )
+            raise Refused(Problem.IDEMPOTENCY_MISMATCH, "this key was used for another step before")
         case CallReply.WRONG_STATE:
             hint = instead.get(reply.state)
             raise Refused(

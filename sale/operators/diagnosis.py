@@ -43,9 +43,9 @@ class CampaignDiagnosis(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Everything at a glance. ``redis_version`` names the product too: "Valkey 9.1.2".
+    """The state of the deployment. ``redis_version`` names the product too: "Valkey 9.1.2".
 
-    What cannot be asked, because its store does not answer, is '' or None.
+    A field whose store does not answer is '' or None.
 
     ``cards`` counts the cards in use, one a member. ``durability`` is the level that was set;
     ``faults`` say in words what is weaker than it. ``redis_disk_free_mb`` is None where Redis' disk
@@ -74,7 +74,7 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
 
 class _FromRedis(msgspec.Struct, frozen=True):
-    """What Redis says. ``damaged`` are campaigns that cannot be read, and why."""
+    """The part that Redis gives. ``damaged`` maps campaigns that cannot be read to the reason."""
 
     version: str = ""
     faults: list[str] = []
@@ -86,7 +86,7 @@ class _FromRedis(msgspec.Struct, frozen=True):
 
 
 class _FromPostgres(msgspec.Struct, frozen=True):
-    """What PostgreSQL says; ``writers`` and ``schedulers`` are None where it does not answer."""
+    """The part that PostgreSQL gives; ``writers`` and ``schedulers`` are None if it is away."""
 
     version: str = ""
     deployment: str = ""
@@ -106,50 +106,54 @@ async def diagnose(
     durability: Durability = "fsync",
     replicas_min: int = 1,
 ) -> Diagnosis:
-    """Look at both stores; one that does not answer is told, and the other is looked at.
+    """Examine both stores; if one does not answer, report that, and examine the other.
 
     ``pool`` is None where PostgreSQL is away, as ``postgres_away`` says. ``durability`` and
     ``replicas_min`` are the level that was set, which Redis is measured by; without ``redis_url``
-    nobody looks at its disk.
+    the disk is not examined.
     """
     missing: list[str] = []
-    stock, books = _FromRedis(), _FromPostgres()
+    from_redis, from_postgres = _FromRedis(), _FromPostgres()
     if pool is None:
         missing.append(postgres_away)
     else:
         try:
-            books = await _ask_postgres(pool)
+            from_postgres = await _read_postgres(pool)
         except POSTGRES_ERRORS as error:
             missing.append(_why_not(error))
     try:
-        stock = await _ask_redis(redis, redis_url, durability, replicas_min, {*books.positions})
+        from_redis = await _read_redis(
+            redis, redis_url, durability, replicas_min, {*from_postgres.positions}
+        )
     except REDIS_ERRORS as error:
-        missing.append(f"Redis does not answer: {_said(error)}")
-    if stock.api == 0:
+        missing.append(f"Redis does not answer: {_first_line(error)}")
+    if from_redis.api == 0:
         missing.append("no API process runs: nothing is sold (sale serve)")
     for members, part, so in (
-        (books.writers, "writer", "the ledger piles up in Redis"),
-        (books.schedulers, "scheduler", "nothing opens, closes or is audited by itself"),
+        (from_postgres.writers, "writer", "the ledger piles up in Redis"),
+        (from_postgres.schedulers, "scheduler", "nothing opens, closes or is audited by itself"),
     ):
         if members is not None and not any(member.active for member in members):
             missing.append(f"no {part} works: {so} (sale {part})")
     return Diagnosis(
-        redis_version=stock.version,
-        postgres_version=books.version,
-        deployment=books.deployment,
+        redis_version=from_redis.version,
+        postgres_version=from_postgres.version,
+        deployment=from_postgres.deployment,
         durability=durability,
-        faults=stock.faults + books.faults,
-        redis_disk_free_mb=stock.disk_free_mb,
-        api=_UNKNOWN if stock.api is None else f"{stock.api or 'none'} reported within 5 s",
-        writer=_holds_lock(books.writers),
-        scheduler=_holds_lock(books.schedulers),
-        cards=books.cards,
-        campaigns=list(_campaigns(stock, books)),
+        faults=from_redis.faults + from_postgres.faults,
+        redis_disk_free_mb=from_redis.disk_free_mb,
+        api=_UNKNOWN
+        if from_redis.api is None
+        else f"{from_redis.api or 'none'} reported within 5 s",
+        writer=_holds_lock(from_postgres.writers),
+        scheduler=_holds_lock(from_postgres.schedulers),
+        cards=from_postgres.cards,
+        campaigns=list(_campaigns(from_redis, from_postgres)),
         missing=missing,
     )
 
 
-async def _ask_redis(
+async def _read_redis(
     redis: Redis, redis_url: str, durability: Durability, replicas_min: int, known: set[str]
 ) -> _FromRedis:
     server = await redis.info("server")
@@ -173,7 +177,7 @@ async def _ask_redis(
     )
 
 
-async def _ask_postgres(pool: asyncpg.Pool) -> _FromPostgres:
+async def _read_postgres(pool: asyncpg.Pool) -> _FromPostgres:
     async with pool.acquire() as connection:
         fsync = await connection.fetchval("SHOW fsync")
         return _FromPostgres(
@@ -187,15 +191,19 @@ async def _ask_postgres(pool: asyncpg.Pool) -> _FromPostgres:
         )
 
 
-def _campaigns(stock: _FromRedis, books: _FromPostgres) -> Iterator[CampaignDiagnosis]:
-    for campaign_id in sorted({*stock.campaigns, *stock.damaged, *books.positions}):
-        now = stock.campaigns.get(campaign_id)
-        position = books.positions.get(campaign_id)
-        applied = None if not books.version else 0 if position is None else position.seq
-        troubles = [each[campaign_id] for each in stock.troubles.values() if campaign_id in each]
-        if not stock.version:
+def _campaigns(from_redis: _FromRedis, from_postgres: _FromPostgres) -> Iterator[CampaignDiagnosis]:
+    for campaign_id in sorted(
+        {*from_redis.campaigns, *from_redis.damaged, *from_postgres.positions}
+    ):
+        now = from_redis.campaigns.get(campaign_id)
+        position = from_postgres.positions.get(campaign_id)
+        applied = None if not from_postgres.version else 0 if position is None else position.seq
+        troubles = [
+            each[campaign_id] for each in from_redis.troubles.values() if campaign_id in each
+        ]
+        if not from_redis.version:
             yield CampaignDiagnosis(campaign_id, _UNKNOWN, None, applied, "")
-        elif why := stock.damaged.get(campaign_id):
+        elif why := from_redis.damaged.get(campaign_id):
             yield CampaignDiagnosis(campaign_id, "unreadable", 0, applied, why)
         elif now is None or now.state is not State.DELETED or troubles:
             yield _diagnosis(campaign_id, now, applied, troubles)
@@ -221,10 +229,10 @@ def _diagnosis(
 def _why_not(error: Exception) -> str:
     if isinstance(error, asyncpg.UndefinedTableError):
         return NO_SCHEMA
-    return f"PostgreSQL does not answer: {_said(error)}"
+    return f"PostgreSQL does not answer: {_first_line(error)}"
 
 
-def _said(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -1,15 +1,15 @@
-"""Rehearsals: a campaign copied, sold to made-up cards on the deployment itself, and taken away.
+"""Rehearsals: a copy of a campaign is sold to made-up cards on the deployment itself, then removed.
 
-The copy is a campaign like any other: the same scripts, API processes, Redis, writer and audit
-carry it, because that is what is rehearsed. What keeps it apart: its configuration names the
-campaign that it rehearses, which no campaign file can say; its only union is one that no roster
-knows; and its buyers' numbers are of a range that no roster takes (``domain.may_meet``). It closes
-by itself soon after its rush, also where whoever began it has died.
+The copy is a campaign like any other: it uses the same scripts, API processes, Redis, writer and
+audit, because these are rehearsed. Three marks keep it apart: its configuration names the campaign
+that it rehearses, which no campaign file can do; its only union is in no roster; and the numbers of
+its buyers are of a range that no roster accepts (``domain.may_meet``). It closes by itself soon
+after its rush, even if the process that began it has died.
 
-Afterwards it is struck off in PostgreSQL, which then misses nothing of it, taken out of Redis, and
-its rows are removed (``db/rehearsals.py``). The audit log keeps who did it, when and why, and the
-chain hash of what is gone. Rejected: a second Redis or schema for rehearsals. It would rehearse
-other servers than those that will carry the release.
+Afterwards it is struck off in PostgreSQL, which then no longer counts it as missing, taken out of
+Redis, and its rows are removed (``db/rehearsals.py``). The audit log keeps who did it, when and
+why, and the chain hash of the removed ledger. Rejected: a second Redis or schema for rehearsals,
+which would rehearse other servers than those of the release.
 """
 
 import contextlib
@@ -47,14 +47,14 @@ from sale.trust.history import wait_applied
 from sale.trust.recover import LOCK_PATIENCE_S, alone
 
 QUIET_MS: Final = 30 * 60_000
-"""No rehearsal where a real campaign opens within this of its end, unless somebody insists."""
+"""No rehearsal if a real campaign opens within this time after it, unless the operator insists."""
 CLOSES_AFTER_S: Final = 300.0
-"""Of its rush: then it closes by itself."""
+"""A rehearsal closes by itself this long after its rush."""
 TITLE_PREFIX: Final = "演练 rehearsal: "
 ID_MAX: Final = 48
 CARDS_MAX: Final = 1_000_000
 APPLIED_WAIT_S: Final = 30.0
-"""How long the writer may stand still."""
+"""Longest time that the writer may make no progress."""
 REASON_OVER: Final = "the rehearsal is over"
 _SELLS: Final = {
     State.OPEN: "is open",
@@ -64,7 +64,7 @@ _SELLS: Final = {
 
 
 class Real(msgspec.Struct, frozen=True):
-    """The campaign that is rehearsed, as it is: event number and chain hash show it untouched."""
+    """The rehearsed campaign's event number and chain hash, which show that it was not touched."""
 
     id: str
     seq: int
@@ -81,7 +81,7 @@ class Rehearsals:
 
     @contextlib.asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
-        """Be the only one who plays or removes rehearsals here. Raises Refused."""
+        """Hold the right to play or remove rehearsals here. Raises Refused."""
         async with self._pool.acquire() as connection:
             if not await rehearsals.hold_play(connection):
                 raise Refused(
@@ -91,7 +91,7 @@ class Rehearsals:
             try:
                 yield
             finally:
-                # A connection that was lost meanwhile has given the right back by itself.
+                # The end of a lost connection gave the right back.
                 with contextlib.suppress(*POSTGRES_ERRORS):
                     await rehearsals.leave_play(connection)
 
@@ -132,7 +132,7 @@ class Rehearsals:
             await self._desk.take(CLOSE, campaign_id, StepRequest(reason=REASON_OVER), actor, None)
 
     async def real(self, campaign_id: str) -> Real:
-        """Give what tells whether a campaign was touched. Raises Refused."""
+        """Give the event number and chain hash of a real campaign. Raises Refused."""
         now = await self._desk.show(campaign_id, Actor("engine"))
         return Real(campaign_id, now.seq, now.chain)
 
@@ -143,7 +143,7 @@ class Rehearsals:
             real = await rehearsals.real(connection)
         for now in await read_campaigns(self._redis):
             campaign = now.campaign
-            # What Redis says of a campaign that PostgreSQL knows as a real one is not believed.
+            # For a campaign that PostgreSQL knows as a real one, Redis is not believed.
             if campaign.rehearsal_of and campaign.id not in found and campaign.id not in real:
                 found[campaign.id] = LeftOver(
                     campaign.id, campaign.rehearsal_of, now.state.value, 0, struck_off=False
@@ -153,7 +153,7 @@ class Rehearsals:
     async def purge(self, campaign_id: str, actor: Actor, reason: str) -> Removed:
         """Close a rehearsal and remove all of it but its rows in the audit log.
 
-        May be repeated where it died. Raises Refused for anything but a rehearsal.
+        May be repeated after it died. Raises Refused for all other campaigns.
         """
         left = {each.id: each for each in await self.left_over()}.get(campaign_id)
         if left is None:
@@ -192,20 +192,20 @@ class Rehearsals:
         return removed
 
     async def _let_go(self, campaign_id: str) -> None:
-        """Wait until PostgreSQL has all of it and no API process keeps anything for it.
+        """Wait until PostgreSQL has all of it and no API process keeps orders of it.
 
-        Not of one that does not sell anyway because it is lost or recovering. Raises Refused.
+        Does not wait for a campaign that is lost or recovering. Raises Refused.
         """
         head = await TRUST.read(self._redis, campaign_id)
         if head.seq is None or head.recovering:
             return
         seq = head.seq
 
-        async def told() -> int:
+        async def applied_now() -> int:
             now = await TRUST.read(self._redis, campaign_id)
             return seq if now.seq is None or now.recovering else now.applied
 
-        applied = await wait_applied(told, seq, patience_s=APPLIED_WAIT_S)
+        applied = await wait_applied(applied_now, seq, patience_s=APPLIED_WAIT_S)
         if applied < seq:
             raise Refused(
                 Problem.UNAVAILABLE,
@@ -218,7 +218,7 @@ class Rehearsals:
 def copy_of(original: CampaignNow, opens_at_ms: int, closes_at_ms: int) -> Campaign:
     """Give the rehearsal of a campaign: the same showings, stock, limits and price.
 
-    Its stock is all that the original has had, also what was added since.
+    Its stock is all tickets of the original, with those that were added since.
     """
     campaign = original.campaign
     return msgspec.structs.replace(
@@ -245,14 +245,14 @@ def rehearsal_id(campaign_id: str) -> str:
 
 
 def made_up_members(count: int) -> Iterator[Member]:
-    """Give ``count`` members who stand in no roster, the same ones each time."""
+    """Give ``count`` members who are in no roster, the same ones each time."""
     return (Member(MADE_UP_FROM + number, REHEARSAL_UNION) for number in range(count))
 
 
 def tokens(key: SigningKey, count: int, *, ttl_s: int) -> Iterator[dict[str, str]]:
     """Make tokens of made-up members: ``card_no``, ``token``, ``union``, as ``sale tokens`` does.
 
-    They have no card; their number stands in its place.
+    They have no card; ``card_no`` is their number.
     """
     now_s = int(time.time())
     for member in made_up_members(count):

@@ -154,7 +154,7 @@ class Checker:
             raise _BadFieldError(
                 f"phone: must be empty or up to {PHONE_MAX} digits, +, - or spaces"
             )
-        # The PIN itself is never told: reports are read by people and kept in logs.
+        # No message quotes the PIN: reports are read by people and kept in logs.
         if pin and not (4 <= len(pin) <= 12 and pin.isascii() and pin.isdigit()):
             raise _BadFieldError("pin: must be empty or 4 to 12 digits")
         if status not in STATUSES:

@@ -40,7 +40,7 @@ LISTED_MAX: Final = 20
 
 
 class NamedLine(msgspec.Struct, frozen=True):
-    """A line of the file that somebody should look at, with the card's last four digits."""
+    """A line of the file that an operator should check, with the card's last four digits."""
 
     line: int
     card_tail: str

@@ -6,16 +6,9 @@ from typing import Final
 
 import click
 
-from sale.cli.runtime import (
-    CommandContext,
-    command_context,
-    echo,
-    echo_fields,
-    echo_table,
-    note,
-    run,
-)
+from sale.cli.runtime import CommandContext, command_context, echo, run
 from sale.cli.steps import step_command
+from sale.cli.terminal import echo_fields, echo_table, note
 from sale.domain.campaign import State
 from sale.domain.campaign_file import InvalidCampaign, parse_campaign_toml
 from sale.domain.campaign_view import CampaignNow, DeskView, StockView, desk_view

@@ -17,13 +17,18 @@ from sale.cli.runtime import (
     card_number,
     command_context,
     echo,
-    echo_fields,
-    echo_table,
-    note,
     one_line,
     run,
 )
-from sale.cli.terminal import as_utf8, megabytes, nobody_reads, progress
+from sale.cli.terminal import (
+    as_utf8,
+    echo_fields,
+    echo_table,
+    megabytes,
+    nobody_reads,
+    note,
+    progress,
+)
 from sale.config import SettingsError
 from sale.db.roster import Card
 from sale.domain.clock import rfc3339, to_ms
@@ -110,13 +115,7 @@ def revoke(context: CommandContext, card_no: str, reason: str) -> None:
 
     The tokens of its holder end within a second.
     """
-    _change(
-        context,
-        "the card is revoked",
-        lambda pool, after_change: roster.revoke(
-            pool, card_no, actor=context.actor, reason=reason, after_change=after_change
-        ),
-    )
+    _change(context, "the card is revoked", roster.revoke, card_no, reason=reason)
 
 
 @cards.command()
@@ -128,13 +127,7 @@ def restore(context: CommandContext, card_no: str, reason: str) -> None:
 
     The next import whose file names the card decides anew.
     """
-    _change(
-        context,
-        "the card is active again",
-        lambda pool, after_change: roster.restore(
-            pool, card_no, actor=context.actor, reason=reason, after_change=after_change
-        ),
-    )
+    _change(context, "the card is active again", roster.restore, card_no, reason=reason)
 
 
 @cards.command()
@@ -148,13 +141,7 @@ def replace(context: CommandContext, old: str, new: str, reason: str) -> None:
     Orders and limits stay the member's. The tokens of OLD end within a second, and a roster file
     that still holds OLD changes nothing for it.
     """
-    _change(
-        context,
-        "the card is replaced",
-        lambda pool, after_change: roster.replace(
-            pool, old, new, actor=context.actor, reason=reason, after_change=after_change
-        ),
-    )
+    _change(context, "the card is replaced", roster.replace, old, new, reason=reason)
 
 
 @cards.command()
@@ -241,13 +228,18 @@ def tokens(context: CommandContext, count: int, status: str, out: Path | None) -
 def _change(
     context: CommandContext,
     done: str,
-    change: Callable[[Any, roster.AfterChange], Awaitable[Card]],
+    change: Callable[..., Awaitable[Card]],
+    *numbers: str,
+    reason: str,
 ) -> None:
     """Change one card, and show it afterwards."""
 
     async def work() -> Card:
         async with context.pool() as pool:
-            return await change(pool, _after_change(context, pool, done))
+            after = _after_change(context, pool, done)
+            return await change(
+                pool, *numbers, actor=context.actor, reason=reason, after_change=after
+            )
 
     _show_card(context, run(work()))
 

@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sale.cli.runtime import (
-    CommandContext,
-    command_context,
-    echo,
-    echo_fields,
-    echo_table,
-    note,
-    one_line,
-    run,
-)
-from sale.cli.terminal import progress
+from sale.cli.runtime import CommandContext, command_context, echo, one_line, run
+from sale.cli.terminal import echo_fields, echo_table, note, progress
 from sale.domain.problem import Refused
 from sale.trust.audit import AuditReport, CampaignAudit, CouldNotCheck
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 
-from sale.cli.runtime import CommandContext, command_context, echo, echo_table, run
+from sale.cli.runtime import CommandContext, command_context, echo, run
+from sale.cli.terminal import echo_table
 from sale.db.operators import Operator
 from sale.domain.clock import rfc3339, to_ms
 from sale.domain.unions import default_unions_path, load_unions

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from sale.cli.runtime import CommandContext, echo, note, overriding, run
+from sale.cli.runtime import CommandContext, echo, overriding, run
+from sale.cli.terminal import note
 from sale.config import Settings
 
 if TYPE_CHECKING:

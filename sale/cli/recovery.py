@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from sale.cli.runtime import CommandContext, command_context, echo, echo_table, run
-from sale.cli.terminal import progress
+from sale.cli.runtime import CommandContext, command_context, echo, run
+from sale.cli.terminal import echo_table, progress
 
 if TYPE_CHECKING:
     from sale.trust.losses import Losses

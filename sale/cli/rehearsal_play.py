@@ -11,7 +11,8 @@ import click
 import msgspec
 
 from sale.cli.rehearsal_report import Outcome
-from sale.cli.runtime import CommandContext, note
+from sale.cli.runtime import CommandContext
+from sale.cli.terminal import note
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from sale.cli.runtime import echo_fields, echo_table
+from sale.cli.terminal import echo_fields, echo_table
 
 if TYPE_CHECKING:
     from loadtest.rehearsal import Record

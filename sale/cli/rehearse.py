@@ -11,15 +11,8 @@ import msgspec
 
 from sale.cli.rehearsal_play import Plan, ask, opened, play
 from sale.cli.rehearsal_report import RECORD, show
-from sale.cli.runtime import (
-    CommandContext,
-    Number,
-    WholeNumber,
-    command_context,
-    echo,
-    note,
-    run,
-)
+from sale.cli.runtime import CommandContext, Number, WholeNumber, command_context, echo, run
+from sale.cli.terminal import note
 from sale.files import UnreadableFile, read_json, shown
 
 if TYPE_CHECKING:

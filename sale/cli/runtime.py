@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from sale import config
-from sale.cli.terminal import echo_fields, echo_json, echo_table, note, take_any_character
+from sale.cli.terminal import echo_json, note, take_any_character
 from sale.config import BadOption, Settings, SettingsError, StartError
 from sale.domain.member import CARD_NO
 from sale.domain.problem import Refused
@@ -32,25 +32,6 @@ from sale.identity import SigningKey, load_or_create_signing_key
 if TYPE_CHECKING:
     from sale.bootstrap import Stores
     from sale.operators.campaigns import CampaignDesk
-
-__all__ = [
-    "CommandContext",
-    "Number",
-    "WholeNumber",
-    "card_number",
-    "command_context",
-    "echo",
-    "echo_fields",
-    "echo_json",
-    "echo_table",
-    "main_entry",
-    "note",
-    "one_line",
-    "overriding",
-    "remember_options",
-    "run",
-    "shared_options",
-]
 
 
 class WholeNumber(click.IntRange):

@@ -66,7 +66,6 @@ class ShowingRow(msgspec.Struct, frozen=True):
     showing_no: int
     showing_id: str
     title: str
-    starts_at_ms: int | None
     stock: int
     live: int
 

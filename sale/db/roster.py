@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -123,27 +123,12 @@ async def new_numbers(connection: Any) -> list[NewNumbers]:  # noqa: ANN401
     return [NewNumbers(**row) for row in rows]
 
 
-async def new_of_look(connection: Any, digits: int, looks: int, limit: int) -> Incoming:  # noqa: ANN401
-    """Lines of those among them that have so many digits and look so."""
-    return await _incoming(connection, "new_of_look", digits, looks, limit)
-
-
-async def zeros_lost(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
-    """Lines of new cards whose number is that of another card without its leading zeros."""
-    return await _incoming(connection, "zeros_lost", limit)
-
-
-async def kept_revoked(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
-    """Lines whose status is not taken, because a person has revoked the card."""
-    return await _incoming(connection, "kept_revoked", limit)
-
-
-async def replaced(connection: Any, limit: int) -> Incoming:  # noqa: ANN401
-    """Lines that are not taken, because their card was replaced by another."""
-    return await _incoming(connection, "replaced", limit)
-
-
-async def _incoming(connection: Any, statement: str, *values: int) -> Incoming:  # noqa: ANN401
+async def incoming(
+    connection: Any,  # noqa: ANN401
+    statement: Literal["new_of_look", "zeros_lost", "kept_revoked", "replaced"],
+    *values: int,
+) -> Incoming:
+    """Give the lines that a statement of ``sql/roster.sql`` finds; the last value is the limit."""
     rows = await connection.fetch(_SQL[statement], *values, timeout=IMPORT_TIMEOUT_S)
     lines = [IncomingLine(row["line"], row["card_no"], row.get("status", "")) for row in rows]
     return Incoming(rows[0]["total"] if rows else 0, lines)

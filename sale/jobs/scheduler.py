@@ -173,7 +173,7 @@ class Scheduler:
         if self.active:
             await self._try("file", self._file)
             await self._try("verify", self._verify)
-            await self._try("settle", self._settle)
+            await self._try("settle", self._auto_recovery.settle)
 
     async def _roster_round(self) -> None:
         if self.active:
@@ -271,9 +271,6 @@ class Scheduler:
             log.info("redis.accepted")
         self._faults = faults
         return faults
-
-    async def _settle(self) -> None:
-        await self._auto_recovery.settle()
 
     async def _roster(self) -> None:
         stores = self._stores

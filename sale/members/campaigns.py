@@ -32,10 +32,7 @@ class PublicCampaigns:
         self._catalogue = catalogue
         self._redis = redis
         self.fresh = catalogue.fresh
-
-    async def now_ms(self) -> int:
-        """Give milliseconds of the clock that decides openings."""
-        return await self._catalogue.clock_ms()
+        self.now_ms = catalogue.clock_ms
 
     def is_cached(self, campaign_id: str) -> bool:
         """Whether the configuration of a campaign is in memory."""

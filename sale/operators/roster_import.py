@@ -141,8 +141,8 @@ async def _take_in(
     duplicates = await table.find_duplicates(connection, BAD_LINES_LISTED)
     numbers = await _look_at_numbers(connection, checked=numbers_checked)
     bad_count = checker.bad_count + duplicates.total + numbers.bad_count
-    kept = await table.kept_revoked(connection, LISTED_MAX)
-    replaced = await table.replaced(connection, LISTED_MAX)
+    kept = await table.incoming(connection, "kept_revoked", LISTED_MAX)
+    replaced = await table.incoming(connection, "replaced", LISTED_MAX)
     added = changed = imported = 0
     if not bad_count:
         imported = checker.lines - replaced.total
@@ -194,7 +194,9 @@ async def _look_at_numbers(connection: Any, *, checked: bool) -> _Numbers:  # no
             continue
         of = sum(each.cards for each in groups if each.digits == group.digits)
         share = share_by_chance(group.digits, group.looks)
-        lines = await table.new_of_look(connection, group.digits, group.looks, BAD_LINES_LISTED)
+        lines = await table.incoming(
+            connection, "new_of_look", group.digits, group.looks, BAD_LINES_LISTED
+        )
         if chance(group.cards, of, share) <= CHANCE_MAX:
             so = (
                 "ends in zeros from the 16th digit on, as a spreadsheet rounds"
@@ -207,7 +209,7 @@ async def _look_at_numbers(connection: Any, *, checked: bool) -> _Numbers:  # no
         elif group.looks == ZEROS:
             found.doubtful += lines.total
             found.doubtful_lines += _named(lines)
-    lost = await table.zeros_lost(connection, BAD_LINES_LISTED)
+    lost = await table.incoming(connection, "zeros_lost", BAD_LINES_LISTED)
     says = "card_no: is the number of another card without the zeros at its beginning"
     found.bad_count += lost.total
     found.bad += [BadLine(each.line, says) for each in lost.lines]

@@ -77,7 +77,6 @@ SELECT campaign_id, config, state, opens_at, closes_at, price_fen, card_limit, e
     coalesce((
         SELECT jsonb_agg(jsonb_build_object(
             'showing_no', showing_no, 'showing_id', showing_id, 'title', title,
-            'starts_at_ms', (extract(epoch FROM starts_at) * 1000)::bigint,
             'stock', stock, 'live', live
         ) ORDER BY showing_no)
         FROM showing WHERE showing.campaign_id = campaign.campaign_id

@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Told:
+class Exchange:
     """The answers of an exchange, and how it ended."""
 
     answers: list[Answer] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Wire(asyncio.Protocol):
         if not self.closed.is_set():
             self.transport.write_eof()
 
-    async def answers(self, count: int) -> Told:
+    async def answers(self, count: int) -> Exchange:
         """Wait until there are so many final answers, or the connection is closed."""
         ends_at = time.monotonic() + ANSWER_WITHIN_S
         while self._final() < count and not self.closed.is_set():
@@ -110,14 +110,14 @@ class Wire(asyncio.Protocol):
             assert time.monotonic() < ends_at, f"no answer: {self.told} {self.got!r}"
         return self._taken()
 
-    async def until_closed(self) -> Told:
+    async def until_closed(self) -> Exchange:
         """Wait until the other side closes."""
         await until(self.closed.is_set)
         return self._taken()
 
-    def _taken(self) -> Told:
+    def _taken(self) -> Exchange:
         self._final()
-        return Told(list(self.told), bytes(self.got), self.closed.is_set())
+        return Exchange(list(self.told), bytes(self.got), self.closed.is_set())
 
     def _final(self) -> int:
         """Cut what has come; give how many answers there are, but for those on the way to one."""

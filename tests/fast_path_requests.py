@@ -211,13 +211,7 @@ def chunked(m: Member) -> Iterator[Case]:
 def others(m: Member) -> Iterator[Case]:
     """Requests that are no purchases."""
     yield one("time", TIME)
-    for path in (
-        b"/healthz",
-        b"/api/v1/orders",
-        b"/openapi.json",
-        b"/",
-        b"/x",
-    ):
+    for path in (b"/healthz", b"/api/v1/orders", b"/openapi.json", b"/", b"/x"):
         yield one(f"get {path!r}", TIME.replace(b"/api/v1/time", path))
     yield one(
         "get with a body",

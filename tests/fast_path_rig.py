@@ -14,7 +14,7 @@ from unittest import mock
 
 import uvloop
 from aiohttp.log import server_logger
-from fast_path_client import Told, Wire
+from fast_path_client import Exchange, Wire
 from service import Client, Service, free_port, in_s, showings
 
 from sale.api import request
@@ -100,7 +100,7 @@ class Side:
             wire.transport.abort()
             await wire.closed.wait()
 
-    async def ask(self, *pieces: bytes, count: int = 1, heads: Sequence[bool] = ()) -> Told:
+    async def ask(self, *pieces: bytes, count: int = 1, heads: Sequence[bool] = ()) -> Exchange:
         """Send pieces on a connection of their own, take the answers, and see how it goes on.
 
         What follows is a last request: it is answered too, unless the connection was closed.

@@ -78,8 +78,8 @@ class Bid(NamedTuple):
     union: str = "district"
 
 
-class Told(NamedTuple):
-    """The script's result for one purchase: the code and its three numbers."""
+class Result(NamedTuple):
+    """The result of one purchase: the code and its three numbers."""
 
     decision: Decision
     a: int
@@ -147,13 +147,13 @@ class Stock:
         mark = Mark(await self.incarnation(epoch), seen, "")
         return await self.scripts.peek(self.keys, mark, showings)
 
-    async def buy(self, *bids: Bid, **how: Any) -> list[Told]:
+    async def buy(self, *bids: Bid, **how: Any) -> list[Result]:
         """Run purchase.lua once, which must succeed; give the result of each purchase."""
         reply = await self.call(*bids, **how)
         assert reply[0] == CallReply.OK, CallReply(reply[0]).name
-        return told(reply, len(bids))
+        return results(reply, len(bids))
 
-    async def buy_one(self, *args: Any, **kwargs: Any) -> Told:
+    async def buy_one(self, *args: Any, **kwargs: Any) -> Result:
         return (await self.buy(Bid(*args, **kwargs)))[0]
 
     async def head(self, *fields: str) -> list[str]:
@@ -228,16 +228,16 @@ def packed(bids: Sequence[Bid]) -> bytes:
     )
 
 
-def told(reply: list[Any], count: int) -> list[Told]:
+def results(reply: list[Any], count: int) -> list[Result]:
     """Parse a reply for ``count`` purchases; see the header of ``purchase.lua``."""
     number, answers = reply[6], []
     for result in reply[8 : 8 + count]:
         if result >= 0:
             number += 1
-            answers.append(Told(Decision.SOLD, number, result, 0))
+            answers.append(Result(Decision.SOLD, number, result, 0))
         else:
             code, *numbers = reply[-result : 4 - result]
-            answers.append(Told(Decision(code), *numbers))
+            answers.append(Result(Decision(code), *numbers))
     return answers
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import structlog
 from aiohttp.log import server_logger
-from fast_path_client import Answer, Told, in_turn
+from fast_path_client import Answer, Exchange, in_turn
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_requests import Case, all_cases
 from fast_path_rig import TIME, WISH, Side, World, shorter
@@ -44,7 +44,7 @@ def cases_for(world: World) -> list[Case]:
     )
 
 
-async def alone(world: World, side: Side) -> dict[str, Told]:
+async def alone(world: World, side: Side) -> dict[str, Exchange]:
     """Send each request on a connection of its own."""
     cases = cases_for(world)
     told = await in_turn(
@@ -58,7 +58,7 @@ async def alone(world: World, side: Side) -> dict[str, Told]:
 
 @BOTH_LOOPS
 def test_both_paths_answer_every_request_alike(world: World) -> None:
-    async def judge() -> tuple[dict[str, Told], dict[str, Told]]:
+    async def judge() -> tuple[dict[str, Exchange], dict[str, Exchange]]:
         async with world.both() as (fast_path, aiohttp):
             ours, theirs = await alone(world, fast_path), await alone(world, aiohttp)
             # All purchases are counted, and told apart by their outcomes.

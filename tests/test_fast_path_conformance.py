@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from aiohttp import web
 from fast_path_attacks import Attack, attacks
-from fast_path_client import UNREADABLE, Told, in_turn
+from fast_path_client import UNREADABLE, Exchange, in_turn
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_requests import Case, one
 from fast_path_rig import LAST, TIME, WISH, Side, World, shorter
@@ -63,7 +63,7 @@ def lingering_shortly() -> AbstractContextManager[Any]:
 
 async def told(
     side: Side, case: Case, split: Cut, rng: random.Random = CHANCE, *, ends: bool = False
-) -> Told:
+) -> Exchange:
     """The answers to one case on a connection of its own, request by request."""
     async with side.wire() as wire:
         wire.heads = case.heads
@@ -82,7 +82,7 @@ async def told(
         return answers
 
 
-def unlike(ours: dict[str, Told], theirs: dict[str, Told]) -> dict[str, object]:
+def unlike(ours: dict[str, Exchange], theirs: dict[str, Exchange]) -> dict[str, object]:
     assert ours.keys() == theirs.keys()
     return {
         name: (each.alike(), theirs[name].alike())
@@ -98,7 +98,7 @@ def test_both_paths_answer_changed_requests_alike(
     def whole(raw: bytes, _: random.Random) -> list[bytes]:
         return [raw]
 
-    async def all_told(side: Side) -> dict[str, Told]:
+    async def all_told(side: Side) -> dict[str, Exchange]:
         work = {}
         for case in cases_for(world):
             rng = random.Random(f"{seed} {how} {case.name}")
@@ -289,7 +289,7 @@ def _by_handler(got: list[Any], wanted: list[Any]) -> bool:
     return closes and status == "HTTP/1.1 400 Bad Request" and "the body cannot be read" in said
 
 
-def _together(cases: list[Case], expected: dict[str, Told]) -> list[Any]:
+def _together(cases: list[Case], expected: dict[str, Exchange]) -> list[Any]:
     """The answers that a pipeline is worth: all up to one that closes the connection."""
     wanted: list[Any] = []
     for case in cases:
@@ -309,7 +309,7 @@ def _together(cases: list[Case], expected: dict[str, Told]) -> list[Any]:
 def test_hidden_purchase_sells_only_where_a_strict_proxy_sees_it(
     world: World, seed: int, counted: Callable[[int, str], None]
 ) -> None:
-    async def all_attacked(side: Side) -> list[tuple[Attack, Told]]:
+    async def all_attacked(side: Side) -> list[tuple[Attack, Exchange]]:
         rng = random.Random(f"{seed} smuggling")
         tried = [attack for _ in range(ATTACKS) for attack in attacks(world.member())]
         work = [_attacked(side, each.raw + LAST, rng.choice([0, 0, 1, 3]), rng) for each in tried]
@@ -330,13 +330,13 @@ def test_hidden_purchase_sells_only_where_a_strict_proxy_sees_it(
         world.run(judge())
 
 
-def _withstood(attack: Attack, told: Told, sold: int) -> bool:
+def _withstood(attack: Attack, told: Exchange, sold: int) -> bool:
     if attack.requests:
         return len(told.answers) == attack.requests + 1 and sold == attack.requests - 1
     return told.closed and len(told.answers) <= 1 and not sold
 
 
-async def _attacked(side: Side, raw: bytes, cuts: int, rng: random.Random) -> Told:
+async def _attacked(side: Side, raw: bytes, cuts: int, rng: random.Random) -> Exchange:
     """The answers to an attack with a last request behind it, cut at so many places."""
     pieces = cut(raw, cuts, random.Random(rng.random()))
     async with side.wire() as wire:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
-from fast_path_client import Told, Wire
+from fast_path_client import Exchange, Wire
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import TIME, WISH, Member, Side, World, bounds, shorter
 from fuzz_fast_path.properties import Counter
@@ -230,7 +230,7 @@ def test_connections_of_slow_or_idle_clients_end(world: World) -> None:
         member = world.member()
         purchase, late = member.buy("sold-out"), member.buy("sold-out", WISH.ljust(400))
 
-        async def lasts(side: Side, least_s: float, *first: bytes, drip: bytes = b"") -> Told:
+        async def lasts(side: Side, least_s: float, *first: bytes, drip: bytes = b"") -> Exchange:
             async with side.wire() as wire:
                 began = loop.time()
                 for number, piece in enumerate(first):
@@ -325,7 +325,7 @@ def test_connections_over_the_maximum_are_closed(world: World, fast_path: bool) 
 
 @pytest.mark.parametrize("fast_path", [True, False])
 def test_drain_answers_requests_and_closes_kept_connections(world: World, fast_path: bool) -> None:
-    async def judge() -> dict[str, Told]:
+    async def judge() -> dict[str, Exchange]:
         loop = asyncio.get_running_loop()
         async with world.side(fast_path=fast_path) as side, contextlib.AsyncExitStack() as stack:
             names = (
@@ -383,7 +383,7 @@ def test_drain_answers_requests_and_closes_kept_connections(world: World, fast_p
 
 @pytest.mark.parametrize("fast_path", [True, False])
 def test_drain_refuses_waiters_without_time(world: World, fast_path: bool) -> None:
-    async def judge() -> tuple[Told, float]:
+    async def judge() -> tuple[Exchange, float]:
         loop = asyncio.get_running_loop()
         async with world.side(fast_path=fast_path) as side, side.wire() as wire:
             overload = side.engine.overload

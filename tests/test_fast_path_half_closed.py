@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from aiohttp import web
-from fast_path_client import Told, Wire, in_turn
+from fast_path_client import Exchange, Wire, in_turn
 from fast_path_fixtures import BOTH_LOOPS, campaigns, revoked, world_fixture  # noqa: F401 - fixtures
 from fast_path_rig import TIME, WISH, Side, World, shorter
 from test_attack_fast_path import no_room
@@ -99,14 +99,14 @@ def _sent(world: World) -> dict[str, tuple[bytes, list[int]]]:
     }
 
 
-async def _closed(wire: Wire) -> Told:
+async def _closed(wire: Wire) -> Exchange:
     await until(wire.closed.is_set, CLOSED_WITHIN_S)
     return await wire.until_closed()
 
 
 async def _ended(
     side: Side, raw: bytes, *before: bytes, under_way_s: float = 0, answered: int = 0
-) -> Told:
+) -> Exchange:
     """The answers to bytes and an end behind them, after some requests on the same connection."""
     async with side.wire() as wire:
         for number, each in enumerate(before):
@@ -134,7 +134,7 @@ async def _stayed(side: Side, raw: bytes, count: int) -> list[object]:
 def test_both_paths_answer_a_half_closed_connection_alike(world: World, when: str) -> None:
     before = (world.member().buy("sold-out"), TIME) if when == "on a kept connection" else ()
 
-    async def ask(side: Side) -> tuple[dict[str, Told], dict[str, list[object]]]:
+    async def ask(side: Side) -> tuple[dict[str, Exchange], dict[str, list[object]]]:
         sent = _sent(world)
         with contextlib.ExitStack() as stack:
             late_s = 0.0
@@ -183,7 +183,7 @@ def test_only_whole_requests_are_answered_after_a_cut(world: World) -> None:
                 cut = [other + raw + other[:at] for at in range(len(other))]
                 assert all(each.statuses == [200, 409] for each in await _each(side, cut))
 
-    async def _each(side: Side, sent: list[bytes]) -> list[Told]:
+    async def _each(side: Side, sent: list[bytes]) -> list[Exchange]:
         return await in_turn([_ended(side, each) for each in sent], 32)
 
     world.run(judge())
@@ -289,7 +289,7 @@ def test_order_stands_when_its_client_leaves(world: World, resets: bool) -> None
 def test_both_paths_refuse_an_unreadable_later_chunk_and_close(world: World, ends: bool) -> None:
     """aiohttp by itself lets whoever reads the body wait for the rest, ten seconds here."""
 
-    async def asked(side: Side, begun: bytes, broken: bytes) -> Told:
+    async def asked(side: Side, begun: bytes, broken: bytes) -> Exchange:
         async with side.wire() as wire:
             wire.transport.write(begun)
             await until(lambda: any(each.busy for each in side.api._connections))

@@ -32,6 +32,7 @@ NAMES = {
     "sale_redis_up": "gauge",
     "sale_postgres_up": "gauge",
 }
+"""The metrics of the contract, and their types."""
 
 
 async def test_each_metric_of_the_contract_is_exposed(service: Service, client: Client) -> None:

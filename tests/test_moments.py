@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from service import ADMIN, PAST, Client, Service, campaign_table, in_s
+from test_cli import CAMPAIGN
 
 from sale.domain.campaign_file import InvalidCampaign, parse_campaign_toml
 from sale.domain.clock import MOMENT_MAX, MOMENT_MIN, nearest, parse_moment, rfc3339, to_ms
@@ -104,19 +105,8 @@ def test_every_number_has_a_wording(ms: int) -> None:
     assert (kept == ms) is (abs(ms) < 10**12)
 
 
-FILE = """
-id = "a"
-title = "t"
-category = "culture"
-price_fen = 0
-payment = "none"
-card_limit = 1
-{}
-[[showings]]
-id = "s"
-title = "t"
-tickets = 1
-"""
+def campaign_file(more: str = "") -> str:
+    return CAMPAIGN.format(id="a", more=more)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +124,9 @@ tickets = 1
 def test_file_with_a_bad_moment_names_the_field(moment: str) -> None:
     unions = frozenset({"district"})
     for text, field in (
-        (FILE.format(f"opens_at = {moment}"), "opens_at"),
-        (FILE.format(f"closes_at = {moment}"), "closes_at"),
-        (FILE.format("") + f"starts_at = {moment}", "showings[0].starts_at"),
+        (campaign_file(f"opens_at = {moment}"), "opens_at"),
+        (campaign_file(f"closes_at = {moment}"), "closes_at"),
+        (campaign_file() + f"starts_at = {moment}", "showings[0].starts_at"),
     ):
         with pytest.raises(InvalidCampaign) as wrong:
             parse_campaign_toml(text, unions)
@@ -145,7 +135,7 @@ def test_file_with_a_bad_moment_names_the_field(moment: str) -> None:
 
 def test_file_takes_a_toml_moment_and_a_text() -> None:
     for moment in ("2030-01-01 09:00:00.123456+08:00", '"2030-01-01T09:00:00.123456+08:00"'):
-        read = parse_campaign_toml(FILE.format(f"opens_at = {moment}"), frozenset({"district"}))
+        read = parse_campaign_toml(campaign_file(f"opens_at = {moment}"), frozenset({"district"}))
         assert read.opens_at == datetime(2030, 1, 1, 1, 0, 0, 123_000, tzinfo=UTC)
 
 

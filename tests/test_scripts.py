@@ -12,8 +12,8 @@ from stock_maker import (
     NONCE,
     PROCESS,
     Bid,
+    Result,
     Stock,
-    Told,
     campaign,
     key,
     member,
@@ -21,7 +21,7 @@ from stock_maker import (
     now_ms,
     open_stock,
     operation,
-    told,
+    results,
 )
 
 from sale.domain.campaign import STOCK_MAX
@@ -527,7 +527,7 @@ async def test_scripts_are_sent_again_where_redis_has_forgotten_them(redis: Redi
 async def test_whole_batch_is_one_entry_and_each_is_answered(redis: Redis) -> None:
     stock = await open_stock(redis, 300, 10)
     reply = await stock.call(*(Bid(member(n), key(n), 1, n % 2) for n in range(256)))
-    decisions = [answer.decision for answer in told(reply, 256)]
+    decisions = [answer.decision for answer in results(reply, 256)]
     assert len(reply) == 8 + 256 + 4  # who gets none is told so in one place
     assert decisions.count(Decision.SOLD) == 128 + 10
     assert decisions.count(Decision.SOLD_OUT) == 128 - 10
@@ -894,7 +894,7 @@ async def random_turn(stock: Stock, rng: random.Random, showings: int, order_max
 
 async def test_answers_name_events_of_the_ledger(redis: Redis) -> None:
     stock = await open_stock(redis, 5)
-    answers: list[Told] = await stock.buy(*(Bid(member(n), key(1), 1 + n % 2) for n in range(5)))
+    answers: list[Result] = await stock.buy(*(Bid(member(n), key(1), 1 + n % 2) for n in range(5)))
     sold = {a.a: n for n, a in enumerate(answers) if a.decision is Decision.SOLD}
     events = {event.seq: event for entry in await stock.entries() for event in entry.events()}
     for seq, n in sold.items():

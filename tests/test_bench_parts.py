@@ -7,7 +7,7 @@ import pytest
 from sale.stock.scripts import PURCHASE
 
 
-def test_given_the_purchase_script_then_each_shape_is_it_with_one_line_changed() -> None:
+def test_each_shape_changes_one_line_of_the_script() -> None:
     compared = shapes.shapes()
     assert compared[0].source == PURCHASE.source
     sources = [shape.source for shape in compared]
@@ -17,7 +17,7 @@ def test_given_the_purchase_script_then_each_shape_is_it_with_one_line_changed()
         assert len(kept) <= 1, kept
 
 
-async def test_given_the_lane_when_its_parts_are_measured_then_each_has_a_figure(
+async def test_each_part_of_the_fast_path_has_a_figure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fast_path, "ROUNDS", 1)

@@ -59,7 +59,7 @@ def text_of(page: str) -> str:
 # Offline and harmless -----------------------------------------------------------------------------
 
 
-def test_given_a_report_when_read_then_it_names_no_address_and_forbids_all() -> None:
+def test_page_names_no_address_and_forbids_all() -> None:
     page = render(made_up(), made_up("other"))
     ours = own_part(page)
     assert "//" not in re.sub(r"(?m)^\s*//.*$", "", ours), "an address, or a comment that looks so"
@@ -74,7 +74,7 @@ def test_given_a_report_when_read_then_it_names_no_address_and_forbids_all() -> 
     assert page.index("Content-Security-Policy") < page.index("<script")
 
 
-def test_given_names_full_of_html_when_reported_then_they_stay_text() -> None:
+def test_html_in_names_stays_text() -> None:
     run = made_up(EVIL)
     run.campaign = run.bottleneck = run.started_at = EVIL
     run.outcomes[EVIL] = 3
@@ -93,7 +93,7 @@ def test_given_names_full_of_html_when_reported_then_they_stay_text() -> None:
         assert EVIL in text_of(page)
 
 
-def test_given_numbers_that_are_none_when_reported_then_the_page_stays_readable() -> None:
+def test_page_survives_numbers_that_are_none() -> None:
     run = made_up(seconds=3)
     run.offered_rate = float("nan")
     run.seconds[1].p99_ms = run.seconds[1].p50_ms = float("inf")
@@ -106,7 +106,7 @@ def test_given_numbers_that_are_none_when_reported_then_the_page_stays_readable(
 # What it says -------------------------------------------------------------------------------------
 
 
-def test_given_a_clean_run_when_reported_then_verdict_and_figures_stand_there() -> None:
+def test_clean_run_shows_verdict_and_figures() -> None:
     run = made_up()
     said = text_of(render(run))
     assert "✓ The books balance. 60,000 orders in the campaign, 60,000 tickets" in said
@@ -119,7 +119,7 @@ def test_given_a_clean_run_when_reported_then_verdict_and_figures_stand_there() 
             assert f" {name} {value} " in said
 
 
-def test_given_a_bottleneck_and_open_books_when_reported_then_both_are_loud() -> None:
+def test_bottleneck_and_open_books_are_shown() -> None:
     page = render(unbalanced(made_up()))
     said = text_of(page)
     assert "The generator was the limit: the rates and latencies are not the server’s." in said
@@ -131,7 +131,7 @@ def test_given_a_bottleneck_and_open_books_when_reported_then_both_are_loud() ->
     assert said.count("limited by the generator") == len(charts([made_up()]))
 
 
-def test_given_a_generator_that_was_the_limit_when_reported_then_no_rate_is_the_server_s() -> None:
+def test_limited_generator_shows_no_rate_of_the_server() -> None:
     run = unbalanced(made_up())
     records.withhold(run)
     said = text_of(render(run))
@@ -146,7 +146,7 @@ def test_given_a_generator_that_was_the_limit_when_reported_then_no_rate_is_the_
     assert all(sent["y"])
 
 
-def test_given_a_withheld_run_of_many_seconds_when_merged_then_nothing_comes_back() -> None:
+def test_merging_brings_no_withheld_figures_back() -> None:
     run = unbalanced(made_up(seconds=1_500))
     records.withhold(run)
     drawn = {chart.id: chart.figures[0]["data"] for chart in charts([run])}
@@ -154,22 +154,20 @@ def test_given_a_withheld_run_of_many_seconds_when_merged_then_nothing_comes_bac
     assert {value for bar in drawn["outcomes"] for value in bar["y"]} == {None}
 
 
-def test_given_notes_when_reported_then_they_stand_beside_the_verdict() -> None:
+def test_notes_stand_beside_the_verdict() -> None:
     said = text_of(render(empty(notes=[EVIL, "late"])))
     assert f"{EVIL} late" in said
 
 
 @pytest.mark.parametrize(("duration_s", "share"), [(8.0, 95), (10.0, 95), (20.0, 48)])
-def test_given_a_run_when_reported_then_its_share_is_of_those_offered_in_the_same_time(
-    duration_s: float, share: int
-) -> None:
+def test_achieved_share_is_of_those_offered_meanwhile(duration_s: float, share: int) -> None:
     """Of 1,000 a second for 10 s, 9,500 were settled: early, in time, or after twice the time."""
     run = empty(offered=10_000, offered_rate=1_000.0, duration_s=duration_s)
     run.achieved_rate = 9_500 / duration_s
     assert f"/s {share}% of offered" in text_of(render(run))
 
 
-def test_given_no_proof_when_reported_then_it_says_why() -> None:
+def test_missing_proof_is_explained() -> None:
     assert "The books were not looked at." in text_of(render(empty(plan={"proof": 0})))
     assert "PostgreSQL: gone" in text_of(render(empty(not_proved="PostgreSQL: gone")))
 
@@ -184,11 +182,11 @@ def test_given_no_proof_when_reported_then_it_says_why() -> None:
         (Proof(clean=False, audit_clean=True), "✗ The books do NOT balance."),
     ],
 )
-def test_given_a_proof_when_reported_then_the_verdict_fits(proof: Proof | None, says: str) -> None:
+def test_verdict_fits_the_proof(proof: Proof | None, says: str) -> None:
     assert says in text_of(render(empty(proof=proof)))
 
 
-def test_given_every_outcome_when_drawn_then_each_has_bars_of_its_own_colour() -> None:
+def test_each_outcome_has_bars_of_its_own_colour() -> None:
     run = made_up()
     for number, outcome in enumerate([*OUTCOMES, "brand-new"]):
         run.seconds[number].outcomes[outcome] = 70 + number
@@ -204,7 +202,7 @@ def test_given_every_outcome_when_drawn_then_each_has_bars_of_its_own_colour() -
     assert [row.name for row in table.rows] == [*OUTCOMES, "brand-new"]
 
 
-def test_given_a_process_that_died_and_metrics_unread_when_drawn_then_there_are_gaps() -> None:
+def test_unread_samples_leave_gaps() -> None:
     run = made_up(seconds=20)
     run.samples[3] = msgspec.structs.replace(run.samples[3], lag_events=-1, queue=-1, stock={})
     drawn = {chart.id: chart.figures[0]["data"] for chart in charts([run])}
@@ -220,7 +218,7 @@ def test_given_a_process_that_died_and_metrics_unread_when_drawn_then_there_are_
     ]
 
 
-def test_given_a_long_run_when_drawn_then_it_is_merged_and_keeps_sums_and_peaks() -> None:
+def test_long_run_is_merged_with_sums_and_peaks() -> None:
     run = made_up(seconds=1_500)
     run.seconds[700].p99_ms = 9_999.0
     run.samples[1_501].queue = 77_777
@@ -244,18 +242,18 @@ def test_given_a_long_run_when_drawn_then_it_is_merged_and_keeps_sums_and_peaks(
     ],
     ids=["nothing", "one of each", "gap", "only the most", "only the least"],
 )
-def test_given_hardly_any_data_when_reported_then_there_is_a_page(run: Record) -> None:
+def test_page_is_made_of_hardly_any_data(run: Record) -> None:
     assert len(figures_in(render(run))) == 11
     assert len(figures_in(render(run, made_up()))) == len(figures_in(render(made_up(), run))) == 21
 
 
-def test_given_all_charts_when_plotly_checks_them_then_it_knows_every_property() -> None:
+def test_plotly_knows_every_property_of_the_charts() -> None:
     for chart in charts([made_up(seconds=3), empty()]):
         for figure in chart.figures:
             go.Figure(figure)
 
 
-def test_given_a_quiet_time_before_the_rush_then_charts_begin_shortly_before_it() -> None:
+def test_charts_begin_shortly_before_the_rush() -> None:
     run = made_up()
     early = msgspec.structs.replace(run.samples[0], t=-15.0)
     run.samples = [early, *run.samples]
@@ -274,7 +272,7 @@ def test_given_a_quiet_time_before_the_rush_then_charts_begin_shortly_before_it(
 # Two runs -----------------------------------------------------------------------------------------
 
 
-def test_given_two_runs_when_reported_then_axes_are_the_same_and_differences_are_told() -> None:
+def test_two_runs_have_the_same_axes_and_differences() -> None:
     one, two = made_up(), made_up("after", seed=2, seconds=55, capacity=7_500)
     for chart in charts([one, two]):
         if chart.id == "percentiles":
@@ -303,7 +301,7 @@ def test_given_two_runs_when_reported_then_axes_are_the_same_and_differences_are
     assert "≠ seed 1 2" in text_of(render(one, two))
 
 
-def test_given_a_process_in_one_run_only_when_drawn_then_colours_still_agree() -> None:
+def test_processes_have_the_same_colour_in_both_runs() -> None:
     one, two = made_up(), made_up()
     for sample in two.samples:
         sample.processes.pop("generator-2")
@@ -317,7 +315,7 @@ def test_given_a_process_in_one_run_only_when_drawn_then_colours_still_agree() -
 # The command --------------------------------------------------------------------------------------
 
 
-def test_given_records_when_the_command_runs_then_a_page_is_there(
+def test_report_command_writes_a_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a", "b"):
@@ -338,7 +336,7 @@ def test_given_records_when_the_command_runs_then_a_page_is_there(
 
 
 @pytest.mark.parametrize("wrong", ["missing", "rubbish", "folder"])
-def test_given_a_bad_file_when_the_command_runs_then_one_line_says_so(
+def test_report_command_tells_a_bad_file_in_one_line(
     wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, out = tmp_path / "run.json", tmp_path / "x.html"
@@ -360,7 +358,7 @@ def test_given_a_bad_file_when_the_command_runs_then_one_line_says_so(
 
 
 @pytest.mark.browser
-async def test_given_two_runs_when_opened_then_all_is_drawn_and_nothing_is_asked_for(
+async def test_browser_draws_two_runs_and_asks_for_nothing(
     tmp_path: Path,
 ) -> None:
     assert BROWSER is not None, "chromium is missing"

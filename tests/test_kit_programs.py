@@ -44,9 +44,7 @@ async def told_by(kind: type[Result], *words: str) -> Result:
 
 
 @pytest.mark.load
-async def test_given_the_shortest_durable_run_when_told_then_its_orders_stand_in_the_books() -> (
-    None
-):
+async def test_shortest_durable_run_stands_in_the_books() -> None:
     words = ("--tiny", "--durable", str(SECONDS_MIN), "--client", "ours")
     told = await told_by(Durable, "loadtest.bench", *words)
     assert told.check == CLEAN
@@ -58,7 +56,7 @@ async def test_given_the_shortest_durable_run_when_told_then_its_orders_stand_in
 
 
 @pytest.mark.load
-async def test_given_the_smallest_overload_when_told_then_each_answer_was_compared() -> None:
+async def test_smallest_overload_compares_each_answer() -> None:
     words = ("overload", "--seconds", "1", "--far", "1", "--near")
     told = await told_by(Overload, "loadtest", *words)
     (scene,) = told.scenes
@@ -73,7 +71,7 @@ async def test_given_the_smallest_overload_when_told_then_each_answer_was_compar
 
 
 @pytest.mark.load
-async def test_given_a_round_at_half_of_capacity_when_told_then_each_answer_was_compared() -> None:
+async def test_half_of_capacity_compares_each_answer() -> None:
     told = await told_by(Half, "loadtest", "overload", "--seconds", "1", "--half", "1")
     (only,) = told.rounds
     assert told.rate == told.capacity / 2
@@ -100,7 +98,7 @@ def shown(result: Half) -> str:
     return str(console.file.getvalue())
 
 
-def test_given_rounds_that_the_generator_limited_when_summed_up_then_they_do_not_count() -> None:
+def test_rounds_limited_by_the_generator_do_not_count() -> None:
     good = Round(side(1.0, 2.0), side(1.5, 4.0))
     limited = (
         Round(side(1.0, 2.0, "late"), side(1.5, 90.0)),
@@ -112,7 +110,7 @@ def test_given_rounds_that_the_generator_limited_when_summed_up_then_they_do_not
     assert said.count("the generator's limit: late") == 2
 
 
-def test_given_a_disturbed_constant_when_summed_up_then_it_flatters_nobody() -> None:
+def test_disturbed_constant_does_not_flatter_the_engine() -> None:
     result = half_of(
         Round(side(0.5, 2.0), side(1.5, 4.0)),
         Round(side(80.0, 90.0), side(1.5, 5.0)),
@@ -121,7 +119,7 @@ def test_given_a_disturbed_constant_when_summed_up_then_it_flatters_nobody() -> 
     assert (result.goal.got, result.goal.met) == (10.0, True)
 
 
-def test_given_no_round_that_counts_when_summed_up_then_nothing_was_measured() -> None:
+def test_nothing_is_measured_without_a_round_that_counts() -> None:
     nothing_sold = Round(side(0.0, 0.0), side(0.0, 0.0))
     result = half_of(Round(side(1.0, 2.0, "late"), side(1.5, 90.0)), nothing_sold)
     assert (result.goal.got, result.goal.met) == (None, None)
@@ -169,7 +167,7 @@ ORDER = OrderRow("c.5.000001", "10000041", SHOWING, 1, 500, "confirmed",
         ([msgspec.structs.replace(ORDER, quantity=2)], CLEAN, "first wrong-content: order"),
     ],
 )
-async def test_given_an_open_loop_s_answers_when_compared_then_what_is_untrue_is_told(
+async def test_untrue_answers_of_an_open_loop_are_told(
     monkeypatch: pytest.MonkeyPatch, orders: list[OrderRow], audit: str, verdict: str
 ) -> None:
     async def books(*_: str) -> Books:
@@ -184,7 +182,7 @@ async def test_given_an_open_loop_s_answers_when_compared_then_what_is_untrue_is
     assert (told == CLEAN) is (verdict == CLEAN)
 
 
-async def test_given_books_that_cannot_be_read_when_compared_then_the_run_fails_in_words(
+async def test_unreadable_books_fail_the_run_in_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def gone(*_: str) -> Books:
@@ -195,9 +193,7 @@ async def test_given_books_that_cannot_be_read_when_compared_then_the_run_fails_
         await OpenLoops(QuietBench()).compare("c", spool())
 
 
-def test_given_minted_requests_when_their_answers_are_read_then_card_and_key_are_those_sent() -> (
-    None
-):
+def test_answers_name_the_member_and_key_that_were_sent() -> None:
     key = SigningKey(b"k" * 32)
     mint = Mint(key.secret)
     for raw, answer in zip(mint.requests("h", "c", SHOWING, range(41, 43)), spool(), strict=True):

@@ -52,7 +52,7 @@ ANSWERS = (
 
 
 @pytest.mark.parametrize("cut", range(len(ANSWERS)))
-def test_given_answers_split_anywhere_when_fed_then_the_same_come_out(cut: int) -> None:
+def test_parser_gives_the_same_answers_wherever_they_are_split(cut: int) -> None:
     parser = ResponseParser()
     got = parser.feed(ANSWERS[:cut]) + parser.feed(ANSWERS[cut:])
     assert [(answer.status, answer.body) for answer in got] == [
@@ -67,7 +67,7 @@ def test_given_answers_split_anywhere_when_fed_then_the_same_come_out(cut: int) 
     assert parser.idle
 
 
-def test_given_answers_byte_by_byte_when_fed_then_all_come_out() -> None:
+def test_parser_reads_answers_byte_by_byte() -> None:
     parser = ResponseParser()
     assert sum(len(parser.feed(bytes([byte]))) for byte in ANSWERS) == 3
 
@@ -82,17 +82,17 @@ def test_given_answers_byte_by_byte_when_fed_then_all_come_out() -> None:
         b"SSH-2.0-OpenSSH\r\n\r\n",
     ],
 )
-def test_given_what_it_does_not_read_when_fed_then_it_fails_loudly(raw: bytes) -> None:
+def test_parser_refuses_answers_it_does_not_read(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         ResponseParser().feed(raw)
 
 
-def test_given_an_answer_nobody_asked_for_when_fed_then_it_fails_loudly() -> None:
+def test_parser_refuses_an_answer_nobody_asked_for() -> None:
     with pytest.raises(ProtocolError):
         ResponseParser().feed(ANSWERS, most=1)
 
 
-def test_given_a_purchase_when_built_then_it_is_the_contract_s_request() -> None:
+def test_purchase_request_is_that_of_the_contract() -> None:
     raw = purchase_request("h:1", "films", "t.o.k", "key-1", 2, "general")
     head, _, body = raw.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /api/v1/campaigns/films/orders HTTP/1.1\r\n")
@@ -118,7 +118,7 @@ async def server_of(handler: Callable[[web.Request], object], folder: Path) -> A
         await runner.cleanup()
 
 
-async def test_given_requests_at_once_when_asked_then_each_gets_its_own_answer(
+async def test_client_gives_each_request_its_own_answer(
     tmp_path: Path,
 ) -> None:
     most = busy = 0
@@ -140,7 +140,7 @@ async def test_given_requests_at_once_when_asked_then_each_gets_its_own_answer(
     assert all(answer.received_at > answer.sent_at for answer in answers)
 
 
-async def test_given_no_answer_in_time_when_asked_then_unknown(tmp_path: Path) -> None:
+async def test_client_reports_unknown_without_an_answer_in_time(tmp_path: Path) -> None:
     async def sleep(request: web.Request) -> web.Response:
         await asyncio.sleep(0.8)
         return web.Response()
@@ -151,7 +151,7 @@ async def test_given_no_answer_in_time_when_asked_then_unknown(tmp_path: Path) -
     assert "in time" in answer.why
 
 
-async def test_given_a_lost_or_closed_connection_when_asked_again_then_another_is_opened(
+async def test_client_opens_a_new_connection_after_a_lost_one(
     tmp_path: Path,
 ) -> None:
     seen = 0
@@ -168,7 +168,7 @@ async def test_given_a_lost_or_closed_connection_when_asked_again_then_another_i
     assert told == [413, UNKNOWN, 413]
 
 
-async def test_given_a_chunked_answer_when_asked_then_it_fails_loudly(tmp_path: Path) -> None:
+async def test_client_refuses_a_chunked_answer(tmp_path: Path) -> None:
     async def stream(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
@@ -180,7 +180,7 @@ async def test_given_a_chunked_answer_when_asked_then_it_fails_loudly(tmp_path: 
             await client.request(get_request("h", "/"))
 
 
-async def test_given_no_server_when_opened_then_it_says_so(tmp_path: Path) -> None:
+async def test_client_without_a_server_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         async with Client(f"unix:{tmp_path}/nothing"):
             pass
@@ -241,7 +241,7 @@ def kinds(answers: list[Answer], *orders: OrderRow, stock: int = 10, limit: int 
     return [finding.kind for finding in check(answers, books, alone=True, only_falls=True)]
 
 
-def test_given_agreement_when_checked_then_clean() -> None:
+def test_check_of_agreeing_books_is_clean() -> None:
     replay = told(replayed=True)
     unknown = refused("", 0, key="k2", member_no=OTHER)
     assert kinds([told(), replay, refused("", 0), unknown], order()) == []
@@ -249,11 +249,11 @@ def test_given_agreement_when_checked_then_clean() -> None:
     assert kinds([refused("sold-out")], stock=1) == []
 
 
-def test_given_a_retry_after_a_refusal_when_it_sold_then_clean() -> None:
+def test_check_allows_a_sale_after_a_refusal() -> None:
     assert kinds([refused("not-open"), told()], order()) == []
 
 
-def test_given_an_unknown_outcome_when_it_stands_then_clean() -> None:
+def test_check_allows_an_order_behind_an_unknown_outcome() -> None:
     assert kinds([refused("unavailable", 503)], order()) == []
 
 
@@ -293,22 +293,22 @@ BROKEN: dict[str, tuple[list[Answer], list[OrderRow]]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_given_books_that_are_broken_when_checked_then_it_is_found(kind: str) -> None:
+def test_check_finds_each_kind_of_broken_books(kind: str) -> None:
     answers, orders = BROKEN[kind]
     assert kind in kinds(answers, *orders)
 
 
-def test_given_two_orders_with_one_ticket_code_when_checked_then_it_is_found() -> None:
+def test_check_finds_a_ticket_code_in_two_orders() -> None:
     answers = [told(5), told(6, member_no=OTHER, tickets=("a5", "b6"))]
     assert kinds(answers, order(5), order(6, member_no=OTHER)) == ["code-twice"]
 
 
-def test_given_more_sold_than_there_is_when_checked_then_oversold() -> None:
+def test_check_finds_more_sold_than_there_was() -> None:
     assert kinds([told()], order(), stock=1) == ["oversold"]
     assert kinds([told()], order(), stock=2) == []
 
 
-def test_given_a_card_past_its_limit_when_checked_then_it_is_found() -> None:
+def test_check_finds_a_member_over_the_limit() -> None:
     second = order(6, key_hash=key_hash("k2"))
     assert kinds([told(), told(6, key="k2")], order(), second) == ["limit-passed"]
     assert kinds([told(), told(6, key="k2")], order(), second, limit=4) == []
@@ -326,17 +326,17 @@ def test_given_a_card_past_its_limit_when_checked_then_it_is_found() -> None:
         {"key_hash": key_hash("k2")},
     ],
 )
-def test_given_other_content_in_the_books_when_checked_then_it_is_found(
+def test_check_finds_other_content_in_the_books(
     change: dict[str, Any],
 ) -> None:
     assert "wrong-content" in kinds([told()], order(**change), stock=100)
 
 
-def test_given_an_unknown_outcome_of_other_content_when_checked_then_it_is_found() -> None:
+def test_check_finds_other_content_behind_an_unknown_outcome() -> None:
     assert kinds([refused("", 0, quantity=1)], order()) == ["wrong-content"]
 
 
-def test_given_an_order_before_the_opening_when_checked_then_it_is_found() -> None:
+def test_check_finds_an_order_before_the_opening() -> None:
     books = Books((order(),), {"general": 10}, 3, opens_at_ms=2)
     assert [finding.kind for finding in check([told()], books)] == ["too-early"]
 
@@ -347,14 +347,14 @@ def test_findings_name_members_by_number() -> None:
     assert f"member {MEMBER}, key" in finding.what
 
 
-def test_given_a_broken_run_when_checked_then_the_findings_are_bounded(
+def test_check_bounds_the_number_of_findings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bookkeeping, "FINDINGS_MAX", 3)
     assert len(kinds([told(n, key=f"k{n}") for n in range(10)])) == 3
 
 
-def test_given_answers_from_the_wire_when_kept_then_they_are_read_and_counted(
+def test_recorded_answers_are_read_and_counted(
     tmp_path: Path,
 ) -> None:
     book = AnswerBook()
@@ -406,7 +406,7 @@ async def run_program(*arguments: str, within_s: float = 110, **settings: str) -
     return process.returncode or 0, out.decode()
 
 
-def test_given_data_that_no_demo_made_when_made_anew_then_it_is_left_alone(tmp_path: Path) -> None:
+def test_demo_leaves_data_of_others_alone(tmp_path: Path) -> None:
     real = tmp_path / ".sale"
     for name in ("run", "logs", "redis", "postgresql"):
         (real / name).mkdir(parents=True)
@@ -433,7 +433,7 @@ def test_demo_needs_no_more_than_its_extra() -> None:
 
 
 @pytest.mark.load
-async def test_given_a_small_crowd_when_the_demo_runs_then_books_and_audit_are_clean(
+async def test_small_demo_ends_with_clean_books_and_audit(
     tmp_path: Path,
 ) -> None:
     size = ["--members", "4000", "--cards", "6000", "--data-dir", str(tmp_path / "d")]
@@ -444,7 +444,7 @@ async def test_given_a_small_crowd_when_the_demo_runs_then_books_and_audit_are_c
 
 
 @pytest.mark.load
-async def test_given_the_tiny_benchmark_when_run_then_it_prints_every_row() -> None:
+async def test_tiny_benchmark_prints_every_row() -> None:
     status, out = await run_program("loadtest.bench", "--tiny", "--json")
     assert status == 0, out
     for row in ("constant", "purchases", "replays", "sold_out", "not_open", "redis_bytes_an_order"):

@@ -59,7 +59,7 @@ def options(**given: Any) -> argparse.Namespace:
 # The table ---------------------------------------------------------------------------------------
 
 
-def test_given_the_rushes_when_listed_then_each_has_a_scenario_and_a_campaign_file() -> None:
+def test_each_rush_has_a_scenario_and_a_campaign_file() -> None:
     assert set(SCENARIOS) == ROWS
     for name in SCENARIOS:
         assert read_campaign(name)["id"] == campaign_file(name).stem == name
@@ -67,9 +67,7 @@ def test_given_the_rushes_when_listed_then_each_has_a_scenario_and_a_campaign_fi
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("full", [True, False])
-def test_given_a_scenario_when_its_campaign_is_made_then_the_engine_takes_it(
-    name: str, full: bool
-) -> None:
+def test_engine_accepts_the_campaign_of_each_scenario(name: str, full: bool) -> None:
     scenario, opens_at = SCENARIOS[name], datetime(2026, 1, 1, tzinfo=UTC)
     identifier = run_name(name)
     table = campaign_of_run(
@@ -88,7 +86,7 @@ def test_given_a_scenario_when_its_campaign_is_made_then_the_engine_takes_it(
     assert tickets == stock if full else stock * 0.09 <= tickets <= stock * 0.11
 
 
-def test_given_the_theatre_when_played_then_a_half_is_added_while_it_sells() -> None:
+def test_theatre_scenario_adds_half_of_its_stock() -> None:
     # 2,000 tickets of the file and a half of them make the 3,000 of the record.
     deeds = SCENARIOS["children-theatre-may"].deeds
     assert read_campaign("children-theatre-may")["showings"][0]["tickets"] == 2_000
@@ -96,7 +94,7 @@ def test_given_the_theatre_when_played_then_a_half_is_added_while_it_sells() -> 
     assert deeds.raises > 1
 
 
-def test_given_users_when_cards_are_counted_then_refreshers_need_none() -> None:
+def test_refreshers_need_no_cards() -> None:
     assert cards_needed(Mix(members=1), 150) == 150
     assert cards_needed(Mix(members=1), 150, operators=1) == 149
     assert cards_needed(Mix(members=1, refreshers=1), 100) == 52
@@ -104,7 +102,7 @@ def test_given_users_when_cards_are_counted_then_refreshers_need_none() -> None:
     assert cards_needed(Mix(members=2, refreshers=1, bots=1), 1) == 1
 
 
-def test_given_options_when_read_then_they_go_before_the_scenario() -> None:
+def test_options_override_the_scenario() -> None:
     scenario = SCENARIOS["illusion-art"]
     assert mix_of(options(), None) == Mix(members=1)
     assert mix_of(options(bots=9), scenario).bots == 9
@@ -119,7 +117,7 @@ def test_given_options_when_read_then_they_go_before_the_scenario() -> None:
 # The shape ---------------------------------------------------------------------------------------
 
 
-def test_given_a_release_when_time_passes_then_quiet_gathering_opening_tail_and_the_end() -> None:
+def test_users_follow_the_phases_of_a_release() -> None:
     phases = Phases(quiet_s=10, gathering_s=20, opening_s=5, tail_s=40)
     plan = Plan(1_000, phases=phases)
     seen = [target(plan, float(second)) for second in range(76)]
@@ -158,7 +156,7 @@ async def test_missed_threshold_or_release_that_was_none_fails(
         assert says in capsys.readouterr().out
 
 
-def test_given_no_scenario_when_time_passes_then_so_many_users_for_so_long() -> None:
+def test_without_a_scenario_users_stay_for_the_run_time() -> None:
     assert target(Plan(7, rate=3.0), 1e6) == (7, 3.0)
     assert target(Plan(7, run_s=5.0), 4.9) is not None
     assert target(Plan(7, run_s=5.0), 5.0) is None
@@ -194,7 +192,7 @@ def opened(folder: Path, cards: int) -> tuple[Desk, Booth]:
     return desk, booth
 
 
-def test_given_two_users_and_a_card_when_they_ask_then_one_goes_without_and_it_is_a_finding(
+def test_user_without_a_card_is_a_finding(
     tmp_path: Path,
 ) -> None:
     desk, booth = opened(tmp_path, 1)
@@ -205,7 +203,7 @@ def test_given_two_users_and_a_card_when_they_ask_then_one_goes_without_and_it_i
     assert [finding.kind for finding in desk.close()] == ["without-card"]
 
 
-def test_given_many_answers_when_the_booth_closes_then_all_lie_in_the_file(tmp_path: Path) -> None:
+def test_booth_sends_all_answers_before_its_account(tmp_path: Path) -> None:
     desk, booth = opened(tmp_path, 0)
     for number in range(BATCH * 2 + 1):
         booth.record(answer(f"k{number}", 1.0, 201))
@@ -215,7 +213,7 @@ def test_given_many_answers_when_the_booth_closes_then_all_lie_in_the_file(tmp_p
     assert (tmp_path / "answers").stat().st_mode & 0o077 == 0
 
 
-def test_given_answers_that_never_came_when_closed_then_it_is_a_finding(tmp_path: Path) -> None:
+def test_missing_answers_and_accounts_are_findings(tmp_path: Path) -> None:
     desk, booth = opened(tmp_path, 0)
     booth.record(answer("k", 1.0, 201))
     booth.account()
@@ -237,7 +235,7 @@ def answer(key: str, sent_at: float, status: int, **more: Any) -> Answer:
     return Answer(status=status, sent_at=sent_at, received_at=received_at, **told | more)
 
 
-def test_given_answers_when_measured_then_a_wish_counts_once_from_its_first_try() -> None:
+def test_wish_counts_once_from_its_first_try() -> None:
     answers = [
         answer("k2", 101.5, 201),
         answer("k1", 100.5, 503, code="overloaded"),
@@ -289,7 +287,7 @@ def where(engine: Engine) -> list[str]:
 
 
 @pytest.mark.load
-async def test_given_all_scenarios_when_set_up_then_the_engine_makes_each_campaign(
+async def test_engine_makes_the_campaign_of_each_scenario(
     engine: Engine,
 ) -> None:
     api = setup.Api(engine.url)
@@ -314,9 +312,7 @@ async def test_given_all_scenarios_when_set_up_then_the_engine_makes_each_campai
 
 
 @pytest.mark.load
-async def test_given_stock_that_is_added_when_played_then_it_is_there_once_and_books_balance(
-    engine: Engine, tmp_path: Path
-) -> None:
+async def test_stock_is_added_once_and_books_balance(engine: Engine, tmp_path: Path) -> None:
     lengths = ["--quiet", "0", "--gathering", "1", "--opening", "1", "--tail", "5"]
     who = ["-u", "30", "--bots", "0", "--raise-stock", "2"]
     status, told = await run_locust(
@@ -348,9 +344,7 @@ async def at_first(engine: Engine, campaign: str) -> int:
 
 
 @pytest.mark.load
-async def test_given_a_release_on_two_processes_when_it_ends_then_the_books_are_proven(
-    engine: Engine, tmp_path: Path
-) -> None:
+async def test_release_on_two_processes_is_proven(engine: Engine, tmp_path: Path) -> None:
     out, port = tmp_path / "out", str(free_port())
     lengths = ["--quiet", "1", "--gathering", "2", "--opening", "1", "--tail", "5"]
     ports = ["--processes", "2", "--master-port", port, "--master-bind-port", port]

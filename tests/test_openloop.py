@@ -50,14 +50,14 @@ SILENT = None
 # Arrivals ----------------------------------------------------------------------------------------
 
 
-def test_given_a_constant_rate_when_made_then_evenly_spaced() -> None:
+def test_constant_arrivals_are_evenly_spaced() -> None:
     made = arrivals.make("constant", 50, 2, seed=1)
     assert len(made) == 100
     assert made[0] == 0
     assert {round(b - a, 9) for a, b in itertools.pairwise(made)} == {0.02}
 
 
-def test_given_a_seed_when_poisson_then_the_same_again_with_the_gaps_of_chance() -> None:
+def test_poisson_arrivals_follow_their_seed() -> None:
     made = arrivals.make("poisson", 1_000, 10, seed=7)
     assert made == arrivals.make("poisson", 1_000, 10, seed=7)
     assert made != arrivals.make("poisson", 1_000, 10, seed=8)
@@ -69,7 +69,7 @@ def test_given_a_seed_when_poisson_then_the_same_again_with_the_gaps_of_chance()
     assert min(gaps) >= 0
 
 
-def test_given_a_release_when_made_then_most_come_at_once_and_the_rest_thin_out() -> None:
+def test_release_arrivals_thin_out() -> None:
     made = arrivals.make("release", 1_000, 10, seed=7)
     assert len(made) == 10_000
     by_second = Counter(int(offset) for offset in made)
@@ -77,7 +77,7 @@ def test_given_a_release_when_made_then_most_come_at_once_and_the_rest_thin_out(
     assert 0.45 < by_second[0] / 10_000 < 0.53
 
 
-def test_given_a_recording_when_read_then_its_times_from_its_first_moment(tmp_path: Path) -> None:
+def test_recorded_arrivals_begin_at_their_first_moment(tmp_path: Path) -> None:
     offsets, counted = tmp_path / "offsets", tmp_path / "counted.csv"
     offsets.write_text("12.5\n10\n# a remark\n11\n")
     assert list(arrivals.make(f"file:{offsets}", 0, 0, seed=1)) == [0, 1, 2.5]
@@ -97,7 +97,7 @@ def test_given_a_recording_when_read_then_its_times_from_its_first_moment(tmp_pa
         ("7,40\n", [(0, 1)]),
     ],
 )
-def test_given_counts_of_any_step_when_read_then_each_is_spread_over_its_own(
+def test_recorded_counts_are_spread_over_their_step(
     tmp_path: Path, rows: str, within: list[tuple[float, float]]
 ) -> None:
     (tmp_path / "f").write_text("t,count\n" + rows)
@@ -110,19 +110,19 @@ def test_given_counts_of_any_step_when_read_then_each_is_spread_over_its_own(
 
 
 @pytest.mark.parametrize("text", ["", "soon\n", "1,2,3\n", "1,-2\n", "nan\n", "1,999999999\n"])
-def test_given_a_bad_recording_when_read_then_it_says_so(tmp_path: Path, text: str) -> None:
+def test_bad_recording_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "f").write_text(text)
     with pytest.raises(ArrivalsError, match="arrivals"):
         arrivals.recorded(tmp_path / "f", seed=1)
 
 
 @pytest.mark.parametrize("how", [("constant", 0, 1), ("poisson", 1, -1), ("noon", 1, 1)])
-def test_given_impossible_arrivals_when_made_then_refused(how: tuple[str, float, float]) -> None:
+def test_impossible_arrivals_are_refused(how: tuple[str, float, float]) -> None:
     with pytest.raises(ArrivalsError):
         arrivals.make(*how, seed=1)
 
 
-def test_given_no_recording_when_read_then_it_says_so_in_words(tmp_path: Path) -> None:
+def test_missing_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArrivalsError, match=r"/none: No such file or directory$"):
         arrivals.recorded(tmp_path / "none", seed=1)
 
@@ -139,7 +139,7 @@ def asks_of(tokens: Path, **more: Any) -> Asks:
     return Asks(load_of(tokens, **more))
 
 
-def test_given_minted_cards_when_asked_for_then_the_engine_accepts_them(tmp_path: Path) -> None:
+def test_engine_accepts_minted_tokens(tmp_path: Path) -> None:
     key = SigningKey(b"k" * 32)
     write_minted(tmp_path / "t", key, first=5, count=40)
     assert (tmp_path / "t").stat().st_mode & 0o077 == 0
@@ -159,7 +159,7 @@ def test_given_minted_cards_when_asked_for_then_the_engine_accepts_them(tmp_path
         )
 
 
-def test_given_too_few_or_broken_tokens_when_read_then_it_says_so(tmp_path: Path) -> None:
+def test_missing_or_broken_tokens_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "t"
     with pytest.raises(AsksError, match="No such file"):
         asks_of(file)
@@ -171,7 +171,7 @@ def test_given_too_few_or_broken_tokens_when_read_then_it_says_so(tmp_path: Path
         asks_of(file)
 
 
-def test_given_a_duplicate_share_when_dealt_then_so_many_press_again_soon() -> None:
+def test_duplicate_share_repeats_so_many_requests() -> None:
     load = load_of(duplicate_share=0.2, seed=3)
     made = load.members(10_000)
     assert made == load.members(10_000)
@@ -231,7 +231,7 @@ def outcomes(tally: Tally) -> dict[str, int]:
     return dict(Counter(tally.codes[index] for index in tally.outcome))
 
 
-async def test_given_a_server_that_stalls_when_played_then_the_intended_moment_counts() -> None:
+async def test_latency_counts_from_the_intended_time() -> None:
     """Two connections, 100 members while nobody is answered: a closed loop would have asked two."""
     started = 0.0
 
@@ -253,9 +253,7 @@ async def test_given_a_server_that_stalls_when_played_then_the_intended_moment_c
     assert tally.pool_waits >= 40
 
 
-async def test_given_members_that_come_at_once_when_played_then_the_pool_grows_to_its_bound() -> (
-    None
-):
+async def test_pool_of_connections_grows_to_its_bound() -> None:
     most = busy = 0
 
     async def slow(_: bytes) -> bytes:
@@ -272,9 +270,7 @@ async def test_given_members_that_come_at_once_when_played_then_the_pool_grows_t
 
 
 @pytest.mark.load
-async def test_given_no_certain_answer_when_asked_again_then_with_the_same_bytes_and_bounded() -> (
-    None
-):
+async def test_uncertain_answers_are_repeated_within_bounds() -> None:
     """/0 is overloaded once, /1 loses its connection, /2 is never answered, /3 is refused."""
     asked: list[tuple[float, bytes]] = []
 
@@ -331,9 +327,7 @@ async def test_balancers_5xx_are_asked_again_within_bounds() -> None:
     assert told_outcome("HTTP 502") == "outcome unknown: HTTP 502, not the engine's answer"
 
 
-async def test_given_a_repeat_that_found_no_connection_when_told_then_its_last_answer_counts() -> (
-    None
-):
+async def test_repeat_without_a_connection_keeps_its_last_answer() -> None:
     """It was our own pool that was full: "no answer" would blame the server."""
 
     async def reply(request: bytes) -> bytes | None:
@@ -345,7 +339,7 @@ async def test_given_a_repeat_that_found_no_connection_when_told_then_its_last_a
     assert spooled == [(0, 503), (1, 0)]
 
 
-async def test_given_a_full_queue_when_played_then_who_is_never_sent_is_told() -> None:
+async def test_members_beyond_the_queue_count_as_not_sent() -> None:
     async def slow(_: bytes) -> bytes:
         await asyncio.sleep(0.1)
         return SOLD
@@ -354,7 +348,7 @@ async def test_given_a_full_queue_when_played_then_who_is_never_sent_is_told() -
     assert outcomes(tally) == {"sold": 4, "not-sent": 16}
 
 
-async def test_given_no_server_when_played_then_it_says_so() -> None:
+async def test_open_loop_without_a_server_raises_an_error() -> None:
     loop = Generator(f"127.0.0.1:{free_port()}", array("d", [0.0]), bytes, lambda *_: None)
     with pytest.raises(Unreachable, match="127"):
         await loop.run(time.monotonic())
@@ -363,7 +357,7 @@ async def test_given_no_server_when_played_then_it_says_so() -> None:
 # The closed loop ---------------------------------------------------------------------------------
 
 
-async def test_given_a_window_when_played_then_each_is_asked_once_and_no_more_at_once() -> None:
+async def test_window_bounds_requests_under_way() -> None:
     most = busy = 0
     paths: list[bytes] = []
 
@@ -387,7 +381,7 @@ async def test_given_a_window_when_played_then_each_is_asked_once_and_no_more_at
     assert 0 < sum(took_ms) <= 8 * tally.duration_s * 1e3
 
 
-async def test_given_a_window_when_it_warms_up_then_nothing_is_sent_before_the_start() -> None:
+async def test_window_sends_nothing_before_the_start() -> None:
     moments: list[float] = []
 
     async def quick(_: bytes) -> bytes:
@@ -406,7 +400,7 @@ async def test_given_a_window_when_it_warms_up_then_nothing_is_sent_before_the_s
     assert record.notes == ["a closed loop: its latencies count from sending"]
 
 
-async def test_given_a_plan_that_ends_when_played_then_what_was_not_sent_is_not_asked() -> None:
+async def test_end_of_the_requests_ends_a_closed_loop() -> None:
     async def slow(_: bytes) -> bytes:
         await asyncio.sleep(0.02)
         return SOLD
@@ -417,7 +411,7 @@ async def test_given_a_plan_that_ends_when_played_then_what_was_not_sent_is_not_
     assert tally.sent.total() == tally.answered.total() == 10
 
 
-async def test_given_lost_connections_when_in_a_closed_loop_then_unknown_and_it_goes_on() -> None:
+async def test_closed_loop_goes_on_after_lost_connections() -> None:
     seen = 0
 
     async def cut_every_fifth(_: bytes) -> bytes:
@@ -430,7 +424,7 @@ async def test_given_lost_connections_when_in_a_closed_loop_then_unknown_and_it_
     assert tally.outcomes() == {"no-answer": 10, "sold": 40}
 
 
-async def test_given_a_server_that_closes_or_breaks_the_protocol_when_in_a_closed_loop() -> None:
+async def test_closed_loop_survives_close_and_reports_bad_answers() -> None:
     answers = [
         b"HTTP/1.1 413 Large\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
@@ -447,7 +441,7 @@ async def test_given_a_server_that_closes_or_breaks_the_protocol_when_in_a_close
             await closed(address, raws, 10, 2)
 
 
-async def test_given_a_server_that_goes_away_when_in_a_closed_loop_then_the_run_ends(
+async def test_closed_loop_ends_when_the_server_is_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("loadtest.generator.AWAY_S", 0.2)
@@ -489,7 +483,7 @@ def at(record: Record, share: float) -> float:
     return next(each.ms for each in record.latency if each.share >= share)
 
 
-def test_given_several_processes_when_merged_then_counts_and_histograms_are_added() -> None:
+def test_tallies_of_processes_are_added_up() -> None:
     record = record_of(tally_of([10.0] * 300), tally_of([100.0] * 100))
     assert (record.offered, record.sent, record.answered) == (400, 400, 400)
     assert record.outcomes == {"sold": 400}
@@ -505,7 +499,7 @@ def test_given_several_processes_when_merged_then_counts_and_histograms_are_adde
     assert decode(encode(record)) == record
 
 
-def test_given_members_without_an_answer_when_told_then_their_wait_is_not_left_out() -> None:
+def test_members_without_an_answer_count_in_latency() -> None:
     count = 100
     done, outcome = array("d", [0.001] * 50 + [math.nan] * 50), array("B", [0] * 50 + [2] * 50)
     late = array("f", [0.0]) * count
@@ -522,9 +516,7 @@ def test_given_members_without_an_answer_when_told_then_their_wait_is_not_left_o
         (tally_of([20.0] * 300, cpu=0.99), "used all of its core"),
     ],
 )
-def test_given_a_generator_that_was_the_limit_when_told_then_it_refuses(
-    tally: Tally, says: str
-) -> None:
+def test_limited_generator_reports_no_figures(tally: Tally, says: str) -> None:
     record = record_of(tally)
     assert says in record.bottleneck
     assert record.latency == record.latency_sold == []
@@ -537,21 +529,19 @@ def test_given_a_generator_that_was_the_limit_when_told_then_it_refuses(
     assert "the generator itself was the limit" in why
 
 
-def test_given_a_slow_server_when_told_then_the_generator_s_few_ms_are_no_reason_to_refuse() -> (
-    None
-):
+def test_slow_server_excuses_a_little_lateness() -> None:
     assert not record_of(tally_of([200.0] * 300, late_ms=10)).bottleneck
     assert not record_of(tally_of([4.0] * 300, late_ms=2)).bottleneck
 
 
-def test_given_a_generator_that_was_a_little_late_when_told_then_its_share_is_told_too() -> None:
+def test_small_lateness_is_told_in_a_note() -> None:
     assert record_of(tally_of([20.0] * 300, late_ms=1.9)).notes == []
     record = record_of(tally_of([20.0] * 300, late_ms=4))
     assert not record.bottleneck
     assert [note for note in remarks(record) if "may be 4.0 of the 20.0 ms" in note]
 
 
-def test_given_a_run_of_a_second_when_told_then_it_says_what_was_not_seen() -> None:
+def test_run_of_a_second_tells_what_it_did_not_see() -> None:
     tally = tally_of([20.0] * 100)
     assert record_of(tally).notes == []
     short = dataclasses.replace(tally, cpu=[1.0])
@@ -560,9 +550,7 @@ def test_given_a_run_of_a_second_when_told_then_it_says_what_was_not_seen() -> N
         assert "short of CPU" in note
 
 
-def test_given_an_older_record_of_a_slow_generator_when_read_then_its_figures_are_withheld() -> (
-    None
-):
+def test_older_record_of_a_limited_run_is_withheld() -> None:
     record = record_of(tally_of([20.0] * 300))
     record.bottleneck = "late"
     again = decode(encode(record))
@@ -571,7 +559,7 @@ def test_given_an_older_record_of_a_slow_generator_when_read_then_its_figures_ar
     assert {(each.answered, each.p99_ms) for each in again.seconds} == {(None, 0.0)}
 
 
-async def test_given_a_wait_for_the_start_when_played_then_its_idle_cpu_does_not_count() -> None:
+async def test_cpu_before_the_start_does_not_count() -> None:
     async def quick(_: bytes) -> bytes:
         return SOLD
 
@@ -583,13 +571,13 @@ async def test_given_a_wait_for_the_start_when_played_then_its_idle_cpu_does_not
     assert tally.cpu == []
 
 
-def test_given_a_generator_that_lagged_when_told_then_no_p99_is_above_its_max() -> None:
+def test_lateness_p99_is_not_above_its_maximum() -> None:
     tally = tally_of([20.0] * 300)
     plan = record_of(dataclasses.replace(tally, lags=array("f", [0.002] * 9))).plan
     assert plan["generator lateness p99 ms"] == plan["generator lateness max ms"] == 2
 
 
-async def test_given_a_loop_that_is_held_up_when_played_then_it_finds_itself_late() -> None:
+async def test_generator_that_is_held_up_finds_itself_late() -> None:
     async def quick(_: bytes) -> bytes:
         return SOLD
 
@@ -627,7 +615,7 @@ def test_missed_threshold_fails_the_run_and_is_shown() -> None:
     assert decode(encode(record)).thresholds == record.thresholds
 
 
-def test_given_a_run_when_judged_then_it_counts_only_with_clean_books() -> None:
+def test_run_counts_only_with_clean_books() -> None:
     record = record_of(tally_of([10.0] * 10))
     assert verdict(record, proof_wanted=False) == []
     assert "not proved" in verdict(record, proof_wanted=True)[0]
@@ -651,7 +639,7 @@ def test_given_a_run_when_judged_then_it_counts_only_with_clean_books() -> None:
         encode(record_of(tally_of([1.0]))).replace(b'"version": 1', b'"version": 9'),
     ],
 )
-def test_given_what_is_no_record_when_read_then_it_says_so(raw: bytes) -> None:
+def test_bytes_that_are_no_record_are_refused(raw: bytes) -> None:
     with pytest.raises(RecordError, match="record"):
         decode(raw)
 
@@ -659,7 +647,7 @@ def test_given_what_is_no_record_when_read_then_it_says_so(raw: bytes) -> None:
 # The command line and a whole run ----------------------------------------------------------------
 
 
-def test_given_a_command_line_when_read_then_a_plan_or_a_word_why_not() -> None:
+def test_command_line_gives_a_plan_or_a_reason() -> None:
     must = ["--target", "http://127.0.0.1:8080/", "--campaign", "films"]
 
     def plan(*more: str) -> Plan:
@@ -732,7 +720,7 @@ def small(service: Service, campaign: str, **changes: object) -> Plan:
 
 
 @pytest.mark.load
-async def test_given_a_real_engine_when_rushed_by_two_processes_then_told_and_proved(
+async def test_two_processes_rush_a_real_engine_with_proof(
     service: Service, client: Client
 ) -> None:
     campaign = await client.campaign(200)
@@ -753,7 +741,7 @@ async def test_given_a_real_engine_when_rushed_by_two_processes_then_told_and_pr
 
 
 @pytest.mark.load
-async def test_given_an_answer_that_the_books_do_not_have_when_proved_then_the_run_fails(
+async def test_answer_that_the_books_lack_fails_the_run(
     service: Service, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sold answer is kept back and another doctored: both must be found."""
@@ -778,9 +766,7 @@ async def test_given_an_answer_that_the_books_do_not_have_when_proved_then_the_r
     assert (await prove(kept, campaign, books, alone=True)).clean
 
 
-async def test_given_a_plan_that_cannot_be_when_played_then_it_says_why(
-    service: Service, client: Client
-) -> None:
+async def test_impossible_plan_is_refused_with_its_reason(service: Service, client: Client) -> None:
     campaign = await client.campaign(10)
     with pytest.raises(RushError, match="no showing"):
         await play(small(service, campaign, showing="nope"))
@@ -793,7 +779,7 @@ async def test_given_a_plan_that_cannot_be_when_played_then_it_says_why(
 
 
 @pytest.mark.load
-async def test_given_books_that_are_out_of_reach_when_played_then_refused_before_anything(
+async def test_unreachable_books_are_refused_before_the_load(
     service: Service, client: Client
 ) -> None:
     campaign = await client.campaign(100)
@@ -847,7 +833,7 @@ async def test_books_of_another_engine_are_refused_before_the_load(
         await plays._look_at_books(small(service, "elsewhere"))
 
 
-async def test_given_books_that_went_away_meanwhile_when_played_then_told_all_the_same(
+async def test_run_is_reported_when_its_books_went_away(
     service: Service, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a campaign that has orders since then is nobody's alone."""
@@ -868,7 +854,7 @@ async def test_given_books_that_went_away_meanwhile_when_played_then_told_all_th
         await play(small(service, campaign))
 
 
-def test_given_a_folder_that_cannot_be_when_rushed_then_refused_before_anything(
+def test_unwritable_folder_is_refused_before_the_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()

@@ -102,15 +102,13 @@ async def sell(running: RunningPeer, mint: Mint) -> None:
 
 @pytest.mark.load
 @pytest.mark.parametrize("peer", [NAIVE, AFTERNOON], ids=lambda peer: peer.name)
-async def test_given_a_peer_when_a_crowd_comes_then_it_sells_what_it_has(
-    peer: Peer, tmp_path: Path, mint: Mint
-) -> None:
+async def test_peer_sells_what_it_has_to_a_crowd(peer: Peer, tmp_path: Path, mint: Mint) -> None:
     async with peer_up(peer, tmp_path, CORES) as running:
         await sell(running, mint)
 
 
 @pytest.mark.load
-async def test_given_the_node_peer_then_it_sells_what_it_has_or_says_why_not(
+async def test_node_peer_sells_what_it_has_or_says_why_not(
     tmp_path: Path, mint: Mint, cache: Path
 ) -> None:
     why_not = ""
@@ -136,9 +134,7 @@ async def test_go_peer_sells_what_it_has_or_says_why_not(
     assert why_not == ("" if GO_HERE else "go is not installed")
 
 
-async def test_given_the_afternoon_s_peer_when_a_token_is_forged_then_401(
-    tmp_path: Path, mint: Mint
-) -> None:
+async def test_afternoon_peer_refuses_a_forged_token(tmp_path: Path, mint: Mint) -> None:
     forged = Mint(b"another key, which is as long as one is")
     async with peer_up(AFTERNOON, tmp_path, CORES) as running, Client(running.address) as client:
         await running.campaign("films", 1)
@@ -147,9 +143,7 @@ async def test_given_the_afternoon_s_peer_when_a_token_is_forged_then_401(
         assert await running.misdeed("films", 1, least=0, most=0) == ""
 
 
-async def test_given_the_bare_peer_then_each_request_is_answered_also_in_one_read(
-    tmp_path: Path, mint: Mint
-) -> None:
+async def test_bare_peer_answers_each_request_of_a_read(tmp_path: Path, mint: Mint) -> None:
     (raw,) = mint.requests("h", "films", "general", [1])
     async with peer_up(BARE, tmp_path, CORES, body_bytes=400) as running:
         async with Client(running.address) as client:
@@ -195,16 +189,14 @@ class Shelf:
         (Shelf(6, 4, [4]), "4 orders, but 2 to 2"),
     ],
 )
-async def test_given_a_peer_s_redis_when_checked_then_what_is_wrong_is_told(
-    shelf: Shelf, said: str
-) -> None:
+async def test_misdeeds_of_a_peer_are_told(shelf: Shelf, said: str) -> None:
     running = RunningPeer(NAIVE, "", 0, 0, shelf)
     told = await running.misdeed("films", 10, least=2, most=2)
     assert told.startswith(said) if "on cards" not in said else told.endswith(said)
     assert bool(told) == bool(said)
 
 
-async def test_given_a_card_over_the_limit_when_checked_then_it_is_told() -> None:
+async def test_card_over_the_limit_is_told() -> None:
     running = RunningPeer(NAIVE, "", 0, 0, Shelf(6, 4, [4]))
     assert "a card has 4" in await running.misdeed("films", 10, least=4, most=4)
 
@@ -212,25 +204,21 @@ async def test_given_a_card_over_the_limit_when_checked_then_it_is_told() -> Non
 # What is not there -------------------------------------------------------------------------------
 
 
-async def test_given_no_node_when_started_then_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_missing_node_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.shutil, "which", lambda _: None)
     with pytest.raises(PeerMissingError, match="node and npm are not installed"):
         async with peer_up(NODE, tmp_path, CORES):
             pass
 
 
-async def test_given_a_missing_package_when_started_then_it_names_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(PeerMissingError, match="fastapi is not installed"):
         async with peer_up(AFTERNOON, tmp_path, CORES):
             pass
 
 
-async def test_given_an_npm_that_fails_when_installed_then_its_reason_is_told(
+async def test_failing_npm_tells_its_reason(
     tmp_path: Path,
 ) -> None:
     npm = tmp_path / "npm"
@@ -240,7 +228,7 @@ async def test_given_an_npm_that_fails_when_installed_then_its_reason_is_told(
         await peers._install(str(npm), tmp_path / "cache")
 
 
-def test_given_the_node_peer_s_packages_then_they_are_exact_and_name_no_host() -> None:
+def test_packages_of_the_node_peer_are_exact() -> None:
     folder = ROOT / "loadtest/peers/node"
     wanted = json.loads((folder / "package.json").read_text("utf-8"))["dependencies"]
     lock = json.loads((folder / "package-lock.json").read_text("utf-8"))
@@ -325,7 +313,7 @@ def made_case(name: str, rate: float, requests: int) -> Case:
 
 
 @pytest.mark.load
-async def test_given_peers_when_compared_then_the_table_tells_all_of_them(
+async def test_comparison_tells_all_peers(
     tmp_path: Path, mint: Mint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = msgspec.structs.replace(NAIVE, name="afternoon")
@@ -433,7 +421,7 @@ def test_picture_names_who_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "40 + 8 µs" in drawn["peers-cpu"]
 
 
-def test_given_a_goal_then_it_is_met_from_its_figure_on() -> None:
+def test_goal_is_met_from_its_figure_on() -> None:
     assert Goal("x", 1.2, 1.2).met is True
     assert Goal("x", 1.2, 1.19).met is False
     assert Goal("x", 10, 10.1, at_most=True).met is False

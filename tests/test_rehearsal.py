@@ -121,7 +121,7 @@ async def play(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator
         await shop.redis.flushall()
 
 
-async def test_given_a_campaign_when_rehearsed_then_the_copy_has_its_showings_and_limits(
+async def test_rehearsal_copies_showings_and_limits(
     play: Play,
 ) -> None:
     before = await play.desk.real(CAMPAIGN)
@@ -137,14 +137,14 @@ async def test_given_a_campaign_when_rehearsed_then_the_copy_has_its_showings_an
     assert await play.clean()
 
 
-async def test_given_a_rehearsal_when_listed_then_only_who_asks_for_it_sees_it(play: Play) -> None:
+async def test_rehearsal_is_listed_only_on_request(play: Play) -> None:
     made = await play.begin()
     catalogue = Catalogue(play.shop.redis)
     assert [now.campaign.id for now in await catalogue.all() if now.listed] == [CAMPAIGN]
     assert await catalogue.for_sale(made.id) == made
 
 
-async def test_given_cards_when_they_buy_on_the_wrong_side_then_they_are_refused(
+async def test_cards_of_the_other_side_are_refused(
     play: Play,
 ) -> None:
     made, real = await play.begin(), campaign(10, 5)
@@ -160,7 +160,7 @@ async def test_given_cards_when_they_buy_on_the_wrong_side_then_they_are_refused
     assert told.decision is Decision.SOLD
 
 
-async def test_given_a_made_up_card_that_has_bought_for_real_when_audited_then_it_is_found(
+async def test_audit_finds_a_made_up_card_that_bought_for_real(
     play: Play,
 ) -> None:
     await play.shop.stock.buy(Bid(CARDS[0], key(3)))  # past the desk
@@ -180,7 +180,7 @@ def test_made_up_members_have_numbers_and_tokens_of_their_own() -> None:
         verifier.verify(rows[0]["token"], time.time() + 61)
 
 
-def test_given_a_file_when_it_claims_to_be_a_rehearsal_or_for_its_union_then_it_is_refused(
+def test_file_that_claims_to_be_a_rehearsal_is_refused(
     tmp_path: Path,
 ) -> None:
     unions = load_unions(default_unions_path())
@@ -195,7 +195,7 @@ def test_given_a_file_when_it_claims_to_be_a_rehearsal_or_for_its_union_then_it_
 
 
 @pytest.mark.parametrize("of", ["a", "five-yuan-films", "x" * 48, f"{'x' * 21}-{'y' * 26}"])
-def test_given_a_campaign_when_its_rehearsal_is_named_then_the_id_is_new_and_valid(of: str) -> None:
+def test_rehearsal_has_a_new_valid_id(of: str) -> None:
     names = {rehearsal_id(of) for _ in range(20)}
     assert len(names) == 20
     for name in names:
@@ -204,7 +204,7 @@ def test_given_a_campaign_when_its_rehearsal_is_named_then_the_id_is_new_and_val
         assert not name.endswith("-")
 
 
-async def test_given_a_rehearsal_when_purged_then_rows_and_keys_are_gone_and_the_log_stays(
+async def test_purge_removes_rows_and_keys_and_keeps_the_log(
     play: Play,
 ) -> None:
     shop, made = play.shop, await play.begin()
@@ -230,7 +230,7 @@ async def test_given_a_rehearsal_when_purged_then_rows_and_keys_are_gone_and_the
     assert (report.clean, [each.id for each in report.campaigns]) == (True, [CAMPAIGN])
 
 
-async def test_given_a_purged_rehearsal_then_nothing_of_the_engine_misses_it(play: Play) -> None:
+async def test_engine_does_not_miss_a_purged_rehearsal(play: Play) -> None:
     shop, made = play.shop, await play.begin()
     await play.buy(made, CARDS)
     await play.purge(made.id)
@@ -256,7 +256,7 @@ async def test_given_a_purged_rehearsal_then_nothing_of_the_engine_misses_it(pla
     assert await shop.pool.fetchval("SELECT applied FROM campaign WHERE campaign_id = $1", made.id)
 
 
-async def test_given_a_purged_rehearsal_then_the_scheduler_tells_no_stock_of_it(play: Play) -> None:
+async def test_scheduler_tells_no_stock_of_a_purged_rehearsal(play: Play) -> None:
     made = await play.begin()
 
     async def told(registry: CollectorRegistry, *, there: bool) -> bool:
@@ -269,7 +269,7 @@ async def test_given_a_purged_rehearsal_then_the_scheduler_tells_no_stock_of_it(
         await until(lambda: told(registry, there=False))
 
 
-async def test_given_older_files_that_bring_a_purged_one_back_then_the_engine_removes_it(
+async def test_purged_rehearsal_in_older_files_is_removed_again(
     play: Play,
 ) -> None:
     shop, made = play.shop, await play.begin()
@@ -290,7 +290,7 @@ async def test_given_older_files_that_bring_a_purged_one_back_then_the_engine_re
     assert await play.clean()
 
 
-async def test_given_a_purge_that_died_when_repeated_then_it_goes_on_and_the_audit_is_clean(
+async def test_purge_that_died_goes_on_when_repeated(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = await play.begin()
@@ -313,7 +313,7 @@ async def test_given_a_purge_that_died_when_repeated_then_it_goes_on_and_the_aud
     assert await play.desk.left_over() == []
 
 
-async def test_given_audits_that_go_on_while_it_is_purged_then_none_has_a_finding(
+async def test_audits_beside_a_purge_are_clean(
     play: Play,
 ) -> None:
     made = await play.begin()
@@ -327,7 +327,7 @@ async def test_given_audits_that_go_on_while_it_is_purged_then_none_has_a_findin
     assert audits
 
 
-async def test_given_a_redis_that_lost_a_rehearsal_when_purged_then_its_rows_go(play: Play) -> None:
+async def test_rehearsal_that_redis_lost_can_be_purged(play: Play) -> None:
     made = await play.begin()
     await play.buy(made, CARDS)
     await until(lambda: play.has(made.id, orders=8))
@@ -338,7 +338,7 @@ async def test_given_a_redis_that_lost_a_rehearsal_when_purged_then_its_rows_go(
     assert await play.clean()
 
 
-async def test_given_a_real_campaign_when_its_rows_are_to_go_then_sql_refuses(play: Play) -> None:
+async def test_sql_keeps_the_rows_of_a_real_campaign(play: Play) -> None:
     before = await play.rows(CAMPAIGN)
     async with play.shop.pool.acquire() as connection:
         for table in TABLES[:4]:
@@ -352,7 +352,7 @@ async def test_given_a_real_campaign_when_its_rows_are_to_go_then_sql_refuses(pl
     assert await play.rows(CAMPAIGN) == before
 
 
-async def test_given_a_real_campaign_when_made_a_rehearsal_behind_our_back_then_sql_refuses(
+async def test_sql_refuses_to_make_a_real_campaign_a_rehearsal(
     play: Play,
 ) -> None:
     for statement in (
@@ -371,7 +371,7 @@ async def test_given_a_real_campaign_when_made_a_rehearsal_behind_our_back_then_
     assert await play.clean()
 
 
-async def test_given_a_rehearsal_that_is_still_there_when_rows_are_to_go_then_sql_refuses(
+async def test_sql_keeps_the_rows_of_an_unpurged_rehearsal(
     play: Play,
 ) -> None:
     made = await play.begin()
@@ -382,7 +382,7 @@ async def test_given_a_rehearsal_that_is_still_there_when_rows_are_to_go_then_sq
     assert (await play.rows(made.id))["orders"] == 8
 
 
-async def test_given_a_real_campaign_when_purged_then_it_is_refused_in_both_stores(
+async def test_purge_of_a_real_campaign_is_refused(
     play: Play,
 ) -> None:
     with pytest.raises(Refused, match="no rehearsal"):
@@ -395,7 +395,7 @@ async def test_given_a_real_campaign_when_purged_then_it_is_refused_in_both_stor
     assert (await read_campaign(play.shop.redis, CAMPAIGN)) is not None
 
 
-async def test_given_real_sales_when_a_rehearsal_is_planned_then_they_are_named(play: Play) -> None:
+async def test_real_sales_are_named_before_a_rehearsal(play: Play) -> None:
     soon = int((time.time() + 600) * 1_000)
     later = int((time.time() + 7_200) * 1_000)
     await play.shop.create(campaign(1, campaign_id="soon", opens_at_ms=soon))
@@ -406,7 +406,7 @@ async def test_given_real_sales_when_a_rehearsal_is_planned_then_they_are_named(
     assert f"{CAMPAIGN} is open" in found
 
 
-async def test_given_one_who_plays_when_another_would_then_it_is_refused(play: Play) -> None:
+async def test_second_rehearsal_at_the_same_time_is_refused(play: Play) -> None:
     async with play.desk.alone():
         with pytest.raises(Refused, match="somebody else"):
             async with play.desk.alone():
@@ -415,15 +415,13 @@ async def test_given_one_who_plays_when_another_would_then_it_is_refused(play: P
         pass
 
 
-async def test_given_a_rehearsal_when_it_is_to_be_rehearsed_then_it_is_refused(play: Play) -> None:
+async def test_rehearsal_of_a_rehearsal_is_refused(play: Play) -> None:
     made = await play.begin()
     with pytest.raises(Refused, match="rehearsal itself"):
         await play.desk.original(made.id)
 
 
-async def test_given_the_api_when_a_rehearsal_is_there_then_only_its_cards_meet_it(
-    service: Service, client: Client
-) -> None:
+async def test_api_shows_a_rehearsal_to_its_cards_only(service: Service, client: Client) -> None:
     real = await client.campaign(5)
     async with open_stores(Settings(data_dir=service.data_dir), pool_size=3) as stores:
         desk = Rehearsals(stores.redis, stores.scripts, stores.pool)
@@ -462,9 +460,7 @@ async def _says(client: Client, campaign_id: str, token: str, status: int) -> bo
     return (await client.buy(campaign_id, token)).status == status
 
 
-async def test_given_wrong_words_when_rehearsed_then_one_line_says_what(
-    service: Service, client: Client
-) -> None:
+async def test_wrong_words_are_told_in_one_line(service: Service, client: Client) -> None:
     real = await client.campaign(5)
     cards = ("--cards", 5)
     for words, status, says in (
@@ -487,7 +483,7 @@ async def test_given_wrong_words_when_rehearsed_then_one_line_says_what(
         assert "Traceback" not in ran.err
 
 
-def test_given_arrivals_when_played_then_the_generator_knows_them_and_is_told(
+def test_generator_knows_the_arrivals_of_a_rehearsal(
     tmp_path: Path,
 ) -> None:
     assert list(rehearse.ARRIVALS) == sorted(arrivals.KINDS, reverse=True)
@@ -506,7 +502,7 @@ def test_given_arrivals_when_played_then_the_generator_knows_them_and_is_told(
 
 
 @pytest.mark.parametrize("says_yes", [True, False])
-def test_given_a_person_when_asked_then_a_reason_is_wanted_and_a_no_makes_nothing(
+def test_rehearsal_wants_a_reason_and_a_yes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, says_yes: bool
 ) -> None:
     said = iter(["  ", " because "])
@@ -522,7 +518,7 @@ def test_given_a_person_when_asked_then_a_reason_is_wanted_and_a_no_makes_nothin
     assert capsys.readouterr().err == "nothing was made\n"
 
 
-def test_given_a_generator_that_was_the_limit_when_shown_then_no_rate_is_the_server_s(
+def test_limited_rehearsal_shows_no_rate_of_the_server(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     outcome = Outcome(rehearsal="r", of="films", clean=True, offered=5, offered_rate=5.0)
@@ -548,7 +544,7 @@ def test_missed_threshold_is_read_from_the_record(
 
 
 @pytest.mark.load
-async def test_given_a_deployment_when_a_release_is_rehearsed_then_it_is_proven_and_gone(
+async def test_rehearsed_release_is_proven_and_gone(
     service: Service, client: Client, tmp_path: Path
 ) -> None:
     real = await client.campaign(20)

@@ -22,7 +22,7 @@ class Call(Generic[Body]):
     that takes one.
     """
 
-    __slots__ = ("_values", "body", "key", "path", "request", "route")
+    __slots__ = ("body", "key", "path", "request", "route", "values")
     body: Body
 
     def __init__(self, request: web.Request, route: Route, path: Mapping[str, str]) -> None:
@@ -30,7 +30,8 @@ class Call(Generic[Body]):
         self.route = route
         self.path = path
         self.key: str | None = None
-        self._values: dict[str, object] = {}
+        self.values: dict[str, object] = {}
+        """The query parameters by name, as they were read."""
 
     @property
     def engine(self) -> Engine:
@@ -39,11 +40,7 @@ class Call(Generic[Body]):
 
     def value(self, query: Query[Value]) -> Value:
         """Give a query parameter that the route declares."""
-        return cast("Value", self._values[query.name])
-
-    def take_values(self, values: dict[str, object]) -> None:
-        """Set the query parameters, read."""
-        self._values = values
+        return cast("Value", self.values[query.name])
 
 
 class MemberCall(Call[Body]):

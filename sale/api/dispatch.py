@@ -61,7 +61,7 @@ async def _prepared(request: web.Request, route: Route, found: Found) -> Call[An
     values = {query.name: _value(request, query) for query in route.queries}
     key = _key(request, route.key)
     call = await _identified(request, route, found)
-    call.take_values(values)
+    call.values = values
     call.key = key
     if route.body is not None:
         form = route.body if route.decoded is None else route.decoded

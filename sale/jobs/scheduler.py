@@ -140,9 +140,11 @@ class Scheduler:
             asyncio.create_task(work)
             for work in (
                 self._lead_or_stand_by(stop),
-                self._repeat(self._round, stop),
-                self._repeat(self._roster_round, stop),
-                self._repeat(self._clock_round, stop),
+                self._repeat(
+                    stop, file=self._file, verify=self._verify, settle=self._auto_recovery.settle
+                ),
+                self._repeat(stop, roster=self._roster),
+                self._repeat(stop, clock=self._clock),
             )
         ]
         stores = self._stores
@@ -160,28 +162,16 @@ class Scheduler:
             await cancel_and_wait([*working, rounds, auditing, watching, patience])
             self._metrics.active.set(0)
 
-    async def _repeat(self, work: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+    async def _repeat(self, stop: asyncio.Event, **steps: Callable[[], Awaitable[object]]) -> None:
+        """Do the steps in this order at each tick while this scheduler is active."""
         tick_s = self._stores.settings.tick_interval_ms / 1000
         # Sales wait for the verification after a start, so the first round begins as soon as it is
         # decided who is active.
         await pause(self._decided, tick_s)
         while not stop.is_set():
-            await work()
+            for step, work in steps.items() if self.active else ():
+                await self._try(step, work)
             await pause(stop, tick_s)
-
-    async def _round(self) -> None:
-        if self.active:
-            await self._try("file", self._file)
-            await self._try("verify", self._verify)
-            await self._try("settle", self._auto_recovery.settle)
-
-    async def _roster_round(self) -> None:
-        if self.active:
-            await self._try("roster", self._roster)
-
-    async def _clock_round(self) -> None:
-        if self.active:
-            await self._try("clock", self._clock)
 
     async def _lead_or_stand_by(self, stop: asyncio.Event) -> None:
         backoff = Backoff()

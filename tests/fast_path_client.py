@@ -1,4 +1,4 @@
-"""A client that says what goes into which write, and cuts answers out of what comes."""
+"""A client that chooses the bytes of each write, and splits the received bytes into answers."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Answer(NamedTuple):
-    """An answer as it came, with what differs from order to order or by the clock taken out."""
+    """An answer without the parts that differ by order or by the clock."""
 
     status: str
     headers: tuple[tuple[str, str], ...]
@@ -62,7 +62,7 @@ class Exchange:
 
 
 class Wire(asyncio.Protocol):
-    """A client's end of a connection: writes what it is told, cuts answers out of what comes.
+    """A client's end of a connection: it writes bytes and splits the received bytes into answers.
 
     ``heads`` tells which of the answers are to a HEAD, and come without their body.
     """

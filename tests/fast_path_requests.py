@@ -99,7 +99,7 @@ def media_types(m: Member) -> Iterator[Case]:
 
 
 def bodies(m: Member) -> Iterator[Case]:
-    """JSON, and what is none."""
+    """Bodies that are JSON, and bodies that are not."""
     for body in (
         *(b"{}", b"", b"[]", b"null", b"1", b'"a"', b"{", b'{"quantity":1', b'{"quantity":1}}'),
         *(b'{"quantity":true}', b'{"quantity":"2"}', b'{"quantity":1e0}', b'{"quantity":1.0}'),
@@ -130,7 +130,7 @@ def bodies(m: Member) -> Iterator[Case]:
 
 
 def lengths(m: Member) -> Iterator[Case]:
-    """Where a body ends, said rightly, doubtfully or wrongly."""
+    """Lengths of a body that are right, doubtful or wrong."""
     n = b"%d" % len(WISH)
     for name, value in {
         "nought before": b"0" + n,
@@ -229,7 +229,7 @@ def others(m: Member) -> Iterator[Case]:
 def reads(m: Member) -> Iterator[Case]:
     """Reads that many members repeat: a campaign, and its remaining tickets.
 
-    Not the list of all: other tests' campaigns stand there, and open and close meanwhile.
+    Not the list of all: it has other tests' campaigns, which open and close meanwhile.
     """
 
     def get(campaign: str, tail: str = "", *lines: bytes, method: bytes = b"GET") -> bytes:

@@ -233,7 +233,7 @@ class Member:
         version: bytes = b"HTTP/1.1",
         **changes: bytes,
     ) -> bytes:
-        """A purchase, or what is left of one.
+        """A purchase, or a part of one.
 
         ``extra`` are whole header lines; ``changes`` are values of headers, ``_`` for ``-``; a
         length is added where none is given and it is not in ``drop``.

@@ -1,4 +1,4 @@
-"""The same requests otherwise: headers in another order or case, more of them, bytes in pieces."""
+"""Variants of the same requests: headers reordered, recased or added; bytes in pieces."""
 
 import random
 from collections.abc import Callable

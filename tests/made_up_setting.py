@@ -1,4 +1,4 @@
-"""Run by ``test_campaign.py`` on an engine that has one more setting: says who knows of it."""
+"""Run by ``test_campaign.py`` on an engine with one more setting: prints the parts that know it."""
 
 import asyncio
 import sys

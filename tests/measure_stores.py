@@ -1,4 +1,4 @@
-"""Compares the stores that can stand in the place of Redis: the figures of ADR 13.
+"""Compares stores that can replace Redis: the figures of ADR 13.
 
 ``python tests/measure_stores.py [BINARY …]`` measures the embedded Valkey, the others of
 ``tests/stores.py``, and the binaries given, in turn on one machine: µs that the server says its

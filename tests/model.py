@@ -1,7 +1,7 @@
 """The state machine's independent model of a campaign, in plain dicts.
 
 Nothing of the engine is imported here, and nothing is copied from it: the rules are the contract's.
-The clock stands still until somebody moves it. ``log`` is the ledger that must come of it.
+The clock stands still until a test moves it. ``log`` is the ledger that must result.
 """
 
 from typing import Any, NamedTuple

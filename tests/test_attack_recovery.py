@@ -1,4 +1,4 @@
-"""Attacks on the recovery: slow and dead witnesses, damaged data, and early recoveries."""
+"""Attacks on the recovery: slow and dead processes, damaged data, and early recoveries."""
 
 import asyncio
 

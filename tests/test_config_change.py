@@ -146,7 +146,7 @@ async def test_absent_campaign_is_read_once_and_kept_within_bounds(
     monkeypatch.setattr(module, "ABSENT_S", 60.0)
     catalogue, stock = Catalogue(redis), Stock(redis, "late")
     assert await catalogue.now("late") is None
-    # when it is made, then what was asked a moment ago still stands
+    # when it is made, then the answer of a moment ago is kept
     await stock.create(campaign(5, campaign_id="late"), schedule=True)
     assert await catalogue.now("late") is None
     # until others have taken its place

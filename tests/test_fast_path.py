@@ -146,7 +146,7 @@ def test_purchases_and_other_requests_share_a_connection(world: World) -> None:
 
 
 async def _asked_in_turn(side: Side, requests: list[bytes]) -> list[Any]:
-    """The answers to requests on one connection, without the seconds to wait."""
+    """The answers to requests on one connection, without the values of Retry-After."""
     async with side.wire() as wire:
         for number, raw in enumerate(requests):
             await wire.send(raw)
@@ -272,7 +272,7 @@ def test_exhausted_card_or_address_costs_the_stores_nothing(world: World) -> Non
 
 
 def test_odd_requests_leave_no_line_in_the_log(world: World) -> None:
-    """A stranger had 1.7 kB of traceback for 110 bytes."""
+    """An odd request of 110 bytes once logged 1.7 kB of traceback."""
     lines: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = lines.append  # type: ignore[method-assign]

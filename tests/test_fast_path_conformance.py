@@ -275,7 +275,7 @@ def test_both_paths_answer_pipelined_requests_as_if_alone(
 
 
 def _by_handler(got: list[Any], wanted: list[Any]) -> bool:
-    """Whether it is the handler who says of a chunk that it cannot be read.
+    """Tell whether the handler refuses the unreadable chunk.
 
     Its head came in a read of its own then; else aiohttp says so, before there is a handler.
     """

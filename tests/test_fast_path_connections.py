@@ -1,4 +1,4 @@
-"""How a connection of the fast path lives and ends: bounds, time limits, the end of a process."""
+"""Connections of the fast path: bounds, time limits, the end of a process."""
 
 import asyncio
 import contextlib
@@ -42,7 +42,7 @@ def _numbered(member: Member, number: int, *, mixed: bool = True) -> bytes:
 async def _stalled(
     side: Side, wire: Wire, asked: bytes, waits: Callable[[Connection], bool]
 ) -> Connection:
-    """Send more than is served now; give the connection, when it waits and reads no more of it."""
+    """Send more than the server handles now; return the connection once it stops reading."""
     wire.transport.write(asked)
     await until(lambda: any(waits(each) for each in side.fast_path.connections))
     connection = side.connection
@@ -189,7 +189,7 @@ async def test_silent_connection_keeps_no_other_from_being_read() -> None:
 
 
 class _NeverRead(FuzzWire):
-    """A transport whose client takes nothing any more: closing it waits for ever."""
+    """A transport whose client reads nothing any more, so that closing it waits for ever."""
 
     def close(self) -> None:
         self.closing = True
@@ -199,7 +199,7 @@ class _NeverRead(FuzzWire):
 
 
 async def test_unread_answers_behind_half_a_request_end_in_time() -> None:
-    """Without an end the next move were ours, and no deadline would run."""
+    """Without an end of the input the connection would wait for us, and no deadline would run."""
     counter = Counter(None)
     server = web.Server(counter.serve)  # type: ignore[arg-type]
     with shorter(UNREAD_WITHIN_S=0.05):

@@ -1,4 +1,4 @@
-"""A client that shuts down its sending side is answered all the same, then its connection closes.
+"""A client that shuts down its sending side gets its answers, then its connection closes.
 
 The fast path and aiohttp alone must do so alike, and as for a client that stays.
 """
@@ -287,7 +287,7 @@ def test_order_stands_when_its_client_leaves(world: World, resets: bool) -> None
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_both_paths_refuse_an_unreadable_later_chunk_and_close(world: World, ends: bool) -> None:
-    """aiohttp by itself lets whoever reads the body wait for the rest, ten seconds here."""
+    """aiohttp by itself makes the reader of the body wait for the rest, ten seconds here."""
 
     async def asked(side: Side, begun: bytes, broken: bytes) -> Exchange:
         async with side.wire() as wire:

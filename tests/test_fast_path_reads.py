@@ -1,4 +1,4 @@
-"""A campaign and what is left of it, answered from memory by the fast path."""
+"""The fast path answers a campaign and its remaining tickets from memory."""
 
 import asyncio
 import time
@@ -31,7 +31,7 @@ def get(world: World, campaign: str, tail: str, *lines: bytes) -> bytes:
 
 
 async def reload(side: Side, *requests: bytes) -> tuple[list[Answer], bool]:
-    """The answers on one connection, and whether aiohttp had a part in them."""
+    """The answers on one connection, and whether aiohttp served any of them."""
     async with side.wire() as wire:
         for number, request in enumerate(requests, 1):
             await wire.send(request)

@@ -17,7 +17,7 @@ STREAM = campaign_keys(CAMPAIGN).stream
 
 @pytest.fixture
 async def positions(redis: Any) -> list[Position]:
-    """A stream of six entries of two events; where the chain stands before and after each."""
+    """A stream of six entries of two events; the chain's positions before and after each."""
     book, found = Ledger(), [START]
     for n in range(6):
         await book.append(redis, created(50) if n == 0 else operation("opened"), sold(n))

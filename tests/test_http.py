@@ -325,7 +325,7 @@ async def test_revoked_card_buys_nothing_a_second_later(
     assert (await client.buy(campaign, card.token, key=key)).code == "unauthenticated"
 
 
-# Reading.
+# Reads.
 
 
 async def test_order_is_readable_at_once_without_the_writer(

@@ -275,7 +275,7 @@ async def test_holder_stopped_during_a_heartbeat_loses_the_lock(
 async def test_severed_work_ends_if_a_library_loses_its_cancellation(
     library: str, database_url: str
 ):
-    """Such work would run beside the next holder for ever, and its process never stand by again."""
+    """Such work would otherwise run beside the next holder, and its process never stand by."""
     conn = await asyncpg.connect(database_url)
     sent = asyncio.get_running_loop().create_future()
     begun, outlived = asyncio.Event(), asyncio.Event()

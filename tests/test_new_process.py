@@ -1,4 +1,4 @@
-"""A process that has just started, and the rush that meets it."""
+"""A process that has just started gets the load of a rush."""
 
 from redis.asyncio import Redis
 from service import Client, Service

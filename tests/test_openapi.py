@@ -1,4 +1,4 @@
-"""The description of the API is valid and covers the contract, and nothing that is not there."""
+"""The description of the API is valid OpenAPI and covers exactly the contract."""
 
 from typing import Any
 

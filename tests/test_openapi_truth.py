@@ -172,7 +172,7 @@ async def test_request_name_is_described_and_taken(client: Client) -> None:
 
 
 async def test_each_route_is_described(service: Service, client: Client) -> None:
-    """Every path and method of the API that the application answers stands in the description."""
+    """The description has every path and method that the application answers."""
     described = {(method.upper(), path) for method, path, _ in OPERATIONS}
     for method, path in described:
         for other in ("GET", "POST", "DELETE", "PUT", "PATCH", "PROPFIND"):

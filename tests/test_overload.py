@@ -24,7 +24,7 @@ NEAR = Bounds(connections=6_000, warm=3_000, warm_s=1.5, retries=0, give_up_s=5)
 async def api(
     request: pytest.FixtureRequest, service: Service, tmp_path: Path
 ) -> AsyncIterator[OwnApi]:
-    """One whose capacity is small, because Redis answers late and a call holds few."""
+    """An API process of small capacity: Redis answers late, and a call holds few purchases."""
     settings = {
         "SALE_BATCH_MAX": str(BATCH),
         "SALE_WAIT_MAX_MS": str(WAIT_MS),

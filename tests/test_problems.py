@@ -208,7 +208,7 @@ async def test_index_lists_every_problem_in_both_languages(
             assert escape(told.zh) in text
             assert escape(told.en) in text
     assert "$" not in text
-    assert "Sold out." not in text  # a title is not told twice
+    assert "Sold out." not in text  # a title is shown once
     assert 'href="/problems/"' in await (await client.get("/problems/closed")).text()
 
 

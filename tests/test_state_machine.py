@@ -1,6 +1,6 @@
 """Random lives of campaigns, on a real Redis and PostgreSQL, against ``model.py``.
 
-Only the clock is faked: a campaign's clock stands at a moment that this machine's has not reached,
+Only the clock is faked: a campaign's clock is set to a moment that this machine has not reached,
 and moves when a rule moves it, so that openings and closings are met to the millisecond.
 """
 

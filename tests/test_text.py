@@ -1,4 +1,4 @@
-"""Texts that people read, and names of accounts: what would fool somebody is refused or mended."""
+"""Texts that people read, and names of accounts: misleading characters are refused or removed."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ class Planted(NamedTuple):
 
 
 async def add_entry(redis_: Redis, campaign: str, payload: bytes) -> None:
-    """Append an entry of one event that is chained rightly, whatever stands in it."""
+    """Append an entry of one event whose chain hash is right, whatever its payload."""
     keys = campaign_keys(campaign)
     values: Any = await redis_.hmget(keys.head, "seq", "chain", "epoch", "clock")
     seq, epoch, clock = int(values[0]) + 1, int(values[2]), int(values[3])
@@ -136,7 +136,7 @@ async def test_processes_go_on_beside_broken_campaigns(
     for kind in (*FAR, "sound"):
         await until(lambda kind=kind: client.all_applied(ids[kind]))  # type: ignore[misc]
 
-    # The clock opens others; whoever may buy in a broken one goes on buying.
+    # The clock opens others; members of a broken campaign go on buying.
     soon = await client.campaign(opens_at=in_s(0.5))
 
     async def opened() -> bool:

@@ -1,4 +1,4 @@
-"""One rule for what an account may see, in every reader; a hidden campaign is like none."""
+"""Every reader shows an account its campaigns by one rule; a hidden one is answered as unknown."""
 
 import asyncio
 from typing import Any
@@ -36,7 +36,7 @@ async def campaigns(client: Client) -> Campaigns:
 
 
 async def alike(client: Client, method: str, path: str, campaign: str, **how: Any) -> Seen:
-    """Ask of a campaign that must be answered as one that nobody has made."""
+    """Send a request whose answer must equal that of a campaign that does not exist."""
     invented = client.service.new_id()
     seen = await client.ask(method, path.format(campaign), **how)
     other = await client.ask(method, path.format(invented), **how)

@@ -12,7 +12,7 @@ from sale.http.head_rules import fault_of_head
 
 
 class Request(NamedTuple):
-    """A request as somebody took it."""
+    """A request as a parser read it."""
 
     method: str
     path: str
@@ -36,7 +36,7 @@ class _Nowhere:
 def parsed(
     loop: asyncio.AbstractEventLoop, pieces: Iterator[bytes] | list[bytes]
 ) -> tuple[list[tuple[Any, Any]], bool]:
-    """Messages as aiohttp's parser sees them until it stops, and whether it refused to go on."""
+    """The messages that aiohttp's parser reads until it stops, and whether it refused to go on."""
     parser = HttpRequestParser(
         _Nowhere(), loop, 2**16, max_line_size=8_190, max_field_size=8_190, max_headers=128,
         auto_decompress=False,

@@ -70,7 +70,7 @@ ROUTES = fast_routes(SimpleNamespace(desk=None, public_campaigns=None))  # type:
 
 
 def check_head(loop: asyncio.AbstractEventLoop, reader: HeadReader, data: bytes) -> None:
-    """Where a head is called plain, aiohttp sees this one request that ends there, and no other."""
+    """A head that is read as plain is one request to aiohttp, and ends at the same byte."""
     end = data.find(b"\r\n\r\n") + 4
     if end < 4:
         return
@@ -182,7 +182,7 @@ class Wire(asyncio.Transport):
 
 
 class Rush(Overload):
-    """Lets in and refuses by chance; who is refused is written down as None."""
+    """Admits and refuses at random; a refused purchase is recorded as None."""
 
     def __init__(self, seen: list[Request | None], seed: int, **bounds: Any) -> None:
         super().__init__(**bounds)
@@ -373,7 +373,7 @@ async def _reads(wire: Wire, connection: Connection) -> bool:
 
 
 async def _quiet(counter: Counter, wire: Wire, fast_path: FastPath) -> None:
-    """Wait until nothing moves any more."""
+    """Wait until the connection has nothing left to do."""
     still, before = 0, None
     for _ in range(TURNS_MAX):
         now = (len(counter.seen), len(wire.written), wire.closing, wire.paused_writing)
@@ -389,7 +389,7 @@ async def _quiet(counter: Counter, wire: Wire, fast_path: FastPath) -> None:
 
 @contextlib.contextmanager
 def quiet_logs() -> Iterator[None]:
-    """Requests that are wrong are no news here."""
+    """Log nothing of wrong requests."""
     kept = structlog.get_config()
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     with mock.patch.object(server_logger, "disabled", new=True):

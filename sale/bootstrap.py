@@ -250,14 +250,14 @@ async def _ended(tasks: Sequence[asyncio.Future[Any]]) -> None:
 async def _patiently(attempt, patience_s: float):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     """Await ``attempt()`` until it works or the patience is spent."""
     deadline = time.monotonic() + patience_s
-    told = False
+    logged = False
     while True:
         try:
             return await attempt()
         except STORE_ERRORS as error:
             if time.monotonic() >= deadline:
                 raise
-            if not told:
+            if not logged:
                 log.info("store.awaited", error=type(error).__name__)
-                told = True
+                logged = True
         await asyncio.sleep(START_PAUSE_S)

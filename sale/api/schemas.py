@@ -1,8 +1,8 @@
-"""Bodies that come in and go out, with the field names of the contract.
+"""Bodies of requests and answers, with the field names of the contract.
 
 Request bodies refuse unknown fields and wrong types (``true`` is not a number, nor is ``"2"``);
-ranges that depend on a campaign are checked by the use cases. What goes out is encoded as it
-stands. The same types describe the API in ``/openapi.json``. Times are RFC 3339 texts with offset,
+ranges that depend on a campaign are checked by the use cases. Answers are encoded without
+checks. The same types describe the API in ``/openapi.json``. Times are RFC 3339 texts with offset,
 money is fen.
 """
 

@@ -70,8 +70,8 @@ def recover(context: CommandContext, campaign_id: str, *, dry_run: bool) -> None
 def losses(context: CommandContext, campaign_id: str) -> None:
     """List the order numbers that a campaign lost, and why.
 
-    Voided order numbers are those of which nobody knows whether a member was answered; conflicts
-    are orders that a member was told but the ledger does not have.
+    Voided order numbers are lost, and it is unknown whether a member got an answer; conflicts are
+    orders that a member was given but the ledger does not have.
     """
     from sale.bootstrap import open_stores
     from sale.trust.losses import losses as read

@@ -19,7 +19,7 @@ _SHARES: Final = ((0.5, "p50"), (0.99, "p99"), (0.999, "p99.9"))
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """A rehearsal as ``--json`` tells it.
+    """A rehearsal as ``--json`` shows it.
 
     ``clean``: the generator compared every answer with the books, nothing was wrong, and the audit
     of the rehearsal and of the real campaign has no finding. ``bottleneck`` says why the generator
@@ -79,8 +79,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
             )
         else:
             findings += [f"{finding.kind}: {finding.what}" for finding in proof.findings]
-        told = [f"the rush did not happen: {record.not_played}"] if record.not_played else []
-        failed = told + missed(record)
+        found = [f"the rush did not happen: {record.not_played}"] if record.not_played else []
+        failed = found + missed(record)
         pages = sorted(out.glob("*.html"))
         return cls(
             rehearsal=identifier,
@@ -140,10 +140,10 @@ def show(outcome: Outcome) -> None:
 
 def _latency(record: "Record") -> dict[str, float]:
     """Give the latency that so large a share of the answers did not pass."""
-    told = {}
+    found = {}
     for share, name in _SHARES:
         for each in record.latency:
             if each.share >= share:
-                told[name] = each.ms
+                found[name] = each.ms
                 break
-    return told
+    return found

@@ -27,7 +27,7 @@ ARRIVALS: Final = {
 """How they come, as the load generator names it, and in words."""
 
 RUSH_S: Final = 10.0
-"""All cards within so long, unless told otherwise: the first seconds are what a release is."""
+"""Default time in which all cards arrive: a release is decided in its first seconds."""
 SECONDS_MAX: Final = 3_600.0
 OPENS_IN_S: Final = 15.0
 OPENS_IN_MIN_S: Final = 3.0

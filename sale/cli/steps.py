@@ -61,9 +61,9 @@ async def _taken(
 
 
 def _fields(request: type[StepRequest]) -> tuple[inspect.Field, ...]:
-    told = inspect.type_info(request)
-    assert isinstance(told, inspect.StructType)  # noqa: S101 - it is declared as one
-    return told.fields
+    declared = inspect.type_info(request)
+    assert isinstance(declared, inspect.StructType)  # noqa: S101 - it is declared as one
+    return declared.fields
 
 
 def _argument(field: inspect.Field) -> click.Argument:

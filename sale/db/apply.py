@@ -58,7 +58,7 @@ async def apply_entries(
     """Apply whole entries in one durable transaction, going on from ``after`` (None: read it).
 
     Raises:
-        PositionMoved: somebody else has applied meanwhile; nothing was done.
+        PositionMoved: another writer has applied meanwhile; nothing was done.
         CorruptLedger: a gap, a broken chain, or what cannot stand in a ledger; nothing was done.
         asyncpg.PostgresError, OSError: PostgreSQL is away; perhaps it was done, so read the
             position again.

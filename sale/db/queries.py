@@ -22,14 +22,14 @@ def load(topic: str) -> Mapping[str, str]:
     text = resources.files("sale.db").joinpath("sql", f"{topic}.sql").read_text("utf-8")
     head, *blocks = _BLOCK.split(text)
     if _without_comments(head):
-        raise ValueError(f"{topic}.sql: a statement stands before the first name")
+        raise ValueError(f"{topic}.sql: a statement comes before the first name")
     statements: dict[str, str] = {}
     for name, body in zip(blocks[::2], blocks[1::2], strict=True):
         statement = body.strip().removesuffix(";")
         if not _without_comments(statement):
             raise ValueError(f"{topic}.sql: {name} has no statement")
         if name in statements:
-            raise ValueError(f"{topic}.sql: {name} stands twice")
+            raise ValueError(f"{topic}.sql: {name} occurs twice")
         statements[name] = statement
     return MappingProxyType(statements)
 

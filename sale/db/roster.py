@@ -95,7 +95,7 @@ class NewNumbers(NamedTuple):
 
 
 class Duplicates(NamedTuple):
-    """Lines whose card stands on an earlier line: all of them counted, the first ones listed."""
+    """Lines whose card is on an earlier line: all of them counted, the first ones listed."""
 
     total: int
     lines: list[tuple[int, int]]
@@ -111,7 +111,7 @@ async def copy_incoming(connection: Any, source: AsyncIterator[bytes]) -> None: 
 
 
 async def find_duplicates(connection: Any, limit: int) -> Duplicates:  # noqa: ANN401
-    """Lines of the incoming table whose card stands on an earlier one, as (line, earlier line)."""
+    """Lines of the incoming table whose card is on an earlier one, as (line, earlier line)."""
     rows = await connection.fetch(_SQL["twice"], limit, timeout=IMPORT_TIMEOUT_S)
     total = rows[0]["total"] if rows else 0
     return Duplicates(total, [(row["line"], row["first_line"]) for row in rows])

@@ -57,7 +57,7 @@ class Actor(msgspec.Struct, frozen=True):
         return self.sees_all or self.union == owner
 
     def may_see(self, now: CampaignNow) -> bool:
-        """Whether this campaign exists for this actor: its own, and what members are told of."""
+        """Whether this campaign exists for this actor: its own, and those of the members' list."""
         if now.state is State.DELETED:
             return False
         return now.listed or self.acts_for(now.campaign.owner)

@@ -1,9 +1,9 @@
-"""A roster file, line by line: what is taken, what is repaired without a doubt, what is refused.
+"""Checks a roster file line by line: a line is accepted, repaired if that is certain, or refused.
 
-Spaces around a field go, names keep any character that can be seen. A card number is taken only
-as it is printed: what a spreadsheet has rounded, shortened or decorated is refused, never guessed
-at. A number that may have been rounded cannot be told from a true one by itself, so ``looks`` notes
-how it looks and ``roster.py`` decides for the file as a whole.
+Spaces around a field are removed; names keep any visible character. A card number is accepted only
+as it is printed: a number that a spreadsheet has rounded, shortened or decorated is refused and
+never guessed. A rounded number may look like a true one, so ``looks`` notes its form, and
+``roster_import.py`` decides for the file as a whole.
 """
 
 import csv

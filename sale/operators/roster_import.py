@@ -1,7 +1,7 @@
 """The roster's import: a file of cards into the roster, all of it or nothing.
 
 An import streams: each line of the file is checked by itself and goes to a temporary table by COPY,
-so memory does not grow with the file; whether a card stands twice is asked of that table. All of it
+so memory does not grow with the file; a query on that table finds cards that occur twice. All of it
 is one transaction, and one bad line changes nothing. Quoted fields may hold commas and quotes but
 no line breaks, so a forgotten quote spoils one line and not the rest of the file. The alternative,
 Python's csv over the whole file, reads everything after such a quote as one field.

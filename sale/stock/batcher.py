@@ -415,7 +415,7 @@ class Batcher:
         self._settle(purchases, [UNKNOWN] * len(purchases))
 
     def _answer(self, batch: list[Purchase], packed: bytes, reply: list[Any]) -> None:
-        """Keep the sold orders, then settle all purchases. For the reply see ``purchase.lua``."""
+        """Store the sales, then settle all purchases. For the reply see ``purchase.lua``."""
         now_ms, seq, chain, epoch, price_fen, number, config_seq = reply[1:_RESULTS_AT]
         self.take_config(config_seq)
         self.advance(seq, chain.decode())
@@ -441,7 +441,7 @@ class Batcher:
         self._loop.call_soon(self._settle_each, batch, answers)
 
     def _answers_of(self, batch: list[Purchase], reply: list[Any]) -> list[Answer]:
-        """Read a reply with refusals or replays, and keep the sold orders."""
+        """Read a reply with refusals or replays, and store the sales."""
         now_ms, _, _, epoch, price_fen, number, _ = reply[1:_RESULTS_AT]
         applied = self.unapplied.applied
         shared: dict[int, Answer] = {}

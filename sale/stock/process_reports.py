@@ -3,7 +3,7 @@
 A Redis restored from older files cannot know what it lost; the processes that answered members can.
 Each process reports several times a second, and names in each report the Redis that it uses. The
 verification and the recovery first collect the reports of all processes, for a bounded time: a
-process that is stopped or cut off must not keep a sale shut, and reports when it resumes.
+process that is suspended or cut off must not stop the sale. It reports when it continues.
 """
 
 import asyncio

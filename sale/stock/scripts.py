@@ -1,8 +1,7 @@
-"""Calls the Lua scripts and puts their replies into words. One script a file, see ``lua/``.
+"""Calls the Lua scripts and parses their replies. Each script is a file of its own in ``lua/``.
 
-Every script is put behind ``_ledger.lua``, which reads the head, checks that this Redis may be
-believed and appends to the chain: a difference between two scripts in this would be a hole in the
-ledger.
+``_ledger.lua`` is prepended to every script. It reads the head, checks that this Redis can be
+trusted, and appends to the chain, so that all scripts do this in the same way.
 """
 
 import asyncio
@@ -25,7 +24,7 @@ from sale.stock.script_connection import ScriptConnection, pack
 
 
 class CallReply(IntEnum):
-    """First integer of every reply; the same numbers stand in ``_ledger.lua``."""
+    """First integer of every reply; ``_ledger.lua`` has the same numbers."""
 
     OK = 0
     MISSING = -1
@@ -42,7 +41,7 @@ class CallReply(IntEnum):
 
 
 class Decision(IntEnum):
-    """Decisions of ``purchase.lua`` on one purchase; the same numbers stand in its header."""
+    """Decisions of ``purchase.lua`` on one purchase; its header has the same numbers."""
 
     SOLD = 1
     REPLAYED = 2
@@ -61,7 +60,7 @@ class Decision(IntEnum):
 
 
 class Peek(msgspec.Struct, frozen=True):
-    """The state of a campaign, as a purchase would meet it now; ``remaining`` by showing number."""
+    """The state by which a purchase would be decided now; ``remaining`` by showing number."""
 
     now_ms: int
     seq: int
@@ -75,7 +74,7 @@ class Peek(msgspec.Struct, frozen=True):
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """A step's actor, kind and reason; ``op`` and ``content`` tell its repeats (INV-4)."""
+    """A step's actor and reason; ``op`` and ``content`` identify its repeats (INV-4)."""
 
     op: str
     content: str
@@ -106,31 +105,31 @@ class Repeat(msgspec.Struct, frozen=True):
 
     @property
     def gone(self) -> bool:
-        """Whether what the step was taken on is there no more: only drafts go."""
+        """Whether the draft that the step changed was deleted since."""
         return self.state == "deleted" or self.seq < self.made
 
 
-class Untrusted(Exception):  # noqa: N818 - the state is, not the caller
-    """This Redis, or this campaign in it, may not be believed (INV-8)."""
+class Untrusted(Exception):  # noqa: N818 - the name states the condition
+    """This Redis, or this campaign in it, cannot be trusted (INV-8)."""
 
     def __init__(self, reply: CallReply) -> None:
         super().__init__(reply.name.lower())
         self.reply = reply
 
 
-_STANDS: Final = frozenset({CallReply.OK, CallReply.REPLAYED})
+_ACKNOWLEDGED: Final = frozenset({CallReply.OK, CallReply.REPLAYED})
 
 
-class NotReplicated(RedisError):  # noqa: N818 - says what is not known
-    """It was done, but too few replicas have it: whether it lasts is unknown (INV-3)."""
+class NotReplicated(RedisError):  # noqa: N818 - the name states the condition
+    """The call was executed, but too few replicas have it, so it may be lost (INV-3)."""
 
 
 class Scripts:
-    """The scripts on one Redis. ``nonce`` names the deployment whose data this must be.
+    """The scripts on one Redis. ``nonce`` identifies the deployment whose data this must be.
 
     ``replicas``: how many must have a purchase or an operator's step before it is answered, and up
-    to how many ms to wait for them; those calls raise NotReplicated where they do not. Asked again
-    with the same key, the answer is the same, and waits again.
+    to how many ms to wait for them; otherwise these calls raise NotReplicated. A repeat with the
+    same key gives the same answer, and waits again.
     """
 
     def __init__(
@@ -152,23 +151,25 @@ class Scripts:
         mark: Mark,
         behind_max: tuple[int, int],
         packed: bytes,
-        line: ScriptConnection | None = None,
+        connection: ScriptConnection | None = None,
     ) -> list[Any]:
         """Run ``purchase.lua`` for what ``pack_batch`` packed; the reply is raw.
 
         ``behind_max`` is how far PostgreSQL may be behind, in events and in ms. The call goes on
-        ``line`` if one is given and no replica is waited for.
+        ``connection`` if one is given and no replica is waited for.
         """
         reply: list[Any] = await _by_hash(
-            partial(self._send, line), PURCHASE, keys, process, call, mark.incarnation, mark.seq,
-            self.nonce, *behind_max, packed,
+            partial(self._send, connection), PURCHASE, keys, process, call, mark.incarnation,
+            mark.seq, self.nonce, *behind_max, packed,
         )  # fmt: skip
         return reply
 
-    async def _send(self, line: ScriptConnection | None, *command: str | int | bytes) -> Any:  # noqa: ANN401
+    async def _send(
+        self, script_connection: ScriptConnection | None, *command: str | int | bytes
+    ) -> Any:  # noqa: ANN401
         packed = pack(*command)
-        if line is not None and self._replicas is None:
-            return await line.call(packed)
+        if script_connection is not None and self._replicas is None:
+            return await script_connection.call(packed)
         pool = self.redis.connection_pool
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
@@ -177,9 +178,9 @@ class Scripts:
                 return await connection.read_response()
             await connection.send_packed_command(packed + self._packed_wait, check_health=False)
             reply, acknowledged = await _read(connection), await _read(connection)
-            return self._awaited(reply, acknowledged)
+            return self._replicated(reply, acknowledged)
         except asyncio.CancelledError:
-            # The reply is still to come; nobody else may be given it.
+            # The reply is still to come, and must not be read as that of another call.
             await connection.disconnect(nowait=True)
             raise
         finally:
@@ -190,11 +191,11 @@ class Scripts:
         keys: CampaignKeys,
         mark: Mark,
         showings: int,
-        line: ScriptConnection | None = None,
+        connection: ScriptConnection | None = None,
     ) -> Peek:
-        """Run ``peek.lua``, on ``line`` if one is given. Raises Untrusted."""
+        """Run ``peek.lua``, on ``connection`` if one is given. Raises Untrusted."""
         arguments = (mark.incarnation, mark.seq, self.nonce, *range(showings))
-        execute = self._execute if line is None else partial(_on, line)
+        execute = self._execute if connection is None else partial(_on, connection)
         reply = await _by_hash(execute, PEEK, keys, *arguments)
         if reply[0] != CallReply.OK:
             raise Untrusted(CallReply(reply[0]))
@@ -238,14 +239,14 @@ class Scripts:
     async def repeated(
         self, campaign_id: str, operation: Operation
     ) -> tuple[CallReply, Repeat | None]:
-        """Run ``repeated.lua``; a repeat where the reply is REPLAYED."""
+        """Run ``repeated.lua``; gives the repeat if the reply is REPLAYED."""
         reply = await self._run(
             REPEATED, campaign_keys(campaign_id), operation.op, operation.content, self.nonce
         )
-        told = CallReply(reply[0])
-        if told is not CallReply.REPLAYED:
-            return told, None
-        return told, Repeat(reply[1], reply[2].decode(), reply[3])
+        code = CallReply(reply[0])
+        if code is not CallReply.REPLAYED:
+            return code, None
+        return code, Repeat(reply[1], reply[2].decode(), reply[3])
 
     async def tick(self, campaign_id: str) -> OperationReply:
         """Run ``tick.lua``; ``tickets`` of the reply counts the events it recorded."""
@@ -256,7 +257,7 @@ class Scripts:
     ) -> OperationReply:
         """Run ``verify.lua``: mark as verified, or as recovering and why.
 
-        ``whole``: stock and members were compared too, so that another's mark is lifted as well.
+        ``whole``: stock and members were compared too, so the mark of a recovery is removed too.
         """
         return await self._operate(
             VERIFY, campaign_id, seq, chain, self.nonce, recovering, int(whole)
@@ -265,7 +266,7 @@ class Scripts:
     async def set_applied(
         self, campaign_id: str, applied: int, behind_since_ms: int | None
     ) -> OperationReply:
-        """Run ``applied.lua``: how far PostgreSQL is, and since when it lacks something."""
+        """Run ``applied.lua``: PostgreSQL's last event, and since when it lacks the next."""
         since = "" if behind_since_ms is None else behind_since_ms
         return await self._operate(APPLIED, campaign_id, applied, since)
 
@@ -310,18 +311,18 @@ class Scripts:
     async def _execute_awaited(self, *command: Any) -> Any:  # noqa: ANN401 - as redis-py has it
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.execute_command(*command)
-            # WAIT covers this connection's writes, and a step that was done before writes nothing.
+            # WAIT covers this connection's writes, and the repeat of a step writes nothing.
             pipe.set(AWAITED, 1)
             pipe.execute_command(*self._wait)
             reply, _, acknowledged = await pipe.execute(raise_on_error=False)
-        return self._awaited(reply, acknowledged)
+        return self._replicated(reply, acknowledged)
 
-    def _awaited(self, reply: Any, acknowledged: Any) -> Any:  # noqa: ANN401 - Redis' replies
-        """Give the reply where enough replicas have it. Raises it where it is an error."""
+    def _replicated(self, reply: Any, acknowledged: Any) -> Any:  # noqa: ANN401 - Redis' replies
+        """Give the reply if enough replicas have it. Raises it if it is an error."""
         if isinstance(reply, Exception):
             raise reply
-        if reply[0] not in _STANDS:
-            return reply  # a refusal that has changed nothing: nobody need have heard of it
+        if reply[0] not in _ACKNOWLEDGED:
+            return reply  # a refusal has changed nothing, so no replica needs it
         wanted, timeout_ms = self._replicas or (0, 0)
         if isinstance(acknowledged, Exception):
             raise NotReplicated(f"WAIT: {acknowledged}")
@@ -343,12 +344,12 @@ async def _by_hash(
         return await execute("EVAL", script.source, len(keys), *keys, *args)
 
 
-async def _on(line: ScriptConnection, *command: str | int) -> Any:  # noqa: ANN401 - Redis' reply
-    return await line.call(pack(*command))
+async def _on(connection: ScriptConnection, *command: str | int) -> Any:  # noqa: ANN401
+    return await connection.call(pack(*command))
 
 
 async def _read(connection: AbstractConnection) -> Any:  # noqa: ANN401 - Redis' reply
-    """Read one reply; an error that Redis sent is one too, so that the next is read as well."""
+    """Read one reply and return an error reply too, so that the next reply is read as well."""
     try:
         return await connection.read_response()
     except ResponseError as error:
@@ -358,7 +359,7 @@ async def _read(connection: AbstractConnection) -> Any:  # noqa: ANN401 - Redis'
 class Script(msgspec.Struct, frozen=True):
     """A script's source and the SHA-1 by which Redis knows it.
 
-    ``awaited``: somebody is told what it did, so replicas are waited for where there are any.
+    ``awaited``: its effect is acknowledged, so the call waits for replicas if the level demands it.
     """
 
     source: str

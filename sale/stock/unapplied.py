@@ -1,10 +1,11 @@
 """Sales that this process acknowledged and PostgreSQL may not have yet.
 
-If Redis is restored from older files, only the API processes still know these sales: the recovery
-fills the lost numbers from what they hand in. Each batch is kept as one packed value, so that a
+If Redis is restored from older files, only the API processes still know these sales: they hand them
+in, and the recovery fills in the lost numbers. Each batch is stored as one packed value, so that a
 long outage of PostgreSQL costs bytes and not objects. If all of a batch was sold, the value is the
-script's argument itself, so keeping it costs nothing. The number of sales is bounded by
-``ledger_behind_max_events``: the scripts sell nothing when PostgreSQL is further behind.
+script's argument itself, so storing it costs nothing. The number of sales is bounded by
+``ledger_behind_max_events``: the scripts sell nothing when PostgreSQL is further behind. Whether
+Redis has these sales is not asked of them, but of the process's mark (``mark.py``).
 """
 
 from collections import deque
@@ -45,25 +46,25 @@ class Unapplied:
         """Number of the last event that PostgreSQL is known to have, with all before it."""
 
     def __len__(self) -> int:
-        """How many sales are kept."""
+        """Number of sales."""
         return self._count
 
     def add(self, epoch: int, price_fen: int, sales: Sequence[Sale]) -> None:
-        """Keep sales that are about to be acknowledged."""
+        """Store sales that are about to be acknowledged."""
         if sales:
             highest = max(sale[0] for sale in sales)
-            self._keep(_Batch(highest, len(sales), epoch, price_fen, 0, _ENCODER.encode(sales)))
+            self._append(_Batch(highest, len(sales), epoch, price_fen, 0, _ENCODER.encode(sales)))
 
     def add_batch(
         self, epoch: int, price_fen: int, first: int, at_ms: int, count: int, packed: bytes
     ) -> None:
-        """Keep a batch that was sold completely, as event ``first`` and the following ones.
+        """Store a batch that was sold completely, as event ``first`` and the following ones.
 
         ``packed`` is the script's argument (``pack_batch``).
         """
-        self._keep(_Batch(first + count - 1, count, epoch, price_fen, at_ms, packed))
+        self._append(_Batch(first + count - 1, count, epoch, price_fen, at_ms, packed))
 
-    def _keep(self, batch: "_Batch") -> None:
+    def _append(self, batch: "_Batch") -> None:
         self._batches.append(batch)
         self._count += batch.size
         self.total += batch.size

@@ -1,4 +1,4 @@
-"""Stop selling on a Redis that would lose what members are told, whenever it becomes one.
+"""Stops sales on a Redis that would lose acknowledged sales, also if it becomes one later.
 
 The scheduler looks at each new Redis before it verifies the campaigns there. Settings change while
 it runs, and a campaign may be made in a Redis that nobody has looked at yet. So each API process

@@ -1,6 +1,6 @@
 """Examines a campaign for a recovery: its ledger, its stream, the API processes' reports.
 
-Changes nothing. ``recover.py`` says what is looked at, and in which order things are done.
+It changes nothing. ``recover.py`` describes the order of a recovery.
 """
 
 from collections.abc import Callable
@@ -49,16 +49,16 @@ from sale.trust.verify import what_lacks
 
 DIFFERENCES_MAX: Final = 20
 LOST_MAX: Final = 2_000_000
-"""Numbers that a recovery fills or voids at most: they pass through memory."""
+"""Numbers that a recovery fills in or voids at most, because it holds them in memory."""
 REASON_CHARS: Final = 300
 NO_HEAD: Final = ("", "")
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""``progress(step, done, of)``: how far a recovery is."""
+"""``progress(step, done, of)`` receives how far a recovery is."""
 
 
 class Examination(msgspec.Struct):
-    """The findings on a campaign: ``books`` stand at ``seq`` and ``chain``."""
+    """The findings on a campaign; ``books`` is its state at ``seq`` and ``chain``."""
 
     campaign_id: str
     old: tuple[str, str] = ("", "")
@@ -78,39 +78,39 @@ class Examination(msgspec.Struct):
     ended_ms: int = 0
     refilled: Refilled = msgspec.field(default_factory=Refilled)
     strays: list[tuple[Event, str]] = []
-    roll_epoch: int = 0
+    reported_epoch: int = 0
     silent: list[str] = []
 
     @property
     def conflicts(self) -> int:
-        """How much was told and does not stand, as far as is known."""
+        """How many events were told to members and have no place in the ledger, as far as known."""
         return len(self.strays) + self.refilled.unused
 
     @property
     def lossless(self) -> bool:
-        """Whether everything that was told stands after it."""
+        """Whether the ledger holds everything that was told to members after the recovery."""
         return not self.conflicts and not self.refilled.voided
 
     @property
     def redis_seq(self) -> int:
-        """Number that the head says; 0 where there is none, or none that is a number."""
+        """The head's number; 0 if there is none, or if it is damaged."""
         return int(self.old[0]) if self.old[0].isdecimal() else 0
 
     def covers(self, position: Position) -> bool:
-        """Whether PostgreSQL's ledger ends within what is to be built."""
+        """Whether PostgreSQL's ledger ends within the state that will be built."""
         return position.seq == self.applied or any(
             (entry.last, entry.chain) == position for entry in self.entries
         )
 
     def plan(self, actor: str) -> Rebuild:
-        """Give what the campaign is to be built from."""
+        """Give the parts that the campaign will be built from."""
         return Rebuild(
             campaign_id=self.campaign_id,
             old=self.old,
             books=self.books,
             seq=self.seq,
             chain=self.chain,
-            epoch=max(self.books.epoch, self.old_epoch, self.roll_epoch) + 1,
+            epoch=max(self.books.epoch, self.old_epoch, self.reported_epoch) + 1,
             clock_ms=self.clock_ms,
             keep_stream=self.keep_stream,
             entries=self.entries,
@@ -122,7 +122,7 @@ class Examination(msgspec.Struct):
 
 
 class _Trail(NamedTuple):
-    """The content of the stream: the sound entries beyond PostgreSQL, and what is wrong with it."""
+    """The stream: its sound entries beyond PostgreSQL's position, and its first fault."""
 
     tail: list[Entry]
     ends: int
@@ -138,136 +138,150 @@ async def examine(
     reports: Reports,
     progress: Progress | None,
 ) -> Examination:
-    """Look at everything, change nothing."""
-    case = Examination(campaign_id, differences=[], strays=[], silent=reports.silent)
+    """Examine a campaign. Raises Refused for an unknown one, or one that cannot be recovered."""
+    examination = Examination(campaign_id, differences=[], strays=[], silent=reports.silent)
     findings = Findings()
     view = await _view(redis, campaign_id)
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        case.applied, case.chain = await read.position(connection, campaign_id)
+        examination.applied, examination.chain = await read.position(connection, campaign_id)
         revoked = await revoked_at(connection, view.now.roster_rev) if view else set()
-        await _read_head(redis, scripts, case)
+        await _read_head(redis, scripts, examination)
         given_out = max(
-            case.redis_seq,
+            examination.redis_seq,
             await _last_generated(redis, campaign_id),
             await claims.highest(connection, campaign_id),
         )
-        trail = await _trail(redis, campaign_id, Position(case.applied, case.chain))
-        # Where sales go on, the stream is longer by now than the head was.
-        still = await redis.hget(campaign_keys(campaign_id).head, SEQ) == case.old[0].encode()
-        if case.old == NO_HEAD and not given_out and not case.applied:
+        trail = await _trail(redis, campaign_id, Position(examination.applied, examination.chain))
+        # If sales go on, the stream is longer by now than the head said.
+        still = (
+            await redis.hget(campaign_keys(campaign_id).head, SEQ) == examination.old[0].encode()
+        )
+        if examination.old == NO_HEAD and not given_out and not examination.applied:
             raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
-        await _fold(connection, case, trail, (view, findings), progress)
-        handed = await _handed(await claims.unsettled(connection, campaign_id, case.seq))
-        told = await _stray(redis, connection, case) if trail.wrong or trail.overlaps else []
-    told += await _from_members(view, case)
-    epochs = [told.epoch for told in reports.reports(campaign_id).values()]
-    case.roll_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
-    given_out = max(given_out, reports.highest(campaign_id, case.books.epoch))
-    case.keep_stream = not trail.wrong and trail.ends == case.seq and not trail.overlaps
-    case.differences += _misfit(case, trail, reports, given_out, still=still)
-    case.unsteady = trail.wrong != "" or given_out > case.seq or not still
-    if view is not None and case.redis_seq >= case.applied:
-        await compare_members(view, case.books, findings)
-        compare_operations(view, case.books, findings)
+        await _fold(connection, examination, trail, (view, findings), progress)
+        handed = await _handed(await claims.unsettled(connection, campaign_id, examination.seq))
+        streamed = (
+            await _stray(redis, connection, examination) if trail.wrong or trail.overlaps else []
+        )
+    streamed += await _from_members(view, examination)
+    epochs = [each.epoch for each in reports.reports(campaign_id).values()]
+    examination.reported_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
+    given_out = max(given_out, reports.highest(campaign_id, examination.books.epoch))
+    examination.keep_stream = (
+        not trail.wrong and trail.ends == examination.seq and not trail.overlaps
+    )
+    examination.differences += _misfit(examination, trail, reports, given_out, still=still)
+    examination.unsteady = trail.wrong != "" or given_out > examination.seq or not still
+    if view is not None and examination.redis_seq >= examination.applied:
+        await compare_members(view, examination.books, findings)
+        compare_operations(view, examination.books, findings)
         if view.now.roster_rev >= 0:
             compare_revoked(view, revoked, findings)
-        case.differences += [finding.what for finding in findings.told()]
-    elif view is None and case.old != NO_HEAD:
-        case.differences.append("the head in Redis cannot be read")
-    if given_out > case.seq + LOST_MAX:
+        examination.differences += [finding.what for finding in findings.told()]
+    elif view is None and examination.old != NO_HEAD:
+        examination.differences.append("the head in Redis cannot be read")
+    if given_out > examination.seq + LOST_MAX:
         raise Refused(
             Problem.UNAVAILABLE,
             f"{campaign_id}: Redis says that {given_out} events were given out, the ledger ends at "
-            f"{case.seq}: that is not believable, and a recovery would void all between",
+            f"{examination.seq}: that cannot be true, and a recovery would void all between",
         )
-    if case.differences and given_out > case.seq:
-        await _refill(case, handed, told, given_out)
-    case.differences = case.differences[:DIFFERENCES_MAX]
-    return case
+    if examination.differences and given_out > examination.seq:
+        await _refill(examination, handed, streamed, given_out)
+    examination.differences = examination.differences[:DIFFERENCES_MAX]
+    return examination
 
 
 async def _refill(
-    case: Examination, handed: list[Event], told: list[Event], given_out: int
+    examination: Examination, handed: list[Event], streamed: list[Event], given_out: int
 ) -> None:
-    """Give every number that was given out beyond the ledger its place in it.
+    """Fill in or void every number that was given out beyond the ledger.
 
-    What was handed in and does not stand is set down when the ledger has been applied so far
-    (``claims.settle``); what only the stream told would go with it, and is set down before.
+    A sale that was handed in and does not fit becomes a conflict when the ledger has been applied
+    that far (``claims.settle``). An event that only the stream holds would be lost with the stream,
+    so the recovery records it as a conflict before.
     """
-    case.refilled = await refill(case.books, case.ended_ms, [*handed, *told], given_out)
-    streamed = {id(event) for event in told}
-    case.strays += [stray for stray in case.refilled.strays if id(stray[0]) in streamed]
-    case.refilled.unused = len(case.refilled.strays) - sum(
-        id(stray[0]) in streamed for stray in case.refilled.strays
+    examination.refilled = await refill(
+        examination.books, examination.ended_ms, [*handed, *streamed], given_out
     )
-    added = await case.refilled.entries(case.chain)
-    case.entries = [*case.entries, *added]
-    case.seq, case.chain = added[-1].last, added[-1].chain
-    case.clock_ms = max(case.clock_ms, added[-1].at_ms)
-    case.keep_stream = False
+    ids = {id(event) for event in streamed}
+    examination.strays += [stray for stray in examination.refilled.strays if id(stray[0]) in ids]
+    examination.refilled.unused = len(examination.refilled.strays) - sum(
+        id(stray[0]) in ids for stray in examination.refilled.strays
+    )
+    added = await examination.refilled.entries(examination.chain)
+    examination.entries = [*examination.entries, *added]
+    examination.seq, examination.chain = added[-1].last, added[-1].chain
+    examination.clock_ms = max(examination.clock_ms, added[-1].at_ms)
+    examination.keep_stream = False
 
 
 def _misfit(
-    case: Examination, trail: _Trail, reports: Reports, given_out: int, *, still: bool
+    examination: Examination, trail: _Trail, reports: Reports, given_out: int, *, still: bool
 ) -> list[str]:
     """Say how head and stream differ from the ledger; ``still``: nothing was sold meanwhile."""
-    if case.old == NO_HEAD:
+    if examination.old == NO_HEAD:
         return ["Redis does not hold it"]
-    if case.redis_seq < case.applied:
-        return [f"Redis knows {case.redis_seq} events, PostgreSQL has applied {case.applied}"]
-    if trail.wrong or trail.ends < case.redis_seq:
+    redis_seq, applied = examination.redis_seq, examination.applied
+    if redis_seq < applied:
+        return [f"Redis knows {redis_seq} events, PostgreSQL has applied {applied}"]
+    if trail.wrong or trail.ends < redis_seq:
         return [f"the stream: {trail.wrong or 'it lacks its last event'}"]
-    if still and case.redis_seq != case.seq:
-        return [f"the head says event {case.redis_seq}, the ledger ends at {case.seq}"]
-    if still and case.old[1] != case.chain:
+    if still and redis_seq != examination.seq:
+        return [f"the head says event {redis_seq}, the ledger ends at {examination.seq}"]
+    if still and examination.old[1] != examination.chain:
         return ["the head has another chain hash than the ledger"]
-    if lacking := what_lacks(reports, case.campaign_id, case.old_epoch, case.seq):
+    if lacking := what_lacks(
+        reports, examination.campaign_id, examination.old_epoch, examination.seq
+    ):
         return [lacking]
-    if still and given_out > case.seq:
-        return [f"events {case.seq + 1} to {given_out} are lost"]
+    if still and given_out > examination.seq:
+        return [f"events {examination.seq + 1} to {given_out} are lost"]
     return []
 
 
 async def _view(redis: Redis, campaign_id: str) -> RedisView | None:
-    """Give what Redis holds; None where there is nothing, or nothing that can be read."""
+    """Read the campaign in Redis; None if it is not there or cannot be read."""
     try:
         return await read_redis(redis, campaign_id)
     except (Gone, ResponseError, *DAMAGED):
         return None
 
 
-async def _read_head(redis: Redis, scripts: Scripts, case: Examination) -> None:
-    """Read head, identity and register; the head as bytes, since it may be damaged."""
+async def _read_head(redis: Redis, scripts: Scripts, examination: Examination) -> None:
+    """Read head, identity and registration; the head as texts, because it may be damaged."""
     server, replication = await redis.info("server"), await redis.info("replication")
     seq, chain, epoch, clock, recovering, *identity = await EXAMINED.read_texts(
-        redis, case.campaign_id
+        redis, examination.campaign_id
     )
-    case.old = (seq, chain)
-    case.old_epoch = int(epoch) if epoch.isdecimal() else 0
-    # A clock that no event can carry would make the campaign's next event one that cannot be read.
-    case.clock_ms = int(clock) if clock.isdecimal() and int(clock) == nearest(int(clock)) else 0
-    case.frozen = recovering != ""
-    case.trusted = not recovering and identity == [
+    examination.old = (seq, chain)
+    examination.old_epoch = int(epoch) if epoch.isdecimal() else 0
+    # If the clock were outside the bounds of an event's moment, the next event could not be read.
+    examination.clock_ms = (
+        int(clock) if clock.isdecimal() and int(clock) == nearest(int(clock)) else 0
+    )
+    examination.frozen = recovering != ""
+    examination.trusted = not recovering and identity == [
         scripts.nonce,
         str(server["run_id"]),
         str(replication["master_replid"]),
     ]
-    case.registered = bool(await redis.sismember(CAMPAIGNS, case.campaign_id))
+    examination.registered = bool(await redis.sismember(CAMPAIGNS, examination.campaign_id))
 
 
 async def _last_generated(redis: Redis, campaign_id: str) -> int:
-    """Last number that the stream has given out; entries that were deleted since count."""
+    """Give the last number that the stream has had, deleted entries included."""
     try:
         information: Any = await redis.xinfo_stream(campaign_keys(campaign_id).stream)
     except ResponseError:
-        return 0  # there is none, or something else in its place
+        return 0  # there is no stream, or the key holds another type
     return int(information["last-generated-id"].split(b"-")[0])
 
 
 async def _trail(redis: Redis, campaign_id: str, position: Position) -> _Trail:
-    """Follow the stream: its own chain, then on from PostgreSQL's position."""
+    """Follow the stream's chain, and on from PostgreSQL's position."""
     if await _is_no_stream(redis, campaign_id):
-        return _Trail([], 0, overlaps=False, wrong="something else stands in its place")
+        return _Trail([], 0, overlaps=False, wrong="its key holds another type")
     history = History(redis, campaign_id, position)
     tail = [entry async for entry in history.follow()]
     return _Trail(tail, history.ends, not history.met and not tail, history.wrong)
@@ -278,33 +292,35 @@ async def _is_no_stream(redis: Redis, campaign_id: str) -> bool:
     return kind not in {b"stream", b"none"}
 
 
-async def _stray(redis: Redis, connection: Connection, case: Examination) -> list[Event]:
-    """Give what a broken stream tells beyond the ledger, and note where it tells another story."""
+async def _stray(redis: Redis, connection: Connection, examination: Examination) -> list[Event]:
+    """Give a broken stream's events beyond the ledger; record those that contradict the ledger."""
     held: dict[int, Event] = {}
     beyond: list[Event] = []
-    if await _is_no_stream(redis, case.campaign_id):
+    if await _is_no_stream(redis, examination.campaign_id):
         return beyond
-    async for rows in stream_rows(redis, case.campaign_id):
+    async for rows in stream_rows(redis, examination.campaign_id):
         for row in rows:
             try:
                 events = parse_entry(*row).events()
             except CorruptLedger:
-                continue  # what cannot be read tells no story
-            told = [event for event in events if event.actor != CLOCK]
-            held.update((event.seq, event) for event in told if event.seq <= case.applied)
-            beyond += [event for event in told if event.seq > case.seq and event.kind != VOIDED]
+                continue
+            acted = [event for event in events if event.actor != CLOCK]
+            held.update((event.seq, event) for event in acted if event.seq <= examination.applied)
+            beyond += [
+                event for event in acted if event.seq > examination.seq and event.kind != VOIDED
+            ]
     if held:
-        async for chunk in ledger_events(connection, case.campaign_id):
+        async for chunk in ledger_events(connection, examination.campaign_id):
             for event in chunk:
                 stray = held.get(event.seq)
                 if stray is not None and stray != event:
                     why = f"Redis sold it, but the ledger has {event.kind} under this number"
-                    case.strays.append((stray, why))
+                    examination.strays.append((stray, why))
     return beyond
 
 
 async def _handed(handed_in: list[claims.Claim]) -> list[Event]:
-    """Give what was handed in as the events that it was."""
+    """Give the events of the sales that were handed in."""
     found, steps = [], Steps()
     for claim in handed_in:
         await steps.done()
@@ -312,10 +328,10 @@ async def _handed(handed_in: list[claims.Claim]) -> list[Event]:
     return found
 
 
-async def _from_members(view: RedisView | None, case: Examination) -> list[Event]:
-    """Give the sales beyond the ledger that members' records hold: the stream may lack them."""
+async def _from_members(view: RedisView | None, examination: Examination) -> list[Event]:
+    """Give the sales beyond the ledger in members' records, because the stream may lack them."""
     found: list[Event] = []
-    price_fen, steps = case.books.config.get("price_fen"), Steps()
+    price_fen, steps = examination.books.config.get("price_fen"), Steps()
     for member_no, (_, value) in ({} if view is None else view.members).items():
         await steps.done()
         try:
@@ -324,47 +340,51 @@ async def _from_members(view: RedisView | None, case: Examination) -> list[Event
             continue
         found += [
             Event(
-                record.seq, record.at_ms, case.books.epoch, SOLD, member_no, record.showing,
+                record.seq, record.at_ms, examination.books.epoch, SOLD, member_no, record.showing,
                 record.quantity, record.key_hash, price_fen,
             )
             for record in records
-            if record.seq > case.seq
+            if record.seq > examination.seq
         ]  # fmt: skip
     return found
 
 
 async def _fold(
     connection: Connection,
-    case: Examination,
+    examination: Examination,
     trail: _Trail,
     compared: tuple[RedisView | None, Findings],
     progress: Progress | None,
 ) -> None:
-    """Add up PostgreSQL's ledger and the sound tail; compare head and stock on the way."""
+    """Fold PostgreSQL's ledger and the sound tail; compare head and stock at the head's number."""
     view, findings = compared
 
     def add(events: list[Event]) -> None:
         for event in events:
-            case.books.apply(event)
-            case.ended_ms = max(case.ended_ms, event.at_ms)
+            examination.books.apply(event)
+            examination.ended_ms = max(examination.ended_ms, event.at_ms)
             if view is not None and event.seq == view.now.seq:
-                compare_state(view.now, case.books, findings)
-                compare_rules(view.rules, case.books, findings)
+                compare_state(view.now, examination.books, findings)
+                compare_rules(view.rules, examination.books, findings)
         if progress is not None:
-            progress("reading the ledger", case.books.seq, max(case.applied, case.books.seq))
+            progress(
+                "reading the ledger",
+                examination.books.seq,
+                max(examination.applied, examination.books.seq),
+            )
 
     try:
-        async for events in ledger_events(connection, case.campaign_id):
+        async for events in ledger_events(connection, examination.campaign_id):
             add(events)
         steps = Steps()
         for entry in trail.tail:
             await steps.done(entry.last - entry.first + 1)
             add(entry.events())
-            case.chain = entry.chain
+            examination.chain = entry.chain
     except (CorruptLedger, *DAMAGED) as error:
         raise Refused(
-            Problem.UNAVAILABLE, f"{case.campaign_id}: the ledger itself is damaged: {error}"
+            Problem.UNAVAILABLE, f"{examination.campaign_id}: the ledger itself is damaged: {error}"
         ) from None
-    case.clock_ms = max(case.clock_ms, case.ended_ms)
-    case.seq = case.books.seq
-    case.entries = trail.tail
+    examination.clock_ms = max(examination.clock_ms, examination.ended_ms)
+    examination.seq = examination.books.seq
+    examination.entries = trail.tail

@@ -1,7 +1,7 @@
-"""Automatic recovery of a campaign that does not fit, where nothing acknowledged is lost.
+"""Automatic recovery of campaigns that do not match, if nothing acknowledged is lost.
 
-Whatever would void a number or set a conflict down is left to an operator (``sale recover``), who
-sees by ``--dry-run`` what it would do. What API processes have handed in is settled here too.
+A recovery that would void a number or record a conflict is left to an operator (``sale recover``;
+``--dry-run`` shows its effect). This module also settles the sales that API processes handed in.
 """
 
 import time
@@ -25,15 +25,15 @@ ACTOR: Final = "scheduler"
 AGAIN_S: Final = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Waits between the tries of one campaign."""
 SILENT_TRIES: Final = 3
-"""Tries before it goes on without an API process that does not answer: it may know more."""
-TOLD_MAX: Final = 10
+"""Tries before it goes on without an API process that does not report and may know more."""
+LOGGED_MAX: Final = 10
 FORGET_S: Final = 60.0
 
 log = structlog.get_logger()
 
 
 class AutoRecovery:
-    """Recovers what is safe to recover, each campaign with growing waits between its tries."""
+    """Recovers campaigns without loss, each with growing waits between its tries."""
 
     def __init__(
         self, redis: Redis, scripts: Scripts, pool: asyncpg.Pool, *, allowed: bool
@@ -43,14 +43,14 @@ class AutoRecovery:
         self._pool = pool
         self._allowed = allowed
         self._tries: dict[str, tuple[int, float]] = {}
-        self._told: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
         self._forgot_s = 0.0
 
     async def recover_unfit(self, unfit: Sequence[str]) -> None:
-        """Try those that are due. Raises the stores' errors."""
+        """Try to recover the campaigns that are due. Raises the stores' errors."""
         for campaign_id in [each for each in self._tries if each not in unfit]:
             self._tries.pop(campaign_id)
-            self._told.pop(campaign_id, None)
+            self._logged.pop(campaign_id, None)
         if not self._allowed:
             return
         for campaign_id in unfit:
@@ -62,9 +62,9 @@ class AutoRecovery:
             try:
                 await self._recover(campaign_id, without_silent=tried >= SILENT_TRIES)
             except Refused as error:
-                self._tell(campaign_id, error.detail or error.problem.value)
+                self._log(campaign_id, error.detail or error.problem.value)
             except (*REDIS_ERRORS, *POSTGRES_ERRORS, *TROUBLES) as error:
-                self._tell(campaign_id, in_words(error))
+                self._log(campaign_id, in_words(error))
 
     async def _recover(self, campaign_id: str, *, without_silent: bool) -> None:
         done = await recover(
@@ -74,20 +74,20 @@ class AutoRecovery:
         if done.changed:
             log.warning("campaign.healed", campaign=campaign_id, says=done.says)
 
-    def _tell(self, campaign_id: str, why: str) -> None:
-        if self._told.get(campaign_id) != why:
+    def _log(self, campaign_id: str, why: str) -> None:
+        if self._logged.get(campaign_id) != why:
             log.error("campaign.needs_an_operator", campaign=campaign_id, why=why)
-        self._told[campaign_id] = why
+        self._logged[campaign_id] = why
 
     async def settle(self) -> None:
-        """Compare what was handed in with the ledger. Raises the stores' errors."""
+        """Compare the sales that were handed in with the ledger. Raises the stores' errors."""
         if time.monotonic() - self._forgot_s > FORGET_S:
             await forget_dead_processes(self._redis)
             self._forgot_s = time.monotonic()
         async with self._pool.acquire() as connection:
             settled = await claims.settle(connection)
         conflicts = [each for each in settled if each.settled == "conflict"]
-        for each in conflicts[:TOLD_MAX]:
+        for each in conflicts[:LOGGED_MAX]:
             log.error("ledger.acknowledged_and_lost", campaign=each.campaign_id, seq=each.seq)
         if settled:
             log.info("ledger.settled", wait=len(settled) - len(conflicts), conflicts=len(conflicts))

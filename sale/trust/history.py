@@ -1,7 +1,7 @@
 """A campaign's history: its stream, followed along the chain, and its ledger in PostgreSQL.
 
 Audit, verification and recovery follow the stream from PostgreSQL's position on. They differ in how
-much of it they read, and in what they make of a fault.
+much of it they read, and in how they treat a fault.
 """
 
 import asyncio
@@ -20,22 +20,22 @@ from sale.stock.stream import stream_rows
 EVENTS_CHUNK: Final = 2_000
 QUERY_TIMEOUT_S: Final = 300.0
 A_STEP: Final = 5_000
-"""Cards, or numbers, that are looked at between two rests."""
+"""Members, or event numbers, between two rests."""
 REST_S: Final = 0.01
-"""Between two steps, which hold the loop for tens of milliseconds: a round of the scheduler's ticks
-passes through in one rest, where a bare yield would let it go on by one call a step (INV-9)."""
+"""Rest between two steps, each of which blocks the loop for tens of milliseconds. A round of the
+scheduler's calls fits into one rest; a bare yield would let through one call a step (INV-9)."""
 APPLIED_WITHIN_S: Final = 600.0
 APPLIED_PAUSE_S: Final = 0.05
 
 
 class Steps:
-    """Counts what a long piece of work has done, and rests where others must have their turn."""
+    """Counts the work of a long task, and rests regularly so that other tasks run."""
 
     def __init__(self) -> None:
         self._done = 0
 
     async def done(self, count: int = 1) -> None:
-        """Note that so much is done."""
+        """Record work that is done."""
         self._done += count
         if self._done >= A_STEP:
             self._done = 0
@@ -43,12 +43,12 @@ class Steps:
 
 
 class History:
-    """A stream that is compared with PostgreSQL's position; None: with itself alone.
+    """A stream that is compared with PostgreSQL's position, or with itself if that is None.
 
-    ``applied_now`` gives PostgreSQL's number at any time. With it, entries that the writer trims
-    while the stream is read are no gap. After ``follow``, ``at`` is where the sound chain ends,
-    ``ends`` the number of the last entry that was read, ``met`` whether the chain passes through
-    PostgreSQL's position, and ``wrong`` says the first fault in words.
+    ``applied_now`` gives PostgreSQL's current number. With it, entries that the writer trims while
+    the stream is read are no gap. After ``follow``, ``at`` is the end of the sound chain, ``ends``
+    the number of the last entry that was read, ``met`` whether the chain passes through
+    PostgreSQL's position, and ``wrong`` the first fault in words.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class History:
         applied_now: Callable[[], Awaitable[int]] | None = None,
         decode: bool = True,
     ) -> None:
-        """With ``decode``, events that PostgreSQL lacks and the writer could not read are wrong."""
+        """With ``decode``, an unreadable event that PostgreSQL lacks is a fault."""
         self._redis = redis
         self._id = campaign_id
         self._position = position
@@ -97,13 +97,13 @@ class History:
                     yield entry
 
     async def read(self, *, after: int = 0, to: int | None = None) -> "History":
-        """Follow the stream for what is said of it; give itself."""
+        """Follow the stream without using its entries; give itself."""
         async for _ in self.follow(after=after, to=to):
             pass
         return self
 
     async def passes(self) -> bool:
-        """Whether the chain passes through the position, also where that was trimmed meanwhile."""
+        """Whether the chain passes through the position, also if that was trimmed meanwhile."""
         return self.met or (
             self._position is not None and await self._trimmed(self._position.seq + 1)
         )
@@ -127,7 +127,7 @@ class History:
         self.met = True
 
     async def _anchor(self, entry: Entry) -> Position | None:
-        """Give what an entry must follow where none is before it; None where that is not known.
+        """Give the position that a first entry must follow; None if it is not known.
 
         Raises CorruptLedger for a gap.
         """
@@ -139,7 +139,7 @@ class History:
         return position if entry.first == position.seq + 1 else None
 
     async def _trimmed(self, first: int) -> bool:
-        """Whether all before event ``first`` is gone from the stream, and PostgreSQL has it."""
+        """Whether all before event ``first`` was trimmed, and PostgreSQL has it."""
         if self._applied_now is None:
             return False
         rows: Any = await self._redis.xrange(campaign_keys(self._id).stream, count=1)
@@ -148,7 +148,7 @@ class History:
 
 
 async def stream_ends(redis: Redis, campaign_id: str) -> int:
-    """Number of the last event in a stream; 0 where there is none."""
+    """Number of the last event in a stream; 0 if there is none."""
     last: Any = await redis.xrevrange(campaign_keys(campaign_id).stream, count=1)
     return _number(last[0]) if last else 0
 
@@ -181,8 +181,8 @@ async def wait_applied(
 ) -> int:
     """Wait until the writer has applied event ``seq``; give the number that it has applied.
 
-    That is lower than ``seq`` where the writer stood still for ``patience_s``, or has not come so
-    far in ``within_s``. Raises what ``applied_now`` raises.
+    That number is lower than ``seq`` if the writer made no progress for ``patience_s``, or did not
+    get there within ``within_s``. Raises the errors of ``applied_now``.
     """
     clock = asyncio.get_running_loop().time
     end, patience_until, before = clock() + within_s, clock(), -1

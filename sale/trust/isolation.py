@@ -1,7 +1,7 @@
-"""One campaign's trouble must not keep the others waiting.
+"""Keeps the trouble of one campaign from the others.
 
-What is wrong with one campaign's own keys is told once, and passed over until it is well again.
-What concerns all of them, a store that is away, is raised as ever.
+An error of one campaign's own keys is logged once, and the campaign is passed over until it has
+recovered. An error that concerns all campaigns, such as a store that is away, is raised as usual.
 """
 
 from collections.abc import Collection, Iterator
@@ -23,20 +23,20 @@ TROUBLES: Final = (
     asyncpg.DataError,
     asyncpg.LockNotAvailableError,
 )
-"""Errors that a campaign's own values, or another's work on it, can cause."""
+"""Errors that a campaign's own values, or a concurrent change of it, can cause."""
 
 log = structlog.get_logger()
 
 
 class Isolation:
-    """Remembers which campaigns are in trouble, each with what was being done."""
+    """Remembers which campaigns are in trouble, and in which step."""
 
     def __init__(self) -> None:
         self._failing: dict[tuple[str, str], str] = {}
 
     @contextmanager
     def of(self, campaign_id: str, step: str) -> Iterator[None]:
-        """Do one step for one campaign; its own trouble ends the step and goes no further."""
+        """Run one step for one campaign; an error of its own ends the step only."""
         try:
             yield
         except TROUBLES as error:
@@ -46,14 +46,14 @@ class Isolation:
 
     @property
     def failing(self) -> dict[str, str]:
-        """Campaigns in trouble, each with what was met first."""
+        """Campaigns in trouble, each with the first error."""
         found: dict[str, str] = {}
         for (campaign_id, _), why in self._failing.items():
             found.setdefault(campaign_id, why)
         return found
 
     def note(self, campaign_id: str, step: str, why: str) -> None:
-        """Note what is wrong with a campaign in a step; '' where nothing is."""
+        """Record the error of a campaign in a step; '' if there is none."""
         known = self._failing.get((campaign_id, step), "")
         if why and why != known:
             log.warning("campaign.step_failed", campaign=campaign_id, step=step, why=why)
@@ -64,7 +64,7 @@ class Isolation:
             log.info("campaign.step_back", campaign=campaign_id, step=step)
 
     def forget_others(self, step: str, there: Collection[str]) -> None:
-        """Forget where a step failed for campaigns that are gone; ``there`` are the others."""
+        """Forget a step's errors of campaigns that are not among ``there``."""
         for place in [each for each in self._failing if each[1] == step and each[0] not in there]:
             del self._failing[place]
 

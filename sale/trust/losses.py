@@ -1,4 +1,4 @@
-"""A campaign's final losses, listed with all that is known."""
+"""Lists a campaign's final losses, with everything that is known of them."""
 
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ LISTED_MAX: Final = 1_000
 
 
 class Conflict(msgspec.Struct, frozen=True):
-    """Something that was told, or stands in the ledger, and is no order."""
+    """An event that a member was told, or that is in the ledger, and is no order."""
 
     seq: int
     at: str

@@ -1,4 +1,4 @@
-"""Whether this host can sell, or the reasons why it cannot."""
+"""Tells whether this host can sell, or the reasons why it cannot."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ from sale.trust.verify import unverified
 
 CHECK_TIMEOUT_S: Final = 1.0
 FRESH_S: Final = 0.5
-"""How long the result of a look is given to others, from its end: a look may itself take longer."""
+"""How long others get the result of a look, from its end: a look may itself take longer."""
 UNREADY_FRESH_S: Final = 0.1
 """The same for a host that is not ready, so that a probe which waits for it learns soon."""
 
@@ -42,15 +42,15 @@ class Stores(Protocol):
 
 
 class Readiness:
-    """Looks at the stores, one look at a time, however many ask.
+    """Looks at the stores, one look at a time, for any number of requests.
 
-    Each request gets the latest result, or waits for the look that is under way. Without that, a
-    thousand probes are a thousand looks at once.
+    Each request gets the latest result, or waits for the look that is under way. Otherwise a
+    thousand probes would be a thousand looks at once.
     """
 
     def __init__(self, stores: Stores) -> None:
         self.campaigns: list[str] = []
-        """Campaigns in trouble at the last look, each with what it is, in short."""
+        """Campaigns in trouble at the last look, each with a short reason."""
         self._stores = stores
         self._found: list[str] = []
         self._fresh_until = 0.0
@@ -68,7 +68,7 @@ class Readiness:
         try:
             self._found, self.campaigns = await asyncio.gather(reasons(stores), troubled(stores))
         except Exception as error:
-            # Logged here, once: everybody who waits would log it.
+            # Logged once here, and not by each waiting request.
             log.exception("readiness.not_looked")
             self._found = [f"the stores could not be looked at ({type(error).__name__})"]
         self._fresh_until = time.monotonic() + (UNREADY_FRESH_S if self._found else FRESH_S)
@@ -77,13 +77,13 @@ class Readiness:
 
 
 async def reasons(stores: Stores) -> list[str]:
-    """Say why this host should get no traffic; empty where it should."""
+    """Say why this host should get no traffic; empty if it should."""
     redis, postgres = await asyncio.gather(_redis_reasons(stores), _postgres_reasons(stores))
     return redis + postgres
 
 
 async def troubled(stores: Stores) -> list[str]:
-    """Name the campaigns in trouble. Particulars are for ``sale doctor``: anybody may ask here."""
+    """Name the campaigns in trouble. ``sale doctor`` gives details; this answer is public."""
     try:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             found = await read_troubles(stores.redis)
@@ -117,7 +117,7 @@ async def _postgres_reasons(stores: Stores) -> list[str]:
         async with asyncio.timeout(CHECK_TIMEOUT_S):
             missing = await pending(stores.pool)
     except MigrationError as error:
-        # A schema that is not this version's is not one to be trusted, however it came about.
+        # A schema of another version cannot be trusted, for whatever reason it is there.
         return [f"postgres: {error}"]
     except POSTGRES_ERRORS as error:
         return [f"postgres: not reached ({type(error).__name__})"]

@@ -1,16 +1,17 @@
-"""Recovery: build a campaign's state in Redis again, from the ledger.
+"""Recovery: builds a campaign's state in Redis again, from the ledger.
 
-What is looked at first: does the head fit PostgreSQL's ledger, is the stream one chain, does what
-Redis holds equal the fold of the events, and do the API processes know of more. Where all is well,
-nothing is done. Otherwise the campaign is marked as recovering, so that nothing can sell; the API
-processes hand in what they acknowledged and PostgreSQL lacks; all is looked at once more, and built
-anew beside: PostgreSQL's ledger, what the stream soundly adds to it, and every number that was
-given out beyond, filled again or voided (``refill.py``). One script puts it in its place
-under the next epoch, with a ``recovered`` event. Before that nothing has changed but the mark, so a
-recovery that dies is begun again from the start.
+It first examines the campaign (``examination.py``): whether the head matches PostgreSQL's ledger,
+whether the stream is one chain, whether Redis holds exactly the fold of the events, and whether API
+processes know of more. If nothing is wrong, it changes nothing. Otherwise it marks the campaign as
+recovering, so that nothing is sold. The API processes hand in the sales that they acknowledged and
+PostgreSQL lacks. It examines the campaign once more and builds the new state beside the old one:
+PostgreSQL's ledger, the sound part of the stream behind it, and each further number that was given
+out, filled in or voided (``refill.py``). One script exchanges the states, under the next epoch and
+with a ``recovered`` event. Until then only the mark has changed, so a recovery that dies is
+repeated from the start.
 
-PostgreSQL's ledger is the truth of what it holds. Where a stream tells another story of the same
-numbers, both were perhaps told to members: what the ledger does not have goes to ``conflict``.
+PostgreSQL's ledger is the truth for the numbers that it holds. If a stream has other events under
+these numbers, members may have been told both: events that the ledger lacks go to ``conflict``.
 """
 
 import asyncio
@@ -50,9 +51,9 @@ log = structlog.get_logger()
 class Recovery(msgspec.Struct, frozen=True):
     """A recovery's effect, real or dry: the event numbers found in both stores, and one line.
 
-    ``filled`` sales were found again; ``voided`` are ranges of numbers that nobody can account for;
-    ``conflicts`` counts what was told and does not stand; ``silent`` are API processes that were
-    waited for in vain.
+    ``filled`` counts sales that were filled in; ``voided`` are ranges of numbers whose events no
+    process knows; ``conflicts`` counts events that members were told and the ledger does not
+    accept; ``silent`` are API processes that did not report in time.
     """
 
     campaign: str
@@ -68,10 +69,10 @@ class Recovery(msgspec.Struct, frozen=True):
 
 
 class Unsafe(Refused):
-    """A recovery would void numbers or set conflicts down: somebody must decide that."""
+    """A recovery would void numbers or record conflicts, which an operator has to decide."""
 
 
-async def recover(  # noqa: C901 - one branch a thing that is found
+async def recover(  # noqa: C901 - one branch for each finding
     redis: Redis,
     scripts: Scripts,
     pool: asyncpg.Pool,
@@ -85,49 +86,49 @@ async def recover(  # noqa: C901 - one branch a thing that is found
 ) -> Recovery:
     """Recover one campaign.
 
-    Raises Refused for an unknown one, a damaged ledger, and where a process that was heard cannot
-    hand in what it knows; Unsafe where ``lossless_only`` and something that was told cannot be
-    found again, or, unless ``without_silent``, an API process was waited for in vain.
+    Raises Refused for an unknown campaign, for a damaged ledger, and if a process that reports
+    cannot hand in its sales; Unsafe if ``lossless_only`` and an acknowledged event cannot be
+    restored, or, unless ``without_silent``, if an API process did not report.
     """
-    # The engine's own try is made again anyway; an operator waits for it to end.
+    # The scheduler tries again later; an operator waits until another recovery has ended.
     patience_s = 0.0 if lossless_only else LOCK_PATIENCE_S
     async with alone(pool, campaign_id, patience_s) as connection:
         if await rehearsals.is_purged(connection, campaign_id):
             return await _leave_purged(redis, campaign_id, dry_run=dry_run)
-        # Looking takes long: where nothing can sell already, all are heard before the first look.
+        # An examination takes long. If nothing is sold already, collect the reports before it.
         called = not dry_run and await _shut(redis, campaign_id)
         reports = await (_collect_all(redis, campaign_id) if called else collect_report(redis))
         for attempt in range(TRIES):
-            case = await examine(redis, scripts, connection, campaign_id, reports, progress)
+            examination = await examine(redis, scripts, connection, campaign_id, reports, progress)
             if dry_run:
-                return _report(case, changed=False)
-            if not case.differences:
-                if not case.trusted and not called:
-                    # An old copy may fit perfectly: who answered members is heard first.
+                return _report(examination, changed=False)
+            if not examination.differences:
+                if not examination.trusted and not called:
+                    # An old copy may match PostgreSQL, so wait for the reports first.
                     reports = await collect_reports(redis)
-                if not what_lacks(reports, campaign_id, case.old_epoch, case.seq):
-                    return await _trust(redis, scripts, pool, case, reports)
+                if not what_lacks(reports, campaign_id, examination.old_epoch, examination.seq):
+                    return await _trust(redis, scripts, pool, examination, reports)
                 continue
-            if not case.frozen and case.old != NO_HEAD:
-                if case.unsteady and attempt < PATIENT_TRIES:
-                    # A stream that is trimmed or grows meanwhile looks broken for a moment.
+            if not examination.frozen and examination.old != NO_HEAD:
+                if examination.unsteady and attempt < PATIENT_TRIES:
+                    # A stream that is trimmed or grows during the examination looks broken.
                     await asyncio.sleep(RETRY_PAUSE_S)
                     continue
-                await freeze(redis, campaign_id, case.differences[0])
+                await freeze(redis, campaign_id, examination.differences[0])
             if not called:
-                # They see that it is recovering, and hand in what they know.
+                # The processes see the mark and hand in their sales.
                 reports, called = await _collect_all(redis, campaign_id), True
                 continue
-            _check_safe(case, lossless_only=lossless_only, without_silent=without_silent)
-            if await _put_in_place(scripts, connection, case, actor):
+            _check_safe(examination, lossless_only=lossless_only, without_silent=without_silent)
+            if await _put_in_place(scripts, connection, examination, actor):
                 await sync_campaign(redis, scripts, pool, campaign_id)
-                _tell(case)
-                return _report(case, changed=True)
+                _tell(examination)
+                return _report(examination, changed=True)
     raise Refused(Problem.UNAVAILABLE, f"{campaign_id}: its state keeps changing; try again")
 
 
 async def _leave_purged(redis: Redis, campaign_id: str, *, dry_run: bool) -> Recovery:
-    """A purged rehearsal that older files of Redis have brought back goes away again."""
+    """Remove a purged rehearsal that has returned with older files of Redis."""
     there = bool(await redis.exists(campaign_keys(campaign_id).head))
     if not there:
         raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
@@ -141,35 +142,37 @@ async def _leave_purged(redis: Redis, campaign_id: str, *, dry_run: bool) -> Rec
     return Recovery(campaign_id, not dry_run, 0, 0, ["PostgreSQL has purged it"], says)
 
 
-def _check_safe(case: Examination, *, lossless_only: bool, without_silent: bool) -> None:
-    if case.silent and not without_silent:
-        raise Unsafe(Problem.UNAVAILABLE, f"{case.campaign_id}: {_silent(case.silent)}")
-    if lossless_only and not case.lossless:
-        raise Unsafe(Problem.UNAVAILABLE, _report(case, changed=False).says)
+def _check_safe(examination: Examination, *, lossless_only: bool, without_silent: bool) -> None:
+    if examination.silent and not without_silent:
+        raise Unsafe(
+            Problem.UNAVAILABLE, f"{examination.campaign_id}: {_silent(examination.silent)}"
+        )
+    if lossless_only and not examination.lossless:
+        raise Unsafe(Problem.UNAVAILABLE, _report(examination, changed=False).says)
 
 
 async def _put_in_place(
-    scripts: Scripts, connection: Connection, case: Examination, actor: str
+    scripts: Scripts, connection: Connection, examination: Examination, actor: str
 ) -> bool:
-    """Build it anew; False where somebody has changed something meanwhile."""
-    if not case.covers(await read.position(connection, case.campaign_id)):
-        return False  # the writer has applied what was not seen
-    await claims.record_forked(connection, case.campaign_id, case.strays)
-    await scripts.redis.sadd(CAMPAIGNS, case.campaign_id)
-    return await rebuild(scripts, case.plan(actor)) is CallReply.OK
+    """Build the new state and exchange it; False if something has changed meanwhile."""
+    if not examination.covers(await read.position(connection, examination.campaign_id)):
+        return False  # the writer has applied events that the examination has not seen
+    await claims.record_forked(connection, examination.campaign_id, examination.strays)
+    await scripts.redis.sadd(CAMPAIGNS, examination.campaign_id)
+    return await rebuild(scripts, examination.plan(actor)) is CallReply.OK
 
 
 async def _shut(redis: Redis, campaign_id: str) -> bool:
-    """Whether a campaign sells nothing already: no head, or one that is marked."""
+    """Whether a campaign sells nothing already: it has no head, or one marked as recovering."""
     head = await TRUST.read(redis, campaign_id)
     return head.seq is None or bool(head.recovering)
 
 
 async def _collect_all(redis: Redis, campaign_id: str) -> Reports:
-    """Call the roll until everybody heard has handed in what it knows. Raises Refused."""
+    """Collect reports until each reporting process has handed in its sales. Raises Refused."""
     for _ in range(HAND_IN_TRIES):
         reports = await collect_reports(redis)
-        keeping = [name for name, told in reports.reports(campaign_id).items() if not told.handed]
+        keeping = [name for name, each in reports.reports(campaign_id).items() if not each.handed]
         if not keeping:
             return reports
     raise Refused(
@@ -183,78 +186,78 @@ def _silent(processes: list[str]) -> str:
     return f"{len(processes)} API processes did not answer"
 
 
-def _tell(case: Examination) -> None:
+def _tell(examination: Examination) -> None:
     log.warning(
         "campaign.recovered",
-        campaign=case.campaign_id,
-        why=case.differences[0],
-        filled=case.refilled.filled,
-        voided=case.refilled.voided[:DIFFERENCES_MAX],
-        conflicts=case.conflicts,
+        campaign=examination.campaign_id,
+        why=examination.differences[0],
+        filled=examination.refilled.filled,
+        voided=examination.refilled.voided[:DIFFERENCES_MAX],
+        conflicts=examination.conflicts,
     )
 
 
 async def _trust(
-    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, case: Examination, reports: Reports
+    redis: Redis, scripts: Scripts, pool: asyncpg.Pool, examination: Examination, reports: Reports
 ) -> Recovery:
-    """Mark as verified what is sound."""
-    await redis.sadd(CAMPAIGNS, case.campaign_id)
-    if not case.trusted and not await verify(
-        redis, scripts, pool, case.campaign_id, reports, whole=True
+    """Mark a sound campaign as verified."""
+    await redis.sadd(CAMPAIGNS, examination.campaign_id)
+    if not examination.trusted and not await verify(
+        redis, scripts, pool, examination.campaign_id, reports, whole=True
     ):
-        raise Refused(Problem.UNAVAILABLE, f"{case.campaign_id}: it could not be verified")
-    return _report(case, changed=not (case.trusted and case.registered))
+        raise Refused(Problem.UNAVAILABLE, f"{examination.campaign_id}: it could not be verified")
+    return _report(examination, changed=not (examination.trusted and examination.registered))
 
 
-def _report(case: Examination, *, changed: bool) -> Recovery:
-    """Word it."""
-    if case.differences:
-        says = f"rebuilt to event {case.seq}" if changed else "would be rebuilt"
-        says += _losses(case)
-    elif not case.trusted:
+def _report(examination: Examination, *, changed: bool) -> Recovery:
+    """Give the recovery's effect."""
+    if examination.differences:
+        says = f"rebuilt to event {examination.seq}" if changed else "would be rebuilt"
+        says += _losses(examination)
+    elif not examination.trusted:
         says = (
             "it matches the ledger; verified"
             if changed
             else "it matches the ledger; would be verified"
         )
-    elif not case.registered:
+    elif not examination.registered:
         says = "registered again" if changed else "would be registered again"
     else:
         says = "nothing is wrong"
     return Recovery(
-        case.campaign_id,
+        examination.campaign_id,
         changed,
-        case.redis_seq,
-        case.applied,
-        case.differences,
-        f"{case.campaign_id}: {says}",
-        case.refilled.filled,
-        case.refilled.voided,
-        case.conflicts,
-        case.silent,
+        examination.redis_seq,
+        examination.applied,
+        examination.differences,
+        f"{examination.campaign_id}: {says}",
+        examination.refilled.filled,
+        examination.refilled.voided,
+        examination.conflicts,
+        examination.silent,
     )
 
 
-def _losses(case: Examination) -> str:
-    """Word what was found again, and what was not."""
-    lost = sum(last - first + 1 for first, last in case.refilled.voided)
-    told = []
-    if case.refilled.filled:
-        told.append(f"{case.refilled.filled} orders found again")
+def _losses(examination: Examination) -> str:
+    """Say how many events were restored, voided or in conflict."""
+    lost = sum(last - first + 1 for first, last in examination.refilled.voided)
+    parts = []
+    if examination.refilled.filled:
+        parts.append(f"{examination.refilled.filled} orders found again")
     if lost:
-        told.append(f"{lost} numbers voided")
-    if case.conflicts:
-        told.append(f"{case.conflicts} conflicts")
-    if case.silent:
-        told.append(_silent(case.silent))
-    return "".join(f", {each}" for each in told)
+        parts.append(f"{lost} numbers voided")
+    if examination.conflicts:
+        parts.append(f"{examination.conflicts} conflicts")
+    if examination.silent:
+        parts.append(_silent(examination.silent))
+    return "".join(f", {each}" for each in parts)
 
 
 @asynccontextmanager
 async def alone(
     pool: asyncpg.Pool, campaign_id: str, patience_s: float
 ) -> AsyncIterator[Connection]:
-    """Hold a connection and the right to recover this campaign. Raises Refused."""
+    """Hold a connection and the lock for the recovery of this campaign. Raises Refused."""
     deadline = time.monotonic() + patience_s
     async with pool.acquire() as connection:
         while not await connection.fetchval(

@@ -1,9 +1,8 @@
-"""Fills or voids event numbers that a Redis gave out and has lost.
+"""Fills in or voids event numbers that a Redis gave out and has lost.
 
-A number for which somebody still knows the sale (an API process handed it in, or a broken stream
-still tells it) is filled again, if the sale fits what the ledger says up to there; every other is
-voided. Neither is ever used again. What is claimed and not filled is not dropped: it goes to
-``conflict``, with why.
+If the sale of a number is still known (an API process handed it in, or a broken stream holds it)
+and fits the ledger up to there, the number is filled in; otherwise it is voided. In both cases it
+is never used again. A claim that is not filled in goes to ``conflict``, with the reason.
 """
 
 from collections import defaultdict
@@ -23,21 +22,21 @@ ENTRY_ROWS_MAX: Final = 256
 """As many events as the largest batch of purchases."""
 ACTOR: Final = "recovery"
 OUTSIDE_WINDOW: Final = "INV-7"
-"""Broken by what an opening would mend, if a number before it is free for one."""
+"""Broken if the campaign was not open; an opening repairs that, if a lost number precedes it."""
 OPENING: Final = {
     "draft": "opened",
     "scheduled": "opened",
     "paused": "resumed",
     "closed": "reopened",
 }
-"""The steps that must precede an acknowledged sale, by the state before it."""
+"""The step that must precede an acknowledged sale, by the state before it."""
 
 
 class Refilled(msgspec.Struct):
     """The lost numbers as the ledger will have them.
 
-    ``voided`` are ranges, first to last; ``strays`` are claims that do not stand, each with why;
-    ``unused`` counts those of them that were handed in.
+    ``voided`` are ranges, first to last; ``strays`` are claims that were not filled in, each with
+    the reason; ``unused`` counts those of them that were handed in.
     """
 
     events: list[Event] = []
@@ -47,7 +46,7 @@ class Refilled(msgspec.Struct):
     unused: int = 0
 
     async def entries(self, chain: str) -> list[Entry]:
-        """Write them as entries that go on from ``chain``."""
+        """Give the events as entries that follow ``chain``."""
         entries: list[Entry] = []
         steps = Steps()
         for (at_ms, epoch), group in groupby(self.events, lambda event: (event.at_ms, event.epoch)):
@@ -63,10 +62,10 @@ class Refilled(msgspec.Struct):
 async def refill(
     books: CampaignState, clock_ms: int, claims: Iterable[Event], last: int
 ) -> Refilled:
-    """Fill or void every number after ``books`` up to ``last``; ``books`` go along.
+    """Fill in or void every number after ``books`` up to ``last``, and apply each to ``books``.
 
-    ``claims`` are what is still known of them, what was acknowledged first. ``clock_ms`` is the
-    moment of the ledger's last event. There may be millions, so others get their turns meanwhile.
+    ``claims`` are the events that are still known, acknowledged ones first. ``clock_ms`` is the
+    moment of the ledger's last event. There may be millions of numbers, so it pauses regularly.
     """
     work, steps = _Refill(books, clock_ms), Steps()
     by_number: dict[int, list[Event]] = defaultdict(list)
@@ -81,7 +80,7 @@ async def refill(
 
 
 class _Refill:
-    """Goes through the lost numbers, one by one; voided ones wait, as one may have to open."""
+    """Goes through the lost numbers; voided ones wait, because one may become an opening."""
 
     def __init__(self, books: CampaignState, clock_ms: int) -> None:
         self._books = books
@@ -91,7 +90,7 @@ class _Refill:
         self.result = Refilled(events=[], voided=[], strays=[])
 
     async def settle(self, claims: Sequence[Event]) -> None:
-        """Decide the next number."""
+        """Fill in or void the next number."""
         await self._steps.done()
         if len(claims) == 1 and not (why := self._misfit(claims[0])):
             await self._open_before(claims[0])
@@ -102,8 +101,8 @@ class _Refill:
             return
         self._waiting += 1
         for claim in claims:
-            told = why if len(claims) == 1 else f"{len(claims)} different sales claim this number"
-            self.result.strays.append((claim, told))
+            what = why if len(claims) == 1 else f"{len(claims)} different sales claim this number"
+            self.result.strays.append((claim, what))
 
     async def flush(self) -> None:
         """Void the numbers that wait."""
@@ -116,7 +115,7 @@ class _Refill:
         self._waiting = 0
 
     def _misfit(self, claim: Event) -> str:
-        """Say why a claim cannot stand at its number; '' where it can."""
+        """Say why a claim does not fit at its number; '' if it fits."""
         kind, books = KINDS[claim.kind], self._books
         if not kind.recoverable:
             return f"what was {claim.kind} is not repeated by a recovery"
@@ -136,9 +135,10 @@ class _Refill:
         return ""
 
     async def _open_before(self, claim: Event) -> None:
-        """Put what must have opened the campaign in the place of a lost number before a sale.
+        """Put an opening in the place of the lost number before a sale.
 
-        That the sale was acknowledged proves that it happened; by whom is lost, but for the clock.
+        The acknowledged sale proves that the campaign was open. The actor is lost, unless it was
+        the clock.
         """
         books = self._books
         broken = KINDS[claim.kind].breaches(books, claim)

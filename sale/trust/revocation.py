@@ -1,10 +1,10 @@
-"""Members who may not buy: the roster decides, every campaign's set follows (INV-9).
+"""Copies the members who may not buy from the roster to each campaign's set (INV-9).
 
-The roster writes each change under the next revision; a campaign's head says up to which revision
-its set is complete. Following is a compare-and-set on that revision, so any number of processes
-may do it at once: the command that revoked a card, the scheduler four times a second, and the
-making of a campaign, which sells nothing before its first load is complete. A first load takes many
-steps, so one process at a time makes it, with an empty set to begin with, under a name of its own:
+The roster writes each change under the next revision, and a campaign's head holds the revision up
+to which its set is complete. Each step is a compare-and-set on that revision, so several processes
+may run it at once: the command that revoked a card, the scheduler four times a second, and the
+creation of a campaign, which sells nothing before its first load is complete. A first load takes
+many steps, so one process at a time runs it. It begins with an empty set and has its own name:
 nothing of a load that died or was overtaken stays in the set.
 """
 
@@ -34,9 +34,9 @@ log = structlog.get_logger()
 async def sync_all(
     redis: Redis, scripts: Scripts, pool: asyncpg.Pool, isolation: Isolation | None = None
 ) -> int:
-    """Let generations and every campaign follow the roster; give how many campaigns were behind.
+    """Bring generations and every campaign up to the roster; give how many campaigns were behind.
 
-    One that cannot is told by ``isolation`` and keeps none of the others from it.
+    ``isolation`` records a campaign that fails, and the others go on.
     """
     isolation = isolation or Isolation()
     async with pool.acquire() as connection:
@@ -64,8 +64,8 @@ async def sync_all(
 async def sync_campaign(
     redis: Redis, scripts: Scripts, pool: asyncpg.Pool, campaign_id: str
 ) -> None:
-    """Let one campaign follow the roster, from wherever it stands."""
-    # Two fields and not the campaign: a damaged head must not keep the others from following.
+    """Bring one campaign up to the roster, from any revision."""
+    # Two fields and not the campaign, so that a damaged head fails only where it must.
     head = await ROSTER.read(redis, campaign_id)
     if head.state in {"", State.DELETED}:
         return
@@ -87,15 +87,15 @@ async def sync_campaign(
         )
         if reply.reply is CallReply.MISSING:
             return
-        # STALE: somebody else got there first, and says how far; -1 where it was made anew.
+        # STALE: another process was first. The reply holds the revision, -1 for a new set.
         rev = last if reply.reply is CallReply.OK else reply.seq
 
 
 async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: int) -> None:
     """Replace a set that is ahead of the roster, in one step.
 
-    So it is where PostgreSQL was restored from an older copy: its next changes get numbers that the
-    set is past already, and would never reach it.
+    This happens after PostgreSQL was restored from an older copy: its next changes get revisions
+    that the set has passed already, and would never reach it.
     """
     members: list[int] = []
     async with (
@@ -109,7 +109,7 @@ async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: 
             members += chunk
             if not chunk:
                 break
-    if newest < rev:  # else: it was looked at before it had followed
+    if newest < rev:  # otherwise the roster has caught up meanwhile
         log.warning("roster.went_back", campaign=campaign_id, roster_rev=newest, followed=rev)
         changes = [(member_no, False) for member_no in members]
         name = secrets.token_hex(8)
@@ -119,8 +119,8 @@ async def _go_back(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str, rev: 
 async def _load(scripts: Scripts, pool: asyncpg.Pool, campaign_id: str) -> int | None:
     """Put all members who are not active into an empty set, then state the revision.
 
-    Gives the revision that the set is at, -1 where it was made anew meanwhile, None where there is
-    none, or no end to the members. Raises asyncpg.LockNotAvailableError where another load is slow.
+    Gives the revision of the set, -1 if another process made it anew meanwhile, None if there is
+    no campaign, or too many members. Raises asyncpg.LockNotAvailableError if another load is slow.
     """
     name, after = secrets.token_hex(8), 0
     async with pool.acquire() as connection, connection.transaction(readonly=True):

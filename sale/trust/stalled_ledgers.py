@@ -1,8 +1,8 @@
-"""Ledgers that PostgreSQL does not follow for some seconds: are they still one chain?
+"""Finds ledgers that PostgreSQL has not followed for some seconds.
 
-A trusted Redis and PostgreSQL can part: a writer that was stopped with a batch in its hands, and
-wakes up after a recovery, applies what Redis has since lost. The writer then stands still, and
-nobody else would look. So a campaign whose ledger stands still is compared once more.
+A trusted Redis and PostgreSQL can diverge: a writer that was suspended in mid-batch and continues
+after a recovery applies events that Redis has lost since. The writer then makes no progress, and
+nothing else would notice. So the scheduler compares a campaign without progress once more.
 """
 
 import time
@@ -10,18 +10,18 @@ from typing import Final
 
 STALLED_S: Final = 3.0
 AGAIN_S: Final = 30.0
-"""A PostgreSQL that is away makes every ledger stand still: then looking often helps nobody."""
+"""Every ledger is stalled while PostgreSQL is away; more frequent comparisons would not help."""
 
 
 class StalledLedgers:
-    """Remembers since when each campaign's ledger has stood still."""
+    """Remembers since when PostgreSQL has not followed each campaign's ledger."""
 
     def __init__(self, stalled_s: float = STALLED_S) -> None:
         self._stalled_s = stalled_s
         self._seen: dict[str, tuple[int, float]] = {}
 
     def due(self, campaign_id: str, seq: int, applied: int) -> bool:
-        """Whether PostgreSQL has stood still at ``applied`` for so long that it is looked into."""
+        """Whether PostgreSQL has been at ``applied`` for so long that a comparison is due."""
         now_s = time.monotonic()
         before, due_s = self._seen.get(campaign_id, (-1, 0.0))
         if applied >= seq:

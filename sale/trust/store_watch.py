@@ -1,7 +1,7 @@
 """Whether both stores answer this process: the gauges ``sale_redis_up`` and ``sale_postgres_up``.
 
-Each API process, writer and scheduler asks by itself: an alert about a store must not depend on the
-scheduler, which may be what has died.
+Each API process, writer and scheduler asks by itself, so that an alert about a store does not
+depend on the scheduler, which may have died.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ ANSWER_TIMEOUT_S: Final = 2.0
 
 
 class StoreWatch:
-    """Asks both stores again and again until cancelled."""
+    """Asks both stores at an interval until cancelled."""
 
     def __init__(self, redis: Redis, pool: asyncpg.Pool, metrics: StoreMetrics) -> None:
         self._redis = redis
@@ -53,7 +53,7 @@ async def _ask(answer: Awaitable[object], up: Gauge) -> None:
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             await answer
-    except Exception:  # noqa: BLE001 - whatever it was, the store did not answer
+    except Exception:  # noqa: BLE001 - after any error the store has not answered
         up.set(0)
     else:
         up.set(1)

@@ -1,14 +1,15 @@
-"""Is this Redis the one that knows what was sold? Asked anew at every incarnation (INV-8).
+"""Verification: checks at each incarnation of Redis that it knows everything that was sold (INV-8).
 
-A Redis that restarted, was swapped or was promoted has another identity than the one in each
-campaign's head, and the scripts sell nothing there until the head has been compared: number and
-chain hash with PostgreSQL, along the chain of what the writer has not applied yet, and with what
-the API processes have seen and acknowledged (``stock/process_reports.py``) or have handed in to
-PostgreSQL, because an old copy may fit PostgreSQL's ledger perfectly and still lack what members
-were told. What does not fit is marked ``recovering`` and stays shut.
+A Redis that restarted, was replaced or was promoted has another identity than the one in each
+campaign's head. The scripts sell nothing there until this module has compared the head. It compares
+number and chain hash with PostgreSQL, along the chain of the events that the writer has not applied
+yet. It also compares the number with the API processes' reports (``stock/process_reports.py``) and
+with the sales that they have handed in, because an old copy may match PostgreSQL's ledger and still
+lack sales that members were told. A campaign that does not match is marked ``recovering`` and sells
+nothing.
 
-While PostgreSQL is away, the API processes' word suffices where all of them were heard, one of them
-knows the campaign, and none misses anything: these are the same files. An unknown Redis stays shut.
+While PostgreSQL is away, the reports alone suffice if no process is silent, one of them knows the
+campaign, and none lacks anything: then Redis has the same files. An unknown Redis sells nothing.
 """
 
 import asyncio
@@ -45,11 +46,11 @@ POSTGRES_PATIENCE_S: Final = 1.0
 log = structlog.get_logger()
 
 
-class NotDurable(ValueError):  # noqa: N818 - says what it is
-    """This Redis would lose what members are told: nothing is sold there."""
+class NotDurable(ValueError):  # noqa: N818 - the name states the condition
+    """This Redis would lose acknowledged sales, so nothing is sold there."""
 
 
-async def verify_all(  # noqa: C901 - one branch a thing that a head may be
+async def verify_all(  # noqa: C901 - one branch for each condition of a head
     redis: Redis,
     scripts: Scripts,
     pool: asyncpg.Pool,
@@ -58,14 +59,14 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     meet: Callable[[str], Awaitable[Sequence[str]]] | None = None,
     stalled_ledgers: StalledLedgers | None = None,
 ) -> list[str]:
-    """Verify every campaign whose head names another Redis; give those that do not sell for it.
+    """Verify every campaign whose head names another Redis; give those that do not match.
 
-    These are: those that do not fit, those that cannot be read (told by ``isolation``, they keep
-    none of the others shut), and those that PostgreSQL knows and this Redis has lost.
+    Among them are campaigns that cannot be read, which ``isolation`` reports and which do not
+    affect the others, and campaigns that PostgreSQL knows and this Redis has lost.
 
-    ``meet(run_id)`` is asked at every incarnation which settings of this Redis would lose what
-    members are told; where there are any, nothing is verified. ``stalls`` says whose ledger
-    PostgreSQL does not follow: these are compared once more.
+    ``meet(run_id)`` gives, at each incarnation, the settings by which this Redis would lose
+    acknowledged sales; if there are any, nothing is verified. ``stalled_ledgers`` tells which
+    campaigns to compare once more, because PostgreSQL does not follow their ledger.
     """
     isolation = isolation or Isolation()
     reports = await collect_report(redis)
@@ -75,10 +76,10 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
     fit, held = set(), set()
     away = False
     if any(_knows_another(head, identity) for head in heads):
-        # Not within the isolation of one campaign: what is wrong here is wrong for all of them.
+        # Outside the isolation of one campaign, because a weak Redis concerns all of them.
         if meet is not None and (weak := await meet(reports.identity.run_id)):
             raise NotDurable("; ".join(weak))
-        # Once for all of them, and only now: who answered members is heard first.
+        # Once for all campaigns, and only now, because it waits for each process to report.
         reports = await collect_reports(redis)
     for campaign_id, head in zip(ids, heads, strict=True):
         held.add(campaign_id)
@@ -105,20 +106,20 @@ async def verify_all(  # noqa: C901 - one branch a thing that a head may be
                 if not stalled:
                     away = True
                     raise
-                fit.add(campaign_id)  # nothing speaks against it: PostgreSQL is away
+                fit.add(campaign_id)  # PostgreSQL is away, and the reports show no fault
     isolation.forget_others("verify", ids)
-    # Of the Redis that was asked first: one that came since was not looked at.
+    # The identity of the Redis that was read first: another may have taken its place since.
     looked_at = ":".join(identity).encode()
     if not away and await redis.get(VERIFIED) != looked_at:
-        with contextlib.suppress(ResponseError):  # no memory: it is noted once there is some
+        with contextlib.suppress(ResponseError):  # out of memory: the next round tries again
             await redis.set(VERIFIED, looked_at)
     return sorted([*(held - fit), *await _lost(pool, held)])
 
 
 async def unverified(redis: Redis, nonce: str) -> int:
-    """Count the campaigns that nobody has compared with this Redis yet; none once all were.
+    """Count the campaigns that were not compared in this Redis yet.
 
-    One that does not fit, or cannot be compared, is no longer waited for. Raises redis-py's errors.
+    A campaign that does not match, or cannot be compared, does not count. Raises redis-py's errors.
     """
     identity = _marks(await read_identity(redis), nonce)
     if await redis.get(VERIFIED) == ":".join(identity).encode():
@@ -133,7 +134,7 @@ async def unverified(redis: Redis, nonce: str) -> int:
 
 
 def _marks(identity: Identity, nonce: str) -> tuple[str, str, str]:
-    """Give what the head of a campaign holds once it was verified in this Redis."""
+    """Give the marks that a campaign's head has after its verification in this Redis."""
     return identity.run_id, identity.replid, nonce
 
 
@@ -161,11 +162,11 @@ async def verify(
     *,
     whole: bool = False,
 ) -> bool:
-    """Compare one campaign's chain with PostgreSQL and with the roll, and mark it.
+    """Compare one campaign's chain with PostgreSQL and with the reports, and mark it.
 
-    True where it fits and may sell. Lifts a recovering mark that this function has set, and where
-    stock and members were compared too (``whole``) any other. Raises what PostgreSQL does where
-    that is away and the roll does not suffice.
+    True if it matches and may sell. Removes a recovering mark that this function has set, and any
+    other if stock and members were compared too (``whole``). Raises PostgreSQL's errors if that is
+    away and the reports do not suffice.
     """
     for _ in range(TRIES):
         seq, chain, epoch, before, others = await _head(redis, campaign_id)
@@ -180,11 +181,11 @@ async def verify(
                 raise
             position = None
         if not why and handed_in > seq:
-            # The process that handed it in may have died since, and then no report names it.
+            # The process that handed it in may have ended since, and left no report.
             why = f"event {handed_in} was acknowledged and reported, Redis is at {seq}"
         why = why or await _misfit(redis, campaign_id, seq, chain, position)
         if why and (others or why == before):
-            return False  # it is marked, and somebody was told
+            return False  # it was marked and logged before
         reply = await scripts.verify(campaign_id, seq, chain, why, whole=whole)
         if reply.reply is CallReply.STALE:
             continue  # the head has moved meanwhile
@@ -197,13 +198,13 @@ async def verify(
 
 
 def what_lacks(reports: Reports, campaign_id: str, epoch: int, seq: int) -> str:
-    """Say what an API process knows of that this Redis does not hold; '' where nothing."""
-    for process, told in sorted(reports.reports(campaign_id).items()):
-        if told.epoch > epoch:
-            return f"API process {process} has seen epoch {told.epoch}, Redis is at {epoch}"
-        if told.epoch == epoch and told.seq > seq:
-            return f"API process {process} has seen event {told.seq}, Redis is at {seq}"
-        if told.epoch == epoch and told.lacks:
+    """Say what an API process knows and this Redis lacks; '' if nothing."""
+    for process, each in sorted(reports.reports(campaign_id).items()):
+        if each.epoch > epoch:
+            return f"API process {process} has seen epoch {each.epoch}, Redis is at {epoch}"
+        if each.epoch == epoch and each.seq > seq:
+            return f"API process {process} has seen event {each.seq}, Redis is at {seq}"
+        if each.epoch == epoch and each.lacks:
             return f"API process {process} has not found in Redis what it acknowledged"
     if (seen := reports.highest(campaign_id, epoch)) > seq:
         return f"API processes that no longer answer had seen event {seen}, Redis is at {seq}"
@@ -211,17 +212,17 @@ def what_lacks(reports: Reports, campaign_id: str, epoch: int, seq: int) -> str:
 
 
 def _witnessed(reports: Reports, campaign_id: str, epoch: int) -> bool:
-    """Whether the API processes alone can say that this Redis holds what was told."""
-    told = reports.reports(campaign_id).values()
-    return not reports.silent and any(each.epoch == epoch and each.seq > 0 for each in told)
+    """Whether the reports alone prove that this Redis holds everything that was acknowledged."""
+    known = reports.reports(campaign_id).values()
+    return not reports.silent and any(each.epoch == epoch and each.seq > 0 for each in known)
 
 
 async def _misfit(
     redis: Redis, campaign_id: str, seq: int, chain: str, position: Position | None
 ) -> str:
-    """Say in words why the head does not fit PostgreSQL's position; '' where it does.
+    """Say why the head does not match PostgreSQL's position; '' if it does.
 
-    ``position`` is None where PostgreSQL is away: then the stream is compared with itself.
+    ``position`` is None if PostgreSQL is away; then the stream is compared with the head alone.
     """
     if position is not None and seq < position.seq:
         return f"Redis knows {seq} events, PostgreSQL has applied {position.seq}"
@@ -239,7 +240,7 @@ async def _misfit(
 
 
 async def _head(redis: Redis, campaign_id: str) -> tuple[int, str, int, str, bool]:
-    """Number, chain hash, epoch, why it is recovering ('' where not), whether others say so."""
+    """Read number, chain hash, epoch, why it is recovering or '', and whether another set that."""
     head = await MARK.read(redis, campaign_id)
     others = head.recovering != "" and head.recovering_by != "verify"
     return head.seq or 0, head.chain, head.epoch, head.recovering, others

@@ -1,7 +1,7 @@
 -- add_stock.lua: adds tickets to a showing, while it sells.
 --
--- Guarantee: a delta, never a new total, so nothing that is sold at this moment is forgotten
--- (INV-1); added once a key (INV-4).
+-- Guarantee: it adds a delta and never sets a total, so that concurrent sales count (INV-1), and adds
+-- once for each key (INV-4).
 --
 -- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
 --        showing number · tickets to add · most that a showing may have

@@ -1,8 +1,8 @@
--- applied.lua: how far the writer has carried the ledger to PostgreSQL.
+-- applied.lua: records how far the writer has copied the ledger to PostgreSQL.
 --
--- Guarantee: none about sales; API processes forget what they acknowledged once it is applied, and
--- purchase.lua sells nothing where PostgreSQL is too far behind. Not an event: a recovery asks
--- PostgreSQL itself.
+-- Guarantee: none about sales. API processes drop acknowledged sales once they are applied, and
+-- purchase.lua sells nothing if PostgreSQL is too far behind. This is no event, because a recovery
+-- reads PostgreSQL's position from PostgreSQL.
 --
 -- ARGV   number of the last applied event · campaign clock (ms) of the oldest event after it, or ''
 -- Reply  {0, event number, state} · {MISSING} · {STALE} (PostgreSQL is ahead of this Redis)
@@ -18,7 +18,7 @@ if applied > head.seq then
 end
 local since = applied == head.seq and '' or ARGV[2]
 if since == '' and applied < head.seq then
-  -- What came since the writer looked is not older than this.
+  -- Events that were appended since the writer looked are not older than this.
   since = string.format('%.0f', head.behind_since or head.now)
 end
 redis.call('HSET', HEAD, 'applied', applied, 'behind_since', since)

@@ -1,15 +1,15 @@
--- create.lua: makes a campaign, as a draft or scheduled.
+-- create.lua: creates a campaign, as a draft or scheduled.
 --
--- Guarantee: a campaign is made once; over a deleted draft the ledger goes on with the next number
--- (INV-5). It sells nothing before `revoked` follows the roster (roster_rev, see sync_revoked.lua),
--- which begins anew here: the deleted draft's set may have stood still since.
+-- Guarantee: a campaign is created once; after a deleted draft its ledger goes on with the next number
+-- (INV-5). It sells nothing before `revoked` is loaded (roster_rev, see sync_revoked.lua). The load
+-- begins anew, because the set of a deleted draft was not kept up to date.
 --
 -- ARGV   op · content hash · actor (JSON string) · reason (JSON string or null) · nonce ·
 --        the campaign (MessagePack, see head.py): {config (JSON text), rules (by name),
 --        opens_at, closes_at (ms or nil), tickets (of showing 0, 1, 2 …)} · '1' to schedule at once
 -- Reply  {0, event number, state} · {REPLAYED or MISMATCH, event number} · {EXISTS} ·
 --        {WRONG_STATE, event number, 'recovering'} ·
---        {UNVERIFIED} {STALE} {BROKEN} (of the deleted draft; BROKEN too where only its stream is left)
+--        {UNVERIFIED} {STALE} {BROKEN} (for the deleted draft; BROKEN also if only its stream is left)
 -- Idempotency  by op. Cost: constant.
 
 local done = replay(ARGV[1], ARGV[2])
@@ -40,7 +40,7 @@ local campaign = cmsgpack.unpack(ARGV[6])
 head.opens_at, head.closes_at = campaign.opens_at, campaign.closes_at
 head.state = ARGV[7] == '1' and 'scheduled' or 'draft'
 
--- Both events name the operation: the fold, too, knows it by the number that is answered.
+-- Both events hold the operation, so that the fold finds it under the number in the reply.
 local who = '"actor":' .. ARGV[3] .. ',"reason":' .. ARGV[4]
   .. ',"op":"' .. ARGV[1] .. '","content":"' .. ARGV[2] .. '"'
 local events = { '["created",{' .. who

@@ -1,26 +1,26 @@
--- recover.lua: puts a campaign that was built anew beside the old one in its place, in one step.
+-- recover.lua: replaces a campaign's state by one that was built beside it, in one step.
 --
--- Guarantee: the old state is replaced only where it is still what was compared (number, chain
--- hash) and cannot sell: no head, or one that is marked as recovering. The `recovered` event takes
--- the next number under the next epoch, so Redis refuses every earlier number (INV-5) and no
--- process's mark of the old epoch is believed to be newer (INV-8). It sells nothing before
--- `revoked` is loaded again (roster_rev, see sync_revoked.lua). Calls' numbers stay (INV-4).
+-- Guarantee: the script replaces the old state only if it is still the one that was compared (number,
+-- chain hash) and sells nothing: it has no head, or one marked as recovering. The `recovered` event has
+-- the next number and the next epoch, so Redis refuses every earlier number (INV-5), and each API
+-- process checks its mark of the old epoch again (INV-8). The campaign sells nothing before `revoked`
+-- is loaded again (roster_rev, see sync_revoked.lua). The call numbers stay (INV-4).
 --
 -- KEYS   the seven, then the new stream stock members operations
--- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash that
---        the new state stands at · epoch · clock ms · '1' to keep the stream that is there ·
+-- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash of the
+--        new state · epoch · clock ms · '1' to keep the existing stream ·
 --        state · the campaign (as create.lua has it; its tickets are not used) · nonce · members, stock
---        fields, operations and stream entries written beside · actor · reason (JSON strings) · how
---        far PostgreSQL has applied · ranges of numbers that are voided (JSON array) · number of the
+--        fields, operations and stream entries of the new keys · actor · reason (JSON strings) ·
+--        PostgreSQL's last event · ranges of numbers that are voided (JSON array) · number of the
 --        `created` event · number of the event that gave the configuration
--- Reply  {0, event number, state} · {STALE} (the old head is another, or may sell) ·
---        {BROKEN} (what stands beside is not whole)
+-- Reply  {0, event number, state} · {STALE} (the old head has changed, or may sell) ·
+--        {BROKEN} (the new keys are not complete)
 -- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
 --        the old ones freed in the background.
 
 local NEW_STREAM, NEW_STOCK, NEW_MEMBERS, NEW_OPERATIONS = KEYS[8], KEYS[9], KEYS[10], KEYS[11]
 
--- Not read_head: a damaged head must be replaceable too.
+-- Not by read_head, because a damaged head must be replaceable too.
 local old = redis.call('HMGET', HEAD, 'seq', 'chain', 'recovering')
 if (old[1] or '') ~= ARGV[1] or (old[2] or '') ~= ARGV[2] or (old[1] and not old[3]) then
   return { STALE }

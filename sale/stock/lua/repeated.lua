@@ -1,7 +1,7 @@
--- repeated.lua: whether an operator's step was done before under this key, and on which draft.
+-- repeated.lua: tells whether an operator's step was done before under this key, and on which draft.
 --
--- Guarantee: INV-4 for operators, also where the draft of that step is gone: who asks again is told
--- what became of what he did, and never of a campaign that somebody has made since under its ID.
+-- Guarantee: INV-4 for operators, also if the draft of that step was deleted: the repeat gets the
+-- outcome for that draft, and never for a campaign that was created since under its ID.
 --
 -- ARGV   op · content hash · nonce
 -- Reply  {REPLAYED or MISMATCH, event number, state, number of the campaign's creation or 0} ·
@@ -20,6 +20,6 @@ local done = replay(ARGV[1], ARGV[2])
 if not done then
   return { OK }
 end
--- A head from before this was noted lacks it: then the campaign was made once, as far as is known.
+-- A head of an older version lacks `made`; its campaign counts as created once.
 done[3], done[4] = head.state, tonumber(redis.call('HGET', HEAD, 'made')) or 0
 return done

@@ -1,7 +1,7 @@
--- survey.lua: reads the same fields of many hashes, for those who look at all campaigns.
+-- survey.lua: reads the same fields of many hashes, for callers that look at all campaigns.
 --
--- Guarantee: none; what it reads may have changed by the time it is told. Stands alone, without
--- _ledger.lua: it decides nothing, and its keys are of many campaigns.
+-- Guarantee: none; the values may have changed when the reply arrives. It is used without _ledger.lua,
+-- because it decides nothing and its keys belong to many campaigns.
 --
 -- KEYS   hashes
 -- ARGV   fields; none: all fields and their values in turn
@@ -10,12 +10,12 @@
 --        the keys. Beside 200 campaigns, of which nobody bought, this takes 6.6 % of Redis' core,
 --        11 % of the writer's and 6.6 % of the scheduler's; a command a campaign took 2.7, 21 and 15.8.
 
-local told = {}
+local found = {}
 for i = 1, #KEYS do
   if #ARGV > 0 then
-    told[i] = redis.pcall('HMGET', KEYS[i], unpack(ARGV))
+    found[i] = redis.pcall('HMGET', KEYS[i], unpack(ARGV))
   else
-    told[i] = redis.pcall('HGETALL', KEYS[i])
+    found[i] = redis.pcall('HGETALL', KEYS[i])
   end
 end
-return told
+return found

@@ -1,12 +1,12 @@
--- sync_revoked.lua: lets a campaign's set of revoked members follow the roster.
+-- sync_revoked.lua: brings a campaign's set of revoked members up to a revision of the roster.
 --
--- Guarantee: INV-9. The set holds exactly the members who were not active at roster_rev: a step is
--- taken only from the revision it was computed from, and a campaign whose first load is not
--- complete has no roster_rev and sells nothing. A first load begins with an empty set and has a
--- name (head.roster_load): what is left of a load that died, or was overtaken, is refused.
+-- Guarantee: INV-9. The set holds exactly the members who were not active at roster_rev: the script
+-- applies a step only to the revision from which it was computed, and a campaign whose first load is
+-- not complete has no roster_rev and sells nothing. A first load begins with an empty set and has a
+-- name (head.roster_load): the script refuses further steps of a load that was overtaken.
 --
 -- ARGV   from revision (-1: first load, no head.roster_rev) · to revision (-1: more of it follows) ·
---        name of the load ('' for none) · '1' where it begins ·
+--        name of the load ('' for none) · '1' for its first step ·
 --        then for each member: '+' revoked or '-' active · number
 -- Reply  {0, to revision} · {STALE, revision it is at, -1 for none} · {MISSING}
 -- Idempotency  by the revision. Cost: linear in the members.

@@ -1,4 +1,4 @@
--- tick.lua: records an opening or closing that nobody's call has crossed yet.
+-- tick.lua: records an opening or closing whose moment has passed without another call.
 --
 -- ARGV   nonce
 -- Reply  {0, event number, state, chain hash, events recorded} · {MISSING} {UNVERIFIED} {BROKEN}

@@ -1,7 +1,8 @@
 -- transition.lua: an operator's step from one state to the next.
 --
--- Guarantee: draft → scheduled → open ⇄ paused → closed, no other way; what the clock has changed
--- meanwhile is recorded first (INV-7), and who did it and why stands in the event (INV-10).
+-- Guarantee: the states follow draft → scheduled → open ⇄ paused → closed only. The script records
+-- first what the clock has changed since the last call (INV-7), and writes actor and reason into the
+-- event (INV-10).
 --
 -- ARGV   action (schedule open pause resume close reopen delete) · op · content hash ·
 --        actor (JSON string) · reason (JSON string or null) · nonce · opens_at for schedule (ms or '')

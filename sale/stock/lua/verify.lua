@@ -1,12 +1,12 @@
 -- verify.lua: marks this Redis as verified for a campaign, or as recovering.
 --
--- Guarantee: the mark is set only on the very head that was compared (number and chain hash) with
--- PostgreSQL (INV-8); the marks of live processes are asked by purchase.lua and peek.lua. Where only
--- the chain was compared, a recovering mark that somebody else has set, for damaged stock or members,
--- stays: recovery lifts it.
+-- Guarantee: the script changes the marks only if the head is still the one that was compared with
+-- PostgreSQL (number and chain hash, INV-8); purchase.lua and peek.lua compare the marks of API
+-- processes. If only the chain was compared, a recovering mark that a recovery has set, for damaged
+-- stock or members, stays until the recovery ends.
 --
 -- ARGV   number and chain hash that were compared · nonce · '' or why it is recovering ·
---        '1' where stock and members were compared too, so that every mark may go
+--        '1' if stock and members were compared too, so that any recovering mark is removed
 -- Reply  {0, event number, '' or 'recovering' (it still is)} · {MISSING} ·
 --        {STALE} (the head has moved meanwhile: compare again)
 -- Idempotency  by what it writes. Cost: constant.

@@ -134,6 +134,25 @@ class Service:
         """Run a command beside the system."""
         return command(*arguments, data_dir=self.data_dir)
 
+    def run(
+        self, *words: object, given: bytes = b"", cwd: Path = ROOT, **environment: str
+    ) -> "subprocess.CompletedProcess[bytes]":
+        """Run a command in a process of its own."""
+        return subprocess.run(
+            [sys.executable, "-m", "sale", *map(str, words)],
+            env=self.environment(**environment),
+            cwd=cwd,
+            input=given,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """Give the environment of such a process."""
+        own = {"PYTHONPATH": str(ROOT), "SALE_DATA_DIR": str(self.data_dir)}
+        return {**os.environ, **own, **more}
+
     async def asale(self, *arguments: object) -> Ran:
         """Like ``sale``, from a coroutine."""
         return await asyncio.to_thread(self.sale, *arguments)

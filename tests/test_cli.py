@@ -395,18 +395,9 @@ def test_cards_commands_work_and_mask_card_numbers(service: Service, tmp_path: P
 
 
 def test_roster_from_stdin_and_under_any_name_is_imported(service: Service, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALE_DATA_DIR": str(service.data_dir)}
     sampled = service.sale("cards", "sample", 20, "--seed", 99).out
-    piped = subprocess.run(
-        [sys.executable, "-m", "sale", "cards", "import", "-", "--json"],
-        env=environment,
-        input=sampled,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (piped.returncode, piped.stderr) == (0, "")
+    piped = service.run("cards", "import", "-", "--json", given=sampled.encode())
+    assert (piped.returncode, piped.stderr) == (0, b"")
     assert json.loads(piped.stdout)["added"] == 20
     file = tmp_path / os.fsdecode(b"\xc3\xfb\xb5\xa5.csv")  # as a GBK system names it
     file.write_text(sampled, "utf-8")
@@ -553,30 +544,17 @@ def test_address_in_use_is_one_line_of_each_part(service: Service, tmp_path: Pat
 
 def test_console_script_behaves_as_in_this_process(service: Service, tmp_path: Path) -> None:
     """As a person runs it: ``python -m sale`` from elsewhere, with a reader that goes away."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SALE_DATA_DIR": str(service.data_dir)}
-
-    def run(*words: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "sale", *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
-    listed = run("campaign", "list", "--json")
-    assert (listed.returncode, listed.stderr) == (0, "")
+    listed = service.run("campaign", "list", "--json", cwd=tmp_path)
+    assert (listed.returncode, listed.stderr) == (0, b"")
     json.loads(listed.stdout)
-    unknown = run("campaign", "show", "nothing-there")
+    unknown = service.run("campaign", "show", "nothing-there", cwd=tmp_path)
     assert unknown.returncode == 1
-    assert (unknown.stdout, len(unknown.stderr.splitlines())) == ("", 1)
+    assert (unknown.stdout, len(unknown.stderr.splitlines())) == (b"", 1)
     piped = subprocess.run(
         f"{sys.executable} -m sale cards sample 100000 | head -1",
         shell=True,
         cwd=tmp_path,
-        env=environment,
+        env=service.environment(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -597,6 +575,7 @@ async def test_command_line_and_api_show_the_same_campaign(
 ) -> None:
     # given
     campaign = await client.campaign(closes_at="2040-01-01T00:00:00+08:00", unions=["dongsi"])
+    await client.step(campaign, "pause")  # so that the clock's opening is recorded already
     # when
     told = await service.asale("campaign", "show", campaign, "--json")
     seen = await client.get(f"{ADMIN}/{campaign}", service.admin_token)

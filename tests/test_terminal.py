@@ -19,33 +19,13 @@ from test_cli import CAMPAIGN, one_line
 from sale.cli.terminal import echo_table, progress
 
 
-def environment(service: Service, **more: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "SALE_DATA_DIR": str(service.data_dir),
-        **more,
-    }
-
-
-def run(service: Service, *words: object, **more: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [sys.executable, "-m", "sale", *map(str, words)],
-        env=environment(service, **more),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def at_terminal(service: Service, columns: int, *words: str) -> str:
     """Give the output of a command to a terminal of ``columns`` columns."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     child = subprocess.Popen(
         [sys.executable, "-m", "sale", *words],
-        env={**environment(service, TERM="xterm"), "COLUMNS": "", "NO_COLOR": "1"},
+        env={**service.environment(TERM="xterm"), "COLUMNS": "", "NO_COLOR": "1"},
         stdin=its,
         stdout=its,
         stderr=its,
@@ -111,21 +91,21 @@ def test_command_succeeds_if_output_cannot_be_encoded(
     service: Service, tmp_path: Path, more: dict[str, str]
 ) -> None:
     file = write_campaign(tmp_path, service.new_id("enc"), "五元看大片 𠮷 é")
-    made = run(service, "campaign", "create", file, "--as", "wang", **more)
+    made = service.run("campaign", "create", file, "--as", "wang", **more)
     assert (made.returncode, made.stderr.count(b"\n")) == (0, 1), made
-    listed = run(service, "campaign", "list", "--json", **more)
+    listed = service.run("campaign", "list", "--json", **more)
     assert listed.returncode == 0
     assert "五元看大片 𠮷 é" in {each["title"] for each in json.loads(listed.stdout)}
-    assert run(service, "campaign", "list", **more).returncode == 0
-    sampled = run(service, "cards", "sample", "3", **more)
+    assert service.run("campaign", "list", **more).returncode == 0
+    sampled = service.run("cards", "sample", "3", **more)
     assert sampled.stdout.decode("utf-8") == service.sale("cards", "sample", 3).out
-    refused = run(service, "campaign", "show", "没有", **more)
+    refused = service.run("campaign", "show", "没有", **more)
     assert (refused.returncode, len(refused.stderr.splitlines())) == (1, 1)
 
 
 def test_help_explains_shell_completion(service: Service) -> None:
     assert "_SALE_COMPLETE=bash_source" in command("--help").out
-    told = run(service, _SALE_COMPLETE="bash_source")
+    told = service.run(_SALE_COMPLETE="bash_source")
     assert b"_sale_completion" in told.stdout
     assert "_SALE_COMPLETE" in (ROOT / "README.md").read_text("utf-8")
 
@@ -159,7 +139,7 @@ def test_piped_rehearsal_names_only_missing_options(service: Service, tmp_path: 
         (("--reason", "r"), "give --yes"),
         (("--yes",), "give --reason R"),
     ):
-        ran = run(service, *words, *target, *given)
+        ran = service.run(*words, *target, *given)
         assert ran.returncode == 2, ran
         assert ran.stderr.decode().rstrip().endswith(lacks), ran
 

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
-import re
 import shutil
 import sys
 import time
@@ -85,7 +84,7 @@ async def play_release(
     engine: Engine, console: Console, *, members: int, cards: int, seed: int
 ) -> bool:
     """Play the script on an engine, and print what came of it; whether all is clean."""
-    folder, campaign = engine.data_dir / "demo", campaign_file(CAMPAIGN)
+    folder = engine.data_dir / "demo"
     folder.mkdir(mode=0o700, exist_ok=True)
     active, suspended, roster = (folder / name for name in ("active", "suspended", "roster.csv"))
     with _step(console, f"Roster of {cards:,} card holders, made up and imported"):
@@ -97,10 +96,9 @@ async def play_release(
         await engine.command("tokens", *more)
         with suspended.open("ab") as tokens:
             tokens.write(active.read_bytes())
-    opens_at = datetime.now(UTC) + timedelta(seconds=OPENS_IN_S)
-    file = folder / f"{CAMPAIGN}.toml"
-    file.write_text(_scheduled(campaign.read_text("utf-8"), opens_at), "utf-8")
-    await engine.command("campaign", "create", str(file))
+    await engine.command("campaign", "create", str(campaign_file(CAMPAIGN)))
+    opens_at = (datetime.now(UTC) + timedelta(seconds=OPENS_IN_S)).isoformat()
+    await engine.command("campaign", "schedule", CAMPAIGN, "--at", opens_at, "--reason", "demo")
     await _knock(engine, console, active, min(int(members * EARLY_SHARE), members))
     plan = Plan(
         target=engine.address,
@@ -149,15 +147,6 @@ def _step(console: Console, what: str) -> Iterator[None]:
     with console.status(what + " …"):
         yield
     console.print(f"[green]✓[/] {what} [dim]({time.perf_counter() - start:.1f} s)[/]")
-
-
-def _scheduled(text: str, opens_at: datetime) -> str:
-    """The campaign file with another window: opens at ``opens_at``, closes a day later."""
-    closes_at = opens_at + timedelta(days=1)
-    kept = re.sub(r"(?m)^(opens_at|closes_at|draft) *=.*\n", "", text)
-    window = f"opens_at = {opens_at.isoformat()}\ncloses_at = {closes_at.isoformat()}\n"
-    head, table, rest = kept.partition("[[showings]]")
-    return f"{head}{window}\n{table}{rest}"
 
 
 def _look_next(engine: Engine) -> str:

@@ -10,10 +10,9 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import msgspec
+from typing import Final
 
 from sale import config
 from sale.config import Settings
@@ -32,20 +31,14 @@ class EngineError(Exception):
     """The engine, or a command of it, failed; the message is for people."""
 
 
+@dataclass(frozen=True)
 class Engine:
     """A running engine. ``address`` and ``metrics_address`` are ``host:port``."""
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        data_dir: Path,
-        address: str,
-        metrics_address: str,
-    ) -> None:
-        self.process = process
-        self.data_dir = data_dir
-        self.address = address
-        self.metrics_address = metrics_address
+    process: asyncio.subprocess.Process
+    data_dir: Path
+    address: str
+    metrics_address: str
 
     @property
     def url(self) -> str:
@@ -57,18 +50,9 @@ class Engine:
         status = await self.process.wait()
         raise EngineError(f"sale up ended with {status}:\n{_tail(self.data_dir / 'logs/up.log')}")
 
-    async def command(self, *arguments: str, accept: tuple[int, ...] = (0,)) -> bytes:
+    async def command(self, *arguments: str) -> bytes:
         """Run ``sale ARGUMENTS`` on this engine and return its stdout. Raises EngineError."""
-        settings = {"SALE_DATA_DIR": str(self.data_dir)}
-        return await sale(*arguments, accept=accept, settings=settings)
-
-    async def json(self, *arguments: str, accept: tuple[int, ...] = (0,)) -> Any:  # noqa: ANN401
-        """Run a command with ``--json``. Raises EngineError."""
-        return msgspec.json.decode(await self.command(*arguments, "--json", accept=accept))
-
-    def database_url(self) -> str:
-        """URL of the embedded PostgreSQL. Raises EngineError."""
-        return find_database(self.data_dir)
+        return await sale(*arguments, settings={"SALE_DATA_DIR": str(self.data_dir)})
 
 
 async def run_program(
@@ -100,13 +84,11 @@ async def run_program(
     return process.returncode or 0, out, complaint.decode("utf-8", "replace").strip()
 
 
-async def sale(
-    *arguments: str, settings: Mapping[str, str], accept: tuple[int, ...] = (0,)
-) -> bytes:
+async def sale(*arguments: str, settings: Mapping[str, str]) -> bytes:
     """Run ``sale ARGUMENTS`` with these settings and return its stdout. Raises EngineError."""
     command = (sys.executable, "-m", "sale", *arguments)
     status, out, complaint = await run_program(*command, settings=settings)
-    if status not in accept:
+    if status:
         said = complaint or out.decode("utf-8", "replace").strip()
         raise EngineError(f"sale {' '.join(arguments)}: exit {status}: {said}")
     return out

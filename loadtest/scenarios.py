@@ -1,15 +1,16 @@
-"""The rushes of the federation, as Locust plays them: one table, and the campaign of a run.
+"""The rushes of the federation, as Locust plays them, and the campaign of a run.
 
-Each row names its campaign file. Tickets, limits and unions stand there; how many come, when, and
-with whom, stands here, and is ours. A run plays a small part of the real crowd, so the stock is cut
-by the same share unless ``--full-stock`` is given: a tenth of the members meets a tenth of the
-tickets, and the sale ends as the real one did.
+``scenarios.toml`` has a table for each, named as its campaign file. A run plays a small part of the
+real crowd, so the stock is cut by the same share unless ``--full-stock`` is given: a tenth of the
+members meets a tenth of the tickets, and the sale ends as the real one did.
 """
 
 import math
 import secrets
 import time
+import tomllib
 from datetime import datetime, timedelta
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,7 +80,6 @@ class Scenario(msgspec.Struct, frozen=True):
     ``own_share`` of the cards belong to a union that may buy, where not every union may.
     """
 
-    told: str
     users: int
     crowd: int
     mix: Mix
@@ -88,53 +88,10 @@ class Scenario(msgspec.Struct, frozen=True):
     own_share: float = 1.0
 
 
-SCENARIOS: Final[dict[str, Scenario]] = {
-    "five-yuan-films": Scenario(
-        told="all 182,850 card holders want 20,000 tickets at once, and bots with them",
-        users=1_500,
-        crowd=182_850,
-        mix=Mix(members=88, refreshers=10, bots=2),
-        phases=Phases(quiet_s=10, gathering_s=20, opening_s=5, tail_s=40),
-    ),
-    "ice-snow-carnival": Scenario(
-        told="10,000 look at two showings, and go on looking for long",
-        users=1_000,
-        crowd=10_000,
-        mix=Mix(members=60, refreshers=39, bots=1),
-        phases=Phases(quiet_s=10, gathering_s=15, opening_s=5, tail_s=90, tail_share=0.5),
-    ),
-    "illusion-art": Scenario(
-        told="2,400 tickets, booked out in minutes; one pause in the midst of it",
-        users=1_000,
-        crowd=6_000,
-        mix=Mix(members=80, refreshers=18, bots=2),
-        phases=Phases(quiet_s=10, gathering_s=20, opening_s=10, tail_s=50),
-        deeds=Deeds(pauses=1),
-    ),
-    "children-theatre-may": Scenario(
-        told="2,000 tickets raised to 3,000 while selling, and still short of demand",
-        users=800,
-        crowd=4_000,
-        mix=Mix(members=75, refreshers=24, bots=1),
-        phases=Phases(quiet_s=5, gathering_s=15, opening_s=10, tail_s=50),
-        deeds=Deeds(raise_share=0.5, raises=4),
-    ),
-    "interest-classes": Scenario(
-        told="thirty classes of 33 seats: many small stocks in one campaign",
-        users=600,
-        crowd=2_000,
-        mix=Mix(members=70, refreshers=30),
-        phases=Phases(quiet_s=5, gathering_s=15, opening_s=5, tail_s=40),
-    ),
-    "green-gift": Scenario(
-        told="a gift for every card holder of one subdistrict; others try in vain",
-        users=600,
-        crowd=8_000,
-        mix=Mix(members=90, refreshers=10),
-        phases=Phases(quiet_s=5, gathering_s=10, opening_s=5, tail_s=40),
-        own_share=0.9,
-    ),
-}
+SCENARIOS: Final = msgspec.convert(
+    tomllib.loads(files("loadtest").joinpath("scenarios.toml").read_text("utf-8")),
+    dict[str, Scenario],
+)
 
 
 class ScenarioError(Exception):

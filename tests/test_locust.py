@@ -24,7 +24,7 @@ from loadtest.crowd.options import deeds_of, mix_of, phases_of
 from loadtest.crowd.programs import Errand, program
 from loadtest.crowd.proof import measured
 from loadtest.crowd.shape import Plan, target
-from loadtest.engine import Engine, engine_up
+from loadtest.engine import Engine, engine_up, find_database
 from loadtest.members import Member
 from loadtest.record import Proof, read
 from loadtest.scenarios import (
@@ -329,13 +329,13 @@ async def test_stock_is_added_once_and_books_balance(engine: Engine, tmp_path: P
     assert int(line.split()[2]) >= 4
     record = read(tmp_path / "run.json")
     assert record.outcomes["sold"] > 0
-    books = await load_books(engine.database_url(), record.campaign)
+    books = await load_books(find_database(engine.data_dir), record.campaign)
     assert books.stock == {"general": await at_first(engine, record.campaign) + 2}
 
 
 async def at_first(engine: Engine, campaign: str) -> int:
     """Tickets with which it was made."""
-    connection = await asyncpg.connect(engine.database_url())
+    connection = await asyncpg.connect(find_database(engine.data_dir))
     query = "SELECT config->'showings'->0->'tickets' FROM campaign WHERE campaign_id = $1"
     try:
         return int(await connection.fetchval(query, campaign))
@@ -382,7 +382,7 @@ async def test_release_on_two_processes_is_proven(engine: Engine, tmp_path: Path
     first = next(number for number, each in enumerate(answers) if each.sold)
     answers[first] = msgspec.structs.replace(answers[first], order_no="lost.1.000000")
     write_answers(answers, tmp_path / "tampered")
-    books = Where(database_url=engine.database_url())
+    books = Where(database_url=find_database(engine.data_dir))
     errand = errand_of(
         campaign=record.campaign, where=books, ended_at=1.0, answers=str(tmp_path / "tampered")
     )

@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,25 +92,6 @@ def measured_by(
     return result
 
 
-async def _measured(
-    options: argparse.Namespace, plan: Plan, program: str | None, console: Console | None
-) -> Result | Comparison | Durable:
-    """Measure what the command line asks for. Raises EngineError, OfferError …"""
-    if options.plots:
-        from loadtest.bench import plots  # before the run, so that it does not fail after it
-
-        options.plots.mkdir(parents=True, exist_ok=True)
-    async with bench_up(plan, program=program, console=console) as bench:
-        if options.durable:
-            return await Lasting(bench, options.durable, options.workers).run()
-        if not options.compare:
-            return await bench.run()
-        result = await Comparing(bench, options.cache).run()
-    if options.plots:
-        plots.draw(result, options.plots)
-    return result
-
-
 def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan, str | None]:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -136,11 +118,10 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan,
     if options.client == "wrk" and program is None:
         parser.error("wrk is not installed")
     base = TINY if options.tiny else FULL
-    plan = Plan(
+    plan = replace(
+        base,
         seconds=options.seconds or base.seconds,
         rounds=options.rounds or base.rounds,
-        backlog=base.backlog,
-        cards=base.cards,
         growth=(*base.growth, MILLION) if options.million else base.growth,
         connections=options.connections,
     )
@@ -150,11 +131,24 @@ def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Plan,
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the benchmark."""
     options, plan, program = _options(arguments)
+
+    async def measured(console: Console | None) -> Result | Comparison | Durable:
+        if options.plots:
+            from loadtest.bench import plots  # before the run, so that it does not fail after it
+
+            options.plots.mkdir(parents=True, exist_ok=True)
+        async with bench_up(plan, program=program, console=console) as bench:
+            if options.durable:
+                return await Lasting(bench, options.durable, options.workers).run()
+            if not options.compare:
+                return await bench.run()
+            result = await Comparing(bench, options.cache).run()
+        if options.plots:
+            plots.draw(result, options.plots)
+        return result
+
     result = measured_by(
-        "bench",
-        lambda console: _measured(options, plan, program, console),
-        lambda result, console: result.show(console),
-        as_json=options.json,
+        "bench", measured, lambda told, console: told.show(console), as_json=options.json
     )
     sound = not isinstance(result, Durable) or result.check == CLEAN
     sys.exit(0 if sound and result.audit == CLEAN else 1)

@@ -189,14 +189,11 @@ class Lasting:
         cpu = {name: (last.cpu[name] - first.cpu[name]) / window_s for name in first.cpu}
         if self.bench.program:
             cpu["wrk"] = got.client_s / got.duration_s
-        others = (last.busy - first.busy) / window_s - sum(cpu.values())
-        steps = [
-            (then.applied - now.applied) / (then.at - now.at)
-            for now, then in itertools.pairwise(window)
-        ]
+        others = max((last.busy - first.busy) / window_s - sum(cpu.values()), 0.0)
+        pairs = itertools.pairwise(window)
         # Requests under way when the client leaves are sold and not counted.
         most = answered + 2 * CONNECTIONS
-        fits = answered <= orders <= most
+        untrue = f"{orders} orders, but {answered} to {most} answered"
         return Durable(
             client=self.bench.client,
             connections=CONNECTIONS,
@@ -204,18 +201,18 @@ class Lasting:
             cores=len(self.cores),
             window_s=window_s,
             rows_a_second=rows,
-            slowest_second=min(steps),
+            slowest_second=min((b.applied - a.applied) / (b.at - a.at) for a, b in pairs),
             answered_a_second=got.rate,
             latency_ms=got.latency_ms,
             lag_end=max(last.head - last.applied, 0),
             lag_most=max(each.head - each.applied for each in window),
             cpu=cpu,
-            others=max(others, 0.0),
-            limit=_limit(cpu, max(others, 0.0), len(self.cores)),
+            others=others,
+            limit=_limit(cpu, others, len(self.cores)),
             constants=constants,
             ratio=rows / (sum(constants) / 2),
             orders=orders,
-            check=CLEAN if fits else f"{orders} orders, but {answered} to {most} answered",
+            check=CLEAN if answered <= orders <= most else untrue,
             audit=audit,
         )
 

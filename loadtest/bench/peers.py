@@ -58,40 +58,20 @@ class Peer(msgspec.Struct, frozen=True):
     idle_status: int = 404
 
 
+_UNSIGNED: Final = f"token's signature, {_NOT_DONE}"
 BARE: Final = Peer(
-    "bare",
-    "httptools, constant",
-    "everything",
-    "loadtest.peers.bare",
+    *("bare", "httptools, constant", "everything", "loadtest.peers.bare"),
     sells=False,
     idle_status=201,
 )
-NAIVE: Final = Peer(
-    "naive",
-    "aiohttp, one EVALSHA each",
-    f"token's signature, {_NOT_DONE}",
-    "loadtest.peers.naive",
-)
+NAIVE: Final = Peer("naive", "aiohttp, one EVALSHA each", _UNSIGNED, "loadtest.peers.naive")
 AFTERNOON: Final = Peer(
-    "afternoon",
-    "FastAPI, one EVALSHA each",
-    _NOT_DONE,
-    "loadtest.peers.afternoon",
+    *("afternoon", "FastAPI, one EVALSHA each", _NOT_DONE, "loadtest.peers.afternoon"),
     checks_tokens=True,
     needs=("fastapi", "uvicorn"),
 )
-NODE: Final = Peer(
-    "node",
-    "Node, fastify, ioredis",
-    f"token's signature, {_NOT_DONE}",
-    "node",
-)
-GO: Final = Peer(
-    "go",
-    "Go, net/http, pipelined",
-    f"token's signature, {_NOT_DONE}",
-    "go",
-)
+NODE: Final = Peer("node", "Node, fastify, ioredis", _UNSIGNED, "node")
+GO: Final = Peer("go", "Go, net/http, pipelined", _UNSIGNED, "go")
 PEERS: Final = (BARE, NAIVE, AFTERNOON, NODE, GO)
 
 
@@ -253,12 +233,9 @@ async def peers_up(
     up: list[RunningPeer] = []
     missing: dict[str, str] = {}
     for peer in PEERS:
+        started = peer_up(peer, folder, cores, body_bytes=body_bytes, cache=cache)
         try:
-            up.append(
-                await stack.enter_async_context(
-                    peer_up(peer, folder, cores, body_bytes=body_bytes, cache=cache)
-                )
-            )
+            up.append(await stack.enter_async_context(started))
         except PeerMissingError as error:
             missing[peer.name] = str(error)
         except EngineError as error:

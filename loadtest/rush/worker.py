@@ -97,18 +97,20 @@ class Worker:
 
     async def hear(self, within_s: float) -> None:
         """Take in its next word. Raises RushError."""
-        loop, come = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._pipe.fileno(), come.set)
+        loop, come, pipe = asyncio.get_running_loop(), asyncio.Event(), self._pipe.fileno()
+        loop.add_reader(pipe, come.set)
         try:
             async with asyncio.timeout(within_s):
                 await come.wait()
-            word = self._pipe.recv()
         except TimeoutError:
             raise RushError(f"{self.name} is silent") from None
+        finally:
+            loop.remove_reader(pipe)
+        os.set_blocking(pipe, True)  # uvloop has changed that, and a tally comes in many pieces
+        try:
+            word = self._pipe.recv()
         except (EOFError, OSError):
             raise RushError(f"{self.name} ended before it was done") from None
-        finally:
-            loop.remove_reader(self._pipe.fileno())
         match word:
             case str():
                 raise RushError(word)

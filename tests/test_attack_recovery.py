@@ -19,7 +19,7 @@ from sale.stock.keys import REPORTS
 from sale.stock.mark import Found
 from sale.stock.scripts import Decision
 from sale.stock.stream import stream_rows
-from sale.trust.heal import AutoRecovery
+from sale.trust.auto_recovery import AutoRecovery
 from sale.trust.stalled_ledgers import StalledLedgers
 from sale.trust.verify import verify_all
 

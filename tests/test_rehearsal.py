@@ -45,7 +45,7 @@ from sale.stock.catalogue import Catalogue, campaign_ids, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.removal import NotRemoved, remove_rehearsal
 from sale.stock.scripts import Decision
-from sale.trust.heal import AutoRecovery
+from sale.trust.auto_recovery import AutoRecovery
 from sale.trust.recover import recover
 from sale.trust.verify import verify_all
 from sale.trust.witness import Witness

@@ -21,7 +21,7 @@ from sale.stock.connection import open_redis
 from sale.stock.keys import REPORTS
 from sale.stock.scripts import Decision
 from sale.trust import witness
-from sale.trust.heal import AutoRecovery
+from sale.trust.auto_recovery import AutoRecovery
 from sale.trust.verify import verify_all
 from sale.trust.witness import Witness
 

@@ -38,7 +38,7 @@ from sale.stock.durability import durability_faults, make_whole, rewrite_trouble
 from sale.stock.scripts import CallReply
 from sale.stock.troubles import Troubles
 from sale.trust.audit import INVARIANTS, AuditReport, CouldNotCheck, audit
-from sale.trust.heal import AutoRecovery
+from sale.trust.auto_recovery import AutoRecovery
 from sale.trust.isolation import Isolation
 from sale.trust.revocation import sync_all
 from sale.trust.stalled_ledgers import StalledLedgers

@@ -1,11 +1,11 @@
-"""The audit: every invariant, across Redis, the ledger and PostgreSQL, while sales go on too.
+"""The audit: checks every invariant across Redis, the ledger and PostgreSQL, also during sales.
 
-1. Redis is read in chunks, each in one atomic step with the event number it was read at.
-2. The writer is given time to apply as far as the highest of those numbers.
-3. PostgreSQL is read in one snapshot: its ledger is folded by ``CampaignState``, which shares
-   no code with the scripts; window, limit and stock are checked before each event; the orders and
-   counters are compared with what the ledger says.
-4. What Redis held at each number must be what the fold says for that number.
+1. It reads Redis in chunks, each in one atomic step with the current event number.
+2. It waits until the writer has applied the highest of those numbers.
+3. It reads PostgreSQL in one snapshot and folds the ledger by ``CampaignState``, which shares no
+   code with the scripts. It checks window, limit and stock before each event, and compares the
+   orders and counters with the ledger.
+4. It compares each chunk of Redis with the fold at the chunk's event number.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,21 +57,21 @@ from sale.trust.isolation import TROUBLES, in_words
 __all__ = ["INVARIANTS", "AuditReport", "CampaignAudit", "CouldNotCheck", "Finding", "audit"]
 
 APPLIED_WAIT_S: Final = 20.0
-"""The writer may need longer, as long as it gets ahead."""
+"""Longest time without progress of the writer; the whole may take longer."""
 APPLIED_WAIT_STUCK_S: Final = 1.0
-"""Where the writer has told that it cannot apply this ledger."""
+"""The same if the writer has reported that it cannot apply this ledger."""
 ROSTER_PATIENCE_MS: Final = 2_000
 """A second that INV-9 allows, and one for the commit that follows the moment of a change."""
 
 
-class CouldNotCheck(Exception):  # noqa: N818 - says what happened
-    """The audit could not be done; nothing is said about the books."""
+class CouldNotCheck(Exception):  # noqa: N818 - the name states the outcome
+    """The audit was not possible, so its result is unknown."""
 
 
 class CampaignAudit(msgspec.Struct, frozen=True, omit_defaults=True):
     """Findings in one campaign, at most ten findings of each invariant.
 
-    ``checked`` is false where it could not be checked; then the one finding says why.
+    ``checked`` is false if the check was not possible; then the one finding says why.
     """
 
     id: str
@@ -100,9 +100,9 @@ async def audit(
 ) -> AuditReport:
     """Check one campaign or all. Raises CouldNotCheck, and Refused for an unknown ID.
 
-    ``applied_wait_s`` is how long the writer may stand still (None: 20). A Redis that is weaker
-    than ``durability`` is a finding, also where that is only warned of elsewhere. Where one
-    campaign cannot be checked and another can, the report is given, and says both.
+    ``applied_wait_s`` is how long the writer may make no progress (None: 20). A Redis that is
+    weaker than ``durability`` is a finding, also if other parts only warn of it. If some campaigns
+    can be checked and others cannot, the report says so.
     """
     wait_s = APPLIED_WAIT_S if applied_wait_s is None else applied_wait_s
     try:
@@ -126,7 +126,7 @@ async def audit(
             if done is None:
                 continue
             if not done.clean and await pool.fetchval(_SQL["purged"], each):
-                continue  # a rehearsal that went away while it was looked at
+                continue  # a rehearsal that was purged during the audit
             audits.append(done)
         checked_at = rfc3339(await redis_now_ms(redis))
     except (*REDIS_ERRORS, *POSTGRES_ERRORS) as error:
@@ -139,9 +139,9 @@ async def audit(
 async def _audited(
     check: "_Check", findings: Findings, campaign_id: str, *, registered: bool
 ) -> CampaignAudit | None:
-    """Check one campaign, whose own troubles are its alone; None where there is nothing to check.
+    """Check one campaign and catch errors of its own; None if there is nothing to check.
 
-    Raises what the stores raise where they are away.
+    Raises the stores' errors if they are away.
     """
     try:
         if not await check.run(registered=registered):
@@ -154,8 +154,8 @@ async def _audited(
         why = str(error) if isinstance(error, CouldNotCheck) else in_words(error)
         unchecked = Finding("INV-5", f"could not check: {why}")
         return CampaignAudit(campaign_id, clean=False, findings=[unchecked], checked=False)
-    told = findings.told()
-    return CampaignAudit(campaign_id, clean=not told, findings=told)
+    found = findings.all()
+    return CampaignAudit(campaign_id, clean=not found, findings=found)
 
 
 class _Check:
@@ -181,7 +181,7 @@ class _Check:
         )
 
     async def run(self, *, registered: bool) -> bool:
-        """Check it; False where there is nothing to check. Raises CouldNotCheck."""
+        """Check the campaign; False if there is nothing to check. Raises CouldNotCheck."""
         try:
             view = await read_redis(self._redis, self._id)
         except DAMAGED as error:
@@ -201,7 +201,7 @@ class _Check:
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             await connection.execute(
-                # In a rush the tables outgrow their statistics: a nested loop that was right for
+                # In a rush the tables outgrow their statistics: a nested loop that was planned for
                 # a hundred rows took 14 s for 20,000.
                 f"SET LOCAL statement_timeout = '{QUERY_TIMEOUT_S:.0f}s';"
                 "SET LOCAL enable_nestloop = off"
@@ -223,7 +223,7 @@ class _Check:
         )
         if applied is None:
             return False
-        # Made in this moment, perhaps: it is in Redis first, and the next audit looks at it.
+        # It may have been created just now: it is in Redis first, and the next audit checks it.
         if await read_campaign(self._redis, self._id) is not None:
             return False
         what = (
@@ -250,16 +250,16 @@ class _Check:
             self._findings.add("INV-8", f"Redis went back from event {view.now.seq} to {seq}")
 
     async def _wait_applied(self, seq: int) -> bool:
-        """Wait for the writer; False where the ledger itself is what it cannot apply."""
+        """Wait for the writer; False if a fault of the ledger itself keeps it from applying."""
         applied = await wait_applied(self._applied, seq, patience_s=self._applied_wait_s)
         if applied >= seq:
             return True
-        found = len(self._findings.told())
+        found = len(self._findings.all())
         async with self._pool.acquire() as connection:
             await self._check_chain(await read.position(connection, self._id), seq)
         if self._stuck:
             self._findings.add("INV-5", f"the writer cannot apply it: {self._stuck}")
-        if len(self._findings.told()) > found:
+        if len(self._findings.all()) > found:
             return False
         raise CouldNotCheck(
             f"{self._id}: PostgreSQL has applied {applied} of {seq} events: is the writer running?"
@@ -317,7 +317,7 @@ class _Check:
         connection: Any,  # noqa: ANN401 - asyncpg's connection proxy
         view: RedisView,
     ) -> None:
-        """Check that Redis follows the roster, and holds what the roster says."""
+        """Check that Redis follows the roster, and that its set equals the roster's."""
         rev = view.now.roster_rev
         if rev < 0 or view.now.state is State.DELETED:
             return
@@ -329,14 +329,14 @@ class _Check:
 
 
 class _Rules:
-    """Rules that must hold before each event: those of one kind stand in ``ledger/kinds.py``."""
+    """Rules that must hold before each event; ``ledger/kinds.py`` has those of each kind."""
 
     def __init__(self, findings: Findings) -> None:
         self._find = findings.add
         self._clock_ms = 0
 
     def check(self, books: CampaignState, event: Event) -> None:
-        """Check an event against the books before it."""
+        """Check an event against the state before it."""
         if event.at_ms < self._clock_ms:
             self._find("INV-7", f"event {event.seq}: the clock went back")
         self._clock_ms = max(self._clock_ms, event.at_ms)

@@ -1,6 +1,6 @@
-"""The audit within PostgreSQL: campaign, orders and counters against its own ledger.
+"""The audit within PostgreSQL: compares campaign, orders and counters with the ledger there.
 
-All of it is read in the one snapshot in which the audit folds the ledger.
+It reads them in the snapshot in which the audit folds the ledger.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from sale.trust.history import QUERY_TIMEOUT_S
 def compare_campaign(position: Mapping[str, Any], books: CampaignState, findings: Findings) -> None:
     """Compare PostgreSQL's campaign with its own ledger."""
     opens_at, closes_at = position["opens_at"], position["closes_at"]
-    for invariant, name, held, told in (
+    for invariant, name, held, expected in (
         ("INV-7", "state", position["state"], books.state),
         ("INV-7", "opening", opens_at and to_ms(opens_at), _storable(books.opens_at_ms)),
         ("INV-7", "closing", closes_at and to_ms(closes_at), _storable(books.closes_at_ms)),
@@ -29,8 +29,8 @@ def compare_campaign(position: Mapping[str, Any], books: CampaignState, findings
         ("INV-5", "price", position["price_fen"], books.config.get("price_fen")),
         ("INV-5", "epoch", position["epoch"], books.epoch),
     ):
-        if held != told:
-            findings.add(invariant, f"PostgreSQL: {name} {held}, the ledger says {told}")
+        if held != expected:
+            findings.add(invariant, f"PostgreSQL: {name} {held}, the ledger says {expected}")
 
 
 async def compare_showings(
@@ -97,7 +97,7 @@ async def compare_orders(connection: Connection, campaign: Campaign, findings: F
 
 
 def _storable(moment_ms: int | None) -> int | None:
-    """Give what PostgreSQL holds of a moment that the ledger tells."""
+    """Give the moment as PostgreSQL stores it."""
     return None if moment_ms is None else nearest(moment_ms)
 
 

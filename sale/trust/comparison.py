@@ -1,9 +1,9 @@
-"""What Redis holds of a campaign against what its ledger adds up to; audit and recovery share it.
+"""Compares a campaign in Redis with the fold of its ledger, for the audit and the recovery.
 
-Redis is read in chunks, each in one atomic step with the event number it was read at, while sales
-go on. A member's records carry event numbers, so one fold to the end tells what the member held at
-any number before; only the head and the stock need the fold at exactly the number of their
-reading.
+While sales go on, Redis is read in chunks, each in one atomic step with the current event number. A
+member's records hold event numbers, so a fold to the end gives the member's orders at any earlier
+number. Only head and stock have to be compared with the fold at exactly the number at which they
+were read.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,37 +26,37 @@ SCAN_COUNT: Final = 1_000
 PER_INVARIANT_MAX: Final = 10
 INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
 INVARIANT_OF_RULE: Final = {"card_limit": "INV-2", "order_max": "INV-2", "unions": "INV-9"}
-"""The invariant that is broken where a rule differs in Redis; INV-5 for the others."""
+"""The invariant that is broken if a rule differs in Redis; INV-5 for the other rules."""
 
 
 class Finding(msgspec.Struct, frozen=True, order=True):
-    """One breach: which invariant, and what was found."""
+    """One breach: the invariant, and a description."""
 
     invariant: str
     what: str
 
 
 class Findings:
-    """Gathers breaches, at most ten of each invariant, so that none hides the others."""
+    """Collects breaches, at most ten of each invariant, so that none hides the others."""
 
     def __init__(self) -> None:
         self._found: dict[str, set[str]] = {}
 
     def add(self, invariant: str, what: str) -> None:
-        """Note a breach."""
+        """Record a breach."""
         found = self._found.setdefault(invariant, set())
         if len(found) < PER_INVARIANT_MAX:
             found.add(what)
 
     @property
     def full(self) -> bool:
-        """Whether a comparison of members may stop: it has found as much as it can tell."""
+        """Whether a comparison of members may stop, because no further breach would be recorded."""
         return len(self._found.get("INV-3", ())) + len(self._found.get("INV-5", ())) >= (
             2 * PER_INVARIANT_MAX
         )
 
-    def told(self) -> list[Finding]:
-        """Everything found, in the order of the invariants."""
+    def all(self) -> list[Finding]:
+        """All recorded breaches, in the order of the invariants."""
         return [
             Finding(invariant, what)
             for invariant in INVARIANTS
@@ -64,15 +64,15 @@ class Findings:
         ]
 
 
-class Gone(Exception):  # noqa: N818 - says what happened
-    """Redis has lost a campaign while it was read: a rehearsal that is purged, or worse."""
+class Gone(Exception):  # noqa: N818 - the name states what happened
+    """A campaign ceased to exist in Redis while it was read: it was purged, or lost."""
 
 
 class RedisView(msgspec.Struct):
-    """What Redis held: ``members`` with the number each was read at, in the bytes of the store.
+    """A campaign as it was read from Redis.
 
-    ``rules`` and ``revoked`` are None where they changed during the reading: the next audit
-    compares them.
+    ``members`` are raw records, each with the event number at which it was read. ``rules`` and
+    ``revoked`` are None if they changed during the reading; the next audit compares them.
     """
 
     now: CampaignNow
@@ -84,9 +84,9 @@ class RedisView(msgspec.Struct):
 
 
 async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
-    """Read a campaign; None where there is no head.
+    """Read a campaign; None if there is no head.
 
-    Raises Gone where it went away while it was read, one of DAMAGED for what is no value.
+    Raises Gone if it ceases to exist meanwhile, and one of DAMAGED for a damaged value.
     """
     keys = campaign_keys(campaign_id)
     before = await RULES.read(redis, campaign_id)
@@ -126,14 +126,14 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
 def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) -> None:
     """Compare head and stock with the fold at the same number."""
     for number, showing in enumerate(now.campaign.showings):
-        for says, held, told in (
+        for says, held, expected in (
             ("left", now.remaining[number], books.remaining.get(number)),
             ("in stock", now.tickets[number], books.tickets.get(number)),
         ):
-            if held != told:
+            if held != expected:
                 findings.add(
                     "INV-1",
-                    f"showing {showing.id}: Redis has {held} {says}, the ledger says {told}",
+                    f"showing {showing.id}: Redis has {held} {says}, the ledger says {expected}",
                 )
     if (books.opens_at_ms, books.closes_at_ms) != (now.opens_at_ms, now.closes_at_ms):
         findings.add("INV-7", "Redis has another window than the ledger says")
@@ -154,12 +154,12 @@ def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) ->
 def compare_rules(
     rules: Mapping[str, Any] | None, books: CampaignState, findings: Findings
 ) -> None:
-    """Compare what the script decides by with the ledger's configuration."""
+    """Compare the settings that the scripts decide by with the ledger's configuration."""
     if rules is None or not books.config:
         return
-    told = rules_of(msgspec.convert(books.config, Campaign))
-    for name in sorted({*told, *rules}):
-        if rules.get(name) != told.get(name):
+    expected = rules_of(msgspec.convert(books.config, Campaign))
+    for name in sorted({*expected, *rules}):
+        if rules.get(name) != expected.get(name):
             invariant = INVARIANT_OF_RULE.get(name, "INV-5")
             findings.add(invariant, f"Redis has another {name} than the ledger says")
 
@@ -174,34 +174,34 @@ async def compare_members(view: RedisView, books: CampaignState, findings: Findi
         except ValueError as error:
             findings.add("INV-3", f"member {member_no}: the orders in Redis: {error}")
             continue
-        told = [record for record in books.members.get(member_no, ()) if record.seq <= at]
-        if held != told:
-            _tell_difference(member_no, held, told, findings)
+        expected = [record for record in books.members.get(member_no, ()) if record.seq <= at]
+        if held != expected:
+            _add_differences(member_no, held, expected, findings)
         if findings.full:
             return
     for member_no, records in books.members.items():
         await steps.done()
-        # A member whom the scan did not meet had no order when it began.
+        # A member whom the scan did not return had no order when the scan began.
         if member_no not in view.members and (
-            told := [record for record in records if record.seq <= view.now.seq]
+            expected := [record for record in records if record.seq <= view.now.seq]
         ):
-            _tell_difference(member_no, [], told, findings)
+            _add_differences(member_no, [], expected, findings)
         if findings.full:
             return
 
 
-def _tell_difference(
-    member_no: int, held: list[SaleRecord], told: list[SaleRecord], findings: Findings
+def _add_differences(
+    member_no: int, held: list[SaleRecord], expected: list[SaleRecord], findings: Findings
 ) -> None:
     name = f"member {member_no}"
-    counts = [sum(record.quantity for record in records) for records in (held, told)]
+    counts = [sum(record.quantity for record in records) for records in (held, expected)]
     if counts[0] != counts[1]:
         findings.add("INV-2", f"{name}: Redis counts {counts[0]} tickets, the ledger {counts[1]}")
-    if lacking := _beyond(told, held):
+    if lacking := _beyond(expected, held):
         findings.add("INV-3", f"{name}: Redis lacks event {lacking}")
-    if unfounded := _beyond(held, told):
+    if unfounded := _beyond(held, expected):
         findings.add("INV-5", f"{name}: Redis has {unfounded} without such an event")
-    if {record.key_hash for record in held} != {record.key_hash for record in told}:
+    if {record.key_hash for record in held} != {record.key_hash for record in expected}:
         findings.add("INV-4", f"{name}: Redis knows other keys than the ledger says")
 
 
@@ -210,7 +210,7 @@ def _beyond(these: Iterable[SaleRecord], those: list[SaleRecord]) -> str:
 
 
 def compare_operations(view: RedisView, books: CampaignState, findings: Findings) -> None:
-    """Compare what Redis remembers of operators' steps with the fold."""
+    """Compare the operators' steps in Redis with the fold."""
     known = {op: what for op, what in books.operations.items() if _number(what) <= view.now.seq}
     for op in sorted(known.keys() - view.operations.keys()):
         findings.add("INV-4", f"Redis has forgotten the step of event {_number(known[op])}")

@@ -1,10 +1,9 @@
-"""Stop selling before Redis' disk is full.
+"""Stops sales before Redis' disk is full.
 
-Under ``appendfsync always`` a Redis that cannot write its append-only file ends at once, and at
-every start again: then nothing is answered any more, refusals and readings neither. So an API
-process on Redis' host looks at the free space each second and halts its own purchases below a
-bound. It cannot see another host's disk; there ``sale_halted`` stays 0 and that disk has to be
-watched by whoever runs it.
+Under ``appendfsync always`` a Redis that cannot write its append-only file ends at once, and again
+at every start. Then not even refusals and reads are answered. So an API process on Redis' host
+checks the free space each second and halts its own purchases below a bound. It cannot see the disk
+of another host: there ``sale_halted`` stays 0, and the operator has to watch the disk.
 """
 
 import asyncio
@@ -23,7 +22,7 @@ from sale.stock.errors import REDIS_ERRORS
 INTERVAL_S: Final = 1.0
 ASK_TIMEOUT_S: Final = 1.0
 SPARE_MB: Final = 64
-"""Sales go on this far above the bound, so that they do not stop and go with each purchase."""
+"""Sales resume this far above the bound, so that they do not halt and resume all the time."""
 
 _HERE: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _MB: Final = 1024 * 1024
@@ -32,9 +31,9 @@ log = structlog.get_logger()
 
 
 def free_mb(directory: Path) -> int:
-    """Space that is left for ordinary users where ``directory`` lies, in MiB. Raises OSError."""
-    told = os.statvfs(directory)
-    return told.f_bavail * told.f_frsize // _MB
+    """Free space for ordinary users on the disk of ``directory``, in MiB. Raises OSError."""
+    disk = os.statvfs(directory)
+    return disk.f_bavail * disk.f_frsize // _MB
 
 
 def may_be_here(redis_url: str) -> bool:
@@ -44,10 +43,10 @@ def may_be_here(redis_url: str) -> bool:
 
 
 async def redis_directory(redis: Redis, redis_url: str) -> Path | None:
-    """Give the directory of Redis' append-only file, or None where it is not on this host.
+    """Give the directory of Redis' append-only file, or None if it is not on this host.
 
-    A forwarded port leads to another host too, so the file itself must be there. Raises redis-py's
-    errors where Redis does not answer.
+    A forwarded port may lead to another host, so the file itself must exist here. Raises redis-py's
+    errors if Redis does not answer.
     """
     if not may_be_here(redis_url):
         return None
@@ -75,10 +74,10 @@ class DiskWatch:
         self._redis_url = redis_url
         self._batchers = batchers
         self._free_min_mb = free_min_mb
-        self._said = ""
+        self._halted_for = ""
 
     async def run(self) -> None:
-        """Look each second until cancelled; returns at once where there is nothing to watch."""
+        """Look each second until cancelled; return at once if there is nothing to watch."""
         if not self._free_min_mb or not may_be_here(self._redis_url):
             return
         directory = await self._find()
@@ -90,23 +89,23 @@ class DiskWatch:
             await asyncio.sleep(INTERVAL_S)
 
     def look(self, directory: Path) -> None:
-        """Halt, or let go again what this watch had halted."""
+        """Halt the purchases, or end this watch's halt."""
         try:
             left_mb = free_mb(directory)
         except OSError as error:
             log.warning("disk.unread", error=str(error))
             return
-        bound_mb = self._free_min_mb + (SPARE_MB if self._said else 0)
-        if left_mb >= bound_mb and self._said:
+        bound_mb = self._free_min_mb + (SPARE_MB if self._halted_for else 0)
+        if left_mb >= bound_mb and self._halted_for:
             log.info("disk.enough", left_mb=left_mb)
-            self._say("")
-        elif left_mb < bound_mb and not self._said:
+            self._halt("")
+        elif left_mb < bound_mb and not self._halted_for:
             log.error("disk.short", left_mb=left_mb, bound_mb=bound_mb, directory=str(directory))
-            self._say(f"redis: its disk has less than {bound_mb} MB left, nothing is sold")
+            self._halt(f"redis: its disk has less than {bound_mb} MB left, nothing is sold")
 
-    def _say(self, why: str) -> None:
+    def _halt(self, why: str) -> None:
         self._batchers.halt("disk", why)
-        self._said = why
+        self._halted_for = why
 
     async def _find(self) -> Path | None:
         while True:

@@ -31,10 +31,10 @@ class DurabilityWatch:
         self._redis = redis
         self._batchers = batchers
         self._settings = settings
-        self._told: list[str] = []
+        self._logged: list[str] = []
 
     async def run(self) -> None:
-        """Look until cancelled. A Redis that does not answer sells nothing anyway."""
+        """Look until cancelled. On a Redis that does not answer nothing is sold in any case."""
         halted = False
         while True:
             try:
@@ -43,23 +43,23 @@ class DurabilityWatch:
             except REDIS_ERRORS as error:
                 log.debug("durability.unread", error=type(error).__name__)
             except Exception:
-                log.exception("durability.unread")  # a fault of ours, which must not end the watch
+                log.exception("durability.unread")  # a bug of the engine must not end the watch
             await asyncio.sleep(HALTED_INTERVAL_S if halted else INTERVAL_S)
 
     async def look(self) -> str:
-        """Halt, or let go again; why it halted, or ''. Raises redis-py's errors."""
+        """Halt, or end the halt; give the reason, or ''. Raises redis-py's errors."""
         settings = self._settings
         faults = await durability_faults(self._redis, settings.durability, settings.replicas_min)
-        if faults and faults != self._told:
+        if faults and faults != self._logged:
             log.warning(
                 "durability.weak",
                 durability=settings.durability,
                 check=settings.durability_check,
                 faults=faults,
             )
-        elif self._told and not faults:
+        elif self._logged and not faults:
             log.info("durability.in_force", durability=settings.durability)
-        self._told = faults
+        self._logged = faults
         why = f"redis: {faults[0]}" if faults and settings.durability_check == "refuse" else ""
         self._batchers.halt(HALT, why)
         return why

@@ -177,7 +177,7 @@ async def examine(
         compare_operations(view, examination.books, findings)
         if view.now.roster_rev >= 0:
             compare_revoked(view, revoked, findings)
-        examination.differences += [finding.what for finding in findings.told()]
+        examination.differences += [finding.what for finding in findings.all()]
     elif view is None and examination.old != NO_HEAD:
         examination.differences.append("the head in Redis cannot be read")
     if given_out > examination.seq + LOST_MAX:

@@ -1,16 +1,16 @@
-"""Members' generations: each API process learns within a second which tokens have ended (INV-9).
+"""Members' generations, by which each API process learns within a second of ended tokens (INV-9).
 
 Replacing or revoking a card raises its member's generation in the roster, and a token carries the
-generation of its issue. The scheduler, some times a second, and the command that raised it copy
-the rises from the roster's feed to a sorted set in Redis, scored by revision; each API process
-asks four times a second for the newest entry, and reads what is new. It learns from Redis and not
-from PostgreSQL, because a process that sells reaches Redis, and may have lost PostgreSQL for
+generation of its issue. The scheduler, four times a second, and the command that raised it copy
+the rises from the roster's feed to a sorted set in Redis, scored by revision. Each API process
+reads the newest entry four times a second, and then all new entries. It reads Redis and not
+PostgreSQL, because a process that sells has a connection to Redis, and may have lost PostgreSQL for
 minutes.
 
-A process reads PostgreSQL at its start, so it needs no set in Redis to know what was before. A set
-that Redis has lost is built again, and until then the process keeps what it knows. Copying is
-idempotent and in the order of the feed, so any number of processes may do it at once. A set that is
-not the feed's, after PostgreSQL was restored from an older copy, is replaced in one step.
+A process reads PostgreSQL at its start, so it needs no earlier entries in Redis. A set that Redis
+has lost is built again, and until then the process uses what it knows. The copy is idempotent and
+in the order of the feed, so several processes may make it at once. If PostgreSQL was restored from
+an older copy, the set no longer matches the feed and is replaced in one step.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class _Entry(NamedTuple):
 
 
 _NOTHING: Final = _Entry(0, b"0:0")
-"""Begins the set, so that one without a rise is there too."""
+"""First entry of the set, so that a set without a rise exists too."""
 
 
 class Generations:
@@ -58,7 +58,7 @@ class Generations:
         self._redis = redis
         self._pool = pool
         self._at = _NOTHING
-        self._ailing = ""
+        self._error = ""
         self.raised: dict[int, int] = {}
 
     async def load(self) -> None:
@@ -75,44 +75,44 @@ class Generations:
         self._take(raised, at)
 
     async def run(self) -> None:
-        """Follow the set for ever; what fails is tried again."""
+        """Follow the set until cancelled; the next look repeats what failed."""
         while True:
             try:
                 async with asyncio.timeout(LOOK_TIMEOUT_S):
                     await self.look()
-            except Exception as error:  # noqa: BLE001 - a process that ends this learns nothing more
+            except Exception as error:  # noqa: BLE001 - without this task nothing is learned
                 why = type(error).__name__
-                if why != self._ailing:
+                if why != self._error:
                     log.warning("generations.not_read", error=why)
-                self._ailing = why
+                self._error = why
             else:
-                self._ailing = ""
+                self._error = ""
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Read what is new. Raises the stores' errors."""
+        """Read new entries. Raises the stores' errors."""
         newest = await _newest(self._redis)
         if newest is None or newest == self._at:
-            return  # lost, and built again in a moment; or nothing new
+            return  # the set is lost and will be built again, or has nothing new
         if await self._redis.zscore(GENERATIONS, self._at.name) == self._at.rev:
             raised, at = await _read_on(self._redis, self._at)
             self._take(self.raised | raised, at)
             return
-        # The set is behind what this process read in PostgreSQL, or the roster itself went back.
+        # The set is behind what this process read in PostgreSQL, or PostgreSQL is an older copy.
         async with self._pool.acquire() as connection:
             known = await _is_of_feed(connection, self._at)
         if not known:
             await self.load()
 
     def _take(self, raised: dict[int, int], at: _Entry) -> None:
-        """Know this from now on, in the same dictionary: others look there."""
+        """Replace the known generations, in the same dictionary, because others refer to it."""
         self.raised.clear()
         self.raised.update(raised)
         self._at = at
 
 
 async def _read_on(redis: Redis, at: _Entry) -> tuple[dict[int, int], _Entry]:
-    """Read what the set holds after an entry: generations by member, and the last entry."""
+    """Read the entries after one: generations by member, and the last entry."""
     raised: dict[int, int] = {}
     for _ in range(CHUNKS_MAX):
         rows: Any = await redis.zrange(
@@ -128,7 +128,7 @@ async def _read_on(redis: Redis, at: _Entry) -> tuple[dict[int, int], _Entry]:
 
 
 async def copy_generations(redis: Redis, connection: Any) -> None:  # noqa: ANN401 - asyncpg's proxy
-    """Copy the rises that Redis lacks; build the set anew where it is not the feed's."""
+    """Copy the rises that Redis lacks; build the set anew if it does not match the feed."""
     at = await _newest(redis)
     if at is None or not await _is_of_feed(connection, at):
         await _build(redis, connection)
@@ -149,7 +149,7 @@ async def _is_of_feed(connection: Any, at: _Entry) -> bool:  # noqa: ANN401 - as
 
 
 async def _build(redis: Redis, connection: Any) -> None:  # noqa: ANN401 - asyncpg's proxy
-    """Build the set beside the old one and put it in its place at once."""
+    """Build the set beside the old one and exchange them in one step."""
     beside, at = f"{GENERATIONS}:{secrets.token_hex(8)}", _NOTHING
     await redis.zadd(beside, {_NOTHING.name: 0})
     await redis.expire(beside, BUILD_WITHIN_S)

@@ -6,15 +6,21 @@ import dataclasses
 import io
 import itertools
 import math
+import multiprocessing
+import os
+import pickle
+import struct
 import time
 from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import uvloop
 from rich.console import Console
 from service import Client, Service, free_port
 
@@ -31,7 +37,7 @@ from loadtest.rush.arrivals import ArrivalsError
 from loadtest.rush.asks import Asks, AsksError, Load, write_minted
 from loadtest.rush.plan import Plan, RushError
 from loadtest.rush.play import only_loopback, play
-from loadtest.rush.worker import Job
+from loadtest.rush.worker import Job, Worker
 from loadtest.summary import fill
 from loadtest.tally import Bounds, Tally
 from loadtest.thresholds import told_outcome
@@ -710,6 +716,25 @@ def test_books_are_found_by_the_engines_settings(
     told = books.settings()
     assert told is not None
     assert (told["SALE_DURABILITY"], told["SALE_DATA_DIR"]) == ("relaxed", str(tmp_path / "there"))
+
+
+def test_word_in_pieces_is_read_whole_under_uvloop() -> None:
+    """uvloop makes the pipe non-blocking; a tally of many members comes in pieces."""
+    ours, theirs = multiprocessing.Pipe()
+    worker, word = Worker.__new__(Worker), pickle.dumps("late")
+    worker.name, worker._pipe = "generator-1", ours
+    raw = struct.pack("!i", len(word)) + word
+
+    def send() -> None:
+        os.write(theirs.fileno(), raw[:-2])
+        time.sleep(0.2)
+        os.write(theirs.fileno(), raw[-2:])
+
+    with ThreadPoolExecutor(2) as threads, ours, theirs:
+        sent = threads.submit(send)
+        with pytest.raises(RushError, match=r"^late$"):
+            threads.submit(lambda: uvloop.run(worker.hear(20))).result()
+        sent.result()
 
 
 def small(service: Service, campaign: str, **changes: object) -> Plan:

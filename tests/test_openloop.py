@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import struct
+import sys
 import time
 from array import array
 from collections import Counter
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import uvloop
 from rich.console import Console
@@ -735,6 +737,28 @@ def test_word_in_pieces_is_read_whole_under_uvloop() -> None:
         with pytest.raises(RushError, match=r"^late$"):
             threads.submit(lambda: uvloop.run(worker.hear(20))).result()
         sent.result()
+
+
+@pytest.mark.load
+async def test_generators_end_with_a_process_that_is_killed(
+    service: Service, client: Client
+) -> None:
+    campaign = await client.campaign(10_000)
+    words = ["--target", service.url, "--campaign", campaign, "--data-dir", str(service.data_dir)]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "loadtest", "rush", *words, "--rate", "20", "--seconds", "60"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    while b"offered" not in await process.stderr.readline():
+        pass
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    await process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert len(children) >= 1
+    assert not alive
 
 
 def small(service: Service, campaign: str, **changes: object) -> Plan:

@@ -178,7 +178,10 @@ def _progress(generator: Generator) -> Progress:
 async def _tell_progress(generator: Generator, pipe: Connection) -> None:
     while True:
         await asyncio.sleep(PROGRESS_S)
-        pipe.send(_progress(generator))
+        try:
+            pipe.send(_progress(generator))
+        except OSError:
+            os._exit(1)  # the leading process is gone: nobody wants the rest
 
 
 def _allow_files(connections: int) -> None:

@@ -6,9 +6,7 @@ rehearsal does not slow them down. The engine imports this module and no other o
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
-
-import msgspec
+from typing import Any, Final
 
 from loadtest.books.proof import PROBLEMS, Where
 from loadtest.client import AnswerError
@@ -23,67 +21,40 @@ from sale.config import Settings
 
 LEDGER_WITHIN_S: Final = 300.0
 
-__all__ = ["Record", "Release", "ReleaseError", "missed", "play_release", "read_rules"]
+__all__ = ["Record", "ReleaseError", "missed", "play_release", "read_rules", "release"]
 
 
 class ReleaseError(Exception):
     """The release could not be played; the message is one line for people."""
 
 
-class Release(msgspec.Struct, frozen=True, kw_only=True):
-    """A campaign's release: its cards' tokens, how fast they come, and where the record goes.
+def release(settings: Settings, **more: Any) -> Plan:  # noqa: ANN401 - fields of a plan
+    """The run of a campaign's release, from the opening on, by members that ask for one to three.
 
-    ``target`` is ``host:port``; ``fail_if`` are rules of `loadtest.thresholds`.
+    ``settings`` are those of the engine; ``more`` are fields of a `Plan`.
     """
-
-    target: str
-    campaign: str
-    tokens: Path
-    rate: float
-    seconds: float
-    arrivals: str
-    processes: int
-    name: str
-    out: Path
-    fail_if: tuple[str, ...] = ()
-
-    def plan(self, settings: Settings) -> Plan:
-        """The run that plays it, from the opening on, by members that ask for one to three."""
-        embedded = settings.redis_url is None or settings.database_url is None
-        return Plan(
-            target=self.target,
-            campaign=self.campaign,
-            name=self.name,
-            arrivals=self.arrivals,
-            rate=self.rate,
-            seconds=self.seconds,
-            tokens=str(self.tokens),
-            quantity=MIXED,
-            processes=self.processes,
-            at_opening=True,
-            alone=True,
-            ledger_within_s=LEDGER_WITHIN_S,
-            fail_if=self.fail_if,
-            books=Where(
-                data_dir=str(settings.data_dir.absolute()) if embedded else "",
-                database_url=settings.database_url or "",
-                redis_url=settings.redis_url or "",
-                environment=config.as_environment(settings),
-            ),
-        )
+    embedded = settings.redis_url is None or settings.database_url is None
+    books = Where(
+        data_dir=str(settings.data_dir.absolute()) if embedded else "",
+        database_url=settings.database_url or "",
+        redis_url=settings.redis_url or "",
+        environment=config.as_environment(settings),
+    )
+    more |= {"ledger_within_s": LEDGER_WITHIN_S, "quantity": MIXED, "books": books}
+    return Plan(at_opening=True, alone=True, **more)
 
 
-async def play_release(release: Release, settings: Settings, note: Callable[[str], None]) -> Record:
-    """Play it, compare every answer with PostgreSQL, and write record and report.
+async def play_release(plan: Plan, out: Path, note: Callable[[str], None]) -> Record:
+    """Play it, compare every answer with PostgreSQL, and write record and report into ``out``.
 
-    ``settings`` are those of the engine; ``note`` gets the progress. Raises ReleaseError.
+    ``note`` gets the progress. Raises ReleaseError.
     """
     from loadtest.report.page import keep
 
     try:
-        make_folder(release.out)
-        record = await play(release.plan(settings), note)
-        keep(release.out, record)
+        make_folder(out)
+        record = await play(plan, note)
+        keep(out, record)
     except (RushError, AnswerError, ProtocolError, ValueError, *PROBLEMS) as error:
         raise ReleaseError(" ".join(str(error).split()) or type(error).__name__) from error
     return record

@@ -291,7 +291,7 @@ async def test_engine_makes_the_campaign_of_each_scenario(
     engine: Engine,
 ) -> None:
     api = setup.Api(engine.url)
-    token = await asyncio.to_thread(setup.operator_token, str(engine.data_dir), "")
+    api.token = await asyncio.to_thread(setup.operator_token, str(engine.data_dir), "")
     for name, scenario in SCENARIOS.items():
         table = campaign_of_run(
             scenario,
@@ -301,14 +301,14 @@ async def test_engine_makes_the_campaign_of_each_scenario(
             users=30,
             full_stock=False,
         )
-        made = await asyncio.to_thread(setup.make_campaign, api, token, table)
+        made = await asyncio.to_thread(api.must, 201, "POST", setup.ADMIN, "", body=table)
         found = await asyncio.to_thread(setup.find_campaign, api, made["id"])
         assert (found["id"], found["state"]) == (table["id"], "scheduled")
         assert [each["id"] for each in found["showings"]] == [
             each["id"] for each in read_campaign(name)["showings"]
         ]
         assert found["order_max"] >= 1
-        await asyncio.to_thread(setup.close_campaign, api, token, made["id"])
+        await asyncio.to_thread(api.close, made["id"])
 
 
 @pytest.mark.load

@@ -20,7 +20,7 @@ from stock_maker import BEHIND_MAX, CAMPAIGN, Bid, campaign, key, member
 from waiting import until
 
 from loadtest import record as records
-from loadtest.rehearsal import Release
+from loadtest.rehearsal import release
 from loadtest.rush import arrivals
 from loadtest.thresholds import judge, read_rules
 from sale.bootstrap import open_stores
@@ -487,9 +487,8 @@ def test_generator_knows_the_arrivals_of_a_rehearsal(
     tmp_path: Path,
 ) -> None:
     assert list(rehearse.ARRIVALS) == sorted(arrivals.KINDS, reverse=True)
-    release = Release(target="h:1", campaign="copy", tokens=tmp_path / "t", rate=5, seconds=1,
-                      arrivals="constant", processes=1, name="r", out=tmp_path)  # fmt: skip
-    made = release.plan(Settings(data_dir=tmp_path, durability="relaxed"))
+    settings = Settings(data_dir=tmp_path, durability="relaxed")
+    made = release(settings, target="h:1", campaign="copy", rate=5, arrivals="constant")
     assert (made.arrivals, made.at_opening, made.alone, made.quantity) == (
         "constant",
         True,

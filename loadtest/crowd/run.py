@@ -64,7 +64,6 @@ class Run:
         self._plan = Plan(1)
         self._cards: list[Member] = []
         self._made = ""
-        self._token = ""
 
     def tick(self) -> tuple[int, float] | None:
         """Users at this moment, for the shape."""
@@ -146,8 +145,8 @@ class Run:
         self._plan = self._planned(table)
         self._unions = (table or read_campaign(told.scenario))["unions"]
         if self.deeds().any or not table:
-            self._token = setup.operator_token(told.data_dir, told.operator_token_file)
-            setup.check_operator(self._api, self._token)
+            self._api.token = setup.operator_token(told.data_dir, told.operator_token_file)
+            self._api.must(200, "GET", f"{setup.ADMIN}?limit=1", "the operator's token")
         self._take_cards()
 
     def _find_books(self) -> None:
@@ -257,7 +256,7 @@ class Run:
             users=members,
             full_stock=told.full_stock,
         )
-        made = setup.make_campaign(self._api, self._token, table)
+        made: dict[str, Any] = self._api.must(201, "POST", setup.ADMIN, "not made", body=table)
         self._made = str(made["id"])
         # Nobody else buys here. Where stock is added, a refusal as sold out is untrue at the end.
         self._alone = not self.deeds().raises
@@ -278,7 +277,7 @@ class Run:
             raise_tickets=raised,
             raises=min(deeds.raises, raised),
             pauses=deeds.pauses,
-            operator_token=self._token if deeds.any else "",
+            operator_token=self._api.token if deeds.any else "",
         )
 
     def finish(self) -> None:
@@ -333,7 +332,7 @@ class Run:
         made, self._made = self._made, ""
         try:
             if made:
-                setup.close_campaign(self._api, self._token, made)
+                self._api.close(made)
         except SetupError as error:
             print(f"loadtest: {error}", file=sys.stderr)
 

@@ -32,8 +32,16 @@ class SetupError(Exception):
     """The test cannot be begun; the message is one line for people."""
 
 
+ADMIN: Final = "/api/v1/admin/campaigns"
+
+
 class Api:
-    """A few calls of the engine's HTTP API, outside Locust's statistics."""
+    """A few calls of the engine's HTTP API, outside Locust's statistics.
+
+    ``token`` is the operator's, where one is needed.
+    """
+
+    token = ""
 
     def __init__(self, host: str) -> None:
         parts = urlsplit(host)
@@ -45,10 +53,10 @@ class Api:
         self._address = (parts.hostname, parts.port)
 
     def call(
-        self, method: str, path: str, *, token: str = "", body: object = None, key: str = ""
+        self, method: str, path: str, *, body: object = None, key: str = ""
     ) -> tuple[int, Any]:
         """One request; status and JSON. Raises SetupError where nobody answers."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {"Authorization": f"Bearer {self.token}"} if path.startswith(ADMIN) else {}
         if key:
             headers["Idempotency-Key"] = key
         if body is not None:
@@ -79,6 +87,12 @@ class Api:
         """Time of the clock that decides openings. Raises SetupError."""
         return datetime.fromisoformat(self.must(200, "GET", "/api/v1/time", "no time")["now"])
 
+    def close(self, campaign: str) -> None:
+        """Close the campaign of a run that is over. Raises SetupError."""
+        why = {"reason": "the load test is over"}
+        path = f"{ADMIN}/{campaign}/close"
+        self.must(200, "POST", path, "not closed", body=why, key="load-test-over")
+
 
 def find_campaign(api: Api, campaign: str) -> dict[str, Any]:
     """Give a campaign that sells, or will within ``OPENING_MAX_S``. Raises SetupError."""
@@ -106,23 +120,6 @@ def opens_in(api: Api, campaign: dict[str, Any]) -> float:
         return 0.0
     left = datetime.fromisoformat(campaign["opens_at"]) - api.now()
     return max(left.total_seconds(), 0.0)
-
-
-def make_campaign(api: Api, token: str, table: dict[str, Any]) -> dict[str, Any]:
-    """Make the campaign of a run. Raises SetupError."""
-    made = api.must(201, "POST", "/api/v1/admin/campaigns", "not made", token=token, body=table)
-    return dict(made)
-
-
-def close_campaign(api: Api, token: str, campaign: str) -> None:
-    """Close the campaign of a run that is over. Raises SetupError."""
-    path, why = f"/api/v1/admin/campaigns/{campaign}/close", {"reason": "the load test is over"}
-    api.must(200, "POST", path, "not closed", token=token, body=why, key="load-test-over")
-
-
-def check_operator(api: Api, token: str) -> None:
-    """Refuse a token that does not open the admin API. Raises SetupError."""
-    api.must(200, "GET", "/api/v1/admin/campaigns?limit=1", "the operator's token", token=token)
 
 
 def operator_token(data_dir: str, token_file: str) -> str:

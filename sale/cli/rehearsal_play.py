@@ -116,23 +116,23 @@ async def _rush(
     context: CommandContext, plan: Plan, identifier: str, tokens: Path, out: Path
 ) -> "Record":
     """Play the release to its end. Raises click.ClickException."""
-    from loadtest.rehearsal import Release, ReleaseError, play_release
+    from loadtest.rehearsal import ReleaseError, play_release, release
 
-    release = Release(
+    run = release(
+        context.settings,
         target=plan.target.removeprefix("http://").rstrip("/"),
         campaign=identifier,
-        tokens=tokens,
+        tokens=str(tokens),
         rate=plan.rate,
         seconds=plan.seconds,
         arrivals=plan.arrivals,
         processes=plan.processes,
         name=f"rehearsal of {plan.of}",
-        out=out,
         fail_if=plan.fail_if,
     )
     try:
         async with asyncio.timeout(plan.opens_in_s + plan.seconds + AFTER_S):
-            return await play_release(release, context.settings, note)
+            return await play_release(run, out, note)
     except TimeoutError:
         why = f"was not done {AFTER_S:.0f} s after the rush"
     except ReleaseError as error:

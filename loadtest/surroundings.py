@@ -38,19 +38,14 @@ Table = dict[str, str]
 
 
 async def describe(
-    data_dir: Path | None = None,
-    *,
-    pids: Mapping[str, int] | None = None,
-    settings: Settings | None = None,
+    data_dir: Path | None = None, *, settings: Settings | None = None
 ) -> tuple[Table, Table, Table]:
     """Settings, versions and machine for a run's record; call it before the load.
 
-    The engine is found by its data directory, by ``pids``, or by ``settings``, which then are
-    believed. What cannot be found out is left out; a store that does not answer is "not reached".
+    The engine is found by its data directory, or by ``settings``, which then are believed. What
+    cannot be found out is left out; a store that does not answer is "not reached".
     """
-    if pids is None:
-        pids = discover_processes(data_dir) if data_dir is not None else {}
-    used = settings or _running_settings(pids)
+    used = settings or _running_settings(discover_processes(data_dir))
     redis_url = used.redis_url if used else None
     database_url = used.database_url if used else None
     if data_dir is not None:

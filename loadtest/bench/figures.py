@@ -77,10 +77,8 @@ class Case(msgspec.Struct, frozen=True):
 
     @property
     def title(self) -> str:
-        """Its name, with the letter by which the documents call it."""
-        known = ("constant", *OURS)
-        letter = "abcdefghi"[known.index(self.name)] if self.name in known else ""
-        return f"{letter} {self.name.replace('_', ' ')}".strip()
+        """Its name; the constant is (a) in all tables and documents."""
+        return "(a) " * (self.name == "constant") + self.name.replace("_", " ")
 
     @property
     def goal(self) -> str:

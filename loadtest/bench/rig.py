@@ -65,47 +65,53 @@ class Rig:
         """Process number of ``serve``, ``writer``, ``redis`` …"""
         return self.processes[name].pid if name in self.processes else self.servers.pids[name]
 
-    async def spawn(self, name: str, *program: str, cores: set[int]) -> None:
-        """Start ``python -m PROGRAM`` pinned to some cores; it ends with us, however we end."""
-        command = [sys.executable, "-m", *program]
-        self.processes[name] = await spawn(command, self.log(name), cores, **self.settings)
+    def socket(self, name: str) -> str:
+        """Where a part of the engine serves its metrics."""
+        return f"unix:{self.servers.sockets}/bench-{name}"
 
     def log(self, name: str) -> Path:
         """Where a process of the rig writes what it has to say."""
         return self.folder / f"{name}.log"
+
+    async def spawn(self, name: str, *program: str, cores: set[int], **settings: str) -> None:
+        """Start ``python -m PROGRAM`` pinned to some cores; it ends with us, however we end."""
+        command = [sys.executable, "-m", *program]
+        self.processes[name] = await spawn(
+            command, self.log(name), cores, **self.settings | settings
+        )
 
     async def start_constant(self, body_bytes: int) -> None:
         """Start the constant peer on the engine's core. Raises EngineError."""
         port = self.constant_address.rpartition(":")[2]
         peer = ("loadtest.peers.constant", "--port", port, "--body-bytes", str(body_bytes))
         await self.spawn("constant", *peer, cores=self.server_cores)
-        process = self.processes["constant"]
-        await ready(process, self.log("constant"), self.constant_address, "/", 404)
+        await self.ready("constant", self.constant_address, "/", 404)
+
+    async def start(self, name: str, command: str, cores: set[int], **settings: str) -> None:
+        """Start ``sale COMMAND`` under a name."""
+        program = ("sale", command, "--metrics-listen", self.socket(name))
+        await self.spawn(name, *program, cores=cores, **settings)
+
+    async def ready(self, name: str, address: str, path: str, status: int) -> None:
+        """Wait until a process answers a GET so. Raises EngineError."""
+        await ready(self.processes[name], self.log(name), address, path, status)
 
     async def serve(self, name: str, cores: set[int]) -> None:
         """Start one more API process on the engine's address. Raises EngineError."""
-        socket = f"unix:{self.servers.sockets}/bench-{name}"
-        await self.spawn(name, "sale", "serve", "--metrics-listen", socket, cores=cores)
+        await self.start(name, "serve", cores)
         # Its address may be answered by another; whose metrics can be read, takes purchases.
-        await ready(self.processes[name], self.log(name), socket, "/metrics", 200)
+        await self.ready(name, self.socket(name), "/metrics", 200)
 
     async def serve_anew(self, **settings: str) -> None:
         """Start the API anew with settings of its own. Raises EngineError."""
         if "serve" in self.processes:
             await stop(self.processes.pop("serve"))
-        kept, self.settings = self.settings, self.settings | settings
-        try:
-            socket = f"unix:{self.servers.sockets}/bench-serve"
-            program = ("sale", "serve", "--metrics-listen", socket)
-            await self.spawn("serve", *program, cores=self.server_cores)
-        finally:
-            self.settings = kept
-        await ready(self.processes["serve"], self.log("serve"), self.address, "/readyz", 200)
+        await self.start("serve", "serve", self.server_cores, **settings)
+        await self.ready("serve", self.address, "/readyz", 200)
 
     async def metrics(self) -> dict[str, float]:
         """The first API process's own metrics, by name and labels as they are written."""
-        address = f"unix:{self.servers.sockets}/bench-serve"
-        async with Client(address) as client:
+        async with Client(self.socket("serve")) as client:
             page = (await client.request(get_request("metrics", "/metrics"))).body.decode()
         lines = (line.rpartition(" ") for line in page.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, _, value in lines}
@@ -217,15 +223,10 @@ async def rig_up(
             "SALE_LEDGER_RETENTION_S": "0",
         }
         await sale("migrate", settings=rig.settings)
-        for name, cores in (
-            ("scheduler", client_cores),
-            ("writer", client_cores),
-            ("serve", server_cores),
-        ):
-            rig.settings["SALE_LISTEN"] = rig.address
-            socket = f"unix:{servers.sockets}/bench-{name}"
-            await rig.spawn(name, "sale", name, "--metrics-listen", socket, cores=cores)
-        await ready(rig.processes["serve"], rig.log("serve"), rig.address, "/readyz", 200)
+        rig.settings["SALE_LISTEN"] = rig.address
+        for name in ("scheduler", "writer", "serve"):
+            await rig.start(name, name, server_cores if name == "serve" else client_cores)
+        await rig.ready("serve", rig.address, "/readyz", 200)
         yield rig
 
 

@@ -158,13 +158,13 @@ async def test_slow_incarnation_check_past_deadline_buys_nothing(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock, batchers, batcher = await _batcher(redis)
-    look = batcher._check_acknowledged
+    look = batcher.check_acknowledged
 
     async def slow() -> bool:
         await asyncio.sleep(0.12)
         return await look()
 
-    monkeypatch.setattr(batcher, "_check_acknowledged", slow)
+    monkeypatch.setattr(batcher, "check_acknowledged", slow)
     late = _asked(1, DEADLINE_S - 0.06)
     assert batcher.submit(late)
     assert (await late.answer).decision is None

@@ -82,9 +82,9 @@ async def apis(shop: Shop) -> AsyncIterator[list[Api]]:
 async def going_back(shop: Shop) -> AsyncIterator[None]:
     """Lose in Redis what happens in the block: it becomes another process with older files."""
     copy = {key_name: await shop.redis.dump(key_name) for key_name in shop.stock.keys}
-    roll = await shop.redis.dump(REPORTS)
+    reports = await shop.redis.dump(REPORTS)
     yield
-    for key_name, value in {**copy, REPORTS: roll}.items():
+    for key_name, value in {**copy, REPORTS: reports}.items():
         await shop.redis.delete(key_name)
         if value is not None:
             await shop.redis.restore(key_name, 0, value)

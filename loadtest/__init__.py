@@ -8,5 +8,5 @@
   it into a ``record``, judged by ``thresholds``; ``tables`` and ``report`` show it
 - ``books``: every answer that clients got, against PostgreSQL
 - ``engine``, ``sampler``, ``surroundings``: the engine as a child, watched, described
-- ``wire``, ``client``, ``members``, ``scenarios``: HTTP bytes, single requests, cards, rushes
+- ``wire``, ``client``, ``members``: HTTP bytes, single requests, cards; ``scenarios``: rushes
 """

@@ -7,7 +7,6 @@ key, opening times, revoked cards and unions, the hash chain, the books in Postg
 that the Redis which answers is the one that it was.
 """
 
-import argparse
 import contextlib
 import secrets
 from collections.abc import AsyncIterator
@@ -20,6 +19,8 @@ import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
+
+from loadtest.peers import options
 
 CARD_LIMIT = 3
 PRICE_FEN = 500
@@ -122,14 +123,10 @@ async def buy(
 
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--redis-socket", required=True)
-    parser.add_argument("--signing-key", required=True)
-    options = parser.parse_args()
-    app.state.redis_socket = options.redis_socket
-    app.state.signing_key = options.signing_key
-    uvicorn.run(app, host="127.0.0.1", port=options.port, access_log=False, log_level="warning")
+    told = options(__doc__, "--redis-socket", "--signing-key")
+    app.state.redis_socket = told.redis_socket
+    app.state.signing_key = told.signing_key
+    uvicorn.run(app, host="127.0.0.1", port=told.port, access_log=False, log_level="warning")
 
 
 if __name__ == "__main__":

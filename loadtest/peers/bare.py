@@ -4,7 +4,6 @@ It parses each request and writes the same answer, all that one read completed i
 routing, no header or body is looked at: it is about the most that Python can answer on one core.
 """
 
-import argparse
 import asyncio
 from email.utils import formatdate
 from typing import cast
@@ -12,13 +11,12 @@ from typing import cast
 import httptools
 import uvloop
 
-ORDER_BYTES = 330
-"""Default size of the body; the benchmark gives the size of the engine's real answer."""
+from loadtest.peers import constant_body, options
 
 
 def constant_answer(body_bytes: int) -> bytes:
     """Build the answer, with the headers that the constant peer on aiohttp sends too."""
-    body = b'{"order_no":"' + b"0" * max(body_bytes - 15, 0) + b'"}'
+    body = constant_body(body_bytes)
     head = (
         "HTTP/1.1 201 Created\r\nLocation: /api/v1/orders/five-yuan-films.1f4.0a1b2c\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
@@ -67,11 +65,8 @@ async def serve(port: int, answer: bytes) -> None:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--body-bytes", type=int, default=ORDER_BYTES)
-    options = parser.parse_args()
-    uvloop.run(serve(options.port, constant_answer(options.body_bytes)))
+    told = options(__doc__)
+    uvloop.run(serve(told.port, constant_answer(told.body_bytes)))
 
 
 if __name__ == "__main__":

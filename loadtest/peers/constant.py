@@ -4,18 +4,15 @@ It does no work at all and keeps no access log, so it is the most that a handler
 answer on this machine; the engine is measured as a share of it.
 """
 
-import argparse
-
 import uvloop
 from aiohttp import web
 
-ORDER_BYTES = 330
-"""Default size of the body; the benchmark gives the size of the engine's real answer."""
+from loadtest.peers import constant_body, options
 
 
 def application(body_bytes: int) -> web.Application:
     """Build the server that answers every purchase with the same ``body_bytes`` bytes."""
-    body = b'{"order_no":"' + b"0" * max(body_bytes - 15, 0) + b'"}'
+    body = constant_body(body_bytes)
     headers = {"Location": "/api/v1/orders/five-yuan-films.1f4.0a1b2c"}
 
     async def answer(request: web.Request) -> web.Response:
@@ -29,18 +26,10 @@ def application(body_bytes: int) -> web.Application:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--body-bytes", type=int, default=ORDER_BYTES)
-    options = parser.parse_args()
+    told = options(__doc__)
     uvloop.install()
-    web.run_app(
-        application(options.body_bytes),
-        host="127.0.0.1",
-        port=options.port,
-        access_log=None,
-        print=None,
-    )
+    app = application(told.body_bytes)
+    web.run_app(app, host="127.0.0.1", port=told.port, access_log=None, print=None)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ opening times, revoked cards and unions, the hash chain, the books in PostgreSQL
 that the Redis which answers is the one that it was.
 """
 
-import argparse
 import base64
 import json
 import secrets
@@ -18,6 +17,8 @@ import redis.asyncio
 import uvloop
 from aiohttp import web
 from redis.commands.core import AsyncScript
+
+from loadtest.peers import options
 
 CARD_LIMIT = 3
 PRICE_FEN = 500
@@ -101,13 +102,10 @@ def application(redis_socket: str) -> web.Application:
 
 def main() -> None:
     """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--redis-socket", required=True)
-    options = parser.parse_args()
+    told = options(__doc__, "--redis-socket")
     uvloop.install()
-    app = application(options.redis_socket)
-    web.run_app(app, host="127.0.0.1", port=options.port, access_log=None, print=None)
+    app = application(told.redis_socket)
+    web.run_app(app, host="127.0.0.1", port=told.port, access_log=None, print=None)
 
 
 if __name__ == "__main__":

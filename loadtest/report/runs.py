@@ -1,8 +1,9 @@
 """Records made ready to be drawn: sorted, and merged where a page should not hold them in full."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from loadtest.record import ProcessSample, Record, Sample, Second
 
@@ -53,20 +54,16 @@ def _merged(start: int, width_s: int, group: list[Second]) -> Second:
     if width_s == 1 and len(group) == 1:
         return group[0]
     answered = [second.answered for second in group if second.answered is not None]
-    outcomes: dict[str, int] = {}
+    outcomes = Counter[str]()
     for second in group:
-        for name, count in second.outcomes.items():
-            outcomes[name] = outcomes.get(name, 0) + count
+        outcomes.update(second.outcomes)
     return Second(
         t=start,
         offered=sum(second.offered for second in group),
         sent=sum(second.sent for second in group),
         answered=sum(answered) if answered else None,
-        outcomes=outcomes,
-        p50_ms=max(second.p50_ms for second in group),
-        p95_ms=max(second.p95_ms for second in group),
-        p99_ms=max(second.p99_ms for second in group),
-        max_ms=max(second.max_ms for second in group),
+        outcomes=dict(outcomes),
+        **_highest(group, "p50_ms", "p95_ms", "p99_ms", "max_ms"),
     )
 
 
@@ -83,9 +80,10 @@ def _peak(group: list[Sample]) -> Sample:
     return Sample(
         t=group[0].t,
         stock=next((sample.stock for sample in reversed(group) if sample.stock), {}),
-        lag_events=max(sample.lag_events for sample in group),
-        lag_s=max(sample.lag_s for sample in group),
-        queue=max(sample.queue for sample in group),
-        connections=max(sample.connections for sample in group),
         processes=processes,
+        **_highest(group, "lag_events", "lag_s", "queue", "connections"),
     )
+
+
+def _highest(group: Sequence[object], *names: str) -> dict[str, Any]:
+    return {name: max(getattr(each, name) for each in group) for name in names}

@@ -878,7 +878,7 @@ async def test_books_of_another_engine_are_refused_before_the_load(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plays, "BOOKS_WITHIN_S", 0.3)
-    with pytest.raises(RushError, match="PostgreSQL does not know campaign elsewhere"):
+    with pytest.raises(BooksError, match="PostgreSQL does not know campaign elsewhere"):
         await plays._look_at_books(small(service, "elsewhere"))
 
 

@@ -130,6 +130,17 @@ async def wait_applied(
     return time.perf_counter() - start
 
 
+async def must_know(database_url: str, campaign: str, engine: str, within_s: float) -> None:
+    """See that PostgreSQL has a campaign; a new one may be on its way. Raises BooksError."""
+    try:
+        await wait_applied(database_url, campaign, 1, within_s=within_s)
+    except BooksError:
+        raise BooksError(
+            f"PostgreSQL does not know campaign {campaign}: are these the books of the engine at"
+            f" {engine}?"
+        ) from None
+
+
 async def progress(database_url: str, campaign: str) -> AsyncGenerator[int, None]:
     """Give each further number that PostgreSQL has applied, as it is seen. Raises BooksError."""
     seen = -1

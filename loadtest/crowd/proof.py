@@ -23,7 +23,7 @@ import msgspec
 import psutil
 
 from loadtest.books.answers import Answer, read_answers
-from loadtest.books.ledger import BooksError, wait_applied
+from loadtest.books.ledger import BooksError, must_know
 from loadtest.books.proof import prove
 from loadtest.crowd.programs import CANNOT, Errand
 from loadtest.engine import EngineError
@@ -148,14 +148,7 @@ async def _probe(errand: Errand) -> int:
     connection = await connect(url, name="sale loadtest", timeout_s=CONNECT_S)
     await connection.close(timeout=CONNECT_S)
     if errand.campaign:
-        try:
-            # A campaign that was made this moment may still be on its way to PostgreSQL.
-            await wait_applied(url, errand.campaign, 1, within_s=errand.within_s)
-        except BooksError:
-            raise BooksError(
-                f"PostgreSQL does not know campaign {errand.campaign!r}: are these the books of"
-                " the engine at --host?"
-            ) from None
+        await must_know(url, errand.campaign, "--host", errand.within_s)
     return 0
 
 

@@ -20,7 +20,7 @@ from gevent.lock import RLock
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 
-from loadtest.books.proof import Where, books_of
+from loadtest.books.proof import books_of
 from loadtest.crowd import setup
 from loadtest.crowd.desk import Booth, Desk, Setting
 from loadtest.crowd.options import deeds_of, mix_of, phases_of
@@ -154,15 +154,12 @@ class Run:
         told = self._options
         try:
             read_rules(told.fail_if)
-            found = books_of(told.data_dir, told.database_url, told.redis_url)
+            self._where = books_of(told.data_dir, told.database_url, told.redis_url)
         except ValueError as error:
             raise SetupError(str(error)) from None
-        if not found.known:
+        if not self._where.known:
             raise SetupError("the books must be checked: give --data-dir, or --database-url")
-        told.data_dir = found.data_dir
-        self._where = Where(
-            data_dir=found.data_dir, database_url=found.database_url, redis_url=found.redis_url
-        )
+        told.data_dir = self._where.data_dir
 
     def _planned(self, campaign: dict[str, Any] | None) -> Plan:
         told = self._options

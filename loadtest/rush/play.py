@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import msgspec
 
-from loadtest.books.ledger import BooksError, count_orders, highest, wait_applied
+from loadtest.books.ledger import count_orders, highest, must_know, wait_applied
 from loadtest.books.proof import PROBLEMS, prove
 from loadtest.client import Client, read_json
 from loadtest.engine import engine_settings
@@ -119,14 +119,7 @@ async def _look_at_books(plan: Plan) -> None:
         return
     url = plan.books.books_url()
     count = await count_orders(url, plan.campaign)
-    try:
-        # One that was made this moment may still be on its way to PostgreSQL.
-        await wait_applied(url, plan.campaign, 1, within_s=BOOKS_WITHIN_S)
-    except BooksError:
-        raise RushError(
-            f"PostgreSQL does not know campaign {plan.campaign}: are these the books of the engine"
-            f" at {plan.target}?"
-        ) from None
+    await must_know(url, plan.campaign, plan.target, BOOKS_WITHIN_S)
     if plan.alone and count:
         raise RushError(
             f"campaign {plan.campaign} has {count:,} orders already, so this rush is not --alone:"

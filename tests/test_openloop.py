@@ -741,12 +741,13 @@ def test_word_in_pieces_is_read_whole_under_uvloop() -> None:
 
 @pytest.mark.load
 async def test_generators_end_with_a_process_that_is_killed(
-    service: Service, client: Client
+    service: Service, client: Client, tmp_path: Path
 ) -> None:
     campaign = await client.campaign(10_000)
     words = ["--target", service.url, "--campaign", campaign, "--data-dir", str(service.data_dir)]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "loadtest", "rush", *words, "--rate", "20", "--seconds", "60"),
+        env=os.environ | {"TMPDIR": str(tmp_path)},
         stdin=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -25,11 +25,16 @@ from sale.http.client_address import ClientAddresses
 from sale.http.overload import Overload, files_allow
 from sale.identity import MemberTokens, SigningKey, load_or_create_signing_key
 from sale.members.campaigns import PublicCampaigns
+from sale.members.cancel import CancelDesk
 from sale.members.orders import OwnOrders, TicketCodes
+from sale.members.pay import PayDesk
+from sale.members.provider import Providers
 from sale.members.purchase import PurchaseDesk
 from sale.members.rate import Rate, RateLimits
+from sale.members.test_provider import TestProvider
 from sale.metrics import LoadMetrics, PurchaseMetrics, StoreMetrics, new_registry
 from sale.operators.campaigns import CampaignDesk
+from sale.operators.orders import OrderDesk
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.connection import open_redis, product_of, too_old
@@ -75,6 +80,10 @@ class Engine(msgspec.Struct, frozen=True):
     batchers: Batchers
     desk: PurchaseDesk
     orders: OwnOrders
+    cancellations: CancelDesk
+    order_desk: OrderDesk
+    payments: PayDesk
+    test_provider: TestProvider | None
     public_campaigns: PublicCampaigns
     campaigns: CampaignDesk
     metrics: PurchaseMetrics
@@ -147,6 +156,8 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
         tokens = MemberTokens(key, generations.raised)
         codes = TicketCodes(stores.ticket_secret)
         catalogue = Catalogue(stores.redis)
+        orders = OwnOrders(catalogue, stores.redis, stores.pool, codes)
+        test_provider = test_provider_of(stores)
         await _look_around(catalogue)
         batchers = Batchers(
             stores.scripts,
@@ -199,7 +210,13 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
                     catalogue, batchers, tokens, codes, metrics, stores.pool, limits, overload
                 ),
                 public_campaigns=PublicCampaigns(catalogue, stores.redis),
-                orders=OwnOrders(catalogue, stores.redis, stores.pool, codes),
+                orders=orders,
+                cancellations=CancelDesk(stores.scripts, catalogue, batchers, orders),
+                payments=PayDesk(orders, stores.scripts, stores.pool, providers_of(test_provider)),
+                test_provider=test_provider,
+                order_desk=OrderDesk(
+                    stores.redis, stores.scripts, stores.pool, catalogue, batchers.of
+                ),
                 campaigns=CampaignDesk(
                     stores.redis, stores.scripts, stores.pool, on_step=batchers.on_step
                 ),
@@ -215,6 +232,18 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
             await catalogue.close()
             await _ended(watching)
             await witness.sign_off()
+
+
+def test_provider_of(stores: Stores) -> TestProvider | None:
+    """Give the test provider, where the settings have it on."""
+    if not stores.settings.test_provider:
+        return None
+    return TestProvider(stores.pool, stores.ticket_secret)
+
+
+def providers_of(test_provider: TestProvider | None) -> Providers:
+    """Give the payment providers of this deployment, by name."""
+    return {} if test_provider is None else {test_provider.name: test_provider}
 
 
 async def _look_around(catalogue: Catalogue) -> None:

@@ -121,6 +121,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     audit_interval_s: Annotated[int, _between(1, 86_400)] = 60
     tick_interval_ms: Annotated[int, _between(10, 10_000)] = 250
 
+    # Payments. The test provider takes no money, so it must never be on where tickets are real.
+    test_provider: bool = False
+    refunds_per_s: Annotated[int, _between(1, 10_000)] = 50
+
     @property
     def drain_limit_s(self) -> float:
         """How long a part may take to end: what is under way is known by the deadline."""

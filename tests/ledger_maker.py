@@ -30,6 +30,11 @@ def operation(kind: str, **data: Any) -> list[Any]:
     return [kind, {"actor": "cli:me", "reason": "wanted", **data}]
 
 
+def cancelled(*, order: int, member_no: int, tickets: list[int]) -> list[Any]:
+    told = {"order": order, "member_no": member_no, "tickets": tickets, "refund_fen": 0}
+    return ["cancelled", {"actor": "member", **told}]
+
+
 class Ledger:
     """One campaign's ledger, growing entry by entry."""
 

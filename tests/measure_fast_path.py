@@ -161,7 +161,7 @@ class Parts:
                 [p.key_hash for p in batch],
             )
         )
-        reply = [0, NOW_MS, start + BATCH, b"0" * 40, 1, 500, start, 1] + [2] * BATCH
+        reply = [0, NOW_MS, start + BATCH, b"0" * 40, 1, 500, start, 1, 0] + [2] * BATCH
         batcher._answer(batch, bids, reply)
 
     def _single_parts(self) -> None:

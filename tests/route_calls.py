@@ -25,6 +25,10 @@ SAMPLE: dict[str, Any] = {
     "at": in_s(1_800),
     "draft": False,
     "unions": ["dongsi"],
+    "hold_s": None,
+    "cancel_until": in_s(7_200),
+    "showing_limit": 1,
+    "tickets": [1],
 }
 """A good value of each field that a body has."""
 
@@ -75,19 +79,35 @@ async def prepared(client: Client, step: str, **changes: Any) -> str:
     if before == "draft":
         window = {"opens_at": in_s(3_600), "closes_at": in_s(7_200)}
         return await client.campaign(draft=True, **window, **changes)
-    campaign = await client.campaign(opens_at=PAST, tickets=2_000, **changes)
+    changes = {"opens_at": PAST, "cancel_until": in_s(3_600), **changes}
+    campaign = await client.campaign(tickets=2_000, **changes)
     if before:
         assert (await client.step(campaign, before)).status == 200
     return campaign
 
 
-async def all_of(client: Client, route: Route, **changes: Any) -> tuple[str, dict[str, Any] | None]:
-    """Give address and body of a good request; ``changes`` are those of the campaign."""
+async def order_of(client: Client, token: str, **changes: Any) -> str:
+    """Give the number of a member's order that may be cancelled."""
+    bought = await client.buy(await prepared(client, "", **changes), token)
+    assert bought.status == 201, bought
+    return str(bought.json()["order_no"])
+
+
+async def all_of(
+    client: Client, route: Route, member: str = "", **changes: Any
+) -> tuple[str, dict[str, Any] | None]:
+    """Give address and body of a good request; ``changes`` are those of the campaign.
+
+    ``member``: the token of the member whose order it is about.
+    """
     url, body = route.path, body_of(route)
     if "{id}" in url:
         url = url.replace("{id}", await prepared(client, step_of(route), **changes))
+    if "{order_no}" in url:
+        member = member or client.service.card().token
+        url = url.replace("{order_no}", await order_of(client, member, **changes))
     if url == ADMIN and body is not None:
         body |= {"id": client.service.new_id(), **changes}
-    for name, value in (("name", "page.css"), ("code", "sold-out"), ("order_no", "x.1.000000")):
+    for name, value in (("name", "page.css"), ("code", "sold-out")):
         url = url.replace(f"{{{name}}}", value)
     return url, body

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from sale.domain.campaign import Campaign, Showing
 from sale.domain.clock import from_ms
 from sale.ledger.chain import START, Entry, check_chain, parse_entry
-from sale.ledger.fold import CampaignState, SaleRecord
+from sale.ledger.fold import CampaignState, OrderRecord
 from sale.stock import head
 from sale.stock.batch_codec import pack_batch
 from sale.stock.keys import CAMPAIGNS, CampaignKeys, campaign_keys
@@ -22,6 +22,8 @@ from sale.stock.scripts import CallReply, Decision, Operation, OperationReply, P
 CAMPAIGN = "five-yuan-films"
 NONCE = "0123456789abcdef"
 PROCESS = "p1"
+STOCK_FIELDS = 4
+"""Of each showing: t, r, k, h."""
 BEHIND_MAX = (1_000_000, 10**12)
 """How far PostgreSQL may be behind: events, and ms."""
 
@@ -49,19 +51,25 @@ def campaign(
     unions: Sequence[str] = ("*",),
     opens_at_ms: int | None = None,
     closes_at_ms: int | None = None,
+    payment: Literal["none", "counter", "online"] = "counter",
+    cancel_until_ms: int | None = None,
+    showing_limit: int | None = None,
 ) -> Campaign:
     return Campaign(
         id=campaign_id,
         title="五元看大片",
         category="culture",
         price_fen=500,
-        payment="counter",
+        payment=payment,
+        hold_s=300 if payment == "online" else None,
+        cancel_until=None if cancel_until_ms is None else from_ms(cancel_until_ms),
         card_limit=card_limit,
         order_max=order_max or card_limit,
         unions=tuple(unions),
         owner="district",
         showings=tuple(
-            Showing(id=f"s{n}", title=f"第{n}场", tickets=count) for n, count in enumerate(tickets)
+            Showing(id=f"s{n}", title=f"第{n}场", tickets=count, showing_limit=showing_limit)
+            for n, count in enumerate(tickets)
         ),
         opens_at=None if opens_at_ms is None else from_ms(opens_at_ms),
         closes_at=None if closes_at_ms is None else from_ms(closes_at_ms),
@@ -172,13 +180,13 @@ class Stock:
 
     async def left(self) -> list[int]:
         stock = await self.redis.hgetall(self.keys.stock)
-        return [int(stock[b"r%d" % n]) for n in range(len(stock) // 2)]
+        return [int(stock[b"r%d" % n]) for n in range(len(stock) // STOCK_FIELDS)]
 
     async def entries(self) -> list[Entry]:
         rows: Any = await self.redis.xrange(self.keys.stream)
         return [parse_entry(*row) for row in rows]
 
-    async def records(self) -> dict[int, list[SaleRecord]]:
+    async def records(self) -> dict[int, list[OrderRecord]]:
         """The records of each member."""
         held: dict[Any, Any] = await self.redis.hgetall(self.keys.members)
         return {int(name): parse_records(value) for name, value in held.items()}
@@ -206,11 +214,15 @@ class Stock:
         assert head[4:] == [_text(books.opens_at_ms), _text(books.closes_at_ms)]
         stock = {f"t{n}".encode(): count for n, count in books.tickets.items()}
         stock |= {f"r{n}".encode(): count for n, count in books.remaining.items()}
+        stock |= {f"h{n}".encode(): count for n, count in books.held.items()}
+        stock |= {f"k{n}".encode(): 0 for n in books.tickets}
         held = {
             name: int(count) for name, count in (await self.redis.hgetall(self.keys.stock)).items()
         }
         assert held == stock
         assert await self.records() == books.members
+        holds = await self.redis.zrange(self.keys.holds, 0, -1, withscores=True)
+        assert {name.decode(): int(ms) for name, ms in holds} == books.holds
         done: dict[Any, Any] = await self.redis.hgetall(self.keys.operations)
         assert {op.decode(): what.decode() for op, what in done.items()} == books.operations
         return books
@@ -231,7 +243,7 @@ def packed(bids: Sequence[Bid]) -> bytes:
 def results(reply: list[Any], count: int) -> list[Result]:
     """Parse a reply for ``count`` purchases; see the header of ``purchase.lua``."""
     number, answers = reply[6], []
-    for result in reply[8 : 8 + count]:
+    for result in reply[9 : 9 + count]:
         if result >= 0:
             number += 1
             answers.append(Result(Decision.SOLD, number, result, 0))

@@ -12,7 +12,8 @@ from waiting import until
 
 from sale.db import claims, read
 from sale.db.apply import apply_entries
-from sale.ledger.chain import parse_entry
+from sale.ledger.chain import Event, parse_entry
+from sale.ledger.kinds import SOLD
 from sale.stock import process_reports
 from sale.stock.batcher import Batcher
 from sale.stock.keys import REPORTS
@@ -126,7 +127,7 @@ async def test_manual_recovery_first_collects_reports(shop: Shop, apis: list[Api
 
 async def test_recovery_epoch_is_above_that_of_lost_claims(shop: Shop):
     (seq,) = await shop.stock.head("seq")
-    told = claims.Claim(int(seq) + 1, 4, 4_000_000_000_000, member(1), key(1), 0, 1, 500)
+    told = Event(int(seq) + 1, 4_000_000_000_000, 4, SOLD, member(1), 0, 1, key(1), 500)
     async with shop.pool.acquire() as connection:
         await claims.hand_in(connection, CAMPAIGN, "gone", [told])
     await shop.redis.hset(shop.stock.keys.head, "run_id", "0" * 40)

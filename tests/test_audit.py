@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 from service import command
@@ -13,6 +14,7 @@ from stock_maker import CAMPAIGN, NONCE, Bid, campaign, key, member
 
 from sale.domain.problem import Problem, Refused
 from sale.stock.keys import CAMPAIGNS, campaign_keys
+from sale.stock.records import pack_records, parse_records
 from sale.stock.scripts import CallReply, Decision, Scripts
 from sale.trust import audit as audit_module
 from sale.trust.audit import CouldNotCheck
@@ -57,7 +59,9 @@ def in_postgres(*statements: str) -> Damage:
 
 async def _card_gets_a_ticket_more(shop: Shop) -> None:
     value = await shop.redis.hget(KEYS.members, member(1))
-    await shop.redis.hset(KEYS.members, member(1), value[:-31] + value[-31:-1] + b"\x02")
+    *others, last = parse_records(value)
+    more = msgspec.structs.replace(last, live=last.live + 1)
+    await shop.redis.hset(KEYS.members, member(1), pack_records([*others, more]))
 
 
 async def _card_gets_another_key(shop: Shop) -> None:
@@ -129,7 +133,7 @@ BREACHES = [
     ("INV-5", "price-altered", _rule_is_altered(price_fen=1)),
     ("INV-5", "rule-of-nowhere", _rule_is_altered(colour=1)),
     ("INV-5", "other-configuration", in_redis("HSET", KEYS.head, "config_seq", 2)),
-    ("INV-2", "order-over", in_postgres(f"UPDATE orders SET quantity = 5 {FULL_CARDS}")),
+    ("INV-2", "order-over", in_postgres(f"UPDATE orders SET quantity = 5, live = 5 {FULL_CARDS}")),
     ("INV-3", "order-gone-from-redis", in_redis("DEL", KEYS.members)),
     ("INV-3", "card-torn", in_redis("HSET", KEYS.members, member(1), "torn")),
     ("INV-3", "order-gone", in_postgres(f"DELETE FROM orders {FULL_CARDS}")),
@@ -139,8 +143,8 @@ BREACHES = [
         "order-of-nowhere",
         in_postgres(
             "INSERT INTO orders (seq, created_at, showing_no, quantity, price_fen, campaign_id,"
-            f" member_no, key_hash) VALUES (1, now(), 0, 1, 500, '{CAMPAIGN}', {member(8)},"
-            f" '{key(1)}')"
+            f" member_no, key_hash, live) VALUES (1, now(), 0, 1, 500, '{CAMPAIGN}', {member(8)},"
+            f" '{key(1)}', 1)"
         ),
     ),
     ("INV-4", "key-altered", _card_gets_another_key),
@@ -168,7 +172,14 @@ BREACHES = [
     ),
     ("INV-6", "counter-of-card", in_postgres("UPDATE member_use SET live = 0")),
     ("INV-6", "counter-of-showing", in_postgres("UPDATE showing SET live = 0")),
-    ("INV-6", "returned-twice", in_postgres(f"UPDATE orders SET state = 'refunded' {FULL_CARDS}")),
+    (
+        "INV-6",
+        "cancelled-unsaid",
+        in_postgres(
+            f"UPDATE orders SET state = 'cancelled', live = 0, changed_by = 99 {FULL_CARDS}"
+        ),
+    ),
+    ("INV-6", "hold-of-nowhere", in_redis("ZADD", KEYS.holds, 1, f"3:{member(1)}")),
     ("INV-7", "window-altered", in_redis("HSET", KEYS.head, "opens_at", 1)),
     ("INV-7", "state-altered", in_redis("HSET", KEYS.head, "state", "paused")),
     ("INV-7", "state-in-postgres", in_postgres("UPDATE campaign SET state = 'closed'")),

@@ -865,7 +865,7 @@ async def test_filter_of_a_missing_campaign_is_not_complete(redis: Redis) -> Non
 async def test_filter_load_error_is_logged_once_and_retried_later(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = Peek(0, 1, "", 1, "open", 0, 0, 1, (1,))
+    seen = Peek(0, 1, "", 1, "open", 0, 0, 1, 0, False, (1,), (0,))
     buyer_filter = BuyerFilter(redis, (await open_stock(redis, 1)).id)
     causes: list[Exception] = [
         RedisConnectionError(), RedisConnectionError(), ResponseError(), ValueError(), OSError(),

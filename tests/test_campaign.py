@@ -113,6 +113,7 @@ async def test_head_holds_the_rules_by_their_names(redis: Redis) -> None:
     part = await head.RULES.read(redis, stock.id)
     assert head.unpacked_rules(part.rules) == {
         "price_fen": 500, "card_limit": 3, "order_max": 2, "unions": ",dongsi,district,",
+        "payment": "counter",
     }  # fmt: skip
     made = campaign(5, order_max=2, unions=("dongsi", "district"))
     assert head.unpacked_rules(part.rules) == head.rules_of(made)

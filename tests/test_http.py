@@ -76,11 +76,14 @@ async def test_order_of_a_purchase_follows_the_contract(service: Service, client
     assert "Idempotency-Replayed" not in seen.headers
     assert list(order) == [
         *("order_no", "campaign", "showing", "quantity", "state", "amount_fen"),
-        *("pay_before", "created_at", "tickets", "card_remaining"),
+        *("pay_before", "created_at", "tickets", "card_remaining", "payment", "cancel_until"),
     ]
     assert (order["campaign"], order["showing"], order["quantity"]) == (campaign, "general", 2)
     assert (order["state"], order["amount_fen"], order["pay_before"]) == ("confirmed", 1_000, None)
-    assert order["card_remaining"] == 1
+    assert (order["card_remaining"], order["cancel_until"]) == (1, None)
+    assert order["payment"] == {
+        "state": "due", "amount_fen": 1_000, "paid_fen": 0, "refunded_fen": 0,
+    }  # fmt: skip
     assert [(ticket["no"], ticket["state"]) for ticket in order["tickets"]] == [
         (1, "valid"),
         (2, "valid"),
@@ -444,13 +447,16 @@ async def test_campaign_is_as_created_and_has_an_etag(client: Client) -> None:
     body = seen.json()
     assert set(body) == {
         *("id", "title", "category", "price_fen", "payment", "card_limit", "order_max", "state"),
-        *("opens_at", "closes_at", "unions", "owner", "showings"),
+        *("opens_at", "closes_at", "unions", "owner", "showings", "hold_s", "cancel_until"),
     }
     assert (body["id"], body["state"], body["order_max"]) == (campaign, "open", 3)
     assert body["unions"] == ["dongsi", "longtan"]
     assert body["showings"] == [
-        {"id": "general", "title": "通用券", "starts_at": None, "tickets": 100}
-    ]
+        {
+            "id": "general", "title": "通用券", "starts_at": None, "showing_limit": None,
+            "tickets": 100,
+        }
+    ]  # fmt: skip
     assert datetime.fromisoformat(body["opens_at"]) == datetime.fromisoformat(PAST)
     assert seen.headers["Cache-Control"] == "public, max-age=1"
     again = await client.get(
@@ -755,7 +761,7 @@ async def test_unknown_campaign_is_404(service: Service, client: Client, identif
     "path",
     [
         *("/api/v1/nothing", "/api/v2/campaigns", "/nothing", "/api/v1/campaigns/x/nothing"),
-        *("/api/v1/orders/x/cancel", "/api/v1/login", "/api/v1/station/x", "/problems/nothing"),
+        *("/api/v1/orders/x/nothing", "/api/v1/login", "/api/v1/station/x", "/problems/nothing"),
         *("/assets/../member.py", "/assets/%2e%2e/member.py", "/api/v1/admin"),
     ],
 )

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import pytest
-from ledger_maker import NOW_MS, Ledger, created, operation, sold
+from ledger_maker import NOW_MS, Ledger, cancelled, created, operation, sold
 from stock_maker import CAMPAIGN, member
 
 from sale.db import apply, read
@@ -70,6 +70,7 @@ async def raw_order(conn: Any, seq: int, **columns: Any) -> None:
         "campaign_id": CAMPAIGN, "seq": seq, "member_no": member(1), "showing_no": 0, "quantity": 1,
         "price_fen": 500, "key_hash": "f" * 16, **columns,
     }  # fmt: skip
+    row = {"live": row["quantity"], **row}
     marks = ", ".join(f"${n}" for n in range(1, len(row) + 1))
     await conn.execute(
         f"INSERT INTO orders ({', '.join(row)}, created_at) SELECT {marks}, max(at) FROM event"
@@ -175,12 +176,14 @@ async def test_sql_refuses_an_order_unlike_its_sale(conn: Any, book: Ledger, lie
 
 
 async def test_ended_order_gives_its_tickets_back_once(conn: Any, book: Ledger):
-    for state, live in (("collected", 1), ("cancelled", 0), ("refunded", 0)):
-        await conn.execute("UPDATE orders SET state = $1", state)
-        assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == live
-        assert await conn.fetchval("SELECT live FROM member_use") == live
-    with pytest.raises(Refused, match="stays ended"):
-        await conn.execute("UPDATE orders SET state = 'confirmed'")
+    order = {"order": 3, "member_no": member(1)}
+    await apply_entries(conn, CAMPAIGN, [book.entry(cancelled(**order, tickets=[1]))])
+    assert await conn.fetchval("SELECT live FROM showing WHERE showing_no = 0") == 0
+    assert await conn.fetchval("SELECT live FROM member_use") == 0
+    again = await apply_entries(conn, CAMPAIGN, [book.entry(cancelled(**order, tickets=[1]))])
+    assert "ticket_pkey" in again.conflicts[0].why
+    with pytest.raises(Refused, match="no order changes so"):
+        await conn.execute("UPDATE orders SET state = 'confirmed', live = 1")
 
 
 # Batches -----------------------------------------------------------------------------------------
@@ -227,14 +230,14 @@ async def test_orders_are_read_by_pages_newest_first(conn: Any, book: Ledger):
     later = book.entry(sold(1, key=2), sold(9), sold(1, key=3, showing=1), at_ms=NOW_MS + 1)
     await apply_entries(conn, CAMPAIGN, [later])
     newest = await read.orders_of_member(conn, member(1), limit=2)
-    assert [row.seq for row in newest] == [6, 4]
+    assert [row.record.seq for row in newest] == [6, 4]
     rest = await read.orders_of_member(conn, member(1), before=newest[-1].cursor, limit=2)
-    assert [row.seq for row in rest] == [3]
+    assert [row.record.seq for row in rest] == [3]
     one = await read.order(conn, CAMPAIGN, 6)
     assert one == newest[0]
     assert one is not None
-    assert (one.showing_id, one.amount_fen, one.state) == ("s1", 500, "confirmed")
-    assert (one.created_at_ms, one.card_remaining) == (NOW_MS + 1, 0)
+    assert (one.showing_id, one.price_fen, one.record.state) == ("s1", 500, "confirmed")
+    assert (one.record.at_ms, one.card_remaining) == (NOW_MS + 1, 0)
     assert await read.order(conn, CAMPAIGN, 2) is None
 
 

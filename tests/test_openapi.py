@@ -9,7 +9,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from sale.api.openapi import build_document
 from sale.api.routes import ROUTES
-from sale.domain.order import Order, Ticket
+from sale.domain.order import Order, Payment, Ticket
 
 ADMIN = "/api/v1/admin/campaigns"
 CONTRACT = {
@@ -33,6 +33,9 @@ CONTRACT = {
     ),
     f"get {ADMIN}/{{id}}/live",
     "get /api/v1/admin/audit-log",
+    "get /api/v1/admin/orders/{order_no}",
+    "post /api/v1/admin/orders/{order_no}/cancel",
+    "post /api/v1/orders/{order_no}/cancel",
 }
 
 
@@ -79,6 +82,8 @@ def test_encoded_order_fits_schema_and_contract(document: dict[str, Any]) -> Non
         created_at="2015-05-01T09:00:00.000+08:00",
         tickets=[Ticket(1, "c" * 22)],
         card_remaining=2,
+        payment=Payment("due", 500, 0, 0),
+        cancel_until=None,
     )
 
     encoded = msgspec.json.decode(msgspec.json.encode(order))
@@ -97,6 +102,8 @@ def test_encoded_order_fits_schema_and_contract(document: dict[str, Any]) -> Non
             "created_at",
             "tickets",
             "card_remaining",
+            "payment",
+            "cancel_until",
         ]
     )
     assert encoded["tickets"] == [{"no": 1, "code": "c" * 22, "state": "valid"}]

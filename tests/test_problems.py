@@ -15,6 +15,7 @@ from page_app import with_pages
 from sale.api.problems import WORDINGS, problem_body, problem_headers, problem_response
 from sale.domain.clock import LOCAL_ZONE
 from sale.domain.problem import Problem, Refused
+from sale.domain.text import Text
 
 STATUS = {
     "invalid-request": 400,
@@ -30,6 +31,7 @@ STATUS = {
     "closed": 409,
     "sold-out": 409,
     "limit-exceeded": 409,
+    "too-many-orders": 409,
     "wrong-state": 409,
     "idempotency-mismatch": 422,
     "payload-too-large": 413,
@@ -76,6 +78,27 @@ def test_sold_out_says_how_many_are_left() -> None:
     assert told["detail"].startswith("仅剩 1 张")
     assert told["detail_en"].startswith("Only 1 left")
     assert document(Problem.SOLD_OUT, remaining=0)["detail"].startswith("已售完")
+
+
+def test_sold_out_says_when_held_tickets_may_come_back() -> None:
+    told = document(
+        Problem.SOLD_OUT, remaining=0, held=7, pay_before="2015-05-01T09:05:03.250+08:00"
+    )
+
+    assert (told["held"], told["pay_before"]) == (7, "2015-05-01T09:05:03.250+08:00")
+    assert "7 张等待付款，最早 09:05:03 可能放出" in told["detail"]
+    assert "7 are waiting for payment" in told["detail_en"]
+    assert "09:05:03" in told["detail_en"]
+    some_left = document(Problem.SOLD_OUT, remaining=1, held=7, pay_before=told["pay_before"])
+    assert some_left["detail"].startswith("仅剩 1 张")
+
+
+def test_detail_that_is_a_chinese_sentence_stands_alone() -> None:
+    refused = Refused(Problem.WRONG_STATE, Text("票已经领取。", "They are collected."))
+
+    told = msgspec.json.decode(problem_response(refused).body)  # type: ignore[arg-type]
+
+    assert (told["detail"], told["detail_en"]) == ("票已经领取。", "They are collected.")
 
 
 def test_limit_exceeded_says_the_limit() -> None:

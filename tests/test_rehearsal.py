@@ -28,13 +28,15 @@ from sale.cli import rehearse
 from sale.cli.rehearsal_report import Outcome, show
 from sale.config import Settings
 from sale.db import claims, rehearsals
-from sale.db.claims import Claim
 from sale.domain.campaign import Campaign
 from sale.domain.campaign_file import InvalidCampaign, parse_campaign
 from sale.domain.member import is_made_up, may_meet
+from sale.domain.order import LOW_BITS, OrderPlace
 from sale.domain.problem import Problem, Refused
 from sale.domain.unions import REHEARSAL_UNION, default_unions_path, load_unions
 from sale.identity import MemberTokens, SigningKey
+from sale.ledger.chain import Event
+from sale.ledger.kinds import SOLD
 from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.operators.diagnosis import diagnose
@@ -44,14 +46,14 @@ from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue, campaign_ids, read_campaign
 from sale.stock.keys import campaign_keys
 from sale.stock.removal import NotRemoved, remove_rehearsal
-from sale.stock.scripts import Decision
+from sale.stock.scripts import CallReply, Decision
 from sale.trust.auto_recovery import AutoRecovery
 from sale.trust.recover import recover
 from sale.trust.verify import verify_all
 from sale.trust.witness import Witness
 
 KEY = SigningKey(b"k" * 32)
-TABLES = ("event", "orders", "member_use", "showing", "conflict", "handed_in")
+TABLES = ("event", "orders", "member_use", "showing", "ticket", "conflict", "handed_in")
 CARDS = [member.no for member in made_up_members(8)]
 
 
@@ -134,6 +136,33 @@ async def test_rehearsal_copies_showings_and_limits(
         assert getattr(made, field) == getattr(real, field), field
     assert made.closes_at is not None  # also where nobody closes it
     assert await play.desk.real(CAMPAIGN) == before
+    assert await play.clean()
+
+
+async def test_rehearsal_of_an_online_campaign_holds_nothing(play: Play) -> None:
+    real = campaign(10, campaign_id="paid-online", payment="online")
+    await play.shop.create(real)
+    original = await play.desk.original(real.id)
+    begun = await play.desk.begin(original, ME, "before it", opens_in_s=0.0, lasts_s=10.0)
+    made = begun.campaign
+    assert (made.payment, made.hold_s) == ("counter", None)
+    (told,) = await play.buy(made, CARDS[:1])
+    assert (told.decision, told.pay_before_ms) == (Decision.SOLD, 0)
+    assert not await play.shop.redis.exists(campaign_keys(made.id).holds)
+    assert await play.clean()
+
+
+async def test_given_back_tickets_of_a_rehearsal_are_purged(play: Play) -> None:
+    made = await play.begin()
+    (sold,) = await play.buy(made, CARDS[:1], quantity=2)
+    place = OrderPlace(made.id, sold.value, sold.sold_at_ms & LOW_BITS)
+    told = await play.shop.scripts.cancel(
+        place, CARDS[0], (1,), "cli:me", "wanted", mark=None, limited=False
+    )
+    assert told.reply is CallReply.OK
+    await until(lambda: play.has(made.id, ticket=1))
+    await play.purge(made.id)
+    assert await play.rows(made.id) == {}
     assert await play.clean()
 
 
@@ -248,7 +277,7 @@ async def test_engine_does_not_miss_a_purged_rehearsal(play: Play) -> None:
     with pytest.raises(Refused):
         await play.purge(made.id)
     # A process that was stopped, and comes back with what it has told, is owed nothing.
-    late = Claim(5, 1, 1_700_000_000_000, CARDS[0], key(7), 0, 1, 500)
+    late = Event(5, 1_700_000_000_000, 1, SOLD, CARDS[0], 0, 1, key(7), 500)
     async with shop.pool.acquire() as connection:
         await claims.hand_in(connection, made.id, "p2", [late])
     assert await play.rows(made.id) == {}

@@ -27,7 +27,7 @@ from stock_maker import (
 from sale.domain.campaign import STOCK_MAX
 from sale.ledger.chain import CorruptLedger
 from sale.stock.catalogue import read_campaign
-from sale.stock.records import RECORD_BYTES, parse_records, read_member
+from sale.stock.records import RECORD, parse_records, read_member
 from sale.stock.scripts import CallReply, Decision, Scripts, Untrusted
 
 HOUR_MS = 3_600_000
@@ -338,8 +338,8 @@ async def test_steps_of_the_roster_are_taken_in_order_and_once(redis: Redis) -> 
     assert (late.reply, late.seq) == (CallReply.STALE, 4)
     assert await redis.smembers(stock.keys.revoked) == {str(member(n)).encode() for n in (1, 2)}
     assert (await stock.scripts.sync_revoked(stock.id, 4, 6, [(member(1), True)])).seq == 6
-    assert await read_member(redis, stock.id, member(2)) == ([], True)
-    assert await read_member(redis, stock.id, member(1)) == ([], False)
+    assert await read_member(redis, stock.id, member(2)) == ([], {}, True)
+    assert await read_member(redis, stock.id, member(1)) == ([], {}, False)
 
 
 # Trust: INV-8 -----------------------------------------------------------------------------------
@@ -528,7 +528,7 @@ async def test_whole_batch_is_one_entry_and_each_is_answered(redis: Redis) -> No
     stock = await open_stock(redis, 300, 10)
     reply = await stock.call(*(Bid(member(n), key(n), 1, n % 2) for n in range(256)))
     decisions = [answer.decision for answer in results(reply, 256)]
-    assert len(reply) == 8 + 256 + 4  # who gets none is told so in one place
+    assert len(reply) == 9 + 256 + 4  # who gets none is told so in one place
     assert decisions.count(Decision.SOLD) == 128 + 10
     assert decisions.count(Decision.SOLD_OUT) == 128 - 10
     entry = (await stock.entries())[-1]
@@ -550,7 +550,7 @@ async def test_records_hold_the_largest_values(redis: Redis) -> None:
     stock = await open_stock(redis, *showings, card_limit=1_000)
     sold = await stock.buy_one(member(1), "f" * 16, 1_000, 499)
     value: Any = await redis.hget(stock.keys.members, member(1))
-    assert len(value) == RECORD_BYTES
+    assert len(value) == RECORD.size + 1_000
     [record] = parse_records(value)
     assert (record.seq, record.showing, record.quantity) == (sold.a, 499, 1_000)
     assert record.key_hash == "f" * 16

@@ -16,13 +16,14 @@ from sale.api.dispatch import MEMBER
 from sale.api.problems import Worded, problem_answer
 from sale.api.public import CAMPAIGN, visible_campaign
 from sale.api.request import ENCODER, bearer, checked_key, read_body
-from sale.api.schemas import ListView, OrderRequest
+from sale.api.schemas import CancelRequest, ListView, OrderRequest, PayRequest
 from sale.domain.order import Order, OrderCursor
 from sale.domain.problem import Problem, Refused
 from sale.http.overload import MUST_WAIT
 from sale.http.request import KEY_HEADER, encode_cursor
 from sale.http.routes import Access, Key, Load, Route
 from sale.members.campaigns import Allowance
+from sale.members.pay import PaymentView
 from sale.members.purchase import Placed
 
 ORDER_REQUEST: Final = msgspec.json.Decoder(OrderRequest)
@@ -102,6 +103,20 @@ async def show_order(call: MemberCall[None]) -> Order:
     return await call.engine.orders.one(call.member.no, call.path["order_no"])
 
 
+async def cancel_order(call: MemberCall[CancelRequest]) -> Order:
+    """POST /api/v1/orders/{order_no}/cancel."""
+    return await call.engine.cancellations.cancel(
+        call.member.no, call.path["order_no"], call.body.tickets
+    )
+
+
+async def pay_order(call: MemberCall[PayRequest]) -> PaymentView:
+    """POST /api/v1/orders/{order_no}/pay."""
+    return await call.engine.payments.pay(
+        call.member.no, call.path["order_no"], call.body.return_to
+    )
+
+
 ROUTES: Final = (
     Route(
         method="POST",
@@ -133,6 +148,7 @@ ROUTES: Final = (
             Problem.CLOSED,
             Problem.SOLD_OUT,
             Problem.LIMIT_EXCEEDED,
+            Problem.TOO_MANY_ORDERS,
         ),
     ),
     Route(
@@ -162,5 +178,46 @@ ROUTES: Final = (
         access=MEMBERS,
         answer=Order,
         problems=(Problem.UNAUTHENTICATED, Problem.NOT_FOUND),
+    ),
+    Route(
+        method="POST",
+        path=f"{ORDERS}/{{order_no}}/cancel",
+        handler=cancel_order,
+        summary="Give tickets back",
+        description="The key is required and not remembered: the tickets' state decides, and a "
+        "ticket that was given back before counts as done.",
+        access=MEMBERS,
+        key=Key.REQUIRED,
+        body=CancelRequest,
+        body_needed=False,
+        answer=Order,
+        problems=(
+            Problem.INVALID_REQUEST,
+            Problem.PAYLOAD_TOO_LARGE,
+            Problem.UNSUPPORTED_MEDIA_TYPE,
+            Problem.MISSING_IDEMPOTENCY_KEY,
+            Problem.UNAUTHENTICATED,
+            Problem.NOT_FOUND,
+            Problem.WRONG_STATE,
+        ),
+    ),
+    Route(
+        method="POST",
+        path=f"{ORDERS}/{{order_no}}/pay",
+        handler=pay_order,
+        summary="Begin to pay a held order",
+        description="Again: the same payment. 503 where no provider is configured.",
+        access=MEMBERS,
+        body=PayRequest,
+        body_needed=False,
+        answer=PaymentView,
+        problems=(
+            Problem.INVALID_REQUEST,
+            Problem.PAYLOAD_TOO_LARGE,
+            Problem.UNSUPPORTED_MEDIA_TYPE,
+            Problem.UNAUTHENTICATED,
+            Problem.NOT_FOUND,
+            Problem.WRONG_STATE,
+        ),
     ),
 )

@@ -6,11 +6,12 @@ from typing import Final
 from sale.api import queries
 from sale.api.calls import OperatorCall, Reply
 from sale.api.dispatch import OPERATOR
-from sale.api.schemas import CampaignRequest, ListView, LiveView
+from sale.api.schemas import CampaignRequest, ListView, LiveView, OrderCancelRequest
 from sale.api.views import remaining_views
 from sale.domain.campaign_file import InvalidCampaign, parse_campaign
 from sale.domain.campaign_view import CampaignView, DeskView, campaign_view, desk_view
 from sale.domain.clock import rfc3339
+from sale.domain.order import Order
 from sale.domain.problem import Problem, Refused
 from sale.http.request import encode_cursor
 from sale.http.routes import Access, Key, Route
@@ -21,6 +22,7 @@ from sale.operators.steps import RUNNERS, STEPS, Step, StepRequest
 ADMIN: Final = "/api/v1/admin"
 CAMPAIGNS: Final = f"{ADMIN}/campaigns"
 CAMPAIGN: Final = f"{CAMPAIGNS}/{{id}}"
+ORDER: Final = f"{ADMIN}/orders/{{order_no}}"
 READERS: Final = Access(OPERATOR, frozenset(ROLES))
 """Every role reads campaigns: those of its union, and those that members see."""
 
@@ -90,6 +92,18 @@ async def show_audit_log(call: OperatorCall[None]) -> ListView[AuditEntry]:
         limit=call.value(queries.LIMIT),
     )
     return ListView(page, None if following is None else encode_cursor(following))
+
+
+async def show_order(call: OperatorCall[None]) -> Order:
+    """GET /api/v1/admin/orders/{order_no}."""
+    return await call.engine.order_desk.show(call.path["order_no"], call.actor)
+
+
+async def cancel_order(call: OperatorCall[OrderCancelRequest]) -> Order:
+    """POST /api/v1/admin/orders/{order_no}/cancel."""
+    return await call.engine.order_desk.cancel(
+        call.path["order_no"], call.body.tickets, call.body.reason, call.actor
+    )
 
 
 def _route_of(step: Step) -> Route:
@@ -165,6 +179,26 @@ ROUTES: Final = (
         access=READERS,
         answer=LiveView,
         problems=(*_TOKEN, Problem.NOT_FOUND),
+    ),
+    Route(
+        method="GET",
+        path=ORDER,
+        handler=show_order,
+        summary="An order of the account's own campaigns, without the tickets' codes",
+        access=READERS,
+        answer=Order,
+        problems=(*_TOKEN, Problem.NOT_FOUND),
+    ),
+    Route(
+        method="POST",
+        path=f"{ORDER}/cancel",
+        handler=cancel_order,
+        summary="Cancel tickets of an order, at any time",
+        access=Access(OPERATOR, RUNNERS, owner=True),
+        key=Key.OPTIONAL,
+        body=OrderCancelRequest,
+        answer=Order,
+        problems=(*_TOKEN, *_BODY, Problem.NOT_FOUND, Problem.WRONG_STATE),
     ),
     Route(
         method="GET",

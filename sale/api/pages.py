@@ -19,7 +19,7 @@ from aiohttp import hdrs, web
 from sale.api.calls import Call
 from sale.api.problems import WORDINGS
 from sale.domain.problem import Problem, Refused
-from sale.http.request import accepts_gzip, is_current
+from sale.http.request import NO_STORE, accepts_gzip, is_current
 from sale.http.routes import Route
 
 HTML: Final = "text/html"
@@ -32,6 +32,7 @@ SECURITY_HEADERS: Final = {
 _ASSETS: Final = {
     "page.css": "text/css",
     "page.js": "text/javascript",
+    "test-payment.js": "text/javascript",
     "favicon.svg": "image/svg+xml",
 }
 _ASK_AGAIN: Final = "no-cache"
@@ -71,8 +72,8 @@ class Pages:
 
     def __init__(self, api_document: bytes) -> None:
         self.assets = {name: _static(_read(name), kind) for name, kind in _ASSETS.items()}
-        places = {
-            name.replace(".", "_"): f"/assets/{name}?v={asset.etag}"
+        self.places = places = {
+            name.replace(".", "_").replace("-", "_"): f"/assets/{name}?v={asset.etag}"
             for name, asset in self.assets.items()
         }
         self.index = _static(_fill("index.html", places), HTML)
@@ -119,6 +120,16 @@ async def get_problems(call: Call[None]) -> web.Response:
 async def get_api(call: Call[None]) -> web.Response:
     """GET /openapi.json."""
     return call.request.app[PAGES].api.answer(call.request)
+
+
+def filled_page(name: str, places: Mapping[str, str], values: Mapping[str, str]) -> web.Response:
+    """Answer with a page of one moment, which nobody keeps."""
+    return web.Response(
+        body=_fill(name, {**places, **values}),
+        headers={**SECURITY_HEADERS, **NO_STORE},
+        content_type=HTML,
+        charset="utf-8",
+    )
 
 
 def _problem_page(problem: Problem, places: Mapping[str, str]) -> _Static:

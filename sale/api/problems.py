@@ -52,13 +52,13 @@ WORDINGS: Final[Mapping[Problem, Wording]] = {
         400,
         Text("缺少请求编号", "Idempotency-Key is missing"),
         Text(
-            "购票请求没有带编号（Idempotency-Key）。",
-            "A purchase needs the header Idempotency-Key (1 to 64 of A-Z, a-z, 0-9, _ and -).",
+            "请求没有带编号（Idempotency-Key）。",
+            "Purchases and cancellations need the header Idempotency-Key (1 to 64 of A-Z, a-z, "
+            "0-9, _ and -).",
         ),
         Text(
-            "每次购票用一个新编号，重试时用原来的编号，就不会多买。",
-            "Use a new key for each purchase and the same key for its retries: nothing is bought "
-            "twice.",
+            "每次操作用一个新编号，重试时用原来的编号，就不会重复。",
+            "Use a new key for each, and the same key for its retries: nothing is done twice.",
         ),
     ),
     Problem.UNAUTHENTICATED: Wording(
@@ -138,8 +138,8 @@ WORDINGS: Final[Mapping[Problem, Wording]] = {
         Text("已售完", "Sold out"),
         Text("已售完，现在没有余票。", "No tickets are left."),
         Text(
-            "如有加票会马上放出，您可以过一会儿再来看看。",
-            "Added tickets go on sale at once: do look in again.",
+            "加票和退票会马上放出，您可以过一会儿再来看看。",
+            "Tickets that are added or given back go on sale at once: do look in again.",
         ),
     ),
     Problem.LIMIT_EXCEEDED: Wording(
@@ -154,11 +154,24 @@ WORDINGS: Final[Mapping[Problem, Wording]] = {
             "Ask for fewer; the tickets you have are safe.",
         ),
     ),
+    Problem.TOO_MANY_ORDERS: Wording(
+        409,
+        Text("订单太多", "Too many orders"),
+        Text(
+            "您在本活动中的订单已达 50 个（含已取消和已过期的）。",
+            "You have 50 orders in this campaign, those that have ended included.",
+        ),
+        Text("如需帮助，请致电服务热线。", "Please call the hotline if you need help."),
+    ),
     Problem.WRONG_STATE: Wording(
         409,
         Text("当前状态不能这样做", "Not possible in this state"),
-        Text("活动现在的状态不允许这项操作。", "The campaign is not in a state that allows this."),
-        Text("请先查看活动状态。", "Please look at its state first."),
+        Text("现在的状态不允许这项操作。", "It is not in a state that allows this."),
+        Text(
+            "请先查看现在的状态。已领取或已过期的票不能退，过了退票截止时间也不能退。",
+            "Please look at its state first. Tickets that are collected or expired cannot be given "
+            "back, nor can any after the campaign's time for it.",
+        ),
     ),
     Problem.IDEMPOTENCY_MISMATCH: Wording(
         422,
@@ -233,9 +246,10 @@ def problem_body(
 ) -> bytes:
     """Encode the problem document. ``members`` are its extra fields, as the contract names them.
 
-    ``detail`` replaces the default sentence, except for codes that members read; the Chinese
-    sentence quotes ``detail_zh``, or ``detail`` where it is ''. The members of those must be
-    hashable (numbers and texts): equal members give the same bytes object.
+    ``detail`` replaces the default sentence, except for codes that members read. The default
+    Chinese sentence quotes ``detail_zh``, or ``detail`` where it is ''; a ``detail_zh`` that is a
+    sentence of its own stands alone. Members of the codes that members read must be hashable
+    (numbers and texts): equal members give the same bytes object.
     """
     if problem in MEMBER_FACING:
         return _memoised(problem, **members)
@@ -244,6 +258,8 @@ def problem_body(
     if not given:
         return _encode(problem, _default(problem), members)
     quoted = detail_zh.encode(errors="replace").decode() or given
+    if quoted.endswith("。"):
+        return _encode(problem, Text(quoted, given), members)
     happened = WORDINGS[problem].happened.zh
     return _encode(problem, Text(f"{happened}（{quoted}）", given), members)
 
@@ -349,7 +365,9 @@ def _default(problem: Problem) -> Text:
 def _in_figures(problem: Problem, members: Mapping[str, object]) -> Text | None:
     """Give the sentence with the figures of this refusal, or None if it has none."""
     if problem is Problem.SOLD_OUT:
-        return _only_so_many_left(members.get("remaining"))
+        return _only_so_many_left(members.get("remaining")) or _some_may_come_back(
+            members.get("held"), _moment(members.get("pay_before"))
+        )
     if problem is Problem.LIMIT_EXCEEDED:
         return _card_may_have(members.get("card_remaining"), members.get("card_limit"))
     if problem is Problem.NOT_OPEN:
@@ -363,6 +381,17 @@ def _only_so_many_left(remaining: object) -> Text | None:
     return Text(
         f"仅剩 {remaining} 张，不够您要的张数。请减少张数再试。",
         f"Only {remaining} left, fewer than you asked for. Please ask for fewer.",
+    )
+
+
+def _some_may_come_back(held: object, pay_before: datetime | None) -> Text | None:
+    if not isinstance(held, int) or pay_before is None:
+        return None
+    clock = f"{pay_before.astimezone(LOCAL_ZONE):%H:%M:%S}"
+    return Text(
+        f"暂无余票，还有 {held} 张等待付款，最早 {clock} 可能放出。请到时再试。",
+        f"None left just now. {held} are waiting for payment; some may come back at {clock} "
+        "(Beijing time) or later. Please try again then.",
     )
 
 

@@ -70,21 +70,27 @@ async def read_body(
     if absent_is_empty and not request.can_read_body:
         return decode_body(b"{}", decoder)
     check_media_type(request.headers.get(hdrs.CONTENT_TYPE, ""))
+    return decode_body(await read_raw(request), decoder)
+
+
+async def read_raw(request: web.Request) -> bytes:
+    """Read a body as it was sent; of one that is too large, one byte more than is allowed.
+
+    Raises Refused.
+    """
     if not is_plain(request):  # unpacking is work that any client could cause
         raise Refused(Problem.UNSUPPORTED_MEDIA_TYPE, "send the body without Content-Encoding")
     try:
         if request.content.is_eof():
-            body = request.content.read_nowait()
-        else:
-            async with asyncio.timeout(BODY_WITHIN_S):
-                body = await request.read()
+            return request.content.read_nowait()
+        async with asyncio.timeout(BODY_WITHIN_S):
+            return await request.read()
     except TimeoutError:
         raise BodyLate from None
     except web.RequestPayloadError:
         raise Refused(Problem.INVALID_REQUEST, "the body cannot be read", field="body") from None
     except web.HTTPRequestEntityTooLarge:
-        body = bytes(BODY_MAX + 1)
-    return decode_body(body, decoder)
+        return bytes(BODY_MAX + 1)
 
 
 def check_media_type(media_type: str) -> None:

@@ -6,15 +6,17 @@ checks. The same types describe the API in ``/openapi.json``. Times are RFC 3339
 money is fen.
 """
 
-from typing import Annotated, Final, Generic, TypeVar
+from typing import Annotated, Final, Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from sale.domain.campaign import CARD_LIMIT_MAX
 from sale.domain.campaign_file import request_type
 from sale.domain.campaign_view import StateShown
 from sale.domain.order import Count, Time
+from sale.members.cancel import CANCEL_REASONS
+from sale.operators.steps import Reason
 
 Item = TypeVar("Item")
 
@@ -25,6 +27,64 @@ class OrderRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # A quantity that no campaign allows is refused before the token; the campaign's bound later.
     quantity: Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
     showing: str | None = None
+
+
+ReturnPath = Annotated[
+    str,
+    Meta(
+        max_length=200,
+        pattern=r"^/([^/\\].*)?$",
+        description="a path of this site",
+        extra={"zh": "本站的路径"},
+    ),
+]
+
+
+class PayRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``return_to``: to where the provider sends the payer back."""
+
+    return_to: ReturnPath | None = None
+
+
+class TestResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the payer does at the test provider."""
+
+    __test__ = False  # not a test, whatever its name says
+
+    result: Literal["paid", "failed", "none"]
+
+
+class TestPaymentView(msgspec.Struct, frozen=True):
+    """A payment at the test provider."""
+
+    __test__ = False
+
+    payment_no: str
+    amount_fen: int
+    state: str
+
+
+TicketNumbers = Annotated[
+    list[Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]],
+    Meta(
+        min_length=1,
+        max_length=CARD_LIMIT_MAX,
+        extra={"zh": "票号的列表"},
+        extra_json_schema={"description": "a list of ticket numbers"},
+    ),
+]
+
+
+class CancelRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Tickets to give back, by their numbers in the order; left out: all that can be."""
+
+    tickets: TicketNumbers | None = None
+
+
+class OrderCancelRequest(CancelRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The same for operators, who say why."""
+
+    reason: Reason
 
 
 CampaignRequest: Final = request_type()
@@ -83,7 +143,7 @@ class ListView(msgspec.Struct, Generic[Item], frozen=True):
 
 
 class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
-    """RFC 9457 problem document. Some codes carry further members (``remaining`` …)."""
+    """RFC 9457 problem document, with the members that its code carries."""
 
     type: str
     title: str
@@ -92,3 +152,41 @@ class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     title_en: str
     detail_en: str
+    field: Annotated[str, Meta(description="`invalid-request`: what is wrong.")] | UnsetType = UNSET
+    fields: (
+        Annotated[dict[str, str], Meta(description="`invalid-request`: all that is wrong.")]
+        | UnsetType
+    ) = UNSET
+    remaining: (
+        Annotated[Count, Meta(description="`sold-out`: tickets left, fewer than asked for.")]
+        | UnsetType
+    ) = UNSET
+    held: (
+        Annotated[
+            Count, Meta(description="`sold-out`: tickets that wait for payment and may come back.")
+        ]
+        | UnsetType
+    ) = UNSET
+    pay_before: (
+        Annotated[Time, Meta(description="`sold-out`: when the first of them may come back.")]
+        | UnsetType
+    ) = UNSET
+    card_remaining: (
+        Annotated[Count, Meta(description="`limit-exceeded`: what the card may still buy.")]
+        | UnsetType
+    ) = UNSET
+    card_limit: (
+        Annotated[Count, Meta(description="`limit-exceeded`: tickets a card may have.")] | UnsetType
+    ) = UNSET
+    opens_at: Annotated[Time, Meta(description="`not-open`: when it opens.")] | UnsetType = UNSET
+    state: Annotated[str, Meta(description="`wrong-state`: of the campaign.")] | UnsetType = UNSET
+    reason: (
+        Annotated[
+            str,
+            Meta(
+                description="`wrong-state`: why tickets of an order cannot be given back.",
+                extra_json_schema={"enum": [*CANCEL_REASONS]},
+            ),
+        ]
+        | UnsetType
+    ) = UNSET

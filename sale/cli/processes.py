@@ -137,6 +137,38 @@ def scheduler(context: CommandContext, *, held: bool) -> None:
 
 
 @click.command()
+@METRICS
+@HELD
+@overriding("metrics_listen")
+def keeper(context: CommandContext, *, held: bool) -> None:
+    """Run the keeper: payments are presented and asked about, refunds driven."""
+    from sale.bootstrap import START_PATIENCE_S, open_stores, providers_of, test_provider_of
+    from sale.host.metrics_server import bound_metrics, serving_metrics
+    from sale.jobs.keeper import Keeper
+    from sale.metrics import StoreMetrics, new_registry
+    from sale.trust.store_watch import watching
+
+    async def work(settings: Settings, stop: asyncio.Event) -> None:
+        registry = new_registry("keeper")
+        with bound_metrics(settings.metrics_listen) as metrics:
+            async with (
+                open_stores(settings, patience_s=START_PATIENCE_S, pool_size=5) as stores,
+                watching(stores.redis, stores.pool, StoreMetrics(registry)),
+                serving_metrics(metrics, registry),
+            ):
+                providers = providers_of(test_provider_of(stores))
+                await Keeper(
+                    stores.pool,
+                    stores.scripts,
+                    providers,
+                    refunds_per_s=settings.refunds_per_s,
+                    registry=registry,
+                ).run(stop)
+
+    _run_part(context.settings, work, held=held)
+
+
+@click.command()
 @click.option(
     "--metrics-listen",
     metavar="H:P",

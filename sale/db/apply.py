@@ -26,7 +26,7 @@ from sale.db.pool import Connection
 from sale.domain.clock import from_ms
 from sale.domain.problem import DAMAGED
 from sale.ledger.chain import GENESIS, CorruptLedger, Entry, Event, Position, check_chain
-from sale.ledger.kinds import CLOCK, KINDS
+from sale.ledger.kinds import CANCELLED, CLOCK, EXPIRED, KINDS, MEMBER, Cancelled
 
 
 class PositionMoved(Exception):  # noqa: N818 - says what happened
@@ -41,11 +41,13 @@ class Conflict(msgspec.Struct, frozen=True):
 
 
 class Applied(msgspec.Struct, frozen=True):
-    """The effect of one batch."""
+    """The effect of one batch: ``expired`` orders, and tickets that were given back."""
 
     position: Position
     events: int
     conflicts: list[Conflict]
+    expired: int = 0
+    cancelled_tickets: int = 0
 
 
 async def apply_entries(
@@ -97,7 +99,8 @@ async def mark_paused(conn: Connection, campaign_id: str) -> None:
 _SQL: Final = queries.load("apply")
 _COLUMNS: Final = (
     "seq", "at", "epoch", "showing_no", "quantity", "price_fen",
-    "campaign_id", "kind", "member_no", "key_hash", "actor", "reason", "data",
+    "campaign_id", "kind", "member_no", "key_hash", "pay_before", "order_seq", "actor", "reason",
+    "data",
 )  # fmt: skip
 _APPLY: Final = {name: [_SQL[each] for each in kind.apply] for name, kind in KINDS.items()}
 """Statements of each kind; one with none does nothing, and may stand between any two others."""
@@ -138,6 +141,7 @@ def _copy_rows(campaign_id: str, at: datetime, batch: list[Event]) -> list[tuple
         (
             event.seq, at, event.epoch, event.showing, event.quantity, event.price_fen,
             campaign_id, event.kind, event.member_no, event.key_hash,
+            None if event.pay_before is None else from_ms(event.pay_before), event.order,
             *((event.actor, event.reason, _json(event.data)) if event.data else _NO_DATA),
         )
         for event in batch
@@ -154,9 +158,22 @@ async def _transact(conn: Connection, batch: _Batch, *, careful: bool) -> Applie
         if any(KINDS[event.kind].audited for event in batch.events):
             first, last = batch.after.seq + 1, batch.to.seq
             await conn.execute(
-                _SQL["add_audit_rows"], batch.campaign_id, first, last, _AUDITED, CLOCK
+                _SQL["add_audit_rows"], batch.campaign_id, first, last, _AUDITED, [CLOCK, MEMBER]
             )
-    return Applied(batch.to, len(batch.events), conflicts)
+    refused = {each.seq for each in conflicts}
+    ended = [
+        event
+        for event in batch.events
+        if event.kind in {EXPIRED, CANCELLED} and event.seq not in refused
+    ]
+    cancelled = [event.read(Cancelled) for event in ended if event.kind == CANCELLED]
+    return Applied(
+        batch.to,
+        len(batch.events),
+        conflicts,
+        len(ended) - len(cancelled),
+        sum(len(each.tickets) for each in cancelled),
+    )
 
 
 async def _record(conn: Connection, batch: _Batch) -> None:

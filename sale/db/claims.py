@@ -1,11 +1,11 @@
-"""Acknowledged sales that the ledger may lack: handed in, settled, or kept as a conflict.
+"""Acknowledged steps that the ledger may lack: handed in, settled, or kept as a conflict.
 
 No member waits for this. An API process hands in the sales that it acknowledged and Redis has lost,
 and the recovery fills the lost numbers from them. A sale that was handed in is settled once the
 ledger has been applied that far; if the ledger does not have it then, it goes to ``conflict``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -13,55 +13,38 @@ import msgspec
 from sale.db import queries
 from sale.db.pool import Connection
 from sale.domain.clock import from_ms, to_ms
-from sale.ledger.chain import Event
-from sale.ledger.kinds import SOLD
+from sale.ledger.chain import Event, parse_row
 
 ROWS_MAX: Final = 10_000
 """Rows of one statement."""
 
 
-class Claim(NamedTuple):
-    """An acknowledged sale as an API process reports it; ``at_ms`` of the campaign's clock."""
-
-    seq: int
-    epoch: int
-    at_ms: int
-    member_no: int
-    key_hash: str
-    showing: int
-    quantity: int
-    price_fen: int
-
-    def event(self) -> Event:
-        """Give the event that it was."""
-        return Event(
-            self.seq, self.at_ms, self.epoch, SOLD, self.member_no, self.showing, self.quantity,
-            self.key_hash, self.price_fen,
-        )  # fmt: skip
-
-
 class Settled(NamedTuple):
-    """The outcome of a sale that was handed in; ``stands`` or ``conflict``."""
+    """The outcome of a step that was handed in; ``stands`` or ``conflict``."""
 
     campaign_id: str
     seq: int
     settled: str
 
 
-async def hand_in(
-    conn: Connection, campaign_id: str, process: str, claims: Sequence[Claim]
-) -> None:
-    """Store the sales that a process acknowledged. Repeats are one row."""
-    for at in range(0, len(claims), ROWS_MAX):
-        chunk = claims[at : at + ROWS_MAX]
-        columns: list[list[Any]] = [list(column) for column in zip(*chunk, strict=True)]
-        columns[2] = [from_ms(at_ms) for at_ms in columns[2]]
-        await conn.execute(_SQL["hand_in"], campaign_id, process, *columns)
+async def hand_in(conn: Connection, campaign_id: str, process: str, steps: Sequence[Event]) -> None:
+    """Note what a process acknowledged. Repeats are one row."""
+    for at in range(0, len(steps), ROWS_MAX):
+        chunk = steps[at : at + ROWS_MAX]
+        await conn.execute(
+            _SQL["hand_in"],
+            campaign_id,
+            process,
+            [step.seq for step in chunk],
+            [step.epoch for step in chunk],
+            [from_ms(step.at_ms) for step in chunk],
+            [msgspec.json.encode(step.row()).decode() for step in chunk],
+        )
 
 
-async def unsettled(conn: Connection, campaign_id: str, beyond: int) -> list[Claim]:
-    """Sales handed in and not settled beyond an event number, by number."""
-    claims: list[Claim] = []
+async def unsettled(conn: Connection, campaign_id: str, beyond: int) -> list[Event]:
+    """Steps handed in and not settled beyond an event number, by number."""
+    steps: list[Event] = []
     after = 0
     while rows := await conn.fetch(_SQL["unsettled"], campaign_id, beyond, after, ROWS_MAX):
         last = rows[-1]["seq"]
@@ -69,9 +52,11 @@ async def unsettled(conn: Connection, campaign_id: str, beyond: int) -> list[Cla
             # The last number may go on beyond this chunk.
             rows = [row for row in rows if row["seq"] != last]
             last = rows[-1]["seq"]
-        claims += [_claim(row) for row in rows]
+        steps += [
+            parse_row(row["seq"], to_ms(row["at"]), row["epoch"], row["step"]) for row in rows
+        ]
         after = last
-    return claims
+    return steps
 
 
 async def highest(conn: Connection, campaign_id: str) -> int:
@@ -110,13 +95,6 @@ async def voided(conn: Connection, campaign_id: str, limit: int = 100) -> list[t
 async def conflicts(conn: Connection, campaign_id: str, limit: int = 100) -> list[dict[str, Any]]:
     """A campaign's conflicts, newest first, as the table has them."""
     return [dict(row) for row in await conn.fetch(_SQL["conflicts"], campaign_id, limit)]
-
-
-def _claim(row: Mapping[str, Any]) -> Claim:
-    return Claim(
-        row["seq"], row["epoch"], to_ms(row["at"]), row["member_no"], row["key_hash"],
-        row["showing_no"], row["quantity"], row["price_fen"],
-    )  # fmt: skip
 
 
 _SQL: Final = queries.load("claims")

@@ -9,32 +9,32 @@ import msgspec
 from sale.db import queries
 from sale.db.pool import Connection
 from sale.domain.campaign import CAMPAIGN_ID
-from sale.domain.clock import from_ms, to_ms
-from sale.domain.order import OrderCursor
+from sale.domain.clock import from_ms, parse_moment, rfc3339, to_ms
+from sale.domain.order import GIVEN_BACK, VALID, OrderCursor, OrderState
 from sale.ledger.chain import START, Event, Position
-from sale.ledger.fold import CampaignState
+from sale.ledger.fold import CampaignState, OrderRecord
 
 
 class OrderRow(msgspec.Struct, frozen=True):
-    """An order as PostgreSQL has it. ``card_remaining`` is what the card may still buy."""
+    """An order as PostgreSQL has it. ``card_remaining`` is what the card may still buy.
+
+    ``payment`` and ``cancel_until`` are the campaign's; ``pay_before_ms`` is 0 where it never held.
+    """
 
     campaign_id: str
-    seq: int
     member_no: int
-    showing_no: int
     showing_id: str
-    quantity: int
     price_fen: int
-    amount_fen: int
-    state: str
-    key_hash: str
-    created_at_ms: int
+    payment: str
+    cancel_until: str | None
+    pay_before_ms: int
     card_remaining: int
+    record: OrderRecord
 
     @property
     def cursor(self) -> OrderCursor:
         """Cursor of the page that goes on after this order."""
-        return OrderCursor(self.created_at_ms, self.campaign_id, self.seq)
+        return OrderCursor(self.record.at_ms, self.campaign_id, self.record.seq)
 
 
 class AuditRow(msgspec.Struct, frozen=True):
@@ -212,19 +212,32 @@ def _ms(moment: datetime | None) -> int | None:
 
 
 def _order(row: Mapping[str, Any]) -> OrderRow:
+    until = row["cancel_until"]
     return OrderRow(
         campaign_id=row["campaign_id"],
-        seq=row["seq"],
         member_no=row["member_no"],
-        showing_no=row["showing_no"],
         showing_id=row["showing_id"],
-        quantity=row["quantity"],
         price_fen=row["price_fen"],
-        amount_fen=row["amount_fen"],
-        state=row["state"],
-        key_hash=row["key_hash"],
-        created_at_ms=to_ms(row["created_at"]),
+        payment=row["payment"],
+        cancel_until=None if until is None else rfc3339(to_ms(parse_moment(until))),
+        pay_before_ms=_ms(row["pay_before"]) or 0,
         card_remaining=row["card_remaining"],
+        record=OrderRecord(
+            seq=row["seq"],
+            at_ms=to_ms(row["created_at"]),
+            showing=row["showing_no"],
+            quantity=row["quantity"],
+            key_hash=row["key_hash"],
+            live=row["live"],
+            state=OrderState(row["state"]),
+            letters="".join(
+                GIVEN_BACK if no in row["given_back"] else VALID
+                for no in range(1, row["quantity"] + 1)
+            ),
+            changed=row["changed_by"],
+            paid=row["paid"],
+            returned=row["returned"],
+        ),
     )
 
 
@@ -240,5 +253,7 @@ def _event(row: Mapping[str, Any]) -> Event:
         quantity=row["quantity"],
         key_hash=row["key_hash"],
         price_fen=row["price_fen"],
+        pay_before=_ms(row["pay_before"]),
+        order=row["order_seq"],
         data=msgspec.json.decode(data) if data else {},
     )

@@ -76,7 +76,7 @@ async def remove_rows(conn: Connection, campaign_id: str) -> None:
 
     Raises asyncpg.IntegrityConstraintViolationError for any other campaign.
     """
-    for table in ("orders", "member_use", "event"):
+    for table in ("ticket", "orders", "member_use", "event"):
         for _ in range(CHUNKS_MAX):
             done = await conn.execute(
                 _SQL[f"remove_{table}"], campaign_id, CHUNK_ROWS, timeout=CHUNK_TIMEOUT_S

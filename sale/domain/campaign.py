@@ -16,7 +16,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from sale.domain.clock import to_ms
+from sale.domain.clock import rfc3339, to_ms
 from sale.domain.text import TITLE_MAX, Text
 from sale.domain.unions import DISTRICT
 
@@ -25,6 +25,8 @@ CARD_LIMIT_MAX: Final = 1_000
 SHOWINGS_MAX: Final = 500
 SHOWINGS_SHOWN_MAX: Final = 10
 PRICE_MAX_FEN: Final = 10_000_000
+HOLD_S: Final = 300
+"""How long an order waits for its payment, where the file of an online campaign says nothing."""
 
 RULE: Final = Meta(extra={"rule": True})
 """The scripts decide by this setting: the packed ``rules`` in a campaign's head hold it."""
@@ -61,6 +63,7 @@ Moment = Annotated[
     datetime, Meta(tz=True, extra_json_schema={"examples": ["2015-05-01T09:00:00+08:00"]})
 ]
 CardLimit = Annotated[int, Meta(ge=1, le=CARD_LIMIT_MAX)]
+HoldTime = Annotated[int, Meta(ge=120, le=1_800)]
 Tickets = Annotated[int, Meta(ge=0, le=STOCK_MAX)]
 
 CAMPAIGN_ID: Final = re.compile(r"[a-z0-9-]{1,48}")
@@ -85,7 +88,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     title: Title
     category: Literal["education", "culture", "sport", "health", "living"]
     price_fen: Annotated[int, Meta(ge=0, le=PRICE_MAX_FEN), RULE]
-    payment: Literal["none", "counter"]
+    payment: Annotated[Literal["none", "counter", "online"], RULE]
     card_limit: Annotated[CardLimit, RULE]
     order_max: Annotated[CardLimit, up_to("card_limit"), RULE]
     unions: Annotated[
@@ -98,6 +101,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
         RULE,
     ] = ("*",)
     owner: str = DISTRICT
+    hold_s: Annotated[HoldTime | None, RULE] = None
+    """How long an order waits for its payment; None unless ``payment`` is online."""
+    cancel_until: Annotated[Moment | None, RULE] = None
+    """Until when members may give tickets back; None: never."""
 
 
 class ShowingTerms(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,6 +113,8 @@ class ShowingTerms(msgspec.Struct, frozen=True, kw_only=True):
     id: Identifier
     title: Title
     starts_at: Moment | None = None
+    showing_limit: CardLimit | None = None
+    """Tickets of this showing that a card may hold; None: as many as ``card_limit``."""
 
 
 class Showing(ShowingTerms, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,6 +141,11 @@ class Campaign(Terms, frozen=True, kw_only=True, forbid_unknown_fields=True, dic
     def showing_numbers(self) -> dict[str, int]:
         """Number of each showing, by its ID: what the stock and the ledger know it by."""
         return {showing.id: number for number, showing in enumerate(self.showings)}
+
+    @cached_property
+    def cancel_until_shown(self) -> str | None:
+        """Until when members may give tickets back, as answers have it; None: never."""
+        return None if self.cancel_until is None else rfc3339(to_ms(self.cancel_until))
 
     @property
     def showings_in_words(self) -> Text:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sale.domain.campaign import Campaign
+from sale.domain.campaign import HOLD_S, Campaign
 from sale.domain.fields import NOT_AN_OBJECT, Reader, fields_of
 from sale.domain.text import Text
 from sale.files import brief, parse_toml
@@ -51,10 +51,10 @@ def parse_campaign(table: object, unions: frozenset[str]) -> Campaign:
     values = reader.read(Campaign, table)
     for field, what in _broken_rules(values, unions):
         reader.faults.setdefault(field, what)
-    if table.get("payment") == "online":
-        reader.faults["payment"] = _ONLINE_NOT_BUILT
     if reader.faults:
         raise InvalidCampaign(reader.faults)
+    if values["payment"] == "online" and values["hold_s"] is None:
+        values["hold_s"] = HOLD_S
     return msgspec.convert(values, Campaign)
 
 
@@ -81,9 +81,14 @@ def request_type() -> type[msgspec.Struct]:
     )
 
 
-_ONLINE_NOT_BUILT: Final = Text(
-    "线上支付还没有做好，请用 none 或 counter", "online is not built yet: use none or counter"
-)
+def _broken_payment(values: Mapping[str, Any]) -> Iterator[tuple[str, Text]]:
+    payment = values.get("payment")
+    if payment == "online" and values.get("price_fen") == 0:
+        yield "payment", Text("为 online 时 price_fen 必须大于 0", "online needs price_fen above 0")
+    if payment not in {None, "online"} and values.get("hold_s") is not None:
+        yield "hold_s", Text("只在 payment 为 online 时有效", 'needs payment = "online"')
+    if payment == "none" and values.get("price_fen", 0) > 0:
+        yield "payment", Text("为 none 时 price_fen 必须是 0", "none needs price_fen = 0")
 
 
 def _broken_rules(values: Mapping[str, Any], unions: frozenset[str]) -> Iterator[tuple[str, Text]]:
@@ -91,8 +96,7 @@ def _broken_rules(values: Mapping[str, Any], unions: frozenset[str]) -> Iterator
 
     A field that is wrong by itself is missing from ``values``.
     """
-    if values.get("payment") == "none" and values.get("price_fen", 0) > 0:
-        yield "payment", Text("为 none 时 price_fen 必须是 0", "none needs price_fen = 0")
+    yield from _broken_payment(values)
     opens_at, closes_at = values.get("opens_at"), values.get("closes_at")
     if opens_at and closes_at and closes_at <= opens_at:
         yield "closes_at", Text("必须晚于 opens_at", "must be after opens_at")
@@ -111,4 +115,10 @@ def _broken_rules(values: Mapping[str, Any], unions: frozenset[str]) -> Iterator
         if showing_id in seen:
             twice = Text(f"{showing_id!r} 出现了两次", f"{showing_id!r} is there twice")
             yield f"showings[{number}].id", twice
+        limit, most = showing.get("showing_limit"), values.get("card_limit")
+        if limit is not None and most is not None and limit > most:
+            yield (
+                f"showings[{number}].showing_limit",
+                Text(f"不能大于 card_limit（{most}）", f"must be at most card_limit ({most})"),
+            )
         seen.add(showing_id)

@@ -26,7 +26,7 @@ StateShown = Annotated[
 
 
 class CampaignNow(msgspec.Struct, frozen=True):
-    """A campaign at a moment. ``tickets`` and ``remaining`` by showing number.
+    """A campaign at a moment. ``tickets``, ``remaining``, ``held`` (in holds) by showing number.
 
     ``state`` counts what the clock has changed; ``recorded`` is what the ledger says so far.
     ``config_seq`` is the number of the event that gave it its configuration.
@@ -45,6 +45,7 @@ class CampaignNow(msgspec.Struct, frozen=True):
     roster_rev: int
     tickets: tuple[int, ...]
     remaining: tuple[int, ...]
+    held: tuple[int, ...]
     as_of_ms: int
 
     @property
@@ -82,9 +83,10 @@ class CampaignView(Terms, frozen=True, kw_only=True):
 
 
 class StockView(ShowingView, frozen=True, kw_only=True):
-    """A showing with its stock and what remains of it."""
+    """A showing with its stock, what remains of it, and the tickets in unpaid holds."""
 
     remaining: Count
+    held: Count
 
 
 class DeskView(CampaignView, frozen=True, kw_only=True):
@@ -113,9 +115,9 @@ def campaign_view(now: CampaignNow) -> CampaignView:
 def desk_view(now: CampaignNow) -> DeskView:
     """Show a campaign to operators."""
     showings = (
-        StockView(**_showing_terms(showing), tickets=tickets, remaining=remaining)
-        for showing, tickets, remaining in zip(
-            now.campaign.showings, now.tickets, now.remaining, strict=True
+        StockView(**_showing_terms(showing), tickets=tickets, remaining=remaining, held=held)
+        for showing, tickets, remaining, held in zip(
+            now.campaign.showings, now.tickets, now.remaining, now.held, strict=True
         )
     )
     return DeskView(

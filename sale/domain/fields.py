@@ -122,6 +122,9 @@ class Reader:
                 elif field.up_to in values:
                     values[field.name] = values[field.up_to]
                 continue
+            if table[field.name] is None and field.default is None:
+                values[field.name] = None
+                continue
             try:
                 values[field.name] = self._value(field, table[field.name], at, values)
             except Wrong as wrong:
@@ -180,8 +183,8 @@ def _choice(field: Field, value: Any, _values: object) -> str:  # noqa: ANN401
     raise Wrong(requirement(field))
 
 
-def _moment(_field: Field, value: Any, _values: object) -> datetime | None:  # noqa: ANN401
-    return None if value is None else parse_moment(value)
+def _moment(_field: Field, value: Any, _values: object) -> datetime:  # noqa: ANN401
+    return parse_moment(value)
 
 
 def _codes(field: Field, value: Any, _values: object) -> tuple[str, ...]:  # noqa: ANN401

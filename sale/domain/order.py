@@ -1,6 +1,7 @@
 """Orders, and their public numbers."""
 
 import re
+from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, Final, NamedTuple
 
@@ -10,6 +11,16 @@ from msgspec import Meta
 from sale.domain.campaign import CAMPAIGN_ID
 
 IDEMPOTENCY_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+LOW_BITS: Final = 0xFFFFFF
+ORDERS_MAX: Final = 50
+"""Orders of a member in a campaign, ended ones too: a bot that holds and lets expire adds no more.
+
+The same number stands in ``purchase.lua``.
+"""
+VALID: Final = "v"
+COLLECTED: Final = "c"
+GIVEN_BACK: Final = "x"
+"""Letters of the tickets in an order's record."""
 ORDER_NO: Final = re.compile(r"[A-Za-z0-9.-]{1,64}")
 """The form that clients may rely on; ``parse_order_number`` reads the engine's own numbers."""
 
@@ -19,13 +30,19 @@ Time = Annotated[
     str,
     Meta(extra_json_schema={"format": "date-time", "examples": ["2015-05-01T09:00:00.000+08:00"]}),
 ]
-OrderState = Annotated[
-    str,
-    Meta(
-        extra_json_schema={
-            "enum": ["held", "confirmed", "cancelled", "expired", "refunded", "collected"]
-        }
-    ),
+
+
+class OrderState(StrEnum):
+    """States of an order in the ledger and in Redis."""
+
+    HELD = "held"
+    CONFIRMED = "confirmed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+OrderStateShown = Annotated[
+    str, Meta(extra_json_schema={"enum": [*(state.value for state in OrderState), "collected"]})
 ]
 Fen = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
 Count = Annotated[int, Meta(extra_json_schema={"minimum": 0})]
@@ -49,22 +66,49 @@ class Ticket(msgspec.Struct, frozen=True):
 
     no: int
     code: str
-    state: str = "valid"
+    state: Annotated[str, Meta(extra_json_schema={"enum": ["valid", "collected", "cancelled"]})] = (
+        "valid"
+    )
+
+
+class PaymentState(StrEnum):
+    """States of the money of an order: a life of its own beside that of the order."""
+
+    NONE = "none"
+    DUE = "due"
+    PAID = "paid"
+    REFUNDING = "refunding"
+    REFUNDED = "refunded"
+
+
+class Payment(msgspec.Struct, frozen=True):
+    """The money of an order, in fen: what it costs, what came in, what has gone back."""
+
+    state: Annotated[str, Meta(extra_json_schema={"enum": [each.value for each in PaymentState]})]
+    amount_fen: Fen
+    paid_fen: Fen
+    refunded_fen: Fen
 
 
 class Order(msgspec.Struct, frozen=True):
-    """A card's order. ``card_remaining`` is what the card may still buy in the campaign."""
+    """A card's order. ``card_remaining`` is what the card may still buy in the campaign.
+
+    ``quantity`` and ``amount_fen`` stay as bought. ``pay_before`` is null unless it is held,
+    ``cancel_until`` where members cannot give tickets back.
+    """
 
     order_no: str
     campaign: str
     showing: str
     quantity: Count
-    state: OrderState
+    state: OrderStateShown
     amount_fen: Fen
     pay_before: Time | None
     created_at: Time
     tickets: list[Ticket]
     card_remaining: Count
+    payment: Payment
+    cancel_until: Time | None
 
 
 def order_number(campaign_id: str, seq: int, at_ms: int) -> str:
@@ -79,15 +123,27 @@ def order_number(campaign_id: str, seq: int, at_ms: int) -> str:
 @lru_cache(maxsize=4_096)
 def _moment(at_ms: int) -> str:
     """The moment of a sale in an order's number. A batch of sales shares one."""
-    return f"{at_ms & 0xFFFFFF:06x}"
+    return f"{at_ms & LOW_BITS:06x}"
 
 
-def parse_order_number(order_no: str) -> tuple[str, int, int] | None:
-    """Campaign, event number and last 24 bits of the moment (ms) of an order number, or None."""
+class OrderPlace(NamedTuple):
+    """What an order number says: campaign, event number, last 24 bits of the moment (ms)."""
+
+    campaign_id: str
+    seq: int
+    low_bits: int
+
+    def is_of(self, seq: int, at_ms: int) -> bool:
+        """Whether it means the order that event ``seq`` made at that moment."""
+        return seq == self.seq and at_ms & LOW_BITS == self.low_bits
+
+
+def parse_order_number(order_no: str) -> OrderPlace | None:
+    """Read an order number, or give None."""
     match = _ORDER_NO.fullmatch(order_no)
     if match is None:
         return None
-    return match[1], int(match[2], 16), int(match[3], 16)
+    return OrderPlace(match[1], int(match[2], 16), int(match[3], 16))
 
 
 _ORDER_NO: Final = re.compile(r"([a-z0-9-]{1,48})\.([0-9a-f]{1,8})\.([0-9a-f]{6})")

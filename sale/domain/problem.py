@@ -32,6 +32,7 @@ class Problem(StrEnum):
     CLOSED = "closed"
     SOLD_OUT = "sold-out"
     LIMIT_EXCEEDED = "limit-exceeded"
+    TOO_MANY_ORDERS = "too-many-orders"
     WRONG_STATE = "wrong-state"
     IDEMPOTENCY_MISMATCH = "idempotency-mismatch"
     PAYLOAD_TOO_LARGE = "payload-too-large"

@@ -1,9 +1,9 @@
 """``sale up``: the whole system on one machine, under one supervisor that restarts failed parts.
 
 The parts are the commands that a real deployment runs (``serve``, ``writer``, ``scheduler``,
-``migrate``), as child processes. The kernel ends them when this process ends, for whatever reason.
-The supervisor binds the API's port and never listens on it: this reserves the port while the API
-processes, which share it through SO_REUSEPORT, are restarted.
+``keeper``, ``migrate``), as child processes. The kernel ends them when this process ends, for
+whatever reason. The supervisor binds the API's port and never listens on it: this reserves the port
+while the API processes, which share it through SO_REUSEPORT, are restarted.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ async def run(
 
     SIGHUP renews the API processes, one after the other. When the API answers ready, ``on_ready``
     is called once with ``http://host:port``. ``command`` is the prefix of ``serve``, ``writer``,
-    ``scheduler`` and ``migrate``.
+    ``scheduler``, ``keeper`` and ``migrate``.
 
     Raises:
         SupervisorError: an address is in use, the migrations failed, or a part keeps failing.
@@ -182,7 +182,7 @@ def _children(
 ) -> list[Child]:
     """The parts in the order in which the supervisor stops them: the API first."""
     parts = [(f"serve-{number}", "serve") for number in range(1, settings.workers + 1)]
-    parts += [("writer", "writer"), ("scheduler", "scheduler")]
+    parts += [("writer", "writer"), ("keeper", "keeper"), ("scheduler", "scheduler")]
     environment = _environment(settings)
     return [
         Child(

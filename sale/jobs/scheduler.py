@@ -1,16 +1,16 @@
 """The scheduler does the periodic work that no request triggers.
 
 Four times a second it verifies a new Redis (INV-8), records openings and closings that no script
-has recorded yet (INV-7), and applies changes of the roster to the campaigns (INV-9). At a longer
-interval it audits the campaigns. Each step is a compare-and-set in a script, so a second scheduler
-does no harm. A purchase does not wait for the scheduler: the scripts apply openings and closings
-themselves.
+has recorded yet (INV-7), and applies changes of the roster to the campaigns (INV-9). It ends holds
+at their moment (``expiry.py``, INV-6). At a longer interval it audits the campaigns. Each step is a
+compare-and-set in a script, so a second scheduler does no harm. A purchase does not wait for the
+scheduler: the scripts apply openings and closings themselves.
 
 One scheduler is active and the others stand by (see ``leadership.py``); a standby only watches
 whether the stores answer. If PostgreSQL cannot say which one is active, all of them work, because
 openings and closings must be recorded. The clock has a loop of its own, because a PostgreSQL that
 does not answer delays the steps that need it. The roster has its own too, because a recovery takes
-time.
+time, and the holds have one, because thousands may end at once.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from sale.db.locks import SCHEDULER
 from sale.domain.campaign import Campaign, State
 from sale.domain.campaign_view import CampaignNow
 from sale.jobs.backoff import Backoff, pause
+from sale.jobs.expiry import Expiry
 from sale.jobs.leadership import Leadership
 from sale.lifetime import cancel_and_wait
 from sale.metrics import StoreMetrics
@@ -72,6 +73,12 @@ class SchedulerMetrics:
             ["campaign", "showing"],
             registry=registry,
         )
+        self.holds = Gauge(
+            "sale_holds",
+            "Orders that are held and not paid yet.",
+            ["campaign"],
+            registry=registry,
+        )
         self.findings = Gauge(
             "sale_audit_findings",
             "Breaches of an invariant that the last audit found.",
@@ -104,6 +111,7 @@ class SchedulerMetrics:
     def forget(self) -> None:
         """Clear the values that only the active scheduler knows."""
         self.remaining.clear()
+        self.holds.clear()
         self.findings.clear()
         self.recovering.set(0)
         self.rewrite_failed.set(0)
@@ -124,6 +132,9 @@ class Scheduler:
         self._dormant = Dormant[CampaignNow](stores.redis)
         self._rehearsals: dict[str, Campaign] = {}
         self._isolation = Isolation()
+        self._expiry = Expiry(
+            stores.scripts, self._isolation, self._metrics.holds, lambda: bool(self.active)
+        )
         self._troubles = Troubles(stores.redis, "scheduler")
         self._stalls = StalledLedgers()
         self._auto_recovery = AutoRecovery(
@@ -145,6 +156,7 @@ class Scheduler:
                 ),
                 self._repeat(stop, roster=self._roster),
                 self._repeat(stop, clock=self._clock),
+                self._end_holds(stop),
             )
         ]
         stores = self._stores
@@ -172,6 +184,15 @@ class Scheduler:
             for step, work in steps.items() if self.active else ():
                 await self._try(step, work)
             await pause(stop, tick_s)
+
+    async def _end_holds(self, stop: asyncio.Event) -> None:
+        tick_s = self._stores.settings.tick_interval_ms / 1000
+        await pause(self._decided, tick_s)
+        while not stop.is_set():
+            if self.active:
+                await self._try("expiry", self._expiry.end_due)
+            # The clock's round finds the campaigns that have holds.
+            await pause(stop, self._expiry.wait_s if self._expiry.holding else tick_s)
 
     async def _lead_or_stand_by(self, stop: asyncio.Event) -> None:
         backoff = Backoff()
@@ -282,6 +303,10 @@ class Scheduler:
         for each in unreadable:
             with self._isolation.of(each.campaign_id, "clock"):
                 raise each
+        self._expiry.watch(
+            [now.campaign.id for now in campaigns if any(now.held)]
+            + [each.campaign_id for each in unreadable]
+        )
         there = {now.campaign.id for now in campaigns}
         self._forget_gone(there)
         self._isolation.forget_others("clock", there | {each.campaign_id for each in unreadable})
@@ -312,6 +337,8 @@ class Scheduler:
             self._rehearsals[campaign_id] = now.campaign
         for showing, remaining in zip(now.campaign.showings, now.remaining, strict=True):
             self._metrics.remaining.labels(campaign_id, showing.id).set(remaining)
+        if now.campaign.payment == "online" and not any(now.held):
+            self._metrics.holds.labels(campaign_id).set(0)
         if not now.recovering and now.state is not now.recorded:
             reply = await self._stores.scripts.tick(campaign_id)
             if reply.reply is CallReply.OK and reply.tickets:

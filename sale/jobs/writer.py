@@ -313,6 +313,8 @@ class LedgerWriter:
         done, entries = await self._apply_valid(conn, campaign, entries)
         campaign.applied(done.position, entries[-1].at_ms, now_ms, self._retention_ms)
         self.metrics.written.inc(done.events)
+        self.metrics.expired.inc(done.expired)
+        self.metrics.cancelled_tickets.inc(done.cancelled_tickets)
         self._clear_stuck(campaign)
         for conflict in done.conflicts:
             self.metrics.conflicts.labels(campaign.id).inc()

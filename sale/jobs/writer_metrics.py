@@ -29,6 +29,16 @@ class LedgerMetrics:
             "Events written to PostgreSQL.",
             registry=registry,
         )
+        self.expired = Counter(
+            "sale_expired",
+            "Orders written whose hold ended unpaid.",
+            registry=registry,
+        )
+        self.cancelled_tickets = Counter(
+            "sale_cancelled_tickets",
+            "Tickets written that were given back.",
+            registry=registry,
+        )
         self.conflicts = Counter(
             "sale_ledger_conflicts",
             "Events that PostgreSQL refused to apply.",

@@ -52,7 +52,10 @@ class CorruptLedger(Exception):  # noqa: N818 - says what it is
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One event. The fields of a sale are None in every other kind, ``data`` is empty in a sale."""
+    """One event. A field that its kind does not have is None; ``data`` is empty in positional ones.
+
+    ``order`` is the number of the event that made the order which this one changes.
+    """
 
     seq: int
     at_ms: int
@@ -63,6 +66,8 @@ class Event(msgspec.Struct, frozen=True):
     quantity: int | None = None
     key_hash: str | None = None
     price_fen: int | None = None
+    pay_before: int | None = None
+    order: int | None = None
     data: dict[str, Any] = {}
 
     @property
@@ -81,11 +86,9 @@ class Event(msgspec.Struct, frozen=True):
 
     def row(self) -> list[Any]:
         """Give the event as an entry holds it."""
-        if KINDS[self.kind].positional:
-            return [
-                self.kind, self.member_no, self.showing, self.quantity, self.key_hash,
-                self.price_fen,
-            ]  # fmt: skip
+        kind = KINDS[self.kind]
+        if kind.positional:
+            return [self.kind, *(getattr(self, name) for name in kind.payload.__struct_fields__)]
         return [self.kind, self.data]
 
 
@@ -118,9 +121,26 @@ class Entry(msgspec.Struct, frozen=True):
                 row.key_hash, row.price_fen,
             )
             if isinstance(row, Sale)
-            else Event(seq, at_ms, epoch, _KIND_OF[type(row)], data=row.data)
+            else _event(seq, at_ms, epoch, row)
             for seq, row in enumerate(rows, self.first)
         ]  # fmt: skip
+
+
+def _event(seq: int, at_ms: int, epoch: int, row: Any) -> Event:  # noqa: ANN401 - of _ROWS
+    """Give the event of a decoded row that is not a sale."""
+    kind = _KIND_OF[type(row)]
+    if KINDS[kind].positional:
+        return Event(seq, at_ms, epoch, kind, **msgspec.structs.asdict(row))
+    member_no, order = row.data.get("member_no"), row.data.get("order")
+    return Event(seq, at_ms, epoch, kind, member_no=member_no, order=order, data=row.data)
+
+
+def parse_row(seq: int, at_ms: int, epoch: int, row: bytes | str) -> Event:
+    """Read one event as an entry holds it (JSON). Raises CorruptLedger."""
+    try:
+        return _event(seq, at_ms, epoch, _ONE_ROW.decode(row))
+    except DAMAGED as error:
+        raise CorruptLedger(f"event {seq}: {error}") from None
 
 
 def link(chain: str, first: int, at_ms: int, epoch: int, payload: bytes) -> str:
@@ -192,4 +212,6 @@ def _row_type(name: str, kind: Kind) -> type[msgspec.Struct]:
 
 
 _KIND_OF: Final = {_row_type(name, kind): name for name, kind in KINDS.items()}
-_ROWS: Final = msgspec.json.Decoder[list[Any]](list[reduce(or_, _KIND_OF)])  # type: ignore[misc]
+_ROW: Final = reduce(or_, _KIND_OF)
+_ROWS: Final = msgspec.json.Decoder[list[Any]](list[_ROW])  # type: ignore[valid-type]
+_ONE_ROW: Final = msgspec.json.Decoder[Any](_ROW)

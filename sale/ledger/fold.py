@@ -4,23 +4,49 @@ from typing import Any
 
 import msgspec
 
+from sale.domain.order import GIVEN_BACK, VALID, OrderState
 from sale.domain.problem import DAMAGED
 from sale.ledger.chain import CorruptLedger, Event
 from sale.ledger.kinds import KINDS
 
 
-class SaleRecord(msgspec.Struct, frozen=True, gc=False):
-    """One order of a member, as the member's record in Redis holds it."""
+class OrderRecord(msgspec.Struct, frozen=True, gc=False):
+    """One order of a member, as the member's record in Redis holds it.
+
+    ``seq`` and ``changed`` are the numbers of the events that made it and changed it last (0:
+    none). ``live`` tickets count; ``letters`` has one letter a ticket. ``returned``: it was paid
+    when it had ended, and the money goes back.
+    """
 
     seq: int
     at_ms: int
     showing: int
     quantity: int
     key_hash: str
+    live: int
+    state: OrderState
+    letters: str
+    changed: int = 0
+    paid: bool = False
+    returned: bool = False
+
+    @property
+    def given_back(self) -> list[int]:
+        """Numbers of the tickets that were given back."""
+        return [no for no, letter in enumerate(self.letters, 1) if letter == GIVEN_BACK]
+
+
+def hold_name(seq: int, member_no: int) -> str:
+    """Name of a held order in ``holds``; the same stands in ``stock/lua/_orders.lua``."""
+    return f"{seq}:{member_no}"
 
 
 class CampaignState(msgspec.Struct):
-    """The sum of a campaign's events: the state that Redis must hold, exactly."""
+    """The sum of a campaign's events: the state that Redis must hold, exactly.
+
+    ``holds`` has each held order's ``pay_before`` (UTC ms), by the order's and the member's number;
+    ``held`` the tickets in holds by showing.
+    """
 
     seq: int = 0
     epoch: int = 1
@@ -30,7 +56,9 @@ class CampaignState(msgspec.Struct):
     config: dict[str, Any] = {}
     tickets: dict[int, int] = {}
     remaining: dict[int, int] = {}
-    members: dict[int, list[SaleRecord]] = {}
+    held: dict[int, int] = {}
+    members: dict[int, list[OrderRecord]] = {}
+    holds: dict[str, int] = {}
     operations: dict[str, str] = {}
     config_seq: int = 0
     """Number of the event that gave the configuration."""
@@ -61,6 +89,36 @@ class CampaignState(msgspec.Struct):
         if showing not in self.remaining:
             raise ValueError(f"no showing {showing}")
         self.remaining[showing] -= quantity
+        state = OrderState.CONFIRMED
+        if sale.pay_before is not None:
+            state = OrderState.HELD
+            self.holds[hold_name(sale.seq, member_no)] = sale.pay_before
+            self.held[showing] += quantity
         self.members.setdefault(member_no, []).append(
-            SaleRecord(sale.seq, sale.at_ms, showing, quantity, sale.key_hash)
-        )
+            OrderRecord(
+                sale.seq, sale.at_ms, showing, quantity, sale.key_hash, quantity, state,
+                VALID * quantity,
+            )
+        )  # fmt: skip
+
+    def order_of(self, event: Event) -> OrderRecord:
+        """Give the order that an event changes. Raises LookupError where there is none."""
+        for order in self.members.get(event.member_no or 0, ()):
+            if order.seq == event.order:
+                return order
+        raise LookupError(f"member {event.member_no} has no order {event.order}")
+
+    def pay_before(self, event: Event) -> int:
+        """Give the moment (UTC ms) at which the hold of an event ends. Raises LookupError."""
+        return self.holds[hold_name(event.order or 0, event.member_no or 0)]
+
+    def change(self, event: Event, **fields: Any) -> None:  # noqa: ANN401 - an order's fields
+        """Change the order of an event; stock and holds follow from its tickets and state."""
+        before = self.order_of(event)
+        after = msgspec.structs.replace(before, changed=event.seq, **fields)
+        orders = self.members[event.member_no or 0]
+        orders[orders.index(before)] = after
+        self.remaining[before.showing] += before.live - after.live
+        if before.state is OrderState.HELD and after.state is not OrderState.HELD:
+            del self.holds[hold_name(before.seq, event.member_no or 0)]
+            self.held[before.showing] -= before.live

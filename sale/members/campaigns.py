@@ -8,10 +8,9 @@ from redis.asyncio import Redis
 from sale.domain.campaign import CAMPAIGN_ID, State
 from sale.domain.campaign_view import CampaignNow
 from sale.domain.member import may_meet
-from sale.domain.order import Count
+from sale.domain.order import ORDERS_MAX, Count
 from sale.domain.problem import Problem, Refused
 from sale.identity import Member
-from sale.members.orders import live_tickets
 from sale.stock.catalogue import Catalogue
 from sale.stock.records import read_member
 
@@ -54,9 +53,11 @@ class PublicCampaigns:
     async def allowance(self, now: CampaignNow, member: Member) -> Allowance:
         """Give what a member may still buy in a campaign."""
         campaign = now.campaign
-        records, revoked = await read_member(self._redis, campaign.id, member.no)
-        card_remaining = campaign.card_limit - live_tickets(records)
-        reason = _why_not(now, member, revoked=revoked, card_remaining=card_remaining)
+        own = await read_member(self._redis, campaign.id, member.no)
+        card_remaining = campaign.card_limit - own.live_tickets
+        reason = _why_not(now, member, revoked=own.revoked, card_remaining=card_remaining)
+        if reason is None and len(own.records) >= ORDERS_MAX:
+            reason = Problem.TOO_MANY_ORDERS
         return Allowance(
             eligible=reason is None,
             reason=reason,

@@ -25,7 +25,7 @@ from sale.domain.problem import Problem, Refused
 from sale.domain.text import Text
 from sale.http.overload import MUST_WAIT, QUEUE, TURN, Overload
 from sale.identity import MemberTokens
-from sale.members.orders import TicketCodes, key_hash, placed_order
+from sale.members.orders import TicketCodes, changed_order, key_hash, placed_order
 from sale.members.rate import RateLimits, TooFast
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase, Purchase
@@ -163,9 +163,14 @@ class PurchaseDesk:
         if answer.decision in _PLACED:
             order = placed_order(
                 self._codes, campaign, purchase.showing, purchase.quantity, answer.value,
-                answer.sold_at_ms, answer.price_fen, answer.card_remaining,
+                answer.sold_at_ms, answer.price_fen, answer.card_remaining, answer.pay_before_ms,
             )  # fmt: skip
             return Placed(order, answer.decision is Decision.REPLAYED)
+        if answer.record is not None:
+            order = changed_order(
+                self._codes, campaign, answer.record, answer.card_remaining, answer.pay_before_ms
+            )
+            return Placed(order, replayed=True)
         return _refusal(answer, campaign.card_limit)
 
     async def _no_campaign(self, campaign_id: str) -> Refused:
@@ -230,7 +235,9 @@ def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one br
     """Give the refusal for a decision; a batch shares one."""
     match answer.decision:
         case Decision.SOLD_OUT:
-            return Refused(Problem.SOLD_OUT, remaining=answer.value)
+            return _sold_out(answer)
+        case Decision.TOO_MANY_ORDERS:
+            return Refused(Problem.TOO_MANY_ORDERS)
         case Decision.LIMIT_EXCEEDED:
             return Refused(
                 Problem.LIMIT_EXCEEDED,
@@ -262,3 +269,15 @@ def _refusal(answer: Answer, card_limit: int) -> Refused:  # noqa: C901 - one br
             return Refused(Problem.NOT_FOUND, "no such campaign")
         case _:
             return Refused(Problem.UNAVAILABLE)
+
+
+def _sold_out(answer: Answer) -> Refused:
+    """Say what is left, and what may come back: tickets that are held and not paid yet."""
+    if not answer.held:
+        return Refused(Problem.SOLD_OUT, remaining=answer.value)
+    return Refused(
+        Problem.SOLD_OUT,
+        remaining=answer.value,
+        held=answer.held,
+        pay_before=rfc3339(answer.pay_before_ms),
+    )

@@ -14,7 +14,7 @@ from sale.operators.campaigns import Actor
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One operator action: who, when, what, to what, why, and particulars.
 
-    ``target`` names a member by number, and a card by its last four digits.
+    ``target`` names a member and an order by number, and a card by its last four digits.
     """
 
     id: int

@@ -83,7 +83,7 @@ class CampaignDesk:
         self, campaign: Campaign, actor: Actor, reason: str | None, key: str | None
     ) -> CampaignNow:
         """Make a campaign: scheduled where it has an opening moment, else a draft."""
-        _check_may(actor, RUNNERS, campaign.owner)
+        check_may(actor, RUNNERS, campaign.owner)
         reason = None if reason is None else checked_reason(reason)
         config = msgspec.json.encode(campaign)
         operation = _operation(actor, reason, key, "create", config.decode())
@@ -111,7 +111,7 @@ class CampaignDesk:
 
     async def show(self, campaign_id: str, actor: Actor) -> CampaignNow:
         """Give a campaign as it is now, drafts too. Raises Refused."""
-        return _seen(campaign_id, await read_campaign(self._redis, campaign_id), actor)
+        return seen(campaign_id, await read_campaign(self._redis, campaign_id), actor)
 
     async def all(self, actor: Actor, *, rehearsals: bool) -> list[CampaignNow]:
         """Give every campaign that exists for this actor, latest opening first."""
@@ -144,8 +144,8 @@ class CampaignDesk:
         again = await self._find_repeat(campaign_id, operation, key)
         if again is not None:
             return None if step.removes else await self._repeated(campaign_id, actor, again)
-        now = _seen(campaign_id, before, actor)
-        _check_may(actor, step.roles, now.campaign.owner)
+        now = seen(campaign_id, before, actor)
+        check_may(actor, step.roles, now.campaign.owner)
         reply = await step.script(StepCall(step, self._scripts, now, operation, request))
         if reply.reply is CallReply.INVALID:
             field, why = step.invalid
@@ -234,20 +234,24 @@ class CampaignDesk:
         return now
 
     async def _applied(self, campaign_id: str, seq: int) -> None:
-        """Wait a moment for the writer, so that the audit log shows the step."""
+        await wait_a_moment(self._pool, campaign_id, seq)
 
-        async def applied_now() -> int:
-            async with self._pool.acquire(timeout=APPLIED_WAIT_S) as connection:
-                return (await read.position(connection, campaign_id)).seq
 
-        with contextlib.suppress(*POSTGRES_ERRORS):
-            await wait_applied(
-                applied_now,
-                seq,
-                patience_s=APPLIED_WAIT_S,
-                within_s=APPLIED_WAIT_S,
-                pause_s=APPLIED_PAUSE_S,
-            )
+async def wait_a_moment(pool: asyncpg.Pool, campaign_id: str, seq: int) -> None:
+    """Wait for the writer, so that what was done can be read in the audit log."""
+
+    async def applied_now() -> int:
+        async with pool.acquire(timeout=APPLIED_WAIT_S) as connection:
+            return (await read.position(connection, campaign_id)).seq
+
+    with contextlib.suppress(*POSTGRES_ERRORS):
+        await wait_applied(
+            applied_now,
+            seq,
+            patience_s=APPLIED_WAIT_S,
+            within_s=APPLIED_WAIT_S,
+            pause_s=APPLIED_PAUSE_S,
+        )
 
 
 def _operation(
@@ -264,7 +268,7 @@ def _operation(
     )
 
 
-def _seen(campaign_id: str, now: CampaignNow | None, actor: Actor) -> CampaignNow:
+def seen(campaign_id: str, now: CampaignNow | None, actor: Actor) -> CampaignNow:
     """Give a campaign that this actor may see. Raises Refused, the same for missing and hidden."""
     if now is None or not actor.may_see(now):
         raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
@@ -298,12 +302,14 @@ def _gone(draft: read.GoneDraft) -> CampaignNow:
         epoch=draft.epoch,
         roster_rev=-1,
         tickets=tuple(draft.tickets),
+        held=(0,) * len(draft.tickets),
         remaining=tuple(draft.tickets),
         as_of_ms=draft.at_ms,
     )
 
 
-def _check_may(actor: Actor, roles: frozenset[str], owner: str) -> None:
+def check_may(actor: Actor, roles: frozenset[str], owner: str) -> None:
+    """Raise Refused unless this actor has one of the roles and acts for the owner."""
     if actor.role not in roles:
         raise Refused(Problem.FORBIDDEN, f"the role {actor.role!r} may not change campaigns")
     if not actor.acts_for(owner):

@@ -218,9 +218,11 @@ class Rehearsals:
 def copy_of(original: CampaignNow, opens_at_ms: int, closes_at_ms: int) -> Campaign:
     """Give the rehearsal of a campaign: the same showings, stock, limits and price.
 
-    Its stock is all tickets of the original, with those that were added since.
+    Its stock is all tickets of the original, with those that were added since. One that is paid
+    online is rehearsed as if paid at the counter: it holds nothing and never reaches a provider.
     """
     campaign = original.campaign
+    payment = "counter" if campaign.payment == "online" else campaign.payment
     return msgspec.structs.replace(
         campaign,
         id=rehearsal_id(campaign.id),
@@ -229,6 +231,8 @@ def copy_of(original: CampaignNow, opens_at_ms: int, closes_at_ms: int) -> Campa
         opens_at=from_ms(opens_at_ms),
         closes_at=from_ms(closes_at_ms),
         draft=False,
+        payment=payment,
+        hold_s=None,
         rehearsal_of=campaign.id,
         showings=tuple(
             msgspec.structs.replace(showing, tickets=tickets)

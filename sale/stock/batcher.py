@@ -33,8 +33,11 @@ import structlog
 from redis.exceptions import ResponseError
 
 from sale.domain.campaign import Campaign
+from sale.domain.order import OrderState
 from sale.domain.problem import Problem
-from sale.ledger.chain import CorruptLedger
+from sale.ledger.chain import CorruptLedger, Event
+from sale.ledger.fold import OrderRecord
+from sale.ledger.kinds import HELD, SOLD
 from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.stock.batch_codec import pack_batch
@@ -43,9 +46,10 @@ from sale.stock.errors import REDIS_ERRORS
 from sale.stock.head import TRUST
 from sale.stock.keys import campaign_keys
 from sale.stock.mark import NOT_CHECKED, Found, Mark, look_up
+from sale.stock.records import parse_records
 from sale.stock.script_connection import ScriptConnection
 from sale.stock.scripts import CallReply, Decision, Peek, Scripts, Untrusted
-from sale.stock.unapplied import Sale, Unapplied
+from sale.stock.unapplied import Batch, Unapplied
 
 RETRY_PAUSES_S: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 UNTRUSTED_PATIENCE_S: Final = 2.0
@@ -64,7 +68,10 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
     ``decision`` is None if the outcome is unknown or Redis cannot be trusted. ``value`` is
     the event number of an order, the tickets left, the tickets the member may still buy, or the
-    opening moment (ms): see the header of ``purchase.lua``.
+    opening moment (ms): see the header of ``purchase.lua``. ``pay_before_ms`` is when an order's
+    hold ends, or the next hold of a campaign that is sold out, 0 where there is none; then
+    ``held`` is how many tickets of the showing are in holds. ``record`` is that of a replayed order
+    which is held or has changed.
     """
 
     decision: Decision | None
@@ -73,6 +80,9 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     sold_at_ms: int = 0
     now_ms: int = 0
     price_fen: int = 0
+    pay_before_ms: int = 0
+    held: int = 0
+    record: OrderRecord | None = None
 
 
 UNKNOWN: Final = Answer(None)
@@ -81,6 +91,7 @@ UNKNOWN: Final = Answer(None)
 OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.SOLD: "sold",
     Decision.REPLAYED: "replayed",
+    Decision.REPLAYED_CHANGED: "replayed",
     Decision.CARD_REVOKED: Problem.CARD_REVOKED,
     Decision.NOT_ELIGIBLE: Problem.NOT_ELIGIBLE,
     Decision.KEY_MISMATCH: Problem.IDEMPOTENCY_MISMATCH,
@@ -93,6 +104,7 @@ OUTCOMES: Final[dict[Decision | None, str]] = {
     Decision.SOLD_OUT: Problem.SOLD_OUT,
     Decision.BAD_QUANTITY: Problem.INVALID_REQUEST,
     Decision.BEHIND: Problem.UNAVAILABLE,
+    Decision.TOO_MANY_ORDERS: Problem.TOO_MANY_ORDERS,
     None: Problem.UNAVAILABLE,
 }
 _BY_PEEK: Final = frozenset(
@@ -102,7 +114,7 @@ _PASSING: Final = frozenset(
     {CallReply.OK, CallReply.LATE, CallReply.UNVERIFIED, CallReply.UNCHECKED}
 )
 """Replies that may change within UNTRUSTED_PATIENCE_S, so that the call is repeated."""
-_RESULTS_AT: Final = 8
+_RESULTS_AT: Final = 9
 """Index of the first result in a reply of ``purchase.lua``."""
 _DECISIONS: Final = {int(decision): decision for decision in Decision}
 
@@ -346,6 +358,10 @@ class Batcher:
                     attempt = 1
                     batch = self._asking = self._drop_overdue(batch)
                     continue
+                if reply[0] == CallReply.DUE:
+                    await self._expire()
+                    batch = self._asking = self._drop_overdue(batch)
+                    continue
                 self._warn_store("purchase.untrusted", CallReply(reply[0]).name.lower())
                 if reply[0] not in _PASSING:
                     break
@@ -355,6 +371,20 @@ class Batcher:
             attempt += 1
             batch = self._asking = self._drop_overdue(batch)
         self._give_up(batch)
+
+    async def _expire(self) -> None:
+        """End holds that are due, so that nobody is refused for their tickets.
+
+        If none ended, because another process was faster or the script fails, wait for a moment:
+        the call is repeated until the deadline.
+        """
+        try:
+            async with asyncio.timeout(self._call_timeout_s):
+                if (await self._scripts.expire(self._campaign.id)).count:
+                    return
+        except (Untrusted, *REDIS_ERRORS) as error:
+            self._warn_store("purchase.holds_not_ended", f"{type(error).__name__}: {error}"[:200])
+        await asyncio.sleep(RETRY_PAUSES_S[0])
 
     async def check_acknowledged(self) -> bool:
         """Check that this Redis holds everything that this process acknowledged, and mark it so.
@@ -416,16 +446,18 @@ class Batcher:
 
     def _answer(self, batch: list[Purchase], packed: bytes, reply: list[Any]) -> None:
         """Store the sales, then settle all purchases. For the reply see ``purchase.lua``."""
-        now_ms, seq, chain, epoch, price_fen, number, config_seq = reply[1:_RESULTS_AT]
+        now_ms, seq, chain, epoch, price_fen, number, config_seq, pay_before = reply[1:_RESULTS_AT]
         self.take_config(config_seq)
         self.advance(seq, chain.decode())
         self._metrics.batch_size.observe(len(batch))
         if len(reply) == _RESULTS_AT + len(batch):
             # The usual case of a rush: each purchase was sold, so the results need no inspection.
             self._all_refused &= self._peeked
-            self.unapplied.add_batch(epoch, price_fen, number + 1, now_ms, len(batch), packed)
+            self.unapplied.add_batch(
+                Batch(epoch, price_fen, number + 1, now_ms, pay_before, len(batch), packed)
+            )
             answers = [
-                Answer(Decision.SOLD, event, left, now_ms, now_ms, price_fen)
+                Answer(Decision.SOLD, event, left, now_ms, now_ms, price_fen, pay_before)
                 for event, left in enumerate(islice(reply, _RESULTS_AT, None), number + 1)
             ]
         else:
@@ -442,34 +474,42 @@ class Batcher:
 
     def _answers_of(self, batch: list[Purchase], reply: list[Any]) -> list[Answer]:
         """Read a reply with refusals or replays, and store the sales."""
-        now_ms, _, _, epoch, price_fen, number, _ = reply[1:_RESULTS_AT]
-        applied = self.unapplied.applied
+        now_ms, _, _, epoch, price_fen, number, _, pay_before = reply[1:_RESULTS_AT]
+        kind, held_until = (HELD, pay_before) if pay_before else (SOLD, None)
         shared: dict[int, Answer] = {}
         answers: list[Answer] = []
-        sales: list[Sale] = []
+        sales: list[Event] = []
         for p, result in zip(batch, islice(reply, _RESULTS_AT, None), strict=False):
             if result >= 0:
                 number += 1
-                answer = Answer(Decision.SOLD, number, result, now_ms, now_ms, price_fen)
-                sales.append((number, now_ms, p.member_no, p.showing, p.quantity, p.key_hash))
+                answer = Answer(
+                    Decision.SOLD, number, result, now_ms, now_ms, price_fen, pay_before
+                )
+                sales.append(_sale(p, number, now_ms, epoch, kind, price_fen, held_until))
             elif result in shared:
                 answer = shared[result]
             else:
-                code, value, left, sold_at_ms = reply[-result : 4 - result]
-                answer = shared[result] = Answer(
-                    _DECISIONS[code], value, left, sold_at_ms or now_ms, now_ms, price_fen
-                )
-                if (
-                    code == Decision.REPLAYED
-                    and value > applied
-                    and self.unapplied.first_replay(value, p.key_hash)
-                ):
-                    sales.append(
-                        (value, sold_at_ms, p.member_no, p.showing, p.quantity, p.key_hash)
-                    )
+                answer = shared[result] = _answer(reply[-result : 4 - result], now_ms, price_fen)
+                sales += self._replayed(p, answer, epoch)
             answers.append(answer)
-        self.unapplied.add(epoch, price_fen, sales)
+        self.unapplied.add(sales)
         return answers
+
+    def _replayed(self, p: Purchase, answer: Answer, epoch: int) -> list[Event]:
+        """Give the sale that a replay acknowledges, if it is to be kept.
+
+        The event of an order that has changed since is not known any more, but for a hold's.
+        """
+        seq, record = answer.value, answer.record
+        if answer.decision is Decision.REPLAYED:
+            kind, held_until = SOLD, None
+        elif record is not None and record.state is OrderState.HELD:
+            kind, held_until = HELD, answer.pay_before_ms
+        else:
+            return []
+        if seq <= self.unapplied.applied or not self.unapplied.first_replay(seq, p.key_hash):
+            return []
+        return [_sale(p, seq, answer.sold_at_ms, epoch, kind, answer.price_fen, held_until)]
 
     def _settle(self, purchases: list[Purchase], answers: list[Answer]) -> None:
         self._settled += len(purchases)
@@ -536,7 +576,12 @@ class Batcher:
         if not self._store_rejects:  # otherwise Redis answers reads and still refuses writes
             self._warned, self._store_failing = "", False
         refusal, left = _closed_by(peek), peek.remaining
-        by_showing = [Answer(Decision.SOLD_OUT, n, now_ms=peek.now_ms) for n in left]
+        if peek.due and refusal is None:
+            return self._take(self._batch_max)  # holds end first, by the script's DUE
+        by_showing = [
+            Answer(Decision.SOLD_OUT, n, 0, 0, peek.now_ms, 0, peek.hold_ends_ms, held)
+            for n, held in zip(left, peek.held, strict=True)
+        ]
         if refusal is not None:
             by_showing, left = [refusal] * len(left), (0,) * len(left)
         shown, unions = len(left), None if "*" in self._campaign.unions else self._campaign.unions
@@ -566,6 +611,33 @@ class Batcher:
         if len(undecided) > self._batch_max // 2:
             self._all_refused = False
         return undecided
+
+
+def _answer(told: list[Any], now_ms: int, price_fen: int) -> Answer:
+    """Read code, a, b, c of a reply of ``purchase.lua``."""
+    code, a, b, c = told
+    decision = _DECISIONS[code]
+    if decision is Decision.REPLAYED_CHANGED:
+        (record,) = parse_records(a)
+        return Answer(decision, record.seq, b, record.at_ms, now_ms, price_fen, c, record=record)
+    if decision is Decision.SOLD_OUT:
+        return Answer(decision, a, now_ms=now_ms, pay_before_ms=c, held=b)
+    return Answer(decision, a, b, c or now_ms, now_ms, price_fen)
+
+
+def _sale(
+    p: Purchase,
+    seq: int,
+    at_ms: int,
+    epoch: int,
+    kind: str,
+    price_fen: int,
+    pay_before: int | None,
+) -> Event:
+    return Event(
+        seq, at_ms, epoch, kind, p.member_no, p.showing, p.quantity, p.key_hash, price_fen,
+        pay_before,
+    )  # fmt: skip
 
 
 def _closed_by(peek: Peek) -> Answer | None:

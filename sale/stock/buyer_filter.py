@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from sale.domain.member import MADE_UP_FROM, MEMBERS_MAX
 from sale.ledger.chain import parse_entry
-from sale.ledger.kinds import SOLD
+from sale.ledger.kinds import HELD, SOLD
 from sale.lifetime import cancel_and_wait
 from sale.stock.head import ROSTER, TRUST
 from sale.stock.keys import campaign_keys
@@ -133,7 +133,7 @@ class BuyerFilter:
                 self.seq = -1  # trimmed meanwhile: load again
                 return
             for event in entry.events():
-                if event.kind == SOLD and event.member_no is not None:
+                if event.kind in {SOLD, HELD} and event.member_no is not None:
                     self._add(event.member_no)
             self.seq = entry.last
 

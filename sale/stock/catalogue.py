@@ -347,6 +347,7 @@ def _parse(
         roster_rev=-1 if head.roster_rev is None else head.roster_rev,
         tickets=tuple(integer(stock.get(b"t%d" % number, b"0")) for number in showings),
         remaining=tuple(integer(stock.get(b"r%d" % number, b"0")) for number in showings),
+        held=tuple(integer(stock.get(b"h%d" % number, b"0")) for number in showings),
         as_of_ms=now_ms,
     )
 

@@ -49,6 +49,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     roster_load: str = ""
     applied: int = 0
     behind_since: int | None = None
+    grace_until: int | None = None
 
     @property
     def dormant(self) -> bool:
@@ -175,14 +176,21 @@ def packed(
     )
 
 
-def rules_of(campaign: Campaign) -> dict[str, int | str | bool]:
+def rules_of(campaign: Campaign) -> dict[str, int | str | bool | list[int]]:
     """Give the settings that the scripts decide by, in the form that Lua reads.
 
     Moments are UTC milliseconds; several codes are ``,code,code,``, or ``*`` for all; a setting
-    that is None is left out, and is nil to Lua.
+    that is None is left out, and is nil to Lua. ``showing_limits`` is there where any showing has a
+    limit of its own.
     """
     values = {name: getattr(campaign, name) for name in RULE_NAMES}
-    return {name: _for_lua(value) for name, value in values.items() if value is not None}
+    rules: dict[str, int | str | bool | list[int]] = {
+        name: _for_lua(value) for name, value in values.items() if value is not None
+    }
+    limits = [showing.showing_limit for showing in campaign.showings]
+    if any(limit is not None for limit in limits):
+        rules["showing_limits"] = [limit or campaign.card_limit for limit in limits]
+    return rules
 
 
 def unpacked_rules(rules: bytes) -> Mapping[str, Any]:

@@ -8,11 +8,13 @@ it.
 key        type     holds
 ========== ======== =================================================================
 head       hash     number, chain hash, epoch, state, window, limits, clock, identity
-stock      hash     ``t<n>`` tickets and ``r<n>`` remaining of showing number n
-members    hash     member number → the member's orders here, 31 bytes each
+stock      hash     of showing number n: ``t<n>`` tickets, ``r<n>`` remaining, ``k<n>`` kept for the
+                    counter, ``h<n>`` in holds
+members    hash     member number → the member's orders here, see ``lua/_orders.lua``
 revoked    set      members who may not buy (derived from the roster, not from the ledger)
 calls      hash     process → number of its last call, so that a delayed call cannot sell
 operations hash     operator's idempotency key → event number and content
+holds      zset     ``order number:member`` → ``pay_before`` of each held order
 stream     stream   the ledger, one entry a call, ID ``<number of the last event>-0``
 ========== ======== =================================================================
 """
@@ -54,6 +56,7 @@ class CampaignKeys(NamedTuple):
     revoked: str
     calls: str
     operations: str
+    holds: str
 
 
 @lru_cache(maxsize=4_096)

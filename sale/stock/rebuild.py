@@ -70,12 +70,13 @@ async def rebuild(scripts: Scripts, plan: Rebuild) -> CallReply:
         books.closes_at_ms,
     )
     reply: Any = await redis.execute_command(  # type: ignore[no-untyped-call]
-        "EVAL", RECOVER.source, 11, *old, new.stream, new.stock, new.members, new.operations,
+        "EVAL", RECOVER.source, 13, *old,
+        new.stream, new.stock, new.members, new.operations, new.holds,
         *plan.old, plan.seq, plan.chain, plan.epoch, plan.clock_ms, int(plan.keep_stream),
         books.state, campaign, scripts.nonce, *counts,
         msgspec.json.encode(plan.actor), msgspec.json.encode(plan.reason),
         plan.applied, msgspec.json.encode(plan.voided[:VOIDED_TOLD_MAX]),
-        books.made, books.config_seq,
+        books.made, books.config_seq, len(books.holds),
     )  # fmt: skip
     await redis.unlink(*new)
     return CallReply(reply[0])
@@ -86,8 +87,12 @@ async def _write_beside(redis: Redis, plan: Rebuild) -> tuple[int, int, int, int
     new, books = rebuilt_keys(plan.campaign_id), plan.books
     stock = {f"t{number}": count for number, count in books.tickets.items()}
     stock |= {f"r{number}": count for number, count in books.remaining.items()}
+    stock |= {f"h{number}": count for number, count in books.held.items()}
+    stock |= {f"k{number}": 0 for number in books.tickets}
     for chunk in _chunks(stock):
         await redis.hset(new.stock, mapping=chunk)
+    for chunk in _chunks(books.holds):
+        await redis.zadd(new.holds, chunk)
     for chunk in _chunks(books.operations):
         await redis.hset(new.operations, mapping=chunk)
     for chunk in _chunks(books.members):

@@ -6,7 +6,7 @@ trusted, and appends to the chain, so that all scripts do this in the same way.
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import IntEnum
 from functools import partial
 from importlib.resources import files
@@ -18,8 +18,9 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from sale.domain.campaign import STOCK_MAX
+from sale.domain.order import OrderPlace
 from sale.stock.keys import AWAITED, CampaignKeys, campaign_keys
-from sale.stock.mark import Mark
+from sale.stock.mark import NOT_CHECKED, Mark
 from sale.stock.script_connection import ScriptConnection, pack
 
 
@@ -38,6 +39,8 @@ class CallReply(IntEnum):
     REPLAYED = -9
     INVALID = -10
     UNCHECKED = -11
+    DUE = -12
+    NOT_FOUND = -13
 
 
 class Decision(IntEnum):
@@ -45,6 +48,7 @@ class Decision(IntEnum):
 
     SOLD = 1
     REPLAYED = 2
+    REPLAYED_CHANGED = 3
     CARD_REVOKED = -1
     NOT_ELIGIBLE = -2
     KEY_MISMATCH = -3
@@ -57,10 +61,15 @@ class Decision(IntEnum):
     SOLD_OUT = -10
     BAD_QUANTITY = -11
     BEHIND = -12
+    TOO_MANY_ORDERS = -13
 
 
 class Peek(msgspec.Struct, frozen=True):
-    """The state by which a purchase would be decided now; ``remaining`` by showing number."""
+    """The state by which a purchase would be decided now.
+
+    ``remaining`` and ``held`` (tickets in holds) by showing number; ``hold_ends_ms`` is when the
+    next hold ends (0: there is none), ``due`` whether that has come.
+    """
 
     now_ms: int
     seq: int
@@ -70,7 +79,10 @@ class Peek(msgspec.Struct, frozen=True):
     opens_at_ms: int
     roster_rev: int
     config_seq: int
+    hold_ends_ms: int
+    due: bool
     remaining: tuple[int, ...]
+    held: tuple[int, ...]
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -91,6 +103,27 @@ class OperationReply(msgspec.Struct, frozen=True):
     chain: str = ""
     tickets: int = 0
     remaining: int = 0
+
+
+class OrderReply(msgspec.Struct, frozen=True):
+    """A script's reply about one order: its code, and what follows as the script's header says."""
+
+    reply: CallReply
+    values: tuple[Any, ...]
+
+
+class Expired(msgspec.Struct, frozen=True):
+    """The result of one ``expire.lua``; ``next_ends_ms`` is 0 where there is no other hold.
+
+    ``held`` is how many orders are still held.
+    """
+
+    seq: int
+    count: int
+    next_ends_ms: int
+    now_ms: int
+    grace_until_ms: int
+    held: int
 
 
 class Repeat(msgspec.Struct, frozen=True):
@@ -208,7 +241,10 @@ class Scripts:
             opens_at_ms=reply[6],
             roster_rev=reply[7],
             config_seq=reply[8],
-            remaining=tuple(reply[9:]),
+            hold_ends_ms=reply[9],
+            due=bool(reply[10]),
+            remaining=tuple(reply[11 : 11 + showings]),
+            held=tuple(reply[11 + showings :]),
         )
 
     async def create(
@@ -235,6 +271,44 @@ class Scripts:
         return await self._operate(
             ADD_STOCK, campaign_id, *_who(operation), self.nonce, showing, add, STOCK_MAX
         )
+
+    async def expire(self, campaign_id: str) -> Expired:
+        """Run ``expire.lua`` once: ends up to 256 holds that are due. Raises Untrusted."""
+        reply = await self._run(EXPIRE, campaign_keys(campaign_id), self.nonce)
+        if reply[0] != CallReply.OK:
+            raise Untrusted(CallReply(reply[0]))
+        return Expired(*reply[1:])
+
+    async def cancel(
+        self,
+        place: OrderPlace,
+        member_no: int,
+        tickets: Sequence[int],
+        actor: str,
+        reason: str | None,
+        *,
+        mark: Mark | None,
+        limited: bool,
+    ) -> OrderReply:
+        """Run ``cancel.lua``; no ``tickets``: all that can be given back.
+
+        ``mark``: that of the API process which answers, if it is one. ``limited``: only until the
+        campaign's ``cancel_until``.
+        """
+        return await self._change(
+            CANCEL, place.campaign_id, *(mark or NOT_CHECKED)[:2], self.nonce, member_no, place.seq,
+            place.low_bits, ",".join(map(str, tickets)), int(limited), _json(actor), _json(reason),
+        )  # fmt: skip
+
+    async def pay(self, place: OrderPlace, member_no: int, amount_fen: int) -> OrderReply:
+        """Run ``pay.lua`` for money that came in."""
+        return await self._change(
+            PAY, place.campaign_id, self.nonce, member_no, place.seq, place.low_bits, amount_fen
+        )
+
+    async def _change(self, script: "Script", campaign_id: str, *args: Any) -> OrderReply:  # noqa: ANN401
+        code, *rest = await self._run(script, campaign_keys(campaign_id), *args)
+        return OrderReply(CallReply(code), tuple(rest))
 
     async def repeated(
         self, campaign_id: str, operation: Operation
@@ -367,10 +441,11 @@ class Script(msgspec.Struct, frozen=True):
     awaited: bool
 
 
-def _load(name: str, *, awaited: bool = False) -> Script:
+def _load(name: str, *, awaited: bool = False, orders: bool = False) -> Script:
+    """Load a script behind what it shares with others; ``orders``: with the layout of orders."""
     folder = files(__package__) / "lua"
-    shared = (folder / "_ledger.lua").read_text("utf-8")
-    source = f"{shared}\n{(folder / f'{name}.lua').read_text('utf-8')}"
+    parts = ["_ledger", *(["_orders"] if orders else []), name]
+    source = "\n".join((folder / f"{part}.lua").read_text("utf-8") for part in parts)
     sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
     return Script(source, sha, awaited)
 
@@ -379,13 +454,20 @@ def _who(operation: Operation) -> tuple[str, str, str, str]:
     return (
         operation.op,
         operation.content,
-        msgspec.json.encode(operation.actor).decode(),
-        msgspec.json.encode(operation.reason).decode(),
+        _json(operation.actor),
+        _json(operation.reason),
     )
 
 
-PURCHASE: Final = _load("purchase", awaited=True)
-PEEK: Final = _load("peek")
+def _json(value: str | None) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+PURCHASE: Final = _load("purchase", awaited=True, orders=True)
+PEEK: Final = _load("peek", orders=True)
+EXPIRE: Final = _load("expire", orders=True)
+CANCEL: Final = _load("cancel", awaited=True, orders=True)
+PAY: Final = _load("pay", awaited=True, orders=True)
 CREATE: Final = _load("create", awaited=True)
 TRANSITION: Final = _load("transition", awaited=True)
 ADD_STOCK: Final = _load("add_stock", awaited=True)

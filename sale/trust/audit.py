@@ -30,18 +30,21 @@ from sale.stock.errors import REDIS_ERRORS
 from sale.stock.head import POSITION
 from sale.stock.keys import campaign_keys
 from sale.stock.troubles import read_troubles
-from sale.trust.audit_postgres import compare_campaign, compare_orders, compare_showings
+from sale.trust.audit_postgres import (
+    compare_campaign,
+    compare_changes,
+    compare_orders,
+    compare_showings,
+)
 from sale.trust.comparison import (
     INVARIANTS,
     Finding,
     Findings,
+    FoldComparison,
     Gone,
     RedisView,
-    compare_members,
     compare_operations,
     compare_revoked,
-    compare_rules,
-    compare_state,
     read_redis,
     revoked_at,
 )
@@ -212,8 +215,8 @@ class _Check:
             await self._check_chain(Position(position["applied"], position["chain"]), view.highest)
             books = await self._fold(connection, position, view)
             await compare_orders(connection, view.now.campaign, self._findings)
+            await compare_changes(connection, self._id, books, self._findings)
             await self._check_roster(connection, view)
-        await compare_members(view, books, self._findings)
         compare_operations(view, books, self._findings)
         return True
 
@@ -288,7 +291,8 @@ class _Check:
         view: RedisView,
     ) -> CampaignState:
         """Fold PostgreSQL's ledger to the end of the snapshot; check each event on the way."""
-        books, rules, compared = CampaignState(), _Rules(self._findings), False
+        books, rules = CampaignState(), _Rules(self._findings)
+        comparison = FoldComparison(view, self._findings)
         async for events in ledger_events(connection, self._id):
             for event in events:
                 try:
@@ -297,11 +301,9 @@ class _Check:
                 except (CorruptLedger, *DAMAGED) as error:
                     self._findings.add("INV-5", f"PostgreSQL's ledger: {error}")
                     return books
-                if event.seq == view.now.seq:
-                    compare_state(view.now, books, self._findings)
-                    compare_rules(view.rules, books, self._findings)
-                    compared = True
-        if not compared:
+                comparison.at(books)
+        comparison.finish(books)
+        if not comparison.compared:
             self._findings.add("INV-5", f"PostgreSQL's ledger does not reach {view.now.seq}")
         if books.seq != position["applied"]:
             self._findings.add(

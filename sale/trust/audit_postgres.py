@@ -13,9 +13,11 @@ from sale.domain.campaign import Campaign
 from sale.domain.clock import nearest, to_ms
 from sale.identity import TOKEN_TTL_S
 from sale.ledger.fold import CampaignState
-from sale.ledger.kinds import CLOCK, KINDS
+from sale.ledger.kinds import CLOCK, KINDS, MEMBER
 from sale.trust.comparison import Findings
 from sale.trust.history import QUERY_TIMEOUT_S
+
+ROWS: Final = 2_000
 
 
 def compare_campaign(position: Mapping[str, Any], books: CampaignState, findings: Findings) -> None:
@@ -77,13 +79,22 @@ async def compare_orders(connection: Connection, campaign: Campaign, findings: F
     await each("INV-3", "orders_without_sale", "order {seq}: no sale in the ledger")
     await each("INV-5", "conflicts", "event {seq}: refused by PostgreSQL: {why}")
     await each("INV-3", "untold", "event {seq}: {why}")
+    await each(
+        "INV-11", "money_not_presented", "payment {payment_no}: taken, and not in the ledger"
+    )
+    await each(
+        "INV-11",
+        "money_unaccounted",
+        "payment {payment_no}: {paid_fen} fen came in, {counted} are tickets or go back",
+    )
+    await each("INV-11", "paid_without_money", "order {seq}: paid, and no money came in for it")
     await each("INV-9", "sold_to_revoked", "event {seq}: sold to a member who was not active")
     await each(
         "INV-10",
         "steps_unaccounted",
         "event {seq} ({kind}): not in the audit log, or no why",
         [name for name, kind in KINDS.items() if kind.audited],
-        CLOCK,
+        [CLOCK, MEMBER],
         [name for name, kind in KINDS.items() if kind.needs_reason],
     )
     if "*" not in campaign.unions:
@@ -94,6 +105,26 @@ async def compare_orders(connection: Connection, campaign: Campaign, findings: F
             list(campaign.unions),
             timedelta(seconds=TOKEN_TTL_S),
         )
+
+
+async def compare_changes(
+    connection: Connection, campaign_id: str, books: CampaignState, findings: Findings
+) -> None:
+    """Compare the orders that have changed since they were made, and their tickets."""
+    expected = {
+        (member_no, order.seq): order
+        for member_no, orders in books.members.items()
+        for order in orders
+        if order.changed
+    }
+    async for row in connection.cursor(_SQL["changed_orders"], campaign_id, prefetch=ROWS):
+        order = expected.pop((row["member_no"], row["seq"]), None)
+        if order is None or tuple(row)[2:] != (
+            order.state, order.live, order.changed, order.paid, order.returned, order.given_back,
+        ):  # fmt: skip
+            findings.add("INV-6", f"order {row['seq']}: PostgreSQL has another state of it")
+    for _, seq in expected:
+        findings.add("INV-6", f"order {seq}: PostgreSQL lacks a change of it")
 
 
 def _storable(moment_ms: int | None) -> int | None:

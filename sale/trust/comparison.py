@@ -1,13 +1,11 @@
 """Compares a campaign in Redis with the fold of its ledger, for the audit and the recovery.
 
-While sales go on, Redis is read in chunks, each in one atomic step with the current event number. A
-member's records hold event numbers, so a fold to the end gives the member's orders at any earlier
-number. Only head and stock have to be compared with the fold at exactly the number at which they
-were read.
+While sales go on, Redis is read in chunks, each in one atomic step with the current event number.
+Orders change, so each chunk is compared while the fold stands at exactly its number.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
@@ -15,16 +13,16 @@ from redis.asyncio import Redis
 from sale.db import roster
 from sale.domain.campaign import Campaign
 from sale.domain.campaign_view import CampaignNow
-from sale.ledger.fold import CampaignState, SaleRecord
+from sale.ledger.fold import CampaignState, OrderRecord
 from sale.stock.catalogue import read_campaign
 from sale.stock.head import ROSTER, RULES, SEQ, rules_of, unpacked_rules
 from sale.stock.keys import campaign_keys
 from sale.stock.records import parse_records
-from sale.trust.history import QUERY_TIMEOUT_S, Steps
+from sale.trust.history import QUERY_TIMEOUT_S
 
 SCAN_COUNT: Final = 1_000
 PER_INVARIANT_MAX: Final = 10
-INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 11))
+INVARIANTS: Final = tuple(f"INV-{number}" for number in range(1, 12))
 INVARIANT_OF_RULE: Final = {"card_limit": "INV-2", "order_max": "INV-2", "unions": "INV-9"}
 """The invariant that is broken if a rule differs in Redis; INV-5 for the other rules."""
 
@@ -68,16 +66,25 @@ class Gone(Exception):  # noqa: N818 - the name states what happened
     """A campaign ceased to exist in Redis while it was read: it was purged, or lost."""
 
 
-class RedisView(msgspec.Struct):
-    """A campaign as it was read from Redis.
+class Chunk(NamedTuple):
+    """Members' values, and the number of the last event when they were read."""
 
-    ``members`` are raw records, each with the event number at which it was read. ``rules`` and
-    ``revoked`` are None if they changed during the reading; the next audit compares them.
+    seq: int
+    members: dict[int, bytes]
+
+
+class RedisView(msgspec.Struct):
+    """What Redis held: ``chunks`` of members in the order of their reading.
+
+    ``held_at`` is the number at which ``holds`` was read. ``rules`` and ``revoked`` are None where
+    they changed during the reading: the next audit compares them.
     """
 
     now: CampaignNow
     rules: Mapping[str, Any] | None
-    members: dict[int, tuple[int, bytes]]
+    held_at: int
+    holds: dict[str, int]
+    chunks: list[Chunk]
     operations: dict[str, str]
     revoked: set[int] | None
     highest: int
@@ -95,8 +102,15 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
         return None
     rules = await RULES.read(redis, campaign_id)
     operations: dict[Any, Any] = await redis.hgetall(keys.operations)
-    members: dict[int, tuple[int, bytes]] = {}
-    cursor, highest = 0, now.seq
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.hget(keys.head, SEQ)
+        pipe.zrange(keys.holds, 0, -1, withscores=True)
+        number, holds = await pipe.execute()
+    if number is None:
+        raise Gone(campaign_id)
+    held_at = highest = int(number)
+    chunks: list[Chunk] = []
+    cursor = 0
     while True:
         async with redis.pipeline(transaction=True) as pipe:
             pipe.hget(keys.head, SEQ)
@@ -106,7 +120,7 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
             raise Gone(campaign_id)
         seq = int(number)
         highest = max(highest, seq)
-        members.update((int(field), (seq, value)) for field, value in chunk.items())
+        chunks.append(Chunk(seq, {int(field): value for field, value in chunk.items()}))
         if int(cursor) == 0:
             break
     revoked: set[int] = set()
@@ -116,7 +130,9 @@ async def read_redis(redis: Redis, campaign_id: str) -> RedisView | None:
     return RedisView(
         now=now,
         rules=unpacked_rules(rules.rules) if rules == before else None,
-        members=members,
+        held_at=held_at,
+        holds={name.decode(): int(ms) for name, ms in holds},
+        chunks=chunks,
         operations={op.decode(): what.decode() for op, what in operations.items()},
         revoked=revoked if after == now.roster_rev else None,
         highest=highest,
@@ -129,6 +145,7 @@ def compare_state(now: CampaignNow, books: CampaignState, findings: Findings) ->
         for says, held, expected in (
             ("left", now.remaining[number], books.remaining.get(number)),
             ("in stock", now.tickets[number], books.tickets.get(number)),
+            ("in holds", now.held[number], books.held.get(number)),
         ):
             if held != expected:
                 findings.add(
@@ -164,37 +181,72 @@ def compare_rules(
             findings.add(invariant, f"Redis has another {name} than the ledger says")
 
 
-async def compare_members(view: RedisView, books: CampaignState, findings: Findings) -> None:
-    """Compare each member's orders with the fold, up to the number they were read at."""
-    steps = Steps()
-    for member_no, (at, value) in view.members.items():
-        await steps.done()
-        try:
-            held = parse_records(value)
-        except ValueError as error:
-            findings.add("INV-3", f"member {member_no}: the orders in Redis: {error}")
-            continue
-        expected = [record for record in books.members.get(member_no, ()) if record.seq <= at]
-        if held != expected:
-            _add_differences(member_no, held, expected, findings)
-        if findings.full:
+class FoldComparison:
+    """Compares what was read with a fold, while the fold stands at the number of each reading."""
+
+    def __init__(self, view: RedisView, findings: Findings) -> None:
+        self._view = view
+        self._findings = findings
+        self._waiting = sorted(view.chunks, key=lambda chunk: chunk.seq, reverse=True)
+        self._stops = {view.now.seq, view.held_at, *(chunk.seq for chunk in view.chunks)}
+        self._left: set[int] = set()
+        self.compared = False
+        """Whether the fold has come to the number at which head and stock were read."""
+
+    def at(self, books: CampaignState) -> None:
+        """Compare what was read at the number at which the fold stands now."""
+        if books.seq not in self._stops:
             return
-    for member_no, records in books.members.items():
-        await steps.done()
-        # A member whom the scan did not return had no order when the scan began.
-        if member_no not in view.members and (
-            expected := [record for record in records if record.seq <= view.now.seq]
-        ):
-            _add_differences(member_no, [], expected, findings)
-        if findings.full:
-            return
+        if books.seq == self._view.now.seq:
+            compare_state(self._view.now, books, self._findings)
+            compare_rules(self._view.rules, books, self._findings)
+            self._left = set(books.members)
+            self.compared = True
+        if books.seq == self._view.held_at:
+            self._compare_holds(books)
+        while self._waiting and self._waiting[-1].seq == books.seq:
+            self._compare_members(self._waiting.pop(), books)
+
+    def finish(self, books: CampaignState) -> None:
+        """Compare what was read at a number that the fold did not come to, and who was not met."""
+        while self._waiting and not self._findings.full:
+            self._compare_members(self._waiting.pop(), books)
+        # A member whom the scan did not meet had no order when it began.
+        for member_no in self._left:
+            if self._findings.full:
+                return
+            _add_differences(member_no, [], books.members[member_no], self._findings)
+
+    def _compare_members(self, chunk: Chunk, books: CampaignState) -> None:
+        self._left -= chunk.members.keys()
+        for member_no, value in chunk.members.items():
+            if self._findings.full:
+                return
+            try:
+                held = parse_records(value)
+            except ValueError as error:
+                self._findings.add("INV-3", f"member {member_no}: the orders in Redis: {error}")
+                continue
+            expected = books.members.get(member_no, [])
+            if held != expected:
+                _add_differences(member_no, held, expected, self._findings)
+
+    def _compare_holds(self, books: CampaignState) -> None:
+        held, expected = self._view.holds, books.holds
+        for name in sorted(held.keys() | expected.keys()):
+            if held.get(name) != expected.get(name):
+                self._findings.add(
+                    "INV-6",
+                    f"hold {name} (order:member): Redis says {held.get(name)}, "
+                    f"the ledger {expected.get(name)}",
+                )
 
 
 def _add_differences(
-    member_no: int, held: list[SaleRecord], expected: list[SaleRecord], findings: Findings
+    member_no: int, held: list[OrderRecord], expected: list[OrderRecord], findings: Findings
 ) -> None:
     name = f"member {member_no}"
-    counts = [sum(record.quantity for record in records) for records in (held, expected)]
+    counts = [sum(record.live for record in records) for records in (held, expected)]
     if counts[0] != counts[1]:
         findings.add("INV-2", f"{name}: Redis counts {counts[0]} tickets, the ledger {counts[1]}")
     if lacking := _beyond(expected, held):
@@ -203,10 +255,15 @@ def _add_differences(
         findings.add("INV-5", f"{name}: Redis has {unfounded} without such an event")
     if {record.key_hash for record in held} != {record.key_hash for record in expected}:
         findings.add("INV-4", f"{name}: Redis knows other keys than the ledger says")
+    by_number = {record.seq: record for record in expected}
+    for record in held:
+        if record != by_number.get(record.seq, record):
+            findings.add("INV-6", f"{name}: Redis has another state of order {record.seq}")
 
 
-def _beyond(these: Iterable[SaleRecord], those: list[SaleRecord]) -> str:
-    return ", ".join(str(record.seq) for record in these if record not in those)
+def _beyond(these: Iterable[OrderRecord], those: list[OrderRecord]) -> str:
+    known = {record.seq for record in those}
+    return ", ".join(str(record.seq) for record in these if record.seq not in known)
 
 
 def compare_operations(view: RedisView, books: CampaignState, findings: Findings) -> None:

@@ -3,7 +3,9 @@
 It changes nothing. ``recover.py`` describes the order of a recovery.
 """
 
+import contextlib
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -23,7 +25,7 @@ from sale.ledger.chain import (
     parse_entry,
 )
 from sale.ledger.fold import CampaignState
-from sale.ledger.kinds import CLOCK, SOLD, VOIDED
+from sale.ledger.kinds import CLOCK, VOIDED
 from sale.stock.head import EXAMINED, SEQ
 from sale.stock.keys import CAMPAIGNS, campaign_keys
 from sale.stock.process_reports import Reports
@@ -33,17 +35,16 @@ from sale.stock.scripts import Scripts
 from sale.stock.stream import stream_rows
 from sale.trust.comparison import (
     Findings,
+    FoldComparison,
     Gone,
     RedisView,
-    compare_members,
     compare_operations,
     compare_revoked,
-    compare_rules,
-    compare_state,
     read_redis,
     revoked_at,
 )
 from sale.trust.history import History, Steps, ledger_events
+from sale.trust.record_steps import steps_beyond
 from sale.trust.refill import Refilled, refill
 from sale.trust.verify import what_lacks
 
@@ -158,8 +159,9 @@ async def examine(
         )
         if examination.old == NO_HEAD and not given_out and not examination.applied:
             raise Refused(Problem.NOT_FOUND, f"no campaign {campaign_id!r}")
-        await _fold(connection, examination, trail, (view, findings), progress)
-        handed = await _handed(await claims.unsettled(connection, campaign_id, examination.seq))
+        comparison = None if view is None else FoldComparison(view, findings)
+        await _fold(connection, examination, trail, comparison, progress)
+        handed = await claims.unsettled(connection, campaign_id, examination.seq)
         streamed = (
             await _stray(redis, connection, examination) if trail.wrong or trail.overlaps else []
         )
@@ -172,8 +174,8 @@ async def examine(
     )
     examination.differences += _misfit(examination, trail, reports, given_out, still=still)
     examination.unsteady = trail.wrong != "" or given_out > examination.seq or not still
-    if view is not None and examination.redis_seq >= examination.applied:
-        await compare_members(view, examination.books, findings)
+    if view is not None and comparison is not None and examination.redis_seq >= examination.applied:
+        comparison.finish(examination.books)
         compare_operations(view, examination.books, findings)
         if view.now.roster_rev >= 0:
             compare_revoked(view, revoked, findings)
@@ -319,33 +321,18 @@ async def _stray(redis: Redis, connection: Connection, examination: Examination)
     return beyond
 
 
-async def _handed(handed_in: list[claims.Claim]) -> list[Event]:
-    """Give the events of the sales that were handed in."""
-    found, steps = [], Steps()
-    for claim in handed_in:
-        await steps.done()
-        found.append(claim.event())
-    return found
-
-
 async def _from_members(view: RedisView | None, examination: Examination) -> list[Event]:
-    """Give the sales beyond the ledger in members' records, because the stream may lack them."""
+    """Give the steps beyond the ledger in members' records, because the stream may lack them."""
     found: list[Event] = []
-    price_fen, steps = examination.books.config.get("price_fen"), Steps()
-    for member_no, (_, value) in ({} if view is None else view.members).items():
+    steps = Steps()
+    chunks = () if view is None else view.chunks
+    for member_no, value in chain.from_iterable(each.members.items() for each in chunks):
         await steps.done()
-        try:
-            records = parse_records(value)
-        except ValueError:
-            continue
-        found += [
-            Event(
-                record.seq, record.at_ms, examination.books.epoch, SOLD, member_no, record.showing,
-                record.quantity, record.key_hash, price_fen,
-            )
-            for record in records
-            if record.seq > examination.seq
-        ]  # fmt: skip
+        with contextlib.suppress(ValueError):
+            found += steps_beyond(
+                member_no, parse_records(value), {} if view is None else view.holds,
+                examination.books,
+            )  # fmt: skip
     return found
 
 
@@ -353,19 +340,17 @@ async def _fold(
     connection: Connection,
     examination: Examination,
     trail: _Trail,
-    compared: tuple[RedisView | None, Findings],
+    comparison: FoldComparison | None,
     progress: Progress | None,
 ) -> None:
     """Fold PostgreSQL's ledger and the sound tail; compare head and stock at the head's number."""
-    view, findings = compared
 
     def add(events: list[Event]) -> None:
         for event in events:
             examination.books.apply(event)
             examination.ended_ms = max(examination.ended_ms, event.at_ms)
-            if view is not None and event.seq == view.now.seq:
-                compare_state(view.now, examination.books, findings)
-                compare_rules(view.rules, examination.books, findings)
+            if comparison is not None:
+                comparison.at(examination.books)
         if progress is not None:
             progress(
                 "reading the ledger",

@@ -8,6 +8,7 @@ import msgspec
 from sale.db import claims, read
 from sale.domain.clock import rfc3339, to_ms
 from sale.domain.problem import Problem, Refused
+from sale.ledger.chain import parse_row
 
 LISTED_MAX: Final = 1_000
 
@@ -46,6 +47,9 @@ async def losses(pool: asyncpg.Pool, campaign_id: str) -> Losses:
 
 def _conflict(row: dict[str, Any]) -> Conflict:
     event = msgspec.json.decode(row["event"])
+    if (handed_in := event.get("row")) is not None:
+        step = parse_row(row["seq"], 0, event["epoch"], msgspec.json.encode(handed_in))
+        event = msgspec.to_builtins(step)
     return Conflict(
         seq=row["seq"],
         at=rfc3339(to_ms(row["at"])),

@@ -15,7 +15,7 @@ import msgspec
 from sale.domain.problem import DAMAGED
 from sale.ledger.chain import Entry, Event, make_entry
 from sale.ledger.fold import CampaignState
-from sale.ledger.kinds import CLOCK, KINDS, VOIDED
+from sale.ledger.kinds import CLOCK, EXPIRED, KINDS, VOIDED
 from sale.trust.history import Steps
 
 ENTRY_ROWS_MAX: Final = 256
@@ -92,7 +92,7 @@ class _Refill:
     async def settle(self, claims: Sequence[Event]) -> None:
         """Fill in or void the next number."""
         await self._steps.done()
-        if len(claims) == 1 and not (why := self._misfit(claims[0])):
+        if len(claims) == 1 and not (why := await self._misfit_after_expiry(claims[0])):
             await self._open_before(claims[0])
             await self.flush()
             self._clock_ms = max(self._clock_ms, claims[0].at_ms)
@@ -114,6 +114,28 @@ class _Refill:
             self._add(self._event(VOIDED, {"actor": ACTOR}))
         self._waiting = 0
 
+    async def _misfit_after_expiry(self, claim: Event) -> str:
+        """Say why a claim does not fit, also once the holds that were due by then have ended.
+
+        Their expiries took some of the lost numbers before it: a ticket that was sold again, say.
+        """
+        why = self._misfit(claim)
+        if not why or not self._waiting:
+            return why
+        due = sorted(
+            (ends, name) for name, ends in self._books.holds.items() if ends <= claim.at_ms
+        )
+        if not due:
+            return why
+        count = min(len(due), self._waiting)
+        self._waiting -= count
+        await self.flush()
+        for ends, name in due[:count]:
+            order, member_no = map(int, name.split(":"))
+            self._clock_ms = max(self._clock_ms, ends)
+            self._add(Event(0, 0, 0, EXPIRED, member_no=member_no, order=order))
+        return self._misfit(claim)
+
     def _misfit(self, claim: Event) -> str:
         """Say why a claim does not fit at its number; '' if it fits."""
         kind, books = KINDS[claim.kind], self._books
@@ -121,7 +143,7 @@ class _Refill:
             return f"what was {claim.kind} is not repeated by a recovery"
         if books.state == "deleted":
             return "the campaign was deleted"
-        if claim.at_ms < self._clock_ms:
+        if claim.at_ms < self._clock_ms and claim.order is None:  # a record lacks when it changed
             return "its time is before that of the event before it"
         try:
             broken = list(kind.breaches(books, claim))
@@ -168,4 +190,4 @@ class _Refill:
 
 
 def _content(event: Event) -> tuple[object, ...]:
-    return (event.kind, event.member_no, event.showing, event.quantity, event.key_hash, event.data)
+    return tuple(event.row())

@@ -16,7 +16,6 @@ import structlog
 from redis.asyncio import Redis
 
 from sale.db import claims, rehearsals
-from sale.db.claims import Claim
 from sale.db.errors import POSTGRES_ERRORS
 from sale.stock.batcher import Batcher
 from sale.stock.batchers import Batchers
@@ -33,7 +32,6 @@ from sale.stock.process_reports import (
     sign_off,
     this_process,
 )
-from sale.stock.unapplied import AcknowledgedSale
 
 BEAT_TIMEOUT_S: Final = 2.0
 HAND_IN_TIMEOUT_S: Final = 10.0
@@ -81,7 +79,7 @@ class Witness:
             await self._stop_looking()
 
     async def sign_off(self) -> None:
-        """Hand in the unapplied sales and remove the report, so that nobody waits for this process.
+        """Hand in the unapplied steps and remove the report, so that nobody waits for this process.
 
         It hands them in even if Redis has all of them: if Redis loses its files before the writer
         has read them, no other process knows them. If not all could be handed in, the last report
@@ -204,7 +202,7 @@ class Witness:
             return await rehearsals.is_purged(connection, campaign_id)
 
     async def _hand_in(self, batcher: Batcher, identity: str, *, due: bool) -> bool:
-        """Hand in the unapplied sales, once per Redis; whether PostgreSQL has all of them."""
+        """Hand in the unapplied steps, once per Redis; whether PostgreSQL has all of them."""
         campaign_id, unapplied = batcher.campaign_id, batcher.unapplied
         if not due:
             self._handed_in.pop(campaign_id, None)
@@ -212,9 +210,9 @@ class Witness:
         handing = (identity, unapplied.total)
         if self._handed_in.get(campaign_id) == handing or not len(unapplied):
             return True
-        sales, count = unapplied.sales(), 0
+        steps, count = unapplied.events(), 0
         try:
-            while chunk := [_claim(sale) for sale in islice(sales, HAND_IN_CHUNK)]:
+            while chunk := list(islice(steps, HAND_IN_CHUNK)):
                 async with asyncio.timeout(HAND_IN_TIMEOUT_S), self._pool.acquire() as connection:
                     await claims.hand_in(connection, campaign_id, self._batchers.process, chunk)
                 count += len(chunk)
@@ -222,15 +220,8 @@ class Witness:
             log.warning("report.not_handed_in", campaign=campaign_id, why=type(error).__name__)
             return False
         if self._ending:
-            log.info("report.handed_in_at_end", campaign=campaign_id, sales=count)
+            log.info("report.handed_in_at_end", campaign=campaign_id, steps=count)
         else:
-            log.warning("report.handed_in", campaign=campaign_id, sales=count)
+            log.warning("report.handed_in", campaign=campaign_id, steps=count)
         self._handed_in[campaign_id] = handing
         return unapplied.total == handing[1]  # False if it acknowledged more meanwhile
-
-
-def _claim(sale: AcknowledgedSale) -> Claim:
-    return Claim(
-        sale.seq, sale.epoch, sale.at_ms, sale.member_no, sale.key_hash,
-        sale.showing, sale.quantity, sale.price_fen,
-    )  # fmt: skip

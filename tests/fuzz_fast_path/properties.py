@@ -63,7 +63,7 @@ FILMS = Campaign(
 FILMS_NOW = CampaignNow(
     campaign=FILMS, config_seq=1, state=State.OPEN, recorded=State.OPEN, opens_at_ms=1,
     closes_at_ms=None, recovering="", seq=1, chain="", epoch=1, roster_rev=0, tickets=(1,),
-    remaining=(1,), as_of_ms=1,
+    remaining=(1,), held=(0,), as_of_ms=1,
 )  # fmt: skip
 _SERVE = FastReads.serve
 ROUTES = fast_routes(SimpleNamespace(desk=None, public_campaigns=None))  # type: ignore[arg-type]

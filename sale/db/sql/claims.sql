@@ -1,33 +1,29 @@
--- name: hand_in -- Acknowledged sales; one that two processes know is the same row.
+-- name: hand_in -- Acknowledged steps; one that two processes know is the same row.
 -- What was told in a rehearsal that is gone is owed to nobody.
-INSERT INTO handed_in (
-    campaign_id, seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen, process
-)
-SELECT $1, seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen, $2
-FROM unnest(
-    $3::bigint[], $4::int[], $5::timestamptz[], $6::int[], $7::text[], $8::int[], $9::int[],
-    $10::int[]
-) AS told (seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen)
+INSERT INTO handed_in (campaign_id, seq, epoch, at, step, process)
+SELECT $1, seq, epoch, at, step::jsonb, $2
+FROM unnest($3::bigint[], $4::int[], $5::timestamptz[], $6::text[]) AS told (seq, epoch, at, step)
 WHERE NOT EXISTS (SELECT FROM campaign WHERE campaign_id = $1 AND purged_at IS NOT NULL)
-ON CONFLICT (campaign_id, seq, member_no, key_hash) DO NOTHING;
+ON CONFLICT (campaign_id, seq, jsonb_hash_extended(step, 0)) DO NOTHING;
 
 -- name: unsettled -- What was handed in beyond number $2, at most $4 rows beyond number $3.
-SELECT seq, epoch, at, member_no, key_hash, showing_no, quantity, price_fen
+SELECT seq, epoch, at, step
 FROM handed_in
 WHERE campaign_id = $1 AND settled IS NULL AND seq > $2 AND seq > $3
-ORDER BY seq, handed_at LIMIT $4;
+ORDER BY seq, id LIMIT $4;
 
 -- name: highest -- Highest number that was handed in and is not settled; 0 where there is none.
 SELECT coalesce(max(seq), 0) FROM handed_in WHERE campaign_id = $1 AND settled IS NULL;
 
 -- name: settle -- Compares what was handed in with the ledger, as far as it is applied.
--- What does not stand is a conflict: a member was told "yours" and has no such order.
+-- What does not stand is a conflict: a member was told something that is not so.
 WITH judged AS (
-    SELECT h.*, e.kind,
-        e.kind = 'sold' AND e.member_no = h.member_no AND e.key_hash = h.key_hash
-            AND e.showing_no = h.showing_no AND e.quantity = h.quantity AS stands,
-        (SELECT o.seq FROM orders o WHERE o.member_no = h.member_no
-            AND o.campaign_id = h.campaign_id AND o.key_hash = h.key_hash) AS elsewhere
+    SELECT h.id, h.campaign_id, h.seq, h.epoch, h.at, h.step, h.process, e.kind,
+        event_row(e) = h.step AS stands,
+        (SELECT o.seq FROM orders o
+            WHERE o.member_no
+                = CASE WHEN h.step ->> 0 IN ('sold', 'held') THEN (h.step ->> 1)::integer END
+            AND o.campaign_id = h.campaign_id AND o.key_hash = h.step ->> 4) AS elsewhere
     FROM handed_in h
     JOIN campaign c ON c.campaign_id = h.campaign_id AND h.seq <= c.applied
     JOIN event e ON e.campaign_id = h.campaign_id AND e.seq = h.seq
@@ -38,17 +34,13 @@ WITH judged AS (
     SELECT campaign_id, seq, at,
         'it was acknowledged, and the ledger has ' || kind || ' under this number' || coalesce(
             '; the same key of the member stands as event ' || elsewhere, ''),
-        jsonb_build_object('kind', 'sold', 'seq', seq, 'epoch', epoch, 'member_no', member_no,
-            'key_hash', key_hash, 'showing', showing_no, 'quantity', quantity,
-            'price_fen', price_fen, 'process', process),
+        jsonb_build_object('seq', seq, 'epoch', epoch, 'row', step, 'process', process),
         'handed_in', now()
     FROM judged WHERE NOT stands
     ON CONFLICT (campaign_id, seq, source, jsonb_hash_extended(event, 0)) DO NOTHING
 )
 UPDATE handed_in h SET settled = CASE WHEN judged.stands THEN 'stands' ELSE 'conflict' END
-FROM judged
-WHERE (h.campaign_id, h.seq, h.member_no, h.key_hash)
-    = (judged.campaign_id, judged.seq, judged.member_no, judged.key_hash)
+FROM judged WHERE h.id = judged.id
 RETURNING h.campaign_id, h.seq, h.settled;
 
 -- name: forked -- Events that a Redis told and the ledger does not have: numbers, moments, whys, events.

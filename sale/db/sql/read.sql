@@ -11,13 +11,18 @@ SELECT state FROM campaign WHERE campaign_id = $1;
 SELECT campaign_id FROM campaign WHERE applied > 0 AND state <> 'deleted' ORDER BY campaign_id;
 
 -- name: events -- The ledger after number $2, at most $3 events.
-SELECT seq, at, epoch, kind, member_no, showing_no, quantity, key_hash, price_fen, data
+SELECT seq, at, epoch, kind, member_no, showing_no, quantity, key_hash, price_fen, pay_before,
+    order_seq, data
 FROM event WHERE campaign_id = $1 AND seq > $2 ORDER BY seq LIMIT $3;
 
 -- name: orders_of_member -- A page of a member's orders, newest first.
-SELECT o.*, s.showing_id, coalesce(u.card_limit - u.live, 0) AS card_remaining
+SELECT o.*, s.showing_id, coalesce(u.card_limit - u.live, 0) AS card_remaining,
+    c.config ->> 'payment' AS payment, c.config ->> 'cancel_until' AS cancel_until,
+    ARRAY(SELECT t.no FROM ticket t WHERE t.campaign_id = o.campaign_id AND t.seq = o.seq
+        AND t.state = 'cancelled') AS given_back
 FROM orders o
 JOIN showing s USING (campaign_id, showing_no)
+JOIN campaign c USING (campaign_id)
 LEFT JOIN member_use u ON u.campaign_id = o.campaign_id AND u.member_no = o.member_no
 WHERE o.member_no = $1
     AND ($2::timestamptz IS NULL
@@ -26,9 +31,13 @@ ORDER BY o.created_at DESC, o.campaign_id DESC, o.seq DESC
 LIMIT $5;
 
 -- name: one_order -- One order.
-SELECT o.*, s.showing_id, coalesce(u.card_limit - u.live, 0) AS card_remaining
+SELECT o.*, s.showing_id, coalesce(u.card_limit - u.live, 0) AS card_remaining,
+    c.config ->> 'payment' AS payment, c.config ->> 'cancel_until' AS cancel_until,
+    ARRAY(SELECT t.no FROM ticket t WHERE t.campaign_id = o.campaign_id AND t.seq = o.seq
+        AND t.state = 'cancelled') AS given_back
 FROM orders o
 JOIN showing s USING (campaign_id, showing_no)
+JOIN campaign c USING (campaign_id)
 LEFT JOIN member_use u ON u.campaign_id = o.campaign_id AND u.member_no = o.member_no
 WHERE o.campaign_id = $1 AND o.seq = $2;
 
@@ -66,7 +75,8 @@ WITH life AS (
     SELECT max(seq) AS made FROM event
     WHERE campaign_id = $1 AND kind = 'created' AND seq <= $2
 )
-SELECT seq, at, epoch, kind, member_no, showing_no, quantity, key_hash, price_fen, data
+SELECT seq, at, epoch, kind, member_no, showing_no, quantity, key_hash, price_fen, pay_before,
+    order_seq, data
 FROM event, life
 WHERE campaign_id = $1 AND seq BETWEEN life.made AND (
     SELECT min(seq) FROM event WHERE campaign_id = $1 AND kind = 'deleted' AND seq > life.made)

@@ -5,6 +5,7 @@ WHERE rehearsal_of <> '' AND (
     purged_at IS NULL
     OR EXISTS (SELECT FROM event e WHERE e.campaign_id = c.campaign_id)
     OR EXISTS (SELECT FROM orders o WHERE o.campaign_id = c.campaign_id)
+    OR EXISTS (SELECT FROM ticket t WHERE t.campaign_id = c.campaign_id)
     OR EXISTS (SELECT FROM member_use u WHERE u.campaign_id = c.campaign_id)
     OR EXISTS (SELECT FROM showing s WHERE s.campaign_id = c.campaign_id))
 ORDER BY campaign_id;
@@ -36,6 +37,10 @@ DELETE FROM handed_in WHERE campaign_id = $1;
 
 -- name: remove_showing -- Showings of a rehearsal.
 DELETE FROM showing WHERE campaign_id = $1;
+
+-- name: remove_ticket -- At most $2 tickets of a rehearsal.
+DELETE FROM ticket WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM ticket WHERE campaign_id = $1 LIMIT $2));
 
 -- name: remove_orders -- At most $2 orders of a rehearsal.
 DELETE FROM orders WHERE ctid = ANY (ARRAY(

@@ -6,7 +6,7 @@
 -- block. It writes the stream first: XADD refuses a number that is not new, before anything else has
 -- changed. It writes the head last: if head and stream differ, the block was not written completely.
 --
--- KEYS of every script: head stream stock members revoked calls operations (one hash slot).
+-- KEYS of every script: head stream stock members revoked calls operations holds (one hash slot).
 --
 -- head: seq chain epoch clock · state opens_at closes_at recovering recovering_by · config (JSON) rules
 --       (MessagePack: the settings that scripts decide by, by their names in domain/campaign.py)
@@ -14,8 +14,8 @@
 --       last verified) · roster_rev (the roster's revision that `revoked` is at) roster_load (name of
 --       its first load) · applied (number of the last event that the writer applied to PostgreSQL)
 --       behind_since (clock of the oldest event that PostgreSQL may lack; '' if it lacks none) ·
---       made (number of its `created` event: an ID may be used again after its draft was deleted).
---       Absent moments are ''.
+--       grace_until (ms: no hold ends before it; a recovery sets it) · made (number of its `created`
+--       event: an ID may be used again after its draft was deleted). Absent moments are ''.
 
 local HEAD, STREAM, STOCK, MEMBERS = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]
@@ -24,11 +24,12 @@ local REVOKED, CALLS, OPERATIONS = KEYS[5], KEYS[6], KEYS[7]
 -- same numbers.
 local OK, MISSING, UNVERIFIED, STALE, BROKEN, LATE, EXISTS, WRONG_STATE, MISMATCH, REPLAYED, INVALID, UNCHECKED =
   0, -1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11
+local DUE, NOT_FOUND = -12, -13
 
 local function read_head()
   local f = redis.call('HMGET', HEAD, 'seq', 'chain', 'epoch', 'clock', 'state', 'opens_at',
     'closes_at', 'recovering', 'rules', 'config_seq', 'nonce', 'run_id', 'replid', 'roster_rev',
-    'applied', 'behind_since')
+    'applied', 'behind_since', 'grace_until')
   if not f[1] then
     return nil
   end
@@ -43,6 +44,7 @@ local function read_head()
     state = f[5], opens_at = tonumber(f[6]), closes_at = tonumber(f[7]), recovering = f[8],
     rules = f[9], config_seq = tonumber(f[10]), nonce = f[11], run_id = f[12], replid = f[13],
     roster_rev = tonumber(f[14]), applied = tonumber(f[15]) or 0, behind_since = tonumber(f[16]),
+    grace_until = tonumber(f[17]),
   }
 end
 

@@ -55,10 +55,10 @@ append(head, events)
 redis.call('HSET', HEAD, 'config', campaign.config, 'rules', cmsgpack.pack(campaign.rules), 'config_seq', made, 'made', made,
   'epoch', head.epoch, 'applied', head.applied or 0, 'nonce', ARGV[5], 'run_id', run_id, 'replid', replid)
 redis.call('HDEL', HEAD, 'roster_rev', 'roster_load')
-redis.call('UNLINK', STOCK, MEMBERS, REVOKED)
+redis.call('UNLINK', STOCK, MEMBERS, REVOKED, KEYS[8])
 for i = 1, #campaign.tickets do
   local tickets = string.format('%.0f', campaign.tickets[i])
-  redis.call('HSET', STOCK, 't' .. (i - 1), tickets, 'r' .. (i - 1), tickets)
+  redis.call('HSET', STOCK, 't' .. (i - 1), tickets, 'r' .. (i - 1), tickets, 'k' .. (i - 1), 0, 'h' .. (i - 1), 0)
 end
 redis.call('HSET', OPERATIONS, ARGV[1], head.seq .. ':' .. ARGV[2])
 advance(head)

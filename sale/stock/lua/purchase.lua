@@ -10,17 +10,21 @@
 --        conversion of a number to text costs time), unions, showing numbers, quantities,
 --        key hashes (16 hex)}
 -- Reply  {0, now ms, seq, chain hash, epoch, price_fen, event number before the first sale, number of
---         the event that gave the configuration,
+--         the event that gave the configuration, pay_before of what is sold here (ms, 0: confirmed),
 --         then one integer a purchase: not negative: sold, under the next number, and this many
 --         tickets are left to the member; negative: minus the place (from 0) in this reply of
 --         code, a, b, c}
 --          2 replayed      a = event number  b = tickets the member may still buy  c = sold at, ms
+--          3 replayed, of an order that is held or was changed since
+--                          a = its record  b = as above  c = pay_before, ms, 0 where it is not held
 --         -1 member revoked  -2 union not eligible  -3 same key, other content
 --         -4 not open (a = opens at, ms or 0)  -5 paused  -6 closed  -7 recovering  -8 draft
 --         -9 over the limit (a = tickets the member may still buy)
---        -10 not enough left (a = tickets left)  -11 no such quantity
---        -12 PostgreSQL is too far behind
---        or {code} for the whole call: MISSING UNVERIFIED UNCHECKED STALE BROKEN LATE
+--        -10 not enough left (a = tickets left, b = tickets of the showing in holds, c = when the next
+--            hold of the campaign ends, ms, 0: none)
+--        -11 no such quantity  -12 PostgreSQL is too far behind  -13 50 orders in this campaign
+--        or {code} for the whole call: MISSING UNVERIFIED UNCHECKED STALE BROKEN LATE, or DUE: a
+--        purchase would be refused while holds are due; run expire.lua and call again
 -- Idempotency  a call number that is not above the process's last one is refused (LATE), so a
 --        delayed first attempt cannot sell after its retry was answered; the script finds the same
 --        purchase in a later call by its key.
@@ -35,8 +39,7 @@
 --          all answers as MessagePack                     71.6 + 5.8   5.2 + 0.4   4.9 + 0.2
 --        Single arguments cost the client most, and answers as arrays cost Redis most. JSON is as
 --        fast as this.
--- A member's value is one record of 31 bytes an order: key hash (16), event number (5), sold at, ms
--- (6), showing number (2), quantity (2).
+-- An order is sold as confirmed or, if the campaign is paid online, as held until now + hold_s.
 
 local head = read_head()
 if not head then
@@ -55,10 +58,9 @@ if call <= tonumber(last_call or 0) then
   return { LATE }
 end
 
-local RECORD, FIELDS = 31, '>I5I6I2I2'
-local PROCESSES_MAX = 1000
-local RESULTS = 8 -- values of the reply before the results
-local SOLD, REPLAYED_ORDER = 1, 2
+local PROCESSES_MAX, ORDERS_MAX = 1000, 50
+local RESULTS = 9 -- values of the reply before the results
+local SOLD, REPLAYED_ORDER, REPLAYED_CHANGED = 1, 2, 3
 local pack, sub = struct.pack, string.sub
 
 local members, unions, showings, quantities, keys = unpack(cmsgpack.unpack(ARGV[8]))
@@ -93,13 +95,20 @@ end
 local rules = cmsgpack.unpack(head.rules)
 local everyone, limit, order_max = rules.unions == '*', rules.card_limit, rules.order_max
 local before, after = '["sold",', '",' .. rules.price_fen .. ']'
+local pay_before, flags_sold = 0, CONFIRMED
+if rules.payment == 'online' then
+  pay_before, flags_sold = head.now + rules.hold_s * 1000, HELD
+  before, after = '["held",', '",' .. rules.price_fen .. ',' .. string.format('%.0f', pay_before) .. ']'
+end
+local showing_limits = rules.showing_limits
 -- The part of an event and of a record that depends on showing and quantity, by both.
 local in_event, in_record = {}, {}
-local sales, fields, changed_stock = {}, {}, {}
+local sales, fields, changed_stock, holds, newly_held = {}, {}, {}, {}, {}
+local next_ends -- when the next hold ends, once somebody would be refused: false where there is none
 local number, sold = head.seq + #crossed, 0
-local reply = { OK, head.now, 0, '', head.epoch, rules.price_fen, number, head.config_seq }
+local reply = { OK, head.now, 0, '', head.epoch, rules.price_fen, number, head.config_seq, pay_before }
 local said = RESULTS + purchases
-local told_code, told_a, told_at
+local told_code, told_a, told_b, told_at
 
 for i = 1, purchases do
   local member, showing, quantity, key = members[i], showings[i], quantities[i], keys[i]
@@ -113,19 +122,31 @@ for i = 1, purchases do
   elseif not everyone and not string.find(rules.unions, ',' .. unions[i] .. ',', 1, true) then
     code = -2
   else
-    local orders, live = records[first] or '', 0
-    for from = 1, #orders, RECORD do
-      local seq, sold_at, had_showing, had = struct.unpack(FIELDS, orders, from + 16)
-      live = live + had
+    local orders, live, of_showing, count = records[first] or '', 0, 0, 0
+    local from = 1
+    while from <= #orders do
+      local seq, sold_at, had_showing, had, alive, flags, changed, letters_at =
+        struct.unpack(FIELDS, orders, from + 16)
+      live, count = live + alive, count + 1
+      if had_showing == showing then
+        of_showing = of_showing + alive
+      end
       if sub(orders, from, from + 15) == key then
-        if had_showing == showing and had == quantity then
+        if had_showing ~= showing or had ~= quantity then
+          code = -3
+        elseif flags == CONFIRMED and changed == 0 then
           code, a, c = REPLAYED_ORDER, seq, sold_at
         else
-          code = -3
+          code, a = REPLAYED_CHANGED, sub(orders, from, letters_at + had - 1)
+          if flags == HELD then
+            c = tonumber(redis.call('ZSCORE', HOLDS, string.format('%.0f', seq) .. ':' .. member))
+              or pay_before -- of this very call
+          end
         end
       end
+      from = letters_at + had
     end
-    if code == REPLAYED_ORDER then
+    if code > 0 then
       b = limit - live
     elseif code == 0 and closed_by then
       code = closed_by
@@ -137,15 +158,20 @@ for i = 1, purchases do
         return { BROKEN }
       elseif quantity < 1 or quantity > order_max then
         code = -11
+      elseif count >= ORDERS_MAX then
+        code = -13
       elseif live + quantity > limit then
         code, a = -9, limit - live
+      elseif showing_limits and of_showing + quantity > showing_limits[showing + 1] then
+        code, a = -9, showing_limits[showing + 1] - of_showing
       elseif stock < quantity then
         code, a = -10, stock
       else
         local terms = showing * 4294967296 + quantity
         if not in_event[terms] then
           in_event[terms] = ',' .. showing .. ',' .. quantity .. ',"'
-          in_record[terms] = pack('>I6I2I2', head.now, showing, quantity)
+          in_record[terms] = pack('>I6I2I2I2I1I5', head.now, showing, quantity, quantity, flags_sold, 0)
+            .. string.rep('v', quantity)
         end
         number, sold = number + 1, sold + 1
         sales[sold] = member .. in_event[terms] .. key
@@ -154,7 +180,23 @@ for i = 1, purchases do
         fields[2 * sold - 1], fields[2 * sold] = member, record -- of a member's two records the last one is written
         remaining[showing] = stock - quantity
         changed_stock[showing] = true
+        if pay_before > 0 then
+          holds[2 * sold - 1], holds[2 * sold] = pay_before, string.format('%.0f', number) .. ':' .. member
+          newly_held[showing] = (newly_held[showing] or 0) + quantity
+        end
         code, b = SOLD, limit - live - quantity
+      end
+      if (code == -9 or code == -10) and rules.payment == 'online' then
+        if next_ends == nil then
+          next_ends = next_hold_ends() or false
+          if next_ends and next_ends <= head.now and may_expire(head) then
+            return { DUE }
+          end
+        end
+        if code == -10 then
+          b = tonumber(redis.call('HGET', STOCK, 'h' .. showing)) + (newly_held[showing] or 0)
+          c = next_ends or (b > 0 and pay_before or 0)
+        end
       end
     end
   end
@@ -162,8 +204,8 @@ for i = 1, purchases do
     reply[RESULTS + i] = b
   else
     -- In a rush, neighbours are refused for the same reason: the reply holds it once.
-    if code ~= told_code or a ~= told_a or code == REPLAYED_ORDER then
-      told_code, told_a, told_at = code, a, said
+    if code ~= told_code or a ~= told_a or b ~= told_b or code > 0 then
+      told_code, told_a, told_b, told_at = code, a, b, said
       reply[said + 1], reply[said + 2], reply[said + 3], reply[said + 4] = code, a, b, c
       said = said + 4
     end
@@ -182,6 +224,12 @@ if count > 0 then
     redis.call('HSET', MEMBERS, unpack(fields))
     for showing in pairs(changed_stock) do
       redis.call('HSET', STOCK, 'r' .. showing, remaining[showing])
+    end
+    for showing, tickets in pairs(newly_held) do
+      redis.call('HINCRBY', STOCK, 'h' .. showing, tickets)
+    end
+    if pay_before > 0 then
+      redis.call('ZADD', HOLDS, unpack(holds))
     end
   end
 end

@@ -6,19 +6,22 @@
 -- process checks its mark of the old epoch again (INV-8). The campaign sells nothing before `revoked`
 -- is loaded again (roster_rev, see sync_revoked.lua). The call numbers stay (INV-4).
 --
--- KEYS   the seven, then the new stream stock members operations
+-- KEYS   the eight, then the new stream stock members operations holds
 -- ARGV   number and chain hash of the old head ('' and '' for none) · number and chain hash of the
 --        new state · epoch · clock ms · '1' to keep the existing stream ·
 --        state · the campaign (as create.lua has it; its tickets are not used) · nonce · members, stock
 --        fields, operations and stream entries of the new keys · actor · reason (JSON strings) ·
 --        PostgreSQL's last event · ranges of numbers that are voided (JSON array) · number of the
---        `created` event · number of the event that gave the configuration
+--        `created` event · number of the event that gave the configuration · holds of the new key
 -- Reply  {0, event number, state} · {STALE} (the old head has changed, or may sell) ·
 --        {BROKEN} (the new keys are not complete)
 -- Idempotency  by the old head's number. Cost: constant, however large: keys are renamed, and
 --        the old ones freed in the background.
 
-local NEW_STREAM, NEW_STOCK, NEW_MEMBERS, NEW_OPERATIONS = KEYS[8], KEYS[9], KEYS[10], KEYS[11]
+local HOLDS = KEYS[8]
+local NEW_STREAM, NEW_STOCK, NEW_MEMBERS, NEW_OPERATIONS, NEW_HOLDS = KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
+-- Members could not pay while the campaign was away, and learn of it only now.
+local GRACE_MS = 60000
 
 -- Not by read_head, because a damaged head must be replaceable too.
 local old = redis.call('HMGET', HEAD, 'seq', 'chain', 'recovering')
@@ -31,6 +34,7 @@ if (keep and not last) or (last and last[1] ~= base .. '-0')
   or redis.call('HLEN', NEW_MEMBERS) ~= tonumber(ARGV[11])
   or redis.call('HLEN', NEW_STOCK) ~= tonumber(ARGV[12])
   or redis.call('HLEN', NEW_OPERATIONS) ~= tonumber(ARGV[13])
+  or redis.call('ZCARD', NEW_HOLDS) ~= tonumber(ARGV[21])
   or redis.call('XLEN', NEW_STREAM) ~= tonumber(ARGV[14]) then
   return { BROKEN }
 end
@@ -54,12 +58,14 @@ end
 replace(STOCK, NEW_STOCK)
 replace(MEMBERS, NEW_MEMBERS)
 replace(OPERATIONS, NEW_OPERATIONS)
+replace(HOLDS, NEW_HOLDS)
 redis.call('UNLINK', REVOKED, HEAD)
 append(head, { '["recovered",{"actor":' .. ARGV[15] .. ',"reason":' .. ARGV[16]
   .. ',"epoch":' .. ARGV[5] .. ',"voided":' .. ARGV[18] .. '}]' })
 redis.call('HSET', HEAD, 'config', campaign.config, 'rules', cmsgpack.pack(campaign.rules), 'made', ARGV[19],
   'config_seq', ARGV[20], 'epoch', ARGV[5],
   'applied', ARGV[17], 'behind_since', string.format('%.0f', head.now),
+  'grace_until', string.format('%.0f', head.now + GRACE_MS),
   'nonce', ARGV[10], 'run_id', run_id, 'replid', replid)
 advance(head)
 return { OK, head.seq, head.state }

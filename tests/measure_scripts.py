@@ -198,8 +198,8 @@ class Comparing:
         for columns in self._batches(batch):
             self._calls += 1
             head = (
-                "EVALSHA", sha, 7, *self.keys, "shapes", self._calls, self._incarnation, 0,
-                self._nonce, FAR_BEHIND, FAR_BEHIND,
+                "EVALSHA", sha, len(self.keys), *self.keys, "shapes", self._calls,
+                self._incarnation, 0, self._nonce, FAR_BEHIND, FAR_BEHIND,
             )  # fmt: skip
             began = time.process_time()
             command = pack(*head, *shape.arguments(columns))
@@ -229,7 +229,10 @@ class Comparing:
 
     async def _call_us(self, call: Callable[[bytes], Any]) -> float:
         """The client's CPU µs for a call of ``peek.lua``."""
-        command = pack("EVALSHA", PEEK.sha, 7, *self.keys, self._incarnation, 0, self._nonce, 0)
+        command = pack(
+            *("EVALSHA", PEEK.sha, len(self.keys), *self.keys),
+            *(self._incarnation, 0, self._nonce, 0),
+        )
         best = float("inf")
         for _ in range(ROUNDS):
             began = time.process_time()
@@ -239,7 +242,8 @@ class Comparing:
         return best
 
     async def _by_redis_py(self, _: bytes) -> None:
-        await self.redis.evalsha(PEEK.sha, 7, *self.keys, self._incarnation, 0, self._nonce, 0)
+        keys = len(self.keys)
+        await self.redis.evalsha(PEEK.sha, keys, *self.keys, self._incarnation, 0, self._nonce, 0)
 
 
 def _as_sent(reply: Any) -> bytes:

@@ -7,8 +7,10 @@ import pytest
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from stock_maker import Bid, Stock, campaign, key, member, open_stock
+from test_order_life import open_shop
 
 from sale.db import read
+from sale.db.apply import apply_entries
 from sale.domain.order import Order
 from sale.members.orders import OwnOrders, TicketCodes
 from sale.operators.diagnosis import diagnose
@@ -121,3 +123,48 @@ async def test_orders_are_told_where_postgres_dies_in_mid_call(
     told = await page(own_orders)
     # Then
     assert [order.campaign for order in told] == [shop.id]
+
+
+async def test_orders_read_alike_from_redis_and_postgresql(
+    redis: Redis, pool: asyncpg.Pool, own_orders: OwnOrders
+) -> None:
+    # Given an order in each state that a script can bring about
+    shop = await open_shop(redis, 50, card_limit=50, order_max=3)
+    expired, late, confirmed, part, cancelled, unpaid, refused = [
+        await shop.hold(1, 3, key_no=n) for n in range(7)
+    ]
+    for order in (confirmed, part, cancelled):
+        await shop.paid(1, order)
+    await shop.give_back(1, part, 2)
+    await shop.give_back(1, cancelled)
+    await shop.give_back(1, unpaid)
+    await shop.give_back(1, refused)
+    await shop.paid(1, refused)
+    await shop.pass_time()
+    await shop.scripts.expire(shop.id)
+    await shop.paid(1, late)
+    held = await shop.hold(1, 2, key_no=7)
+    states = {
+        expired: ("expired", "none"), late: ("confirmed", "paid"),
+        confirmed: ("confirmed", "paid"), part: ("confirmed", "refunding"),
+        cancelled: ("cancelled", "refunding"), unpaid: ("cancelled", "none"),
+        refused: ("cancelled", "refunding"), held: ("held", "due"),
+    }  # fmt: skip
+
+    async def told() -> tuple[list[Order], list[Order]]:
+        listed = await page(own_orders)
+        return listed, [await own_orders.one(member(1), each.order_no) for each in listed]
+
+    # When
+    in_redis = await told()
+    async with pool.acquire() as connection:
+        await apply_entries(connection, shop.id, await shop.entries())
+    await redis.flushall()
+    own_orders = OwnOrders(Catalogue(redis), redis, pool, TicketCodes(b"secret"))
+    in_postgresql = await told()
+    # Then
+    assert in_redis == in_postgresql
+    assert in_redis[0] == in_redis[1]
+    assert [(each.state, each.payment.state) for each in in_redis[0]] == [
+        states[seq] for seq in sorted(states, reverse=True)
+    ]

@@ -233,6 +233,7 @@ MEMBER_FACING: Final = frozenset(
         Problem.CLOSED,
         Problem.SOLD_OUT,
         Problem.LIMIT_EXCEEDED,
+        Problem.TOO_MANY_ORDERS,
         Problem.RATE_LIMITED,
         Problem.OVERLOADED,
         Problem.UNAVAILABLE,

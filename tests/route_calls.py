@@ -7,6 +7,7 @@ import msgspec
 from service import ADMIN, PAST, Client, campaign_table, in_s
 
 from sale.api.openapi import build_document
+from sale.api.payments import TEST_PAYMENT
 from sale.api.routes import ROUTES
 from sale.http.routes import Route
 from sale.operators.steps import STEPS
@@ -29,9 +30,11 @@ SAMPLE: dict[str, Any] = {
     "cancel_until": in_s(7_200),
     "showing_limit": 1,
     "tickets": [1],
+    "return_to": "/tickets",
 }
 """A good value of each field that a body has."""
 
+PAY = "/api/v1/orders/{order_no}/pay"
 STATE_BEFORE = {
     "schedule": "draft",
     "open": "draft",
@@ -53,7 +56,9 @@ def sample_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def body_of(route: Route) -> dict[str, Any] | None:
-    """Give a good body for a route; None where it takes none."""
+    """Give a good body for a route; None where it takes none, or is not described."""
+    if route.path == TEST_PAYMENT and route.method == "POST":
+        return {"result": "none"}
     told = DOCUMENT["paths"].get(route.path, {}).get(route.method.lower(), {})
     if "requestBody" not in told:
         return None
@@ -87,7 +92,7 @@ async def prepared(client: Client, step: str, **changes: Any) -> str:
 
 
 async def order_of(client: Client, token: str, **changes: Any) -> str:
-    """Give the number of a member's order that may be cancelled."""
+    """Give the number of a member's order that may be cancelled or, paid online, waits for that."""
     bought = await client.buy(await prepared(client, "", **changes), token)
     assert bought.status == 201, bought
     return str(bought.json()["order_no"])
@@ -104,10 +109,17 @@ async def all_of(
     if "{id}" in url:
         url = url.replace("{id}", await prepared(client, step_of(route), **changes))
     if "{order_no}" in url:
+        if url == PAY:
+            changes["payment"] = "online"
         member = member or client.service.card().token
         url = url.replace("{order_no}", await order_of(client, member, **changes))
+    if "{payment_no}" in url:
+        member = member or client.service.card().token
+        order = await order_of(client, member, payment="online", **changes)
+        begun = await client.ask("POST", PAY.replace("{order_no}", order), member)
+        url = url.replace("{payment_no}", begun.json()["payment_no"])
     if url == ADMIN and body is not None:
         body |= {"id": client.service.new_id(), **changes}
-    for name, value in (("name", "page.css"), ("code", "sold-out")):
+    for name, value in (("name", "page.css"), ("code", "sold-out"), ("provider", "test")):
         url = url.replace(f"{{{name}}}", value)
     return url, body

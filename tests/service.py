@@ -39,6 +39,7 @@ from sale.config import Settings
 from sale.domain.clock import LOCAL_ZONE
 from sale.host import embedded
 from sale.identity import Member, SigningKey, issue_member_token, load_or_create_signing_key
+from sale.stock.keys import campaign_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = 2
@@ -417,6 +418,14 @@ def in_s(seconds: float) -> str:
     return (datetime.now(LOCAL_ZONE) + timedelta(seconds=seconds)).isoformat()
 
 
+async def end_holds(service: Service, campaign: str) -> None:
+    """Let the campaign's clock stand at the end of every hold that there is now."""
+    keys = campaign_keys(campaign)
+    async with service.redis() as redis:
+        ((_, ends_ms),) = await redis.zrange(keys.holds, -1, -1, withscores=True)
+        await redis.hset(keys.head, "clock", str(int(ends_ms)))
+
+
 def metric(text: str, name: str, *labels: str) -> float:
     """Sum the samples of a name that have these label values."""
     return sum(
@@ -500,7 +509,8 @@ def running_service(
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The system, with a roster and an administrator; its books are audited at the end."""
-    with running_service(tmp_path_factory.mktemp("service") / "data") as service:
+    data_dir = tmp_path_factory.mktemp("service") / "data"
+    with running_service(data_dir, SALE_TEST_PROVIDER="1") as service:
         service.admin_token = service.operator("admin")[1]
         service.take_roster()
         yield service

@@ -36,6 +36,7 @@ CONTRACT = {
     "get /api/v1/admin/orders/{order_no}",
     "post /api/v1/admin/orders/{order_no}/cancel",
     "post /api/v1/orders/{order_no}/cancel",
+    "post /api/v1/orders/{order_no}/pay",
 }
 
 

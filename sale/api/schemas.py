@@ -184,8 +184,8 @@ class ProblemView(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[
             str,
             Meta(
-                description="`wrong-state`: why tickets of an order cannot be given back.",
-                extra_json_schema={"enum": [*CANCEL_REASONS]},
+                description="`wrong-state`: why tickets are not given back, or an order not paid.",
+                extra_json_schema={"enum": [*CANCEL_REASONS, "confirmed", "cancelled"]},
             ),
         ]
         | UnsetType

@@ -141,7 +141,7 @@ def scheduler(context: CommandContext, *, held: bool) -> None:
 @HELD
 @overriding("metrics_listen")
 def keeper(context: CommandContext, *, held: bool) -> None:
-    """Run the keeper: payments are presented and asked about, refunds driven."""
+    """Run the keeper: presents payments, drives refunds."""
     from sale.bootstrap import START_PATIENCE_S, open_stores, providers_of, test_provider_of
     from sale.host.metrics_server import bound_metrics, serving_metrics
     from sale.jobs.keeper import Keeper

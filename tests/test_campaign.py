@@ -51,6 +51,9 @@ def faults(**changes: Any) -> dict[str, str]:
         ("price_fen", -1, "must be a whole number from 0 to 10000000"),
         ("price_fen", True, "must be a whole number from 0 to 10000000"),
         ("payment", "gold", "must be one of counter, none, online"),
+        ("hold_s", 300, 'needs payment = "online"'),
+        ("hold_s", 119, "must be a whole number from 120 to 1800"),
+        ("cancel_until", "soon", "must be a date and time with an offset"),
         ("payment", "none", "none needs price_fen = 0"),
         ("card_limit", 0, "must be a whole number from 1 to 1000"),
         ("order_max", 4, "must be a whole number from 1 to 3"),
@@ -69,6 +72,14 @@ def test_wrong_field_is_named_and_worded(field: str, value: object, says: str) -
     told = faults(**{field: value})
     assert set(told) == {field}
     assert told[field].startswith(says)
+
+
+def test_online_campaign_holds_five_minutes_unless_it_says_otherwise() -> None:
+    assert parse_campaign(table(payment="online"), UNIONS).hold_s == 300
+    assert parse_campaign(table(payment="online", hold_s=120), UNIONS).hold_s == 120
+    assert faults(payment="online", price_fen=0) == {"payment": "online needs price_fen above 0"}
+    showings = [{"id": "a", "title": "a", "tickets": 1, "showing_limit": 4}]
+    assert set(faults(showings=showings)) == {"showings[0].showing_limit"}
 
 
 def test_faults_of_all_fields_and_showings_are_told_in_one_go() -> None:

@@ -13,6 +13,7 @@ from stock_maker import BEHIND_MAX, CAMPAIGN, campaign, key, member
 from waiting import until
 
 from sale.db import claims
+from sale.domain.campaign import Campaign
 from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.stock.batcher import Answer, AwaitedPurchase
@@ -31,12 +32,12 @@ MADE = campaign(200, card_limit=3)
 class Api:
     """An API process without HTTP: its batchers and its witness."""
 
-    def __init__(self, shop: Shop, name: str) -> None:
+    def __init__(self, shop: Shop, name: str, made: Campaign = MADE) -> None:
         self.batchers = Batchers(
             shop.scripts, name, PurchaseMetrics(), batch_max=256, queue_max=4_096, deadline_s=5.0,
             behind_max=BEHIND_MAX,
         )  # fmt: skip
-        self.batcher = self.batchers.of(MADE)
+        self.batcher = self.batchers.of(made)
         self.witness = Witness(shop.redis, shop.pool, self.batchers)
         self._task: asyncio.Task[None] | None = None
 

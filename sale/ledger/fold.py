@@ -65,6 +65,18 @@ class CampaignState(msgspec.Struct):
     made: int = 0
     """Number of the last ``created`` event: an ID may be used again once its draft is deleted."""
 
+    def copy(self) -> "CampaignState":
+        """Give one that may change apart from this one."""
+        return msgspec.structs.replace(
+            self,
+            tickets=dict(self.tickets),
+            remaining=dict(self.remaining),
+            held=dict(self.held),
+            members={member_no: list(orders) for member_no, orders in self.members.items()},
+            holds=dict(self.holds),
+            operations=dict(self.operations),
+        )
+
     def apply(self, event: Event) -> None:
         """Fold in the next event. Raises CorruptLedger for what cannot follow."""
         if event.seq != self.seq + 1:

@@ -165,7 +165,13 @@ async def examine(
         streamed = (
             await _stray(redis, connection, examination) if trail.wrong or trail.overlaps else []
         )
-    streamed += await _from_members(view, examination)
+    known = {event.seq for event in (*handed, *streamed)}
+    # A record tells less of a change than the event: several cancellations look like one.
+    streamed += [
+        event
+        for event in await _from_members(view, examination)
+        if event.order is None or event.seq not in known
+    ]
     epochs = [each.epoch for each in reports.reports(campaign_id).values()]
     examination.reported_epoch = max([*epochs, *(claim.epoch for claim in handed)], default=0)
     given_out = max(given_out, reports.highest(campaign_id, examination.books.epoch))
@@ -206,6 +212,7 @@ async def _refill(
     examination.refilled = await refill(
         examination.books, examination.ended_ms, [*handed, *streamed], given_out
     )
+    examination.books = examination.refilled.books
     ids = {id(event) for event in streamed}
     examination.strays += [stray for stray in examination.refilled.strays if id(stray[0]) in ids]
     examination.refilled.unused = len(examination.refilled.strays) - sum(

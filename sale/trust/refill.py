@@ -3,10 +3,16 @@
 If the sale of a number is still known (an API process handed it in, or a broken stream holds it)
 and fits the ledger up to there, the number is filled in; otherwise it is voided. In both cases it
 is never used again. A claim that is not filled in goes to ``conflict``, with the reason.
+
+No process is told of an expiry or of a payment, so nobody hands these in. If a claim does not fit
+and holds were due by then, lost numbers before it become their expiries. If claims still do not
+fit, all is done again and every hold that was due before a claim ends first: sales in between may
+have hidden that its expiry was among the lost numbers. The first way is preferred, because a lost
+number may as well have been the payment of such a hold.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 
@@ -36,12 +42,14 @@ class Refilled(msgspec.Struct):
     """The lost numbers as the ledger will have them.
 
     ``voided`` are ranges, first to last; ``strays`` are claims that were not filled in, each with
-    the reason; ``unused`` counts those of them that were handed in.
+    the reason; ``unused`` counts those of them that were handed in. ``books`` is the state after
+    all of it.
     """
 
     events: list[Event] = []
     filled: int = 0
     voided: list[tuple[int, int]] = []
+    books: CampaignState = msgspec.field(default_factory=CampaignState)
     strays: list[tuple[Event, str]] = []
     unused: int = 0
 
@@ -62,32 +70,54 @@ class Refilled(msgspec.Struct):
 async def refill(
     books: CampaignState, clock_ms: int, claims: Iterable[Event], last: int
 ) -> Refilled:
-    """Fill in or void every number after ``books`` up to ``last``, and apply each to ``books``.
+    """Fill in or void every number after ``books`` up to ``last``; ``books`` may change.
 
     ``claims`` are the events that are still known, acknowledged ones first. ``clock_ms`` is the
     moment of the ledger's last event. There may be millions of numbers, so it pauses regularly.
     """
-    work, steps = _Refill(books, clock_ms), Steps()
+    steps = Steps()
     by_number: dict[int, list[Event]] = defaultdict(list)
     for claim in claims:
         await steps.done()
         if all(_content(claim) != _content(other) for other in by_number[claim.seq]):
             by_number[claim.seq].append(claim)
-    for seq in range(books.seq + 1, last + 1):
-        await work.settle(by_number.get(seq, ()))
-    await work.flush()
-    return work.result
+    again = books.copy() if books.config.get("payment") == "online" else None
+    refilled = await _Refill(books, clock_ms, by_number).run(last)
+    if refilled.strays and again is not None:
+        other = await _Refill(again, clock_ms, by_number, ends_due=True).run(last)
+        if len(other.strays) < len(refilled.strays):
+            return other
+    return refilled
 
 
 class _Refill:
     """Goes through the lost numbers; voided ones wait, because one may become an opening."""
 
-    def __init__(self, books: CampaignState, clock_ms: int) -> None:
+    def __init__(
+        self,
+        books: CampaignState,
+        clock_ms: int,
+        claims: Mapping[int, Sequence[Event]],
+        *,
+        ends_due: bool = False,
+    ) -> None:
+        """With ``ends_due``, holds that are due end before each claim, and not only if needed."""
         self._books = books
         self._clock_ms = clock_ms
+        self._claims = claims
+        self._ends_due = ends_due
+        # A hold that somebody paid or gave back did not expire.
+        self._changed = {claim.order for some in claims.values() for claim in some}
         self._waiting = 0
         self._steps = Steps()
-        self.result = Refilled(events=[], voided=[], strays=[])
+        self.result = Refilled(events=[], voided=[], strays=[], books=books)
+
+    async def run(self, last: int) -> Refilled:
+        """Go through all numbers up to ``last``."""
+        for seq in range(self._books.seq + 1, last + 1):
+            await self.settle(self._claims.get(seq, ()))
+        await self.flush()
+        return self.result
 
     async def settle(self, claims: Sequence[Event]) -> None:
         """Fill in or void the next number."""
@@ -120,18 +150,19 @@ class _Refill:
         Their expiries took some of the lost numbers before it: a ticket that was sold again, say.
         """
         why = self._misfit(claim)
-        if not why or not self._waiting:
+        if not self._waiting or not (why or self._ends_due):
             return why
         due = sorted(
-            (ends, name) for name, ends in self._books.holds.items() if ends <= claim.at_ms
+            (ends, *map(int, name.split(":")))
+            for name, ends in self._books.holds.items()
+            if ends <= claim.at_ms
         )
+        due = [each for each in due if each[1] not in self._changed][: self._waiting]
         if not due:
             return why
-        count = min(len(due), self._waiting)
-        self._waiting -= count
+        self._waiting -= len(due)
         await self.flush()
-        for ends, name in due[:count]:
-            order, member_no = map(int, name.split(":"))
+        for ends, order, member_no in due:
             self._clock_ms = max(self._clock_ms, ends)
             self._add(Event(0, 0, 0, EXPIRED, member_no=member_no, order=order))
         return self._misfit(claim)

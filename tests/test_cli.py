@@ -25,7 +25,7 @@ GROUPS = {
     "operator": ["add", "list", "disable", "token"],
 }
 SINGLE = [
-    *("up", "serve", "writer", "scheduler", "migrate"),
+    *("up", "serve", "writer", "scheduler", "keeper", "migrate"),
     *("tokens", "audit", "recover", "losses", "rehearse", "doctor"),
 ]
 COMMANDS = [
@@ -531,6 +531,7 @@ def test_address_in_use_is_one_line_of_each_part(service: Service, tmp_path: Pat
             ["serve", "--listen", free, "--metrics-listen", busy],
             ["writer", "--metrics-listen", busy],
             ["scheduler", "--metrics-listen", busy],
+            ["keeper", "--metrics-listen", busy],
         ):
             ran = service.sale(*words)
             # A part that serves already logs its begin and end; the error is one line all the same.

@@ -23,6 +23,7 @@ from sale.api.problems import problem_body
 from sale.cli.main import COMMANDS, sale
 from sale.domain.problem import Problem
 from sale.http.client_address import ClientAddresses
+from sale.jobs.keeper import KeeperMetrics
 from sale.jobs.scheduler import SchedulerMetrics
 from sale.jobs.writer import LedgerMetrics
 from sale.metrics import LoadMetrics, PurchaseMetrics, new_registry
@@ -36,7 +37,7 @@ SOURCES = {path: path.read_text("utf-8") for path in sorted((ROOT / "sale").rglo
 MIGRATIONS = "\n".join(
     path.read_text("utf-8") for path in sorted((ROOT / "sale/db/migrations").glob("*.sql"))
 )
-ENGINE_SERVICES = {"migrate", "api", "writer", "scheduler", "cli"}
+ENGINE_SERVICES = {"migrate", "api", "writer", "scheduler", "keeper", "cli"}
 
 
 def _outside_code(text: str) -> str:
@@ -91,7 +92,7 @@ def test_commands_named_in_the_documents_exist() -> None:
             for option in re.findall(r"(?<!\S)--[a-z-]+", call):
                 assert option in options | shared | {"--help"}, f"{doc.name}: sale {call}"
             seen.add(name)
-    assert {"up", "serve", "writer", "scheduler", "migrate", "audit", "doctor"} <= seen
+    assert {"up", "serve", "writer", "scheduler", "keeper", "migrate", "audit", "doctor"} <= seen
 
 
 def test_table_of_settings_is_complete_and_true() -> None:
@@ -107,7 +108,8 @@ def test_table_of_settings_is_complete_and_true() -> None:
     for key, (_, told) in rows.items():
         value = getattr(defaults, key)
         if value is not None:
-            assert told.strip("`") == (str(value).lower() if value is True else str(value)), key
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            assert told.strip("`") == shown, key
 
 
 def test_tests_named_in_the_fault_table_exist() -> None:
@@ -140,6 +142,7 @@ def _metrics_in_code() -> set[str]:
     registry.register(LoadMetrics())
     LedgerMetrics(registry)
     SchedulerMetrics(registry)
+    KeeperMetrics(registry)
     return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in registry.collect()
@@ -164,7 +167,7 @@ def test_alerts_use_real_metrics_and_are_explained() -> None:
         assert re.search(rf"^\| .*\b{rule['alert']}\b", OPERATIONS, re.MULTILINE), rule["alert"]
     prometheus = yaml.safe_load((ROOT / "config/deploy/prometheus.yml").read_text("utf-8"))
     assert prometheus["rule_files"] == ["alerts.yml"]
-    assert {"api", "writer", "scheduler"} == {
+    assert {"api", "writer", "scheduler", "keeper"} == {
         job["job_name"] for job in prometheus["scrape_configs"]
     }
     (manager,) = prometheus["alerting"]["alertmanagers"]
@@ -226,7 +229,7 @@ def test_table_of_logs_lists_each_action() -> None:
 
 def test_each_invariant_has_keeper_audit_and_tests() -> None:
     sections = re.split(r"^## (INV-\d+) ", INVARIANTS, flags=re.MULTILINE)
-    assert sections[1::2] == [f"INV-{number}" for number in range(1, 11)]
+    assert sections[1::2] == [f"INV-{number}" for number in range(1, 12)]
     for name, text in zip(sections[1::2], sections[2::2], strict=True):
         assert "\n- Kept by" in text, name
         assert "\n- Audit: " in text, name
@@ -266,7 +269,7 @@ def test_deployment_uses_real_commands() -> None:
     for name in ENGINE_SERVICES:
         assert services[name]["command"][0] in COMMANDS
         assert set(services[name]["environment"]) <= set(config.ENVIRONMENT)
-    for name in ("api", "writer", "scheduler"):
+    for name in ("api", "writer", "scheduler", "keeper"):
         assert services[name]["deploy"]["replicas"] == 2
         assert services[name]["restart"] == "unless-stopped"
     assert 'ENTRYPOINT ["sale"]' in (ROOT / "Dockerfile").read_text("utf-8")

@@ -32,7 +32,8 @@ def test_doctor_finds_no_fault_in_a_sound_system(service: Service) -> None:
         assert time.monotonic() < ends_at, ran
         time.sleep(0.5)
     assert not missing
-    assert " works" in str(told["writer"])
+    for part in ("writer", "scheduler", "keeper"):
+        assert " works" in str(told[part])
     assert "API processes" in service.sale("doctor").out
 
 
@@ -40,7 +41,12 @@ def test_doctor_names_every_missing_role(deployment: pytest.MonkeyPatch) -> None
     ran = command("doctor", "--json")
     told, missing = examined(ran)
     assert ran.status == 1
-    for words in ("no API process runs", "no writer works", "no scheduler works"):
+    for words in (
+        "no API process runs",
+        "no writer works",
+        "no scheduler works",
+        "no keeper works",
+    ):
         assert words in missing
     assert told["redis_version"]
     assert told["postgres_version"]

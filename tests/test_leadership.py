@@ -38,7 +38,7 @@ from sale.operators.diagnosis import diagnose
 
 TAKEN_OVER_S = 3.0
 START_S = 20.0
-LOCKS = {"writer": locks.WRITER, "scheduler": locks.SCHEDULER}
+LOCKS = {"writer": locks.WRITER, "scheduler": locks.SCHEDULER, "keeper": locks.KEEPER}
 
 
 def socket_of(database_url: str) -> Path:
@@ -60,7 +60,7 @@ async def connected_to(conn: Any, part: str) -> dict[str, bool]:
 
 
 class Host:
-    """One machine: a writer, a scheduler, and the proxy through which they reach PostgreSQL."""
+    """One machine: its parts that have a lock, and their proxy to PostgreSQL."""
 
     def __init__(
         self, home: Path, wire: Proxy, parts: dict[str, asyncio.subprocess.Process]
@@ -79,11 +79,11 @@ class Host:
         }
 
     async def works(self, conn: Any, within_s: float = DEADLINE_S) -> None:
-        """Wait until it holds both locks."""
+        """Wait until it holds all locks."""
         await self._comes_to(conn, True, within_s)
 
     async def stands_by(self, conn: Any, within_s: float = DEADLINE_S) -> None:
-        """Wait until it is connected for both locks and holds neither."""
+        """Wait until it is connected for all locks and holds none."""
         await self._comes_to(conn, False, within_s)
 
     async def _comes_to(self, conn: Any, active: bool, within_s: float) -> None:

@@ -31,6 +31,11 @@ NAMES = {
     "sale_audit_findings": "gauge",
     "sale_redis_up": "gauge",
     "sale_postgres_up": "gauge",
+    "sale_holds": "gauge",
+    "sale_expired_total": "counter",
+    "sale_cancelled_tickets_total": "counter",
+    "sale_payments_total": "counter",
+    "sale_refunds": "gauge",
 }
 """The metrics of the contract, and their types."""
 
@@ -69,7 +74,7 @@ async def test_each_metric_of_the_contract_is_exposed(service: Service, client: 
 async def test_each_part_exposes_its_build_and_process(service: Service) -> None:
     text = await service.metrics()
     versions = f'python="{platform.python_version()}"', f'version="{__version__}"'
-    for role in ("serve", "writer", "scheduler"):
+    for role in ("serve", "writer", "scheduler", "keeper"):
         (line,) = re.findall(rf'^sale_build_info{{(.*role="{role}".*)}} 1\.0$', text, re.MULTILINE)
         assert set(versions) < set(line.split(",")), line
     assert metric(text, "process_cpu_seconds_total") > 0
@@ -89,7 +94,7 @@ async def test_each_part_exposes_whether_it_reaches_the_stores(service: Service)
         text = await read_metrics(path)
         assert metric(text, "sale_redis_up") == metric(text, "sale_postgres_up") == 1, path
         found.add(path.name.split("-")[1])
-    assert found == {"serve", "writer", "scheduler"}
+    assert found == {"serve", "writer", "scheduler", "keeper"}
 
 
 async def test_counts_of_two_workers_add_up(

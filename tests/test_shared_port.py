@@ -19,7 +19,7 @@ from sale.config import StartError
 from sale.host.metrics_server import MetricsAddressError, bound_metrics, serving_metrics
 from sale.shared_port import claim, reserve
 
-PARTS = ("serve", "writer", "scheduler")
+PARTS = ("serve", "writer", "scheduler", "keeper")
 
 
 def serve(*words: object, redis_url: str, database_url: str, home: Path) -> list[str]:

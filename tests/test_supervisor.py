@@ -107,7 +107,7 @@ async def test_all_parts_run_and_stop_in_order(system: System) -> None:
     url = await system.start()
 
     pids = system.pids()
-    assert set(pids) == {"serve-1", "serve-2", "writer", "scheduler"}
+    assert set(pids) == {"serve-1", "serve-2", "writer", "keeper", "scheduler"}
     assert (system.data_dir / "migrated").exists()
     assert (system.data_dir / "signing.key").stat().st_mode & 0o777 == 0o600
     answered = {json.loads(await get(f"{url}/ping"))["pid"] for _ in range(40)}
@@ -116,7 +116,7 @@ async def test_all_parts_run_and_stop_in_order(system: System) -> None:
     await system.stop()
     stopped = (system.data_dir / "stopped").read_text().split()
     assert stopped[:2] == ["serve", "serve"]
-    assert sorted(stopped[2:]) == ["scheduler", "writer"]
+    assert sorted(stopped[2:]) == ["keeper", "scheduler", "writer"]
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids.values())
     assert not (system.data_dir / "run" / "processes.json").exists()
 
@@ -188,8 +188,8 @@ async def test_renewing_one_worker_refuses_no_connection(system: System) -> None
     await until(renewed)
     assert refused == 0
     after = system.pids()
-    assert {name: after[name] for name in ("writer", "scheduler")} == {
-        name: before[name] for name in ("writer", "scheduler")
+    assert {name: after[name] for name in ("writer", "keeper", "scheduler")} == {
+        name: before[name] for name in ("writer", "keeper", "scheduler")
     }
     assert value(await system.metrics(), 'sale_pings_total{part="serve"}') >= 1
 
@@ -336,7 +336,7 @@ async def test_killed_supervisor_leaves_no_process(short_path: Path) -> None:
                 break
         register = json.loads((short_path / "data" / "run" / "processes.json").read_text())
         pids = register["processes"]
-        assert set(pids) == {"serve-1", "writer", "scheduler", "redis", "postgresql"}
+        assert set(pids) == {"serve-1", "writer", "keeper", "scheduler", "redis", "postgresql"}
     finally:
         process.kill()
         await process.communicate()

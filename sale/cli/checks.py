@@ -112,11 +112,14 @@ def doctor(context: CommandContext) -> None:
                 ("API processes", found.api),
                 ("writer", found.writer),
                 ("scheduler", found.scheduler),
+                ("keeper", found.keeper),
                 ("cards in use", found.cards),
             ]
         )
-        for trouble in (*found.missing, *found.faults):
+        for trouble in found.wrong:
             click.echo(f"  wrong: {trouble}")
+        if context.settings.test_provider:
+            click.echo("  warning: the test provider is on: payments are not real (test_provider)")
         rows: list[tuple[Any, ...]] = [
             (each.id, each.state, each.seq, each.applied, each.lag, each.trouble)
             for each in found.campaigns

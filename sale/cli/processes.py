@@ -1,4 +1,4 @@
-"""`sale up`, and the parts it is made of: `serve`, `writer`, `scheduler`, `migrate`."""
+"""`sale up`, and the parts it is made of: `serve`, `writer`, `scheduler`, `keeper`, `migrate`."""
 
 import asyncio
 import contextlib
@@ -142,15 +142,25 @@ def scheduler(context: CommandContext, *, held: bool) -> None:
 @overriding("metrics_listen")
 def keeper(context: CommandContext, *, held: bool) -> None:
     """Run the keeper: presents payments, drives refunds."""
-    from sale.bootstrap import START_PATIENCE_S, open_stores, providers_of, test_provider_of
+    from sale.bootstrap import (
+        START_PATIENCE_S,
+        open_stores,
+        providers_of,
+        store_urls,
+        test_provider_of,
+    )
+    from sale.db.locks import KEEPER
     from sale.host.metrics_server import bound_metrics, serving_metrics
     from sale.jobs.keeper import Keeper
+    from sale.jobs.leadership import refuse_unfit_proxy
     from sale.metrics import StoreMetrics, new_registry
     from sale.trust.store_watch import watching
 
     async def work(settings: Settings, stop: asyncio.Event) -> None:
         registry = new_registry("keeper")
+        database_url = store_urls(settings)[1]
         with bound_metrics(settings.metrics_listen) as metrics:
+            await refuse_unfit_proxy(database_url, KEEPER)
             async with (
                 open_stores(settings, patience_s=START_PATIENCE_S, pool_size=5) as stores,
                 watching(stores.redis, stores.pool, StoreMetrics(registry)),
@@ -161,6 +171,7 @@ def keeper(context: CommandContext, *, held: bool) -> None:
                     stores.pool,
                     stores.scripts,
                     providers,
+                    database_url,
                     refunds_per_s=settings.refunds_per_s,
                     registry=registry,
                 ).run(stop)

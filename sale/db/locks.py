@@ -38,6 +38,7 @@ ROSTER_IMPORT: Final = 0x53414C45_0003
 """``sql/roster.sql``: one import at a time."""
 WRITER: Final = LeaderLock(0x53414C45_0004, "sale-writer")
 SCHEDULER: Final = LeaderLock(0x53414C45_0005, "sale-scheduler")
+KEEPER: Final = LeaderLock(0x53414C45_0006, "sale-keeper")
 REHEARSAL: Final = 0x53414C45_0010
 """Held while a rehearsal is played or removed."""
 RECOVERY_CLASS: Final = 0x53414C45

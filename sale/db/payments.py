@@ -68,6 +68,14 @@ class StuckRow(msgspec.Struct, frozen=True):
     trouble: str
 
 
+class StuckSum(msgspec.Struct, frozen=True):
+    """How much money of one kind only people can help."""
+
+    what: str
+    rows: int
+    amount_fen: int
+
+
 class TestPayment(msgspec.Struct, frozen=True):
     """A payment in the books of the test provider."""
 
@@ -135,9 +143,9 @@ async def record_closed(conn: Connection, payment_no: str) -> None:
     await conn.execute(_SQL["record_closed"], payment_no)
 
 
-async def take_payments(conn: Connection, limit: int, for_s: float) -> list[PaymentRow]:
-    """Take payments that wait for the keeper; they are left alone for ``for_s`` seconds."""
-    return [_payment(row) for row in await conn.fetch(_SQL["take_payments"], limit, for_s)]
+async def take_payments(conn: Connection, state: str, limit: int, for_s: float) -> list[PaymentRow]:
+    """Take payments in ``state`` that wait for the keeper; left alone for ``for_s`` seconds."""
+    return [_payment(row) for row in await conn.fetch(_SQL["take_payments"], state, limit, for_s)]
 
 
 async def put_off_payment(conn: Connection, payment_no: str, for_s: float, trouble: str) -> None:
@@ -183,6 +191,11 @@ async def stuck(conn: Connection, limit: int = 1_000) -> list[StuckRow]:
     return [StuckRow(*row.values()) for row in await conn.fetch(_SQL["stuck"], limit)]
 
 
+async def stuck_sums(conn: Connection) -> list[StuckSum]:
+    """Add up the money that only people can help, by kind; nothing where there is none."""
+    return [StuckSum(*row.values()) for row in await conn.fetch(_SQL["stuck_sums"])]
+
+
 async def test_begin(
     conn: Connection, payment_no: str, amount_fen: int, expires_at_ms: int, return_to: str
 ) -> None:
@@ -206,9 +219,9 @@ async def test_result(
     return None if row is None else _test_payment(row)
 
 
-async def test_close(conn: Connection, payment_no: str) -> str | None:
-    """Close a payment at the test provider; give its state then, None where there is none."""
-    state: str | None = await conn.fetchval(_SQL["test_close"], payment_no)
+async def test_close(conn: Connection, payment_no: str) -> str:
+    """Close a payment at the test provider; give its state then."""
+    state: str = await conn.fetchval(_SQL["test_close"], payment_no)
     return state
 
 

@@ -72,7 +72,7 @@ class Provider(Protocol):
         """Ask what has become of a payment."""
 
     async def close(self, payment_no: str) -> Status:
-        """Let nothing come in any more; YES where it was paid before."""
+        """Let nothing come in any more, also where it is not known; YES where it was paid."""
 
     async def refund(
         self, payment_no: str, refund_no: str, amount_fen: int, total_fen: int

@@ -8,7 +8,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from sale.config import Durability
-from sale.db import deployment, locks, read
+from sale.db import deployment, locks, payments, read
 from sale.db.errors import NO_SCHEMA, POSTGRES_ERRORS
 from sale.domain.campaign import State
 from sale.domain.campaign_view import CampaignNow
@@ -49,9 +49,9 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
     ``cards`` counts the cards in use, one a member. ``durability`` is the level that was set;
     ``faults`` say in words what is weaker than it. ``redis_disk_free_mb`` is None where Redis' disk
-    is not on this host. ``api``, ``writer`` and ``scheduler`` say in words which process works
-    (``host:process``) and which stand by. ``missing`` says in words which store does not answer and
-    which part does not run.
+    is not on this host. ``api``, ``writer``, ``scheduler`` and ``keeper`` say in words which
+    process works (``host:process``) and which stand by. ``missing`` says in words which store does
+    not answer and which part does not run, ``money`` which money only people can help.
     """
 
     redis_version: str
@@ -63,14 +63,21 @@ class Diagnosis(msgspec.Struct, frozen=True):
     api: str
     writer: str
     scheduler: str
+    keeper: str
     cards: int | None
     campaigns: list[CampaignDiagnosis]
     missing: list[str]
+    money: list[str]
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is wrong, in words; the space on Redis' disk and the campaigns apart."""
+        return [*self.missing, *self.faults, *self.money]
 
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong, the space on Redis' disk apart."""
-        return not (self.missing or self.faults or any(each.trouble for each in self.campaigns))
+        return not (self.wrong or any(each.trouble for each in self.campaigns))
 
 
 class _FromRedis(msgspec.Struct, frozen=True):
@@ -86,13 +93,15 @@ class _FromRedis(msgspec.Struct, frozen=True):
 
 
 class _FromPostgres(msgspec.Struct, frozen=True):
-    """The part that PostgreSQL gives; ``writers`` and ``schedulers`` are None if it is away."""
+    """The part that PostgreSQL gives; the members of each lock are None if it is away."""
 
     version: str = ""
     deployment: str = ""
     faults: list[str] = []
     writers: list[locks.LockMember] | None = None
     schedulers: list[locks.LockMember] | None = None
+    keepers: list[locks.LockMember] | None = None
+    money: list[str] = []
     cards: int | None = None
     positions: dict[str, Position] = {}
 
@@ -132,6 +141,7 @@ async def diagnose(
     for members, part, so in (
         (from_postgres.writers, "writer", "the ledger piles up in Redis"),
         (from_postgres.schedulers, "scheduler", "nothing opens, closes or is audited by itself"),
+        (from_postgres.keepers, "keeper", "money is neither presented nor refunded"),
     ):
         if members is not None and not any(member.active for member in members):
             missing.append(f"no {part} works: {so} (sale {part})")
@@ -147,9 +157,11 @@ async def diagnose(
         else f"{from_redis.api or 'none'} reported within 5 s",
         writer=_holds_lock(from_postgres.writers),
         scheduler=_holds_lock(from_postgres.schedulers),
+        keeper=_holds_lock(from_postgres.keepers),
         cards=from_postgres.cards,
         campaigns=list(_campaigns(from_redis, from_postgres)),
         missing=missing,
+        money=from_postgres.money,
     )
 
 
@@ -186,6 +198,11 @@ async def _read_postgres(pool: asyncpg.Pool) -> _FromPostgres:
             faults=[] if fsync == "on" else ["PostgreSQL's fsync is off"],
             writers=await locks.members(connection, locks.WRITER),
             schedulers=await locks.members(connection, locks.SCHEDULER),
+            keepers=await locks.members(connection, locks.KEEPER),
+            money=[
+                f"{found.rows} {found.what}, {found.amount_fen} fen: sale report money"
+                for found in await payments.stuck_sums(connection)
+            ],
             cards=await connection.fetchval("SELECT count(*) FROM card WHERE replaced_at IS NULL"),
             positions=await read.positions(connection),
         )

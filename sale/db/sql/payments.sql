@@ -32,13 +32,14 @@ WHERE payment_no = $1 AND state IN ('open', 'closed');
 -- name: record_closed -- No money can come in for it any more.
 UPDATE payment SET state = 'closed', trouble = '' WHERE payment_no = $1 AND state = 'open';
 
--- name: take_payments -- Payments that wait for the keeper; another one passes them over meanwhile.
+-- name: take_payments -- Payments in a state that wait for the keeper; another one passes them over meanwhile.
 -- Paid ones are to be presented, open ones to be asked about. The order's state, if it is applied.
-UPDATE payment p SET next_at = now() + make_interval(secs => $2), tries = p.tries + 1
+UPDATE payment p SET next_at = now() + make_interval(secs => $3), tries = p.tries + 1
 FROM (
     SELECT payment_no FROM payment
-    WHERE next_at <= now() AND (state = 'open' OR (state = 'paid' AND event_seq IS NULL))
-    ORDER BY next_at LIMIT $1 FOR UPDATE SKIP LOCKED
+    WHERE next_at <= now() AND state = $1
+        AND (state = 'open' OR (state = 'paid' AND event_seq IS NULL))
+    ORDER BY next_at LIMIT $2 FOR UPDATE SKIP LOCKED
 ) due
 WHERE p.payment_no = due.payment_no
 RETURNING p.*, (SELECT o.state FROM orders o
@@ -62,7 +63,12 @@ RETURNING r.*, (SELECT provider FROM payment p WHERE p.payment_no = r.payment_no
     (SELECT amount_fen FROM payment p WHERE p.payment_no = r.payment_no) AS total_fen;
 
 -- name: set_refund -- A refund's state after a try, when it is looked at next, and why it failed.
-UPDATE refund SET state = $2, next_at = now() + make_interval(secs => $3), trouble = $4,
+-- One that the provider has accepted is asked about at growing intervals: it may take days.
+UPDATE refund SET state = $2, trouble = $4,
+    next_at = now() + CASE WHEN $2 = 'sent' AND $4 = ''
+        THEN greatest(make_interval(secs => $3), least((now() - created_at) / 10, interval '10 minutes'))
+        ELSE make_interval(secs => $3) END,
+    tries = CASE WHEN $4 = '' THEN 0 ELSE tries END,
     done_at = CASE WHEN $2 = 'done' THEN now() END
 WHERE refund_no = $1 AND state <> 'done';
 
@@ -101,6 +107,13 @@ UNION ALL
 SELECT 'payment', payment_no, order_no, paid_fen, trouble FROM payment WHERE state = 'disputed'
 ORDER BY 2 LIMIT $1;
 
+-- name: stuck_sums -- The same, added up by kind.
+SELECT 'refunds are stuck' AS what, count(*)::bigint AS rows, sum(amount_fen)::bigint AS amount_fen
+FROM refund WHERE state = 'stuck' HAVING count(*) > 0
+UNION ALL
+SELECT 'payments are disputed', count(*)::bigint, sum(paid_fen)::bigint
+FROM payment WHERE state = 'disputed' HAVING count(*) > 0;
+
 -- name: test_begin -- A payment at the test provider.
 INSERT INTO test_payment (payment_no, amount_fen, expires_at, return_to) VALUES ($1, $2, $3, $4)
 ON CONFLICT (payment_no) DO UPDATE SET return_to = excluded.return_to;
@@ -114,8 +127,11 @@ WHERE payment_no = $1 AND state IN ('none', 'failed') AND now() < expires_at
 RETURNING *;
 
 -- name: test_close -- Takes no money for it any more; the state tells where it was paid before.
-UPDATE test_payment SET state = CASE WHEN state = 'paid' THEN 'paid' ELSE 'closed' END
-WHERE payment_no = $1 RETURNING state;
+-- One that is not known is closed as well, so that a call to begin it that comes late finds it so.
+INSERT INTO test_payment (payment_no, amount_fen, expires_at, state) VALUES ($1, 0, now(), 'closed')
+ON CONFLICT (payment_no) DO UPDATE
+    SET state = CASE WHEN test_payment.state = 'paid' THEN 'paid' ELSE 'closed' END
+RETURNING state;
 
 -- name: test_refund -- Sends money back, once under each number.
 INSERT INTO test_refund (refund_no, payment_no, amount_fen)

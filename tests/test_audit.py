@@ -2,14 +2,15 @@
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
+from money_maker import Till, open_till
 from redis.asyncio import Redis
 from service import command
-from shop import Shop
+from shop import Shop, open_shop
 from stock_maker import CAMPAIGN, NONCE, Bid, campaign, key, member
 
 from sale.domain.problem import Problem, Refused
@@ -223,6 +224,57 @@ async def test_audit_finds_each_breach(shop: Shop, invariant: str, damage: Damag
     (found,) = report.campaigns
     assert not found.clean
     assert invariant in {finding.invariant for finding in found.findings}, found.findings
+
+
+@pytest.fixture
+async def till(redis: Redis, redis_url: str, database_url: str) -> AsyncIterator[Till]:
+    """Four members have paid; one gave its order back, another one a ticket; the fifth holds."""
+    async with open_shop(redis_url, database_url) as shop:
+        await shop.start_writer()
+        till = await open_till(shop)
+        await till.sell(1, 2, 3, 4, quantity=2)
+        await till.hold(5)
+        await till.give_back(2)
+        await till.give_back(3, tickets=(1,))
+        yield till
+
+
+PAID = "order_seq = (SELECT min(order_seq) FROM payment WHERE state = 'paid')"
+UNNAMED = "outcome = NULL, event_seq = NULL"
+MONEY = [
+    (
+        "not-presented",
+        f"UPDATE payment SET {UNNAMED}, paid_at = now() - interval '61 seconds' WHERE {PAID}",
+    ),
+    ("refund-gone", "DELETE FROM refund WHERE amount_fen = 1000"),
+    ("refund-of-a-part-gone", "DELETE FROM refund WHERE amount_fen = 500"),
+    ("refund-too-small", "UPDATE refund SET amount_fen = amount_fen - 1"),
+    ("refund-of-nothing", "UPDATE refund SET amount_fen = amount_fen + 1 WHERE amount_fen = 500"),
+    ("payment-gone", f"DELETE FROM payment WHERE {PAID}"),
+    ("never-came-in", f"UPDATE payment SET state = 'open', {UNNAMED}, paid_fen = 0 WHERE {PAID}"),
+    (
+        "paid-unpaid",
+        "UPDATE orders SET paid = true, state = 'confirmed', changed_by = 1 WHERE state = 'held'",
+    ),
+    ("other-outcome", f"UPDATE payment SET outcome = 'returned' WHERE {PAID}"),
+]
+
+
+@pytest.mark.parametrize("damage", [each[1] for each in MONEY], ids=[each[0] for each in MONEY])
+async def test_audit_finds_money_that_is_unaccounted_for(till: Till, damage: str):
+    assert (await till.shop.audit()).clean
+    await till.shop.damage(damage)
+    (found,) = (await till.shop.audit()).campaigns
+    assert "INV-11" in {finding.invariant for finding in found.findings}, found.findings
+
+
+async def test_money_may_wait_a_minute_for_the_ledger(till: Till):
+    await till.hold(6)
+    await till.take_money(6)
+    await till.shop.damage(
+        "UPDATE payment SET paid_at = now() - interval '50 seconds' WHERE event_seq IS NULL"
+    )
+    assert (await till.shop.audit()).clean
 
 
 @pytest.mark.parametrize(("days", "clean"), [(0, True), (29, True), (31, False)])

@@ -17,9 +17,10 @@ from sale.members.orders import OwnOrders
 from sale.stock.batcher import Batcher
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
-from sale.stock.scripts import CallReply, OrderReply, Scripts
+from sale.stock.scripts import CallReply, OrderReply, Scripts, Untrusted
 
-TRIES_MAX: Final = 10
+TRIES_MAX: Final = 100
+"""Each ends up to 256 holds that are due, or waits PAUSE_S."""
 PAUSE_S: Final = 0.05
 _WHY: Final = {
     1: (
@@ -104,8 +105,12 @@ async def give_back(
         reply = await scripts.cancel(
             place, member_no, tickets, actor, reason, mark=mark, limited=limited
         )
-        if reply.reply is CallReply.UNCHECKED and batcher is not None:
-            await batcher.check_acknowledged()
+        if batcher is not None and mark is not None:
+            if reply.reply is CallReply.UNCHECKED:
+                await batcher.check_acknowledged()
+            elif mark.incarnation != batcher.mark.incarnation:
+                # A reply of an earlier incarnation is not valid in this one: ask again.
+                return OrderReply(CallReply.UNCHECKED, ())
         return reply
 
     reply = await _patiently(scripts, place.campaign_id, ask)
@@ -126,7 +131,10 @@ async def _patiently(
     for _ in range(TRIES_MAX):
         reply = await ask()
         if reply.reply is CallReply.DUE:
-            await scripts.expire(campaign_id)
+            try:
+                await scripts.expire(campaign_id)
+            except Untrusted:
+                break
         elif reply.reply in {CallReply.UNCHECKED, CallReply.UNVERIFIED}:
             await asyncio.sleep(PAUSE_S)
         else:

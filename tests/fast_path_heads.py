@@ -91,8 +91,8 @@ def heads(m: Member) -> Iterator[Case]:
         "9,000 bytes": m.buy("sold-out", WISH, b"X: " + b"y" * 9_000),
         "20,000 bytes": m.buy("sold-out", WISH, b"X: " + b"y" * 20_000),
         "100,000 bytes": m.buy("sold-out", WISH, b"X: " + b"y" * 100_000),
-        "70,000 bytes in lines": m.buy(
-            "sold-out", WISH, *(b"X-%d: " % n + b"y" * 1_000 for n in range(70))
+        "90,000 bytes in lines": m.buy(
+            "sold-out", WISH, *(b"X-%d: " % n + b"y" * 1_000 for n in range(90))
         ),
         "a long name": m.buy("sold-out", WISH, b"X" * 9_000 + b": y"),
         "two hosts": m.buy("sold-out", WISH, b"Host: other"),

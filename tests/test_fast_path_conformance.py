@@ -38,10 +38,6 @@ CHANCE = random.Random(0)
 PIPELINES = 4
 """How often all requests are shuffled and sent in pipelines."""
 
-NOT_IN_PIPELINES = frozenset({"head: 70,000 bytes in lines"})
-"""Longer than ``HELD_MAX``: the fast path ends it behind a request that aiohttp has served, and
-aiohttp accepts it."""
-
 
 @pytest.fixture
 def counted(capsys: pytest.CaptureFixture[str], seed: int) -> Callable[[int, str], None]:
@@ -242,7 +238,7 @@ def test_both_paths_answer_pipelined_requests_as_if_alone(
     async def all_pipelines(side: Side, closing: set[str]) -> list[tuple[list[Case], list[Any]]]:
         rng, chosen = random.Random(f"{seed} {world.loop_name}"), []
         for number in range(PIPELINES):
-            without = NOT_IN_PIPELINES | (closing if number % 2 else set())
+            without = closing if number % 2 else set()
             cases = [each for each in cases_for(world) if each.name not in without]
             rng.shuffle(cases)
             while cases:

@@ -8,6 +8,10 @@ HEAD_WITHIN_S: Final = 10.0
 HELD_MAX: Final = 64 * 1024
 """Bytes that wait on a connection behind a request that is under way."""
 
+UNENDED_MAX: Final = 128 * 1024
+"""Bytes of a head that does not end. aiohttp bounds its lines (8,190 bytes), not their number; what
+it takes of a head in one read, it takes in many."""
+
 HELD_FREELY: Final = 8 * 1024
 """More than a purchase of ours has: a token, a key and a short body are under 1 KiB."""
 

@@ -15,8 +15,8 @@ from sale.http.bounds import (
     BODY_MAX,
     BODY_WITHIN_S,
     HEAD_WITHIN_S,
-    HELD_MAX,
     KEEPALIVE_S,
+    UNENDED_MAX,
     UNREAD_WITHIN_S,
 )
 from sale.http.client import NEVER, ClientConnection
@@ -346,7 +346,7 @@ class Connection(ClientConnection):
 
     def _bound_what_does_not_end(self, delegation: Delegation, length: int) -> None:
         """End what sends a head without an end: aiohttp bounds its lines, and takes many."""
-        if delegation.unended(length) > HELD_MAX and self._transport is not None:
+        if delegation.unended(length) > UNENDED_MAX and self._transport is not None:
             self._transport.abort()
 
     def expire(self) -> None:

@@ -15,9 +15,9 @@ what was rejected, are in ADR 0012.
 
 Bounds of a connection (``bounds.py``): ``HEAD_MAX`` bytes of a head and ``HEAD_WITHIN_S`` for it to
 come whole, ``BODY_MAX`` and ``BODY_WITHIN_S`` for a body, one request under way or in the waiting
-line (``waiting_line.py``), ``HELD_MAX`` bytes that wait behind it, ``KEEPALIVE_S`` between
-requests, ``UNREAD_WITHIN_S`` for a client that does not read its answers. All of them together hold
-about ``HELD_BY_ALL_MAX``.
+line (``waiting_line.py``), ``HELD_MAX`` bytes that wait behind it, ``UNENDED_MAX`` of a head that
+does not end, ``KEEPALIVE_S`` between requests, ``UNREAD_WITHIN_S`` for a client that does not read
+its answers. All of them together hold about ``HELD_BY_ALL_MAX``.
 
 A client that shuts down its sending side gets the answers to all that it sent whole; then its
 connection is closed. A client that has left looks the same until it is written to. So its request

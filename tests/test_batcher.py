@@ -155,7 +155,11 @@ class Shop:
         for n in range(100):
             await self.one(member(90_000_000 + n), key(1))
             buyer_filter = self.batcher._buyer_filter
-            if buyer_filter is not None and buyer_filter.seq >= self.batcher.mark.seq:
+            if (
+                buyer_filter is not None
+                and buyer_filter.seq >= self.batcher.mark.seq
+                and buyer_filter.roster_rev >= 0  # it reads the revoked members last
+            ):
                 return
             await asyncio.sleep(0.01)
         pytest.fail("the filter of buyers was never loaded")

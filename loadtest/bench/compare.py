@@ -68,7 +68,7 @@ class PeerResult(msgspec.Struct, frozen=True):
 
     @property
     def left_out(self) -> str:
-        """What it leaves out, and why it has no figures."""
+        """The parts that it leaves out, and why it has no figures."""
         words = [self.leaves_out]
         if self.why_not:
             words.append(f"[yellow]not measured: {self.why_not}[/]")

@@ -39,7 +39,7 @@ class Side(msgspec.Struct, frozen=True):
 
     @property
     def remarks(self) -> list[str]:
-        """What must be said of it, a line each."""
+        """Remarks on the result, a line each."""
         limit = [f"the generator's limit: {self.bottleneck}"] * bool(self.bottleneck)
         return [*limit, *self.notes, *[f"{self.unsold:,} were not sold"] * bool(self.unsold)]
 

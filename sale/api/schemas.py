@@ -47,7 +47,7 @@ class PayRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TestResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the payer does at the test provider."""
+    """The payer's choice at the test provider."""
 
     __test__ = False  # not a test, whatever its name says
 

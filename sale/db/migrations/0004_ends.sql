@@ -57,7 +57,7 @@ CREATE TRIGGER ticket_given_back_stays_so BEFORE UPDATE ON ticket FOR EACH ROW
     WHEN (OLD.state = 'cancelled')
     EXECUTE FUNCTION refuse_change('a ticket that was given back is gone');
 
--- What may follow what. `expired` comes back by a payment alone.
+-- The legal steps of an order. `expired` comes back by a payment alone.
 DROP TRIGGER orders_end_once ON orders;
 DROP TRIGGER orders_keep_content ON orders;
 CREATE TRIGGER orders_keep_content BEFORE UPDATE ON orders FOR EACH ROW

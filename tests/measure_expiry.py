@@ -21,7 +21,7 @@ from waiting import until
 from sale.db.migrate import migrate
 from sale.host import embedded
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import AwaitedPurchase
+from sale.stock.answers import AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.durability import make_whole
 

@@ -39,8 +39,9 @@ from sale.members.orders import TicketCodes, key_hash
 from sale.members.purchase import Placed, PurchaseDesk
 from sale.members.rate import Rate, RateLimits
 from sale.metrics import PurchaseMetrics
+from sale.stock.answers import Answer, Purchase
 from sale.stock.batch_codec import pack_batch
-from sale.stock.batcher import Answer, Batcher, Purchase
+from sale.stock.batcher import Batcher
 from sale.stock.mark import Mark
 from sale.stock.scripts import Decision
 

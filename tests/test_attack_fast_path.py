@@ -21,7 +21,8 @@ from sale.http.overload import LATE, Overload
 from sale.metrics import PurchaseMetrics
 from sale.operators import campaigns as campaigns_module
 from sale.operators import rehearsal
-from sale.stock.batcher import Answer, AwaitedPurchase, Batcher, Purchase
+from sale.stock.answers import Answer, AwaitedPurchase, Purchase
+from sale.stock.batcher import Batcher
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis

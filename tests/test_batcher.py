@@ -35,7 +35,8 @@ from sale.domain.member import MADE_UP_FROM
 from sale.host import embedded
 from sale.metrics import PurchaseMetrics
 from sale.stock import batcher as batcher_module
-from sale.stock.batcher import GATHER_AT_LEAST, Answer, AwaitedPurchase, Batcher
+from sale.stock.answers import Answer, AwaitedPurchase
+from sale.stock.batcher import GATHER_AT_LEAST, Batcher
 from sale.stock.batchers import Batchers
 from sale.stock.buyer_filter import GROWS_BYTES, BuyerFilter
 from sale.stock.connection import open_redis

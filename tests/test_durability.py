@@ -24,7 +24,7 @@ from sale.config import Durability, Settings, SettingsError, load
 from sale.host.embedded.binaries import find_redis
 from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.answers import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis, product_of, too_old
 from sale.stock.durability import durability_faults, make_whole

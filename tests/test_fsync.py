@@ -19,7 +19,7 @@ from stock_maker import BEHIND_MAX, NONCE, campaign, key, member, open_stock
 from test_durability import Server, server
 
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import AwaitedPurchase
+from sale.stock.answers import AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis, product_of
 from sale.stock.durability import durability_faults

@@ -20,7 +20,7 @@ from sale.ledger.chain import Event, parse_row
 from sale.ledger.fold import OrderRecord
 from sale.ledger.kinds import CANCELLED, EXPIRED, HELD, MEMBER, PAID
 from sale.members.cancel import give_back
-from sale.stock.batcher import AwaitedPurchase
+from sale.stock.answers import AwaitedPurchase
 from sale.stock.keys import REPORTS
 from sale.stock.scripts import CallReply, Decision, OrderReply
 from sale.trust.auto_recovery import AutoRecovery

@@ -41,7 +41,7 @@ from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
 from sale.operators.diagnosis import diagnose
 from sale.operators.rehearsal import ID_MAX, Rehearsals, made_up_members, rehearsal_id, tokens
-from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.answers import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue, campaign_ids, read_campaign
 from sale.stock.keys import campaign_keys

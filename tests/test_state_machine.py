@@ -30,7 +30,7 @@ from sale.db.pool import open_pool
 from sale.ledger.chain import START, Event, check_chain, parse_entry
 from sale.ledger.kinds import SOLD
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.answers import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import read_campaign
 from sale.stock.connection import open_redis

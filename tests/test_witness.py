@@ -16,7 +16,7 @@ from sale.db import claims
 from sale.domain.campaign import Campaign
 from sale.lifetime import cancel_and_wait
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase
+from sale.stock.answers import Answer, AwaitedPurchase
 from sale.stock.batchers import Batchers
 from sale.stock.connection import open_redis
 from sale.stock.keys import REPORTS

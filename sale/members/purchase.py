@@ -28,7 +28,7 @@ from sale.identity import MemberTokens
 from sale.members.orders import TicketCodes, changed_order, key_hash, placed_order
 from sale.members.rate import RateLimits, TooFast
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer, AwaitedPurchase, Purchase
+from sale.stock.answers import Answer, AwaitedPurchase, Purchase
 from sale.stock.batchers import Batchers
 from sale.stock.catalogue import Catalogue
 from sale.stock.scripts import Decision

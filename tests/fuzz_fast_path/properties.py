@@ -33,7 +33,7 @@ from sale.http.waiting_line import WaitingLine
 from sale.identity import Member
 from sale.members.purchase import PurchaseDesk
 from sale.metrics import PurchaseMetrics
-from sale.stock.batcher import Answer
+from sale.stock.answers import Answer
 from sale.stock.catalogue import CampaignNow
 from sale.stock.scripts import Decision
 
